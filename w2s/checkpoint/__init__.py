@@ -1,0 +1,1 @@
+"""Stage checkpoints and the hand-over between stages."""

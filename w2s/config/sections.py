@@ -1,0 +1,376 @@
+"""The configuration: one typed dataclass per section, a line of documentation under each field."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from w2s.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where a run lives and what it is called."""
+
+    root: str = "runs"
+    """Folder that holds all runs."""
+    name: str = "auto"
+    """Folder of this run below `root`; `auto` makes stage-model-digest and so finds an interrupted run again."""
+    seed: int = 0
+    """Seed of the weights, the sample order, the crops and the masks."""
+    group: str = ""
+    """Name of the `w2s run` that this stage belongs to; set by `w2s run`."""
+
+
+@dataclass(kw_only=True)
+class VisionConfig:
+    """Shape of the vision tower (an EVA vision transformer)."""
+
+    image_size: int = 64
+    """Side of the square input in pixels."""
+    patch_size: int = 16
+    """Side of a square patch in pixels."""
+    layers: int = 6
+    """Transformer layers."""
+    width: int = 192
+    """Width of the residual stream."""
+    heads: int = 6
+    """Attention heads."""
+    mlp_width: int = 960
+    """Hidden width of the MLP (EVA-18B: 5 x width)."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Kind of norm, with eps 1e-6."""
+    norm_placement: Literal["post", "pre"] = "post"
+    """`post` norms the branch output before it is added (EVA-18B, EVA02-E), `pre` norms the branch input (EVA-8B)."""
+    qkv_bias: bool = False
+    """Bias on Q and V (never on K) and on the projection head."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"model.vision.image_size={self.image_size} is not a multiple of patch_size={self.patch_size}: "
+            f"use {self.image_size // self.patch_size * self.patch_size or self.patch_size}",
+        )
+        _require(
+            self.width % self.heads == 0,
+            f"model.vision.width={self.width} is not divisible by heads={self.heads}: change one of them",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches in an image."""
+        return self.grid**2
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    """Shape of the text tower (CLIP's causal pre-norm transformer)."""
+
+    context_length: int = 16
+    """Tokens of a caption, start and end tokens included."""
+    vocab_size: int = 49408
+    """Vocabulary of the tokenizer (CLIP's BPE)."""
+    layers: int = 4
+    """Transformer layers."""
+    width: int = 128
+    """Width of the residual stream."""
+    heads: int = 4
+    """Attention heads."""
+    mlp_width: int = 512
+    """Hidden width of the MLP (CLIP: 4 x width)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.width % self.heads == 0,
+            f"model.text.width={self.width} is not divisible by heads={self.heads}: change one of them",
+        )
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The CLIP that is grown: a vision tower, a text tower and the width that they share."""
+
+    name: str = "custom"
+    """Name of the shape, as in configs/model/NAME.yaml."""
+    embed_dim: int = 128
+    """Width of the shared image-text space."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """The vision tower."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """The text tower."""
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """The frozen teacher of the masked stage."""
+
+    name: str = "custom"
+    """Name of the teacher, as in configs/teacher/NAME.yaml."""
+    source: str = "efficientnet_lite0"
+    """`efficientnet_lite0` (weights from its package), `timm:MODEL[@FILE]` or `open_clip:MODEL[@FILE]`; without a file the weights are random."""
+    image_size: int = 0
+    """Side of the teacher's input in pixels; 0 takes the size that gives one teacher feature per student patch."""
+    target_norm: Literal["none", "standardize"] = "none"
+    """`none` (the paper's, for CLIP teachers) or per-channel standardisation with running statistics (CNN teachers)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the teacher's forward pass."""
+    batch_size: int = 64
+    """Images of one teacher forward in evaluation."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Training images and captions: webdataset shards, drawn in lanes."""
+
+    name: str = "custom"
+    """Name of the data set, as in configs/data/NAME.yaml."""
+    builtin: Literal["none", "emoji"] = "none"
+    """Data set that w2s builds from packages below `cache` when it is not there yet."""
+    cache: str = "${oc.env:W2S_CACHE,~/.cache/w2s}"
+    """Folder for built-in data sets; the environment variable W2S_CACHE changes it."""
+    train: str = ""
+    """Training shards: a folder, a glob or a brace pattern; `::` joins several."""
+    lanes: int = 8
+    """Streams that the sample order is made of; the data-parallel size must divide it."""
+    shuffle: int = 256
+    """Samples that a lane shuffles together."""
+    replacement: bool = False
+    """Draw shards with replacement instead of going through all of them in every epoch."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest area of the random crop, as a fraction of the image."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Smallest and largest aspect ratio of the random crop."""
+    flip: bool = True
+    """Flip half of the images left to right."""
+    image_key: str = "jpg;jpeg;png;webp"
+    """Extensions of the image in a sample; the first that is there is taken."""
+    caption_key: str = "txt"
+    """Extension of the caption in a sample."""
+    workers: int = 1
+    """Reading processes per rank; 0 reads in the training process."""
+    max_bad_fraction: float = 0.05
+    """Stop when more than this fraction of the last 1,000 samples could not be read."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Length and batch of a training stage."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    global_batch: int = 64
+    """Samples of one optimizer step over all ranks."""
+    micro_batch: int = 64
+    """Samples of one forward pass on one data-parallel rank."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 0
+    """Steps between evaluations while training; 0 evaluates only at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "log_every"):
+            value = getattr(self, name)
+            _require(value >= 1, f"train.{name}={value} must be at least 1")
+
+
+@dataclass(kw_only=True)
+class MimConfig:
+    """The masked stage."""
+
+    masked_patches: int = 6
+    """Patches masked in every image, exactly (EVA: 105 of 256)."""
+    min_block: int = 2
+    """Smallest masked block in patches (EVA: 16)."""
+    block_aspect: float = 0.3
+    """Blocks have an aspect ratio between this and its inverse (EVA: 0.3)."""
+    knn_every: int = 0
+    """Steps between k-NN evaluations of the student's features; 0 evaluates only at the end."""
+
+
+@dataclass(kw_only=True)
+class ClipConfig:
+    """The contrastive stage."""
+
+    patch_dropout: float = 0.5
+    """Fraction of patches that the vision tower does not see while training; CLS is always kept."""
+    equal_captions: Literal["negatives", "positives"] = "negatives"
+    """Whether two samples of a batch with the same caption repel each other or count as positives."""
+    logit_scale: float = 1 / 0.07
+    """Initial scale of the logits (inverse temperature)."""
+    logit_scale_max: float = 100.0
+    """The scale is clamped to at most this after each step."""
+    learn_logit_scale: bool = True
+    """Train the scale; `false` keeps it fixed (the paper's text: constant 100)."""
+    tile: int = 4096
+    """Columns of the logits that are in memory at a time."""
+    two_pass: Literal["auto", "always"] = "auto"
+    """`auto` takes one forward pass where the batch of a rank is one micro-batch; `always` takes the two-pass way."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Optimizer, learning rates and schedule."""
+
+    name: Literal["adamw", "lamb"] = "adamw"
+    """AdamW or LAMB (trust ratio on every tensor with at least one non-zero weight, at weight decay 0 too)."""
+    lr: float = 1e-3
+    """Peak learning rate of what belongs to no tower (logit scale), and of a tower whose own rate is null."""
+    vision_lr: float | None = None
+    """Peak learning rate of the vision tower; null takes `lr`."""
+    text_lr: float | None = None
+    """Peak learning rate of the text tower; null takes `lr`."""
+    vision_layer_decay: float = 1.0
+    """Factor on the learning rate per layer down from the vision tower's head."""
+    text_layer_decay: float = 1.0
+    """Factor on the learning rate per layer down from the text tower's projection."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine, as a fraction of the peak."""
+    warmup: int = 10
+    """Steps of linear warm-up from 0."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of the first and second moments."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; none on 1-D tensors, positions, CLS and the logit scale."""
+    clip_grad: float = 3.0
+    """Largest global gradient norm; 0 does not clip."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the model is split over ranks; data parallelism is what is left."""
+
+    tensor: int = 1
+    """Tensor-parallel size."""
+    sequence: bool = False
+    """Sequence parallelism within the tensor-parallel group."""
+    pipeline: int = 1
+    """Pipeline-parallel size."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline rank (interleaved schedule)."""
+
+    def __post_init__(self) -> None:
+        for name, one in (("tensor", 1), ("sequence", False), ("pipeline", 1), ("virtual_pipeline", 1)):
+            value = getattr(self, name)
+            _require(
+                value == one,
+                f"parallel.{name}={value} is not supported yet: this version trains with data parallelism only, use parallel.{name}={one}".replace(
+                    "False", "false"
+                ).replace("True", "true"),
+            )
+
+
+@dataclass(kw_only=True)
+class PrecisionConfig:
+    """Arithmetic; master weights and optimizer states are always float32."""
+
+    compute: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights and activations in the forward and backward pass."""
+
+
+@dataclass(kw_only=True)
+class HardwareConfig:
+    """The machine."""
+
+    name: str = "custom"
+    """Name of the setting, as in configs/hardware/NAME.yaml."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU where there is one."""
+    timeout: int = 600
+    """Seconds after which a rank that waits for another gives up."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Saving."""
+
+    every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"checkpoint.every={self.every} must be at least 1")
+        _require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
+
+
+@dataclass(kw_only=True)
+class InitConfig:
+    """Where the weights come from when the run has no checkpoint of its own."""
+
+    vision: str = "none"
+    """Vision tower of a stage: a run's path, its name, its MLflow run id, `latest` (newest finished mim run), or `none`."""
+    checkpoint: str = "none"
+    """The whole model, for evaluation: a run's path, its name, its MLflow run id, or `latest` (newest finished clip run)."""
+    post_norm: float = 1.0
+    """Initial weight of the branch norms of a post-norm tower that starts from scratch (0 in EVA-01's masked stage)."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Zero-shot classification, retrieval and k-NN."""
+
+    shards: str = ""
+    """Test shards with images and captions or class labels; empty turns evaluation off."""
+    class_key: str = "cls"
+    """Extension of the class number in a sample; `classnames.txt` beside the shards has a name a line."""
+    templates: Literal["none", "simple", "openai"] = "none"
+    """Prompts around a class name: none, open_clip's short list, or its ImageNet list of 80."""
+    batch_size: int = 256
+    """Images or texts of one forward pass."""
+    retrieval: bool = True
+    """Measure image-text retrieval (recall at 1, 5 and 10, both ways)."""
+    knn_shards: str = ""
+    """Labelled shards that k-NN takes its neighbours from; empty leaves k-NN out."""
+    knn_k: int = 20
+    """Neighbours that vote."""
+    baselines: bool = True
+    """Measure k-NN of a random student and of the teacher too."""
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """MLflow, console and pictures."""
+
+    enabled: bool = True
+    """Log to MLflow; the console, metrics.jsonl and report.html are always written."""
+    uri: str = ""
+    """Tracking URI; empty takes MLFLOW_TRACKING_URI, else a sqlite file beside the runs."""
+    experiment: str = "w2s"
+    """MLflow experiment."""
+    system_metrics: bool = True
+    """Log CPU, memory and GPU use to MLflow."""
+    pictures: int = 8
+    """Images in the pictures at the end of a stage; 0 draws none."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything that a stage is told."""
+
+    stage: Literal["mim", "clip", "eval"] = "mim"
+    """The stage."""
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mim: MimConfig = field(default_factory=MimConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

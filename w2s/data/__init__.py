@@ -1,0 +1,1 @@
+"""Shards, the resumable stream, decoding and augmentation, masks, tokens."""

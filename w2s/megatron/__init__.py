@@ -1,0 +1,1 @@
+"""The only place that imports `megatron` or `transformer_engine`."""

@@ -1,0 +1,1 @@
+"""Frozen teachers: images in, patch features on the student's grid out."""

@@ -1,0 +1,1 @@
+"""The towers: plain model code that knows no ranks."""

@@ -1,0 +1,1 @@
+"""What a person sees of a run: MLflow, the console, pictures and the report."""
