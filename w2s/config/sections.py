@@ -347,6 +347,8 @@ class TrackingConfig:
     """Tracking URI; empty takes MLFLOW_TRACKING_URI, else a sqlite file beside the runs."""
     experiment: str = "w2s"
     """MLflow experiment."""
+    parent_run: str = ""
+    """MLflow run that this stage is a child of; set by `w2s run`."""
     system_metrics: bool = True
     """Log CPU, memory and GPU use to MLflow."""
     pictures: int = 8
