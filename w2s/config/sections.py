@@ -134,7 +134,7 @@ class DataConfig:
     """Name of the data set, as in configs/data/NAME.yaml."""
     builtin: Literal["none", "emoji"] = "none"
     """Data set that w2s builds from packages below `cache` when it is not there yet."""
-    cache: str = "${oc.env:W2S_CACHE,~/.cache/w2s}"
+    cache: str = "${oc.env:W2S_CACHE,'~/.cache/w2s'}"
     """Folder for built-in data sets; the environment variable W2S_CACHE changes it."""
     train: str = ""
     """Training shards: a folder, a glob or a brace pattern; `::` joins several."""
