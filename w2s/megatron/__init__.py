@@ -1,1 +1,7 @@
 """The only place that imports `megatron` or `transformer_engine`."""
+
+import warnings
+
+# Megatron says at every import that Apex and Transformer Engine are missing; `w2s doctor` says it once, where asked.
+warnings.filterwarnings("ignore", module=r"megatron\..*")
+warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)

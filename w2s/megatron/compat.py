@@ -1,0 +1,22 @@
+"""What differs between Megatron-Core releases (0.16.1 on Python 3.11, 0.19 on 3.12 and newer)."""
+
+from functools import partial
+from typing import Any
+
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+
+def replace_rng_tracker(tracker: Any) -> None:
+    """Make `tracker` the keeper of Megatron's random states."""
+    megatron_random._CUDA_RNG_STATE_TRACKER = tracker
+    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def mlp_spec(linear_fc1: type, linear_fc2: type) -> Any:
+    """Return the specification of an MLP out of its two linears."""
+    submodules = MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2)
+    if hasattr(MLP, "as_mlp_submodule"):  # 0.19
+        return partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=MLP, submodules=submodules)

@@ -1,0 +1,90 @@
+"""Megatron-Core on a machine without a GPU.
+
+Megatron-Core asks for CUDA by name in a few dozen places (devices, streams, tensor type names). On a CPU this module
+answers those questions; with a GPU it does nothing. `enable` is the only switch and may be called more than once.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _Stream:
+    """A CUDA stream on a machine that has none: everything is already in order."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Return at once: there is nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None:
+        """Return at once: there is nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Return at once: there is nothing to wait for."""
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+class CudaOnCpu(TorchFunctionMode):
+    """Turns `device="cuda"` and `.cuda()` into the CPU and gives tensor types their CUDA names."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` with every CUDA device among its arguments replaced by the CPU."""
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = torch.device("cpu")
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], torch.device("cpu"), *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron picks its buckets by names such as torch.cuda.FloatTensor.
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+class NoRngTracker:
+    """Stands in for Megatron's tracker of CUDA random states: our towers draw nothing inside the layers."""
+
+    @contextlib.contextmanager
+    def fork(self, name: str = "") -> Iterator[None]:
+        """Leave the random state as it is."""
+        yield
+
+    def is_initialized(self) -> bool:
+        """Say that the states are set, or Megatron refuses to run."""
+        return True
+
+    def get_states(self) -> dict[str, Any]:
+        """Return no states: there is nothing to save."""
+        return {}
+
+
+_enabled: list[CudaOnCpu] = []
+
+
+def enable() -> None:
+    """Let Megatron-Core run on this machine's CPU; does nothing where there is a GPU or when already enabled."""
+    if torch.cuda.is_available() or _enabled:
+        return
+    cpu = torch.device("cpu")
+    stand_ins = {
+        "current_device": lambda: cpu,
+        "current_stream": lambda *_: _Stream(),
+        "Stream": lambda *_, **__: _Stream(),
+        "stream": lambda _: contextlib.nullcontext(),
+        "synchronize": lambda *_: None,
+        "FloatTensor": lambda values: torch.tensor(values, dtype=torch.float),
+        "IntTensor": lambda values: torch.tensor(values, dtype=torch.int),
+    }
+    for name, stand_in in stand_ins.items():
+        setattr(torch.cuda, name, stand_in)
+    mode = CudaOnCpu()
+    mode.__enter__()
+    _enabled.append(mode)

@@ -1,0 +1,103 @@
+"""Process groups: the ranks of a run, and how they are split."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.distributed import ProcessGroup
+
+from w2s.config.sections import HardwareConfig, ParallelConfig
+from w2s.megatron import compat, cpu
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among all of them."""
+
+    rank: int
+    """Rank in the world."""
+    world_size: int
+    """Number of processes."""
+    data_rank: int
+    """Rank in the data-parallel group."""
+    data_size: int
+    """Size of the data-parallel group."""
+    data_group: ProcessGroup
+    """The data-parallel group: ranks that hold the same weights and see different samples."""
+    device: torch.device
+    """Where the model lives."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this process speaks for the run (logs, writes files)."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def share(self, value: object) -> object:
+        """Return rank 0's `value` on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: object) -> list[object]:
+        """Return the `value` of every data-parallel rank, in order."""
+        values: list[object] = [None] * self.data_size
+        dist.all_gather_object(values, value, group=self.data_group)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank."""
+        seen = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return bool(seen.item())
+
+
+def world_size() -> int:
+    """Return the number of ranks that the launcher started (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def start(parallel: ParallelConfig, hardware: HardwareConfig) -> Iterator[Ranks]:
+    """Join the process group and Megatron's groups; leave them at the end.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them; alone without them.
+    """
+    on_gpu = torch.cuda.is_available() and hardware.device != "cpu"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    cpu.enable()
+    timeout = timedelta(seconds=hardware.timeout)
+    backend = "nccl" if on_gpu else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            distributed_timeout_minutes=max(1, hardware.timeout // 60),
+        )
+        compat.replace_rng_tracker(cpu.NoRngTracker())
+        yield Ranks(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_size=parallel_state.get_data_parallel_world_size(),
+            data_group=parallel_state.get_data_parallel_group(),
+            device=device,
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

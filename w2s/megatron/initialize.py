@@ -1,0 +1,78 @@
+"""Weights drawn from a counter (seed and name), so that every parallel layout starts alike."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from w2s.megatron.tower import Tower
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a tensor starts: `normal` with a standard deviation, `uniform` within a bound, or a `constant`."""
+
+    kind: Literal["normal", "uniform", "constant"]
+    value: float
+
+
+def layer_number(tower: Tower, name: str) -> int | None:
+    """Return the number of the layer (from 0, over all pipeline stages) that parameter `name` is in, if it is in one."""
+    found = re.match(r"blocks\.layers\.(\d+)\.", name)
+    return tower.blocks.layers[int(found[1])].layer_number - 1 if found else None
+
+
+def global_name(tower: Tower, name: str) -> str:
+    """Return `name` with the layer numbered over all pipeline stages: `blocks.7.mlp.linear_fc1.weight`."""
+    number = layer_number(tower, name)
+    return name if number is None else re.sub(r"^blocks\.layers\.\d+\.", f"blocks.{number}.", name)
+
+
+def fill(tower: Tower, rule: Callable[[str], Init], seed: int) -> None:
+    """Fill every parameter of `tower` as `rule` says of its global name.
+
+    The whole tensor is drawn on the CPU in float32 and this rank's slice of it is kept.
+    """
+    with torch.no_grad():
+        for name, parameter in tower.named_parameters():
+            full_name = global_name(tower, name)
+            parameter.copy_(_slice(_draw(parameter, rule(full_name), f"{seed}/{full_name}"), parameter))
+
+
+def _draw(parameter: nn.Parameter, init: Init, counter: str) -> Tensor:
+    shape = list(parameter.shape)
+    if _is_split(parameter):
+        shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()  # type: ignore[attr-defined]
+    if init.kind == "constant":
+        return torch.full(shape, init.value)
+    digest = hashlib.sha256(counter.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    if init.kind == "normal":
+        return torch.randn(shape, generator=generator) * init.value
+    return (torch.rand(shape, generator=generator) * 2 - 1) * init.value
+
+
+def _slice(full: Tensor, parameter: nn.Parameter) -> Tensor:
+    if not _is_split(parameter):
+        return full
+    size, rank = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    return full.chunk(size, parameter.partition_dim)[rank]  # type: ignore[attr-defined]
+
+
+def _is_split(parameter: nn.Parameter) -> bool:
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def assign(tower: Tower, tensors: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors, by global name, into this rank's slices of `tower`'s parameters; every name must be there."""
+    with torch.no_grad():
+        for name, parameter in tower.named_parameters():
+            parameter.copy_(_slice(tensors[global_name(tower, name)], parameter))

@@ -1,0 +1,163 @@
+"""What a transformer layer is made of: norms, packed attention, the post-norm residual and the Q and V bias."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from w2s.megatron import compat
+
+
+def _mark_sequence_parallel(module: nn.Module, config: TransformerConfig) -> None:
+    # Under sequence parallelism a rank sees only its tokens: Megatron sums such gradients over the tensor group.
+    for parameter in module.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm with a weight (EVA-8B, EVA-18B)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        _mark_sequence_parallel(self, config)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with weight and bias (EVA02-E, the text tower)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        _mark_sequence_parallel(self, config)
+
+
+NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+class PackedAttention(nn.Module):
+    """Attention over packed rows: the tokens of an image stand next to each other.
+
+    `attention_mask` is a boolean tensor [images, tokens] that only tells how the rows are packed; every token is real.
+    """
+
+    def __init__(self, config: TransformerConfig, attn_mask_type: AttnMaskType, **unused: Any) -> None:
+        super().__init__()
+        self.causal = attn_mask_type == AttnMaskType.causal
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **unused: Any) -> Tensor:
+        """Attend within each image.
+
+        Args:
+            query, key, value: [images * tokens, 1, heads, head width].
+            attention_mask: [images, tokens].
+
+        Returns:
+            [images * tokens, 1, heads * head width].
+        """
+        images, tokens = attention_mask.shape
+        q, k, v = (x.view(images, tokens, *x.shape[2:]).transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return out.transpose(1, 2).reshape(images * tokens, 1, -1)
+
+
+class PostNormAdd(nn.Module):
+    """residual + norm(branch + bias), in the place of Megatron's bias-dropout-add (EVA-18B, EVA02-E)."""
+
+    def __init__(self, config: TransformerConfig, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(self, training: bool, fused: bool) -> Any:
+        """Return the function that Megatron calls with (branch, bias), residual and dropout."""
+        return self._add
+
+    def _add(self, branch_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        branch, bias = branch_and_bias
+        return residual + self.norm(branch if bias is None else branch + bias)
+
+
+class PlainQKV(ColumnParallelLinear):
+    """The fused Q, K, V projection without a bias, which Megatron's layer would add to every linear."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "bias": False})
+
+
+class QVBiasQKV(PlainQKV):
+    """The fused Q, K, V projection with a bias on Q and V only (EVA02-E, EVA01-g)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = kwargs["config"]
+        self.head_width = config.kv_channels
+        for name in ("q_bias", "v_bias"):
+            bias = nn.Parameter(torch.zeros(self.output_size_per_partition // 3, dtype=config.params_dtype))
+            bias.tensor_model_parallel, bias.partition_dim, bias.partition_stride = True, 0, 1  # type: ignore[attr-defined]
+            self.register_parameter(name, bias)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Project, then add the bias in Megatron's row order: (q, k, v) of a head next to each other."""
+        out, _ = super().forward(*args, **kwargs)
+        q, v = (bias.view(-1, self.head_width) for bias in (self.q_bias, self.v_bias))
+        return out + torch.stack([q, torch.zeros_like(q), v], dim=1).flatten(), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """Describe the weight and both biases as split over their first axis."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        return make_sharded_tensors_for_checkpoint(
+            state,
+            prefix,
+            dict.fromkeys(state, 0),
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class FullBiasQKV(ColumnParallelLinear):
+    """The fused Q, K, V projection with a bias on all three (CLIP's text tower)."""
+
+
+QKV_LINEARS: dict[str, type[nn.Module]] = {"none": PlainQKV, "qv": QVBiasQKV, "qkv": FullBiasQKV}
+
+
+def layer_spec(config: TransformerConfig, norm: str, placement: str, qkv_bias: str, causal: bool) -> ModuleSpec:
+    """Return the specification of one layer.
+
+    Args:
+        config: Megatron's configuration of the stack.
+        norm: `rmsnorm` or `layernorm`.
+        placement: `pre` (x + f(norm(x))) or `post` (x + norm(f(x))).
+        qkv_bias: `none`, `qv` or `qkv`.
+        causal: whether a token sees only those before it.
+    """
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=QKV_LINEARS[qkv_bias], core_attention=PackedAttention, linear_proj=RowParallelLinear
+        ),
+    )
+    mlp = compat.mlp_spec(ColumnParallelLinear, RowParallelLinear)
+    if placement == "post":
+        add = ModuleSpec(module=PostNormAdd, params={"config": config, "norm": NORMS[norm]})
+        submodules = TransformerLayerSubmodules(self_attention=attention, self_attn_bda=add, mlp=mlp, mlp_bda=add)
+    else:
+        submodules = TransformerLayerSubmodules(
+            input_layernorm=NORMS[norm],
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=NORMS[norm],
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        )
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)

@@ -1,0 +1,45 @@
+"""Megatron's schedules: a pass over micro-batches, forward only or forward and backward."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""Takes a micro-batch's output, returns its loss and what to report."""
+
+Forward = Callable[[nn.Module, Any], tuple[Tensor, Loss]]
+"""Takes the model and a micro-batch, returns the output and the loss that it goes into."""
+
+
+def forward_backward(model: nn.Module, micro_batches: Sequence[Any], forward: Forward) -> list[dict[str, Tensor]]:
+    """Accumulate the gradients of the mean loss over micro-batches; return what each reported (last stage only)."""
+    return _run(model, micro_batches, forward, forward_only=False)
+
+
+@torch.no_grad()
+def forward_only(
+    model: nn.Module, micro_batches: Sequence[Any], forward: Callable[[nn.Module, Any], Tensor]
+) -> list[Tensor]:
+    """Return the model's output of each micro-batch, without gradients (last stage only)."""
+
+    def keep(model: nn.Module, micro_batch: Any) -> tuple[Tensor, Loss]:
+        output = forward(model, micro_batch)
+        return output, lambda output: (output.new_zeros(()), {"output": output})
+
+    return [reported["output"] for reported in _run(model, micro_batches, keep, forward_only=True)]
+
+
+def _run(model: nn.Module, micro_batches: Sequence[Any], forward: Forward, forward_only: bool) -> list[dict[str, Tensor]]:
+    result: list[dict[str, Tensor]] = get_forward_backward_func()(
+        forward_step_func=lambda batches, model: forward(model, next(batches)),
+        data_iterator=iter(micro_batches),
+        model=[model],
+        num_microbatches=len(micro_batches),
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return result

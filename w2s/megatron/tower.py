@@ -1,0 +1,135 @@
+"""The transformer layers of a tower, as many of them as this pipeline stage holds, over packed rows."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from w2s.config.sections import ParallelConfig
+from w2s.megatron.layers import layer_spec
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """What the layers of a tower look like."""
+
+    layers: int
+    width: int
+    heads: int
+    mlp_width: int
+    norm: str
+    """`rmsnorm` or `layernorm`."""
+    norm_placement: str
+    """`pre` or `post`."""
+    norm_eps: float
+    qkv_bias: str
+    """`none`, `qv` (EVA) or `qkv` (CLIP's text tower)."""
+    causal: bool
+
+
+def transformer_config(shape: StackShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Return Megatron's configuration of a stack: exact GELU, no dropout, weights left for us to fill."""
+    interleaved = parallel.virtual_pipeline > 1
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.width,
+        num_attention_heads=shape.heads,
+        ffn_hidden_size=shape.mlp_width,
+        normalization="RMSNorm" if shape.norm == "rmsnorm" else "LayerNorm",
+        layernorm_epsilon=shape.norm_eps,
+        activation_func=F.gelu,
+        add_bias_linear=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        # With the defaults two ranks pair their messages wrongly and train on, silently, with wrong gradients.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+    )
+
+
+class Tower(MegatronModule):
+    """Base of the towers: the part of a model that a Megatron schedule can drive.
+
+    Attributes:
+        first: whether this pipeline stage embeds the input.
+        last: whether this pipeline stage makes the output.
+        blocks: the transformer layers of this stage.
+    """
+
+    def __init__(self, shape: StackShape, parallel: ParallelConfig, dtype: torch.dtype, chunk: int = 0) -> None:
+        super().__init__(config=transformer_config(shape, parallel, dtype))
+        chunk_or_none = chunk if parallel.virtual_pipeline > 1 else None
+        stage = {"ignore_virtual": chunk_or_none is None, "vp_stage": chunk_or_none}
+        self.first = parallel_state.is_pipeline_first_stage(**stage)
+        self.last = parallel_state.is_pipeline_last_stage(**stage)
+        spec = layer_spec(self.config, shape.norm, shape.norm_placement, shape.qkv_bias, shape.causal)
+        count = get_num_layers_to_build(self.config, vp_stage=chunk_or_none)
+        self.blocks = TransformerBlock(
+            self.config,
+            TransformerBlockSubmodules(layer_specs=[spec] * count),
+            post_layer_norm=False,
+            pre_process=self.first,
+            post_process=self.last,
+            vp_stage=chunk_or_none,
+        )
+        # What Megatron's schedules and DDP ask of a model.
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = self.first, self.last
+        self.share_embeddings_and_output_weights = False
+        self.vp_stage = chunk_or_none
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """Take the activations of the pipeline stage before this one."""
+        self.blocks.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
+
+    def run_layers(self, embedded: Tensor | None, images: int, tokens: int) -> Tensor:
+        """Run this stage's layers.
+
+        Args:
+            embedded: [images, tokens, width] on the first stage, None on the others.
+            images: sequences in the batch.
+            tokens: tokens of a sequence.
+
+        Returns:
+            [images, tokens, width] on the last stage, packed rows [rows, 1, width] elsewhere.
+        """
+        rows = None
+        if embedded is not None:
+            rows = embedded.reshape(images * tokens, 1, -1)
+            if self.config.sequence_parallel:
+                rows = scatter_to_sequence_parallel_region(rows)
+        packing = torch.ones(1, 1, dtype=torch.bool, device=next(self.parameters()).device).expand(images, tokens)
+        rows = self.blocks(rows, attention_mask=packing)
+        if not self.last:
+            return rows
+        if self.config.sequence_parallel:
+            # Every tensor-parallel rank computes the same head: its gradient is whole already, not a part to be summed.
+            rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False)
+        return rows.view(images, tokens, -1)

@@ -1,0 +1,79 @@
+"""The two towers of a CLIP: images and captions into one space."""
+
+import torch
+from torch import Tensor, nn
+
+from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
+from w2s.megatron.tower import StackShape, Tower
+from w2s.towers.norms import make_norm
+from w2s.towers.vision import VisionTower
+
+TEXT_NORM_EPS = 1e-5
+
+
+class ImageTower(VisionTower):
+    """The vision tower with a projection of the CLS token (baaivision/EVA, shinji/eva_clip/eva_vit_model.py)."""
+
+    def __init__(self, shape: VisionConfig, embed_dim: int, parallel: ParallelConfig, dtype: torch.dtype) -> None:
+        super().__init__(shape, parallel, dtype)
+        if self.last:
+            self.head = nn.Linear(shape.width, embed_dim, bias=shape.qkv_bias, dtype=dtype)
+
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Embed images.
+
+        Args:
+            images: [n, 3, side, side], normalised.
+            kept: int64 [n, k], the patches that patch dropout keeps; None keeps all.
+
+        Returns:
+            [n, embed_dim], not normalised, on the last pipeline stage; packed rows elsewhere.
+        """
+        tokens = self.encode(images, kept=kept)
+        return self.head(tokens[:, 0]) if self.last else tokens
+
+
+class TextTower(Tower):
+    """CLIP's causal text transformer; it also keeps the logit scale, which lives where the features are made.
+
+    Source: baaivision/EVA, shinji/eva_clip/transformer.py.
+    """
+
+    def __init__(self, shape: TextConfig, embed_dim: int, parallel: ParallelConfig, dtype: torch.dtype) -> None:
+        stack = StackShape(
+            layers=shape.layers,
+            width=shape.width,
+            heads=shape.heads,
+            mlp_width=shape.mlp_width,
+            norm="layernorm",
+            norm_placement="pre",
+            norm_eps=TEXT_NORM_EPS,
+            qkv_bias="qkv",
+            causal=True,
+        )
+        super().__init__(stack, parallel, dtype)
+        self.shape = shape
+        if self.first:
+            self.token_embedding = nn.Parameter(torch.empty(shape.vocab_size, shape.width, dtype=dtype))
+            self.positional_embedding = nn.Parameter(torch.empty(shape.context_length, shape.width, dtype=dtype))
+        if self.last:
+            self.ln_final = make_norm("layernorm", shape.width, TEXT_NORM_EPS, dtype)
+            self.text_projection = nn.Parameter(torch.empty(shape.width, embed_dim, dtype=dtype))
+            # bfloat16 cannot hold ln 100.
+            self.logit_scale = nn.Parameter(torch.empty((), dtype=torch.float32))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Embed captions.
+
+        Args:
+            tokens: int64 [n, context]; the end token has the largest id.
+
+        Returns:
+            [n, embed_dim], not normalised, on the last pipeline stage; packed rows elsewhere.
+        """
+        embedded = self.token_embedding[tokens] + self.positional_embedding if self.first else None
+        hidden = self.run_layers(embedded, *tokens.shape)
+        if not self.last:
+            return hidden
+        ends = hidden[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)]
+        return self.ln_final(ends) @ self.text_projection

@@ -1,0 +1,72 @@
+"""How the towers' weights start."""
+
+import math
+import re
+from collections.abc import Callable
+
+from w2s.config.sections import TextConfig, VisionConfig
+from w2s.megatron.initialize import Init
+
+ONE = Init("constant", 1.0)
+ZERO = Init("constant", 0.0)
+
+
+def vision_rule(shape: VisionConfig, post_norm: float) -> Callable[[str], Init]:
+    """Return the start of each parameter of a vision tower, by its global name.
+
+    Normal with std 0.02, the output projections divided by sqrt(2 * layer) (baaivision/EVA,
+    shinji/eva_clip/eva_vit_model.py); torch's default for the patch embedding. The head starts at 1 / sqrt(width), as
+    CLIP's projections do: EVA's 2e-5 gives it a gradient that dominates the global norm.
+
+    Args:
+        shape: the tower's configuration.
+        post_norm: weight of the branch norms of a post-norm tower.
+    """
+    patch_bound = 1 / math.sqrt(3 * shape.patch_size**2)
+
+    def rule(name: str) -> Init:
+        layer = re.match(r"blocks\.(\d+)\.", name)
+        if name.startswith("patch_embed"):
+            return Init("uniform", patch_bound)
+        if name.endswith("bias"):
+            return ZERO
+        if "_bda.norm" in name:
+            return Init("constant", post_norm)
+        if "norm" in name:
+            return ONE
+        if name.startswith("head"):
+            return Init("normal", shape.width**-0.5)
+        if layer and name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            return Init("normal", 0.02 / math.sqrt(2 * (int(layer[1]) + 1)))
+        return Init("normal", 0.02)
+
+    return rule
+
+
+def text_rule(shape: TextConfig, logit_scale: float) -> Callable[[str], Init]:
+    """Return the start of each parameter of a text tower, by its global name.
+
+    Source: CLIP's initialisation as in baaivision/EVA, shinji/eva_clip/transformer.py.
+
+    Args:
+        shape: the tower's configuration.
+        logit_scale: scale of the logits; its logarithm is the parameter.
+    """
+    width = shape.width**-0.5
+    starts = {
+        "token_embedding": Init("normal", 0.02),
+        "positional_embedding": Init("normal", 0.01),
+        "text_projection": Init("normal", width),
+        "logit_scale": Init("constant", math.log(logit_scale)),
+        "linear_qkv.weight": Init("normal", width),
+        "linear_proj.weight": Init("normal", width * (2 * shape.layers) ** -0.5),
+        "linear_fc2.weight": Init("normal", width * (2 * shape.layers) ** -0.5),
+        "linear_fc1.weight": Init("normal", (2 * shape.width) ** -0.5),
+    }
+
+    def rule(name: str) -> Init:
+        if name.endswith("bias"):
+            return ZERO
+        return next((start for ending, start in starts.items() if name.endswith(ending)), ONE)
+
+    return rule

@@ -1,0 +1,70 @@
+"""The EVA vision transformer: patch embedding, CLS token, learned positions, layers, final norm."""
+
+import torch
+from torch import Tensor, nn
+
+from w2s.config.sections import ParallelConfig, VisionConfig
+from w2s.megatron.tower import StackShape, Tower
+from w2s.towers.norms import make_norm
+
+NORM_EPS = 1e-6
+
+
+def vision_stack(config: VisionConfig) -> StackShape:
+    """Return the shape of the vision tower's layers (baaivision/EVA, shinji/eva_clip/eva_vit_model.py)."""
+    return StackShape(
+        layers=config.layers,
+        width=config.width,
+        heads=config.heads,
+        mlp_width=config.mlp_width,
+        norm=config.norm,
+        norm_placement=config.norm_placement,
+        norm_eps=NORM_EPS,
+        qkv_bias="qv" if config.qkv_bias else "none",
+        causal=False,
+    )
+
+
+class VisionTower(Tower):
+    """Images to normed tokens; the masked student and CLIP's image tower put a head on it.
+
+    Attributes:
+        shape: the configuration that it was built from.
+    """
+
+    def __init__(self, shape: VisionConfig, parallel: ParallelConfig, dtype: torch.dtype) -> None:
+        super().__init__(vision_stack(shape), parallel, dtype)
+        self.shape = shape
+        if self.first:
+            patch = shape.patch_size
+            self.patch_embed = nn.Conv2d(3, shape.width, kernel_size=patch, stride=patch, dtype=dtype)
+            self.cls_token = nn.Parameter(torch.empty(1, 1, shape.width, dtype=dtype))
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + shape.patches, shape.width, dtype=dtype))
+        if self.last:
+            self.norm = make_norm(shape.norm, shape.width, NORM_EPS, dtype)
+
+    def encode(self, images: Tensor, masks: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+        """Run the tower up to its final norm, or up to the end of this pipeline stage.
+
+        Args:
+            images: [n, 3, side, side], normalised.
+            masks: bool [n, patches], True where the mask token takes a patch's place; None masks nothing.
+            kept: int64 [n, k], the patches that patch dropout keeps; None keeps all.
+
+        Returns:
+            Tokens [n, 1 + patches (or k), width] with CLS first on the last stage, packed rows elsewhere.
+        """
+        embedded = self._embed(images, masks, kept) if self.first else None
+        patches = self.shape.patches if kept is None else kept.shape[1]
+        tokens = self.run_layers(embedded, len(images), 1 + patches)
+        return self.norm(tokens) if self.last else tokens
+
+    def _embed(self, images: Tensor, masks: Tensor | None, kept: Tensor | None) -> Tensor:
+        patches = self.patch_embed(images.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        if masks is not None:
+            patches = torch.where(masks.unsqueeze(-1), self.mask_token, patches)
+        patches = patches + self.pos_embed[:, 1:]
+        if kept is not None:
+            patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+        return torch.cat([cls_token, patches], dim=1)
