@@ -11,6 +11,12 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_positive(section: object, prefix: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value >= 1, f"{prefix}.{name}={value} must be at least 1")
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     """Where a run lives and what it is called."""
@@ -49,6 +55,7 @@ class VisionConfig:
     """Bias on Q and V (never on K) and on the projection head."""
 
     def __post_init__(self) -> None:
+        _require_positive(self, "model.vision", ("image_size", "patch_size", "layers", "width", "heads", "mlp_width"))
         _require(
             self.image_size % self.patch_size == 0,
             f"model.vision.image_size={self.image_size} is not a multiple of patch_size={self.patch_size}: "
@@ -88,6 +95,7 @@ class TextConfig:
     """Hidden width of the MLP (CLIP: 4 x width)."""
 
     def __post_init__(self) -> None:
+        _require_positive(self, "model.text", ("context_length", "vocab_size", "layers", "width", "heads", "mlp_width"))
         _require(
             self.width % self.heads == 0,
             f"model.text.width={self.width} is not divisible by heads={self.heads}: change one of them",
@@ -115,7 +123,10 @@ class TeacherConfig:
     name: str = "custom"
     """Name of the teacher, as in configs/teacher/NAME.yaml."""
     source: str = "efficientnet_lite0"
-    """`efficientnet_lite0` (weights from its package), `timm:MODEL[@FILE]` or `open_clip:MODEL[@FILE]`; without a file the weights are random."""
+    """`efficientnet_lite0` (weights from its package), `timm:MODEL[@FILE]` or `open_clip:MODEL[@FILE]`.
+
+    Without a file the weights are random.
+    """
     image_size: int = 0
     """Side of the teacher's input in pixels; 0 takes the size that gives one teacher feature per student patch."""
     target_norm: Literal["none", "standardize"] = "none"
@@ -176,9 +187,7 @@ class TrainConfig:
     """Steps between evaluations while training; 0 evaluates only at the end."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "log_every"):
-            value = getattr(self, name)
-            _require(value >= 1, f"train.{name}={value} must be at least 1")
+        _require_positive(self, "train", ("steps", "global_batch", "micro_batch", "log_every"))
 
 
 @dataclass(kw_only=True)
@@ -263,9 +272,8 @@ class ParallelConfig:
             value = getattr(self, name)
             _require(
                 value == one,
-                f"parallel.{name}={value} is not supported yet: this version trains with data parallelism only, use parallel.{name}={one}".replace(
-                    "False", "false"
-                ).replace("True", "true"),
+                f"parallel.{name}={str(value).lower()} is not supported yet: this version trains with data parallelism "
+                f"only, use parallel.{name}={str(one).lower()}",
             )
 
 
@@ -299,8 +307,7 @@ class CheckpointConfig:
     """Newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, f"checkpoint.every={self.every} must be at least 1")
-        _require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
+        _require_positive(self, "checkpoint", ("every", "keep"))
 
 
 @dataclass(kw_only=True)
@@ -308,9 +315,9 @@ class InitConfig:
     """Where the weights come from when the run has no checkpoint of its own."""
 
     vision: str = "none"
-    """Vision tower of a stage: a run's path, its name, its MLflow run id, `latest` (newest finished mim run), or `none`."""
+    """Vision tower: a run's path, its name, its MLflow run id, `latest` (newest finished mim run), or `none`."""
     checkpoint: str = "none"
-    """The whole model, for evaluation: a run's path, its name, its MLflow run id, or `latest` (newest finished clip run)."""
+    """The model to evaluate: a run's path, its name, its MLflow run id, or `latest` (newest finished clip run)."""
     post_norm: float = 1.0
     """Initial weight of the branch norms of a post-norm tower that starts from scratch (0 in EVA-01's masked stage)."""
 

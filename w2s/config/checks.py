@@ -1,0 +1,148 @@
+"""Checks across sections and against the machine: what a user would get wrong is refused before a run starts."""
+
+import torch
+
+from w2s.config.sections import Config, HardwareConfig, TrainConfig
+from w2s.errors import ConfigError
+
+_INTERVALS = {
+    "data.lanes": "[1, inf)",
+    "data.shuffle": "[1, inf)",
+    "data.workers": "[0, inf)",
+    "data.max_bad_fraction": "[0, 1]",
+    "mim.min_block": "[1, inf)",
+    "mim.block_aspect": "(0, 1]",
+    "clip.patch_dropout": "[0, 1)",
+    "clip.logit_scale": "(0, inf)",
+    "clip.tile": "[1, inf)",
+    "optim.lr": "(0, inf)",
+    "optim.vision_lr": "(0, inf)",
+    "optim.text_lr": "(0, inf)",
+    "optim.vision_layer_decay": "(0, 1]",
+    "optim.text_layer_decay": "(0, 1]",
+    "optim.min_lr": "[0, 1]",
+    "optim.warmup": "[0, inf)",
+    "optim.eps": "(0, inf)",
+    "optim.weight_decay": "[0, inf)",
+    "optim.clip_grad": "[0, inf)",
+    "teacher.batch_size": "[1, inf)",
+    "eval.batch_size": "[1, inf)",
+    "eval.knn_k": "[1, inf)",
+    "hardware.timeout": "[1, inf)",
+}
+"""Where a number must lie, in the notation of intervals; null is always allowed."""
+
+
+def check(config: Config, world_size: int, local_size: int) -> None:
+    """Refuse what cannot run.
+
+    Args:
+        config: the configuration of one stage.
+        world_size: ranks in all.
+        local_size: ranks on this machine.
+
+    Raises:
+        ConfigError: with the key, its value and legal values.
+    """
+    for key, interval in _INTERVALS.items():
+        _check_interval(config, key, interval)
+    _check_device(config.hardware, local_size)
+    if config.stage == "eval":
+        _check_eval(config)
+    else:
+        _check_training(config, world_size)
+
+
+def _check_training(config: Config, world_size: int) -> None:
+    if not config.data.train:
+        raise ConfigError("data.train is empty: give the training shards, such as data.train='shards/{0000..0099}.tar'")
+    _check_pairs(config)
+    _check_schedule(config)
+    _check_batch(config.train, world_size // (config.parallel.tensor * config.parallel.pipeline))
+    if config.stage == "mim":
+        _check_masks(config)
+    elif config.clip.logit_scale > config.clip.logit_scale_max:
+        raise ConfigError(
+            f"clip.logit_scale={config.clip.logit_scale:g} is above clip.logit_scale_max="
+            f"{config.clip.logit_scale_max:g}: raise the maximum"
+        )
+
+
+def _check_eval(config: Config) -> None:
+    if not config.eval.shards:
+        raise ConfigError("eval.shards is empty: give the test shards, such as eval.shards='test/{00..09}.tar'")
+    if config.init.checkpoint == "none":
+        raise ConfigError("init.checkpoint=none leaves nothing to evaluate: give a clip run, or latest")
+
+
+def _check_interval(config: Config, key: str, interval: str) -> None:
+    section, _, name = key.partition(".")
+    value = getattr(getattr(config, section), name)
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    if value is None:
+        return
+    above = value >= low if interval.startswith("[") else value > low
+    below = value <= high if interval.endswith("]") else value < high
+    if not (above and below):
+        raise ConfigError(f"{key}={value} is outside of {interval}")
+
+
+def _check_pairs(config: Config) -> None:
+    """The two-sided keys: crops and the decays of the moments."""
+    low, high = config.data.crop_scale
+    if not 0 < low <= high <= 1:
+        raise ConfigError(f"data.crop_scale=[{low}, {high}] must rise within (0, 1], such as [0.2, 1.0]")
+    low, high = config.data.crop_ratio
+    if not 0 < low <= high:
+        raise ConfigError(f"data.crop_ratio=[{low}, {high}] must rise and be positive, such as [0.75, 1.33]")
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise ConfigError(f"optim.betas={list(config.optim.betas)} must lie in [0, 1), such as [0.9, 0.98]")
+
+
+def _check_schedule(config: Config) -> None:
+    warmup, steps = config.optim.warmup, config.train.steps
+    if warmup >= steps:
+        raise ConfigError(
+            f"optim.warmup={warmup} must be less than train.steps={steps}: use optim.warmup={steps // 10}"
+        )
+
+
+def _check_batch(train: TrainConfig, replicas: int) -> None:
+    """The global batch must be a whole number of micro-batches on every data-parallel rank."""
+    batch, micro = train.global_batch, train.micro_batch
+    if batch % replicas:
+        below, above = batch // replicas * replicas, -(-batch // replicas) * replicas
+        choice = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"train.global_batch={batch} is not divisible by {replicas} data-parallel ranks: "
+            f"use train.global_batch={choice}"
+        )
+    share = batch // replicas
+    if share % micro:
+        legal = next(size for size in range(min(micro, share), 0, -1) if share % size == 0)
+        raise ConfigError(
+            f"train.micro_batch={micro} does not divide the {share} samples of a rank (train.global_batch={batch} on "
+            f"{replicas} data-parallel rank{'s' * (replicas > 1)}): use train.micro_batch={legal}"
+        )
+
+
+def _check_masks(config: Config) -> None:
+    masked, patches = config.mim.masked_patches, config.model.vision.patches
+    if not 0 < masked < patches:
+        raise ConfigError(
+            f"mim.masked_patches={masked} must lie between 1 and {patches - 1}: an image has {patches} patches, "
+            f"EVA masks 40 %, use mim.masked_patches={max(1, round(0.4 * patches))}"
+        )
+    if config.mim.min_block > masked:
+        raise ConfigError(
+            f"mim.min_block={config.mim.min_block} is more than mim.masked_patches={masked}: "
+            f"use mim.min_block={max(1, masked // 4)}"
+        )
+
+
+def _check_device(hardware: HardwareConfig, local_size: int) -> None:
+    cards = torch.cuda.device_count()
+    if hardware.device == "cuda" and not cards:
+        raise ConfigError("this machine has no GPU that torch can use, but hardware.device=cuda: use hardware=cpu")
+    if hardware.device != "cpu" and 0 < cards < local_size:
+        raise ConfigError(f"{local_size} ranks on a machine with {cards} GPUs: use --nproc {cards}, or hardware=cpu")

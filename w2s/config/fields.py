@@ -1,0 +1,70 @@
+"""The keys of the configuration: their types, in words that a user reads, and the nearest to a misspelt one."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from w2s.config.sections import Config
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+
+
+def _leaves(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    hints = get_type_hints(section)
+    for field in fields(section):
+        hint = hints[field.name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            yield from _leaves(hint, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, hint
+
+
+FIELDS: dict[str, Any] = dict(_leaves(Config, ""))
+"""Type of every value by its full key, such as `train.steps`."""
+
+SECTIONS: frozenset[str] = frozenset(
+    ".".join(parts[:length]) for parts in (key.split(".") for key in FIELDS) for length in range(1, len(parts))
+)
+"""Full key of every section, such as `model.vision`."""
+
+
+def is_text(key: str) -> bool:
+    """Whether the value of a key is text, which is taken as it stands and not read as YAML."""
+    hint = FIELDS.get(key)
+    return hint is str or get_origin(hint) is Literal
+
+
+def expected(key: str) -> str:
+    """What a key takes, in words."""
+    return _in_words(FIELDS[key])
+
+
+def _in_words(hint: Any) -> str:
+    arguments = get_args(hint)
+    match get_origin(hint):
+        case origin if origin is Literal:
+            return "one of " + ", ".join(map(str, arguments))
+        case origin if origin is UnionType:
+            return " or ".join(map(_in_words, arguments))
+        case origin if origin is tuple:
+            return f"a list of {len(arguments)} numbers"
+        case _:
+            return _WORDS[hint]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The name most like a misspelt one.
+
+    A name that ends alike counts as near too: `stepz` and `optimizer.lr` find `train.steps` and `optim.lr`.
+    """
+    candidates = list(names)
+    last = name.rpartition(".")[2]
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
+        end = difflib.SequenceMatcher(None, last, candidate.rpartition(".")[2]).ratio()
+        return max(whole, (whole + 2 * end) / 3)
+
+    return max(candidates, key=likeness)

@@ -1,0 +1,168 @@
+"""Composition of the configuration from the YAML files of `configs/` and the overrides of a command line.
+
+Later layers win: the defaults of the dataclasses, `stage/STAGE.yaml`, the chosen files of the groups in the order of
+`GROUPS`, the overrides in the order in which they were given. Every file speaks of the whole configuration, so that
+a teacher may set `mim.masked_patches` too.
+"""
+
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from w2s.config.fields import FIELDS, SECTIONS, expected, is_text, nearest
+from w2s.config.sections import Config
+from w2s.errors import ConfigError
+
+STAGES = ("mim", "clip", "eval")
+GROUPS = ("model", "teacher", "data", "hardware")
+
+
+def load(stage: str, overrides: Sequence[str] = ()) -> Config:
+    """Compose the configuration of a stage.
+
+    Args:
+        stage: one of `STAGES`.
+        overrides: `key=value` with a full key, or `group=NAME` for a file of `configs/GROUP` (or any path that ends
+            in `.yaml`).
+
+    Raises:
+        ConfigError: for an unknown key, group file or stage, a value of the wrong type, or a file that is not YAML.
+    """
+    choices, assignments = _split(overrides)
+    document = _stage_document(stage)
+    choices = document.pop("defaults") | choices
+    node = OmegaConf.structured(Config)
+    _merge(node, document, f"stage/{stage}.yaml")
+    for group in GROUPS:
+        document = read_document(group, choices[group])
+        part = _on_stage(document.pop("on_stage", {}), stage, choices[group])
+        _merge(node, document, choices[group])
+        _merge(node, part, choices[group])
+    for key, text in assignments:
+        _assign(node, key, text if is_text(key) else _value(key, text), "")
+    return _typed(node)
+
+
+def defaults_of(stage: str) -> dict[str, str]:
+    """The file of each group that a stage takes unless told otherwise."""
+    return cast("dict[str, str]", _stage_document(stage)["defaults"])
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML, in the order of the sections."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def read_document(group: str, name: str) -> dict[str, Any]:
+    """The content of `configs/GROUP/NAME.yaml`, or of the file that a path ending in `.yaml` names.
+
+    Raises:
+        ConfigError: when there is no such file or it holds no YAML mapping.
+    """
+    path = Path(name).expanduser() if name.endswith(".yaml") else _find(group, name)
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"{group}={name} cannot be read: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path} is not valid YAML: {error.problem}{line}") from error
+    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} is not valid YAML: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a list: write `key: value` lines")
+    return cast("dict[str, Any]", content)
+
+
+def _find(group: str, name: str) -> Traversable:
+    folder = files("w2s.configs") / group
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+        raise ConfigError(
+            f"{group}={name} does not exist: did you mean {group}={nearest(name, names)}? "
+            f"There are {', '.join(names)}, and any path that ends in .yaml"
+        )
+    return path
+
+
+def _stage_document(stage: str) -> dict[str, Any]:
+    if stage not in STAGES:
+        raise ConfigError(f"stage {stage} does not exist: use {', '.join(STAGES)}")
+    return read_document("stage", stage)
+
+
+def _on_stage(parts: Any, stage: str, name: str) -> dict[str, Any]:
+    if not isinstance(parts, dict) or not set(parts) <= set(STAGES):
+        raise ConfigError(f"{name}: on_stage takes sections below {', '.join(STAGES)}, not {parts}")
+    return cast("dict[str, Any]", parts.get(stage, {}))
+
+
+def _split(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Chosen group files, and the other overrides as (key, text)."""
+    choices: dict[str, str] = {}
+    assignments = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not of the form key=value, such as train.steps=100")
+        if key == "stage":
+            raise ConfigError(f"{override}: the stage is chosen by the command, as in `w2s stage {text}`")
+        if key in GROUPS:
+            choices[key] = text
+        else:
+            assignments.append((key, text))
+    return choices, assignments
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{key}={text} is not valid YAML: {_first_line(error)}") from error
+
+
+def _merge(node: DictConfig, document: dict[str, Any], origin: str) -> None:
+    for key, value in _flatten(document, ""):
+        _assign(node, key, value, f"{origin}: ")
+
+
+def _flatten(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in FIELDS:
+            yield from _flatten(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _assign(node: DictConfig, key: str, value: Any, origin: str) -> None:
+    if key in SECTIONS:
+        raise ConfigError(f"{origin}{key}={value}: {key} is a section, set one of its keys, such as {_key_in(key)}")
+    if key not in FIELDS:
+        raise ConfigError(f"{origin}unknown key {key}: did you mean {nearest(key, FIELDS)}?")
+    try:
+        OmegaConf.update(node, key, value, merge=False)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"{origin}{key}={value} is not {expected(key)}") from error
+
+
+def _key_in(section: str) -> str:
+    return next(key for key in FIELDS if key.startswith(f"{section}."))
+
+
+def _typed(node: DictConfig) -> Config:
+    try:
+        return cast(Config, OmegaConf.to_object(node))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key} cannot be resolved: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
