@@ -76,9 +76,27 @@ class Optimizer:
         _, grad_norm, _ = self.sharded.step()
         return torch.as_tensor(grad_norm)
 
+    def prepare_to_load(self) -> None:
+        """Make the moments of every slice, so that a checkpoint has a place to go to before the first step."""
+        _empty_state(self.sharded.optimizer)
+
+    def set_step(self, step: int) -> None:
+        """Say how many updates were made (for the bias correction): Megatron keeps it only for some optimizers."""
+        for state in self.sharded.optimizer.state.values():
+            state["step"] = torch.tensor(float(step))
+
     def reload_weights(self) -> None:
         """Take the towers' weights over into the master weights (after weights were loaded or clamped)."""
         self.sharded.reload_model_params()
+
+
+class _ReshardableOptimizer(DistributedOptimizer):
+    """Megatron's distributed optimizer, whose reshardable checkpoints forget that torch's AdamW keeps a `step`."""
+
+    def _set_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
+        group, place = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
+        super()._set_main_param_and_optimizer_states(model_param, {"step": state["step"], **tensors})
 
 
 def _named_parameters(towers: dict[str, DistributedDataParallel]) -> list[tuple[str, str, int, torch.nn.Parameter]]:
@@ -104,7 +122,7 @@ def _distribute(
         use_distributed_optimizer=True,
     )
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    optimizer = DistributedOptimizer(
+    optimizer = _ReshardableOptimizer(
         inner,
         settings,
         None,
@@ -123,7 +141,7 @@ def _distribute(
 
 
 def _empty_state(inner: torch.optim.Optimizer, config: Any = None) -> None:
-    """Give every slice zero moments, so that there is something to load a checkpoint into."""
+    """Give every slice that has none zero moments."""
     for group in inner.param_groups:
         for parameter in group["params"]:
             if not inner.state[parameter]:

@@ -1,0 +1,92 @@
+"""Distributed save and load of towers, optimizer and small extra state, in Megatron's fully reshardable format."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from w2s.megatron.optimizer import Optimizer
+from w2s.megatron.tower import Tower
+
+Towers = Mapping[str, DistributedDataParallel | Tower]
+
+
+def save(folder: Path, towers: Towers, optimizer: Optimizer, extra: Mapping[str, Tensor]) -> None:
+    """Write towers, optimizer and extra tensors (equal on all ranks) into an existing empty folder; every rank calls.
+
+    Tensors are named `TOWER.PARAMETER`, layers numbered over the whole model, so that any layout can read them.
+    """
+    weights = _weights(towers)
+    state = {
+        **weights,
+        "optimizer": optimizer.sharded.sharded_state_dict(weights, metadata=_metadata()),
+        "extra": dict(extra),
+    }
+    dist_checkpointing.save(state, str(folder))
+
+
+def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[str, Tensor]:
+    """Read what `save` wrote after `step` updates, at any layout; return the extra tensors."""
+    weights = _weights(towers)
+    optimizer.prepare_to_load()
+    wanted = optimizer.sharded.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
+    state = dist_checkpointing.load({**weights, "optimizer": wanted}, str(folder))
+    _into_towers(towers, state)
+    optimizer.sharded.load_state_dict(state["optimizer"])
+    optimizer.set_step(step)
+    extra: dict[str, Tensor] = state["extra"]
+    return extra
+
+
+def load_weights(folder: Path, towers: Towers, names: Iterable[str]) -> None:
+    """Read the named tensors (`TOWER.PARAMETER`) into the towers; the others keep their values."""
+    names = set(names)
+    wanted = {key: part for key, part in _weights(towers).items() if key in names}
+    _into_towers(towers, dist_checkpointing.load(wanted, str(folder)), strict=False)
+
+
+def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the whole shape of every weight in a checkpoint, by name; optimizer states are left out."""
+    tensors = dist_checkpointing.load_tensors_metadata(str(folder))
+    return {
+        name: tuple(tensor.global_shape) for name, tensor in tensors.items() if not name.startswith("optimizer.")
+    }
+
+
+def tower_shapes(towers: Towers) -> dict[str, tuple[int, ...]]:
+    """Return the whole shape of every weight of the towers, by name."""
+    return {
+        name: tuple(part.global_shape) for name, part in _weights(towers).items() if isinstance(part, ShardedTensor)
+    }
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "non_homogeneous_layers": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _module(tower: DistributedDataParallel | Tower) -> Tower:
+    return tower.module if isinstance(tower, DistributedDataParallel) else tower
+
+
+def _weights(towers: Towers) -> dict[str, Any]:
+    return {
+        key: part
+        for name, tower in towers.items()
+        for key, part in _module(tower).sharded_state_dict(prefix=f"{name}.", metadata=_metadata()).items()
+    }
+
+
+def _into_towers(towers: Towers, state: Mapping[str, Any], strict: bool = True) -> None:
+    for name, tower in towers.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        with torch.no_grad():
+            _module(tower).load_state_dict(own, strict=strict)
