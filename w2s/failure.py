@@ -1,0 +1,26 @@
+"""What a user is told of an exception: one line and an exit code."""
+
+import errno
+
+from w2s.errors import W2SError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """The line that says what went wrong, and the exit code: 2 for a user's mistake, 1 for a failed run."""
+    if isinstance(error, W2SError):
+        return _one_line(str(error)), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
+    if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+        place = error.filename or "the run folder"
+        return f"cannot use {place}: {error.strerror}: free it, or choose another folder with run.root=FOLDER", 2
+    return _one_line(f"{type(error).__name__}: {error}"), 1
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
