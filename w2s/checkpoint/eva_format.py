@@ -1,0 +1,77 @@
+"""The key names and tensor layouts of the released EVA-CLIP checkpoints, and ours.
+
+Source of the names: baaivision/EVA, EVA-CLIP-18B/shinji/eva_clip. Our names are global: `blocks.7.mlp.linear_fc1.weight`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+VISION_NAMES = {
+    "patch_embed": "patch_embed.proj",
+    "self_attention.linear_qkv.weight": "attn.qkv.weight",
+    "self_attention.linear_qkv.q_bias": "attn.q_bias",
+    "self_attention.linear_qkv.v_bias": "attn.v_bias",
+    "self_attention.linear_proj": "attn.proj",
+    "mlp.linear_fc": "mlp.fc",
+    "self_attn_bda.norm": "norm1",
+    "mlp_bda.norm": "norm2",
+    "pre_mlp_layernorm": "norm2",
+    "input_layernorm": "norm1",
+}
+
+TEXT_NAMES = {
+    "blocks.": "transformer.resblocks.",
+    "token_embedding": "token_embedding.weight",
+    "self_attention.linear_qkv.weight": "attn.in_proj_weight",
+    "self_attention.linear_qkv.bias": "attn.in_proj_bias",
+    "self_attention.linear_proj": "attn.out_proj",
+    "pre_mlp_layernorm": "ln_2",
+    "input_layernorm": "ln_1",
+    "mlp.linear_fc1": "mlp.c_fc",
+    "mlp.linear_fc2": "mlp.c_proj",
+}
+
+
+def eva_name(name: str, names: Mapping[str, str]) -> str:
+    """Return the released name of our parameter `name`, by one of the tables above."""
+    for ours, theirs in names.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def from_eva(tensors: Mapping[str, Tensor], wanted: Iterable[str], names: Mapping[str, str], heads: int) -> dict[str, Tensor]:
+    """Return our tensors out of a tower's released ones.
+
+    Args:
+        tensors: released tensors by released name, without the tower's prefix.
+        wanted: our global names.
+        names: `VISION_NAMES` or `TEXT_NAMES`.
+        heads: attention heads of the tower.
+
+    Raises:
+        KeyError: a released tensor is missing.
+    """
+    found = {name: tensors[eva_name(name, names)] for name in wanted}
+    return {name: _interleave(tensor, heads) if _is_fused(name) else tensor for name, tensor in found.items()}
+
+
+def to_eva(tensors: Mapping[str, Tensor], names: Mapping[str, str], heads: int) -> dict[str, Tensor]:
+    """Return the released tensors out of a tower's own, the inverse of `from_eva`."""
+    return {
+        eva_name(name, names): _separate(tensor, heads) if _is_fused(name) else tensor for name, tensor in tensors.items()
+    }
+
+
+def _is_fused(name: str) -> bool:
+    return re.search(r"linear_qkv\.(weight|bias)$", name) is not None
+
+
+def _interleave(rows: Tensor, heads: int) -> Tensor:
+    """Reorder rows from (q | k | v), each in heads, to Megatron's (q, k, v) of a head next to each other."""
+    return rows.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def _separate(rows: Tensor, heads: int) -> Tensor:
+    return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
