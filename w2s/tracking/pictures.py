@@ -1,0 +1,266 @@
+"""Pictures at the end of a stage: what was masked and how well it was guessed, features as colours, best and worst."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from w2s.tracking.files import writing
+
+_DPI = 150
+_CELL = 1.35  # inches of one image
+_GREY = 168
+_INK, _FAINT, _GOOD, _BAD = "#1f2430", "#6b7280", "#15803d", "#b91c1c"
+_MOST_NUMBERS = 49  # patches of an image that still leave room for a number in each
+
+
+@dataclass(frozen=True)
+class ClassExamples:
+    """A class with some of its images.
+
+    Attributes:
+        name: name of the class.
+        accuracy: fraction of the class's images that were recognised.
+        images: uint8 [k, 3, S, S].
+        predictions: name of the class that was predicted for each of the k images.
+    """
+
+    name: str
+    accuracy: float
+    images: Tensor
+    predictions: Sequence[str]
+
+
+def masked_picture(path: Path, images: Tensor, masks: Tensor, cosines: Tensor) -> None:
+    """Draws images, the same with the masked patches in grey, and the cosine of prediction and target per patch.
+
+    Masked patches have a frame on the heat map; where there are too many for frames, the seen ones are pale.
+
+    Args:
+        path: PNG to write.
+        images: uint8 [n, 3, S, S].
+        masks: bool [n, P], true where a patch was masked; P is a square number, row by row.
+        cosines: float [n, P].
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    grid = _side(masks.shape[1])
+    low, high = _limits(cosines)
+    figure, axes = _grid_figure(["image", "masked", "cosine to\nthe teacher"], len(images), bar=True)
+    for column, image in enumerate(images):
+        mask = masks[column].reshape(grid, grid).cpu()
+        cosine = cosines[column].reshape(grid, grid).float().cpu().numpy()
+        _show(axes[0][column], _pixels(image))
+        _show(axes[1][column], _pixels(_grey_out(image.cpu(), mask)))
+        roomy = grid**2 <= _MOST_NUMBERS
+        faded = np.where(mask.numpy() | roomy, 1.0, 0.35)
+        axes[2][column].imshow(cosine, cmap="viridis", vmin=low, vmax=high, alpha=faded)
+        if roomy:
+            _mark_masked(axes[2][column], mask.numpy())
+            _write_values(axes[2][column], cosine, middle=(low + high) / 2)
+        at_masked = cosines[column][masks[column]]
+        axes[2][column].set_xlabel(f"masked {at_masked.mean():.2f}", fontsize=8, color=_INK)
+    _add_bar(figure, low, high)
+    _save(figure, path)
+
+
+def features_picture(path: Path, images: Tensor, student: Tensor, teacher: Tensor) -> None:
+    """Draws images above the first three principal components of student and teacher features, as colours.
+
+    The components are those of all patches of all images together. The student's three are then rotated onto the
+    teacher's (orthogonal Procrustes), so that equal colours in the two rows mean the same direction.
+
+    Args:
+        path: PNG to write.
+        images: uint8 [n, 3, S, S].
+        student: float [n, P, D1], at least three of n x P, and of D1.
+        teacher: float [n, P, D2].
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    teacher_components = principal_components(teacher.flatten(0, 1))
+    student_components = principal_components(student.flatten(0, 1))
+    left, _, right = torch.linalg.svd(student_components.T @ teacher_components)
+    rows = {"student": (student, student_components @ left @ right), "teacher": (teacher, teacher_components)}
+    figure, axes = _grid_figure(["image", *rows], len(images))
+    for column, image in enumerate(images):
+        _show(axes[0][column], _pixels(image))
+    for row, (features, components) in enumerate(rows.values(), start=1):
+        grid = _side(features.shape[1])
+        colours = _spread(components).reshape(len(images), grid, grid, 3).numpy()
+        for column, colour in enumerate(colours):
+            _show(axes[row][column], colour)
+    _save(figure, path)
+
+
+def principal_components(features: Tensor) -> Tensor:
+    """Scores on the first three principal components, each with unit variance.
+
+    The sign of a component is the one that makes its largest weight positive, so that a picture is the same each time.
+
+    Args:
+        features: float [m, D].
+
+    Returns:
+        float32 [m, 3], on the CPU.
+    """
+    centred = features.detach().float().cpu()
+    centred = centred - centred.mean(0)
+    with torch.random.fork_rng(devices=[]):  # the randomised solver must not move the generator of training
+        torch.manual_seed(0)
+        _, _, directions = torch.pca_lowrank(centred, q=min(8, *centred.shape), center=False, niter=6)
+    directions = directions[:, :3]
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    scores = centred @ (directions * largest.sign())
+    return scores / scores.std(0).clamp_min(1e-12)
+
+
+def classes_picture(path: Path, best: Sequence[ClassExamples], worst: Sequence[ClassExamples]) -> None:
+    """Draws the classes that are recognised best and worst, with the predicted name under each image.
+
+    Args:
+        path: PNG to write.
+        best: the best classes, best first; each with at least one image.
+        worst: the worst classes, worst first.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    cells = max(len(item.images) for item in [*best, *worst])
+    across = min(max(1, 8 // cells), max(len(best), len(worst)))
+    blocks = [("recognised best", best), ("recognised worst", worst)]
+    heights = [-(-len(items) // across) for _, items in blocks]
+    row_inches, head_inches = _CELL + 0.85, 0.42
+    height = sum(heights) * row_inches + len(blocks) * head_inches
+    figure = Figure(figsize=(across * (cells * _CELL + 0.3), height))
+    top = height
+    for (title, items), rows in zip(blocks, heights, strict=True):
+        figure.text(0.012, (top - 0.28) / height, title, fontsize=12, weight="bold", color=_INK)
+        top -= head_inches
+        for index, item in enumerate(items):
+            left = (index % across) * (cells * _CELL + 0.3) + 0.15
+            _draw_class(figure, item, left, top - (index // across) * row_inches)
+        top -= rows * row_inches
+    _save(figure, path)
+
+
+def _draw_class(figure: Figure, item: ClassExamples, left: float, top: float) -> None:
+    """Draws a class with its upper left corner at (left, top), in inches from the figure's lower left corner."""
+    width, height = figure.get_size_inches()
+    title = _two_lines(f"{item.name}\u00a0·\u00a0{item.accuracy:.0%}", room=17 * len(item.images))
+    figure.text(left / width, (top - 0.36) / height, title, fontsize=8.5, weight="bold", color=_INK, va="bottom")
+    for index, (image, prediction) in enumerate(zip(item.images, item.predictions, strict=True)):
+        side = _CELL - 0.1
+        box = ((left + index * _CELL) / width, (top - 0.42 - side) / height, side / width, side / height)
+        axes = figure.add_axes(box)
+        _show(axes, _pixels(image))
+        right = prediction == item.name
+        axes.set_xlabel(_two_lines(prediction, room=21), fontsize=7.5, color=_GOOD if right else _BAD, labelpad=3)
+        for spine in axes.spines.values():
+            spine.set(visible=True, color=_GOOD if right else _BAD, linewidth=1.2)
+
+
+def _grid_figure(rows: Sequence[str], columns: int, *, bar: bool = False) -> tuple[Figure, NDArray[np.object_]]:
+    """A figure of images in rows, each with its name at the left; `bar` leaves room for a colour bar at the right."""
+    width, height = columns * _CELL + 0.95 + (0.85 if bar else 0.1), len(rows) * _CELL + 0.35
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(
+        len(rows),
+        columns,
+        squeeze=False,
+        gridspec_kw={
+            "left": 0.95 / width,
+            "right": 1 - (0.85 if bar else 0.1) / width,
+            "top": 1 - 0.08 / height,
+            "bottom": 0.27 / height,
+            "wspace": 0.06,
+            "hspace": 0.06,
+        },
+    )
+    for row, name in zip(axes, rows, strict=True):
+        for cell in row:
+            _bare(cell)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, color=_INK, labelpad=8)
+    return figure, axes
+
+
+def _add_bar(figure: Figure, low: float, high: float) -> None:
+    """The colour bar of the heat maps, at the right edge."""
+    width = figure.get_figwidth()
+    axes = figure.add_axes((1 - 0.62 / width, 0.12, 0.12 / width, 0.76))
+    bar = figure.colorbar(ScalarMappable(Normalize(low, high), cmap="viridis"), cax=axes)
+    bar.outline.set_visible(False)
+    axes.tick_params(labelsize=8, colors=_FAINT, length=2)
+
+
+def _bare(axes: Axes) -> None:
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _show(axes: Axes, pixels: NDArray[np.generic]) -> None:
+    _bare(axes)
+    axes.imshow(pixels, interpolation="nearest")
+
+
+def _pixels(image: Tensor) -> NDArray[np.generic]:
+    return image.detach().permute(1, 2, 0).cpu().numpy()
+
+
+def _grey_out(image: Tensor, mask: Tensor) -> Tensor:
+    """The image [3, S, S] with the patches of `mask` [grid, grid] in grey."""
+    covered = functional.interpolate(mask[None, None].float(), size=image.shape[-2:], mode="nearest")[0, 0] > 0
+    return torch.where(covered, torch.full_like(image, _GREY), image)
+
+
+def _mark_masked(axes: Axes, mask: NDArray[np.bool_]) -> None:
+    for row, column in np.argwhere(mask):
+        axes.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor="white", linewidth=1.1))
+
+
+def _write_values(axes: Axes, values: NDArray[np.generic], middle: float) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        text = f"{value:.2f}".replace("0.", ".", 1)
+        colour = "black" if value > middle else "white"
+        axes.text(column, row, text, ha="center", va="center", fontsize=5.5, color=colour)
+
+
+def _limits(values: Tensor) -> tuple[float, float]:
+    """A range in tenths that holds all values."""
+    low = float(np.floor(values.min().item() * 10) / 10)
+    high = float(np.ceil(values.max().item() * 10) / 10)
+    return low, max(high, low + 0.1)
+
+
+def _spread(components: Tensor) -> Tensor:
+    """Maps each component to 0..1, its outer two percent clipped."""
+    low, high = torch.quantile(components, torch.tensor([0.02, 0.98]), dim=0)
+    spread: Tensor = (components - low) / (high - low).clamp_min(1e-12)
+    return spread.clamp(0, 1)
+
+
+def _side(patches: int) -> int:
+    return int(patches**0.5 + 0.5)
+
+
+def _two_lines(text: str, room: int) -> str:
+    return "\n".join(textwrap.wrap(text, room, max_lines=2, placeholder="…"))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with writing(path):
+        figure.savefig(path, format="png", dpi=_DPI)

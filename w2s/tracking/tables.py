@@ -1,0 +1,63 @@
+"""A table that is printed, kept as JSON and shown in the report."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import rich.box
+import rich.table
+from rich.text import Text
+
+from w2s.tracking.files import write_text
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows under a title.
+
+    Attributes:
+        title: heading; may be empty.
+        columns: names of the columns.
+        rows: one cell per column; numbers are aligned to the right.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+    def to_rich(self) -> rich.table.Table:
+        """The table for a terminal."""
+        table = rich.table.Table(title=Text(self.title), title_justify="left", box=rich.box.SIMPLE_HEAD)
+        for index, column in enumerate(self.columns):
+            table.add_column(Text(column), justify="right" if self.is_number(index) else "left")
+        for row in self.rows:
+            table.add_row(*(Text(cell_text(cell)) for cell in row))
+        return table
+
+    def is_number(self, column: int) -> bool:
+        """Whether a column holds numbers."""
+        cells = [row[column] for row in self.rows if row[column] is not None]
+        return bool(cells) and all(isinstance(cell, int | float) for cell in cells)
+
+    def save(self, path: Path) -> None:
+        """Writes the table as JSON.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        write_text(path, json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> "Table":
+        """Reads what `save` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def cell_text(cell: Cell) -> str:
+    """A cell as a person reads it: four significant digits, nothing for None."""
+    if cell is None:
+        return ""
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

@@ -1,0 +1,158 @@
+"""The one thing that the trainer tells what happens: it goes to the terminal, to files, to MLflow and to the report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from w2s.config.sections import Config
+from w2s.tracking.console import RunConsole
+from w2s.tracking.environment import environment_text, git_sha
+from w2s.tracking.files import make_folder, write_text
+from w2s.tracking.history import History
+from w2s.tracking.mlflow_run import DataInput, MlflowRun, Status, flatten, store_run_id, stored_run_id
+from w2s.tracking.report import write_report
+from w2s.tracking.tables import Cell, Table
+
+
+class Tracker:
+    """Follows one run. On every rank but the main one each method returns at once and nothing is written.
+
+    Args:
+        config: the resolved configuration.
+        run_dir: folder of the run.
+        main: whether this rank is the one that writes.
+        run_id: MLflow run to continue; None takes the one that the run folder belongs to, else a new one.
+        resumed_step: step that the run continues from; 0 for a new one.
+        tags: further tags of the MLflow run, such as `w2s.parent_checkpoint`.
+
+    Attributes:
+        run_id: id of the MLflow run; None without one and on every rank but the main one.
+
+    Raises:
+        UserError: the run folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        *,
+        main: bool,
+        run_id: str | None = None,
+        resumed_step: int = 0,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        self._run_dir = run_dir
+        self._parts = _Parts(config, run_dir, run_id, resumed_step, tags or {}) if main else None
+        self.run_id = self._parts.mlflow.run_id if self._parts else None
+
+    def log(self, step: int, samples: int, metrics: Mapping[str, float]) -> None:
+        """Logs metrics.
+
+        Args:
+            step: optimizer steps done.
+            samples: samples seen until then over all ranks.
+            metrics: name to value. Measures of training have plain names (`loss`, `grad_norm`, `lr`), results a prefix
+                (`zero_shot/top1`).
+
+        Raises:
+            UserError: metrics.jsonl cannot be written.
+        """
+        if self._parts:
+            self._parts.history.append(step, samples, dict(metrics))
+            self._parts.console.log(step, metrics)
+            self._parts.mlflow.log(metrics, step, samples)
+
+    def message(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._parts:
+            self._parts.console.print(text)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str) -> None:
+        """Prints a table and keeps it as tables/NAME.json, for the report.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if self._parts:
+            table = Table(title, list(columns), [list(row) for row in rows])
+            table.save(self._run_dir / "tables" / f"{name}.json")
+            self._parts.console.print(table.to_rich())
+
+    def picture_path(self, name: str) -> Path:
+        """Where a picture has to be saved to be part of the report: pictures/NAME.png.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
+        path = self._run_dir / "pictures" / f"{name}.png"
+        if self._parts:
+            make_folder(path.parent)
+        return path
+
+    def artifact(self, path: Path) -> None:
+        """Uploads a file to MLflow."""
+        if self._parts:
+            self._parts.mlflow.artifact(path)
+
+    def inputs(self, inputs: Sequence[DataInput]) -> None:
+        """Notes in MLflow which data sets the run reads."""
+        if self._parts:
+            self._parts.mlflow.inputs(inputs)
+
+    def finish(self, status: Status) -> None:
+        """Writes the report, uploads what a person may look for later, ends the MLflow run and prints the warnings.
+
+        Raises:
+            UserError: the report cannot be written.
+        """
+        if self._parts is None:
+            return
+        parts, self._parts = self._parts, None
+        parts.console.close()
+        try:
+            report = write_report(self._run_dir)
+            for path in [*self._run_dir.glob("*.yaml"), self._run_dir / "environment.txt", report]:
+                parts.mlflow.artifact(path)
+            for folder in ("pictures", "tables"):
+                for path in sorted((self._run_dir / folder).glob("*.*")):
+                    parts.mlflow.artifact(path, folder)
+        finally:
+            parts.mlflow.end(status)
+            for warning in parts.mlflow.warnings():
+                parts.console.print(f"warning: {warning}")
+
+
+class _Parts:
+    """What the main rank has and the others have not."""
+
+    def __init__(
+        self, config: Config, run_dir: Path, run_id: str | None, resumed_step: int, tags: Mapping[str, str]
+    ) -> None:
+        values = asdict(config)
+        _write_config(run_dir, OmegaConf.to_yaml(OmegaConf.create(values)), resumed_step)
+        write_text(run_dir / "environment.txt", environment_text())
+        self.history = History(run_dir, resumed_step)
+        self.console = RunConsole(config.stage, 0 if config.stage == "eval" else config.train.steps, resumed_step)
+        sha = git_sha()
+        self.mlflow = MlflowRun.start(
+            config.tracking,
+            Path(config.run.root).expanduser(),
+            run_dir.name,
+            tags={"w2s.stage": config.stage, **({"w2s.git_sha": sha} if sha else {}), **tags},
+            params=flatten(values),
+            run_id=run_id or stored_run_id(run_dir),
+            parent_run_id=config.tracking.parent_run or None,
+        )
+        store_run_id(run_dir, self.mlflow)
+
+
+def _write_config(run_dir: Path, text: str, resumed_step: int) -> None:
+    """Keeps the configuration that the run began with; one that it continues with and that differs goes beside it."""
+    path = run_dir / "config.yaml"
+    if resumed_step == 0 or not path.is_file():
+        write_text(path, text)
+    elif path.read_text(encoding="utf-8") != text:
+        write_text(run_dir / f"config.resumed-{resumed_step}.yaml", text)
