@@ -1,0 +1,138 @@
+"""The command line. Heavy imports happen inside the commands, so that `w2s --help` answers at once."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from w2s import __version__
+from w2s.errors import UserError
+from w2s.failure import INTERRUPTED, describe
+
+if TYPE_CHECKING:
+    from w2s.config.sections import Config
+
+app = typer.Typer(
+    help="Grow a bigger CLIP out of a smaller one: masked feature distillation, then contrastive training.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, or model=NAME for configs/model/NAME.yaml.")]
+Nproc = Annotated[int, typer.Option(min=1, help="Ranks on this machine.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+
+
+def main() -> None:
+    """Entry point of the `w2s` command: every failure is one line on stderr and an exit code."""
+    try:
+        sys.exit(app(prog_name="w2s", standalone_mode=False))
+    except typer.TyperException as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _one_line(debug: bool) -> Iterator[None]:
+    """Turn an exception into the line and the exit code that the user gets."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            print(getattr(error, "rank_traceback", "") or traceback.format_exc(), file=sys.stderr, end="")
+        message, exit_code = describe(error)
+        print(f"error: {message}", file=sys.stderr)
+        raise typer.Exit(exit_code) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"w2s {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of `w2s` itself."""
+
+
+@app.command()
+def stage(
+    name: Annotated[Literal["mim", "clip", "eval"], typer.Argument(metavar="STAGE", help="mim, clip or eval.")],
+    overrides: Overrides = None,
+    nproc: Nproc = 1,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the configuration and stop.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run one stage. The same command continues an interrupted run; under torchrun or srun it runs as a rank."""
+    with _one_line(debug):
+        from w2s.config.load import load, to_yaml
+
+        config = load(name, overrides or [])
+        if print_config:
+            print(to_yaml(config), end="")
+        else:
+            _start(config, nproc)
+
+
+def _start(config: "Config", nproc: int) -> None:
+    from w2s.config.checks import check
+    from w2s.launch import adopt_slurm, is_rank, launch, run_stage
+
+    adopt_slurm()
+    if is_rank():
+        if nproc > 1:
+            raise UserError(f"--nproc {nproc} under torchrun or srun, which start the ranks: leave --nproc out")
+        world_size = int(os.environ["WORLD_SIZE"])
+        check(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        run_stage(config)
+        return
+    check(config, nproc, nproc)
+    if nproc == 1:
+        run_stage(config)
+    else:
+        launch(run_stage, config, nproc)
+
+
+@app.command()
+def run(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME] [OVERRIDES]...",
+            help="A pipeline of configs/run (default: default); key=value for all steps, or STEP:key=value for one.",
+        ),
+    ] = None,
+    nproc: Nproc = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew beside earlier results.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run a pipeline of stages, such as mim -> clip -> eval. The same command goes on where it was interrupted."""
+    with _one_line(debug):
+        from w2s.pipeline import run_pipeline
+
+        given = arguments or []
+        name = given.pop(0) if given and "=" not in given[0] else "default"
+        run_pipeline(name, given, ranks=nproc, fresh=fresh)
+
+
+@app.command()
+def doctor(debug: Debug = False) -> None:
+    """Show what this machine can do, and what each missing piece would bring."""
+    with _one_line(debug):
+        from w2s.doctor import print_report
+
+        print_report()
