@@ -1,0 +1,72 @@
+"""The teacher's interface: frozen, on the student's grid."""
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from w2s.errors import ConfigError
+from w2s.teachers.base import PatchNetwork, Teacher, input_size, resample
+
+
+class Means(PatchNetwork):
+    """Mean colours of 4 x 4-pixel patches of an 8-pixel image, scaled by a parameter, with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__(width=3, grid=2, image_size=8, mean=[0.5] * 3, std=[0.25] * 3)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.drop(nn.functional.avg_pool2d(images, 4).flatten(2).mT * self.scale)
+
+
+def test_frozen_and_always_in_evaluation_mode():
+    teacher = Teacher(Means(), grid=2)
+    nn.ModuleDict({"teacher": teacher}).train()
+    images = torch.randn(2, 3, 8, 8, requires_grad=True)
+    features = teacher(images)
+    assert not teacher.network.drop.training
+    torch.testing.assert_close(features[1, 2], images[1, :, 4:, :4].mean((1, 2)).detach())  # row 1, column 0
+    assert not features.requires_grad and not teacher.network.scale.requires_grad
+    assert torch.equal(Teacher.pooled(features), features.mean(1))
+
+
+def test_another_grid_is_resampled_and_said_once(caplog):
+    with caplog.at_level(logging.INFO):
+        teacher = Teacher(Means(), grid=4)
+        features = teacher(torch.ones(1, 3, 8, 8))
+        teacher(torch.ones(1, 3, 8, 8))
+    assert [record.message for record in caplog.records] == [
+        "the teacher's 2x2 features are resampled onto the student's 4x4 patches"
+    ]
+    torch.testing.assert_close(features, torch.ones(1, 16, 3))
+
+
+def test_resampling_keeps_the_direction_of_rows_and_columns():
+    column = torch.arange(8.0).repeat(8, 1)
+    features = torch.stack([column, column.T], -1).reshape(1, 64, 2)
+    small = resample(features, 8, 4).reshape(4, 4, 2)
+    # inside, where no border is in reach, antialiased halving of a ramp gives the means of neighbours
+    torch.testing.assert_close(small[1:3, 1:3, 0], torch.tensor([[2.5, 4.5]] * 2), atol=0.05, rtol=0)
+    torch.testing.assert_close(small[..., 1], small[..., 0].T)
+
+
+def test_bf16_rounds_and_returns_float32():
+    class Linear(Means):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) @ torch.eye(3)
+
+    images = torch.rand(2, 3, 8, 8)
+    exact, rounded = Teacher(Linear(), grid=2)(images), Teacher(Linear(), grid=2, precision="bf16")(images)
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, atol=0, rtol=2**-8)  # half a unit of bfloat16's 8 bits
+
+
+def test_input_size():
+    assert input_size(0, patch=14, grid=16) == 224
+    assert input_size(448, patch=14, grid=16) == 448
+    with pytest.raises(ConfigError, match=r"teacher.image_size=100 .* 14: use 98"):
+        input_size(100, patch=14, grid=16)

@@ -1,0 +1,98 @@
+"""Target normalisation with running statistics, and the constant baseline."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from tests.distributed import run_ranks
+from w2s.teachers.targets import TargetNorm, constant_cosine
+
+
+def batches(count=3):
+    generator = torch.Generator().manual_seed(0)
+    offset = torch.tensor([0.0, 100.0, -3.0, 5.0])
+    return [torch.randn(6, 4, 4, generator=generator) * (step + 1) + offset for step in range(count)]
+
+
+def sharded(updates):
+    """Feed this rank's half of the images of every batch."""
+    norm = TargetNorm(4, "standardize")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    outputs = [norm(batch.chunk(size)[rank], dist.group.WORLD, update=True) for batch in updates]
+    return norm.state_dict(), outputs, constant_cosine(updates[0].chunk(size)[rank], dist.group.WORLD)
+
+
+def test_none_returns_the_targets():
+    norm = TargetNorm(4, "none")
+    targets = batches(1)[0]
+    assert norm(targets, update=True) is targets
+    assert norm.state_dict() == {}
+
+
+def test_statistics_are_those_of_all_batches_so_far():
+    norm = TargetNorm(4, "standardize", eps=0.0)
+    seen = []
+    for batch in batches():
+        seen.append(batch)
+        rows = torch.cat(seen).flatten(0, 1).double()
+        expected = (batch.double() - rows.mean(0)) / rows.std(0, correction=0)
+        torch.testing.assert_close(norm(batch, update=True).double(), expected, atol=1e-5, rtol=1e-5)
+    assert norm.count == 72
+    torch.testing.assert_close(norm.mean, rows.mean(0), atol=1e-6, rtol=1e-7)
+    torch.testing.assert_close(norm.deviations / norm.count, rows.var(0, correction=0), atol=0, rtol=1e-5)
+
+
+def test_without_update_nothing_moves():
+    norm = TargetNorm(4, "standardize")
+    first, second, _ = batches()
+    with pytest.raises(ValueError, match="update=True"):
+        norm(first, update=False)
+    norm(first, update=True)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    norm(second, update=False)
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+
+
+def test_a_dead_channel_stays_finite():
+    norm = TargetNorm(4, "standardize")
+    assert torch.equal(norm(torch.ones(2, 4, 4), update=True), torch.zeros(2, 4, 4))
+
+
+def test_resume_is_bit_exact():
+    norm, resumed = TargetNorm(4, "standardize"), TargetNorm(4, "standardize")
+    first, *rest = batches(4)
+    norm(first, update=True)
+    resumed.load_state_dict({name: value.clone() for name, value in norm.state_dict().items()})
+    for batch in rest:
+        assert torch.equal(norm(batch, update=True), resumed(batch, update=True))
+
+
+def test_two_ranks_equal_one():
+    alone = TargetNorm(4, "standardize")
+    updates = batches()
+    expected = [alone(batch, update=True) for batch in updates]
+    results = run_ranks(sharded, 2, updates)
+    for state, _, cosine in results:
+        for name, value in alone.state_dict().items():
+            torch.testing.assert_close(state[name], value, atol=1e-9, rtol=1e-9)  # float64 sums in another order
+        assert cosine == pytest.approx(constant_cosine(updates[0]), abs=1e-12)
+    for step, whole in enumerate(expected):
+        halves = torch.cat([outputs[step] for _, outputs, _ in results])
+        torch.testing.assert_close(halves, whole, atol=1e-6, rtol=1e-6)
+    assert all(torch.equal(results[0][0][name], value) for name, value in results[1][0].items())
+
+
+def test_constant_cosine_is_what_the_best_constant_scores():
+    targets = batches(1)[0] + torch.tensor([1.0, -98.0, 2.0, -4.0])
+
+    def score(constant):
+        return F.cosine_similarity(targets, constant.expand_as(targets), dim=-1).mean().item()
+
+    best = F.normalize(targets, dim=-1).mean((0, 1))
+    assert constant_cosine(targets) == pytest.approx(score(best), abs=1e-6)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        assert score(best + 0.1 * torch.randn(4, generator=generator)) <= constant_cosine(targets) + 1e-6
+    assert constant_cosine(torch.ones(2, 3, 4)) == pytest.approx(1.0)
+    assert constant_cosine(torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]])) == pytest.approx(0.0)

@@ -1,0 +1,172 @@
+"""ViT teachers: patch tokens after norm and projection, weights from files, errors."""
+
+import open_clip
+import pytest
+import timm
+import torch
+from open_clip.transformer import VisionTransformer
+from safetensors.torch import save_file
+from timm.models.eva import Eva, checkpoint_filter_fn
+
+from w2s.config.sections import TeacherConfig
+from w2s.errors import CheckpointError, ConfigError
+from w2s.teachers.build import build_teacher
+from w2s.teachers.open_clip_vit import OpenClipTokens
+from w2s.teachers.timm_vit import TimmTokens
+
+WRAPPER = {
+    "embed_dim": 24,
+    "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": None, "image_size": 160},
+    "text_cfg": {},
+}
+
+
+def build(source, grid=4, **settings):
+    return build_teacher(TeacherConfig(source=source, **settings), grid=grid, device="cpu")
+
+
+def small_eva(**settings):
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 12}
+    return Eva(**shape, global_pool="token", use_post_norm=True, **settings).eval()
+
+
+def small_open_clip(image_size=32):
+    torch.manual_seed(0)
+    return VisionTransformer(image_size, 8, width=32, layers=2, heads=2, mlp_ratio=4, output_dim=12).eval()
+
+
+@pytest.fixture
+def wrapper(monkeypatch):
+    """An open_clip model whose vision tower is a small timm ViT with the projection as its head."""
+    monkeypatch.setattr(open_clip, "list_models", lambda: ["wrapper"])
+    monkeypatch.setattr(
+        open_clip, "get_model_config", lambda name: {**WRAPPER, "vision_cfg": {**WRAPPER["vision_cfg"]}}
+    )
+
+
+@torch.no_grad()
+def test_timm_eva_applies_its_head_to_each_patch_token():
+    model, images = small_eva(), torch.randn(2, 3, 32, 32)
+    teacher = TimmTokens(model, model.head, mean=[0.5] * 3, std=[0.5] * 3)
+    tokens = model.forward_features(images)
+    # timm's own head takes the first token: hand it every patch token in that place
+    expected = torch.stack([model.forward_head(tokens[:, place:]) for place in range(1, 17)], 1)
+    torch.testing.assert_close(teacher(images), expected)
+    assert (teacher.width, teacher.grid, teacher.image_size) == (12, 4, 32)
+
+
+@torch.no_grad()
+def test_open_clip_norms_and_projects_each_patch_token():
+    model, images = small_open_clip(), torch.randn(2, 3, 32, 32)
+    teacher = OpenClipTokens(model, mean=[0.5] * 3, std=[0.5] * 3)
+    features = teacher(images)
+    model.output_tokens = True
+    torch.testing.assert_close(features, model(images)[1] @ model.proj)
+    assert (teacher.width, teacher.grid, teacher.image_size) == (12, 4, 32)
+
+
+@torch.no_grad()
+def test_open_clip_wrapper_of_timm(wrapper, tmp_path):
+    torch.manual_seed(1)
+    clip = open_clip.CLIP(24, WRAPPER["vision_cfg"], {"context_length": 4, "vocab_size": 9, "layers": 1}).eval()
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    teacher = build(f"open_clip:wrapper@{tmp_path / 'clip.pt'}", grid=10)
+    trunk, images = clip.visual.trunk, torch.randn(2, 3, 160, 160)
+    tokens = trunk.forward_features(images)
+    expected = torch.stack([trunk.forward_head(tokens[:, place:]) for place in range(1, 101)], 1)
+    torch.testing.assert_close(teacher(images), expected)
+    assert teacher.width == 24
+
+
+def test_classifier_of_a_timm_model_is_left_out(tmp_path):
+    torch.manual_seed(1)
+    model = timm.create_model("test_vit").eval()
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    teacher = build(f"timm:test_vit@{tmp_path / 'vit.safetensors'}", grid=10)
+    images = torch.randn(1, 3, 160, 160)
+    torch.testing.assert_close(teacher(images), model.forward_features(images)[:, 1:].detach())
+    assert teacher.width == model.num_features == 64
+
+
+def test_default_size_gives_a_feature_per_student_patch():
+    teacher = build("timm:test_vit", grid=3)
+    assert teacher.image_size == 48
+    assert teacher.network.grid == 3
+    assert teacher(torch.randn(1, 3, 48, 48)).shape == (1, 9, 64)
+
+
+def test_native_size_is_resampled_onto_the_student_grid():
+    teacher = build("timm:test_vit", grid=3, image_size=160)
+    assert teacher.network.grid == 10
+    assert teacher(torch.randn(1, 3, 160, 160)).shape == (1, 9, 64)
+
+
+def test_positions_of_a_file_are_resampled(tmp_path):
+    torch.manual_seed(1)
+    config = open_clip.get_model_config("ViT-S-32")
+    clip = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], {"layers": 1, "width": 64, "heads": 1})
+    torch.save({"state_dict": clip.state_dict()}, tmp_path / "clip.pt")
+    teacher = build(f"open_clip:ViT-S-32@{tmp_path / 'clip.pt'}", grid=4)
+    assert teacher.image_size == 128
+    assert torch.equal(teacher.network.visual.positional_embedding[0], clip.visual.positional_embedding[0])
+    assert torch.equal(teacher.network.visual.conv1.weight, clip.visual.conv1.weight)
+    assert teacher(torch.randn(1, 3, 128, 128)).shape == (1, 16, 384)
+
+
+@torch.no_grad()
+def test_released_eva_names_are_read():
+    """EVA-CLIP's own files name the tower `visual.*`: timm's conversion, which every file goes through, maps them."""
+    model, copy, images = small_eva(), small_eva(qkv_bias=True), torch.randn(1, 3, 32, 32)
+    copy.head.weight.zero_()
+    released = {f"visual.{name}": value for name, value in model.state_dict().items()} | {"text.x": torch.zeros(1)}
+    copy.load_state_dict(checkpoint_filter_fn(released, copy))
+    assert torch.equal(copy(images), model(images))
+
+
+def test_random_weights_are_equal_and_leave_the_generator_alone(caplog):
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    first = build("timm:test_vit")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(8)
+    second = build("timm:test_vit")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert "weights are random" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("efficientnet_lite", "efficientnet_lite is no teacher: use efficientnet_lite0"),
+        ("tim:test_vit", "use timm:MODEL"),
+        ("huggingface:x", "use efficientnet_lite0 or timm"),
+        ("timm", "use timm:MODEL"),
+        ("timm:vit_tiny_patch16_225", "nearest are vit_tiny_patch16_224"),
+        ("timm:test_vit.in1k", r"nearest are test_vit\.r160_in1k"),
+        ("timm:resnet18", "resnet18 is a ResNet, not a ViT"),
+        ("open_clip:ViT-S-33", "nearest are ViT-S-32"),
+        ("open_clip:RN50", "no patch tokens"),
+        ("open_clip:coca_ViT-B-32", "no patch tokens"),
+    ],
+)
+def test_wrong_names_are_told_the_nearest(source, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        build(source)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_files(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nope\.pt do not exist .* teacher.source=timm:test_vit@FILE"):
+        build("timm:test_vit@nope.pt")
+    garbage, other = tmp_path / "garbage.pt", tmp_path / "other.pt"
+    garbage.write_bytes(b"not weights")
+    torch.save(small_open_clip().state_dict(), other)
+    for source in ("timm:test_vit", "open_clip:ViT-S-32"):
+        for file in (garbage, other):
+            with pytest.raises(CheckpointError, match=f"{file} do not fit") as error:
+                build(f"{source}@{file}")
+            assert "\n" not in str(error.value)
+    garbage.with_suffix(".safetensors").write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match="do not fit"):
+        build(f"timm:test_vit@{garbage.with_suffix('.safetensors')}")

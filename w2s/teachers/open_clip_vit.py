@@ -1,0 +1,103 @@
+"""Vision towers of open_clip as teachers, with weights from a local file or random ones.
+
+A feature is a patch token after the final norm and the projection into the space shared with text.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import open_clip
+from open_clip.factory import load_state_dict
+from open_clip.model import resize_pos_embed
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from w2s.errors import ConfigError
+from w2s.teachers.base import PatchNetwork, input_size
+from w2s.teachers.timm_vit import TimmTokens, resize_input
+from w2s.teachers.weights import reading, unknown_model
+
+# A teacher needs no text tower, and a real one costs memory or, for Hugging Face's, a download.
+SMALLEST_TEXT_TOWER = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+
+
+class OpenClipTokens(PatchNetwork):
+    """Patch tokens of open_clip's own ViT: `ln_post(tokens) @ proj`."""
+
+    def __init__(self, visual: VisionTransformer, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Wrap the vision tower of an open_clip model."""
+        size, patches = visual.image_size[0], visual.grid_size[0]
+        super().__init__(width=visual.output_dim, grid=patches, image_size=size, mean=mean, std=std)
+        self.visual = visual
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of normalised images, row by row, without CLS."""
+        outputs = self.visual.forward_intermediates(
+            images, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
+        )
+        tokens: Tensor = outputs["image_intermediates"][0]
+        return tokens @ self.visual.proj
+
+
+def open_clip_vit(name: str, file: Path | None, *, image_size: int, grid: int) -> PatchNetwork:
+    """The vision tower of the open_clip model `name`, from a file in open_clip's format.
+
+    Args:
+        name: the model.
+        file: its weights (PyTorch or safetensors); None leaves them random.
+        image_size: side of the input in pixels, 0 for one feature per patch of a `grid` x `grid` student.
+        grid: the student's patches along one side.
+
+    Raises:
+        ConfigError: open_clip has no such model, it has no patch tokens, or its patches do not divide the image.
+        CheckpointError: the file cannot be read or holds another model.
+    """
+    known = open_clip.list_models()
+    if name not in known:
+        raise unknown_model("open_clip", name, known)
+    model = _build(name, image_size=image_size, grid=grid)
+    with reading(file, name):
+        if file is not None:
+            _load_visual(model, file)
+    mean, std = _normalisation(name)
+    if isinstance(model.visual, TimmModel):
+        trunk = model.visual.trunk
+        resize_input(trunk, name, image_size=image_size, grid=grid)
+        return TimmTokens(trunk, _projection(model.visual), mean=mean, std=std)
+    return OpenClipTokens(model.visual, mean=mean, std=std)
+
+
+def _build(name: str, *, image_size: int, grid: int) -> open_clip.CLIP:
+    """A CLIP with random weights and the vision tower of `name`; open_clip's own ViT already has its input size."""
+    config = open_clip.get_model_config(name)
+    vision = config["vision_cfg"]
+    if vision.get("attentional_pool") or isinstance(vision.get("layers"), list):
+        raise ConfigError(f"teacher.source: {name} has no patch tokens after its final norm, choose a plain ViT")
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    else:
+        vision["image_size"] = input_size(image_size, patch=vision["patch_size"], grid=grid)
+    return open_clip.CLIP(config["embed_dim"], vision, SMALLEST_TEXT_TOWER, config.get("quick_gelu", False))
+
+
+def _load_visual(model: open_clip.CLIP, file: Path) -> None:
+    """Load the vision tower's part of a checkpoint, its positions resampled to the model's grid."""
+    state = {key: value for key, value in load_state_dict(str(file)).items() if key.startswith("visual.")}
+    resize_pos_embed(state, model)
+    model.visual.load_state_dict({key.removeprefix("visual."): value for key, value in state.items()})
+
+
+def _projection(visual: TimmModel) -> nn.Module:
+    """The part of the head that acts on single tokens: none where attention pools them first."""
+    if visual.trunk.attn_pool is not None:
+        return nn.Identity()
+    return nn.Sequential(visual.trunk.head, visual.head)
+
+
+def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and std of the preprocessing that open_clip states for the first published weights of a model."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    published = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
+    mean = published.get("mean") or open_clip.OPENAI_DATASET_MEAN
+    return mean, published.get("std") or open_clip.OPENAI_DATASET_STD

@@ -1,0 +1,89 @@
+"""Normalisation of the teacher's features as targets, and the score of a prediction that ignores the image."""
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TargetNorm(nn.Module):
+    """Targets as they are (`none`), or standardised per channel with the statistics of all batches so far.
+
+    Statistics are float64 buffers, merged with the parallel update of Chan, Golub and LeVeque (1983): part of
+    `state_dict()`, so a resumed run goes on with the same bits, and equal on all ranks.
+
+    Attributes:
+        mean: running mean [D].
+        deviations: running sum of squared deviations from the mean [D].
+        count: feature vectors seen, a scalar.
+    """
+
+    mean: Tensor
+    deviations: Tensor
+    count: Tensor
+
+    def __init__(self, width: int, kind: Literal["none", "standardize"], eps: float = 1e-6) -> None:
+        """Normalise targets of `width` channels; `eps` is added to the variance."""
+        super().__init__()
+        self.kind = kind
+        self.eps = eps
+        if kind == "standardize":
+            self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
+            self.register_buffer("deviations", torch.zeros(width, dtype=torch.float64))
+            self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def forward(self, targets: Tensor, group: dist.ProcessGroup | None = None, *, update: bool) -> Tensor:
+        """Normalise targets [n, P, D] (float32 in, float32 out).
+
+        Args:
+            targets: the teacher's features of this rank.
+            group: ranks whose targets count together when the statistics are updated; None for this process alone.
+            update: take these targets into the statistics first.
+
+        Raises:
+            ValueError: there are no statistics yet and `update` is false.
+        """
+        if self.kind == "none":
+            return targets
+        if update:
+            self._update(targets.flatten(0, 1), group)
+        elif not self.count:
+            raise ValueError("TargetNorm has seen no targets: call it with update=True first")
+        scale = (self.deviations / self.count + self.eps).rsqrt()
+        return (targets - self.mean.float()) * scale.float()
+
+    def _update(self, rows: Tensor, group: dist.ProcessGroup | None) -> None:
+        """Merge `rows` [m, D] of all ranks; sums are taken around the running mean, so nothing cancels."""
+        shift = self.mean.float()
+        shifted = rows - shift
+        parts = [shifted.sum(0, dtype=torch.float64), shifted.square().sum(0, dtype=torch.float64)]
+        sums = torch.cat([*parts, self.count.new_full((1,), len(rows))])
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        first, second, new = sums[: rows.shape[1]], sums[rows.shape[1] : -1], sums[-1]
+        step = shift.double() + first / new - self.mean
+        total = self.count + new
+        self.deviations += second - first.square() / new + step.square() * self.count * new / total
+        self.mean += step * new / total
+        self.count.copy_(total)
+
+
+@torch.no_grad()
+def constant_cosine(targets: Tensor, group: dist.ProcessGroup | None = None) -> float:
+    """Mean cosine with `targets` [..., D] of the best prediction that is the same everywhere.
+
+    The mean cosine of a constant c is `mean_i(c . t_i / |c||t_i|) = (c / |c|) . m` with m the mean of the normalised
+    targets. By Cauchy and Schwarz that is at most |m|, which c = m attains: the score is |m|.
+
+    Args:
+        targets: the targets of this rank.
+        group: ranks whose targets count together; None for this process alone.
+    """
+    directions = F.normalize(targets.flatten(0, -2).float(), dim=-1)
+    sums = torch.cat([directions.sum(0, dtype=torch.float64), directions.new_full((1,), len(directions)).double()])
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return (sums[:-1].norm() / sums[-1]).item()

@@ -1,0 +1,80 @@
+"""Vision transformers of timm as teachers, with weights from a local file or random ones.
+
+A feature is `head(norm(token))` of a patch token, as EVA's targets are: after the final norm, and after the projection
+into the shared space where the model has one.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from w2s.errors import ConfigError
+from w2s.teachers.base import PatchNetwork, input_size
+from w2s.teachers.weights import reading, unknown_model
+
+
+class TimmTokens(PatchNetwork):
+    """Patch tokens of a timm ViT: `head(fc_norm(tokens))`, where `tokens` are after the final norm."""
+
+    def __init__(
+        self, trunk: Eva | VisionTransformer, head: nn.Module, *, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        """Wrap `trunk`; `head` is applied to each of its tokens."""
+        size, patches = trunk.patch_embed.img_size[0], trunk.patch_embed.grid_size[0]
+        widths = [layer.out_features for layer in head.modules() if isinstance(layer, nn.Linear)]
+        width = widths[-1] if widths else trunk.num_features
+        super().__init__(width=width, grid=patches, image_size=size, mean=mean, std=std)
+        self.trunk = trunk
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of normalised images, row by row, without CLS and register tokens."""
+        tokens = self.trunk.forward_features(images)[:, self.trunk.num_prefix_tokens :]
+        features: Tensor = self.head(self.trunk.fc_norm(tokens))
+        return features
+
+
+def timm_vit(name: str, file: Path | None, *, image_size: int, grid: int) -> TimmTokens:
+    """The timm model `name`, written `ARCHITECTURE` or `ARCHITECTURE.TAG`.
+
+    The file may be timm's, open_clip's or EVA-CLIP's release: timm's own conversion reads all of them. The head is kept
+    where it is the projection of a CLIP and left out where it is a classifier.
+
+    Args:
+        name: the model.
+        file: its weights (PyTorch or safetensors); None leaves them random.
+        image_size: side of the input in pixels, 0 for one feature per patch of a `grid` x `grid` student.
+        grid: the student's patches along one side.
+
+    Raises:
+        ConfigError: timm has no such model, it is not a ViT, or its patches do not divide the image.
+        CheckpointError: the file cannot be read or holds another model.
+    """
+    architecture, _, tag = name.partition(".")
+    known = timm.list_pretrained(f"{architecture}.*") if tag and timm.is_model(architecture) else timm.list_models()
+    if name not in known:
+        raise unknown_model("timm", name, known)
+    local = {"file": str(file), "custom_load": False}
+    with reading(file, name):
+        trunk = timm.create_model(name, pretrained=file is not None, pretrained_cfg_overlay=local if file else None)
+    settings = trunk.pretrained_cfg
+    is_projection = "_clip_" in architecture and "_ft_" not in (settings["tag"] or "")
+    resize_input(trunk, name, image_size=image_size, grid=grid)
+    return TimmTokens(trunk, trunk.head if is_projection else nn.Identity(), mean=settings["mean"], std=settings["std"])
+
+
+def resize_input(trunk: Eva | VisionTransformer, name: str, *, image_size: int, grid: int) -> None:
+    """Resample the positions of a timm ViT for another input size (see `input_size`).
+
+    Raises:
+        ConfigError: `trunk` is not a ViT, or its patches do not divide the image.
+    """
+    if not isinstance(trunk, Eva | VisionTransformer):
+        raise ConfigError(
+            f"teacher.source: {name} is a {type(trunk).__name__}, not a ViT: choose a ViT or an EVA model"
+        )
+    trunk.set_input_size(img_size=input_size(image_size, patch=trunk.patch_embed.patch_size[0], grid=grid))

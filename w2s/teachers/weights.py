@@ -1,0 +1,33 @@
+"""What every kind of teacher says when its name or its file is wrong."""
+
+import difflib
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from w2s.errors import CheckpointError, ConfigError
+
+
+def unknown_model(library: str, name: str, known: Sequence[str]) -> ConfigError:
+    """The error for a model that `library` does not have, with the nearest names that it has."""
+    near = difflib.get_close_matches(name, known, cutoff=0.4) or known[:3]
+    return ConfigError(f"teacher.source: {library} has no model {name}, the nearest are {', '.join(near)}")
+
+
+@contextmanager
+def reading(file: Path | None, name: str) -> Iterator[None]:
+    """Turn what loaders raise over a damaged file or another model's file into one line.
+
+    Raises:
+        CheckpointError: the code inside could not load `file` into the model `name`.
+    """
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"teacher weights {file} do not fit {name}, give the file of this model: {reason}"
+        ) from error
