@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from w2s.data.batch import Batch, merge_batches, normalize
+
+
+def make(indices: list[int], tokens: bool = True) -> Batch:
+    rows = torch.tensor(indices)
+    return Batch(
+        images=rows.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous(),
+        tokens=rows[:, None].expand(-1, 5) if tokens else None,
+        keys=[f"k{index}" for index in indices],
+        indices=rows,
+    )
+
+
+def test_micro_batches_share_memory_and_lose_nothing() -> None:
+    batch = make([0, 1, 2, 3, 4])
+    parts = batch.split(2)
+    assert [part.keys for part in parts] == [["k0", "k1"], ["k2", "k3"], ["k4"]]
+    assert [part.indices.tolist() for part in parts] == [[0, 1], [2, 3], [4]]
+    assert parts[1].images.data_ptr() == batch.images[2].data_ptr()
+    assert parts[1].masks is None
+
+
+def test_parts_are_merged_in_global_order() -> None:
+    merged = merge_batches([make([4, 0]), make([1, 3, 2])])
+    assert merged.indices.tolist() == [0, 1, 2, 3, 4]
+    assert merged.keys == ["k0", "k1", "k2", "k3", "k4"]
+    assert merged.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+    assert merged.tokens is not None
+    assert merged.tokens[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert merge_batches([make([1], tokens=False), make([0], tokens=False)]).tokens is None
+
+
+def test_to_moves_every_tensor() -> None:
+    moved = make([0, 1]).to("meta")
+    assert moved.images.is_meta
+    assert moved.tokens is not None
+    assert moved.tokens.is_meta
+    assert moved.keys == ["k0", "k1"]
+
+
+def test_normalize_is_mean_and_std_of_pixels_in_0_to_1() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+    reference = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    result = normalize(images, mean, std)
+    assert result.dtype == torch.float32
+    # Values up to about 2.2 in float32, with two roundings more than the reference.
+    assert result.double() == pytest.approx(reference, abs=1e-6)
+    assert images[0, 0, 0, 1] == 1

@@ -1,0 +1,120 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from shard_files import bomb, encode, noise, smooth_photo
+
+from w2s.data.bad import BadSample
+from w2s.data.decode import decode_image
+
+
+def by_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(smooth_photo(), "JPEG"),
+        encode(smooth_photo(), "JPEG", progressive=True),
+        encode(smooth_photo(), "JPEG", subsampling=0),
+        encode(smooth_photo()[..., 0], "JPEG"),
+        encode(noise(0), "PNG"),
+        encode(noise(0)[..., 0], "PNG"),
+        encode(noise(0), "WEBP"),
+    ],
+    ids=["jpeg", "progressive", "4:4:4", "grey jpeg", "png", "grey png", "webp"],
+)
+def test_pixels_equal_pillows(data: bytes) -> None:
+    pixels = decode_image(data)
+    assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels, by_pillow(data))
+
+
+def test_cmyk_becomes_rgb() -> None:
+    output = io.BytesIO()
+    Image.fromarray(smooth_photo()).convert("CMYK").save(output, "JPEG", quality=95)
+    assert np.abs(decode_image(output.getvalue()) - by_pillow(output.getvalue())).max() <= 1
+
+
+def test_transparency_is_laid_on_white() -> None:
+    rgba = np.zeros((4, 4, 4), dtype=np.uint8)
+    rgba[0, 0] = 255, 0, 0, 255
+    rgba[1, 1] = 0, 0, 0, 128
+    pixels = decode_image(encode(rgba))
+    assert pixels[0, 0].tolist() == [255, 0, 0]
+    assert pixels[1, 1].tolist() == [127, 127, 127]
+    assert pixels[3, 3].tolist() == [255, 255, 255]
+
+
+def test_a_palette_with_a_transparent_colour_is_laid_on_white() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putdata([0, 1])
+    output = io.BytesIO()
+    image.save(output, "PNG", transparency=0)
+    assert decode_image(output.getvalue()).tolist() == [[[255, 255, 255], [200, 100, 50]]]
+
+
+def test_16_bit_grey_is_scaled_not_clipped() -> None:
+    pixels = decode_image(encode(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)))
+    assert pixels[0, :, 0].tolist() == [0, 0x80, 0xFF]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_exif_orientation_is_applied(orientation: int, format: str) -> None:
+    image = Image.fromarray(smooth_photo(40, 60))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    output = io.BytesIO()
+    image.save(output, format, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(output.getvalue())))
+    pixels = decode_image(output.getvalue())
+    assert pixels.shape[:2] == ((40, 60) if orientation < 5 else (60, 40))
+    assert np.array_equal(pixels, np.asarray(upright))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "cannot be decoded"),
+        (b"\0" * 1000, "cannot be decoded"),
+        (b"\xff\xd8" + b"\0" * 1000, "cannot be decoded"),
+        (encode(smooth_photo(), "JPEG")[:4000], "cannot be decoded"),
+        (encode(noise(0))[:600], "cannot be decoded"),
+        (encode(noise(0))[:40], "cannot be decoded"),
+        (bomb(), "too large"),
+    ],
+    ids=["empty", "zeros", "jpeg zeros", "cut jpeg", "cut png", "png header", "bomb"],
+)
+def test_what_is_no_image_is_refused(data: bytes, reason: str) -> None:
+    with pytest.raises(BadSample, match=reason):
+        decode_image(data)
+
+
+def test_the_size_limit_holds_for_jpeg_and_below_pillows_own(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    data = encode(smooth_photo(), "JPEG")
+    monkeypatch.setattr("w2s.data.decode.MAX_PIXELS", 400 * 500 - 1)
+    for image in (data, encode(smooth_photo())):
+        with pytest.raises(BadSample, match="too large"):
+            decode_image(image)
+    monkeypatch.setattr("w2s.data.decode.MAX_PIXELS", 400 * 500)
+    assert decode_image(data).shape == (400, 500, 3)
+    assert not recwarn
+
+
+def test_errors_do_not_depend_on_where_the_file_ends(tmp_path: Path) -> None:
+    """Every prefix of an image either decodes or is a bad sample; nothing else is raised."""
+    for data in (encode(noise(3)), encode(noise(3), "JPEG"), encode(noise(3), "WEBP"), encode(noise(3), "GIF")):
+        outcomes = set()
+        for end in range(0, len(data), 13):
+            try:
+                outcomes.add(decode_image(data[:end]).shape)
+            except BadSample:
+                outcomes.add(None)
+        assert None in outcomes

@@ -1,0 +1,83 @@
+"""A batch of training samples."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """Samples of a step, in the order of their global index. A field that the stage did not ask for is None."""
+
+    images: torch.Tensor
+    """The student's view: uint8 [n, 3, size, size]."""
+    teacher_images: torch.Tensor | None = None
+    """The same crops at the teacher's size: uint8 [n, 3, teacher size, teacher size]."""
+    masks: torch.Tensor | None = None
+    """True where a patch is masked: bool [n, patches]."""
+    kept: torch.Tensor | None = None
+    """Patches that patch dropout keeps, ascending: int64 [n, kept]."""
+    tokens: torch.Tensor | None = None
+    """Tokenized captions: int64 [n, context length]."""
+    captions: torch.Tensor | None = None
+    """A hash of each caption's text, so that equal captions can be found: int64 [n], not negative."""
+    keys: list[str]
+    """The samples' names in their shards."""
+    indices: torch.Tensor
+    """Global sample indices: int64 [n]."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def split(self, size: int) -> "list[Batch]":
+        """Cut into micro-batches of `size` samples, which share memory with this batch; the last may be smaller."""
+        return [self._select(slice(start, start + size)) for start in range(0, len(self), size)]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Copy the tensors to a device."""
+        return self._map(lambda tensor: tensor.to(device), self.keys)
+
+    def _select(self, rows: slice | torch.Tensor) -> "Batch":
+        chosen = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
+        return self._map(lambda tensor: tensor[rows], [self.keys[row] for row in chosen])
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor], keys: list[str]) -> "Batch":
+        changed: dict[str, Any] = {n: v if v is None else change(v) for n, v in _tensors(self).items()}
+        return Batch(**changed, keys=keys)
+
+
+def merge_batches(parts: Sequence[Batch]) -> Batch:
+    """Join parts of one batch (all with the same fields) and order the samples by their global index."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = {name: [_tensors(part)[name] for part in parts] for name in _tensors(parts[0])}
+    merged: dict[str, Any] = {
+        name: None if column[0] is None else torch.cat(column) for name, column in columns.items()
+    }
+    keys = [key for part in parts for key in part.keys]
+    batch = Batch(**merged, keys=keys)
+    return batch._select(batch.indices.argsort())
+
+
+def _tensors(batch: Batch) -> dict[str, Any]:
+    return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.name != "keys"}
+
+
+def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Turn pixels into the input of a tower: (images / 255 - mean) / std, on the images' device.
+
+    Args:
+        images: uint8 [n, 3, height, width].
+        mean: mean of each channel, for pixels in 0..1.
+        std: standard deviation of each channel, for pixels in 0..1.
+
+    Returns:
+        float32 [n, 3, height, width].
+    """
+    # One subtraction and one multiplication over the images; the factor 1/255 is folded into the constants.
+    offset = torch.tensor(mean, dtype=torch.float32, device=images.device).mul_(255).view(3, 1, 1)
+    scale = torch.tensor(std, dtype=torch.float32, device=images.device).mul_(255).reciprocal_().view(3, 1, 1)
+    return images.float().sub_(offset).mul_(scale)

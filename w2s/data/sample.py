@@ -1,0 +1,172 @@
+"""One raw sample to the views that a stage trains on. Everything random depends on the global sample index alone."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from w2s.data.bad import BadSample
+from w2s.data.counter import Purpose, generator
+from w2s.data.decode import decode_image
+from w2s.data.masks import block_mask, kept_patches
+from w2s.data.shards import RawSample, find_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSpec:
+    """What a stage wants of every sample."""
+
+    image_size: int
+    """Side of the student's view in pixels."""
+    grid: int
+    """Patches along one side of the student's view."""
+    teacher_size: int = 0
+    """Side of the teacher's view in pixels; 0 makes none."""
+    masked_patches: int = 0
+    """Patches masked in every image; 0 makes no masks."""
+    min_block: int = 1
+    """Smallest masked block in patches."""
+    block_aspect: float = 0.3
+    """Masked blocks have an aspect ratio between this and its inverse."""
+    kept_patches: int = 0
+    """Patches that patch dropout keeps; 0 keeps all and lists none."""
+    context_length: int = 0
+    """Tokens of a caption; 0 reads no captions."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest area of the crop, as a fraction of the image."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest aspect ratio of the crop."""
+    flip: bool = True
+    """Flip half of the images left to right."""
+    image_key: str = "jpg;jpeg;png;webp"
+    """Extensions of the image; the first that is there is taken."""
+    caption_key: str = "txt"
+    """Extension of the caption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """A sample that is ready for a batch; see `Batch` for the fields."""
+
+    key: str
+    index: int
+    image: torch.Tensor
+    teacher_image: torch.Tensor | None
+    mask: NDArray[np.bool_] | None
+    kept: NDArray[np.int64] | None
+    caption: str | None
+
+
+def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views:
+    """Decode a sample and draw its crop, flip, mask and kept patches.
+
+    The student's and the teacher's view show the same crop with the same flip.
+
+    Args:
+        raw: the undecoded sample.
+        spec: what the stage wants.
+        seed: seed of the run.
+        index: global sample index; with the seed it fixes everything that is random.
+
+    Raises:
+        BadSample: the shard is damaged here, or the image or the caption is missing or unreadable.
+    """
+    if raw.damage:
+        raise BadSample(raw.damage)
+    caption = read_caption(raw, spec.caption_key) if spec.context_length else None
+    data = find_image(raw.files, spec.image_key)
+    if data is None:
+        raise BadSample("image is missing")
+    pixels = decode_image(data)
+    rng = generator(seed, Purpose.CROP, index)
+    height, width, _ = pixels.shape
+    box = crop_box(rng, height, width, spec.crop_scale, spec.crop_ratio)
+    flip = spec.flip and rng.random() < 0.5
+    sizes = [spec.image_size, spec.teacher_size] if spec.teacher_size else [spec.image_size]
+    views = [resize_crop(pixels, box, size, flip) for size in sizes]
+    return Views(
+        key=raw.key,
+        index=index,
+        image=views[0],
+        teacher_image=views[1] if spec.teacher_size else None,
+        mask=_mask(spec, seed, index) if spec.masked_patches else None,
+        kept=_kept(spec, seed, index) if spec.kept_patches else None,
+        caption=caption,
+    )
+
+
+def _mask(spec: SampleSpec, seed: int, index: int) -> NDArray[np.bool_]:
+    rng = generator(seed, Purpose.MASK, index)
+    return block_mask(rng, spec.grid, spec.masked_patches, spec.min_block, spec.block_aspect)
+
+
+def _kept(spec: SampleSpec, seed: int, index: int) -> NDArray[np.int64]:
+    return kept_patches(generator(seed, Purpose.PATCHES, index), spec.grid**2, spec.kept_patches)
+
+
+def read_caption(raw: RawSample, caption_key: str) -> str:
+    """Return a sample's caption without white space around it.
+
+    Raises:
+        BadSample: the caption is missing, empty or not UTF-8.
+    """
+    try:
+        caption = raw.files.get(caption_key, b"").decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample("caption is not UTF-8") from error
+    if not caption:
+        raise BadSample("caption is missing")
+    return caption
+
+
+def caption_hash(caption: str) -> int:
+    """Return 63 bits that are equal for equal captions, in every process."""
+    digest = hashlib.blake2b(caption.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def crop_box(
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Draw a crop by torchvision's RandomResizedCrop rule.
+
+    Ten tries with an area uniform in `scale` and an aspect ratio log-uniform in `ratio`; if none fits, the largest
+    centred crop whose aspect ratio is allowed.
+
+    Returns:
+        top, left, height, width in pixels.
+    """
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
+            return int(top), int(left), crop_height, crop_width
+    crop_width = min(width, max(1, round(height * ratio[1])))
+    crop_height = min(height, max(1, round(width / ratio[0])))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def resize_crop(pixels: NDArray[np.uint8], box: tuple[int, int, int, int], size: int, flip: bool) -> torch.Tensor:
+    """Cut out a crop and resize it to a square with antialiased bicubic interpolation.
+
+    Args:
+        pixels: uint8 [height, width, 3].
+        box: top, left, height, width of the crop.
+        size: side of the result in pixels.
+        flip: mirror it left to right.
+
+    Returns:
+        uint8 [3, size, size].
+    """
+    top, left, height, width = box
+    # A channels-last view takes torch's uint8 kernel, which does Pillow's arithmetic three times as fast as Pillow.
+    crop = torch.from_numpy(pixels[top : top + height, left : left + width]).permute(2, 0, 1)[None]
+    view = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
+    return (view.flip(-1) if flip else view).contiguous()
