@@ -1,7 +1,9 @@
 """Run a function on several local ranks over gloo."""
 
 import tempfile
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ TIMEOUT = timedelta(seconds=120)
 """A rank that waits longer for another one fails."""
 
 
+class RankError(RuntimeError):
+    """A rank failed; the message is the traceback of the first one that did."""
+
+
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call `fn(*args)` in `world_size` new processes that share a default process group.
-
-    When a rank fails, the others are stopped and the error carries its traceback.
 
     Args:
         fn: a function at the top level of a module, so that the new processes can import it.
@@ -28,22 +32,28 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
         What `fn` returned on every rank, by rank (anything that `torch.save` takes).
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: `fn` raised on a rank.
+        RankError: `fn` raised, or a process died; the other ranks have been stopped.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(world_size, folder, fn, args), nprocs=world_size)
-        return [torch.load(_result(folder, rank), weights_only=False) for rank in range(world_size)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            mp.spawn(_rank, args=(world_size, folder, fn, args), nprocs=world_size)
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            first = folder / "error"
+            raise RankError(first.read_text() if first.exists() else str(error)) from None
+        return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(world_size)]
 
 
-def _rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, world_size: int, folder: Path, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder, "store")), world_size)
+    store = dist.FileStore(str(folder / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     try:
-        torch.save(fn(*args), _result(folder, rank))
+        torch.save(fn(*args), folder / f"result-{rank}")
+    except Exception:
+        # Written before the connection closes: ranks that fail because of that come later and find the file.
+        with suppress(FileExistsError), (folder / "error").open("x") as file:
+            file.write(f"rank {rank} of {world_size}\n{traceback.format_exc()}")
+        raise
     finally:
         dist.destroy_process_group()
-
-
-def _result(folder: str, rank: int) -> Path:
-    return Path(folder, f"result-{rank}.pt")

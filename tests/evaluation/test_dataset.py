@@ -1,0 +1,119 @@
+"""Test sets read from shards."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from w2s.errors import DataError
+from w2s.evaluation.dataset import eval_transform, load_eval_set
+
+
+def png(colour=(200, 10, 30), size=(40, 30)):
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_shard(path, samples):
+    """Write samples, each a key and its files by extension."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key, files in samples:
+            for extension, data in files.items():
+                data = data.encode() if isinstance(data, str) else data
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def load(folder, size=16):
+    return load_eval_set(str(folder), size, image_key="jpg;png", caption_key="txt", class_key="cls")
+
+
+def test_order_labels_and_names(tmp_path):
+    write_shard(tmp_path / "test/000001.tar", [("c", {"png": png((0, 0, 255)), "txt": "sea", "cls": "1\n"})])
+    shard = [("a", {"png": png(), "txt": "fire", "cls": "0"}), ("b", {"png": png(), "txt": "rose", "cls": "0"})]
+    write_shard(tmp_path / "test/000000.tar", shard)
+    (tmp_path / "classnames.txt").write_text("red things\nblue things\n")
+    data = load(tmp_path / "test")
+    assert data.keys == ["a", "b", "c"]
+    assert data.captions == ["fire", "rose", "sea"]
+    assert data.labels.tolist() == [0, 0, 1]
+    assert data.class_names == ["red things", "blue things"]
+    assert data.images.shape == (3, 3, 16, 16) and data.images.dtype == torch.uint8
+    assert data.images[2, :, 8, 8].tolist() == [0, 0, 255]
+
+
+def test_names_beside_the_shards_come_first(tmp_path):
+    write_shard(tmp_path / "test/0.tar", [("a", {"png": png(), "cls": "0"})])
+    (tmp_path / "classnames.txt").write_text("above")
+    (tmp_path / "test/classnames.txt").write_text("beside")
+    data = load(tmp_path / "test")
+    assert data.class_names == ["beside"]
+    assert data.captions == []
+
+
+def test_captions_are_the_classes_where_there_are_no_numbers(tmp_path):
+    captions = ["dog", "cat", "dog"]
+    write_shard(tmp_path / "0.tar", [(str(i), {"png": png(), "txt": text}) for i, text in enumerate(captions)])
+    data = load(tmp_path)
+    assert data.class_names == ["cat", "dog"]
+    assert data.labels.tolist() == [1, 0, 1]
+
+
+def test_several_captions_are_no_class(tmp_path):
+    write_shard(
+        tmp_path / "0.tar", [("a", {"png": png(), "txt": "a dog\na pet\n"}), ("b", {"png": png(), "txt": "cat"})]
+    )
+    data = load(tmp_path)
+    assert data.captions == ["a dog\na pet", "cat"]
+    assert data.labels is None
+
+
+def test_transform_is_clips():
+    rows, columns = np.mgrid[0:97, 0:150]
+    photo = np.stack([rows * 2, columns, 127 + 100 * np.sin(rows / 9) * np.cos(columns / 7)], -1).astype(np.uint8)
+    reference = transforms.Compose(
+        [
+            transforms.Resize(32, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(32),
+            transforms.PILToTensor(),
+        ]
+    )(Image.fromarray(photo))
+    ours = eval_transform(torch.from_numpy(photo).permute(2, 0, 1), 32)
+    # Pillow and torch round the filter's weights in different places
+    assert (ours.int() - reference.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([("a", {"png": b"nothing", "txt": "x"})], "a: image cannot be decoded"),
+        ([("a", {"gif": png(), "txt": "x"})], "a: no image .jpg;png"),
+        ([("a", {"png": png(), "cls": "1.5"})], "a.cls is '1.5', not a class number"),
+        ([("a", {"png": png(), "txt": b"\xff\xfe"})], "a.txt is not UTF-8"),
+        ([("a", {"png": png(), "cls": "0"}), ("b", {"png": png()})], "b has no class number .cls"),
+        ([("a", {"png": png()})], "neither class numbers nor captions"),
+        ([("a", {"png": png(), "cls": "7"})], "has 2 names but there is a class number 7"),
+        ([], "shard is empty"),
+    ],
+)
+def test_bad_sets_are_one_line(tmp_path, samples, message):
+    write_shard(tmp_path / "0.tar", samples)
+    (tmp_path / "classnames.txt").write_text("one\ntwo\n")
+    with pytest.raises(DataError) as error:
+        load(tmp_path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_names_and_missing_shards(tmp_path):
+    write_shard(tmp_path / "set/0.tar", [("a", {"png": png(), "cls": "0"})])
+    with pytest.raises(DataError, match=r"classnames\.txt does not exist: write the classes' names"):
+        load(tmp_path / "set")
+    with pytest.raises(DataError, match=r"^eval\.shards="):
+        load(tmp_path / "nowhere")

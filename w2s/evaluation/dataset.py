@@ -1,0 +1,140 @@
+"""A test set in memory: images, captions and classes, read from webdataset shards in order."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize
+
+from w2s.data.bad import BadSample
+from w2s.data.decode import decode_image
+from w2s.data.shards import RawSample, find_image, list_shards, read_shard
+from w2s.errors import DataError
+
+CLASS_NAMES = "classnames.txt"
+
+T = TypeVar("T")
+
+
+@dataclass
+class EvalSet:
+    """A test set of n images of S x S pixels."""
+
+    images: Tensor
+    """uint8 [n, 3, S, S]."""
+    captions: list[str]
+    """One text an image, several captions on lines of their own; empty where the samples have none."""
+    labels: Tensor | None
+    """int64 [n], numbers of the classes; None where an image has several captions and no class."""
+    class_names: list[str]
+    """Names by class number."""
+    keys: list[str]
+    """Names of the samples."""
+
+
+def load_eval_set(
+    shards: str,
+    image_size: int,
+    *,
+    image_key: str,
+    caption_key: str,
+    class_key: str,
+    option: str = "eval.shards",
+) -> EvalSet:
+    """Read a test set, in the order of its shards and samples.
+
+    Images get CLIP's test transform: the shorter side to `image_size` pixels, then a centre crop. Class numbers come
+    with names in `classnames.txt` beside the shards or in the folder above; without class numbers the distinct
+    captions are the classes, in alphabetical order.
+
+    Args:
+        shards: what `list_shards` takes.
+        image_size: side of the images in pixels, S.
+        image_key: extensions of the image, separated by `;`.
+        caption_key: extension of the caption.
+        class_key: extension of the class number.
+        option: the configuration key to name in an error.
+
+    Raises:
+        DataError: a shard, an image, a caption, a class number or the class names are missing or cannot be read.
+    """
+    paths = list_shards(shards, option)
+    images, captions, numbers, keys = [], [], [], []
+    for sample in (sample for path in paths for sample in read_shard(str(path))):
+        images.append(_image(sample, image_size, image_key))
+        captions.append(_text(sample, caption_key))
+        numbers.append(_class_number(sample, class_key))
+        keys.append(sample.key)
+    texts = _all_or_none(captions, keys, f"caption .{caption_key}")
+    classes = _all_or_none(numbers, keys, f"class number .{class_key}")
+    labels, names = (
+        _named_classes(classes, paths[0].parent) if classes else _caption_classes(texts, f"{option}={shards}")
+    )
+    return EvalSet(torch.stack(images), texts, labels, names, keys)
+
+
+def eval_transform(pixels: Tensor, image_size: int) -> Tensor:
+    """CLIP's test transform of uint8 [3, height, width]: antialiased bicubic resize and centre crop to a square."""
+    resized = resize(pixels, [image_size], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return center_crop(resized, [image_size, image_size])
+
+
+def _image(sample: RawSample, image_size: int, image_key: str) -> Tensor:
+    data = find_image(sample.files, image_key)
+    if data is None:
+        reason = sample.damage or f"no image .{image_key}"
+        raise DataError(f"{sample.shard}: {sample.key}: {reason}, repair the test set")
+    try:
+        pixels = torch.from_numpy(decode_image(data)).permute(2, 0, 1)
+    except BadSample as error:
+        raise DataError(f"{sample.shard}: {sample.key}: {error}, repair the test set") from error
+    return eval_transform(pixels, image_size)
+
+
+def _text(sample: RawSample, key: str) -> str | None:
+    data = sample.files.get(key)
+    if data is None:
+        return None
+    try:
+        return data.decode().strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{sample.shard}: {sample.key}.{key} is not UTF-8 text: repair the test set") from error
+
+
+def _class_number(sample: RawSample, key: str) -> int | None:
+    text = _text(sample, key)
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    raise DataError(f"{sample.shard}: {sample.key}.{key} is '{text[:20]}', not a class number: repair the test set")
+
+
+def _all_or_none(values: list[T | None], keys: list[str], what: str) -> list[T]:
+    """The values if all samples have one, nothing if none has."""
+    present = [value for value in values if value is not None]
+    if present and len(present) < len(values):
+        raise DataError(f"{keys[values.index(None)]} has no {what}, other samples do: repair the test set")
+    return present
+
+
+def _named_classes(numbers: list[int], folder: Path) -> tuple[Tensor, list[str]]:
+    files = [place / CLASS_NAMES for place in (folder, folder.parent)]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise DataError(f"{files[0]} does not exist: write the classes' names into it, one a line")
+    names = file.read_text(encoding="utf-8").splitlines()
+    if max(numbers) >= len(names):
+        raise DataError(f"{file} has {len(names)} names but there is a class number {max(numbers)}: add the names")
+    return torch.tensor(numbers), names
+
+
+def _caption_classes(captions: list[str], source: str) -> tuple[Tensor | None, list[str]]:
+    if not captions:
+        raise DataError(f"{source} has neither class numbers nor captions: set eval.class_key or data.caption_key")
+    if any("\n" in caption for caption in captions):
+        return None, []
+    names = sorted(set(captions))
+    numbers = {name: number for number, name in enumerate(names)}
+    return torch.tensor([numbers[caption] for caption in captions]), names

@@ -1,0 +1,50 @@
+"""Weighted k-nearest-neighbour classification of features (Wu et al. 2018, as DINO evaluates)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from w2s.evaluation.ranking import one_hot, rank_of_right
+
+BLOCK = 256
+"""Images whose neighbours are looked up at a time."""
+TEMPERATURE = 0.07
+
+
+def knn(features: Tensor, labels: Tensor, neighbours: Tensor, neighbour_labels: Tensor, *, k: int) -> dict[str, float]:
+    """Classify by the k nearest neighbours in cosine, each voting for its class with `exp(cosine / 0.07)`.
+
+    Of equally near neighbours the earlier one counts, of classes with equal votes the lower number; a class without a
+    vote is never right.
+
+    Args:
+        features: [n, d], not normalised.
+        labels: int64 [n].
+        neighbours: features that are looked through, [m, d].
+        neighbour_labels: int64 [m].
+        k: neighbours that vote; all of them where there are fewer.
+
+    Returns:
+        top1, top5 and, for the classes that neighbours have, chance_top1; fractions of 1.
+    """
+    gallery = F.normalize(neighbours.float(), dim=-1)
+    labels, neighbour_labels = labels.to(gallery.device), neighbour_labels.to(gallery.device)
+    classes = int(max(labels.max(), neighbour_labels.max())) + 1
+    blocks = zip(features.split(BLOCK), labels.split(BLOCK), strict=True)
+    ranks = torch.cat([_ranks(block, truth, gallery, neighbour_labels, k, classes) for block, truth in blocks])
+    return {
+        "top1": (ranks < 1).double().mean().item(),
+        "top5": (ranks < 5).double().mean().item(),
+        "chance_top1": 1 / len(neighbour_labels.unique()),
+    }
+
+
+def _ranks(features: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, k: int, classes: int) -> Tensor:
+    """Rank of the true class by votes, beyond every k where it has none."""
+    cosines = F.normalize(features.float(), dim=-1) @ gallery.T
+    nearest, index = cosines.sort(dim=1, descending=True, stable=True)
+    weights = (nearest[:, :k] / TEMPERATURE).exp()
+    votes = weights.new_zeros(len(features), classes).scatter_add(1, gallery_labels[index[:, :k]], weights)
+    ranks = rank_of_right(votes, one_hot(labels, classes))
+    voteless = votes.gather(1, labels[:, None])[:, 0] == 0
+    return ranks.masked_fill(voteless, torch.iinfo(ranks.dtype).max)
