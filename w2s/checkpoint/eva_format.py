@@ -1,6 +1,6 @@
 """The key names and tensor layouts of the released EVA-CLIP checkpoints, and ours.
 
-Source of the names: baaivision/EVA, EVA-CLIP-18B/shinji/eva_clip. Our names are global: `blocks.7.mlp.linear_fc1.weight`.
+Source of the names: baaivision/EVA, EVA-CLIP-18B/shinji/eva_clip. Ours are global: `blocks.7.mlp.linear_fc1.weight`.
 """
 
 import re
@@ -41,7 +41,9 @@ def eva_name(name: str, names: Mapping[str, str]) -> str:
     return name
 
 
-def from_eva(tensors: Mapping[str, Tensor], wanted: Iterable[str], names: Mapping[str, str], heads: int) -> dict[str, Tensor]:
+def from_eva(
+    tensors: Mapping[str, Tensor], wanted: Iterable[str], names: Mapping[str, str], heads: int
+) -> dict[str, Tensor]:
     """Return our tensors out of a tower's released ones.
 
     Args:
@@ -60,7 +62,8 @@ def from_eva(tensors: Mapping[str, Tensor], wanted: Iterable[str], names: Mappin
 def to_eva(tensors: Mapping[str, Tensor], names: Mapping[str, str], heads: int) -> dict[str, Tensor]:
     """Return the released tensors out of a tower's own, the inverse of `from_eva`."""
     return {
-        eva_name(name, names): _separate(tensor, heads) if _is_fused(name) else tensor for name, tensor in tensors.items()
+        eva_name(name, names): _separate(tensor, heads) if _is_fused(name) else tensor
+        for name, tensor in tensors.items()
     }
 
 

@@ -5,7 +5,7 @@ Later layers win: the defaults of the dataclasses, `stage/STAGE.yaml`, the chose
 a teacher may set `mim.masked_patches` too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from w2s.config.fields import FIELDS, SECTIONS, expected, is_text, nearest
-from w2s.config.sections import Config
+from w2s.config.sections import Config, ModelConfig
 from w2s.errors import ConfigError
 
 STAGES = ("mim", "clip", "eval")
@@ -47,6 +47,19 @@ def load(stage: str, overrides: Sequence[str] = ()) -> Config:
     for key, text in assignments:
         _assign(node, key, text if is_text(key) else _value(key, text), "")
     return _typed(node)
+
+
+def model_from(saved: Mapping[str, Any]) -> ModelConfig:
+    """The model section of a configuration that a checkpoint holds.
+
+    Raises:
+        ConfigError: the section has keys that this release does not know, or lacks some.
+    """
+    try:
+        node = OmegaConf.merge(OmegaConf.structured(ModelConfig), saved["model"])
+    except (KeyError, OmegaConfBaseException) as error:
+        raise ConfigError(f"the checkpoint's model section cannot be read: {_first_line(error)}") from error
+    return cast(ModelConfig, OmegaConf.to_object(node))
 
 
 def defaults_of(stage: str) -> dict[str, str]:

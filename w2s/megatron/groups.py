@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch.distributed import ProcessGroup
 
 from w2s.config.sections import HardwareConfig, ParallelConfig
 from w2s.megatron import compat, cpu
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,15 @@ class Ranks:
         """Wait for all ranks."""
         dist.barrier()
 
-    def share(self, value: object) -> object:
+    def share(self, value: T) -> T:
         """Return rank 0's `value` on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: T) -> list[T]:
         """Return the `value` of every data-parallel rank, in order."""
-        values: list[object] = [None] * self.data_size
+        values = [value] * self.data_size
         dist.all_gather_object(values, value, group=self.data_group)
         return values
 

@@ -33,9 +33,7 @@ class Optimizer:
         dtype: type of the weights.
     """
 
-    def __init__(
-        self, towers: dict[str, DistributedDataParallel], config: OptimConfig, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, towers: dict[str, DistributedDataParallel], config: OptimConfig, dtype: torch.dtype) -> None:
         self.towers = towers
         groups = parameter_groups(_named_parameters(towers), config)
         for group in groups:
@@ -118,7 +116,8 @@ def _distribute(
         lr=config.lr,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        clip_grad=config.clip_grad,
+        # Without a limit Megatron would not measure the norm either.
+        clip_grad=config.clip_grad or float("inf"),
         use_distributed_optimizer=True,
     )
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -19,6 +20,11 @@ def forward_backward(model: nn.Module, micro_batches: Sequence[Any], forward: Fo
     return _run(model, micro_batches, forward, forward_only=False)
 
 
+def finish_gradients(model: nn.Module) -> None:
+    """Reduce the gradients of a model that took part in another's pass, as `forward_backward` does for its own."""
+    finalize_model_grads([model])
+
+
 @torch.no_grad()
 def forward_only(
     model: nn.Module, micro_batches: Sequence[Any], forward: Callable[[nn.Module, Any], Tensor]
@@ -32,7 +38,9 @@ def forward_only(
     return [reported["output"] for reported in _run(model, micro_batches, keep, forward_only=True)]
 
 
-def _run(model: nn.Module, micro_batches: Sequence[Any], forward: Forward, forward_only: bool) -> list[dict[str, Tensor]]:
+def _run(
+    model: nn.Module, micro_batches: Sequence[Any], forward: Forward, forward_only: bool
+) -> list[dict[str, Tensor]]:
     result: list[dict[str, Tensor]] = get_forward_backward_func()(
         forward_step_func=lambda batches, model: forward(model, next(batches)),
         data_iterator=iter(micro_batches),

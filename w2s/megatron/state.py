@@ -53,9 +53,7 @@ def load_weights(folder: Path, towers: Towers, names: Iterable[str]) -> None:
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the whole shape of every weight in a checkpoint, by name; optimizer states are left out."""
     tensors = dist_checkpointing.load_tensors_metadata(str(folder))
-    return {
-        name: tuple(tensor.global_shape) for name, tensor in tensors.items() if not name.startswith("optimizer.")
-    }
+    return {name: tuple(tensor.global_shape) for name, tensor in tensors.items() if not name.startswith("optimizer.")}
 
 
 def tower_shapes(towers: Towers) -> dict[str, tuple[int, ...]]:

@@ -34,6 +34,11 @@ class TargetNorm(nn.Module):
             self.register_buffer("deviations", torch.zeros(width, dtype=torch.float64))
             self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
+    @property
+    def ready(self) -> bool:
+        """Whether targets can be normalised without an update: always for `none`, else after the first one."""
+        return self.kind == "none" or bool(self.count)
+
     @torch.no_grad()
     def forward(self, targets: Tensor, group: dist.ProcessGroup | None = None, *, update: bool) -> Tensor:
         """Normalise targets [n, P, D] (float32 in, float32 out).
@@ -50,7 +55,7 @@ class TargetNorm(nn.Module):
             return targets
         if update:
             self._update(targets.flatten(0, 1), group)
-        elif not self.count:
+        elif not self.ready:
             raise ValueError("TargetNorm has seen no targets: call it with update=True first")
         scale = (self.deviations / self.count + self.eps).rsqrt()
         return (targets - self.mean.float()) * scale.float()

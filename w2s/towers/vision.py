@@ -8,6 +8,10 @@ from w2s.megatron.tower import StackShape, Tower
 from w2s.towers.norms import make_norm
 
 NORM_EPS = 1e-6
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Mean of the input's channels, pixels in 0..1 (CLIP's)."""
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Standard deviation of the input's channels (CLIP's)."""
 
 
 def vision_stack(config: VisionConfig) -> StackShape:

@@ -1,6 +1,6 @@
 """The one thing that the trainer tells what happens: it goes to the terminal, to files, to MLflow and to the report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -81,16 +81,20 @@ class Tracker:
             table.save(self._run_dir / "tables" / f"{name}.json")
             self._parts.console.print(table.to_rich())
 
-    def picture_path(self, name: str) -> Path:
-        """Where a picture has to be saved to be part of the report: pictures/NAME.png.
+    def results(self, metrics: Mapping[str, float], title: str) -> None:
+        """Shows and keeps the table of a finished stage's metrics."""
+        self.table("results", ["measure", "value"], [[name, value] for name, value in metrics.items()], title)
+
+    def picture(self, name: str, draw: Callable[[Path], None]) -> None:
+        """Lets `draw` save a picture as pictures/NAME.png, for the report.
 
         Raises:
             UserError: the folder cannot be made.
         """
-        path = self._run_dir / "pictures" / f"{name}.png"
         if self._parts:
+            path = self._run_dir / "pictures" / f"{name}.png"
             make_folder(path.parent)
-        return path
+            draw(path)
 
     def artifact(self, path: Path) -> None:
         """Uploads a file to MLflow."""

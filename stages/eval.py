@@ -1,0 +1,75 @@
+"""The evaluation stage: zero-shot classification, retrieval and k-NN of a finished CLIP."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from w2s.checkpoint.find import find
+from w2s.checkpoint.handover import load_all
+from w2s.checkpoint.store import read_meta
+from w2s.config.load import model_from
+from w2s.config.sections import Config
+from w2s.errors import ConfigError
+from w2s.evaluation.dataset import EvalSet
+from w2s.evaluation.zero_shot import ClassResult, ZeroShotResult
+from w2s.megatron import groups
+from w2s.megatron.groups import Ranks
+from w2s.precision import compute_dtype
+from w2s.probe import ClipProbe
+from w2s.towers.build import build_clip
+from w2s.tracking.pictures import ClassExamples, classes_picture
+from w2s.tracking.tracker import Tracker
+from w2s.trainer import open_run, prepare_data, tracked, write_result
+
+SHOWN_CLASSES = 8
+
+
+def run(config: Config) -> None:
+    """Evaluate the CLIP that `init.checkpoint` names."""
+    started = time.perf_counter()
+    with groups.start(config.parallel, config.hardware) as ranks:
+        checkpoint = find(
+            config.init.checkpoint, Path(config.run.root).expanduser(), key="init.checkpoint", stage="clip"
+        )
+        if checkpoint is None:
+            raise ConfigError("init.checkpoint=none leaves nothing to evaluate: give a clip run, or latest")
+        folder = open_run(config, ranks)
+        prepare_data(config, ranks)
+        config = replace(config, model=model_from(read_meta(checkpoint).config))
+        tracker = Tracker(config, folder, main=ranks.main, tags={"w2s.parent_checkpoint": str(checkpoint)})
+        with tracked(tracker):
+            metrics = evaluate(config, checkpoint, tracker, ranks)
+            write_result(folder, config, metrics, started, ranks)
+
+
+def evaluate(config: Config, checkpoint: Path, tracker: Tracker, ranks: Ranks) -> dict[str, float]:
+    """Measure a checkpoint, show tables and pictures, return the metrics."""
+    vision, text = build_clip(config, compute_dtype(config.precision))
+    load_all({"vision": vision, "text": text}, checkpoint)
+    vision, text = vision.to(ranks.device), text.to(ranks.device)
+    probe = ClipProbe(config, ranks)
+    result = probe.measure(vision, text)
+    metrics = result.metrics | probe.of_tower(vision) | probe.baselines()
+    meta = read_meta(checkpoint)
+    tracker.log(meta.step, meta.samples, metrics)
+    tracker.results(metrics, str(checkpoint))
+    if result.zero_shot is not None:
+        _show_classes(result.zero_shot, probe.test_set(config.model.vision.image_size), tracker)
+    return metrics
+
+
+def _show_classes(result: ZeroShotResult, test: EvalSet, tracker: Tracker) -> None:
+    """Table and picture of the classes that are recognised best and worst."""
+    ends = {"best": result.classes[:SHOWN_CLASSES], "worst": result.classes[::-1][:SHOWN_CLASSES]}
+    rows = [[end, c.name, c.top1, c.margin, c.confused_with] for end, classes in ends.items() for c in classes]
+    tracker.table("classes", ["", "class", "top-1", "margin", "taken for"], rows, "best and worst classes")
+    examples = [[_examples(c, test, result.predictions) for c in classes] for classes in ends.values()]
+    tracker.picture("classes", lambda path: classes_picture(path, *examples))
+
+
+def _examples(result: ClassResult, test: EvalSet, predictions: Tensor) -> ClassExamples:
+    numbers = result.images[:2]
+    named = [test.class_names[int(predictions[number])] for number in numbers]
+    return ClassExamples(result.name, result.top1, test.images[numbers], named)

@@ -1,0 +1,184 @@
+"""The masked stage: a student learns to reproduce, at masked patches, the features of a frozen teacher."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from w2s.checkpoint.find import find
+from w2s.checkpoint.handover import Handover, hand_over
+from w2s.config.sections import Config
+from w2s.data.batch import Batch, normalize
+from w2s.data.counter import Purpose, generator
+from w2s.data.masks import block_mask
+from w2s.data.sample import SampleSpec
+from w2s.evaluation.encode import encode_all
+from w2s.megatron.groups import Ranks
+from w2s.megatron.initialize import fill
+from w2s.megatron.optimizer import Optimizer, data_parallel
+from w2s.megatron.schedule import forward_backward
+from w2s.objectives.masked import masked_cosine_loss, masked_cosines
+from w2s.precision import compute_dtype
+from w2s.probe import Probe, patch_features, teacher_features
+from w2s.teachers.build import build_teacher
+from w2s.teachers.targets import TargetNorm
+from w2s.towers.initial import vision_rule
+from w2s.towers.masked import MaskedStudent
+from w2s.towers.vision import MEAN, STD
+from w2s.tracking.pictures import features_picture, masked_picture
+from w2s.tracking.tracker import Tracker
+from w2s.trainer import train_stage
+
+
+def run(config: Config) -> None:
+    """Train the masked stage."""
+    train_stage(config, MaskedStage)
+
+
+class MaskedStage:
+    """Builds the teacher and the student; `step` is the stage."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        vision, dtype = config.model.vision, compute_dtype(config.precision)
+        self.teacher = build_teacher(config.teacher, grid=vision.grid, device=ranks.device)
+        self.target_norm = TargetNorm(self.teacher.width, config.teacher.target_norm).to(ranks.device)
+        student = MaskedStudent(vision, self.teacher.width, config.parallel, dtype)
+        fill(student, vision_rule(vision, config.init.post_norm), config.run.seed)
+        self.student = data_parallel(student.to(ranks.device))
+        self.towers = {"vision": self.student}
+        self.optimizer = Optimizer(self.towers, config.optim, dtype)
+        self.probe = Probe(config, ranks)
+        self.spec = SampleSpec(
+            image_size=vision.image_size,
+            grid=vision.grid,
+            teacher_size=self.teacher.image_size,
+            masked_patches=config.mim.masked_patches,
+            min_block=config.mim.min_block,
+            block_aspect=config.mim.block_aspect,
+            crop_scale=config.data.crop_scale,
+            crop_ratio=config.data.crop_ratio,
+            flip=config.data.flip,
+            image_key=config.data.image_key,
+            caption_key=config.data.caption_key,
+        )
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One step: the teacher sees whole images, the student masked ones, and predicts the targets at the masks."""
+        targets = self.target_norm(self._teach(batch), self.ranks.data_group, update=True)
+
+        def forward(student: MaskedStudent, micro: tuple[Batch, Tensor]):
+            images, masks, masked = self._student_view(micro[0])
+            predictions = student(images, masks, masked)
+            wanted = micro[1].flatten(0, 1).index_select(0, masked)
+
+            def loss(predictions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                value = masked_cosine_loss(predictions, wanted)
+                return value, {"loss": value.detach()}
+
+            return predictions, loss
+
+        size = self.config.train.micro_batch
+        micro_batches = list(zip(batch.split(size), targets.split(size), strict=True))
+        reports = forward_backward(self.student, micro_batches, forward)
+        return {"loss": torch.stack([report["loss"] for report in reports]).mean()}
+
+    def _teach(self, batch: Batch) -> Tensor:
+        """The teacher's features of the whole images: [n, patches, teacher width]."""
+        size = self.config.train.micro_batch
+        return torch.cat([teacher_features(self.teacher, images) for images in batch.teacher_images.split(size)])
+
+    def _student_view(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, masks, and the masked patches' places among all patches of the batch."""
+        masked = batch.masks.flatten().nonzero().squeeze(1)  # on the CPU: no wait for the device
+        device = self.ranks.device
+        return normalize(batch.images.to(device), MEAN, STD), batch.masks.to(device), masked.to(device)
+
+    def begin(self) -> Handover | None:
+        """Take over the vision tower that `init.vision` names."""
+        root = Path(self.config.run.root).expanduser()
+        checkpoint = find(self.config.init.vision, root, key="init.vision", stage="mim")
+        return hand_over(self.student.module, "vision", checkpoint) if checkpoint else None
+
+    def after_update(self) -> None:
+        """Nothing follows an update here."""
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """The statistics of the targets."""
+        return self.target_norm.state_dict()
+
+    def load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
+        """Take back the statistics of the targets."""
+        self.target_norm.load_state_dict(extra)
+
+    def evaluate(self) -> dict[str, float]:
+        """Masked cosine on the test images beside that of the best constant prediction, and k-NN of the features."""
+        if not self.config.eval.shards:
+            return {}
+        return self._masked_cosine() | self.probe.of_tower(self.student.module)
+
+    def finish(self, tracker: Tracker) -> dict[str, float]:
+        """Measure the finished student and its baselines, and draw what it has learnt."""
+        if not self.config.eval.shards:
+            return {}
+        metrics = self.evaluate() | self.probe.baselines()
+        tracker.table(
+            "results", ["measure", "value"], [[name, value] for name, value in metrics.items()], "masked stage"
+        )
+        if self.config.tracking.pictures:
+            self._draw(tracker)
+        return metrics
+
+    def _masked_cosine(self) -> dict[str, float]:
+        count = len(self.probe.test_set(self.config.model.vision.image_size).images)
+        norm = self._norm_for_tests()
+
+        def measure(numbers: Tensor) -> Tensor:
+            """Mean cosine and mean direction of the targets at an image's masked patches: [n, 1 + teacher width]."""
+            predictions, targets, masks = self._predict(numbers, norm)
+            shape = len(numbers), self.config.mim.masked_patches
+            cosines = masked_cosines(predictions, targets)[masks].view(shape).mean(1, keepdim=True)
+            return torch.cat([cosines, F.normalize(targets[masks], dim=-1).unflatten(0, shape).mean(1)], dim=1)
+
+        size = self.config.eval.batch_size
+        mean = encode_all(measure, torch.arange(count), size, self.ranks.data_group).mean(0)
+        return {"masked_cosine": mean[0].item(), "constant_cosine": mean[1:].norm().item()}
+
+    @torch.no_grad()
+    def _predict(self, numbers: Tensor, norm: TargetNorm) -> tuple[Tensor, Tensor, Tensor]:
+        """Predictions and targets [n, patches, teacher width] and masks of test images, at all their patches."""
+        vision, mim, device = self.config.model.vision, self.config.mim, self.ranks.device
+        images = self.probe.test_set(vision.image_size).images[numbers]
+        drawn = [
+            block_mask(
+                generator(0, Purpose.MASK, number), vision.grid, mim.masked_patches, mim.min_block, mim.block_aspect
+            )
+            for number in numbers.tolist()
+        ]
+        masks = torch.from_numpy(np.stack(drawn)).to(device)
+        everywhere = torch.arange(masks.numel(), device=device)
+        predictions = self.student.module(normalize(images.to(device), MEAN, STD), masks, everywhere)
+        teacher_images = self.probe.test_set(self.teacher.image_size).images[numbers]
+        targets = norm(teacher_features(self.teacher, teacher_images), update=False)
+        return predictions.float().unflatten(0, masks.shape), targets, masks
+
+    def _norm_for_tests(self) -> TargetNorm:
+        """The running statistics; before the first step, those of the first test images."""
+        norm = copy.deepcopy(self.target_norm)
+        if not self.target_norm.ready:
+            images = self.probe.test_set(self.teacher.image_size).images[: self.config.eval.batch_size]
+            norm(teacher_features(self.teacher, images), update=True)
+        return norm
+
+    def _draw(self, tracker: Tracker) -> None:
+        images = self.probe.test_set(self.config.model.vision.image_size).images
+        numbers = torch.linspace(0, len(images) - 1, self.config.tracking.pictures).long().unique()
+        predictions, targets, masks = self._predict(numbers, self.target_norm)
+        shown, cosines = images[numbers], masked_cosines(predictions, targets)
+        student = patch_features(self.student.module, shown)
+        tracker.picture("masked", lambda path: masked_picture(path, shown, masks, cosines))
+        tracker.picture("features", lambda path: features_picture(path, shown, student, targets))

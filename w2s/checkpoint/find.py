@@ -1,0 +1,77 @@
+"""Finding a checkpoint by what a user calls it: a path, a run's name, an MLflow run id, or `latest`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from w2s.checkpoint.store import latest, read_meta
+from w2s.errors import CheckpointError
+
+
+def find(what: str, root: Path, *, key: str, stage: str) -> Path | None:
+    """Return the checkpoint that `what` names.
+
+    Args:
+        what: a checkpoint's or a run's path, a run's name below `root`, an MLflow run id, `latest` (the newest finished
+            run of `stage`), or `none`.
+        root: folder of the runs.
+        key: the configuration key that holds `what`, for messages.
+        stage: stage whose newest run `latest` means.
+
+    Returns:
+        The checkpoint's folder, or None for `none`.
+
+    Raises:
+        CheckpointError: nothing is found.
+    """
+    if what == "none":
+        return None
+    if what == "latest":
+        return _newest_finished(root, key, stage)
+    for path in (Path(what).expanduser(), root / what):
+        if (path / "meta.json").is_file():
+            return path
+        if path.is_dir():
+            return _latest_of(path, key)
+    for run in _runs(root):
+        if _mlflow_run_id(run) == what:
+            return _latest_of(run, key)
+    raise CheckpointError(f"{key}={what} is no path, no run below {root} and no MLflow run id of one: see `ls {root}`")
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run has come to its end."""
+    return (run / "result.json").is_file()
+
+
+def _latest_of(run: Path, key: str) -> Path:
+    found = latest(run)
+    if found is None:
+        raise CheckpointError(f"{key}={run} holds no checkpoint: give a run that has saved one")
+    return found
+
+
+def _newest_finished(root: Path, key: str, stage: str) -> Path:
+    finished = [run for run in _runs(root) if is_finished(run) and _stage_of(run) == stage]
+    if not finished:
+        raise CheckpointError(
+            f"{key}=latest: there is no finished {stage} run in {root}: run `w2s stage {stage}` first, "
+            f"give a run, or start from scratch with {key}=none"
+        )
+    newest = max(finished, key=lambda run: (run / "result.json").stat().st_mtime_ns)
+    return _latest_of(newest, key)
+
+
+def _runs(root: Path) -> Iterator[Path]:
+    """Yield the run folders below `root`: direct ones, and those of a `w2s run` one level down."""
+    yield from (path.parent for pattern in ("*/config.yaml", "*/*/config.yaml") for path in sorted(root.glob(pattern)))
+
+
+def _stage_of(run: Path) -> str | None:
+    stage: str | None = json.loads((run / "result.json").read_text(encoding="utf-8")).get("stage")
+    return stage
+
+
+def _mlflow_run_id(run: Path) -> str | None:
+    checkpoint = latest(run)
+    return read_meta(checkpoint).mlflow_run_id if checkpoint else None

@@ -1,0 +1,106 @@
+"""From one stage to the next: which tensors of a checkpoint a tower takes, and which it does not."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from w2s.checkpoint.store import read_meta
+from w2s.errors import CheckpointError
+from w2s.megatron import state
+from w2s.megatron.tower import Tower
+
+DROPPED = ("lm_head", "mask_token", "head", "text_projection", "logit_scale")
+"""What serves one stage alone (baaivision/EVA, the skip list of every released stage-2 command)."""
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What becomes of the tensors of a tower.
+
+    Attributes:
+        source: the checkpoint.
+        loaded: tensors taken over.
+        dropped: tensors of the checkpoint that this stage has no use for.
+        new: tensors of this stage that start afresh.
+    """
+
+    source: Path
+    loaded: list[str]
+    dropped: list[str]
+    new: list[str]
+
+    def rows(self) -> list[list[str]]:
+        """Return the table's rows: what happened, how many tensors, which."""
+        return [
+            ["loaded", str(len(self.loaded)), _summary(self.loaded)],
+            ["dropped", str(len(self.dropped)), ", ".join(self.dropped)],
+            ["new", str(len(self.new)), ", ".join(self.new)],
+        ]
+
+
+def hand_over(tower: Tower, name: str, checkpoint: Path) -> Handover:
+    """Load the weights of tower `name` from a checkpoint of an earlier stage; every rank calls.
+
+    Optimizer state and FP8 state stay behind.
+
+    Raises:
+        CheckpointError: the checkpoint's tower has other shapes, or lacks something.
+    """
+    own = state.tower_shapes({name: tower})
+    saved = {key: shape for key, shape in state.saved_shapes(checkpoint).items() if key.startswith(f"{name}.")}
+    shared = {key for key in own.keys() & saved.keys() if not _is_dropped(key, name)}
+    _check(name, checkpoint, own, saved, shared)
+    state.load_weights(checkpoint, {name: tower}, shared)
+    return Handover(
+        source=checkpoint,
+        loaded=sorted(shared),
+        dropped=sorted(saved.keys() - shared),
+        new=sorted(own.keys() - shared),
+    )
+
+
+def load_all(towers: Mapping[str, Tower], checkpoint: Path) -> None:
+    """Load every weight of the towers from a finished stage's checkpoint; every rank calls.
+
+    Raises:
+        CheckpointError: the checkpoint's towers have other shapes, or lack something.
+    """
+    own, saved = state.tower_shapes(towers), state.saved_shapes(checkpoint)
+    _check("model", checkpoint, own, saved, set(own))
+    state.load_weights(checkpoint, towers, own)
+
+
+def _check(
+    name: str,
+    checkpoint: Path,
+    own: Mapping[str, tuple[int, ...]],
+    saved: Mapping[str, tuple[int, ...]],
+    wanted: set[str],
+) -> None:
+    missing = [key for key in own if key not in saved and not _is_dropped(key, name)]
+    misfits = [key for key in sorted(wanted) if key in saved and own[key] != saved[key]]
+    surplus = [key for key in saved if key.startswith(f"{name}.") and key not in own and not _is_dropped(key, name)]
+    if not (missing or misfits or surplus):
+        return
+    shape = read_meta(checkpoint).config["model"]
+    if misfits:
+        key = misfits[0]
+        reason = f"{key} is {list(saved[key])} there and {list(own[key])} here"
+    elif missing:
+        reason = f"it has no {missing[0]}"
+    else:
+        reason = f"this model has no {surplus[0]}"
+    raise CheckpointError(
+        f"{checkpoint} is of another model (model={shape['name']}): {reason}; "
+        f"use model={shape['name']} or another checkpoint"
+    )
+
+
+def _is_dropped(key: str, tower: str) -> bool:
+    return key.removeprefix(f"{tower}.").startswith(DROPPED)
+
+
+def _summary(names: list[str]) -> str:
+    layers = [name for name in names if ".blocks." in name]
+    others = [name for name in names if ".blocks." not in name]
+    return ", ".join([*others, f"{len(layers)} tensors in the layers"])

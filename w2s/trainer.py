@@ -1,0 +1,297 @@
+"""The loop that every training stage shares: restore, step, log, evaluate, save, stop."""
+
+import hashlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from w2s.checkpoint import store
+from w2s.checkpoint.find import is_finished
+from w2s.checkpoint.handover import Handover
+from w2s.config.naming import run_folder
+from w2s.config.sections import Config
+from w2s.data.batch import Batch
+from w2s.data.builtin import ensure_builtin
+from w2s.data.sample import SampleSpec
+from w2s.data.shards import list_shards
+from w2s.data.stream import Stream, merge_positions
+from w2s.errors import StopRun, W2SError
+from w2s.megatron import groups, state
+from w2s.megatron.groups import Ranks
+from w2s.megatron.optimizer import Optimizer
+from w2s.megatron.state import Towers
+from w2s.optim.schedule import lr_factor
+from w2s.tracking.meters import StepMeter, peak_memory_gib
+from w2s.tracking.mlflow_run import DataInput
+from w2s.tracking.tracker import Tracker
+
+PACKAGES = ("w2s", "torch", "megatron-core")
+
+
+class Stage(Protocol):
+    """What a stage gives the trainer."""
+
+    towers: Towers
+    """The wrapped towers by name."""
+    optimizer: Optimizer
+    """The optimizer of all towers."""
+    spec: SampleSpec
+    """What the stage wants of a sample."""
+
+    def begin(self) -> Handover | None:
+        """Take over the weights that `init` names, if it names some."""
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """Accumulate the gradients of this rank's share of a global batch; return what to log."""
+
+    def after_update(self) -> None:
+        """Do what follows an update of the weights."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure on the test set; the same on every rank."""
+
+    def finish(self, tracker: Tracker) -> dict[str, float]:
+        """Measure once more, make pictures and tables; return the metrics of the finished stage."""
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint has to hold beside weights and optimizer; equal on all ranks."""
+
+    def load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
+        """Take back what `extra_state` gave."""
+
+
+def open_run(config: Config, ranks: Ranks) -> Path:
+    """Return the folder of this run; every rank calls.
+
+    A named run is that run. A run without a name is the interrupted one of the same configuration, else a new one.
+    """
+    folder = run_folder(config)
+    if config.run.name == "auto" and ranks.main:
+        number = 1
+        while is_finished(folder):
+            number += 1
+            folder = run_folder(config).with_name(f"{run_folder(config).name}-{number}")
+    folder = ranks.share(folder)
+    if is_finished(folder):
+        raise W2SError(f"{folder} is finished: choose another run.name")
+    return folder
+
+
+class Trainer:
+    """Trains a stage in a run folder."""
+
+    def __init__(self, stage: Stage, config: Config, run: Path, ranks: Ranks) -> None:
+        self.stage, self.config, self.run, self.ranks = stage, config, run, ranks
+        self.step, self.parent, self.handover, position = self._restore()
+        self.stream = Stream(
+            config.data,
+            stage.spec,
+            global_batch=config.train.global_batch,
+            seed=config.run.seed,
+            rank=ranks.data_rank,
+            size=ranks.data_size,
+            position=position,
+        )
+        tags = {"w2s.parent_checkpoint": self.parent} if self.parent else {}
+        self.tracker = Tracker(config, run, main=ranks.main, resumed_step=self.step, tags=tags)
+
+    @property
+    def samples(self) -> int:
+        """Samples seen so far over all ranks."""
+        return self.step * self.config.train.global_batch
+
+    def _restore(self) -> tuple[int, str | None, Handover | None, Mapping[str, Any] | None]:
+        """Take up the run where it stands; return step, parent checkpoint, hand-over and position in the data.
+
+        1. This run's own newest checkpoint, if it has one: weights, optimizer, data position.
+        2. Else the weights that `init` names; a new optimizer.
+        3. Else the weights drawn from the seed.
+        """
+        checkpoint = store.latest(self.run)
+        if checkpoint is not None:
+            meta = store.read_meta(checkpoint)
+            self.stage.load_extra_state(state.load(checkpoint, self.stage.towers, self.stage.optimizer, meta.step))
+            return meta.step, meta.parent, None, meta.data
+        handover = self.stage.begin()
+        if handover is None:
+            return 0, None, None, None
+        self.stage.optimizer.reload_weights()
+        return 0, str(handover.source), handover, None
+
+    def train(self) -> None:
+        """Train up to the last step.
+
+        Raises:
+            StopRun: SIGTERM or Ctrl-C came; the state is saved.
+            W2SError: the loss is no longer a number.
+        """
+        train = self.config.train
+        meter = StepMeter(self.ranks.device)
+        if self.handover is not None:
+            title = f"taken from {self.handover.source}"
+            self.tracker.table("handover", ["", "tensors", "names"], self.handover.rows(), title)
+        if self.step == 0:
+            self._evaluate()
+        with _signals() as signals:
+            while self.step < train.steps:
+                metrics = self._step()
+                meter.update(train.global_batch, self.stream.wait_seconds)
+                logs = self.step % train.log_every == 0 or self.step == train.steps
+                if logs:
+                    self._log(metrics, meter.read())
+                with meter.paused():
+                    saved = self.step % self.config.checkpoint.every == 0 or self.step == train.steps
+                    if saved:
+                        self._save()
+                    if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
+                        self._evaluate()
+                self._stop_if_asked(signals, logs, saved)
+        self.stream.close()
+
+    def _step(self) -> dict[str, Tensor]:
+        batch = self.stream.next()
+        factor = lr_factor(self.step, self.config.train.steps, self.config.optim)
+        self.stage.optimizer.zero_grad()
+        metrics = self.stage.step(batch)
+        grad_norm = self.stage.optimizer.step(factor)
+        self.stage.after_update()
+        self.step += 1
+        return {**metrics, "grad_norm": grad_norm, "lr": torch.tensor(self.config.optim.lr * factor)}
+
+    def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
+        """Average over the data-parallel ranks: the only place in the loop that waits for the device."""
+        values = torch.stack([value.detach().double().to(self.ranks.device) for value in metrics.values()])
+        dist.all_reduce(values, group=self.ranks.data_group)
+        averages = dict(zip(metrics, (values / self.ranks.data_size).tolist(), strict=True))
+        bad = {f"bad/{reason}": float(count) for reason, count in self.stream.bad.items()}
+        self.tracker.log(self.step, self.samples, {**averages, **figures, **bad})
+        if not math.isfinite(averages["loss"]):
+            raise W2SError(
+                f"the loss is {averages['loss']} at step {self.step}: lower optim.lr or lengthen optim.warmup"
+            )
+
+    def _evaluate(self) -> None:
+        metrics = self.stage.evaluate()
+        if metrics:
+            self.tracker.log(self.step, self.samples, metrics)
+
+    def _save(self) -> None:
+        data = merge_positions(self.ranks.gather(self.stream.position()))
+        meta = store.Meta(
+            stage=self.config.stage,
+            step=self.step,
+            samples=self.samples,
+            config=asdict(self.config),
+            data=data,
+            parent=self.parent,
+            mlflow_run_id=self.tracker.run_id,
+            versions={package: version(package) for package in PACKAGES},
+        )
+
+        def write(folder: Path) -> None:
+            state.save(folder, self.stage.towers, self.stage.optimizer, self.stage.extra_state())
+
+        store.save(self.run, meta, write, self.config.checkpoint.keep, self.ranks)
+
+    def _stop_if_asked(self, signals: list[int], logs: bool, saved: bool) -> None:
+        # Ranks agree where they talk anyway; one that stopped alone would leave the others waiting.
+        alone = self.ranks.world_size == 1
+        asked = bool(signals) if alone else logs and self.ranks.any(bool(signals))
+        if not asked:
+            return
+        if not saved:
+            self._save()
+        self.stream.close()
+        number = signals[0] if signals else signal.SIGTERM
+        name = signal.Signals(number).name
+        raise StopRun(
+            f"stopped by {name} at step {self.step}, saved in {self.run}: repeat the command to go on", number
+        )
+
+
+def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None:
+    """Run a training stage from start to end, as one rank of it.
+
+    Args:
+        config: the stage's configuration.
+        build: makes the stage, with weights drawn from the seed.
+    """
+    started = time.perf_counter()
+    with groups.start(config.parallel, config.hardware) as ranks:
+        run = open_run(config, ranks)
+        prepare_data(config, ranks)
+        trainer = Trainer(build(config, ranks), config, run, ranks)
+        with tracked(trainer.tracker):
+            trainer.tracker.inputs(training_inputs(config))
+            trainer.train()
+            metrics = trainer.stage.finish(trainer.tracker)
+            trainer.tracker.log(trainer.step, trainer.samples, metrics)
+            write_result(run, config, metrics, started, ranks)
+
+
+def prepare_data(config: Config, ranks: Ranks) -> None:
+    """Build the built-in data set where it is missing; one rank works, the others wait."""
+    if ranks.main:
+        ensure_builtin(config.data)
+    ranks.barrier()
+
+
+def training_inputs(config: Config) -> list[DataInput]:
+    """Describe the training data for MLflow: the digest is over names and sizes of the shards."""
+    sizes = {path.name: path.stat().st_size for path in list_shards(config.data.train, "data.train")}
+    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
+    return [DataInput(config.data.name, config.data.train, digest, "training")]
+
+
+def write_result(run: Path, config: Config, metrics: Mapping[str, float], started: float, ranks: Ranks) -> None:
+    """Mark a run as finished: result.json holds its stage, metrics, seconds of computing and peak memory in GiB."""
+    if ranks.main:
+        result = {
+            "stage": config.stage,
+            "metrics": dict(metrics),
+            "seconds": time.perf_counter() - started,
+            "peak_memory_gib": peak_memory_gib(ranks.device),
+        }
+        (run / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def tracked(tracker: Tracker) -> Iterator[None]:
+    """End the tracked run as it ended: FINISHED, KILLED when it was asked to stop, else FAILED."""
+    try:
+        yield
+    except StopRun:
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish("FINISHED")
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and Ctrl-C instead of dying of them."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
