@@ -34,7 +34,7 @@ def main() -> None:
     try:
         sys.exit(app(prog_name="w2s", standalone_mode=False))
     except typer.TyperException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
+        print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
         sys.exit(error.exit_code)
     except typer.Abort:
         print("error: interrupted", file=sys.stderr)
@@ -112,8 +112,8 @@ def run(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME] [OVERRIDES]...",
-            help="A pipeline of configs/run (default: default); key=value for all steps, or STEP:key=value for one.",
+            metavar="[NAME] OVERRIDES",
+            help="A pipeline of configs/run, then key=value for all steps or STEP:key=value for one.",
         ),
     ] = None,
     nproc: Nproc = 1,

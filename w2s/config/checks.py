@@ -6,10 +6,6 @@ from w2s.config.sections import Config, HardwareConfig, TrainConfig
 from w2s.errors import ConfigError
 
 _INTERVALS = {
-    "data.lanes": "[1, inf)",
-    "data.shuffle": "[1, inf)",
-    "data.workers": "[0, inf)",
-    "data.max_bad_fraction": "[0, 1]",
     "mim.min_block": "[1, inf)",
     "mim.block_aspect": "(0, 1]",
     "clip.patch_dropout": "[0, 1)",
@@ -56,8 +52,7 @@ def check(config: Config, world_size: int, local_size: int) -> None:
 def _check_training(config: Config, world_size: int) -> None:
     if not config.data.train:
         raise ConfigError("data.train is empty: give the training shards, such as data.train='shards/{0000..0099}.tar'")
-    _check_pairs(config)
-    _check_schedule(config)
+    _check_optimizer(config)
     _check_batch(config.train, world_size // (config.parallel.tensor * config.parallel.pipeline))
     if config.stage == "mim":
         _check_masks(config)
@@ -87,19 +82,9 @@ def _check_interval(config: Config, key: str, interval: str) -> None:
         raise ConfigError(f"{key}={value} is outside of {interval}")
 
 
-def _check_pairs(config: Config) -> None:
-    """The two-sided keys: crops and the decays of the moments."""
-    low, high = config.data.crop_scale
-    if not 0 < low <= high <= 1:
-        raise ConfigError(f"data.crop_scale=[{low}, {high}] must rise within (0, 1], such as [0.2, 1.0]")
-    low, high = config.data.crop_ratio
-    if not 0 < low <= high:
-        raise ConfigError(f"data.crop_ratio=[{low}, {high}] must rise and be positive, such as [0.75, 1.33]")
+def _check_optimizer(config: Config) -> None:
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ConfigError(f"optim.betas={list(config.optim.betas)} must lie in [0, 1), such as [0.9, 0.98]")
-
-
-def _check_schedule(config: Config) -> None:
     warmup, steps = config.optim.warmup, config.train.steps
     if warmup >= steps:
         raise ConfigError(

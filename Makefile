@@ -1,0 +1,49 @@
+# make demo    install into .venv, run mim -> clip -> eval, print a table and the path of a report
+# make test    install into .venv what the tests need too, run them
+# make check   lint, format, types and layers
+#
+# PYTHON=python3.12 chooses the interpreter, VENV=folder the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+demo: $(VENV)/.demo
+	$(BIN)/w2s run
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy w2s stages
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is missing or older than 3.11: install it, or say make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "error: $(PYTHON) cannot make $(VENV): install its venv module (Debian: python3-venv)" >&2; exit 2; }
+
+# A stamp file a set of extras: installed again only when setup.cfg has changed.
+$(VENV)/.demo: EXTRAS := demo
+$(VENV)/.dev: EXTRAS := demo,dev
+$(VENV)/.demo $(VENV)/.dev: $(BIN)/python setup.cfg
+	@echo "installing w2s[$(EXTRAS)] into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]' || \
+		{ echo "error: the packages cannot be installed: is the package index reachable (see pip's lines above, and pip config list)?" >&2; exit 2; }
+	@touch $@

@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from w2s.config.checks import check
+from w2s.config.load import load
+from w2s.errors import ConfigError
+
+
+def refusal(stage: str, *overrides: str, world_size: int = 1) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(load(stage, overrides), world_size, world_size)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("stage", ["mim", "clip", "eval"])
+def test_the_defaults_pass(stage: str) -> None:
+    check(load(stage), 1, 1)
+
+
+def test_a_batch_that_does_not_divide_names_one_that_does() -> None:
+    assert refusal("mim", "train.micro_batch=48").endswith("use train.micro_batch=32")
+    assert refusal("mim", world_size=2).endswith("use train.micro_batch=32")
+    assert refusal("mim", world_size=3).endswith("use train.global_batch=63 or 66")
+    assert refusal("mim", "train.global_batch=2", world_size=3).endswith("use train.global_batch=3")
+
+
+def test_the_named_batch_passes() -> None:
+    check(load("mim", ["train.micro_batch=32"]), 2, 2)
+    check(load("mim", ["train.global_batch=66", "train.micro_batch=11"]), 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mim.masked_patches=16", "mim.masked_patches=16 must lie between 1 and 15: an image has 16 patches"),
+        ("mim.masked_patches=0", "mim.masked_patches=0 must lie between 1 and 15"),
+        ("mim.min_block=7", "mim.min_block=7 is more than mim.masked_patches=6: use mim.min_block=1"),
+        ("mim.block_aspect=0", "mim.block_aspect=0.0 is outside of (0, 1]"),
+        ("clip.patch_dropout=1", "clip.patch_dropout=1.0 is outside of [0, 1)"),
+        ("clip.patch_dropout=-0.1", "clip.patch_dropout=-0.1 is outside of [0, 1)"),
+        ("optim.lr=0", "optim.lr=0.0 is outside of (0, inf)"),
+        ("optim.text_lr=-1", "optim.text_lr=-1.0 is outside of (0, inf)"),
+        ("optim.warmup=600", "optim.warmup=600 must be less than train.steps=600: use optim.warmup=60"),
+        ("optim.betas=[0.9,1.0]", "optim.betas=[0.9, 1.0] must lie in [0, 1)"),
+        ("data.train=", "data.train is empty"),
+    ],
+)
+def test_a_value_out_of_range(override: str, message: str) -> None:
+    assert refusal("mim", override).startswith(message)
+
+
+def test_a_logit_scale_above_its_maximum() -> None:
+    assert refusal("clip", "clip.logit_scale=200").startswith("clip.logit_scale=200 is above clip.logit_scale_max=100")
+
+
+def test_evaluation_needs_shards_and_a_model() -> None:
+    assert refusal("eval", "eval.shards=").startswith("eval.shards is empty")
+    assert refusal("eval", "init.checkpoint=none").startswith("init.checkpoint=none leaves nothing to evaluate")
+
+
+def test_a_gpu_configuration_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert refusal("mim", "hardware=h100") == (
+        "this machine has no GPU that torch can use, but hardware.device=cuda: use hardware=cpu"
+    )
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert refusal("mim", world_size=4) == "4 ranks on a machine with 2 GPUs: use --nproc 2, or hardware=cpu"
+    check(load("mim", ["hardware=cpu", "train.micro_batch=16"]), 4, 4)

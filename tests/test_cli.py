@@ -1,0 +1,182 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from w2s import __version__, cli
+from w2s.config.load import load
+from w2s.config.sections import Config
+from w2s.errors import CheckpointError, StopRun
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def w2s(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process: exit code, standard output, standard error."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["w2s", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        output = capsys.readouterr()
+        return int(caught.value.code or 0), output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config], None]], None]:
+    """Put a function in the place of the masked stage."""
+
+    def replace(function: Callable[[Config], None]) -> None:
+        module = types.ModuleType("stages.mim")
+        module.run = function  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "stages.mim", module)
+
+    return replace
+
+
+def raiser(error: BaseException) -> Callable[[Config], None]:
+    def run(config: Config) -> None:
+        raise error
+
+    return run
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    script = (
+        "import sys; from w2s import cli\n"
+        "try: cli.main()\n"
+        "finally: print(sorted({'torch', 'omegaconf', 'mlflow', 'rich', 'numpy', 'megatron'} & set(sys.modules)))"
+    )
+    for option, text in (("--help", "doctor"), ("--version", __version__)):
+        result = subprocess.run([sys.executable, "-c", script, option], capture_output=True, text=True, check=True)
+        assert text in result.stdout
+        assert result.stdout.endswith("[]\n")
+
+
+def test_print_config_is_the_resolved_configuration(w2s: Run) -> None:
+    code, output, error = w2s("stage", "clip", "model=tiny", "train.steps=77", "--print-config")
+    assert (code, error) == (0, "")
+    printed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(output)))
+    assert printed == load("clip", ["model=tiny", "train.steps=77"])
+    assert printed.train.steps == 77
+
+
+def test_print_config_shows_a_gpu_configuration_on_any_machine(w2s: Run) -> None:
+    code, output, _ = w2s("stage", "mim", "hardware=h100", "--print-config")
+    assert code == 0
+    assert "device: cuda" in output
+
+
+def test_a_stage_runs_in_this_process(w2s: Run, stage: Callable[..., None]) -> None:
+    seen: list[Config] = []
+    stage(seen.append)
+    assert w2s("stage", "mim", "train.steps=77", "hardware=cpu") == (0, "", "")
+    assert [config.train.steps for config in seen] == [77]
+
+
+def test_under_torchrun_it_is_a_rank(w2s: Run, stage: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+    stage(seen.append)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, error = w2s("stage", "mim", "hardware=cpu")
+    assert (code, error.startswith("error: train.micro_batch=64 does not divide the 32 samples")) == (2, True)
+    assert w2s("stage", "mim", "hardware=cpu", "train.micro_batch=32")[0] == 0
+    assert len(seen) == 1
+    code, _, error = w2s("stage", "mim", "train.micro_batch=32", "--nproc", "2")
+    assert (code, error) == (2, "error: --nproc 2 under torchrun or srun, which start the ranks: leave --nproc out\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stage", "mim", "train.stepz=3"], "unknown key train.stepz: did you mean train.steps?"),
+        (["stage", "mim", "train.steps=abc"], "train.steps=abc is not a whole number"),
+        (["stage", "mim", "--nproc", "0"], "Invalid value for '--nproc'"),
+        (["stage", "mmi"], "Invalid value for 'STAGE'"),
+        (["stage"], "Missing argument"),
+        (["stage", "mim", "--nprox", "2"], "No such option: --nprox"),
+        (["stages"], "No such command 'stages'"),
+        (["run", "deflaut"], "run=deflaut does not exist: did you mean run=default?"),
+        (["run", "mmi:train.steps=3"], "mmi:train.steps=3: there is no step mmi: did you mean mim?"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(w2s: Run, arguments: list[str], message: str) -> None:
+    code, output, error = w2s(*arguments)
+    assert (code, output) == (2, "")
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "line"),
+    [
+        (CheckpointError("no run x: use latest"), 2, "error: no run x: use latest\n"),
+        (StopRun("stopped by SIGTERM at step 3", signal.SIGTERM), 143, "error: stopped by SIGTERM at step 3\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (RuntimeError("size mismatch\n  of two"), 1, "error: RuntimeError: size mismatch of two\n"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a"),
+            2,
+            "error: cannot use /runs/a: No space left on device: free it, or choose another folder with "
+            "run.root=FOLDER\n",
+        ),
+        (
+            OSError(errno.EROFS, os.strerror(errno.EROFS)),
+            2,
+            "error: cannot use the run folder: Read-only file system: free it, or choose another folder with "
+            "run.root=FOLDER\n",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "/x"),
+            1,
+            "error: FileNotFoundError: [Errno 2] No such file: '/x'\n",
+        ),
+    ],
+)
+def test_a_failure_is_one_line(
+    w2s: Run, stage: Callable[..., None], failure: BaseException, code: int, line: str
+) -> None:
+    stage(raiser(failure))
+    assert w2s("stage", "mim", "hardware=cpu") == (code, "", line)
+
+
+def test_debug_shows_the_traceback_before_the_line(w2s: Run, stage: Callable[..., None]) -> None:
+    stage(raiser(RuntimeError("boom")))
+    code, _, error = w2s("stage", "mim", "hardware=cpu", "--debug")
+    assert code == 1
+    assert error.startswith("Traceback")
+    assert error.endswith("error: RuntimeError: boom\n")
+
+
+def test_a_failed_rank_gives_one_line_and_its_exit_code(tmp_path: Path) -> None:
+    package = tmp_path / "stages"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "mim.py").write_text(
+        "import os\nfrom w2s.errors import DataError\n"
+        "def run(config):\n    if os.environ['RANK'] == '1': raise DataError('shard is missing')\n"
+    )
+    script = tmp_path / "command.py"  # a file, as the installed command is: each rank imports it again
+    script.write_text("from w2s.cli import main\nif __name__ == '__main__':\n    main()\n")
+    arguments = ["stage", "mim", "hardware=cpu", "train.micro_batch=32", "--nproc", "2"]
+    result = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: shard is missing\n")

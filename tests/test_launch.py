@@ -1,0 +1,167 @@
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from w2s import launch as launch_module
+from w2s.errors import DataError, StopRun
+from w2s.launch import RankError, adopt_slurm, is_rank, launch
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # so that what adopt_slurm sets is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def _sum_of_ranks(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    total = torch.tensor(dist.get_rank() + 1)
+    dist.all_reduce(total)
+    (folder / f"{os.environ['LOCAL_RANK']}").write_text(f"{total.item()} of {os.environ['LOCAL_WORLD_SIZE']}")
+    dist.destroy_process_group()
+
+
+def _bad_shard_on_rank_1(_: object) -> None:
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        raise DataError("shard 000003.tar is missing: fetch it")
+    dist.barrier()
+
+
+def _failure_on_rank_1(_: object) -> None:
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        raise ValueError("a\nb")
+    dist.barrier()
+
+
+def _killed_on_rank_1(_: object) -> None:
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def _failure_beside_a_rank_that_hangs(_: object) -> None:
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        raise ValueError("boom")
+    signal.pause()
+
+
+def _save_when_told_to_stop(folder: Path) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        os.kill(os.getppid(), signal.SIGTERM)
+    number = signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    (folder / f"{dist.get_rank()}").write_text("saved")
+    raise StopRun("stopped by SIGTERM at step 3: repeat the command to go on", number)
+
+
+def _interrupt_the_launcher(_: object) -> None:
+    os.kill(os.getppid(), signal.SIGINT)
+    signal.pause()
+
+
+def _leave(_: object) -> None:
+    os._exit(7)
+
+
+def test_ranks_find_each_other(tmp_path: Path) -> None:
+    launch(_sum_of_ranks, tmp_path, 2)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["3 of 2", "3 of 2"]
+    assert "RANK" not in os.environ
+
+
+def test_the_error_of_the_rank_that_failed_first_is_the_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RankError) as caught:
+        launch(_bad_shard_on_rank_1, None, 2)
+    assert str(caught.value) == "shard 000003.tar is missing: fetch it"
+    assert caught.value.exit_code == 2
+    assert "error" not in capfd.readouterr().err.lower()
+
+
+def test_any_other_exception_names_the_rank_and_keeps_the_traceback() -> None:
+    with pytest.raises(RankError) as caught:
+        launch(_failure_on_rank_1, None, 2)
+    assert str(caught.value) == "rank 1: ValueError: a b"
+    assert caught.value.exit_code == 1
+    assert "_failure_on_rank_1" in caught.value.rank_traceback
+
+
+def test_a_killed_rank_is_the_cause_and_not_the_connections_that_it_broke() -> None:
+    with pytest.raises(RankError, match=r"^rank 1 was killed by SIGKILL") as caught:
+        launch(_killed_on_rank_1, None, 2)
+    assert caught.value.exit_code == 128 + signal.SIGKILL
+
+
+def test_a_rank_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_module, "FAILURE_SECONDS", 0.1)
+    with pytest.raises(RankError, match=r"^rank 1: ValueError: boom$"):
+        launch(_failure_beside_a_rank_that_hangs, None, 2)
+
+
+def test_an_exit_without_a_word() -> None:
+    with pytest.raises(RankError, match=r"^rank 0 ended with exit code 7$") as caught:
+        launch(_leave, None, 1)
+    assert caught.value.exit_code == 7
+
+
+def test_sigterm_reaches_every_rank_and_they_save_first(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StopRun, match=r"^stopped by SIGTERM at step 3") as caught:
+        launch(_save_when_told_to_stop, tmp_path, 2)
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["saved", "saved"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ctrl_c_before_there_is_anything_to_save() -> None:
+    with pytest.raises(StopRun) as caught:
+        launch(_interrupt_the_launcher, None, 1)
+    assert caught.value.exit_code == 128 + signal.SIGINT
+
+
+def test_ranks_that_do_not_stop_are_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launch_module, "STOP_SECONDS", 0.1)
+    with pytest.raises(StopRun, match=r"^stopped by SIGTERM: the ranks did not save in time$"):
+        launch(_ignore_the_signal, tmp_path, 1)
+
+
+def _ignore_the_signal(_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.kill(os.getppid(), signal.SIGTERM)
+    while True:
+        signal.pause()
+
+
+def test_srun_with_several_tasks_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = {
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_STEP_NODELIST": "gpu-a[03,07-08],gpu-b1",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_GTIDS": "8,9,10,11",
+        "SLURM_JOB_ID": "123456",
+    }
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    assert not is_rank()
+    adopt_slurm()
+    assert is_rank()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[name] for name in names] == ["9", "16", "1", "4", "gpu-a03", "23456"]
+
+
+def test_one_slurm_task_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    adopt_slurm()
+    assert not is_rank()
