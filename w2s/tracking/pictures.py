@@ -121,7 +121,7 @@ def principal_components(features: Tensor) -> Tensor:
     centred = centred - centred.mean(0)
     with torch.random.fork_rng(devices=[]):  # the randomised solver must not move the generator of training
         torch.manual_seed(0)
-        _, _, directions = torch.pca_lowrank(centred, q=min(8, *centred.shape), center=False, niter=6)
+        _, _, directions = torch.pca_lowrank(centred, q=min(24, *centred.shape), center=False, niter=8)
     directions = directions[:, :3]
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     scores = centred @ (directions * largest.sign())

@@ -57,7 +57,9 @@ def connect(uri: str) -> "MlflowClient":
     return MlflowClient(tracking_uri=uri)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error, cut to a readable length."""
+def reason(error: BaseException) -> str:
+    """Why it failed in one line: the error at the root, since MLflow wraps what its libraries raise in long messages."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"

@@ -1,0 +1,96 @@
+import importlib
+import io
+import socket
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import w2s.doctor
+from w2s.doctor import Finding, examine, print_report
+from w2s.tracking.store import connect
+
+
+@pytest.fixture(autouse=True)
+def no_store_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def finding(name: str, root: Path) -> Finding:
+    (found,) = (row for row in examine(root) if row.name == name)
+    return found
+
+
+def pretend_installed(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
+    real = w2s.doctor._installed
+    names = {name.replace("_", "-"): found for name, found in versions.items()}
+    monkeypatch.setattr(w2s.doctor, "_installed", lambda name: names[name] if name in names else real(name))
+
+
+def test_everything_is_listed_and_nothing_is_written(tmp_path: Path) -> None:
+    names = [row.name for row in examine(tmp_path / "runs")]
+    for name in (
+        "Python",
+        "torch",
+        "megatron-core",
+        "CUDA",
+        "cores",
+        "memory",
+        "disk",
+        "MLflow store",
+        "demo packages",
+    ):
+        assert name in names
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_pieces_say_what_they_would_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(monkeypatch, transformer_engine=None, resvg_py=None, megatron_core=None)
+    engine = finding("Transformer Engine", tmp_path)
+    assert (engine.state, engine.value) == ("missing", "not installed") and "w2s[gpu]" in engine.note
+    demo = finding("demo packages", tmp_path)
+    assert demo.state == "missing" and "resvg-py" in demo.value and "w2s[demo]" in demo.note
+    assert finding("megatron-core", tmp_path).state == "broken"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("built for torch 2.9\nsecond line"), OSError("libcudart.so: not found")]
+)
+def test_a_broken_transformer_engine_is_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    pretend_installed(monkeypatch, transformer_engine="2.12.0")
+    monkeypatch.setattr(importlib, "import_module", fail)
+    row = finding("Transformer Engine", tmp_path)
+    assert row.state == "broken" and "2.12.0" in row.value
+    assert str(error).splitlines()[0] in row.note and "second line" not in row.note
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    row = finding("disk", tmp_path / "file" / "runs")
+    assert row.state == "broken" and "run.root=" in row.note
+
+
+def test_a_store_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        row = finding("MLflow store", tmp_path)
+    assert row.state == "broken" and "does not answer" in row.value
+
+
+def test_a_store_that_answers(tmp_path: Path) -> None:
+    new = finding("MLflow store", tmp_path)
+    assert new.state == "ok" and "made by the first run" in new.value
+    connect(f"sqlite:///{tmp_path / 'mlflow.db'}").search_experiments()
+    assert finding("MLflow store", tmp_path).value == f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def test_the_printed_table(tmp_path: Path) -> None:
+    text = io.StringIO()
+    print_report(tmp_path, Console(file=text, width=200))
+    assert "Python" in text.getvalue() and "what it would bring" in text.getvalue()

@@ -1,0 +1,47 @@
+import io
+
+from rich.console import Console
+
+from w2s.tracking.console import RunConsole, metric_text
+
+
+def terminal(*, is_terminal: bool) -> tuple[Console, io.StringIO]:
+    text = io.StringIO()
+    return Console(file=text, force_terminal=is_terminal, width=60, highlight=False), text
+
+
+def test_plain_lines_are_not_broken() -> None:
+    console, text = terminal(is_terminal=False)
+    run = RunConsole("clip", 200, 0, console)
+    run.log(100, {f"metric_{index}": 0.5 for index in range(10)})
+    run.close()
+    (line,) = text.getvalue().splitlines()
+    assert line.startswith("clip  step 100/200  metric_0 0.5") and "eta 0:00:0" in line
+
+
+def test_a_terminal_gets_a_bar_that_is_taken_away() -> None:
+    console, text = terminal(is_terminal=True)
+    run = RunConsole("clip", 200, 0, console)
+    run.log(100, {"loss": 1.0})
+    run.log(150, {"loss": 0.5})
+    run.close()
+    assert "150/200" in text.getvalue() and "left" in text.getvalue()
+    assert text.getvalue().rstrip("\n").endswith("\x1b[2K")  # the bar's line is erased
+
+
+def test_no_time_is_promised_before_a_step_was_made() -> None:
+    console, text = terminal(is_terminal=False)
+    RunConsole("mim", 100, 40, console).log(40, {"loss": 1.0})
+    assert text.getvalue() == "mim  step  40/100  loss 1\n"
+
+
+def test_a_stage_without_steps() -> None:
+    console, text = terminal(is_terminal=False)
+    RunConsole("eval", 0, 0, console).log(0, {"zero_shot/top1": 0.104})
+    assert text.getvalue() == "eval  zero_shot/top1 0.104\n"
+
+
+def test_units() -> None:
+    values = {"samples_per_second": 1234.5, "data_wait": 0.126, "memory_gib": 1.234, "lr": 4e-4, "loss": -0.123456}
+    shown = [metric_text(name, value) for name, value in values.items()]
+    assert shown == ["1,234 samples/s", "wait 13%", "1.23 GiB", "lr 4.00e-04", "loss -0.1235"]

@@ -1,0 +1,263 @@
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Event, Thread
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+from w2s.config.sections import TrackingConfig
+from w2s.errors import StopRun
+from w2s.tracking.mlflow_run import DataInput, MlflowRun, Status, clean_name, flatten, parent_run
+from w2s.tracking.store import artifact_location, tracking_uri
+
+QUIET = TrackingConfig(system_metrics=False)
+
+
+def start(root: Path, tracking: TrackingConfig = QUIET, **arguments: str | None) -> MlflowRun:
+    return MlflowRun.start(tracking, root, "mim", tags={"w2s.stage": "mim"}, params={"train.steps": 40}, **arguments)
+
+
+def runs(client: MlflowClient) -> list[Run]:
+    experiment = client.get_experiment_by_name("w2s")
+    return [] if experiment is None else list(client.search_runs([experiment.experiment_id]))
+
+
+def test_metrics_inputs_and_files_arrive(root: Path, client: MlflowClient, tmp_path: Path) -> None:
+    note = tmp_path / "note.txt"
+    note.write_text("hello")
+    run = start(root)
+    run.log({"loss": -0.5, "recall@1": 0.25}, step=10, samples=640)
+    run.inputs([DataInput("emoji", "shards/{0..3}.tar", "abc", "training")])
+    run.artifact(note, "notes")
+    run.end("FINISHED")
+    assert run.warnings() == []
+    (stored,) = runs(client)
+    assert stored.data.metrics == {"loss": -0.5, "recall_at_1": 0.25, "samples_seen": 640.0}
+    assert client.get_metric_history(str(run.run_id), "loss")[0].step == 10
+    assert stored.inputs is not None
+    (dataset,) = stored.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest, dataset.tags[0].value) == ("emoji", "abc", "training")
+    assert (Path(stored.info.artifact_uri.removeprefix("file://")) / "notes/note.txt").read_text() == "hello"
+    assert (root / "mlflow-artifacts").is_dir()
+
+
+def test_a_resumed_run_is_the_same_run_and_its_params_stay(root: Path, client: MlflowClient) -> None:
+    first = start(root)
+    first.log({"loss": 1.0}, step=10, samples=640)
+    first.end("KILLED")
+    second = MlflowRun.start(QUIET, root, "mim", tags={}, params={"train.steps": 99}, run_id=first.run_id)
+    assert client.get_run(str(first.run_id)).info.status == "RUNNING"
+    second.log({"loss": 0.5}, step=20, samples=1280)
+    second.end("FINISHED")
+    (stored,) = runs(client)
+    assert stored.info.status == "FINISHED"
+    assert stored.data.params == {"train.steps": "40"}
+    assert [point.step for point in client.get_metric_history(str(first.run_id), "loss")] == [10, 20]
+
+
+def test_the_environment_variable_goes_before_the_given_run_and_is_used_once(
+    root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = start(root), start(root)
+    monkeypatch.setenv("MLFLOW_RUN_ID", str(one.run_id))
+    assert start(root, run_id=two.run_id).run_id == one.run_id
+    assert start(root, run_id=two.run_id).run_id == two.run_id
+    assert len(runs(client)) == 2
+
+
+@pytest.mark.parametrize("lost", ["0123456789abcdef0123456789abcdef", "no such id!"])
+def test_an_unknown_run_makes_a_new_one_and_a_warning(root: Path, client: MlflowClient, lost: str) -> None:
+    run = start(root, run_id=lost)
+    run.end("FINISHED")
+    assert [stored.info.run_id for stored in runs(client)] == [run.run_id]
+    (warning,) = run.warnings()
+    assert lost in warning and str(run.run_id) in warning
+
+
+def test_a_deleted_run_is_not_continued(root: Path, client: MlflowClient) -> None:
+    lost = str(start(root).run_id)
+    client.delete_run(lost)
+    assert start(root, run_id=lost).run_id != lost
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_final_status(root: Path, client: MlflowClient, status: Status) -> None:
+    run = start(root)
+    run.end(status)
+    assert client.get_run(str(run.run_id)).info.status == status
+
+
+def test_long_and_many_params(root: Path, client: MlflowClient) -> None:
+    params = {f"p{index}": "x" * 7000 for index in range(120)}
+    run = MlflowRun.start(QUIET, root, "mim", tags={}, params=params)
+    assert run.warnings() == []
+    stored = client.get_run(str(run.run_id)).data.params
+    assert len(stored) == 120
+    assert {len(value) for value in stored.values()} == {6000}
+
+
+def test_system_metrics_can_be_on(root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.01")
+    published = Event()
+    publish = SystemMetricsMonitor.publish_metrics
+
+    def publish_and_tell(monitor: SystemMetricsMonitor, metrics: dict[str, float]) -> None:
+        publish(monitor, metrics)  # type: ignore[no-untyped-call]
+        published.set()
+
+    monkeypatch.setattr(SystemMetricsMonitor, "publish_metrics", publish_and_tell)
+    run = start(root, TrackingConfig())
+    assert published.wait(30)
+    run.end("FINISHED")
+    assert "system/cpu_utilization_percentage" in client.get_run(str(run.run_id)).data.metrics
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "FINISHED"), (ValueError("x"), "FAILED"), (StopRun("stop", 15), "KILLED"), (KeyboardInterrupt(), "KILLED")],
+)
+def test_parent_and_child(root: Path, client: MlflowClient, error: BaseException | None, status: str) -> None:
+    try:
+        with parent_run(QUIET, root / "run-1234", tags={"w2s.group": "run-1234"}) as parent:
+            child = start(root, parent_run_id=parent.run_id)
+            child.end("FINISHED")
+            if error:
+                raise error
+    except BaseException as caught:
+        assert caught is error
+    assert client.get_run(str(child.run_id)).data.tags["mlflow.parentRunId"] == parent.run_id
+    stored = client.get_run(str(parent.run_id))
+    assert (stored.info.status, stored.info.run_name) == (status, "run-1234")
+    with parent_run(QUIET, root / "run-1234", tags={}) as again:
+        assert again.run_id == parent.run_id
+
+
+def test_tracking_that_is_off_never_loads_mlflow(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from w2s.config.sections import TrackingConfig\n"
+        "from w2s.tracking.mlflow_run import MlflowRun\n"
+        "run = MlflowRun.start(TrackingConfig(enabled=False), Path(sys.argv[1]), 'x', tags={}, params={})\n"
+        "run.log({'loss': 1.0}, 1, 1); run.end('FINISHED')\n"
+        "assert run.run_id is None and run.warnings() == [] and 'mlflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_server_that_does_not_answer_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listens: bool
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # seconds; the default is only longer
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen()  # takes connections and never says a word
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        run = start(tmp_path, TrackingConfig(uri=uri))
+        run.log({"loss": 1.0}, 1, 64)
+        run.end("FINISHED")
+    assert run.run_id is None
+    (warning,) = run.warnings()
+    assert uri in warning and "tracking.enabled=false" in warning and "\n" not in warning
+    assert ("timed out" if listens else "Connection refused") in warning
+
+
+def test_a_start_that_hangs_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("w2s.tracking.mlflow_run.OPEN_SECONDS", 0.1)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        run = start(tmp_path, TrackingConfig(uri=f"http://127.0.0.1:{server.getsockname()[1]}"))
+    (warning,) = run.warnings()
+    assert "no answer" in warning
+
+
+class _Broken(BaseHTTPRequestHandler):
+    """A server whose every answer is an error."""
+
+    def do_POST(self) -> None:
+        self.send_error(400, "gone mad")
+
+    do_GET = do_POST
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def broken_server() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), _Broken)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_server_that_refuses_is_a_warning(tmp_path: Path) -> None:
+    with broken_server() as uri:
+        run = start(tmp_path, TrackingConfig(uri=uri))
+        run.end("FAILED")
+    assert run.run_id is None
+    assert len(run.warnings()) == 1
+
+
+def test_a_write_that_fails_is_counted_and_the_next_goes_through(root: Path, client: MlflowClient) -> None:
+    run = start(root)
+    run.artifact(root / "no such file")
+    run.log({"loss": 0.9}, 2, 128)
+    run.end("FINISHED")
+    (warning,) = run.warnings()
+    assert "that failed: 1 " in warning and "no such file" in warning
+    assert client.get_run(str(run.run_id)).data.metrics["loss"] == 0.9
+
+
+def test_after_a_slow_failure_the_store_is_left_alone_but_learns_the_end(
+    root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("w2s.tracking.mlflow_run._SLOW_SECONDS", 0.0)
+    monkeypatch.setattr("w2s.tracking.mlflow_run._PAUSE_FACTOR", 1e9)
+    run = start(root)
+    tried: list[int] = []
+
+    def fail(*_: object, **__: object) -> None:
+        tried.append(1)
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", fail)
+    for step in range(20):
+        run.log({"loss": 1.0}, step, 64 * step)
+    run.end("FINISHED")
+    assert len(tried) == 1
+    assert "that failed: 20 (ConnectionError: gone)" in run.warnings()[0]
+    assert client.get_run(str(run.run_id)).info.status == "FINISHED"
+
+
+def test_where_the_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri(TrackingConfig(), Path("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host")
+    assert tracking_uri(TrackingConfig(), Path("runs")) == "http://host"
+    assert tracking_uri(TrackingConfig(uri="http://mine"), Path("runs")) == "http://mine"
+    assert (
+        artifact_location("postgresql+psycopg2://host/db", Path("runs")) == f"file://{tmp_path}/runs/mlflow-artifacts"
+    )
+    assert artifact_location("http://host", Path("runs")) is None
+
+
+def test_names() -> None:
+    assert clean_name("retrieval/recall@5 (%)") == "retrieval/recall_at_5 ___"
+    assert clean_name("größe") == "gr__e"
+    assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
