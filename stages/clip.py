@@ -1,21 +1,24 @@
 """The contrastive stage: the image and the caption of a pair move together, all others of the global batch apart."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2s.checkpoint.find import find
 from w2s.checkpoint.handover import Handover, hand_over
 from w2s.config.sections import Config
-from w2s.data.batch import Batch, normalize
+from w2s.data.batch import Batch, given, normalize
 from w2s.data.sample import SampleSpec
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, data_parallel
-from w2s.megatron.schedule import finish_gradients, forward_backward, forward_only
+from w2s.megatron.schedule import Loss, Reported, finish_gradients, forward_backward, forward_only
+from w2s.megatron.state import Towers
+from w2s.megatron.tower import Tower
 from w2s.objectives.contrastive import contrastive_loss
 from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe
@@ -38,7 +41,7 @@ def embed_images(tower: ImageTower, batch: Batch) -> Tensor:
 
 def embed_texts(tower: TextTower, batch: Batch) -> Tensor:
     """Unit vectors of a batch's captions, [n, embed_dim] in float32."""
-    return F.normalize(tower(batch.tokens).float(), dim=-1)
+    return F.normalize(tower(given(batch.tokens)).float(), dim=-1)
 
 
 class ContrastiveStage:
@@ -50,8 +53,8 @@ class ContrastiveStage:
         vision, text = build_clip(config, dtype)
         text.logit_scale.requires_grad_(config.clip.learn_logit_scale)
         self.vision, self.text = data_parallel(vision.to(ranks.device)), data_parallel(text.to(ranks.device))
-        self.towers = {"vision": self.vision, "text": self.text}
-        self.optimizer = Optimizer(self.towers, config.optim, dtype)
+        self.towers: Towers = {"vision": self.vision, "text": self.text}
+        self.optimizer = Optimizer({"vision": self.vision, "text": self.text}, config.optim, dtype)
         self.probe = ClipProbe(config, ranks)
         shape, patches = config.model.vision, config.model.vision.patches
         self.spec = SampleSpec(
@@ -69,7 +72,7 @@ class ContrastiveStage:
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step: the loss over the global batch, whose features come from one forward pass or from two."""
         micro_batches = [micro.to(self.ranks.device) for micro in batch.split(self.config.train.micro_batch)]
-        labels = batch.captions.to(self.ranks.device) if self.config.clip.equal_captions == "positives" else None
+        labels = given(batch.captions).to(self.ranks.device) if self.config.clip.equal_captions == "positives" else None
         if len(micro_batches) == 1 and self.config.clip.two_pass == "auto":
             loss = self._one_pass(micro_batches[0], labels)
         else:
@@ -83,10 +86,10 @@ class ContrastiveStage:
     def _one_pass(self, batch: Batch, labels: Tensor | None) -> Tensor:
         """Forward and backward of both towers at once: the batch of this rank is one micro-batch."""
 
-        def forward(vision: ImageTower, batch: Batch):
+        def forward(vision: ImageTower, batch: Batch) -> tuple[Tensor, Loss]:
             images, texts = embed_images(vision, batch), embed_texts(self.text, batch)
 
-            def loss(images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            def loss(images: Tensor) -> tuple[Tensor, Reported]:
                 value = self._loss(images, texts, self.text.module.logit_scale.exp(), labels)
                 return value, {"loss": value.detach()}
 
@@ -103,16 +106,23 @@ class ContrastiveStage:
         scale = self.text.module.logit_scale.exp().detach().requires_grad_()
         loss = self._loss(images, texts, scale, labels)
         loss.backward()
-        self._send_back(self.vision, micro_batches, embed_images, images.grad, None)
-        self._send_back(self.text, micro_batches, embed_texts, texts.grad, scale.grad)
+        self._send_back(self.vision, micro_batches, embed_images, given(images.grad), None)
+        self._send_back(self.text, micro_batches, embed_texts, given(texts.grad), scale.grad)
         return loss.detach()
 
-    def _send_back(self, tower, micro_batches, embed, gradient: Tensor, by_scale: Tensor | None) -> None:
+    def _send_back(
+        self,
+        tower: nn.Module,
+        micro_batches: list[Batch],
+        embed: Callable[[Any, Batch], Tensor],
+        gradient: Tensor,
+        by_scale: Tensor | None,
+    ) -> None:
         """Accumulate in `tower` the gradient that its features and, for the text tower, the logit scale have."""
         count = len(micro_batches)
 
-        def forward(tower, micro: tuple[Batch, Tensor]):
-            def loss(features: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def forward(tower: Tower, micro: tuple[Batch, Tensor]) -> tuple[Tensor, Loss]:
+            def loss(features: Tensor) -> tuple[Tensor, Reported]:
                 value = count * (features * micro[1]).sum()  # the schedule divides by the number of micro-batches
                 if by_scale is not None:
                     value = value + by_scale * self.text.module.logit_scale.exp()

@@ -20,6 +20,7 @@ from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe
 from w2s.towers.build import build_clip
 from w2s.tracking.pictures import ClassExamples, classes_picture
+from w2s.tracking.tables import Cell
 from w2s.tracking.tracker import Tracker
 from w2s.trainer import open_run, prepare_data, tracked, write_result
 
@@ -63,9 +64,11 @@ def evaluate(config: Config, checkpoint: Path, tracker: Tracker, ranks: Ranks) -
 def _show_classes(result: ZeroShotResult, test: EvalSet, tracker: Tracker) -> None:
     """Table and picture of the classes that are recognised best and worst."""
     ends = {"best": result.classes[:SHOWN_CLASSES], "worst": result.classes[::-1][:SHOWN_CLASSES]}
-    rows = [[end, c.name, c.top1, c.margin, c.confused_with] for end, classes in ends.items() for c in classes]
+    rows: list[list[Cell]] = [
+        [end, c.name, c.top1, c.margin, c.confused_with] for end, classes in ends.items() for c in classes
+    ]
     tracker.table("classes", ["", "class", "top-1", "margin", "taken for"], rows, "best and worst classes")
-    examples = [[_examples(c, test, result.predictions) for c in classes] for classes in ends.values()]
+    examples = [[_examples(each, test, result.predictions) for each in classes] for classes in ends.values()]
     tracker.picture("classes", lambda path: classes_picture(path, *examples))
 
 

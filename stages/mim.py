@@ -12,7 +12,7 @@ from torch import Tensor
 from w2s.checkpoint.find import find
 from w2s.checkpoint.handover import Handover, hand_over
 from w2s.config.sections import Config
-from w2s.data.batch import Batch, normalize
+from w2s.data.batch import Batch, given, normalize
 from w2s.data.counter import Purpose, generator
 from w2s.data.masks import block_mask
 from w2s.data.sample import SampleSpec
@@ -20,7 +20,8 @@ from w2s.evaluation.encode import encode_all
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import fill
 from w2s.megatron.optimizer import Optimizer, data_parallel
-from w2s.megatron.schedule import forward_backward
+from w2s.megatron.schedule import Loss, Reported, forward_backward
+from w2s.megatron.state import Towers
 from w2s.objectives.masked import masked_cosine_loss, masked_cosines
 from w2s.precision import compute_dtype
 from w2s.probe import Probe, patch_features, teacher_features
@@ -50,8 +51,8 @@ class MaskedStage:
         student = MaskedStudent(vision, self.teacher.width, config.parallel, dtype)
         fill(student, vision_rule(vision, config.init.post_norm), config.run.seed)
         self.student = data_parallel(student.to(ranks.device))
-        self.towers = {"vision": self.student}
-        self.optimizer = Optimizer(self.towers, config.optim, dtype)
+        self.towers: Towers = {"vision": self.student}
+        self.optimizer = Optimizer({"vision": self.student}, config.optim, dtype)
         self.probe = Probe(config, ranks)
         self.spec = SampleSpec(
             image_size=vision.image_size,
@@ -71,12 +72,12 @@ class MaskedStage:
         """One step: the teacher sees whole images, the student masked ones, and predicts the targets at the masks."""
         targets = self.target_norm(self._teach(batch), self.ranks.data_group, update=True)
 
-        def forward(student: MaskedStudent, micro: tuple[Batch, Tensor]):
+        def forward(student: MaskedStudent, micro: tuple[Batch, Tensor]) -> tuple[Tensor, Loss]:
             images, masks, masked = self._student_view(micro[0])
             predictions = student(images, masks, masked)
             wanted = micro[1].flatten(0, 1).index_select(0, masked)
 
-            def loss(predictions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            def loss(predictions: Tensor) -> tuple[Tensor, Reported]:
                 value = masked_cosine_loss(predictions, wanted)
                 return value, {"loss": value.detach()}
 
@@ -90,13 +91,13 @@ class MaskedStage:
     def _teach(self, batch: Batch) -> Tensor:
         """The teacher's features of the whole images: [n, patches, teacher width]."""
         size = self.config.train.micro_batch
-        return torch.cat([teacher_features(self.teacher, images) for images in batch.teacher_images.split(size)])
+        return torch.cat([teacher_features(self.teacher, images) for images in given(batch.teacher_images).split(size)])
 
     def _student_view(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Images, masks, and the masked patches' places among all patches of the batch."""
-        masked = batch.masks.flatten().nonzero().squeeze(1)  # on the CPU: no wait for the device
-        device = self.ranks.device
-        return normalize(batch.images.to(device), MEAN, STD), batch.masks.to(device), masked.to(device)
+        masks, device = given(batch.masks), self.ranks.device
+        masked = masks.flatten().nonzero().squeeze(1)  # on the CPU: no wait for the device
+        return normalize(batch.images.to(device), MEAN, STD), masks.to(device), masked.to(device)
 
     def begin(self) -> Handover | None:
         """Take over the vision tower that `init.vision` names."""

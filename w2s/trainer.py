@@ -112,7 +112,7 @@ class Trainer:
         """Samples seen so far over all ranks."""
         return self.step * self.config.train.global_batch
 
-    def _restore(self) -> tuple[int, str | None, Handover | None, Mapping[str, Any] | None]:
+    def _restore(self) -> tuple[int, str | None, Handover | None, dict[str, Any] | None]:
         """Take up the run where it stands; return step, parent checkpoint, hand-over and position in the data.
 
         1. This run's own newest checkpoint, if it has one: weights, optimizer, data position.
@@ -123,7 +123,7 @@ class Trainer:
         if checkpoint is not None:
             meta = store.read_meta(checkpoint)
             self.stage.load_extra_state(state.load(checkpoint, self.stage.towers, self.stage.optimizer, meta.step))
-            return meta.step, meta.parent, None, meta.data
+            return meta.step, meta.parent, None, dict(meta.data)
         handover = self.stage.begin()
         if handover is None:
             return 0, None, None, None

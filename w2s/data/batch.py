@@ -49,6 +49,17 @@ class Batch:
         return Batch(**changed, keys=keys)
 
 
+def given(tensor: torch.Tensor | None) -> torch.Tensor:
+    """Return a field that the stage asked for.
+
+    Raises:
+        ValueError: it did not ask.
+    """
+    if tensor is None:
+        raise ValueError("the batch lacks a field: ask for it in the SampleSpec")
+    return tensor
+
+
 def merge_batches(parts: Sequence[Batch]) -> Batch:
     """Join parts of one batch (all with the same fields) and order the samples by their global index."""
     if len(parts) == 1:

@@ -8,14 +8,17 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+Reported = dict[str, Tensor]
+"""What the loss of a micro-batch tells the caller of the pass."""
+
+Loss = Callable[[Tensor], tuple[Tensor, Reported]]
 """Takes a micro-batch's output, returns its loss and what to report."""
 
-Forward = Callable[[nn.Module, Any], tuple[Tensor, Loss]]
+Forward = Callable[[Any, Any], tuple[Tensor, Loss]]
 """Takes the model and a micro-batch, returns the output and the loss that it goes into."""
 
 
-def forward_backward(model: nn.Module, micro_batches: Sequence[Any], forward: Forward) -> list[dict[str, Tensor]]:
+def forward_backward(model: nn.Module, micro_batches: Sequence[Any], forward: Forward) -> list[Reported]:
     """Accumulate the gradients of the mean loss over micro-batches; return what each reported (last stage only)."""
     return _run(model, micro_batches, forward, forward_only=False)
 
@@ -27,7 +30,7 @@ def finish_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def forward_only(
-    model: nn.Module, micro_batches: Sequence[Any], forward: Callable[[nn.Module, Any], Tensor]
+    model: nn.Module, micro_batches: Sequence[Any], forward: Callable[[Any, Any], Tensor]
 ) -> list[Tensor]:
     """Return the model's output of each micro-batch, without gradients (last stage only)."""
 
@@ -40,8 +43,8 @@ def forward_only(
 
 def _run(
     model: nn.Module, micro_batches: Sequence[Any], forward: Forward, forward_only: bool
-) -> list[dict[str, Tensor]]:
-    result: list[dict[str, Tensor]] = get_forward_backward_func()(
+) -> list[Reported]:
+    result: list[Reported] = get_forward_backward_func()(
         forward_step_func=lambda batches, model: forward(model, next(batches)),
         data_iterator=iter(micro_batches),
         model=[model],

@@ -39,7 +39,7 @@ def contrastive_loss(
             None makes every pair its own.
         tile: rows and columns of the logits that are in memory at a time.
     """
-    return _Contrastive.apply(images, texts, scale, labels, group, tile)  # type: ignore[no-any-return]
+    return _Contrastive.apply(images, texts, scale, labels, group, tile)
 
 
 @dataclass
