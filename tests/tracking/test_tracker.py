@@ -23,7 +23,8 @@ def test_a_whole_run(root: Path, config: Config, client: MlflowClient, capsys: p
     tracker.log(10, 640, {"loss": -0.5, "grad_norm": 1.25, "lr": 1e-3, "data_wait": 0.034})
     tracker.message("halfway [there]")
     tracker.table("knn", ["metric", "value"], [["top-1", 0.123456]], "Neighbours")
-    tracker.picture_path("masked").write_bytes(b"PNG")
+    tracker.picture("masked", lambda path: path.write_bytes(b"PNG"))
+    tracker.results({"knn/top1": 0.2}, "Results")
     tracker.finish("FINISHED")
     printed = capsys.readouterr().out
     assert "mim  step 10/40  loss -0.5  grad 1.250  lr 1.00e-03  wait 3%  eta 0:00:0" in printed
@@ -36,7 +37,11 @@ def test_a_whole_run(root: Path, config: Config, client: MlflowClient, capsys: p
     assert run.data.tags["w2s.stage"] == "mim" and run.data.tags["w2s.parent_checkpoint"] == "none"
     uploaded = {file.path for file in client.list_artifacts(str(tracker.run_id))}
     assert uploaded == {"config.yaml", "environment.txt", "report.html", "pictures", "tables"}
-    assert [file.path for file in client.list_artifacts(str(tracker.run_id), "tables")] == ["tables/knn.json"]
+    assert [file.path for file in client.list_artifacts(str(tracker.run_id), "tables")] == [
+        "tables/knn.json",
+        "tables/results.json",
+    ]
+    assert (run_dir / "pictures" / "masked.png").read_bytes() == b"PNG"
     assert "torch==" in (run_dir / "environment.txt").read_text()
     assert "Neighbours" in (run_dir / "report.html").read_text()
 
@@ -74,7 +79,8 @@ def test_other_ranks_write_nothing(root: Path, config: Config) -> None:
     tracker.table("t", ["a"], [[1]], "T")
     tracker.inputs([DataInput("emoji", "shards", "abc", "training")])
     tracker.artifact(root)
-    assert tracker.picture_path("p") == root / "x" / "pictures" / "p.png"
+    tracker.picture("p", lambda path: pytest.fail(f"{path} was drawn"))
+    tracker.results({"knn/top1": 0.2}, "Results")
     tracker.finish("FINISHED")
     assert tracker.run_id is None
     assert sorted(root.rglob("*")) == before

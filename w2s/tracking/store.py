@@ -58,7 +58,7 @@ def connect(uri: str) -> "MlflowClient":
 
 
 def reason(error: BaseException) -> str:
-    """Why it failed in one line: the error at the root, since MLflow wraps what its libraries raise in long messages."""
+    """Why it failed, in one line: the error at the root, which MLflow wraps in long messages of its own."""
     while inner := error.__cause__ or error.__context__:
         error = inner
     lines = str(error).strip().splitlines() or [""]

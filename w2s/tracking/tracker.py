@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
+from w2s.config.load import to_yaml
 from w2s.config.sections import Config
 from w2s.tracking.console import RunConsole
 from w2s.tracking.environment import environment_text, git_sha
@@ -82,7 +81,11 @@ class Tracker:
             self._parts.console.print(table.to_rich())
 
     def results(self, metrics: Mapping[str, float], title: str) -> None:
-        """Shows and keeps the table of a finished stage's metrics."""
+        """Shows and keeps the table of a finished stage's metrics.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         self.table("results", ["measure", "value"], [[name, value] for name, value in metrics.items()], title)
 
     def picture(self, name: str, draw: Callable[[Path], None]) -> None:
@@ -135,8 +138,7 @@ class _Parts:
     def __init__(
         self, config: Config, run_dir: Path, run_id: str | None, resumed_step: int, tags: Mapping[str, str]
     ) -> None:
-        values = asdict(config)
-        _write_config(run_dir, OmegaConf.to_yaml(OmegaConf.create(values)), resumed_step)
+        _write_config(run_dir, to_yaml(config), resumed_step)
         write_text(run_dir / "environment.txt", environment_text())
         self.history = History(run_dir, resumed_step)
         self.console = RunConsole(config.stage, 0 if config.stage == "eval" else config.train.steps, resumed_step)
@@ -146,7 +148,7 @@ class _Parts:
             Path(config.run.root).expanduser(),
             run_dir.name,
             tags={"w2s.stage": config.stage, **({"w2s.git_sha": sha} if sha else {}), **tags},
-            params=flatten(values),
+            params=flatten(asdict(config)),
             run_id=run_id or stored_run_id(run_dir),
             parent_run_id=config.tracking.parent_run or None,
         )
