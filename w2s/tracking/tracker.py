@@ -88,7 +88,7 @@ class Tracker:
         """
         self.table("results", ["measure", "value"], [[name, value] for name, value in metrics.items()], title)
 
-    def picture(self, name: str, draw: Callable[[Path], None]) -> None:
+    def picture(self, name: str, draw: Callable[[Path], object]) -> None:
         """Lets `draw` save a picture as pictures/NAME.png, for the report.
 
         Raises:
