@@ -78,7 +78,6 @@ def start(parallel: ParallelConfig, hardware: HardwareConfig) -> Iterator[Ranks]
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    cpu.enable()
     timeout = timedelta(seconds=hardware.timeout)
     backend = "nccl" if on_gpu else "gloo"
     if "RANK" in os.environ:
@@ -86,13 +85,23 @@ def start(parallel: ParallelConfig, hardware: HardwareConfig) -> Iterator[Ranks]
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-            distributed_timeout_minutes=max(1, hardware.timeout // 60),
-        )
-        compat.replace_rng_tracker(cpu.NoRngTracker())
+        with split(parallel, device) as ranks:
+            yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def split(parallel: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
+    """Split the ranks of the process group that this process is in as Megatron does; undo it at the end."""
+    cpu.enable()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+    )
+    compat.replace_rng_tracker(cpu.NoRngTracker())
+    try:
         yield Ranks(
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
@@ -103,4 +112,3 @@ def start(parallel: ParallelConfig, hardware: HardwareConfig) -> Iterator[Ranks]
         )
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()

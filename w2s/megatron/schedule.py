@@ -1,6 +1,6 @@
 """Megatron's schedules: a pass over micro-batches, forward only or forward and backward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,7 @@ def finish_gradients(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def forward_only(
-    model: nn.Module, micro_batches: Sequence[Any], forward: Callable[[Any, Any], Tensor]
-) -> list[Tensor]:
+def forward_only(model: nn.Module, micro_batches: Sequence[Any], forward: Callable[[Any, Any], Tensor]) -> list[Tensor]:
     """Return the model's output of each micro-batch, without gradients (last stage only)."""
 
     def keep(model: nn.Module, micro_batch: Any) -> tuple[Tensor, Loss]:
@@ -41,11 +39,19 @@ def forward_only(
     return [reported["output"] for reported in _run(model, micro_batches, keep, forward_only=True)]
 
 
-def _run(
-    model: nn.Module, micro_batches: Sequence[Any], forward: Forward, forward_only: bool
-) -> list[Reported]:
+def _run(model: nn.Module, micro_batches: Sequence[Any], forward: Forward, forward_only: bool) -> list[Reported]:
+    def step(batches: Iterator[Any], model: nn.Module) -> tuple[Tensor, Loss]:
+        output, loss = forward(model, next(batches))
+
+        def reported_apart(output: Tensor) -> tuple[Tensor, Reported]:
+            value, reported = loss(output)
+            # Megatron divides the loss by the number of micro-batches in place.
+            return value, {name: tensor.clone() for name, tensor in reported.items()}
+
+        return output, reported_apart
+
     result: list[Reported] = get_forward_backward_func()(
-        forward_step_func=lambda batches, model: forward(model, next(batches)),
+        forward_step_func=step,
         data_iterator=iter(micro_batches),
         model=[model],
         num_microbatches=len(micro_batches),

@@ -1,0 +1,44 @@
+"""Ranks with Megatron's groups, and small towers for them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.distributed import run_ranks
+from w2s.config.sections import ParallelConfig, VisionConfig
+from w2s.megatron import groups
+from w2s.megatron.groups import Ranks
+from w2s.megatron.initialize import fill
+from w2s.towers.initial import vision_rule
+from w2s.towers.masked import MaskedStudent
+
+SHAPE = VisionConfig(image_size=32, patch_size=8, layers=2, width=32, heads=2, mlp_width=64)
+TARGET_WIDTH = 24
+
+
+def run_split(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call `fn(ranks, *args)` on `world_size` data-parallel ranks; return what each gave."""
+    return run_ranks(_call, world_size, fn, args)
+
+
+def _call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    with groups.split(ParallelConfig(), torch.device("cpu")) as ranks:
+        return fn(ranks, *args)
+
+
+def make_student(dtype: torch.dtype = torch.float32, shape: VisionConfig = SHAPE) -> MaskedStudent:
+    student = MaskedStudent(shape, TARGET_WIDTH, ParallelConfig(), dtype)
+    fill(student, vision_rule(shape, post_norm=0.5), seed=1)
+    return student
+
+
+def make_batch(ranks: Ranks, images: int = 8) -> dict[str, torch.Tensor]:
+    """This rank's share of a batch of `images`: images, masks and targets."""
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randn(images, 3, SHAPE.image_size, SHAPE.image_size, generator=generator)
+    targets = torch.randn(images, SHAPE.patches, TARGET_WIDTH, generator=generator)
+    masks = torch.zeros(images, SHAPE.patches, dtype=torch.bool)
+    masks[:, ::3] = True
+    share = slice(ranks.data_rank, None, ranks.data_size)
+    return {"images": pixels[share], "masks": masks[share], "targets": targets[share]}
