@@ -1,11 +1,10 @@
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from shard_files import bomb, encode, noise, smooth_photo
 
+from tests.data.shard_files import bomb, encode, noise, smooth_photo
 from w2s.data.bad import BadSample
 from w2s.data.decode import decode_image
 
@@ -108,13 +107,13 @@ def test_the_size_limit_holds_for_jpeg_and_below_pillows_own(
     assert not recwarn
 
 
-def test_errors_do_not_depend_on_where_the_file_ends(tmp_path: Path) -> None:
-    """Every prefix of an image either decodes or is a bad sample; nothing else is raised."""
-    for data in (encode(noise(3)), encode(noise(3), "JPEG"), encode(noise(3), "WEBP"), encode(noise(3), "GIF")):
-        outcomes = set()
-        for end in range(0, len(data), 13):
-            try:
-                outcomes.add(decode_image(data[:end]).shape)
-            except BadSample:
-                outcomes.add(None)
-        assert None in outcomes
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_every_beginning_of_an_image_decodes_or_is_a_bad_sample(format: str) -> None:
+    data = encode(noise(3), format)
+    refused = 0
+    for end in range(0, len(data), 13):
+        try:
+            decode_image(data[:end])
+        except BadSample:
+            refused += 1
+    assert refused > 2

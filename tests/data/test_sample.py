@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shard_files import encode, noise, smooth_photo
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
+from tests.data.shard_files import encode, noise, smooth_photo
 from w2s.data.bad import BadSample
 from w2s.data.counter import Purpose, generator
 from w2s.data.sample import SampleSpec, caption_hash, crop_box, make_views, resize_crop
@@ -55,7 +55,8 @@ def test_student_and_teacher_see_the_same_crop_and_flip() -> None:
 
 def test_everything_random_depends_on_seed_and_index() -> None:
     def fingerprint(seed: int, index: int) -> tuple[bytes, ...]:
-        np.random.seed(index)  # noqa: NPY002  the global generators must not matter
+        # The global generators must not matter.
+        np.random.seed(index)
         torch.manual_seed(index + seed)
         views = make_views(photo(), SPEC, seed, index)
         assert views.mask is not None

@@ -2,8 +2,8 @@ import json
 from pathlib import Path
 
 import pytest
-from shard_files import good_sample, write_shard, write_shards
 
+from tests.data.shard_files import good_sample, write_shard, write_shards
 from w2s.data.shards import check_shard, list_shards, read_shard, shard_sizes
 from w2s.errors import DataError
 

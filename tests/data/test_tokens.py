@@ -8,7 +8,7 @@ from w2s.data.tokens import tokenize
 
 CAPTIONS = [
     "a photo of a cat",
-    "  Übergroße   KATZE &amp; dog’s “toy” ",
+    "  Übergroße   KATZE &amp; dog\u2019s “toy” ",
     "x",
     "a very long caption " * 30,
     "数字 12345 🦘",

@@ -170,6 +170,18 @@ class DataConfig:
     max_bad_fraction: float = 0.05
     """Stop when more than this fraction of the last 1,000 samples could not be read."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("lanes", 1), ("shuffle", 1), ("workers", 0)):
+            value = getattr(self, name)
+            _require(value >= least, f"data.{name}={value} must be at least {least}")
+        low, high = self.crop_scale
+        _require(0 < low <= high <= 1, f"data.crop_scale=[{low}, {high}] must be two rising numbers in (0, 1]")
+        low, high = self.crop_ratio
+        _require(0 < low <= high, f"data.crop_ratio=[{low}, {high}] must be two rising numbers above 0")
+        _require(
+            0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction} must be between 0 and 1"
+        )
+
 
 @dataclass(kw_only=True)
 class TrainConfig:

@@ -1,6 +1,5 @@
 """The reading side of the stream: one process that turns its lanes into its part of every batch."""
 
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -110,12 +109,6 @@ class PartDataset(IterableDataset[Part | DataError]):
             except DataError as error:
                 yield error
                 return
-
-
-def leave_signals_to_trainer(_worker: int) -> None:
-    """Keep a worker alive on Ctrl-C and SIGTERM: the trainer saves first and then closes the stream."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(views: list[Views], spec: SampleSpec) -> Batch:

@@ -5,26 +5,24 @@ rank `g % size`. As `size` divides the number of lanes and the global batch, a r
 workers. The position of the stream is where each lane stands, whoever read it.
 """
 
+import atexit
 import hashlib
 import logging
-import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch.utils.data import DataLoader
 
 from w2s.config.sections import DataConfig
 from w2s.data.bad import Skipped
 from w2s.data.batch import Batch, merge_batches
 from w2s.data.lanes import LaneState, ShardOrder
-from w2s.data.reader import Part, PartDataset, ReadPlan, leave_signals_to_trainer
+from w2s.data.reader import Part, ReadPlan
 from w2s.data.sample import SampleSpec
 from w2s.data.shards import check_shard, list_shards
+from w2s.data.workers import start_reading
 from w2s.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -87,7 +85,9 @@ class Stream:
             step=self._step,
             lanes=dict(self._lanes),
         )
-        self._parts = _start(plan, workers)
+        self._parts = start_reading(plan, workers)
+        # At a failed exit multiprocessing would wait for ever for workers that nobody told to end.
+        atexit.register(self.close)
 
     def next(self) -> Batch:
         """Return this rank's share of the next global batch, in the order of the global sample index.
@@ -113,6 +113,7 @@ class Stream:
     def close(self) -> None:
         """Stop the workers."""
         self._parts = iter(())
+        atexit.unregister(self.close)
 
     def _next_part(self) -> Part:
         part = next(self._parts)
@@ -144,28 +145,6 @@ def merge_positions(positions: Sequence[Position]) -> Position:
                 "merge what all ranks gave after the same step"
             )
     return first | {"lanes": {number: state for each in positions for number, state in each["lanes"].items()}}
-
-
-def _start(plan: ReadPlan, workers: int) -> Iterator[Part | DataError]:
-    """Start reading; with workers, item `i` is the part of worker `i % workers`."""
-    dataset = PartDataset(plan)
-    # The loader draws a seed that nothing here uses; its own generator keeps the trainer's untouched.
-    generator = torch.Generator()
-    if workers == 0:
-        return iter(DataLoader(dataset, batch_size=None, generator=generator))
-    # Workers are forked from a server that has imported the reader and nothing else: no CUDA context, no process
-    # groups, no threads and no torch function mode of the trainer.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["w2s.data.reader"])
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers,
-        multiprocessing_context=context,
-        worker_init_fn=leave_signals_to_trainer,
-        generator=generator,
-    )
-    return iter(loader)
 
 
 def _check_sizes(data: DataConfig, shards: int, global_batch: int, size: int) -> None:

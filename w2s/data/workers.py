@@ -1,0 +1,70 @@
+"""Starting the reading processes of a rank."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+
+import torch
+from torch.utils.data import DataLoader
+
+from w2s.data.reader import Part, PartDataset, ReadPlan
+from w2s.errors import DataError
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def start_reading(plan: ReadPlan, workers: int) -> Iterator[Part | DataError]:
+    """Return the parts of all steps; item `i` is from worker `i % workers`. 0 workers read in this process.
+
+    Workers are forked from a server process that has imported the reader and nothing else, so that they have no CUDA
+    context, process groups, threads or torch function mode of the trainer. A signal that stops the trainer (Ctrl-C or
+    SIGTERM to its whole process group) leaves them alone: the trainer finishes its step, saves and ends them itself.
+    If it is killed, they end at once.
+    """
+    dataset = PartDataset(plan)
+    # The loader draws a seed that nothing here uses; its own generator keeps the trainer's untouched.
+    generator = torch.Generator()
+    if workers == 0:
+        return iter(DataLoader(dataset, batch_size=None, generator=generator))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["w2s.data.reader"])
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context=context,
+        worker_init_fn=_live_and_die_with_trainer,
+        generator=generator,
+    )
+    # The server has no such hook, but inherits which signals are blocked. The resource tracker unblocks them when it
+    # starts, so it has to run already.
+    resource_tracker.ensure_running()
+    with _stop_signals_blocked():
+        return iter(loader)
+
+
+def _live_and_die_with_trainer(_worker: int) -> None:
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    # The loader's watchdog looks at the parent, which is the server here, and that lives while its children do.
+    threading.Thread(target=_exit_after_trainer, daemon=True).start()
+
+
+def _exit_after_trainer() -> None:
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
