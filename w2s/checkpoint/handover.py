@@ -13,6 +13,9 @@ DROPPED = ("lm_head", "mask_token", "head", "text_projection", "logit_scale")
 """What serves one stage alone (baaivision/EVA, the skip list of every released stage-2 command)."""
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class Handover:
     """What becomes of the tensors of a tower.
@@ -48,8 +51,8 @@ def hand_over(tower: Tower, name: str, checkpoint: Path) -> Handover:
     """
     own = state.tower_shapes({name: tower})
     saved = {key: shape for key, shape in state.saved_shapes(checkpoint).items() if key.startswith(f"{name}.")}
-    shared = {key for key in own.keys() & saved.keys() if not _is_dropped(key, name)}
-    _check(name, checkpoint, own, saved, shared)
+    _check(checkpoint, _lasting(own, name), _lasting(saved, name))
+    shared = _lasting(own, name).keys()
     state.load_weights(checkpoint, {name: tower}, shared)
     return Handover(
         source=checkpoint,
@@ -65,24 +68,17 @@ def load_all(towers: Mapping[str, Tower], checkpoint: Path) -> None:
     Raises:
         CheckpointError: the checkpoint's towers have other shapes, or lack something.
     """
-    own, saved = state.tower_shapes(towers), state.saved_shapes(checkpoint)
-    _check("model", checkpoint, own, saved, set(own))
+    own = state.tower_shapes(towers)
+    _check(checkpoint, own, state.saved_shapes(checkpoint))
     state.load_weights(checkpoint, towers, own)
 
 
-def _check(
-    name: str,
-    checkpoint: Path,
-    own: Mapping[str, tuple[int, ...]],
-    saved: Mapping[str, tuple[int, ...]],
-    wanted: set[str],
-) -> None:
-    missing = [key for key in own if key not in saved and not _is_dropped(key, name)]
-    misfits = [key for key in sorted(wanted) if key in saved and own[key] != saved[key]]
-    surplus = [key for key in saved if key.startswith(f"{name}.") and key not in own and not _is_dropped(key, name)]
-    if not (missing or misfits or surplus):
+def _check(checkpoint: Path, own: Shapes, saved: Shapes) -> None:
+    """Refuse a checkpoint that does not hold exactly the tensors of this model."""
+    if own == saved:
         return
-    shape = read_meta(checkpoint).config["model"]
+    missing, surplus = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    misfits = sorted(key for key in own.keys() & saved.keys() if own[key] != saved[key])
     if misfits:
         key = misfits[0]
         reason = f"{key} is {list(saved[key])} there and {list(own[key])} here"
@@ -90,14 +86,15 @@ def _check(
         reason = f"it has no {missing[0]}"
     else:
         reason = f"this model has no {surplus[0]}"
+    name = read_meta(checkpoint).config["model"]["name"]
     raise CheckpointError(
-        f"{checkpoint} is of another model (model={shape['name']}): {reason}; "
-        f"use model={shape['name']} or another checkpoint"
+        f"{checkpoint} is of another model (model={name}): {reason}; use model={name} or another checkpoint"
     )
 
 
-def _is_dropped(key: str, tower: str) -> bool:
-    return key.removeprefix(f"{tower}.").startswith(DROPPED)
+def _lasting(shapes: Shapes, tower: str) -> dict[str, tuple[int, ...]]:
+    """Leave out what serves one stage alone."""
+    return {key: shape for key, shape in shapes.items() if not key.removeprefix(f"{tower}.").startswith(DROPPED)}
 
 
 def _summary(names: list[str]) -> str:

@@ -1,0 +1,107 @@
+"""Checkpoints on disk: whole or not at all, the newest few kept."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from w2s.checkpoint.find import find
+from w2s.checkpoint.store import Meta, latest, read_meta, save
+from w2s.errors import CheckpointError
+from w2s.megatron.groups import Ranks
+
+
+def meta(step: int, **changes: Any) -> Meta:
+    known = {"config": {"stage": "mim"}, "data": {}, "parent": None, "mlflow_run_id": f"id-{step}", "versions": {}}
+    return Meta(stage="mim", step=step, samples=8 * step, **{**known, **changes})
+
+
+def write(folder: Path) -> None:
+    (folder / "tensors").write_text("x")
+
+
+def finish(run: Path, stage: str = "mim") -> None:
+    (run / "config.yaml").write_text("")
+    (run / "result.json").write_text(json.dumps({"stage": stage}))
+
+
+def test_the_newest_are_kept(alone: Ranks, tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        save(tmp_path, meta(step), write, keep=2, ranks=alone)
+    found = latest(tmp_path)
+    assert found is not None
+    assert read_meta(found) == meta(10)
+    assert sorted(path.name for path in found.parent.iterdir()) == ["latest", "step-00000002", "step-00000010"]
+
+
+def test_a_write_that_fails_leaves_the_one_before(alone: Ranks, tmp_path: Path) -> None:
+    save(tmp_path, meta(1), write, keep=1, ranks=alone)
+
+    def fail(folder: Path) -> None:
+        write(folder)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path, meta(2), fail, keep=1, ranks=alone)
+    found = latest(tmp_path)
+    assert found is not None
+    assert read_meta(found).step == 1
+    save(tmp_path, meta(3), write, keep=1, ranks=alone)
+    assert not list(found.parent.glob("*.partial")), "what the failed write left is gone"
+
+
+def test_a_run_without_checkpoint_has_no_latest(tmp_path: Path) -> None:
+    assert latest(tmp_path) is None
+
+
+def test_a_damaged_checkpoint_is_named(alone: Ranks, tmp_path: Path) -> None:
+    path = save(tmp_path, meta(1), write, keep=1, ranks=alone)
+    (path / "meta.json").write_text("{")
+    with pytest.raises(CheckpointError, match="step-00000001 is not a w2s checkpoint"):
+        read_meta(path)
+    (path / "meta.json").write_text('{"format": 99}')
+    with pytest.raises(CheckpointError, match="layout version 99"):
+        read_meta(path)
+    (path / "meta.json").unlink()
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        latest(tmp_path)
+
+
+def test_a_run_is_found_by_path_name_mlflow_id_and_age(alone: Ranks, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "group" / "second"
+    for number, run in enumerate((first, second), start=1):
+        save(run, meta(number), write, keep=1, ranks=alone)
+        finish(run)
+    os.utime(first / "result.json", (1, 1))
+
+    def step_of(what: str) -> int:
+        found = find(what, tmp_path, key="init.vision", stage="mim")
+        assert found is not None
+        return read_meta(found).step
+
+    assert step_of(str(first)) == 1
+    assert step_of(str(first / "checkpoints" / "step-00000001")) == 1
+    assert step_of("first") == 1
+    assert step_of("group/second") == 2
+    assert step_of("id-2") == 2
+    assert step_of("latest") == 2
+    assert find("none", tmp_path, key="init.vision", stage="mim") is None
+
+
+def test_what_cannot_be_found_is_one_line_with_the_key(alone: Ranks, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"init\.vision=latest: there is no finished mim run"):
+        find("latest", tmp_path, key="init.vision", stage="mim")
+    with pytest.raises(CheckpointError, match=r"init\.vision=nowhere is no path"):
+        find("nowhere", tmp_path, key="init.vision", stage="mim")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        find("empty", tmp_path, key="init.vision", stage="mim")
+
+
+def test_an_unfinished_run_is_not_the_latest(alone: Ranks, tmp_path: Path) -> None:
+    save(tmp_path / "run", meta(1), write, keep=1, ranks=alone)
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(CheckpointError, match="no finished mim run"):
+        find("latest", tmp_path, key="init.vision", stage="mim")

@@ -1,0 +1,28 @@
+"""Megatron's questions about CUDA, answered on a CPU."""
+
+import pytest
+import torch
+
+from w2s.megatron.groups import Ranks
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is replaced")
+
+
+def test_cuda_devices_become_the_cpu(alone: Ranks) -> None:
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.zeros(2).to("cuda:0").device.type == "cpu"
+    assert torch.zeros(2).cuda().device.type == "cpu"
+    assert torch.empty(2, device=torch.device("cuda", 3)).device.type == "cpu"
+
+
+def test_tensor_types_have_cuda_names(alone: Ranks) -> None:
+    assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+    assert torch.zeros(2).type(torch.int32).dtype == torch.int32
+
+
+def test_streams_and_counts_have_stand_ins(alone: Ranks) -> None:
+    torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.synchronize()
+    assert torch.cuda.current_device() == torch.device("cpu")
+    assert torch.cuda.IntTensor([3]).tolist() == [3]

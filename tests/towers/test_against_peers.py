@@ -1,0 +1,145 @@
+"""Our towers against timm's `Eva` and open_clip's text transformer, at EVA-18B's shape ratios."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from open_clip.transformer import TextTransformer
+from timm.layers import RmsNorm
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES, from_eva, to_eva
+from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
+from w2s.megatron.groups import Ranks
+from w2s.megatron.initialize import assign, fill, global_name
+from w2s.megatron.tower import Tower
+from w2s.towers.clip import ImageTower, TextTower
+from w2s.towers.initial import text_rule, vision_rule
+
+TOLERANCE = 1e-5
+"""Relative to the largest value: float32 sums of up to 1280 products, a few layers deep."""
+EMBED = 48
+
+
+def names_of(tower: Tower) -> list[str]:
+    return [global_name(tower, name) for name, _ in tower.named_parameters()]
+
+
+def copy_from(tower: Tower, peer: nn.Module, names: dict[str, str], **own: Tensor) -> None:
+    """Give `tower` the peer's weights."""
+    wanted = [name for name in names_of(tower) if name not in own]
+    tensors = from_eva(peer.state_dict(), wanted, names, tower.config.num_attention_heads)
+    assign(tower, {**tensors, **own})
+
+
+def gradients(tower: Tower, names: dict[str, str]) -> dict[str, Tensor]:
+    own = {global_name(tower, n): p.grad for n, p in tower.named_parameters() if p.grad is not None}
+    return to_eva(own, names, tower.config.num_attention_heads)
+
+
+def assert_close(name: str, ours: Tensor, theirs: Tensor) -> None:
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    assert error < TOLERANCE, f"{name}: relative error {error:.1e}"
+
+
+def assert_same(tower: Tower, ours: Tensor, peer: nn.Module, theirs: Tensor, names: dict[str, str]) -> None:
+    assert_close("output", ours, theirs)
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5))
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    expected = {name: p.grad for name, p in peer.named_parameters() if p.grad is not None}
+    got = gradients(tower, names)
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(name, got[name], gradient)
+
+
+def image_tower(shape: VisionConfig) -> ImageTower:
+    tower = ImageTower(shape, EMBED, ParallelConfig(), torch.float32)
+    fill(tower, vision_rule(shape, post_norm=1.0), seed=0)
+    return tower
+
+
+@pytest.mark.parametrize("placement", ["post", "pre"])
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_vision_tower_is_timms_eva(alone: Ranks, placement: Any, norm: Any) -> None:
+    # EVA-18B: heads of 128, MLP of 5 x width, patches of 14; EVA02-E's bias on Q and V goes with the layer norm.
+    bias = norm == "layernorm"
+    shape = VisionConfig(
+        image_size=56, patch_size=14, layers=3, width=256, heads=2, mlp_width=1280,
+        norm=norm, norm_placement=placement, qkv_bias=bias,
+    )  # fmt: skip
+    peer = Eva(
+        img_size=56, patch_size=14, embed_dim=256, depth=3, num_heads=2, mlp_ratio=5, qkv_bias=bias,
+        use_post_norm=placement == "post", norm_layer=partial(RmsNorm if norm == "rmsnorm" else nn.LayerNorm, eps=1e-6),
+        num_classes=EMBED, global_pool="token", use_abs_pos_emb=True,
+    )  # fmt: skip
+    if not bias:
+        peer.head.bias = None
+    with torch.no_grad():
+        for number, parameter in enumerate(peer.parameters()):
+            generator = torch.Generator().manual_seed(number)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    tower = image_tower(shape)
+    copy_from(tower, peer, VISION_NAMES)
+    images = torch.randn(4, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    assert_same(tower, tower(images), peer, peer.eval()(images), VISION_NAMES)
+
+
+def test_text_tower_is_open_clips(alone: Ranks) -> None:
+    shape = TextConfig(context_length=20, vocab_size=300, layers=3, width=80, heads=4, mlp_width=320)
+    peer = TextTransformer(context_length=20, vocab_size=300, width=80, heads=4, layers=3, output_dim=EMBED)
+    tower = TextTower(shape, EMBED, ParallelConfig(), torch.float32)
+    copy_from(tower, peer, TEXT_NAMES, logit_scale=torch.tensor(0.0))
+    captions = torch.randint(1, 298, (5, 20), generator=torch.Generator().manual_seed(0))
+    captions[torch.arange(5), torch.tensor([3, 19, 7, 12, 1])] = 299
+    tower.logit_scale.requires_grad_(False)
+    assert_same(tower, tower(captions), peer, peer(captions), TEXT_NAMES)
+
+
+def test_patch_dropout_runs_the_tower_on_the_kept_patches(alone: Ranks) -> None:
+    shape = VisionConfig(image_size=32, patch_size=8, layers=2, width=32, heads=2, mlp_width=64)
+    tower = image_tower(shape)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    everything = torch.arange(16).expand(3, -1)
+    torch.testing.assert_close(tower(images, everything), tower(images))
+    kept = torch.tensor([[0, 5], [3, 4], [14, 15]])
+    changed = images.clone()
+    changed[0, :, 24:, 24:] = 7.0  # patch 15, which image 0 does not keep
+    assert torch.equal(tower(changed, kept)[0], tower(images, kept)[0])
+    assert not torch.allclose(tower(changed)[0], tower(images)[0])
+
+
+def test_weights_start_from_seed_and_name(alone: Ranks) -> None:
+    shape = VisionConfig(image_size=32, patch_size=8, layers=2, width=128, heads=2, mlp_width=256)
+    first, again, other = (
+        ImageTower(shape, EMBED, ParallelConfig(), torch.float32),
+        image_tower(shape),
+        image_tower(shape),
+    )
+    fill(first, vision_rule(shape, post_norm=0.1), seed=0)
+    fill(other, vision_rule(shape, post_norm=1.0), seed=1)
+    weight = "blocks.layers.1.mlp.linear_fc2.weight"
+    tensors = [dict(tower.named_parameters())[weight] for tower in (first, again, other)]
+    assert torch.equal(tensors[0], tensors[1])
+    assert not torch.equal(tensors[0], tensors[2])
+    assert float(tensors[0].std()) == pytest.approx(0.02 / 2, rel=0.03)  # second layer: divided by sqrt(2 * 2)
+    assert float(first.blocks.layers[0].mlp_bda.norm.weight.mean()) == pytest.approx(0.1)
+
+
+def test_text_tower_starts_as_clips(alone: Ranks) -> None:
+    shape = TextConfig(vocab_size=500, layers=2, width=128, heads=2, mlp_width=512)
+    tower = TextTower(shape, EMBED, ParallelConfig(), torch.float32)
+    fill(tower, text_rule(shape, logit_scale=1 / 0.07), seed=0)
+    assert float(tower.logit_scale) == pytest.approx(2.6593, abs=1e-4)
+    assert float(tower.text_projection.std()) == pytest.approx(128**-0.5, rel=0.03)
+    assert float(tower.positional_embedding.std()) == pytest.approx(0.01, rel=0.05)
+    assert float(tower.blocks.layers[0].input_layernorm.weight.min()) == 1.0
+
+
+def test_logit_scale_stays_float32_in_a_bfloat16_tower(alone: Ranks) -> None:
+    tower = TextTower(TextConfig(vocab_size=50), EMBED, ParallelConfig(), torch.bfloat16)
+    assert tower.logit_scale.dtype == torch.float32
+    assert tower.text_projection.dtype == torch.bfloat16
