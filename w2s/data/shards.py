@@ -131,12 +131,12 @@ def check_shard(shard: Path, image_key: str, caption_key: str | None) -> None:
         caption_key: extension of the caption; None where captions are not needed.
 
     Raises:
-        DataError: no sample has an image, or the first one with an image has no caption.
+        DataError: it is damaged or empty, no sample has an image, or the first one with an image has no caption.
     """
     extensions: set[str] = set()
     for sample in read_shard(str(shard)):
         if sample.damage:
-            break
+            raise DataError(f"{sample.damage}: replace or remove {shard}")
         extensions |= set(sample.files)
         if find_image(sample.files, image_key) is None:
             continue
@@ -150,4 +150,4 @@ def check_shard(shard: Path, image_key: str, caption_key: str | None) -> None:
 
 
 def _names(extensions: set[str]) -> str:
-    return ", ".join(f".{name}" for name in sorted(extensions)) or "no samples"
+    return ", ".join(f".{name}" for name in sorted(extensions))
