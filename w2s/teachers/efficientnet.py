@@ -32,10 +32,11 @@ class EfficientNetLite0(PatchNetwork):
         super().__init__(width=1280, grid=size // STRIDE, image_size=size, mean=[127 / 255] * 3, std=[128 / 255] * 3)
         self.model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         load_in_order(self.model, torch.load(_weights_file(), map_location="cpu", weights_only=True))
+        self.model.to(memory_format=torch.channels_last)  # depthwise convolutions run nearly twice as fast
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of normalised images, row by row."""
-        maps: Tensor = self.model.forward_features(images)
+        maps: Tensor = self.model.forward_features(images.contiguous(memory_format=torch.channels_last))
         return maps.flatten(2).transpose(1, 2)
 
 
