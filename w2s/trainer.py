@@ -27,7 +27,7 @@ from w2s.data.builtin import ensure_builtin
 from w2s.data.sample import SampleSpec
 from w2s.data.shards import list_shards
 from w2s.data.stream import Stream, merge_positions
-from w2s.errors import StopRun, W2SError
+from w2s.errors import StopRun, UserError, W2SError
 from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer
@@ -85,7 +85,7 @@ def open_run(config: Config, ranks: Ranks) -> Path:
             folder = run_folder(config).with_name(f"{run_folder(config).name}-{number}")
     folder = ranks.share(folder)
     if is_finished(folder):
-        raise W2SError(f"{folder} is finished: choose another run.name")
+        raise UserError(f"run.name={config.run.name}: {folder} is finished: choose another name")
     return folder
 
 
