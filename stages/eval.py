@@ -24,8 +24,6 @@ from w2s.tracking.tables import Cell
 from w2s.tracking.tracker import Tracker
 from w2s.trainer import open_run, prepare_data, tracked, write_result
 
-SHOWN_CLASSES = 8
-
 
 def run(config: Config) -> None:
     """Evaluate the CLIP that `init.checkpoint` names."""
@@ -56,14 +54,15 @@ def evaluate(config: Config, checkpoint: Path, tracker: Tracker, ranks: Ranks) -
     meta = read_meta(checkpoint)
     tracker.log(meta.step, meta.samples, metrics)
     tracker.results(metrics, str(checkpoint))
-    if result.zero_shot is not None:
-        _show_classes(result.zero_shot, probe.test_set(config.model.vision.image_size), tracker)
+    if result.zero_shot is not None and config.tracking.pictures:
+        test = probe.test_set(config.model.vision.image_size)
+        _show_classes(result.zero_shot, test, config.tracking.pictures, tracker)
     return metrics
 
 
-def _show_classes(result: ZeroShotResult, test: EvalSet, tracker: Tracker) -> None:
-    """Table and picture of the classes that are recognised best and worst."""
-    ends = {"best": result.classes[:SHOWN_CLASSES], "worst": result.classes[::-1][:SHOWN_CLASSES]}
+def _show_classes(result: ZeroShotResult, test: EvalSet, count: int, tracker: Tracker) -> None:
+    """Table and picture of the `count` classes that are recognised best and worst."""
+    ends = {"best": result.classes[:count], "worst": result.classes[::-1][:count]}
     rows: list[list[Cell]] = [
         [end, c.name, c.top1, c.margin, c.confused_with] for end, classes in ends.items() for c in classes
     ]

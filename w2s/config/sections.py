@@ -212,8 +212,6 @@ class MimConfig:
     """Smallest masked block in patches (EVA: 16)."""
     block_aspect: float = 0.3
     """Blocks have an aspect ratio between this and its inverse (EVA: 0.3)."""
-    knn_every: int = 0
-    """Steps between k-NN evaluations of the student's features; 0 evaluates only at the end."""
 
 
 @dataclass(kw_only=True)
@@ -371,7 +369,7 @@ class TrackingConfig:
     system_metrics: bool = True
     """Log CPU, memory and GPU use to MLflow."""
     pictures: int = 8
-    """Images in the pictures at the end of a stage; 0 draws none."""
+    """Images (masked stage) or classes (evaluation) in the pictures at the end of a stage; 0 draws none."""
 
 
 @dataclass(kw_only=True)
