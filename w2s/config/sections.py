@@ -192,7 +192,7 @@ class TrainConfig:
     global_batch: int = 64
     """Samples of one optimizer step over all ranks."""
     micro_batch: int = 64
-    """Samples of one forward pass on one data-parallel rank."""
+    """Most samples of one forward pass on one data-parallel rank."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int = 0
@@ -228,8 +228,8 @@ class ClipConfig:
     """The scale is clamped to at most this after each step."""
     learn_logit_scale: bool = True
     """Train the scale; `false` keeps it fixed (the paper's text: constant 100)."""
-    tile: int = 4096
-    """Columns of the logits that are in memory at a time."""
+    tile: int = 2048
+    """Rows and columns of the logits that are in memory at a time."""
     two_pass: Literal["auto", "always"] = "auto"
     """`auto` takes one forward pass where the batch of a rank is one micro-batch; `always` takes the two-pass way."""
 
