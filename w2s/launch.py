@@ -1,12 +1,8 @@
-"""Running a stage on local ranks: one process each, one line of error for all of them.
-
-Torch's elastic launcher starts ranks too, but it takes the failure that it finds first for the first failure, holds
-only one exit code, and waits 30 s for ranks that lost a peer. Its restarts have no use here, where a repeated command
-resumes.
-"""
+"""Running a stage on local ranks: torch's elastic launcher, and one line of error for all of them."""
 
 import importlib
 import json
+import logging
 import os
 import re
 import signal
@@ -17,22 +13,22 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 from typing import TypeVar
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from w2s.config.sections import Config
 from w2s.errors import StopRun, W2SError
 from w2s.failure import describe
+from w2s.host import keep_freed_memory
+from w2s.tracking.files import write_text
 
-STOP_SECONDS = 60.0
-"""Time that ranks have to save after SIGTERM or Ctrl-C."""
-FAILURE_SECONDS = 10.0
-"""Time that ranks have to end by themselves after another one failed."""
-
-_POLL_SECONDS = 0.5
+_MONITOR_SECONDS = 0.1
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""What the elastic agent passes on to the ranks."""
 
 Argument = TypeVar("Argument")
 
@@ -41,11 +37,11 @@ class RankError(W2SError):
     """A rank failed.
 
     Attributes:
-        exit_code: of the rank that failed first.
-        rank_traceback: the traceback in that rank, empty when it died of a signal.
+        exit_code: of the rank whose failure caused those of the others.
+        rank_traceback: the traceback in that rank, empty when it left none.
     """
 
-    def __init__(self, message: str, exit_code: int, rank_traceback: str) -> None:
+    def __init__(self, message: str, exit_code: int, rank_traceback: str = "") -> None:
         super().__init__(message)
         self.exit_code = exit_code
         self.rank_traceback = rank_traceback
@@ -58,14 +54,13 @@ class _Failure:
     message: str
     exit_code: int
     expected: bool
-    """Whether it is one of our errors: never the consequence of another rank's death."""
+    """Whether it is one of our errors."""
     signal_number: int
     """The signal of a StopRun, else 0."""
-    time: float
     traceback: str
 
     @classmethod
-    def of(cls, error: BaseException, rank: int) -> "_Failure":
+    def of(cls, error: BaseException, rank: str) -> "_Failure":
         message, exit_code = describe(error)
         expected = isinstance(error, W2SError)
         return cls(
@@ -73,18 +68,18 @@ class _Failure:
             exit_code=exit_code,
             expected=expected,
             signal_number=error.signal_number if isinstance(error, StopRun) else 0,
-            time=time.time(),
             traceback="".join(traceback.format_exception(error)),
         )
 
-    def raise_(self) -> None:
+    def error(self) -> W2SError:
         if self.signal_number:
-            raise StopRun(self.message, self.signal_number)
-        raise RankError(self.message, self.exit_code, self.traceback)
+            return StopRun(self.message, self.signal_number)
+        return RankError(self.message, self.exit_code, self.traceback)
 
 
 def run_stage(config: Config) -> None:
     """Run the stage of a configuration in this process, which is a rank."""
+    keep_freed_memory()
     importlib.import_module(f"stages.{config.stage}").run(config)
 
 
@@ -112,8 +107,8 @@ def adopt_slurm() -> None:
 def launch(function: Callable[[Argument], None], argument: Argument, ranks: int) -> None:
     """Run `function(argument)` in `ranks` new processes and wait for them.
 
-    SIGTERM and Ctrl-C go to all ranks once, which then have `STOP_SECONDS` to save; a second one kills them. When a
-    rank fails, the others have `FAILURE_SECONDS`.
+    The elastic agent passes SIGTERM and Ctrl-C on to the ranks, which then have 30 s (the environment variable
+    `TORCH_ELASTIC_SHUTDOWN_TIMEOUT`) to save before it kills them. When a rank fails, the others get SIGTERM and 30 s.
 
     Args:
         function: a function of a module, so that a new process can find it.
@@ -124,124 +119,77 @@ def launch(function: Callable[[Argument], None], argument: Argument, ranks: int)
         StopRun: the run was asked to stop.
         RankError: a rank failed; it carries the line of the rank whose failure caused those of the others.
     """
-    from torch.distributed import TCPStore
-    from torch.multiprocessing import start_processes
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    with tempfile.TemporaryDirectory(prefix="w2s-ranks-") as folder, _own_signals_and_no_log():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            run_id="w2s",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,  # a repeated command resumes
+            monitor_interval=_MONITOR_SECONDS,
+            start_method="spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, _rank)(function, argument, Path(folder))
+        except (SignalException, ChildFailedError) as end:
+            raise _cause(_read_failures(Path(folder)), end) from None
 
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    watch = _Watch()
-    with tempfile.TemporaryDirectory(prefix="w2s-ranks-") as folder:
-        with watch.signals():
-            arguments = (function, argument, ranks, store.port, folder)
-            watch.processes = start_processes(
-                _rank, arguments, nprocs=ranks, join=False, start_method="spawn"
-            ).processes
-            watch.wait()
-        watch.raise_failure(_read_failures(Path(folder)))
 
-
-def _rank(
-    rank: int, function: Callable[[Argument], None], argument: Argument, ranks: int, port: int, folder: str
-) -> None:
+def _rank(function: Callable[[Argument], None], argument: Argument, folder: Path) -> None:
     """The main function of a rank's process."""
-    os.setsid()  # Ctrl-C in a terminal reaches the launcher alone, which passes it on once
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        # The store is the launcher's, as with torchrun: no rank has to open a port that was free a moment ago.
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_COUNT="0",
-    )
     try:
         function(argument)
     except (Exception, KeyboardInterrupt) as error:
+        rank = os.environ["RANK"]
         failure = _Failure.of(error, rank)
-        (Path(folder) / f"{rank}.json").write_text(json.dumps(asdict(failure)), encoding="utf-8")
+        write_text(folder / f"{rank}.json", json.dumps(asdict(failure)))
+        if not failure.expected:
+            # It may be a connection to a rank that a signal killed: let the agent find that one first.
+            time.sleep(2 * _MONITOR_SECONDS)
         sys.exit(failure.exit_code)
 
 
+@contextmanager
+def _own_signals_and_no_log() -> Iterator[None]:
+    """Give the signal handlers back that the agent replaces, and keep its log lines from the user's terminal."""
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [logging.NullHandler()], False
+    previous = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def _read_failures(folder: Path) -> list[_Failure]:
-    """What the ranks have left, the earliest first."""
-    failures = [_Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*.json")]
-    return sorted(failures, key=lambda failure: failure.time)
+    """What the ranks have left: errors of ours first, since they never follow from another rank's death, by age."""
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    failures = [_Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    return sorted(failures, key=lambda failure: not failure.expected)
 
 
-class _Watch:
-    """The launcher's view of its ranks."""
+def _cause(failures: list[_Failure], end: SignalException | ChildFailedError) -> W2SError:
+    """Why the ranks ended.
 
-    def __init__(self) -> None:
-        self.processes: list[BaseProcess] = []
-        self._signal: signal.Signals | None = None
-        self._passed_on = False
-        self._deadline = float("inf")
-        self._killed: set[int] = set()
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Take SIGTERM and SIGINT."""
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is None:
-            self._signal = signal.Signals(number)
-        else:
-            self._deadline = 0.0
-
-    def wait(self) -> None:
-        """Wait until no rank is left."""
-        while alive := [process for process in self.processes if process.is_alive()]:
-            if self._signal is not None and not self._passed_on:
-                self._pass_on(self._signal, alive)
-            elif self._signal is None and any(process.exitcode for process in self.processes):
-                self._deadline = min(self._deadline, time.monotonic() + FAILURE_SECONDS)
-            if time.monotonic() > self._deadline:
-                self._kill()
-            connection.wait([process.sentinel for process in alive], timeout=_POLL_SECONDS)
-
-    def _pass_on(self, number: signal.Signals, alive: list[BaseProcess]) -> None:
-        self._passed_on = True
-        self._deadline = min(self._deadline, time.monotonic() + STOP_SECONDS)
-        for process in alive:
-            if process.pid is not None:
-                os.kill(process.pid, number)
-
-    def _kill(self) -> None:
-        for rank, process in enumerate(self.processes):
-            if process.is_alive():
-                self._killed.add(rank)
-                process.kill()
-
-    def raise_failure(self, failures: list[_Failure]) -> None:
-        """Raise what caused the end, if the ranks did not all end well.
-
-        An error of ours comes first, since it never follows from another rank's death; then a rank that died of a
-        signal, which left no word; then the earliest of the other errors, most of which are lost connections.
-        """
-        for failure in failures:
-            if failure.expected:
-                failure.raise_()
-        if self._signal is not None:
-            outcome = "did not save in time" if self._killed else "had nothing to save"
-            raise StopRun(f"stopped by {self._signal.name}: the ranks {outcome}", self._signal)
-        for rank, process in enumerate(self.processes):
-            code = process.exitcode or 0
-            if code < 0 and rank not in self._killed:
-                name = signal.Signals(-code).name
-                raise RankError(
-                    f"rank {rank} was killed by {name}: see the system's log, often for memory", 128 - code, ""
-                )
-        for failure in failures:
-            failure.raise_()
-        for rank, process in enumerate(self.processes):
-            if process.exitcode:
-                raise RankError(f"rank {rank} ended with exit code {process.exitcode}", process.exitcode, "")
+    After an error of ours comes a request to stop, then a rank that died of a signal, which left no word, then the
+    earliest of the other errors, most of which are lost connections.
+    """
+    if failures and failures[0].expected:
+        return failures[0].error()
+    if isinstance(end, SignalException):
+        name, number = end.sigval.name, end.sigval
+        return StopRun(f"stopped by {name}, nothing new was saved: repeat the command to go on", number)
+    rank, found = end.get_first_failure()
+    if found.exitcode < 0:
+        message = f"rank {rank} was killed by {found.signal_name()}: see the system's log, often for memory"
+        return RankError(message, 128 - found.exitcode)
+    if failures:
+        return failures[0].error()
+    return RankError(f"rank {rank} ended with exit code {found.exitcode}", found.exitcode)
