@@ -91,11 +91,11 @@ def test_under_torchrun_it_is_a_rank(w2s: Run, stage: Callable[..., None], monke
     stage(seen.append)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, error = w2s("stage", "mim", "hardware=cpu")
-    assert (code, error.startswith("error: train.micro_batch=64 does not divide the 32 samples")) == (2, True)
-    assert w2s("stage", "mim", "hardware=cpu", "train.micro_batch=32")[0] == 0
+    code, _, error = w2s("stage", "mim", "hardware=cpu", "train.micro_batch=24")
+    assert (code, error.startswith("error: train.micro_batch=24 does not divide the 32 samples")) == (2, True)
+    assert w2s("stage", "mim", "hardware=cpu")[0] == 0
     assert len(seen) == 1
-    code, _, error = w2s("stage", "mim", "train.micro_batch=32", "--nproc", "2")
+    code, _, error = w2s("stage", "mim", "--nproc", "2")
     assert (code, error) == (2, "error: --nproc 2 under torchrun or srun, which start the ranks: leave --nproc out\n")
 
 

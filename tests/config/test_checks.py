@@ -20,14 +20,23 @@ def test_the_defaults_pass(stage: str) -> None:
 
 
 def test_a_batch_that_does_not_divide_names_one_that_does() -> None:
-    assert refusal("mim", "train.micro_batch=48").endswith("use train.micro_batch=32")
-    assert refusal("mim", world_size=2).endswith("use train.micro_batch=32")
+    assert refusal("mim", "train.micro_batch=48") == (
+        "train.micro_batch=48 does not divide the 64 samples of a rank (train.global_batch=64 on 1 data-parallel rank)"
+        ": use train.micro_batch=32, another divisor of 64, or anything above"
+    )
+    assert "use train.micro_batch=16, " in refusal("mim", "train.micro_batch=31", world_size=2)
     assert refusal("mim", world_size=3).endswith("use train.global_batch=63 or 66")
     assert refusal("mim", "train.global_batch=2", world_size=3).endswith("use train.global_batch=3")
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_share_below_the_micro_batch_is_one_micro_batch(world_size: int) -> None:
+    check(load("mim", ["hardware=cpu", "train.global_batch=64", "train.micro_batch=65"]), world_size, world_size)
+
+
 def test_the_named_batch_passes() -> None:
-    check(load("mim", ["train.micro_batch=32"]), 2, 2)
+    check(load("mim", ["train.micro_batch=32"]), 1, 1)
+    check(load("mim", ["train.micro_batch=16"]), 2, 2)
     check(load("mim", ["train.global_batch=66", "train.micro_batch=11"]), 3, 3)
 
 

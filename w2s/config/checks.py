@@ -93,7 +93,7 @@ def _check_optimizer(config: Config) -> None:
 
 
 def _check_batch(train: TrainConfig, replicas: int) -> None:
-    """The global batch must be a whole number of micro-batches on every data-parallel rank."""
+    """Every data-parallel rank's share of the global batch must be one micro-batch or a whole number of them."""
     batch, micro = train.global_batch, train.micro_batch
     if batch % replicas:
         below, above = batch // replicas * replicas, -(-batch // replicas) * replicas
@@ -103,11 +103,12 @@ def _check_batch(train: TrainConfig, replicas: int) -> None:
             f"use train.global_batch={choice}"
         )
     share = batch // replicas
-    if share % micro:
-        legal = next(size for size in range(min(micro, share), 0, -1) if share % size == 0)
+    if share > micro and share % micro:
+        legal = next(size for size in range(micro, 0, -1) if share % size == 0)
         raise ConfigError(
             f"train.micro_batch={micro} does not divide the {share} samples of a rank (train.global_batch={batch} on "
-            f"{replicas} data-parallel rank{'s' * (replicas > 1)}): use train.micro_batch={legal}"
+            f"{replicas} data-parallel rank{'s' * (replicas > 1)}): use train.micro_batch={legal}, another divisor of "
+            f"{share}, or anything above"
         )
 
 
