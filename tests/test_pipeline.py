@@ -28,7 +28,7 @@ class Launcher:
     def __call__(self, function: object, config: Config, ranks: int) -> None:
         self.configs.append(config)
         if config.run.name == self.broken:
-            raise RankError("broken", 1, "")
+            raise RankError("broken", 1)
         folder = run_folder(config)
         folder.mkdir(parents=True)
         result = {"stage": config.stage, "metrics": METRICS[config.stage], "seconds": 61.4, "peak_memory_gib": 1.5}
@@ -82,6 +82,15 @@ def test_the_table_and_the_report_show_metrics_beside_their_baselines(
     assert all("teacher 0.6250" in row for row in rows)
     assert lines[-1] == f"report: {report}"
     assert "constant prediction 0.2500" in report.read_text()
+
+
+def test_what_went_wrong_with_the_parent_run_is_said_at_the_end(
+    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = overrides(tmp_path, "tracking.enabled=true", "tracking.uri=nonsense://host")
+    run_pipeline("default", given, ranks=1, fresh=False)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("warning: MLflow at nonsense://host could not be used")
 
 
 def test_a_repeated_command_goes_on_at_the_step_that_failed(launcher: Launcher, tmp_path: Path) -> None:

@@ -106,6 +106,8 @@ def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool
     console.print(summary.to_rich())
     report = write_group_report(group, pipeline.title, [run_folder(config) for config in configs.values()], [summary])
     console.print(f"report: {report}", soft_wrap=True)
+    for warning in parent.warnings():
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
     return report
 
 

@@ -38,7 +38,33 @@ def test_no_time_is_promised_before_a_step_was_made() -> None:
 def test_a_stage_without_steps() -> None:
     console, text = terminal(is_terminal=False)
     RunConsole("eval", 0, 0, console).log(0, {"zero_shot/top1": 0.104})
-    assert text.getvalue() == "eval  zero_shot/top1 0.104\n"
+    assert text.getvalue() == "eval  zero-shot top-1 0.104\n"
+
+
+def test_of_an_evaluation_only_the_headlines_are_shown() -> None:
+    console, text = terminal(is_terminal=False)
+    metrics = {
+        "zero_shot/top1": 0.0123456,
+        "zero_shot/top5": 0.25,
+        "zero_shot/chance_top1": 0.001,
+        "retrieval/image_to_text_recall_at_1": 0.5,
+        "retrieval/image_to_text_recall_at_5": 0.75,
+        "retrieval/text_to_image_recall_at_1": 0.625,
+        "knn/top1": 0.2,
+        "knn/coverage": 1.0,
+        "knn_random/top1": 0.1,
+    }
+    RunConsole("clip", 6, 0, console).log(0, metrics)
+    assert text.getvalue() == (
+        "clip  step 0/6  zero-shot top-1 0.01235  top-5 0.25  image-to-text R@1 0.5  text-to-image R@1 0.625  "
+        "k-NN top-1 0.2\n"
+    )
+
+
+def test_the_masked_stage_and_unreadable_samples() -> None:
+    console, text = terminal(is_terminal=False)
+    RunConsole("mim", 6, 6, console).log(6, {"masked_cosine": 0.75, "constant_cosine": 0.5, "bad/decode": 2.0})
+    assert text.getvalue() == "mim  step 6/6  masked cosine 0.75  (constant 0.5)  bad/decode 2\n"
 
 
 def test_units() -> None:

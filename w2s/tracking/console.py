@@ -15,6 +15,13 @@ _FORMATS = {
     "seconds_per_step": "{:.3g} s/step",
     "data_wait": "wait {:.0%}",
     "memory_gib": "{:.2f} GiB",
+    "masked_cosine": "masked cosine {:.4g}",
+    "constant_cosine": "(constant {:.4g})",
+    "knn/top1": "k-NN top-1 {:.4g}",
+    "zero_shot/top1": "zero-shot top-1 {:.4g}",
+    "zero_shot/top5": "top-5 {:.4g}",
+    "retrieval/image_to_text_recall_at_1": "image-to-text R@1 {:.4g}",
+    "retrieval/text_to_image_recall_at_1": "text-to-image R@1 {:.4g}",
 }
 
 
@@ -38,12 +45,15 @@ class RunConsole:
         self._task = TaskID(0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Prints a line and moves the bar to `step`."""
+        """Prints a line and moves the bar to `step`.
+
+        Of the results, whose names have a prefix (`zero_shot/top1`), only the headlines are in the line.
+        """
         left = self._time_left(step)
         parts = [self._stage]
         if self._steps:
             parts.append(f"step {step:>{len(str(self._steps))}}/{self._steps}")
-        parts += [metric_text(name, value) for name, value in metrics.items()]
+        parts += [metric_text(name, value) for name, value in metrics.items() if _is_shown(name)]
         if left and not self._console.is_terminal:
             parts.append(f"eta {left}")
         self.print("  ".join(parts))
@@ -84,6 +94,10 @@ class RunConsole:
             self._task = self._progress.add_task(self._stage, total=self._steps, left="")
             self._progress.start()
         self._progress.update(self._task, completed=step, left=f"{left} left" if left else "")
+
+
+def _is_shown(name: str) -> bool:
+    return name in _FORMATS or "/" not in name or name.startswith("bad/")
 
 
 def metric_text(name: str, value: float) -> str:

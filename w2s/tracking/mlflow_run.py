@@ -281,8 +281,8 @@ def _write_tags_and_params(client: "MlflowClient", run: "Run", request: _Request
 def _start_monitor(uri: str, run_id: str) -> "SystemMetricsMonitor":
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)  # type: ignore[no-untyped-call]
-    monitor.start()  # type: ignore[no-untyped-call]
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
+    monitor.start()
     return monitor
 
 
