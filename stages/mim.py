@@ -1,7 +1,7 @@
 """The masked stage: a student learns to reproduce, at masked patches, the features of a frozen teacher."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,14 @@ from w2s.data.batch import Batch, given, normalize
 from w2s.data.counter import Purpose, generator
 from w2s.data.masks import block_mask
 from w2s.data.sample import SampleSpec
+from w2s.evaluation.dataset import EvalSet
 from w2s.evaluation.encode import encode_all
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import fill
 from w2s.megatron.optimizer import Optimizer, data_parallel
 from w2s.megatron.schedule import Loss, Reported, forward_backward
 from w2s.megatron.state import Towers
-from w2s.objectives.masked import masked_cosine_loss, masked_cosines
+from w2s.objectives.masked import constant_cosine, masked_cosine_loss, masked_cosines
 from w2s.precision import compute_dtype
 from w2s.probe import Probe, patch_features, teacher_features
 from w2s.teachers.build import build_teacher
@@ -33,6 +34,9 @@ from w2s.towers.vision import MEAN, STD
 from w2s.tracking.pictures import features_picture, masked_picture
 from w2s.tracking.tracker import Tracker
 from w2s.trainer import train_stage
+
+ImagesOfSize = Callable[[int], EvalSet]
+"""Takes a size in pixels, returns the images of a set at that size."""
 
 
 def run(config: Config) -> None:
@@ -79,14 +83,14 @@ class MaskedStage:
 
             def loss(predictions: Tensor) -> tuple[Tensor, Reported]:
                 value = masked_cosine_loss(predictions, wanted)
-                return value, {"loss": value.detach()}
+                return value, {"loss": value.detach(), "constant_cosine": constant_cosine(wanted)}
 
             return predictions, loss
 
         size = self.config.train.micro_batch
         micro_batches = list(zip(batch.split(size), targets.split(size), strict=True))
         reports = forward_backward(self.student, micro_batches, forward)
-        return {"loss": torch.stack([report["loss"] for report in reports]).mean()}
+        return {name: torch.stack([report[name] for report in reports]).mean() for name in reports[0]}
 
     def _teach(self, batch: Batch) -> Tensor:
         """The teacher's features of the whole images: [n, patches, teacher width]."""
@@ -120,40 +124,39 @@ class MaskedStage:
         """Masked cosine on the test images beside that of the best constant prediction, and k-NN of the features."""
         if not self.config.eval.shards:
             return {}
-        return self._masked_cosine() | self.probe.of_tower(self.student.module)
+        return self._masked_cosine("test", self.probe.test_set) | self.probe.of_tower(self.student.module)
 
     def finish(self, tracker: Tracker) -> dict[str, float]:
         """Measure the finished student and its baselines, and draw what it has learnt."""
         if not self.config.eval.shards:
             return {}
         metrics = self.evaluate() | self.probe.baselines()
-        tracker.table(
-            "results", ["measure", "value"], [[name, value] for name, value in metrics.items()], "masked stage"
-        )
+        if self.config.eval.knn_shards:
+            metrics |= self._masked_cosine("neighbours", self.probe.neighbours)
+        tracker.results(metrics, "masked stage")
         if self.config.tracking.pictures:
             self._draw(tracker)
         return metrics
 
-    def _masked_cosine(self) -> dict[str, float]:
-        count = len(self.probe.test_set(self.config.model.vision.image_size).images)
+    def _masked_cosine(self, name: str, images: ImagesOfSize) -> dict[str, float]:
+        count = len(images(self.config.model.vision.image_size).images)
         norm = self._norm_for_tests()
 
         def measure(numbers: Tensor) -> Tensor:
             """Mean cosine and mean direction of the targets at an image's masked patches: [n, 1 + teacher width]."""
-            predictions, targets, masks = self._predict(numbers, norm)
+            predictions, targets, masks = self._predict(numbers, images, norm)
             shape = len(numbers), self.config.mim.masked_patches
             cosines = masked_cosines(predictions, targets)[masks].view(shape).mean(1, keepdim=True)
             return torch.cat([cosines, F.normalize(targets[masks], dim=-1).unflatten(0, shape).mean(1)], dim=1)
 
         size = self.config.eval.batch_size
         mean = encode_all(measure, torch.arange(count), size, self.ranks.data_group).mean(0)
-        return {"masked_cosine": mean[0].item(), "constant_cosine": mean[1:].norm().item()}
+        return {f"{name}/masked_cosine": mean[0].item(), f"{name}/constant_cosine": mean[1:].norm().item()}
 
     @torch.no_grad()
-    def _predict(self, numbers: Tensor, norm: TargetNorm) -> tuple[Tensor, Tensor, Tensor]:
-        """Predictions and targets [n, patches, teacher width] and masks of test images, at all their patches."""
+    def _predict(self, numbers: Tensor, images: ImagesOfSize, norm: TargetNorm) -> tuple[Tensor, Tensor, Tensor]:
+        """Predictions and targets [n, patches, teacher width] and masks of some images, at all their patches."""
         vision, mim, device = self.config.model.vision, self.config.mim, self.ranks.device
-        images = self.probe.test_set(vision.image_size).images[numbers]
         drawn = [
             block_mask(
                 generator(0, Purpose.MASK, number), vision.grid, mim.masked_patches, mim.min_block, mim.block_aspect
@@ -162,9 +165,10 @@ class MaskedStage:
         ]
         masks = torch.from_numpy(np.stack(drawn)).to(device)
         everywhere = torch.arange(masks.numel(), device=device)
-        predictions = self.student.module(normalize(images.to(device), MEAN, STD), masks, everywhere)
-        teacher_images = self.probe.test_set(self.teacher.image_size).images[numbers]
-        targets = norm(teacher_features(self.teacher, teacher_images), update=False)
+        seen = images(vision.image_size).images[numbers].to(device)
+        predictions = self.student.module(normalize(seen, MEAN, STD), masks, everywhere)
+        whole = images(self.teacher.image_size).images[numbers]
+        targets = norm(teacher_features(self.teacher, whole), update=False)
         return predictions.float().unflatten(0, masks.shape), targets, masks
 
     def _norm_for_tests(self) -> TargetNorm:
@@ -178,7 +182,7 @@ class MaskedStage:
     def _draw(self, tracker: Tracker) -> None:
         images = self.probe.test_set(self.config.model.vision.image_size).images
         numbers = torch.linspace(0, len(images) - 1, self.config.tracking.pictures).long().unique()
-        predictions, targets, masks = self._predict(numbers, self.target_norm)
+        predictions, targets, masks = self._predict(numbers, self.probe.test_set, self.target_norm)
         shown, cosines = images[numbers], masked_cosines(predictions, targets)
         student = patch_features(self.student.module, shown)
         tracker.picture("masked", lambda path: masked_picture(path, shown, masks, cosines))

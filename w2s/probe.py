@@ -47,6 +47,10 @@ class Probe:
         """Return the test images (`eval.shards`) at a size in pixels."""
         return self._load("shards", image_size)
 
+    def neighbours(self, image_size: int) -> EvalSet:
+        """Return the labelled images that k-NN looks among (`eval.knn_shards`) at a size in pixels."""
+        return self._load("knn_shards", image_size)
+
     def of_tower(self, tower: VisionTower) -> dict[str, float]:
         """Measure a tower: `knn/top1`, `knn/top5`, chance and coverage; nothing without neighbours."""
         return self._knn(lambda images: patch_features(tower, images).mean(1), self.config.model.vision.image_size)
@@ -69,7 +73,7 @@ class Probe:
     def _knn(self, encode: Encoder, image_size: int) -> dict[str, float]:
         if not self.config.eval.knn_shards:
             return {}
-        test, neighbours = self.test_set(image_size), self._load("knn_shards", image_size)
+        test, neighbours = self.test_set(image_size), self.neighbours(image_size)
         return evaluate_knn(self.config.eval, test, neighbours, encode=encode, group=self.ranks.data_group)
 
     def _load(self, key: str, image_size: int) -> EvalSet:

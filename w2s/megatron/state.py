@@ -9,6 +9,8 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from w2s.megatron.optimizer import Optimizer
 from w2s.megatron.tower import Tower
@@ -52,8 +54,12 @@ def load_weights(folder: Path, towers: Towers, names: Iterable[str]) -> None:
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the whole shape of every weight in a checkpoint, by name; optimizer states are left out."""
-    tensors = dist_checkpointing.load_tensors_metadata(str(folder))
-    return {name: tuple(tensor.global_shape) for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+    tensors = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        name: tuple(tensor.size)
+        for name, tensor in tensors.items()
+        if isinstance(tensor, TensorStorageMetadata) and not name.startswith("optimizer.")
+    }
 
 
 def tower_shapes(towers: Towers) -> dict[str, tuple[int, ...]]:

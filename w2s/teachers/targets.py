@@ -1,10 +1,9 @@
-"""Normalisation of the teacher's features as targets, and the score of a prediction that ignores the image."""
+"""Normalisation of the teacher's features as targets."""
 
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -74,21 +73,3 @@ class TargetNorm(nn.Module):
         self.deviations += second - first.square() / new + step.square() * self.count * new / total
         self.mean += step * new / total
         self.count.copy_(total)
-
-
-@torch.no_grad()
-def constant_cosine(targets: Tensor, group: dist.ProcessGroup | None = None) -> float:
-    """Mean cosine with `targets` [..., D] of the best prediction that is the same everywhere.
-
-    The mean cosine of a constant c is `mean_i(c . t_i / |c||t_i|) = (c / |c|) . m` with m the mean of the normalised
-    targets. By Cauchy and Schwarz that is at most |m|, which c = m attains: the score is |m|.
-
-    Args:
-        targets: the targets of this rank.
-        group: ranks whose targets count together; None for this process alone.
-    """
-    directions = F.normalize(targets.flatten(0, -2).float(), dim=-1)
-    sums = torch.cat([directions.sum(0, dtype=torch.float64), directions.new_full((1,), len(directions)).double()])
-    if group is not None:
-        dist.all_reduce(sums, group=group)
-    return (sums[:-1].norm() / sums[-1]).item()
