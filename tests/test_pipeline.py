@@ -12,7 +12,7 @@ from w2s.pipeline import load_pipeline, resolve, run_pipeline
 
 STEPS = ["mim", "clip", "clip_from_scratch", "eval", "eval_from_scratch"]
 METRICS = {
-    "mim": {"masked_cosine": 0.75, "constant_cosine": 0.25},
+    "mim": {"test/masked_cosine": 0.75, "test/constant_cosine": 0.25},
     "clip": {"loss": 1.0},
     "eval": {"zero_shot/top1": 0.125, "zero_shot/chance_top1": 0.001, "knn/top1": 0.5, "knn_teacher/top1": 0.625},
 }
@@ -76,7 +76,7 @@ def test_the_table_and_the_report_show_metrics_beside_their_baselines(
     report = run_pipeline("default", overrides(tmp_path), ranks=1, fresh=False)
     lines = capsys.readouterr().out.splitlines()
     (row,) = [line for line in lines if "masked cosine" in line]
-    assert " ".join(row.split()) == "mim masked cosine 0.7500 constant prediction 0.2500 61 s 1.50 GiB"
+    assert " ".join(row.split()) == "mim masked cosine, test 0.7500 constant prediction 0.2500 61 s 1.50 GiB"
     rows = [line for line in lines if "k-NN top-1" in line]
     assert len(rows) == 2
     assert all("teacher 0.6250" in row for row in rows)

@@ -60,7 +60,12 @@ class Headline:
 
 
 HEADLINES = (
-    Headline("masked cosine", "masked_cosine", {"constant prediction": "constant_cosine"}),
+    Headline(
+        "masked cosine, neighbours",
+        "neighbours/masked_cosine",
+        {"constant prediction": "neighbours/constant_cosine"},
+    ),
+    Headline("masked cosine, test", "test/masked_cosine", {"constant prediction": "test/constant_cosine"}),
     Headline(
         "k-NN top-1",
         "knn/top1",
