@@ -1,5 +1,6 @@
 """Distributed save and load of towers, optimizer and small extra state, in Megatron's fully reshardable format."""
 
+import queue
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
@@ -29,6 +31,9 @@ def save(folder: Path, towers: Towers, optimizer: Optimizer, extra: Mapping[str,
         "optimizer": optimizer.sharded.sharded_state_dict(weights, metadata=_metadata()),
         "extra": dict(extra),
     }
+    # Megatron would start a server process for what its writers report, seconds of imports; after a SIGKILL of this
+    # process it would stay for ever.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, str(folder))
 
 
