@@ -158,5 +158,6 @@ class ContrastiveStage:
     def finish(self, tracker: Tracker) -> dict[str, float]:
         """Measure the finished CLIP."""
         metrics = self.evaluate()
-        tracker.results(metrics, "CLIP")
+        if metrics:
+            tracker.results(metrics, "CLIP")
         return metrics

@@ -237,7 +237,8 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
             trainer.tracker.inputs(training_inputs(config))
             trainer.train()
             metrics = trainer.stage.finish(trainer.tracker)
-            trainer.tracker.log(trainer.step, trainer.samples, metrics)
+            if metrics:
+                trainer.tracker.log(trainer.step, trainer.samples, metrics)
             write_result(run, config, metrics, started, ranks)
 
 
