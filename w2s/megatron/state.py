@@ -1,7 +1,9 @@
 """Distributed save and load of towers, optimizer and small extra state, in Megatron's fully reshardable format."""
 
+import logging
 import queue
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,26 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from w2s.errors import CheckpointError
 from w2s.megatron.optimizer import Optimizer
 from w2s.megatron.tower import Tower
 
 Towers = Mapping[str, DistributedDataParallel | Tower]
+
+# It logs what it raises as well.
+logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
 
 def save(folder: Path, towers: Towers, optimizer: Optimizer, extra: Mapping[str, Tensor]) -> None:
     """Write towers, optimizer and extra tensors (equal on all ranks) into an existing empty folder; every rank calls.
 
     Tensors are named `TOWER.PARAMETER`, layers numbered over the whole model, so that any layout can read them.
+
+    Raises:
+        CheckpointError: the files cannot be written.
     """
     weights = _weights(towers)
     state = {
@@ -34,15 +43,20 @@ def save(folder: Path, towers: Towers, optimizer: Optimizer, extra: Mapping[str,
     # Megatron would start a server process for what its writers report, seconds of imports; after a SIGKILL of this
     # process it would stay for ever.
     filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(folder))
+    with _reporting(f"write {folder}", "free some space or choose another folder with run.root=FOLDER"):
+        dist_checkpointing.save(state, str(folder))
 
 
 def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[str, Tensor]:
-    """Read what `save` wrote after `step` updates, at any layout; return the extra tensors."""
+    """Read what `save` wrote after `step` updates, at any layout; return the extra tensors.
+
+    Raises:
+        CheckpointError: the files are damaged.
+    """
     weights = _weights(towers)
     optimizer.prepare_to_load()
     wanted = optimizer.sharded.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
-    state = dist_checkpointing.load({**weights, "optimizer": wanted}, str(folder))
+    state = _load({**weights, "optimizer": wanted}, folder)
     _into_towers(towers, state)
     optimizer.sharded.load_state_dict(state["optimizer"])
     optimizer.set_step(step)
@@ -51,10 +65,14 @@ def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[
 
 
 def load_weights(folder: Path, towers: Towers, names: Iterable[str]) -> None:
-    """Read the named tensors (`TOWER.PARAMETER`) into the towers; the others keep their values."""
+    """Read the named tensors (`TOWER.PARAMETER`) into the towers; the others keep their values.
+
+    Raises:
+        CheckpointError: the files are damaged.
+    """
     names = set(names)
     wanted = {key: part for key, part in _weights(towers).items() if key in names}
-    _into_towers(towers, dist_checkpointing.load(wanted, str(folder)), strict=False)
+    _into_towers(towers, _load(wanted, folder), strict=False)
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -72,6 +90,21 @@ def tower_shapes(towers: Towers) -> dict[str, tuple[int, ...]]:
     return {
         name: tuple(part.global_shape) for name, part in _weights(towers).items() if isinstance(part, ShardedTensor)
     }
+
+
+def _load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    with _reporting(f"read {folder}", "use another checkpoint"):
+        return dist_checkpointing.load(wanted, str(folder))
+
+
+@contextmanager
+def _reporting(action: str, fix: str) -> Iterator[None]:
+    """Turn torch's CheckpointException, which is no Exception and passes every handler, into an error of ours."""
+    try:
+        yield
+    except CheckpointException as error:
+        (cause, _), *_ = error.failures.values()
+        raise CheckpointError(f"cannot {action} ({' '.join(str(cause).split())}): {fix}") from error
 
 
 def _metadata() -> dict[str, Any]:
