@@ -1,0 +1,123 @@
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import save_file
+
+from tests.stages.shapes import write_shapes
+from w2s import cli
+from w2s.config.sections import HardwareConfig, ParallelConfig
+from w2s.megatron import groups
+from w2s.megatron.groups import Ranks
+from w2s.tracking.store import connect
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every run here is made of."""
+
+    train: Path
+    """8 shards of 24 drawn shapes with their names."""
+    test: Path
+    """Another 24."""
+    teacher: Path
+    """Weights of timm's smallest ViT, drawn at random."""
+    store: Path
+    """An MLflow store without runs; a copy of it is at hand much sooner than a new one."""
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    folder = tmp_path_factory.mktemp("stages")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(timm.create_model("test_vit").state_dict(), folder / "teacher.safetensors")
+    connect(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+    return Material(
+        write_shapes(folder / "train", shards=8, seed=0),
+        write_shapes(folder / "test", shards=1, seed=1),
+        folder / "teacher.safetensors",
+        folder / "mlflow.db",
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the commands in processes of their own have it, so that sums come in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, material: Material) -> Path:
+    """A folder of runs with an MLflow store."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copy(material.store, folder / "mlflow.db")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(root: Path) -> MlflowClient:
+    return connect(f"sqlite:///{root / 'mlflow.db'}")
+
+
+@pytest.fixture(scope="module")
+def base(root: Path, material: Material) -> list[str]:
+    """Overrides for the smallest runs: four steps of 16 samples."""
+    return [
+        f"run.root={root}",
+        "model=tiny",
+        "hardware=cpu",
+        f"teacher.source=timm:test_vit@{material.teacher}",
+        "data.builtin=none",
+        f"data.train={material.train}",
+        "data.lanes=4",
+        "data.workers=0",
+        f"eval.shards={material.test}",
+        f"eval.knn_shards={material.train}",
+        "train.steps=4",
+        "train.global_batch=16",
+        "train.micro_batch=16",
+        "train.log_every=1",
+        "optim.warmup=1",
+        "tracking.system_metrics=false",
+        "tracking.pictures=2",
+    ]
+
+
+@pytest.fixture
+def alone() -> Iterator[Ranks]:
+    """One process with Megatron's groups, for one test: the runs of other tests make their own."""
+    with groups.start(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
+        yield ranks
+
+
+@pytest.fixture
+def w2s(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["w2s", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        output = capfd.readouterr()
+        return int(caught.value.code or 0), output.out, output.err
+
+    return run

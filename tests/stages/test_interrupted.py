@@ -1,0 +1,133 @@
+"""A run that is killed, stopped or fails, and the same command again."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from stages.mim import MaskedStage
+from tests.stages.conftest import Run
+from tests.stages.runs import QUIET, history, interrupt, records, result, run_stage, start_command
+from w2s.checkpoint import store
+from w2s.errors import StopRun, UserError
+
+STEPS = 40
+EVERY = 5
+"""Steps between checkpoints."""
+
+
+def status(client: MlflowClient, run: Path) -> str:
+    return str(client.get_run((run / "mlflow_run_id").read_text().strip()).info.status)
+
+
+@pytest.mark.parametrize(
+    ("stage", "signals", "workers"),
+    [
+        ("mim", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], (1, 0)),
+        ("clip", [signal.SIGKILL], (0, 1)),
+    ],
+)
+def test_interrupted_runs_give_the_numbers_of_one_that_was_not(
+    stage: str,
+    signals: list[signal.Signals],
+    workers: tuple[int, int],
+    base: list[str],
+    root: Path,
+    client: MlflowClient,
+) -> None:
+    """Bit for bit: loss, gradient norm and learning rate of every step; also with another number of workers."""
+    options = [*base, "eval.shards=", "eval.knn_shards=", f"train.steps={STEPS}", f"checkpoint.every={EVERY}"]
+    options += ["init.vision=none"] if stage == "clip" else ["teacher.target_norm=standardize"]
+    whole = run_stage(stage, [*options, f"run.name={stage}-whole", "tracking.enabled=false"])
+    run, again = root / f"{stage}-broken", [*options, f"run.name={stage}-broken"]
+    step = 0
+    for number in signals:
+        command = start_command("stage", stage, *again, f"data.workers={workers[0]}")
+        code, error = interrupt(command, number, run, step + EVERY + 1)
+        saved = store.latest(run)
+        assert saved is not None
+        done = records(run)[-1]["step"]
+        step = store.read_meta(saved).step
+        assert EVERY <= step < STEPS
+        assert not (run / "result.json").exists()
+        if number == signal.SIGKILL:
+            assert code == -signal.SIGKILL
+            assert (done > step, step % EVERY) == (True, 0)
+        else:
+            assert code == 128 + number
+            assert error == (
+                f"error: stopped by {number.name} at step {step}, saved in {run}: repeat the command to go on\n"
+            )
+            assert (done, status(client, run)) == (step, "KILLED")
+    run_stage(stage, [*again, f"data.workers={workers[1]}"])
+
+    for name in ("step", "samples_seen", "loss", "grad_norm", "lr"):
+        assert history(run, name) == history(whole, name), name
+    assert len(set(history(run, "loss"))) == STEPS
+    runs = client.search_runs([client.get_experiment_by_name("w2s").experiment_id], f"run_name = '{run.name}'")
+    assert [(one.info.run_id, one.info.status) for one in runs] == [
+        ((run / "mlflow_run_id").read_text().strip(), "FINISHED")
+    ]
+    logged = client.get_metric_history(runs[0].info.run_id, "loss")
+    assert {point.step: point.value for point in logged} == dict(enumerate(history(whole, "loss"), start=1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_checkpoints_saves_at_the_step(
+    number: signal.Signals, base: list[str], root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"stopped-{number.name}"
+    options = [*base, "eval.shards=", "eval.knn_shards=", f"run.name={name}", "checkpoint.every=100"]
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedStage, "after_update", lambda self: os.kill(os.getpid(), number))
+        with pytest.raises(StopRun) as caught:
+            run_stage("mim", options)
+    assert caught.value.exit_code == 128 + number
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert store.latest(root / name) == root / name / "checkpoints" / "step-00000001"
+    assert status(client, root / name) == "KILLED"
+    run_stage("mim", options)
+    assert history(root / name, "step") == [1, 2, 3, 4]
+    assert status(client, root / name) == "FINISHED"
+
+
+def test_a_run_whose_loss_is_no_number_fails(w2s: Run, base: list[str], root: Path, client: MlflowClient) -> None:
+    options = [*base, "eval.shards=", "eval.knn_shards=", "run.name=diverged", "optim.lr=1e30"]
+    code, _, error = w2s("stage", "mim", *options)
+    assert (code, error.count("\n")) == (1, 1)
+    assert error.startswith("error: the loss is nan at step ")
+    assert error.endswith("lower optim.lr or lengthen optim.warmup\n")
+    assert status(client, root / "diverged") == "FAILED"
+    assert not (root / "diverged" / "result.json").exists()
+    assert (root / "diverged" / "report.html").is_file()
+
+
+def test_a_run_whose_teacher_breaks_fails(
+    w2s: Run, base: list[str], root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the teacher\nis gone")
+
+    monkeypatch.setattr("stages.mim.teacher_features", broken)
+    options = [*base, "eval.shards=", "eval.knn_shards=", "run.name=broken"]
+    code, _, error = w2s("stage", "mim", *options)
+    assert (code, error) == (1, "error: RuntimeError: the teacher is gone\n")
+    assert status(client, root / "broken") == "FAILED"
+
+
+def test_a_finished_run_is_not_run_again(base: list[str], root: Path) -> None:
+    options = [*base, *QUIET, "train.steps=2"]
+    run = run_stage("mim", [*options, "run.name=done"])
+    with pytest.raises(UserError, match=r"^run\.name=done: .*/done is finished: choose another name$"):
+        run_stage("mim", [*options, "run.name=done"])
+    assert result(run)["stage"] == "mim"
+    # Without a name the same command makes the next run.
+    before = set(root.glob("mim-tiny-*"))
+    run_stage("mim", options)
+    run_stage("mim", options)
+    first, second = sorted(set(root.glob("mim-tiny-*")) - before)
+    assert second.name == f"{first.name}-2"
+    assert history(first, "loss") == history(second, "loss")

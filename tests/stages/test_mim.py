@@ -1,0 +1,102 @@
+"""The masked stage: what a step computes, and what its checkpoint keeps."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stages.mim import MaskedStage
+from tests.stages.runs import QUIET, history, result, run_stage
+from w2s.config.load import load
+from w2s.config.sections import Config, HardwareConfig, ParallelConfig
+from w2s.data.batch import Batch, given, normalize
+from w2s.data.stream import Stream
+from w2s.megatron import groups, state
+from w2s.megatron.groups import Ranks
+from w2s.towers.vision import MEAN, STD
+from w2s.trainer import Trainer
+
+EPS = 1e-6  # of TargetNorm
+
+
+@pytest.fixture(scope="module")
+def config(base: list[str]) -> Config:
+    return load("mim", [*base, *QUIET, "run.name=by-hand", "teacher.target_norm=standardize", "optim.warmup=0"])
+
+
+def batches(config: Config, stage: MaskedStage) -> Iterator[Batch]:
+    stream = Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1)
+    while True:
+        yield stream.next()
+
+
+def test_every_image_has_the_exact_number_of_masked_patches(alone: Ranks, config: Config) -> None:
+    stage = MaskedStage(config, alone)
+    stream = batches(config, stage)
+    masks = torch.cat([given(next(stream).masks) for _ in range(4)])
+    assert masks.shape == (64, 16)
+    assert masks.sum(1).tolist() == [6] * 64
+    assert len(masks.unique(dim=0)) > 32
+
+
+def test_the_loss_is_minus_the_masked_cosine(alone: Ranks, config: Config) -> None:
+    """The first step by hand: the teacher on whole images, standardised targets, the student on masked images."""
+    stage = MaskedStage(config, alone)
+    batch = next(batches(config, stage))
+    images, masks = normalize(batch.images, MEAN, STD), given(batch.masks)
+    teacher = stage.teacher
+    features = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std)).double()
+    flat = features.flatten(0, 1)
+    targets = (features - flat.mean(0)) / (flat.var(0, correction=0) + EPS).sqrt()
+    with torch.no_grad():
+        predictions = stage.student.module(images, masks, torch.arange(masks.numel())).unflatten(0, masks.shape)
+    cosines = F.cosine_similarity(predictions.double(), targets, dim=-1)
+    by_hand = -sum(cosines[image][masks[image]].mean().item() for image in range(16)) / 16
+    assert stage.step(batch)["loss"].item() == pytest.approx(by_hand, rel=0, abs=1e-6)  # float32 against float64
+    assert by_hand != pytest.approx(-cosines.mean().item(), abs=1e-3), "unmasked patches have no part in it"
+
+
+def test_the_logged_loss_is_that_of_the_step_and_the_checkpoint_has_the_statistics(
+    alone: Ranks, config: Config, root: Path
+) -> None:
+    trainer = Trainer(stage := MaskedStage(config, alone), config, root / "by-hand", alone)
+    trainer.train()
+    trainer.tracker.finish("FINISHED")
+    fresh = MaskedStage(config, alone)
+    stream = batches(config, fresh)
+    first = [next(stream) for _ in range(4)]
+    assert history(root / "by-hand", "loss")[0] == fresh.step(first[0])["loss"].item()
+
+    seen = torch.cat([fresh._teach(batch).flatten(0, 1) for batch in first]).double()
+    again = MaskedStage(config, alone)
+    checkpoint = root / "by-hand" / "checkpoints" / "step-00000004"
+    extra = state.load(checkpoint, again.towers, again.optimizer, step=4)
+    assert extra["count"].item() == len(seen) == 4 * 16 * 16
+    torch.testing.assert_close(extra["mean"], seen.mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(extra["deviations"], (seen - seen.mean(0)).square().sum(0), rtol=1e-5, atol=0)
+    again.load_extra_state(extra)
+    assert torch.equal(again.target_norm.mean, stage.target_norm.mean)
+
+
+def test_the_final_measures_stand_beside_their_baselines(base: list[str]) -> None:
+    metrics = result(run_stage("mim", [*base, "run.name=measured", "tracking.enabled=false", "train.steps=2"]))[
+        "metrics"
+    ]
+    for images in ("test", "neighbours"):
+        assert 0 < metrics[f"{images}/constant_cosine"] < 1
+        assert -1 < metrics[f"{images}/masked_cosine"] < 1
+    assert metrics["knn/chance_top1"] == pytest.approx(1 / 24)
+    assert metrics["knn/coverage"] == 1.0
+    assert {"knn/top1", "knn/top5", "knn_random/top1", "knn_teacher/top1"} <= metrics.keys()
+
+
+def test_a_student_starts_from_the_vision_tower_of_another_run(base: list[str]) -> None:
+    first = run_stage("mim", [*base, *QUIET, "run.name=first", "train.steps=2"])
+    with groups.start(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
+        handover = MaskedStage(load("mim", [*base, "init.vision=first"]), ranks).begin()
+    assert handover is not None
+    assert handover.source == first / "checkpoints" / "step-00000002"
+    assert handover.new == ["vision.lm_head.bias", "vision.lm_head.weight", "vision.mask_token"]
+    assert len(handover.loaded) == 23

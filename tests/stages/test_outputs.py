@@ -1,0 +1,132 @@
+"""What finished runs leave behind: for a person, for MLflow, and for `w2s run`."""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from PIL import Image
+
+from tests.stages.conftest import Run
+from tests.stages.runs import history, records, result, run_in_process, run_stage
+from w2s import pipeline
+from w2s.config.load import load, to_yaml
+from w2s.config.sections import Config
+
+STEPS = ("mim", "clip", "clip_from_scratch", "eval", "eval_from_scratch")
+
+
+@pytest.fixture(scope="module")
+def group(base: list[str], root: Path) -> Path:
+    """The folder of a `w2s run` of the default pipeline, its stages in this process."""
+    launched = []
+
+    def launch(function: object, config: Config, ranks: int) -> None:
+        launched.append(config.run.name)
+        run_in_process(config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "launch", launch)
+        report = pipeline.run_pipeline("default", base, ranks=1, fresh=False)
+    assert tuple(launched) == STEPS
+    return report.parent
+
+
+def embedded(report: Path) -> set[bytes]:
+    text = report.read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["'](https?:)?//""", text), "a report needs no network"
+    return {base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([\w+/=]+)", text)}
+
+
+def mlflow_run(client: MlflowClient, folder: Path) -> MlflowRun:
+    return client.get_run((folder / "mlflow_run_id").read_text().strip())
+
+
+def test_the_configuration_is_the_printed_one(w2s: Run, base: list[str]) -> None:
+    options = [*base, "run.name=printed", "train.steps=2"]
+    code, printed, _ = w2s("stage", "mim", *options, "--print-config")
+    run = run_stage("mim", options)
+    assert code == 0
+    assert (run / "config.yaml").read_text() == printed == to_yaml(load("mim", options))
+
+
+def test_metrics_by_step_and_samples(group: Path) -> None:
+    for step in ("mim", "clip"):
+        rows = [record for record in records(group / step) if "loss" in record]
+        assert [(row["step"], row["samples_seen"]) for row in rows] == [(1, 16), (2, 32), (3, 48), (4, 64)]
+        assert all(row["samples_per_second"] > 0 and 0 <= row["data_wait"] <= 1 for row in rows)
+        final = records(group / step)[-1]
+        assert final.items() >= result(group / step)["metrics"].items()
+
+
+def test_pictures_are_in_the_report(group: Path) -> None:
+    expected = {"mim": {"masked", "features"}, "clip": set(), "eval": {"classes"}}
+    for step, names in expected.items():
+        pictures = {path.stem: path for path in (group / step / "pictures").glob("*.png")}
+        assert pictures.keys() == names
+        for path in pictures.values():
+            image = Image.open(path)
+            assert min(image.size) > 64
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 16, f"{path} shows something"
+        assert embedded(group / step / "report.html") == {path.read_bytes() for path in pictures.values()}
+    assert len(embedded(group / "report.html")) == 4  # two of mim and one of each eval
+
+
+def test_mlflow_has_parameters_metrics_files_and_the_data(group: Path, client: MlflowClient) -> None:
+    run = mlflow_run(client, group / "mim")
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.vision.width"] == "32"
+    assert run.data.params["optim.name"] == "adamw"
+    points = client.get_metric_history(run.info.run_id, "loss")
+    assert {point.step: point.value for point in points} == dict(enumerate(history(group / "mim", "loss"), start=1))
+    samples = client.get_metric_history(run.info.run_id, "samples_seen")
+    assert {(point.step, point.value) for point in samples} == {(step, 16.0 * step) for step in range(5)}
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert files == {"config.yaml", "environment.txt", "report.html", "pictures", "tables"}
+    drawn = {file.path for file in client.list_artifacts(run.info.run_id, "pictures")}
+    assert drawn == {"pictures/features.png", "pictures/masked.png"}
+    (data,) = run.inputs.dataset_inputs
+    assert json.loads(data.dataset.source)["uri"] == run.data.params["data.train"]
+    assert re.fullmatch(r"[0-9a-f]{12}", data.dataset.digest)
+    assert [(tag.key, tag.value) for tag in data.tags] == [("mlflow.data.context", "training")]
+
+
+def test_the_stages_of_a_pipeline_are_children_of_one_run(group: Path, client: MlflowClient) -> None:
+    parent = mlflow_run(client, group)
+    assert (parent.info.run_name, parent.info.status) == (group.name, "FINISHED")
+    children = [mlflow_run(client, group / step) for step in STEPS]
+    assert {child.data.tags[MLFLOW_PARENT_RUN_ID] for child in children} == {parent.info.run_id}
+    assert [child.info.run_name for child in children] == list(STEPS)
+    found = client.search_runs([parent.info.experiment_id], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.info.run_id}'")
+    assert len(found) == len(STEPS)
+
+
+def test_a_repeated_pipeline_prints_its_table_and_runs_nothing(
+    w2s: Run, group: Path, base: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(pipeline, "launch", None)
+    code, output, error = w2s("run", *base)
+    assert (code, error) == (0, "")
+    lines = output.splitlines()
+    assert [line.split(":")[0] for line in lines if "finished before, in" in line] == list(STEPS)
+    assert lines[-1] == f"report: {group / 'report.html'}"
+    metrics = result(group / "eval")["metrics"]
+    (row,) = [line for line in lines if line.split()[:1] == ["eval"]]
+    assert f"{metrics['knn/top1']:.4f}" in row
+    tops = [line for line in lines if "zero-shot top-1" in line]
+    assert len(tops) == 4, "of both clip steps and both eval steps"
+    assert all("chance 0.0417" in line for line in tops)
+
+
+def test_without_an_mlflow_server_training_goes_on(w2s: Run, base: list[str], root: Path) -> None:
+    options = [*base, "eval.shards=", "eval.knn_shards=", "run.name=no-server"]
+    code, output, error = w2s("stage", "mim", *options, "tracking.uri=http://127.0.0.1:9")
+    assert (code, error) == (0, "")
+    assert output.splitlines()[-1].startswith("warning: MLflow at http://127.0.0.1:9 could not be used (")
+    assert len(history(root / "no-server", "loss")) == 4
+    assert (root / "no-server" / "result.json").is_file()

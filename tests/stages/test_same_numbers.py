@@ -1,0 +1,104 @@
+"""However a global batch is split over ranks, micro-batches and passes, the numbers are the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from stages.clip import ContrastiveStage
+from tests.stages.runs import QUIET, history, run_stage
+from w2s.config.load import load
+from w2s.config.sections import Config
+from w2s.data.batch import given
+from w2s.data.stream import Stream
+from w2s.launch import launch
+from w2s.launch import run_stage as run_as_rank
+from w2s.megatron.groups import Ranks
+
+ABSOLUTE = 1e-6
+"""Of losses between 0.1 and 4, in float32, whose sums come in another order."""
+GRADIENT = 1e-5
+"""Of a gradient beside the largest of its tensor, for the same reason."""
+
+
+@pytest.fixture(scope="module")
+def small(base: list[str]) -> list[str]:
+    # Adam and LAMB turn a gradient that is all rounding error into a whole step: the learning rate keeps it small.
+    return [*base, *QUIET, "optim.lr=1e-4", "train.steps=3"]
+
+
+@pytest.fixture(scope="module", params=["mim", "clip"])
+def whole(request: pytest.FixtureRequest, small: list[str]) -> tuple[str, list[float]]:
+    """The losses of a stage on one rank in one micro-batch."""
+    stage = request.param
+    run = run_stage(stage, [*small, *scratch(stage), f"run.name={stage}-whole"])
+    return stage, history(run, "loss")
+
+
+def scratch(stage: str) -> list[str]:
+    return ["init.vision=none"] if stage == "clip" else []
+
+
+def test_two_ranks_are_one(whole: tuple[str, list[float]], small: list[str], root: Path) -> None:
+    stage, losses = whole
+    options = [*small, *scratch(stage), f"run.name={stage}-ranks", "train.micro_batch=8", "data.workers=1"]
+    launch(run_as_rank, load(stage, options), 2)
+    assert history(root / f"{stage}-ranks", "loss") == pytest.approx(losses, rel=0, abs=ABSOLUTE)
+
+
+def test_micro_batches_add_up(whole: tuple[str, list[float]], small: list[str]) -> None:
+    stage, losses = whole
+    run = run_stage(stage, [*small, *scratch(stage), f"run.name={stage}-micro", "train.micro_batch=4"])
+    assert history(run, "loss") == pytest.approx(losses, rel=0, abs=ABSOLUTE)
+    assert len(set(losses)) == 3
+
+
+def clip_step(config: Config, ranks: Ranks) -> tuple[float, dict[str, Tensor]]:
+    """The loss and the gradients of the first step."""
+    stage = ContrastiveStage(config, ranks)
+    stream = Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1)
+    stage.optimizer.zero_grad()
+    loss = stage.step(stream.next())["loss"].item()
+    gradients = {
+        f"{name}.{key}": parameter.main_grad.clone()
+        for name, tower in stage.towers.items()
+        for key, parameter in tower.module.named_parameters()
+    }
+    return loss, gradients
+
+
+@pytest.mark.parametrize("split", [["clip.two_pass=always"], ["train.micro_batch=4"], ["clip.tile=5"]])
+@pytest.mark.parametrize("dropout", ["0.5", "0"])
+def test_two_passes_give_the_gradients_of_one(alone: Ranks, base: list[str], split: list[str], dropout: str) -> None:
+    options = [*base, "init.vision=none", f"clip.patch_dropout={dropout}"]
+    loss, gradients = clip_step(load("clip", options), alone)
+    again, others = clip_step(load("clip", [*options, *split]), alone)
+    assert again == pytest.approx(loss, rel=0, abs=ABSOLUTE)
+    for name, gradient in gradients.items():
+        scale = gradient.abs().max().item()
+        assert scale > 0, name
+        assert (others[name] - gradient).abs().max().item() <= GRADIENT * scale, name
+
+
+def test_patch_dropout_changes_the_loss(alone: Ranks, base: list[str]) -> None:
+    options = [*base, "init.vision=none"]
+    losses = [clip_step(load("clip", [*options, f"clip.patch_dropout={p}"]), alone)[0] for p in (0, 0.5)]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_equal_captions_with_equal_features_are_positives_either_way(alone: Ranks, base: list[str]) -> None:
+    """Equal captions have equal text features, and then the shared target and the own one say the same.
+
+    Each row's logits at equal captions are equal, so sharing the target among them moves no weight, and the columns
+    of equal captions add up to the same sum. What differs with unequal features is tested with the loss itself.
+    """
+    options = [*base, "init.vision=none"]
+    config = load("clip", options)
+    stream = Stream(config.data, ContrastiveStage(config, alone).spec, global_batch=16, seed=0, rank=0, size=1)
+    assert len(given(stream.next().captions).unique()) < 16, "captions repeat in this batch"
+    loss, gradients = clip_step(load("clip", [*options, "clip.equal_captions=positives"]), alone)
+    other, others = clip_step(load("clip", [*options, "clip.equal_captions=negatives"]), alone)
+    assert other == pytest.approx(loss, rel=0, abs=ABSOLUTE)
+    for name, gradient in gradients.items():
+        assert (others[name] - gradient).abs().max() <= GRADIENT * gradient.abs().max(), name
