@@ -135,7 +135,7 @@ class Trainer:
 
         Raises:
             StopRun: SIGTERM or Ctrl-C came; the state is saved.
-            W2SError: the loss is no longer a number.
+            W2SError: the loss or the gradient norm is no longer a number.
         """
         train = self.config.train
         meter = StepMeter(self.ranks.device)
@@ -148,11 +148,11 @@ class Trainer:
             while self.step < train.steps:
                 metrics = self._step()
                 meter.update(train.global_batch, self.stream.wait_seconds)
-                logs = self.step % train.log_every == 0 or self.step == train.steps
+                saved = self.step % self.config.checkpoint.every == 0 or self.step == train.steps
+                logs = saved or self.step % train.log_every == 0  # what is no longer a number is never saved
                 if logs:
                     self._log(metrics, meter.read())
                 with meter.paused():
-                    saved = self.step % self.config.checkpoint.every == 0 or self.step == train.steps
                     if saved:
                         self._save()
                     if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
@@ -177,10 +177,11 @@ class Trainer:
         averages = dict(zip(metrics, (values / self.ranks.data_size).tolist(), strict=True))
         bad = {f"bad/{reason}": float(count) for reason, count in self.stream.bad.items()}
         self.tracker.log(self.step, self.samples, {**averages, **figures, **bad})
-        if not math.isfinite(averages["loss"]):
-            raise W2SError(
-                f"the loss is {averages['loss']} at step {self.step}: lower optim.lr or lengthen optim.warmup"
-            )
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(averages[name]):
+                raise W2SError(
+                    f"{name} is {averages[name]} at step {self.step}: lower optim.lr or lengthen optim.warmup"
+                )
 
     def _evaluate(self) -> None:
         metrics = self.stage.evaluate()
@@ -273,7 +274,7 @@ def tracked(tracker: Tracker) -> Iterator[None]:
     """End the tracked run as it ended: FINISHED, KILLED when it was asked to stop, else FAILED."""
     try:
         yield
-    except StopRun:
+    except (StopRun, KeyboardInterrupt):
         tracker.finish("KILLED")
         raise
     except BaseException:
