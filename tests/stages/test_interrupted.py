@@ -66,7 +66,8 @@ def test_interrupted_runs_give_the_numbers_of_one_that_was_not(
     for name in ("step", "samples_seen", "loss", "grad_norm", "lr"):
         assert history(run, name) == history(whole, name), name
     assert len(set(history(run, "loss"))) == STEPS
-    runs = client.search_runs([client.get_experiment_by_name("w2s").experiment_id], f"run_name = '{run.name}'")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, f"run_name = '{run.name}'")
     assert [(one.info.run_id, one.info.status) for one in runs] == [
         ((run / "mlflow_run_id").read_text().strip(), "FINISHED")
     ]
@@ -96,12 +97,14 @@ def test_a_signal_between_checkpoints_saves_at_the_step(
 
 def test_a_run_whose_loss_is_no_number_fails(w2s: Run, base: list[str], root: Path, client: MlflowClient) -> None:
     options = [*base, "eval.shards=", "eval.knn_shards=", "run.name=diverged", "optim.lr=1e30"]
+    options += ["train.log_every=4", "checkpoint.every=3"]
     code, _, error = w2s("stage", "mim", *options)
     assert (code, error.count("\n")) == (1, 1)
-    assert error.startswith("error: the loss is nan at step ")
+    assert error.startswith("error: loss is nan at step ")
     assert error.endswith("lower optim.lr or lengthen optim.warmup\n")
     assert status(client, root / "diverged") == "FAILED"
     assert not (root / "diverged" / "result.json").exists()
+    assert store.latest(root / "diverged") is None, "what is no number is not saved"
     assert (root / "diverged" / "report.html").is_file()
 
 
@@ -116,6 +119,19 @@ def test_a_run_whose_teacher_breaks_fails(
     code, _, error = w2s("stage", "mim", *options)
     assert (code, error) == (1, "error: RuntimeError: the teacher is gone\n")
     assert status(client, root / "broken") == "FAILED"
+
+
+def test_ctrl_c_outside_of_the_steps_is_no_failure(
+    w2s: Run, base: list[str], root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MaskedStage, "finish", interrupted)
+    options = [*base, "eval.shards=", "eval.knn_shards=", "run.name=ctrl-c", "train.steps=2"]
+    code, _, error = w2s("stage", "mim", *options)
+    assert (code, error) == (130, "error: interrupted\n")
+    assert status(client, root / "ctrl-c") == "KILLED"
 
 
 def test_a_finished_run_is_not_run_again(base: list[str], root: Path) -> None:

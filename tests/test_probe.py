@@ -1,0 +1,79 @@
+"""k-NN of a vision tower on drawn shapes, beside its baselines."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.stages.shapes import NAMES, write_shapes
+from w2s.config.load import load
+from w2s.config.sections import Config, ParallelConfig
+from w2s.megatron.groups import Ranks
+from w2s.megatron.initialize import fill
+from w2s.probe import Probe, patch_features, teacher_features
+from w2s.teachers.build import build_teacher
+from w2s.towers.initial import vision_rule
+from w2s.towers.vision import MEAN, STD, VisionTower
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shapes(folder / "train", shards=2, seed=0)
+    write_shapes(folder / "test", shards=1, seed=1)
+    shards = [f"eval.shards={folder / 'test'}", f"eval.knn_shards={folder / 'train'}", "data.builtin=none"]
+    return load("mim", ["model=tiny", "hardware=cpu", "teacher.source=timm:test_vit", "eval.knn_k=3", *shards])
+
+
+def random_tower(config: Config) -> VisionTower:
+    tower = VisionTower(config.model.vision, ParallelConfig(), torch.float32)
+    fill(tower, vision_rule(config.model.vision, config.init.post_norm), config.run.seed)
+    return tower
+
+
+def test_features_are_those_of_the_patches_alone(alone: Ranks, config: Config) -> None:
+    images = Probe(config, alone).test_set(32).images[:4]
+    assert images.shape == (4, 3, 32, 32)
+    tower = random_tower(config)
+    pixels = (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    torch.testing.assert_close(patch_features(tower, images), tower.encode(pixels)[:, 1:])
+    teacher = build_teacher(config.teacher, grid=4, device="cpu")
+    features = teacher_features(teacher, torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    black = -torch.tensor(teacher.mean) / torch.tensor(teacher.std)
+    torch.testing.assert_close(features, teacher(black.view(1, 3, 1, 1).expand(2, 3, 64, 64)))
+
+
+def test_the_random_baseline_is_a_tower_with_the_weights_of_the_seed(alone: Ranks, config: Config) -> None:
+    probe = Probe(config, alone)
+    measured, baselines = probe.of_tower(random_tower(config)), probe.baselines()
+    assert measured["knn/chance_top1"] == pytest.approx(1 / len(NAMES))
+    assert measured["knn/coverage"] == 1
+    assert baselines.keys() == {"knn_random/top1", "knn_random/top5", "knn_teacher/top1", "knn_teacher/top5"}
+    for top in ("top1", "top5"):
+        assert baselines[f"knn_random/{top}"] == measured[f"knn/{top}"]
+    assert measured["knn/top5"] >= measured["knn/top1"]
+
+
+def test_images_that_are_also_the_neighbours_are_found(alone: Ranks, config: Config) -> None:
+    probe = Probe(load_with(config, "knn_shards", config.eval.shards, knn_k=1), alone)
+    assert probe.of_tower(random_tower(config))["knn/top1"] == 1
+
+
+def test_nothing_is_measured_without_neighbours_and_no_baselines_where_they_are_not_wanted(
+    alone: Ranks, config: Config
+) -> None:
+    assert Probe(load_with(config, "knn_shards", ""), alone).of_tower(random_tower(config)) == {}
+    assert Probe(load_with(config, "baselines", False), alone).baselines() == {}
+
+
+def test_a_set_is_read_once(alone: Ranks, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = Probe(config, alone)
+    assert probe.test_set(32) is probe.test_set(32)
+    assert probe.test_set(16).images.shape == (len(NAMES), 3, 16, 16)
+    monkeypatch.setattr("w2s.probe.load_eval_set", None)
+    assert probe.test_set(32).class_names == NAMES
+
+
+def load_with(config: Config, key: str, value: Any, **others: Any) -> Config:
+    return replace(config, eval=replace(config.eval, **{key: value, **others}))
