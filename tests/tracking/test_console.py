@@ -63,7 +63,8 @@ def test_of_an_evaluation_only_the_headlines_are_shown() -> None:
 
 def test_the_masked_stage_and_unreadable_samples() -> None:
     console, text = terminal(is_terminal=False)
-    RunConsole("mim", 6, 6, console).log(6, {"test/masked_cosine": 0.75, "test/constant_cosine": 0.5, "bad/decode": 2.0})
+    metrics = {"test/masked_cosine": 0.75, "test/constant_cosine": 0.5, "bad/decode": 2.0}
+    RunConsole("mim", 6, 6, console).log(6, metrics)
     assert text.getvalue() == "mim  step 6/6  masked cosine 0.75  (constant prediction: 0.5)  bad/decode 2\n"
 
 

@@ -277,15 +277,6 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """Model chunks per pipeline rank (interleaved schedule)."""
 
-    def __post_init__(self) -> None:
-        for name, one in (("tensor", 1), ("sequence", False), ("pipeline", 1), ("virtual_pipeline", 1)):
-            value = getattr(self, name)
-            _require(
-                value == one,
-                f"parallel.{name}={str(value).lower()} is not supported yet: this version trains with data parallelism "
-                f"only, use parallel.{name}={str(one).lower()}",
-            )
-
 
 @dataclass(kw_only=True)
 class PrecisionConfig:

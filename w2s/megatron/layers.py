@@ -5,7 +5,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -100,7 +104,7 @@ class QVBiasQKV(PlainQKV):
         self.head_width = config.kv_channels
         for name in ("q_bias", "v_bias"):
             bias = nn.Parameter(torch.zeros(self.output_size_per_partition // 3, dtype=config.params_dtype))
-            bias.tensor_model_parallel, bias.partition_dim, bias.partition_stride = True, 0, 1  # type: ignore[attr-defined]
+            set_tensor_model_parallel_attributes(bias, True, 0, 1)
             self.register_parameter(name, bias)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -128,6 +132,15 @@ class FullBiasQKV(ColumnParallelLinear):
 
 
 QKV_LINEARS: dict[str, type[nn.Module]] = {"none": PlainQKV, "qv": QVBiasQKV, "qkv": FullBiasQKV}
+
+
+def mark_split_weights(module: nn.Module) -> None:
+    """Say how each linear's weight is split over tensor-parallel ranks: Megatron does so only when it draws weights."""
+    for linear in module.modules():
+        if isinstance(linear, ColumnParallelLinear):
+            set_tensor_model_parallel_attributes(linear.weight, True, 0, 1)
+        elif isinstance(linear, RowParallelLinear):
+            set_tensor_model_parallel_attributes(linear.weight, True, 1, 1)
 
 
 def layer_spec(config: TransformerConfig, norm: str, placement: str, qkv_bias: str, causal: bool) -> ModuleSpec:

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from w2s.config.sections import ParallelConfig
-from w2s.megatron.layers import layer_spec
+from w2s.megatron.layers import layer_spec, mark_split_weights
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Tower(MegatronModule):
             post_process=self.last,
             vp_stage=chunk_or_none,
         )
+        mark_split_weights(self.blocks)
         # What Megatron's schedules and DDP ask of a model.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = self.first, self.last
