@@ -157,7 +157,7 @@ class Trainer:
                         self._save()
                     if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
                         self._evaluate()
-                self._stop_if_asked(signals, logs, saves)
+                self._stop_if_asked(signals, logs, saved)
         self.stream.close()
 
     def _step(self) -> dict[str, Tensor]:
