@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2s.checkpoint.find import find
-from w2s.checkpoint.handover import Handover, hand_over
+from w2s.checkpoint.handover import Handover, take_over_vision
 from w2s.config.sections import Config
 from w2s.data.batch import Batch, given, normalize
 from w2s.data.sample import SampleSpec
@@ -56,17 +54,11 @@ class ContrastiveStage:
         self.towers: Towers = {"vision": self.vision, "text": self.text}
         self.optimizer = Optimizer({"vision": self.vision, "text": self.text}, config.optim, dtype)
         self.probe = ClipProbe(config, ranks)
-        shape, patches = config.model.vision, config.model.vision.patches
-        self.spec = SampleSpec(
-            image_size=shape.image_size,
-            grid=shape.grid,
-            kept_patches=max(1, int(patches * (1 - config.clip.patch_dropout))) if config.clip.patch_dropout else 0,
+        patches, dropout = config.model.vision.patches, config.clip.patch_dropout
+        self.spec = SampleSpec.of(
+            config,
+            kept_patches=max(1, int(patches * (1 - dropout))) if dropout else 0,
             context_length=config.model.text.context_length,
-            crop_scale=config.data.crop_scale,
-            crop_ratio=config.data.crop_ratio,
-            flip=config.data.flip,
-            image_key=config.data.image_key,
-            caption_key=config.data.caption_key,
         )
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
@@ -135,9 +127,7 @@ class ContrastiveStage:
 
     def begin(self) -> Handover | None:
         """Take over the vision tower that `init.vision` names."""
-        root = Path(self.config.run.root).expanduser()
-        checkpoint = find(self.config.init.vision, root, key="init.vision", stage="mim")
-        return hand_over(self.vision.module, "vision", checkpoint) if checkpoint else None
+        return take_over_vision(self.vision.module, self.config)
 
     @torch.no_grad()
     def after_update(self) -> None:

@@ -2,15 +2,13 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from w2s.checkpoint.find import find
-from w2s.checkpoint.handover import Handover, hand_over
+from w2s.checkpoint.handover import Handover, take_over_vision
 from w2s.config.sections import Config
 from w2s.data.batch import Batch, given, normalize
 from w2s.data.counter import Purpose, generator
@@ -58,18 +56,12 @@ class MaskedStage:
         self.towers: Towers = {"vision": self.student}
         self.optimizer = Optimizer({"vision": self.student}, config.optim, dtype)
         self.probe = Probe(config, ranks)
-        self.spec = SampleSpec(
-            image_size=vision.image_size,
-            grid=vision.grid,
+        self.spec = SampleSpec.of(
+            config,
             teacher_size=self.teacher.image_size,
             masked_patches=config.mim.masked_patches,
             min_block=config.mim.min_block,
             block_aspect=config.mim.block_aspect,
-            crop_scale=config.data.crop_scale,
-            crop_ratio=config.data.crop_ratio,
-            flip=config.data.flip,
-            image_key=config.data.image_key,
-            caption_key=config.data.caption_key,
         )
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
@@ -105,9 +97,7 @@ class MaskedStage:
 
     def begin(self) -> Handover | None:
         """Take over the vision tower that `init.vision` names."""
-        root = Path(self.config.run.root).expanduser()
-        checkpoint = find(self.config.init.vision, root, key="init.vision", stage="mim")
-        return hand_over(self.student.module, "vision", checkpoint) if checkpoint else None
+        return take_over_vision(self.student.module, self.config)
 
     def after_update(self) -> None:
         """Nothing follows an update here."""

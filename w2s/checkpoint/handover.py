@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from w2s.checkpoint.find import find
 from w2s.checkpoint.store import read_meta
+from w2s.config.sections import Config
 from w2s.errors import CheckpointError
 from w2s.megatron import state
 from w2s.megatron.tower import Tower
@@ -39,6 +41,17 @@ class Handover:
             ["dropped", str(len(self.dropped)), ", ".join(self.dropped)],
             ["new", str(len(self.new)), ", ".join(self.new)],
         ]
+
+
+def take_over_vision(tower: Tower, config: Config) -> Handover | None:
+    """Load the vision tower that `init.vision` names; nothing for `none`. Every rank calls.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it does not fit.
+    """
+    root = Path(config.run.root).expanduser()
+    checkpoint = find(config.init.vision, root, key="init.vision", stage="mim")
+    return hand_over(tower, "vision", checkpoint) if checkpoint else None
 
 
 def hand_over(tower: Tower, name: str, checkpoint: Path) -> Handover:

@@ -3,12 +3,14 @@
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from w2s.config.sections import Config
 from w2s.data.bad import BadSample
 from w2s.data.counter import Purpose, generator
 from w2s.data.decode import decode_image
@@ -46,6 +48,21 @@ class SampleSpec:
     """Extensions of the image; the first that is there is taken."""
     caption_key: str = "txt"
     """Extension of the caption."""
+
+    @classmethod
+    def of(cls, config: Config, **views: Any) -> "SampleSpec":
+        """Return the spec of a run's student and data; `views` are the fields that its stage wants beside the image."""
+        vision, data = config.model.vision, config.data
+        return cls(
+            image_size=vision.image_size,
+            grid=vision.grid,
+            crop_scale=data.crop_scale,
+            crop_ratio=data.crop_ratio,
+            flip=data.flip,
+            image_key=data.image_key,
+            caption_key=data.caption_key,
+            **views,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
