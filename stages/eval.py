@@ -18,6 +18,7 @@ from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe
+from w2s.stopping import stop_at_once
 from w2s.towers.build import build_clip
 from w2s.tracking.pictures import ClassExamples, classes_picture
 from w2s.tracking.tables import Cell
@@ -28,7 +29,7 @@ from w2s.trainer import open_run, prepare_data, tracked, write_result
 def run(config: Config) -> None:
     """Evaluate the CLIP that `init.checkpoint` names."""
     started = time.perf_counter()
-    with groups.start(config.parallel, config.hardware) as ranks:
+    with stop_at_once(), groups.start(config.parallel, config.hardware) as ranks:
         checkpoint = find(
             config.init.checkpoint, Path(config.run.root).expanduser(), key="init.checkpoint", stage="clip"
         )

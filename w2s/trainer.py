@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +32,7 @@ from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer
 from w2s.megatron.state import Towers
 from w2s.optim.schedule import lr_factor
+from w2s.stopping import stop_at_once, stop_when_ready
 from w2s.tracking.meters import StepMeter, peak_memory_gib
 from w2s.tracking.mlflow_run import DataInput
 from w2s.tracking.tracker import Tracker
@@ -144,7 +144,7 @@ class Trainer:
             self.tracker.table("handover", ["", "tensors", "names"], self.handover.rows(), title)
         if self.step == 0:
             self._evaluate()
-        with _signals() as signals:
+        with stop_when_ready() as signals:
             while self.step < train.steps:
                 metrics = self._step()
                 meter.update(train.global_batch, self.stream.wait_seconds)
@@ -157,7 +157,7 @@ class Trainer:
                         self._save()
                     if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
                         self._evaluate()
-                self._stop_if_asked(signals, logs, saved)
+                self._stop_if_asked(signals, saved)
         self.stream.close()
 
     def _step(self) -> dict[str, Tensor]:
@@ -206,11 +206,9 @@ class Trainer:
 
         store.save(self.run, meta, write, self.config.checkpoint.keep, self.ranks)
 
-    def _stop_if_asked(self, signals: list[int], logs: bool, saved: bool) -> None:
-        # Ranks agree where they talk anyway; one that stopped alone would leave the others waiting.
-        alone = self.ranks.world_size == 1
-        asked = bool(signals) if alone else logs and self.ranks.any(bool(signals))
-        if not asked:
+    def _stop_if_asked(self, signals: list[int], saved: bool) -> None:
+        # A rank that stopped alone would leave the others waiting.
+        if not self.ranks.any(bool(signals)):
             return
         if not saved:
             self._save()
@@ -230,7 +228,7 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
         build: makes the stage, with weights drawn from the seed.
     """
     started = time.perf_counter()
-    with groups.start(config.parallel, config.hardware) as ranks:
+    with stop_at_once(), groups.start(config.parallel, config.hardware) as ranks:
         run = open_run(config, ranks)
         prepare_data(config, ranks)
         trainer = Trainer(build(config, ranks), config, run, ranks)
@@ -274,26 +272,10 @@ def tracked(tracker: Tracker) -> Iterator[None]:
     """End the tracked run as it ended: FINISHED, KILLED when it was asked to stop, else FAILED."""
     try:
         yield
-    except (StopRun, KeyboardInterrupt):
+    except StopRun:
         tracker.finish("KILLED")
         raise
     except BaseException:
         tracker.finish("FAILED")
         raise
     tracker.finish("FINISHED")
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and Ctrl-C instead of dying of them."""
-    seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

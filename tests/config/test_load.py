@@ -65,7 +65,7 @@ def test_shapes_of_the_published_models() -> None:
 def test_later_layers_win(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("optim: {lr: 7.0, warmup: 3}\non_stage:\n  mim: {optim: {lr: 8.0}}\n  clip: {optim: {lr: 9.0}}\n")
-    assert load("mim").optim.lr == 1e-3
+    assert load("mim").optim.lr == 2e-3
     assert (load("mim", [f"model={own}"]).optim.lr, load("clip", [f"model={own}"]).optim.lr) == (8.0, 9.0)
     assert load("eval", [f"model={own}"]).optim.lr == 7.0
     assert load("mim", ["optim.lr=1", f"model={own}", "optim.lr=2"]).optim.lr == 2.0

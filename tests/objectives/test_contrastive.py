@@ -25,9 +25,9 @@ def naive(images: Tensor, texts: Tensor, scale: Tensor, labels: Tensor | None = 
     inputs = [value.double().requires_grad_() for value in (images, texts, scale)]
     logits = inputs[2] * inputs[0] @ inputs[1].T
     labels = torch.arange(len(images)) if labels is None else labels
-    targets = (labels[:, None] == labels[None]).double()
-    targets /= targets.sum(1, keepdim=True)
-    loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    positive = labels[:, None] == labels[None]
+    shares = [(side.softmax(1) * positive).sum(1).log().mean() for side in (logits, logits.T)]
+    loss = -sum(shares) / 2
     return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
 
@@ -55,9 +55,29 @@ def test_equals_open_clip() -> None:
     assert_close(tiled(images, texts, scale), [loss.detach(), *torch.autograd.grad(loss, inputs)])
 
 
-def test_equal_labels_are_positives_of_each_other() -> None:
+def test_any_of_the_captions_with_an_equal_label_may_be_found() -> None:
     labels = torch.arange(33) % 10
     assert_close(tiled(*features(33), labels=labels, tile=8), naive(*features(33), labels))
+
+
+def test_images_of_one_caption_are_not_pushed_apart() -> None:
+    """With one caption for all there is nothing to tell apart; as negatives, the images repel each other."""
+    images, texts, scale = features(6)
+    same = texts[:1].expand(6, -1)
+    apart = tiled(images, same, scale)
+    together = tiled(images, same, scale, labels=torch.zeros(6, dtype=torch.int64))
+    assert float(together[0]) == pytest.approx(0.0, abs=1e-6)
+    assert float(together[1].abs().max()) < 1e-6
+    assert float(apart[1].abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_wrong_pairs_at_the_highest_scale_do_not_overflow(labelled: bool) -> None:
+    """A positive at -100 beside a negative at +100: e^200 is no float32."""
+    images = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    texts, scale = images.flip(0), torch.tensor(100.0)
+    labels = torch.arange(2) if labelled else None
+    assert_close(tiled(images, texts, scale, labels=labels, tile=1), naive(images, texts, scale, labels))
 
 
 def test_gradient_is_scaled_by_what_comes_back() -> None:

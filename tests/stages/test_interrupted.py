@@ -121,17 +121,20 @@ def test_a_run_whose_teacher_breaks_fails(
     assert status(client, root / "broken") == "FAILED"
 
 
-def test_ctrl_c_outside_of_the_steps_is_no_failure(
-    w2s: Run, base: list[str], root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_of_the_steps_is_no_failure(
+    number: signal.Signals,
+    w2s: Run,
+    base: list[str],
+    root: Path,
+    client: MlflowClient,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(MaskedStage, "finish", interrupted)
-    options = [*base, "eval.shards=", "eval.knn_shards=", "run.name=ctrl-c", "train.steps=2"]
+    monkeypatch.setattr(MaskedStage, "finish", lambda *_: signal.raise_signal(number))
+    options = [*base, "eval.shards=", "eval.knn_shards=", f"run.name={number.name}", "train.steps=2"]
     code, _, error = w2s("stage", "mim", *options)
-    assert (code, error) == (130, "error: interrupted\n")
-    assert status(client, root / "ctrl-c") == "KILLED"
+    assert (code, error) == (128 + number, f"error: stopped by {number.name}: repeat the command to go on\n")
+    assert status(client, root / number.name) == "KILLED"
 
 
 def test_a_finished_run_is_not_run_again(base: list[str], root: Path) -> None:

@@ -86,18 +86,11 @@ def test_patch_dropout_changes_the_loss(alone: Ranks, base: list[str]) -> None:
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
-def test_equal_captions_with_equal_features_are_positives_either_way(alone: Ranks, base: list[str]) -> None:
-    """Equal captions have equal text features, and then the shared target and the own one say the same.
-
-    Each row's logits at equal captions are equal, so sharing the target among them moves no weight, and the columns
-    of equal captions add up to the same sum. What differs with unequal features is tested with the loss itself.
-    """
+def test_repeated_captions_are_positives_or_negatives(alone: Ranks, base: list[str]) -> None:
     options = [*base, "init.vision=none"]
     config = load("clip", options)
     stream = Stream(config.data, ContrastiveStage(config, alone).spec, global_batch=16, seed=0, rank=0, size=1)
     assert len(given(stream.next().captions).unique()) < 16, "captions repeat in this batch"
-    loss, gradients = clip_step(load("clip", [*options, "clip.equal_captions=positives"]), alone)
-    other, others = clip_step(load("clip", [*options, "clip.equal_captions=negatives"]), alone)
-    assert other == pytest.approx(loss, rel=0, abs=ABSOLUTE)
-    for name, gradient in gradients.items():
-        assert (others[name] - gradient).abs().max() <= GRADIENT * gradient.abs().max(), name
+    positives, _ = clip_step(load("clip", [*options, "clip.equal_captions=positives"]), alone)
+    negatives, _ = clip_step(load("clip", [*options, "clip.equal_captions=negatives"]), alone)
+    assert positives < negatives - 0.05, "captions that repeat are not to be told apart"

@@ -32,6 +32,8 @@ class Ranks:
     """Size of the data-parallel group."""
     data_group: ProcessGroup
     """The data-parallel group: ranks that hold the same weights and see different samples."""
+    control_group: ProcessGroup
+    """All ranks, over gloo: what is said in it never waits for a GPU."""
     device: torch.device
     """Where the model lives."""
 
@@ -58,8 +60,8 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
-        seen = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        seen = torch.tensor([int(flag)])
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self.control_group)
         return bool(seen.item())
 
 
@@ -108,6 +110,7 @@ def split(parallel: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
             data_group=parallel_state.get_data_parallel_group(),
+            control_group=dist.new_group(backend="gloo"),
             device=device,
         )
     finally:

@@ -1,0 +1,43 @@
+"""Asking a run to stop: what SIGTERM and Ctrl-C do."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from w2s.errors import StopRun
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def stop_at_once() -> Iterator[None]:
+    """Raise StopRun where a signal comes: nothing is under way that a checkpoint could keep."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StopRun(f"stopped by {signal.Signals(number).name}: repeat the command to go on", number)
+
+    with _handling(stop):
+        yield
+
+
+@contextmanager
+def stop_when_ready() -> Iterator[list[int]]:
+    """Collect the signals that come, so that a step can end and be saved."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+
+    with _handling(note):
+        yield seen
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
