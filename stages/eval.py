@@ -23,7 +23,7 @@ from w2s.towers.build import build_clip
 from w2s.tracking.pictures import ClassExamples, classes_picture
 from w2s.tracking.tables import Cell
 from w2s.tracking.tracker import Tracker
-from w2s.trainer import open_run, prepare_data, tracked, write_result
+from w2s.trainer import open_run, prepare_data, test_inputs, tracked, write_result
 
 
 def run(config: Config) -> None:
@@ -40,6 +40,8 @@ def run(config: Config) -> None:
         config = replace(config, model=model_from(read_meta(checkpoint).config))
         tracker = Tracker(config, folder, main=ranks.main, tags={"w2s.parent_checkpoint": str(checkpoint)})
         with tracked(tracker):
+            tracker.message(f"run folder: {folder}")
+            tracker.inputs(test_inputs(config))
             metrics = evaluate(config, checkpoint, tracker, ranks)
             write_result(folder, config, metrics, started, ranks)
 

@@ -162,11 +162,13 @@ class MaskedStage:
         return predictions.float().unflatten(0, masks.shape), targets, masks
 
     def _norm_for_tests(self) -> TargetNorm:
-        """The running statistics; before the first step, those of the first test images."""
+        """The running statistics; before the first step, those of some of the images that k-NN looks among."""
         norm = copy.deepcopy(self.target_norm)
-        if not self.target_norm.ready:
-            images = self.probe.test_set(self.teacher.image_size).images[: self.config.eval.batch_size]
-            norm(teacher_features(self.teacher, images), update=True)
+        if not norm.ready:
+            known = self.probe.neighbours if self.config.eval.knn_shards else self.probe.test_set
+            images = known(self.teacher.image_size).images
+            some = images[:: max(1, len(images) // self.config.eval.batch_size)]
+            norm(teacher_features(self.teacher, some), update=True)
         return norm
 
     def _draw(self, tracker: Tracker) -> None:

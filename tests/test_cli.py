@@ -105,7 +105,7 @@ def test_under_torchrun_it_is_a_rank(w2s: Run, stage: Callable[..., None], monke
         (["stage", "mim", "train.stepz=3"], "unknown key train.stepz: did you mean train.steps?"),
         (["stage", "mim", "train.steps=abc"], "train.steps=abc is not a whole number"),
         (["stage", "mim", "--nproc", "0"], "Invalid value for '--nproc'"),
-        (["stage", "mmi"], "Invalid value for 'STAGE'"),
+        (["stage", "mmi"], "stage mmi does not exist: did you mean mim? There are mim, clip, eval"),
         (["stage"], "Missing argument"),
         (["stage", "mim", "--nprox", "2"], "No such option: --nprox"),
         (["stages"], "No such command 'stages'"),

@@ -1,5 +1,7 @@
 """The loop of the stages around a stage that only counts: what is logged, saved and measured when."""
 
+import re
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.sample import SampleSpec
-from w2s.errors import DataError, W2SError
+from w2s.errors import StopRun, UserError, W2SError
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, data_parallel
 from w2s.megatron.state import Towers
@@ -35,7 +37,7 @@ class Counting:
         self.seen = 0
         self.indices: list[int] = []
         self.calls: list[str] = []
-        self.wrong_at = 0
+        self.wrong_at = self.stop_at = 0
 
     def begin(self) -> Handover | None:
         self.calls.append("begin")
@@ -49,6 +51,8 @@ class Counting:
 
     def after_update(self) -> None:
         self.calls.append("update")
+        if self.calls.count("update") == self.stop_at:
+            signal.raise_signal(signal.SIGTERM)
 
     def evaluate(self) -> dict[str, float]:
         self.calls.append("evaluate")
@@ -99,9 +103,11 @@ def test_the_learning_rate_warms_up_and_falls(alone: Ranks, options: list[str], 
 
 
 def test_a_restored_run_goes_on_where_it_was(alone: Ranks, options: list[str], tmp_path: Path) -> None:
-    config = load("mim", [*options, "train.steps=5"])
-    Trainer(Counting(config), config, tmp_path / "run", alone).train()
     config = load("mim", options)
+    begun = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    stage.stop_at = 5
+    with pytest.raises(StopRun, match="stopped by SIGTERM at step 5"):
+        begun.train()
     trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
     assert (trainer.step, trainer.samples, stage.seen) == (5, 20, 20)
     trainer.train()
@@ -109,12 +115,17 @@ def test_a_restored_run_goes_on_where_it_was(alone: Ranks, options: list[str], t
     assert stage.indices == list(range(20, 28))
 
 
-def test_a_run_cannot_go_on_with_another_order_of_samples(alone: Ranks, options: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "then"), [("run.seed=1", "run.seed=0"), ("optim.lr=0.5", "optim.lr=0.002"), ("model=tiny", "model.embed_dim=128")]
+)
+def test_a_run_does_not_go_on_as_another_one(
+    alone: Ranks, options: list[str], tmp_path: Path, change: str, then: str
+) -> None:
     config = load("mim", options)
     Trainer(Counting(config), config, tmp_path / "run", alone).train()
-    config = load("mim", [*options, "run.seed=1"])
-    with pytest.raises(DataError, match=r"run\.seed=1: the run began with run\.seed=0"):
-        Trainer(Counting(config), config, tmp_path / "run", alone)
+    other = load("mim", [*options, change])
+    with pytest.raises(UserError, match=f"was begun with {re.escape(then)}.*: keep that, or choose another run.name"):
+        Trainer(Counting(config), other, tmp_path / "run", alone)
 
 
 def test_what_is_no_number_is_not_saved(alone: Ranks, options: list[str], tmp_path: Path) -> None:

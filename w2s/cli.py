@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Grow a bigger CLIP out of a smaller one: masked feature distillation, then contrastive training.",
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -32,7 +31,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a fa
 def main() -> None:
     """Entry point of the `w2s` command: every failure is one line on stderr and an exit code."""
     try:
-        sys.exit(app(prog_name="w2s", standalone_mode=False))
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="w2s", standalone_mode=False))
     except typer.TyperException as error:
         print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -71,7 +70,7 @@ def options(
 
 @app.command()
 def stage(
-    name: Annotated[Literal["mim", "clip", "eval"], typer.Argument(metavar="STAGE", help="mim, clip or eval.")],
+    name: Annotated[str, typer.Argument(metavar="STAGE", help="mim, clip or eval.")],
     overrides: Overrides = None,
     nproc: Nproc = 1,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the configuration and stop.")] = False,
@@ -79,8 +78,9 @@ def stage(
 ) -> None:
     """Run one stage. The same command continues an interrupted run; under torchrun or srun it runs as a rank."""
     with _one_line(debug):
-        from w2s.config.load import load, to_yaml
+        from w2s.config.load import load, refuse_expanded_braces, to_yaml
 
+        refuse_expanded_braces(overrides or [])
         config = load(name, overrides or [])
         if print_config:
             print(to_yaml(config), end="")
@@ -122,10 +122,12 @@ def run(
 ) -> None:
     """Run a pipeline of stages, such as mim -> clip -> eval. The same command goes on where it was interrupted."""
     with _one_line(debug):
+        from w2s.config.load import refuse_expanded_braces
         from w2s.pipeline import run_pipeline
 
         given = arguments or []
         name = given.pop(0) if given and "=" not in given[0] else "default"
+        refuse_expanded_braces(given)
         run_pipeline(name, given, ranks=nproc, fresh=fresh)
 
 

@@ -80,7 +80,19 @@ class _Failure:
 def run_stage(config: Config) -> None:
     """Run the stage of a configuration in this process, which is a rank."""
     keep_freed_memory()
+    _show_notes()
     importlib.import_module(f"stages.{config.stage}").run(config)
+
+
+def _show_notes() -> None:
+    """Let the user read, once for all ranks, what w2s notes: data that is built, samples that are skipped."""
+    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR
+    logger = logging.getLogger("w2s")
+    logger.setLevel(level)
+    if not logger.handlers:
+        notes = logging.StreamHandler(sys.stdout)
+        notes.setFormatter(logging.Formatter("note: %(message)s"))
+        logger.addHandler(notes)
 
 
 def is_rank() -> bool:

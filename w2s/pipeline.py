@@ -36,6 +36,8 @@ class Step:
     """The stage that it runs."""
     overrides: list[str] = field(default_factory=list)
     """As on the command line of `w2s stage`; `{NAME}` stands for the folder of an earlier step."""
+    beside: str = ""
+    """Step whose figures stand beside this one's in the final table."""
 
 
 @dataclass(kw_only=True)
@@ -63,13 +65,13 @@ HEADLINES = (
     Headline(
         "masked cosine, neighbours",
         "neighbours/masked_cosine",
-        {"constant prediction": "neighbours/constant_cosine"},
+        {"constant": "neighbours/constant_cosine"},
     ),
-    Headline("masked cosine, test", "test/masked_cosine", {"constant prediction": "test/constant_cosine"}),
+    Headline("masked cosine, test", "test/masked_cosine", {"constant": "test/constant_cosine"}),
     Headline(
         "k-NN top-1",
         "knn/top1",
-        {"random student": "knn_random/top1", "teacher": "knn_teacher/top1", "chance": "knn/chance_top1"},
+        {"random": "knn_random/top1", "teacher": "knn_teacher/top1", "chance": "knn/chance_top1"},
     ),
     Headline("zero-shot top-1", "zero_shot/top1", {"chance": "zero_shot/chance_top1"}),
     Headline("zero-shot top-5", "zero_shot/top5", {"chance": "zero_shot/chance_top5"}),
@@ -107,9 +109,11 @@ def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool
             console.print(f"{step}: w2s stage {config.stage}, in {run_folder(config)}")
             child = replace(config.tracking, parent_run=parent.run_id or "")
             launch(run_stage, replace(config, tracking=child), ranks)
-    summary = _summary(configs)
+        summary = _summary(pipeline, configs)
+        folders = [run_folder(config) for config in configs.values()]
+        report = write_group_report(group, pipeline.title, folders, [summary])
+        parent.artifact(report)
     console.print(summary.to_rich())
-    report = write_group_report(group, pipeline.title, [run_folder(config) for config in configs.values()], [summary])
     console.print(f"report: {report}", soft_wrap=True)
     for warning in parent.warnings():
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
@@ -204,23 +208,29 @@ def _result_path(config: Config) -> Path:
     return run_folder(config) / "result.json"
 
 
-def _summary(configs: Mapping[str, Config]) -> Table:
+def _summary(pipeline: Pipeline, configs: Mapping[str, Config]) -> Table:
     """The headlines of every step that has some, beside their baselines, and what each step took."""
+    results = {name: json.loads(_result_path(config).read_text(encoding="utf-8")) for name, config in configs.items()}
     rows: list[list[Cell]] = []
-    for step, config in configs.items():
-        result = json.loads(_result_path(config).read_text(encoding="utf-8"))
-        headlines = [_headline(headline, result["metrics"]) for headline in HEADLINES]
-        cost = [f"{result['seconds']:.0f} s", f"{result['peak_memory_gib']:.2f} GiB"]
+    for step in pipeline.steps:
+        result, other = results[step.name], results.get(step.beside, {"metrics": {}})
+        headlines = [_headline(each, result["metrics"], step.beside, other["metrics"]) for each in HEADLINES]
+        label, cost = step.name, [f"{result['seconds']:.0f} s", f"{result['peak_memory_gib']:.1f} GiB"]
         for headline in filter(None, headlines):
-            rows.append([step, *headline, *cost])
-            step, cost = "", ["", ""]
-        if step:
-            rows.append([step, "", "", "", *cost])
+            rows.append([label, *headline, *cost])
+            label, cost = "", ["", ""]
+        if label:
+            rows.append([label, "", "", "", *cost])
     return Table("Summary", ["step", "metric", "value", "beside", "time", "memory"], rows)
 
 
-def _headline(headline: Headline, metrics: Mapping[str, float]) -> list[str] | None:
+def _headline(
+    headline: Headline, metrics: Mapping[str, float], beside: str, others: Mapping[str, float]
+) -> list[str] | None:
     if headline.metric not in metrics:
         return None
-    beside = [f"{label} {metrics[key]:.4f}" for label, key in headline.baselines.items() if key in metrics]
-    return [headline.label, f"{metrics[headline.metric]:.4f}", ", ".join(beside)]
+    baselines = {label: metrics[key] for label, key in headline.baselines.items() if key in metrics}
+    if headline.metric in others:
+        baselines[beside] = others[headline.metric]
+    text = ", ".join(f"{label} {value:.4f}" for label, value in baselines.items())
+    return [headline.label, f"{metrics[headline.metric]:.4f}", text]

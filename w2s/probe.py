@@ -66,7 +66,9 @@ class Probe:
         teacher = build_teacher(config.teacher, grid=vision.grid, device=self.ranks.device)
         measured = {
             "knn_random": self.of_tower(random.to(self.ranks.device)),
-            "knn_teacher": self._knn(lambda images: teacher_features(teacher, images).mean(1), teacher.image_size),
+            "knn_teacher": self._knn(
+                lambda images: teacher.pooled(teacher_features(teacher, images)), teacher.image_size
+            ),
         }
         return {f"{name}/{top}": knn[f"knn/{top}"] for name, knn in measured.items() for top in ("top1", "top5")}
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from w2s.checkpoint import store
 from w2s.checkpoint.find import is_finished
 from w2s.checkpoint.handover import Handover
-from w2s.config.naming import run_folder
+from w2s.config.naming import difference, flatten, run_folder
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.builtin import ensure_builtin
@@ -122,6 +122,7 @@ class Trainer:
         checkpoint = store.latest(self.run)
         if checkpoint is not None:
             meta = store.read_meta(checkpoint)
+            self._refuse_another_run(meta)
             self.stage.load_extra_state(state.load(checkpoint, self.stage.towers, self.stage.optimizer, meta.step))
             return meta.step, meta.parent, None, dict(meta.data)
         handover = self.stage.begin()
@@ -129,6 +130,14 @@ class Trainer:
             return 0, None, None, None
         self.stage.optimizer.reload_weights()
         return 0, str(handover.source), handover, None
+
+    def _refuse_another_run(self, meta: store.Meta) -> None:
+        found = difference(self.config, meta.config)
+        if found is not None:
+            key, then, now = found
+            raise UserError(
+                f"{self.run} was begun with {key}={then}, not {key}={now}: keep that, or choose another run.name"
+            )
 
     def train(self) -> None:
         """Train up to the last step.
@@ -168,7 +177,7 @@ class Trainer:
         grad_norm = self.stage.optimizer.step(factor)
         self.stage.after_update()
         self.step += 1
-        return {**metrics, "grad_norm": grad_norm, "lr": torch.tensor(self.config.optim.lr * factor)}
+        return {**metrics, "grad_norm": grad_norm, "lr": torch.tensor(self.stage.optimizer.highest_lr)}
 
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
         """Average over the data-parallel ranks: the only place in the loop that waits for the device."""
@@ -233,7 +242,8 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
         prepare_data(config, ranks)
         trainer = Trainer(build(config, ranks), config, run, ranks)
         with tracked(trainer.tracker):
-            trainer.tracker.inputs(training_inputs(config))
+            trainer.tracker.message(f"run folder: {run}")
+            trainer.tracker.inputs([data_input(config, "data.train", "training"), *test_inputs(config)])
             trainer.train()
             metrics = trainer.stage.finish(trainer.tracker)
             if metrics:
@@ -248,11 +258,18 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
     ranks.barrier()
 
 
-def training_inputs(config: Config) -> list[DataInput]:
-    """Describe the training data for MLflow: the digest is over names and sizes of the shards."""
-    sizes = {path.name: path.stat().st_size for path in list_shards(config.data.train, "data.train")}
+def test_inputs(config: Config) -> list[DataInput]:
+    """Describe the sets that a stage is measured on."""
+    keys = {"eval.shards": "evaluation", "eval.knn_shards": "neighbours"}
+    return [data_input(config, key, context) for key, context in keys.items() if flatten(asdict(config))[key]]
+
+
+def data_input(config: Config, key: str, context: str) -> DataInput:
+    """Describe the shards of a configuration key for MLflow: the digest is over their names and sizes in bytes."""
+    source = flatten(asdict(config))[key]
+    sizes = {path.name: path.stat().st_size for path in list_shards(source, key)}
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
-    return [DataInput(config.data.name, config.data.train, digest, "training")]
+    return DataInput(f"{config.data.name} {context}", source, digest, context)
 
 
 def write_result(run: Path, config: Config, metrics: Mapping[str, float], started: float, ranks: Ranks) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from w2s.config.load import GROUPS, STAGES, defaults_of, load, to_yaml
+from w2s.config.load import GROUPS, STAGES, load, refuse_expanded_braces, to_yaml
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
 
@@ -26,7 +26,7 @@ def message_of(*overrides: str) -> str:
 def test_defaults_of_a_stage(stage: str) -> None:
     config = load(stage)
     assert config.stage == stage
-    assert config.model.name == defaults_of(stage)["model"] == "demo"
+    assert config.model.name == "demo"
     assert config.teacher.name == "efficientnet_lite0"
     assert config.data.name == "emoji"
     assert config.hardware.name == "auto"
@@ -148,7 +148,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_an_unknown_stage() -> None:
-    with pytest.raises(ConfigError, match="stage pretrain does not exist: use mim, clip, eval"):
+    with pytest.raises(ConfigError, match="stage pretrain does not exist: did you mean eval"):
         load("pretrain")
 
 
@@ -160,3 +160,15 @@ def test_yaml_and_back(stage: str, tmp_path: Path) -> None:
     path = tmp_path / "printed.yaml"
     path.write_text(text)
     assert load(stage, [f"hardware={path}"]) == config
+
+
+def test_braces_that_the_shell_expanded_are_refused() -> None:
+    refuse_expanded_braces(["optim.lr=1", "optim.lr=2", "data.train={0..1}.tar", "run.seed=1", "data.train=0.tar"])
+    with pytest.raises(ConfigError, match=r"^data\.train is given twice \(0\.tar and 1\.tar\): quote braces"):
+        refuse_expanded_braces(["optim.lr=1", "data.train=0.tar", "data.train=1.tar", "data.train=2.tar"])
+
+
+def test_a_group_file_does_not_choose_the_stage(tmp_path: Path) -> None:
+    (tmp_path / "whole.yaml").write_text("stage: clip\n")
+    with pytest.raises(ConfigError, match=r"whole\.yaml is for stage clip, not for mim"):
+        load("mim", [f"model={tmp_path / 'whole.yaml'}"])

@@ -1,9 +1,11 @@
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from w2s.config.load import load
-from w2s.config.naming import digest, run_folder
+from w2s.config.naming import difference, digest, run_folder
 
 
 @pytest.mark.parametrize(
@@ -58,3 +60,11 @@ def test_folder_of_a_run() -> None:
     assert run_folder(config) == Path(f"/r/mim-demo-{digest(config)}")
     assert run_folder(load("mim", ["run.root=/r", "run.name=mine"])) == Path("/r/mine")
     assert run_folder(load("mim", ["run.root=/r", "run.name=mine", "run.group=g"])) == Path("/r/g/mine")
+
+
+def test_the_first_difference_that_matters() -> None:
+    config = load("mim", ["optim.lr=1e-3", "hardware=cpu"])
+    saved = json.loads(json.dumps(asdict(config)))
+    assert difference(config, saved) is None
+    assert difference(load("mim", ["optim.lr=1e-3", "train.micro_batch=8", "run.root=elsewhere"]), saved) is None
+    assert difference(load("mim", ["optim.lr=2e-3"]), saved) == ("optim.lr", 1e-3, 2e-3)

@@ -1,10 +1,9 @@
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.data.shard_files import good_sample, write_shard, write_shards
-from w2s.data.shards import check_shard, list_shards, read_shard, shard_sizes
+from w2s.data.shards import check_shard, list_shards, read_shard
 from w2s.errors import DataError
 
 
@@ -54,16 +53,6 @@ def test_what_is_not_there_is_one_line(
         list_shards(pattern, "data.train")
     assert "\n" not in str(caught.value)
     assert "data.train" in str(caught.value)
-
-
-def test_sizes_are_read_or_counted(folder: Path) -> None:
-    shards = list_shards(str(folder))
-    assert shard_sizes(shards) == [2, 3, 1]
-    (folder / "sizes.json").write_text(json.dumps({"000000.tar": 77}))
-    assert shard_sizes(shards) == [77, 3, 1]
-    (folder / "sizes.json").write_text("[1]")
-    with pytest.raises(DataError, match=r"sizes.json is not a JSON object"):
-        shard_sizes(shards)
 
 
 def test_a_shard_is_read_in_order(folder: Path) -> None:

@@ -299,3 +299,14 @@ def test_a_position_of_another_order_is_refused(folder: Path) -> None:
         open_stream(folder, position=positions[0])
     with pytest.raises(DataError, match="steps 1 and 7 do not belong together"):
         merge_positions([positions[0], positions[1] | {"step": 7}])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_nobody_foresaw_ends_the_stream_with_a_line(folder: Path, workers: int) -> None:
+    """Raised in a worker it would keep the worker, and with it this process, for ever."""
+    data = DataConfig(train=str(folder), lanes=2, shuffle=4, workers=workers)
+    impossible = SampleSpec(image_size=-8, grid=2)
+    stream = Stream(data, impossible, global_batch=2, seed=0, rank=0, size=1)
+    with pytest.raises(DataError, match="reading failed: "):
+        stream.next()
+    stream.close()

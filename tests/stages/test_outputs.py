@@ -18,7 +18,7 @@ from w2s import pipeline
 from w2s.config.load import load, to_yaml
 from w2s.config.sections import Config
 
-STEPS = ("mim", "clip", "clip_from_scratch", "eval", "eval_from_scratch")
+STEPS = ("mim", "clip", "scratch", "eval", "eval_scratch")
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,14 @@ def test_mlflow_has_parameters_metrics_files_and_the_data(group: Path, client: M
     drawn = {file.path for file in client.list_artifacts(run.info.run_id, "pictures")}
     assert drawn == {"pictures/features.png", "pictures/masked.png"}
     assert run.inputs is not None
-    (data,) = run.inputs.dataset_inputs
-    assert json.loads(data.dataset.source)["uri"] == run.data.params["data.train"]
-    assert re.fullmatch(r"[0-9a-f]{12}", data.dataset.digest)
-    assert [(tag.key, tag.value) for tag in data.tags] == [("mlflow.data.context", "training")]
+    sources = {}
+    for data in run.inputs.dataset_inputs:
+        assert re.fullmatch(r"[0-9a-f]{12}", data.dataset.digest)
+        ((key, context),) = [(tag.key, tag.value) for tag in data.tags]
+        assert key == "mlflow.data.context"
+        sources[context] = json.loads(data.dataset.source)["uri"]
+    keys = {"training": "data.train", "evaluation": "eval.shards", "neighbours": "eval.knn_shards"}
+    assert sources == {context: run.data.params[key] for context, key in keys.items()}
 
 
 def test_the_stages_of_a_pipeline_are_children_of_one_run(group: Path, client: MlflowClient) -> None:

@@ -12,9 +12,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+from w2s.config.naming import flatten
 from w2s.config.sections import TrackingConfig
 from w2s.errors import StopRun
-from w2s.tracking.mlflow_run import DataInput, MlflowRun, Status, clean_name, flatten, parent_run
+from w2s.tracking.mlflow_run import DataInput, MlflowRun, Status, clean_name, parent_run
 from w2s.tracking.store import artifact_location, tracking_uri
 
 QUIET = TrackingConfig(system_metrics=False)

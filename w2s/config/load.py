@@ -8,6 +8,7 @@ a teacher may set `mim.masked_patches` too.
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from w2s.errors import ConfigError
 
 STAGES = ("mim", "clip", "eval")
 GROUPS = ("model", "teacher", "data", "hardware")
+SHARD_KEYS = ("data.train", "eval.shards", "eval.knn_shards")
 
 
 def load(stage: str, overrides: Sequence[str] = ()) -> Config:
@@ -41,6 +43,8 @@ def load(stage: str, overrides: Sequence[str] = ()) -> Config:
     _merge(node, document, f"stage/{stage}.yaml")
     for group in GROUPS:
         document = read_document(group, choices[group])
+        if document.get("stage", stage) != stage:
+            raise ConfigError(f"{group}={choices[group]} is for stage {document['stage']}, not for {stage}")
         part = _on_stage(document.pop("on_stage", {}), stage, choices[group])
         _merge(node, document, choices[group])
         _merge(node, part, choices[group])
@@ -62,9 +66,17 @@ def model_from(saved: Mapping[str, Any]) -> ModelConfig:
     return cast(ModelConfig, OmegaConf.to_object(node))
 
 
-def defaults_of(stage: str) -> dict[str, str]:
-    """The file of each group that a stage takes unless told otherwise."""
-    return cast("dict[str, str]", _stage_document(stage)["defaults"])
+def refuse_expanded_braces(arguments: Sequence[str]) -> None:
+    """Refuse a list of shards that the shell has torn into one argument a shard, of which only the last would count.
+
+    Raises:
+        ConfigError: with the key and two of its values.
+    """
+    for first, second in pairwise(arguments):
+        key, _, value = second.partition("=")
+        if key.endswith(SHARD_KEYS) and first.startswith(f"{key}="):
+            values = f"{first.partition('=')[2]} and {value}"
+            raise ConfigError(f"{key} is given twice ({values}): quote braces, as in {key}='{{00..09}}.tar'")
 
 
 def to_yaml(config: Config) -> str:
@@ -107,7 +119,9 @@ def _find(group: str, name: str) -> Traversable:
 
 def _stage_document(stage: str) -> dict[str, Any]:
     if stage not in STAGES:
-        raise ConfigError(f"stage {stage} does not exist: use {', '.join(STAGES)}")
+        raise ConfigError(
+            f"stage {stage} does not exist: did you mean {nearest(stage, STAGES)}? There are {', '.join(STAGES)}"
+        )
     return read_document("stage", stage)
 
 

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from w2s.config.sections import Config
 
@@ -38,12 +39,24 @@ def digest(config: Config) -> str:
     Left out are the keys of `_WITHOUT_EFFECT`, and in the paths of built-in data the cache folder, so that a run is
     found again on another layout, with other batches of a forward pass, and after its data has moved.
     """
+    return hashlib.sha256(json.dumps(_kept(asdict(config)), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def difference(config: Config, saved: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key whose value changes the result and is another one in a saved configuration: key, saved, now."""
+    now, then = _kept(asdict(config)), _kept(saved)
+    return next(((key, then.get(key), now.get(key)) for key in now | then if now.get(key) != then.get(key)), None)
+
+
+def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that change the result of a run, by key, as JSON has them."""
+    cache = config["data"]["cache"]
     kept = {
-        key: value.removeprefix(config.data.cache) if isinstance(value, str) else value
-        for key, value in _flatten(asdict(config), "")
+        key: value.removeprefix(cache) if isinstance(value, str) else value
+        for key, value in flatten(config).items()
         if not _without_effect(key)
     }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    return cast(dict[str, Any], json.loads(json.dumps(kept)))
 
 
 def run_folder(config: Config) -> Path:
@@ -58,8 +71,12 @@ def _without_effect(key: str) -> bool:
     return key in _WITHOUT_EFFECT or key.partition(".")[0] in _WITHOUT_EFFECT
 
 
-def _flatten(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
-    for name, value in tree.items():
-        leaves += _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-    return leaves
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -30,6 +30,12 @@ class RunConfig:
     group: str = ""
     """Name of the `w2s run` that this stage belongs to; set by `w2s run`."""
 
+    def __post_init__(self) -> None:
+        _require(
+            self.name not in ("", ".", "..") and "/" not in self.name,
+            f"run.name={self.name} is no folder name: use one without slashes, and run.root for the folder above it",
+        )
+
 
 @dataclass(kw_only=True)
 class VisionConfig:

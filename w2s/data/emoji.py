@@ -10,7 +10,6 @@ from pathlib import Path
 from PIL import Image
 from webdataset import TarWriter
 
-from w2s.data.shards import SIZES
 from w2s.errors import MissingPackageError
 
 NAME = "emoji-1"
@@ -103,7 +102,7 @@ def _write_shards(folder: Path, files: dict[str, Path], names: dict[str, str], n
                 files_of_sample = {"png": _picture(files[key]), "txt": name.encode(), "cls": b"%d" % numbers[name]}
                 writer.write({"__key__": key, **files_of_sample})
         sizes[path.name] = len(members)
-    (folder / SIZES).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    (folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
 
 
 def _picture(path: Path) -> bytes:

@@ -106,8 +106,8 @@ class PartDataset(IterableDataset[Part | DataError]):
         for step in count(self._plan.step):
             try:
                 yield reader.read(step)
-            except DataError as error:
-                yield error
+            except Exception as error:  # raised in a worker, it would leave the worker and a traceback behind
+                yield error if isinstance(error, DataError) else DataError(f"reading failed: {error!r}")
                 return
 
 

@@ -1,19 +1,15 @@
-"""Webdataset shards: which files they are, how many samples they hold, and their samples, undecoded."""
+"""Webdataset shards: which files they are, and their samples, undecoded."""
 
 import glob
-import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import braceexpand
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from w2s.errors import DataError
-
-SIZES = "sizes.json"
-"""File beside the shards that holds their sample counts by file name."""
 
 
 @dataclass(frozen=True)
@@ -68,33 +64,6 @@ def _find(path: Path) -> list[Path]:
     if glob.has_magic(str(path)):
         return [Path(name) for name in glob.glob(str(path))]
     return [path]
-
-
-def shard_sizes(shards: Sequence[Path]) -> list[int]:
-    """Return the number of samples of each shard, from `sizes.json` beside it or else by counting.
-
-    Raises:
-        DataError: a `sizes.json` is not a JSON object of counts, or a shard cannot be read.
-    """
-    folders = {folder: _read_sizes(folder / SIZES) for folder in {shard.parent for shard in shards}}
-    return [folders[shard.parent].get(shard.name) or _count(shard) for shard in shards]
-
-
-def _read_sizes(path: Path) -> dict[str, int]:
-    if not path.is_file():
-        return {}
-    try:
-        return {name: int(size) for name, size in json.loads(path.read_text()).items()}
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise DataError(f"{path} is not a JSON object of sample counts by shard name: repair or remove it") from error
-
-
-def _count(shard: Path) -> int:
-    try:
-        with tarfile.open(shard) as tar:
-            return len({base_plus_ext(member.name)[0] for member in tar if member.isreg()} - {None})
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{shard} cannot be read ({error}): replace it") from error
 
 
 def read_shard(shard: str) -> Iterator[RawSample]:

@@ -74,6 +74,11 @@ class Optimizer:
         _, grad_norm, _ = self.sharded.step()
         return torch.as_tensor(grad_norm)
 
+    @property
+    def highest_lr(self) -> float:
+        """The highest learning rate of all groups in the last step: that of a tower's head."""
+        return max(float(group["lr"]) for group in self.sharded.param_groups)
+
     def prepare_to_load(self) -> None:
         """Make the moments of every slice, so that a checkpoint has a place to go to before the first step."""
         _empty_state(self.sharded.optimizer)

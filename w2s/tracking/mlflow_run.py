@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from w2s.config.sections import TrackingConfig
 from w2s.errors import StopRun
@@ -330,14 +330,3 @@ def parent_run(tracking: TrackingConfig, folder: Path, *, tags: Mapping[str, str
         raise
     finally:
         run.end(status)
-
-
-def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    """Nested sections as one level with dotted names, as params have them."""
-    flat: dict[str, object] = {}
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

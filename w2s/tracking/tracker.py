@@ -5,12 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from w2s.config.load import to_yaml
+from w2s.config.naming import flatten
 from w2s.config.sections import Config
 from w2s.tracking.console import RunConsole
 from w2s.tracking.environment import environment_text, git_sha
 from w2s.tracking.files import make_folder, write_text
 from w2s.tracking.history import History
-from w2s.tracking.mlflow_run import DataInput, MlflowRun, Status, flatten, store_run_id, stored_run_id
+from w2s.tracking.mlflow_run import DataInput, MlflowRun, Status, store_run_id, stored_run_id
 from w2s.tracking.report import write_report
 from w2s.tracking.tables import Cell, Table
 
@@ -121,6 +122,7 @@ class Tracker:
         parts.console.close()
         try:
             report = write_report(self._run_dir)
+            parts.console.print(f"report: {report}")
             for path in [*self._run_dir.glob("*.yaml"), self._run_dir / "environment.txt", report]:
                 parts.mlflow.artifact(path)
             for folder in ("pictures", "tables"):
