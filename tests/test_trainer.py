@@ -116,7 +116,8 @@ def test_a_restored_run_goes_on_where_it_was(alone: Ranks, options: list[str], t
 
 
 @pytest.mark.parametrize(
-    ("change", "then"), [("run.seed=1", "run.seed=0"), ("optim.lr=0.5", "optim.lr=0.002"), ("model=tiny", "model.embed_dim=128")]
+    ("change", "then"),
+    [("run.seed=1", "run.seed=0"), ("optim.lr=0.5", "optim.lr=0.002"), ("model=tiny", "model.embed_dim=128")],
 )
 def test_a_run_does_not_go_on_as_another_one(
     alone: Ranks, options: list[str], tmp_path: Path, change: str, then: str
