@@ -51,7 +51,7 @@ def test_the_named_batch_passes() -> None:
         ("clip.patch_dropout=-0.1", "clip.patch_dropout=-0.1 is outside of [0, 1)"),
         ("optim.lr=0", "optim.lr=0.0 is outside of (0, inf)"),
         ("optim.text_lr=-1", "optim.text_lr=-1.0 is outside of (0, inf)"),
-        ("optim.warmup=600", "optim.warmup=600 must be less than train.steps=280: use optim.warmup=28"),
+        ("optim.warmup=600", "optim.warmup=600 must be less than train.steps=240: use optim.warmup=24"),
         ("optim.betas=[0.9,1.0]", "optim.betas=[0.9, 1.0] must lie in [0, 1)"),
         ("data.train=", "data.train is empty"),
     ],
