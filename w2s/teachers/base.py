@@ -1,6 +1,7 @@
 """The one interface of all teachers: images in, patch features on the student's grid out."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 RGB = tuple[float, float, float]
 
 
-class PatchNetwork(nn.Module):
+class PatchNetwork(nn.Module, ABC):
     """What a teacher is made of: a network from images to patch features on a grid of its own.
 
     Attributes:
@@ -33,9 +34,9 @@ class PatchNetwork(nn.Module):
         self.mean = _rgb(mean)
         self.std = _rgb(std)
 
+    @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Features of normalised images [n, 3, T, T]: [n, grid * grid, D], row by row, without CLS."""
-        raise NotImplementedError
 
 
 class Teacher(nn.Module):
