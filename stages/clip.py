@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from w2s.checkpoint.handover import Handover, take_over_vision
+from w2s.config.layout import kept_patches
 from w2s.config.sections import Config
-from w2s.data.batch import Batch, given, normalize
+from w2s.data.batch import Batch, gather_batch, given, normalize
 from w2s.data.sample import SampleSpec
 from w2s.megatron.groups import Ranks
-from w2s.megatron.optimizer import Optimizer, data_parallel
+from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.schedule import Loss, Reported, finish_gradients, forward_backward, forward_only
-from w2s.megatron.state import Towers
-from w2s.megatron.tower import Tower
+from w2s.megatron.sharded import data_parallel
 from w2s.objectives.contrastive import contrastive_loss
 from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe
@@ -32,14 +32,14 @@ def run(config: Config) -> None:
     train_stage(config, ContrastiveStage)
 
 
-def embed_images(tower: ImageTower, batch: Batch) -> Tensor:
-    """Unit vectors of a batch's images, [n, embed_dim] in float32, seen through patch dropout."""
-    return F.normalize(tower(normalize(batch.images, MEAN, STD), batch.kept).float(), dim=-1)
+def see(tower: ImageTower, batch: Batch) -> Tensor:
+    """Features of a batch's images, seen through patch dropout: [n, embed_dim]."""
+    return tower(normalize(batch.images, MEAN, STD), batch.kept)
 
 
-def embed_texts(tower: TextTower, batch: Batch) -> Tensor:
-    """Unit vectors of a batch's captions, [n, embed_dim] in float32."""
-    return F.normalize(tower(given(batch.tokens)).float(), dim=-1)
+def read(tower: TextTower, batch: Batch) -> Tensor:
+    """Features of a batch's captions: [n, embed_dim]."""
+    return tower(given(batch.tokens))
 
 
 class ContrastiveStage:
@@ -48,91 +48,115 @@ class ContrastiveStage:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         dtype = compute_dtype(config.precision)
-        vision, text = build_clip(config, dtype)
-        text.logit_scale.requires_grad_(config.clip.learn_logit_scale)
-        self.vision, self.text = data_parallel(vision.to(ranks.device)), data_parallel(text.to(ranks.device))
-        self.towers: Towers = {"vision": self.vision, "text": self.text}
-        self.optimizer = Optimizer({"vision": self.vision, "text": self.text}, config.optim, dtype)
-        self.probe = ClipProbe(config, ranks)
-        patches, dropout = config.model.vision.patches, config.clip.patch_dropout
-        self.spec = SampleSpec.of(
-            config,
-            kept_patches=max(1, int(patches * (1 - dropout))) if dropout else 0,
-            context_length=config.model.text.context_length,
+        self.vision, self.text = (
+            data_parallel(tower, config.parallel, config.precision) for tower in build_clip(config, dtype, ranks.device)
         )
+        if self.text.tail is not None:
+            self.text.tail.logit_scale.requires_grad_(config.clip.learn_logit_scale)
+        self.towers: Towers = {"vision": self.vision, "text": self.text}
+        self.optimizer = Optimizer(self.towers, config.optim, dtype)
+        self.probe = ClipProbe(config, ranks)
+        kept, context = kept_patches(config), config.model.text.context_length
+        self.spec = SampleSpec.of(config, kept_patches=kept if config.clip.patch_dropout else 0, context_length=context)
+        self.tokens = {"vision": 1 + kept, "text": context}
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One step: the loss over the global batch, whose features come from one forward pass or from two."""
-        micro_batches = [micro.to(self.ranks.device) for micro in batch.split(self.config.train.micro_batch)]
-        labels = given(batch.captions).to(self.ranks.device) if self.config.clip.equal_captions == "positives" else None
-        if len(micro_batches) == 1 and self.config.clip.two_pass == "auto":
-            loss = self._one_pass(micro_batches[0], labels)
-        else:
-            loss = self._two_passes(micro_batches, labels)
-        return {"loss": loss, "logit_scale": self.text.module.logit_scale.exp()}
+        """One step: the loss over the global batch, whose features come from one forward pass or from two.
 
-    def _loss(self, images: Tensor, texts: Tensor, scale: Tensor, labels: Tensor | None) -> Tensor:
-        group, tile = self.ranks.data_group, self.config.clip.tile
-        return contrastive_loss(images, texts, scale, group=group, labels=labels, tile=tile)
+        Args:
+            batch: this rank's share of the samples of its model-parallel group.
+        """
+        whole = gather_batch(batch.to(self.ranks.device), self.ranks.model_group)
+        micro_batches = whole.split(self.config.train.micro_batch)
+        direct = len(micro_batches) == 1 and self.config.parallel.pipeline == 1 and self.config.clip.two_pass == "auto"
+        loss = self._one_pass(whole) if direct else self._two_passes(whole, micro_batches)
+        if self.text.tail is None:
+            return {}
+        return {"loss": loss, "logit_scale": self.text.tail.logit_scale.exp()}
 
-    def _one_pass(self, batch: Batch, labels: Tensor | None) -> Tensor:
+    def _loss(self, images: Tensor, texts: Tensor, logit_scale: Tensor, batch: Batch) -> Tensor:
+        """The contrastive loss of the features of a whole batch, over the data-parallel ranks."""
+        labels = given(batch.captions) if self.config.clip.equal_captions == "positives" else None
+        return contrastive_loss(
+            F.normalize(images.float(), dim=-1),
+            F.normalize(texts.float(), dim=-1),
+            logit_scale.exp(),
+            group=self.ranks.data_group,
+            labels=labels,
+            tile=self.config.clip.tile,
+        )
+
+    def _one_pass(self, batch: Batch) -> Tensor:
         """Forward and backward of both towers at once: the batch of this rank is one micro-batch."""
+        (text,) = self.text.parts
 
         def forward(vision: ImageTower, batch: Batch) -> tuple[Tensor, Loss]:
-            images, texts = embed_images(vision, batch), embed_texts(self.text, batch)
+            images, texts = see(vision, batch), read(text, batch)
 
             def loss(images: Tensor) -> tuple[Tensor, Reported]:
-                value = self._loss(images, texts, self.text.module.logit_scale.exp(), labels)
+                value = self._loss(images, texts, text.logit_scale, batch)
                 return value, {"loss": value.detach()}
 
             return images, loss
 
-        (report,) = forward_backward(self.vision, [batch], forward)
+        (report,) = forward_backward(self.vision, [batch], forward, self._rows("vision", batch))
         finish_gradients(self.text)
         return report["loss"]
 
-    def _two_passes(self, micro_batches: list[Batch], labels: Tensor | None) -> Tensor:
-        """All features first, then the loss and its gradient by them, then each tower again with that gradient."""
-        images = torch.cat(forward_only(self.vision, micro_batches, embed_images)).requires_grad_()
-        texts = torch.cat(forward_only(self.text, micro_batches, embed_texts)).requires_grad_()
-        scale = self.text.module.logit_scale.exp().detach().requires_grad_()
-        loss = self._loss(images, texts, scale, labels)
-        loss.backward()
-        self._send_back(self.vision, micro_batches, embed_images, given(images.grad), None)
-        self._send_back(self.text, micro_batches, embed_texts, given(texts.grad), scale.grad)
-        return loss.detach()
+    def _two_passes(self, batch: Batch, micro_batches: list[Batch]) -> Tensor | None:
+        """All features first, then the loss and its gradients by them, then each tower again with those gradients."""
+        images = forward_only(self.vision, micro_batches, see, self._rows("vision", micro_batches[0]))
+        texts = forward_only(self.text, micro_batches, read, self._rows("text", micro_batches[0]))
+        loss = None
+        by_images = by_texts = by_scale = None
+        if self.text.tail is not None:
+            scale = self.text.tail.logit_scale
+            leaves = [torch.cat(images), torch.cat(texts), scale.detach().clone()]
+            for leaf in leaves:
+                leaf.requires_grad_()
+            loss = self._loss(leaves[0], leaves[1], leaves[2], batch)
+            loss.backward()
+            by_images, by_texts, by_scale = (given(leaf.grad) for leaf in leaves)
+        self._send_back("vision", micro_batches, see, by_images)
+        self._send_back("text", micro_batches, read, by_texts, by_scale)
+        return loss
 
     def _send_back(
         self,
-        tower: nn.Module,
+        name: str,
         micro_batches: list[Batch],
         embed: Callable[[Any, Batch], Tensor],
-        gradient: Tensor,
-        by_scale: Tensor | None,
+        by_features: Tensor | None,
+        by_scale: Tensor | None = None,
     ) -> None:
-        """Accumulate in `tower` the gradient that its features and, for the text tower, the logit scale have."""
+        """Accumulate in a tower the gradient that its features and, for the text tower, the logit scale have."""
         count = len(micro_batches)
 
-        def forward(tower: Tower, micro: tuple[Batch, Tensor]) -> tuple[Tensor, Loss]:
+        def forward(chunk: Any, micro: tuple[Batch, Tensor]) -> tuple[Tensor, Loss]:
             def loss(features: Tensor) -> tuple[Tensor, Reported]:
                 value = count * (features * micro[1]).sum()  # the schedule divides by the number of micro-batches
-                if by_scale is not None:
-                    value = value + by_scale * self.text.module.logit_scale.exp()
-                return value, {}
+                return value if by_scale is None else value + by_scale * chunk.logit_scale, {}
 
-            return embed(tower, micro[0]), loss
+            return embed(chunk, micro[0]), loss
 
-        gradients = gradient.split(self.config.train.micro_batch)
-        forward_backward(tower, list(zip(micro_batches, gradients, strict=True)), forward)
+        # Only the last pipeline stage has features, and so gradients by them.
+        parts = [None] * count if by_features is None else by_features.split(self.config.train.micro_batch)
+        micros = list(zip(micro_batches, parts, strict=True))
+        forward_backward(self.towers[name], micros, forward, self._rows(name, micro_batches[0]))
+
+    def _rows(self, name: str, batch: Batch) -> int:
+        """Tokens of all samples of a batch in a tower."""
+        return len(batch) * self.tokens[name]
 
     def begin(self) -> Handover | None:
         """Take over the vision tower that `init.vision` names."""
-        return take_over_vision(self.vision.module, self.config)
+        return take_over_vision(self.vision, self.config)
 
     @torch.no_grad()
     def after_update(self) -> None:
         """Keep the logit scale between 1 and its maximum (baaivision/EVA, shinji/training/train.py)."""
-        self.text.module.logit_scale.clamp_(0, math.log(self.config.clip.logit_scale_max))
+        if self.text.tail is not None:
+            self.text.tail.logit_scale.clamp_(0, math.log(self.config.clip.logit_scale_max))
 
     def extra_state(self) -> dict[str, Tensor]:
         """Nothing beside weights and optimizer."""
@@ -143,7 +167,7 @@ class ContrastiveStage:
 
     def evaluate(self) -> dict[str, float]:
         """Zero-shot classification and retrieval on the test images."""
-        return self.probe.measure(self.vision.module, self.text.module).metrics if self.config.eval.shards else {}
+        return self.probe.measure(self.vision, self.text).metrics if self.config.eval.shards else {}
 
     def finish(self, tracker: Tracker) -> dict[str, float]:
         """Measure the finished CLIP."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from w2s.checkpoint.find import find
 from w2s.checkpoint.handover import load_all
 from w2s.checkpoint.store import read_meta
+from w2s.config.layout import check_layout
 from w2s.config.load import model_from
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
@@ -38,6 +39,7 @@ def run(config: Config) -> None:
         folder = open_run(config, ranks)
         prepare_data(config, ranks)
         config = replace(config, model=model_from(read_meta(checkpoint).config))
+        check_layout(config, ranks.world_size)
         tracker = Tracker(config, folder, main=ranks.main, tags={"w2s.parent_checkpoint": str(checkpoint)})
         with tracked(tracker):
             tracker.message(f"run folder: {folder}")
@@ -48,9 +50,8 @@ def run(config: Config) -> None:
 
 def evaluate(config: Config, checkpoint: Path, tracker: Tracker, ranks: Ranks) -> dict[str, float]:
     """Measure a checkpoint, show tables and pictures, return the metrics."""
-    vision, text = build_clip(config, compute_dtype(config.precision))
+    vision, text = build_clip(config, compute_dtype(config.precision), ranks.device)
     load_all({"vision": vision, "text": text}, checkpoint)
-    vision, text = vision.to(ranks.device), text.to(ranks.device)
     probe = ClipProbe(config, ranks)
     result = probe.measure(vision, text)
     metrics = result.metrics | probe.of_tower(vision) | probe.baselines()

@@ -1,33 +1,35 @@
 """The masked stage: a student learns to reproduce, at masked patches, the features of a frozen teacher."""
 
 import copy
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from w2s.checkpoint.handover import Handover, take_over_vision
 from w2s.config.sections import Config
-from w2s.data.batch import Batch, given, normalize
+from w2s.data.batch import Batch, gather_batch, given, normalize
 from w2s.data.counter import Purpose, generator
 from w2s.data.masks import block_mask
 from w2s.data.sample import SampleSpec
 from w2s.evaluation.dataset import EvalSet
 from w2s.evaluation.encode import encode_all
 from w2s.megatron.groups import Ranks
-from w2s.megatron.initialize import fill
-from w2s.megatron.optimizer import Optimizer, data_parallel
-from w2s.megatron.schedule import Loss, Reported, forward_backward
-from w2s.megatron.state import Towers
+from w2s.megatron.optimizer import Optimizer, Towers
+from w2s.megatron.schedule import Loss, Reported, forward_backward, infer
+from w2s.megatron.sharded import data_parallel
 from w2s.objectives.masked import constant_cosine, masked_cosine_loss, masked_cosines
 from w2s.precision import compute_dtype
 from w2s.probe import Probe, patch_features, teacher_features
 from w2s.teachers.build import build_teacher
 from w2s.teachers.targets import TargetNorm
-from w2s.towers.initial import vision_rule
-from w2s.towers.masked import MaskedStudent
+from w2s.towers.build import build_student
+from w2s.towers.masked import MaskedStudent, at_places, masked_places
 from w2s.towers.vision import MEAN, STD
 from w2s.tracking.pictures import features_picture, masked_picture
 from w2s.tracking.tracker import Tracker
@@ -50,11 +52,10 @@ class MaskedStage:
         vision, dtype = config.model.vision, compute_dtype(config.precision)
         self.teacher = build_teacher(config.teacher, grid=vision.grid, device=ranks.device)
         self.target_norm = TargetNorm(self.teacher.width, config.teacher.target_norm).to(ranks.device)
-        student = MaskedStudent(vision, self.teacher.width, config.parallel, dtype)
-        fill(student, vision_rule(vision, config.init.post_norm), config.run.seed)
-        self.student = data_parallel(student.to(ranks.device))
+        student = build_student(config, self.teacher.width, dtype, ranks.device)
+        self.student = data_parallel(student, config.parallel, config.precision)
         self.towers: Towers = {"vision": self.student}
-        self.optimizer = Optimizer({"vision": self.student}, config.optim, dtype)
+        self.optimizer = Optimizer(self.towers, config.optim, dtype)
         self.probe = Probe(config, ranks)
         self.spec = SampleSpec.of(
             config,
@@ -65,39 +66,43 @@ class MaskedStage:
         )
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One step: the teacher sees whole images, the student masked ones, and predicts the targets at the masks."""
-        targets = self.target_norm(self._teach(batch), self.ranks.data_group, update=True)
+        """One step: the teacher sees whole images, the student masked ones, and predicts the targets at the masks.
 
-        def forward(student: MaskedStudent, micro: tuple[Batch, Tensor]) -> tuple[Tensor, Loss]:
-            images, masks, masked = self._student_view(micro[0])
-            predictions = student(images, masks, masked)
-            wanted = micro[1].flatten(0, 1).index_select(0, masked)
+        Args:
+            batch: this rank's share of the samples of its model-parallel group. The teacher sees no others here; one
+                gather gives the group's images and targets to all its ranks.
+        """
+        whole = gather_batch(self._teach(batch.to(self.ranks.device)), self.ranks.model_group)
+
+        def forward(student: MaskedStudent, micro: Batch) -> tuple[Tensor, Loss]:
+            masks, targets = given(micro.masks), given(micro.targets)
+            images = normalize(micro.images, MEAN, STD)
+            predictions = student(images, masks, masked_places(masks, self.config.mim.masked_patches))
 
             def loss(predictions: Tensor) -> tuple[Tensor, Reported]:
-                value = masked_cosine_loss(predictions, wanted)
-                return value, {"loss": value.detach(), "constant_cosine": constant_cosine(wanted)}
+                value = masked_cosine_loss(predictions, targets)
+                return value, {"loss": value.detach(), "constant_cosine": constant_cosine(targets.flatten(0, 1))}
 
             return predictions, loss
 
-        size = self.config.train.micro_batch
-        micro_batches = list(zip(batch.split(size), targets.split(size), strict=True))
-        reports = forward_backward(self.student, micro_batches, forward)
-        return {name: torch.stack([report[name] for report in reports]).mean() for name in reports[0]}
+        micro_batches = whole.split(self.config.train.micro_batch)
+        rows = len(micro_batches[0]) * (1 + self.config.model.vision.patches)
+        reports = forward_backward(self.student, micro_batches, forward, rows)
+        means = {name: torch.stack([report[name] for report in reports]).mean() for name in (reports or [{}])[0]}
+        return {**means, "teacher_images_per_rank": torch.tensor(float(len(batch)))}
 
-    def _teach(self, batch: Batch) -> Tensor:
-        """The teacher's features of the whole images: [n, patches, teacher width]."""
-        size = self.config.train.micro_batch
-        return torch.cat([teacher_features(self.teacher, images) for images in given(batch.teacher_images).split(size)])
-
-    def _student_view(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, masks, and the masked patches' places among all patches of the batch."""
-        masks, device = given(batch.masks), self.ranks.device
-        masked = masks.flatten().nonzero().squeeze(1)  # on the CPU: no wait for the device
-        return normalize(batch.images.to(device), MEAN, STD), masks.to(device), masked.to(device)
+    def _teach(self, batch: Batch) -> Batch:
+        """Exchange the images at the teacher's size for its features of them, at the masked patches."""
+        images, masks = given(batch.teacher_images), given(batch.masks)
+        parts = images.split(self.config.train.micro_batch)
+        features = torch.cat([teacher_features(self.teacher, part) for part in parts])
+        targets = self.target_norm(features, self.ranks.world_group, update=True)
+        places = masked_places(masks, self.config.mim.masked_patches)
+        return dataclasses.replace(batch, teacher_images=None, targets=at_places(targets, places))
 
     def begin(self) -> Handover | None:
         """Take over the vision tower that `init.vision` names."""
-        return take_over_vision(self.student.module, self.config)
+        return take_over_vision(self.student, self.config)
 
     def after_update(self) -> None:
         """Nothing follows an update here."""
@@ -114,7 +119,7 @@ class MaskedStage:
         """Masked cosine on the test images beside that of the best constant prediction, and k-NN of the features."""
         if not self.config.eval.shards:
             return {}
-        return self._masked_cosine("test", self.probe.test_set) | self.probe.of_tower(self.student.module)
+        return self._masked_cosine("test", self.probe.test_set) | self.probe.of_tower(self.student)
 
     def finish(self, tracker: Tracker) -> dict[str, float]:
         """Measure the finished student and its baselines, and draw what it has learnt."""
@@ -154,12 +159,18 @@ class MaskedStage:
             for number in numbers.tolist()
         ]
         masks = torch.from_numpy(np.stack(drawn)).to(device)
-        everywhere = torch.arange(masks.numel(), device=device)
-        seen = images(vision.image_size).images[numbers].to(device)
-        predictions = self.student.module(normalize(seen, MEAN, STD), masks, everywhere)
-        whole = images(self.teacher.image_size).images[numbers]
-        targets = norm(teacher_features(self.teacher, whole), update=False)
-        return predictions.float().unflatten(0, masks.shape), targets, masks
+        everywhere = torch.arange(vision.patches, device=device).expand(len(numbers), -1)
+        seen = normalize(images(vision.image_size).images[numbers].to(device), MEAN, STD)
+        predictions = infer(self.student, (seen, masks, everywhere), MaskedStudent.__call__, 1 + vision.patches)
+        targets = self._teach_together(images(self.teacher.image_size).images[numbers], self.ranks.model_group)
+        return predictions.float(), norm(targets, update=False), masks
+
+    def _teach_together(self, images: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """The teacher's features of images that all ranks of `group` have; each computes those of a share."""
+        share = math.ceil(len(images) / dist.get_world_size(group))
+        return encode_all(lambda part: teacher_features(self.teacher, part).flatten(1), images, share, group).unflatten(
+            1, (-1, self.teacher.width)
+        )
 
     def _norm_for_tests(self) -> TargetNorm:
         """The running statistics; before the first step, those of some of the images that k-NN looks among."""
@@ -168,7 +179,7 @@ class MaskedStage:
             known = self.probe.neighbours if self.config.eval.knn_shards else self.probe.test_set
             images = known(self.teacher.image_size).images
             some = images[:: max(1, len(images) // self.config.eval.batch_size)]
-            norm(teacher_features(self.teacher, some), update=True)
+            norm(self._teach_together(some, self.ranks.world_group), update=True)
         return norm
 
     def _draw(self, tracker: Tracker) -> None:
@@ -176,6 +187,6 @@ class MaskedStage:
         numbers = torch.linspace(0, len(images) - 1, self.config.tracking.pictures).long().unique()
         predictions, targets, masks = self._predict(numbers, self.probe.test_set, self.target_norm)
         shown, cosines = images[numbers], masked_cosines(predictions, targets)
-        student = patch_features(self.student.module, shown)
+        student = patch_features(self.student, shown)
         tracker.picture("masked", lambda path: masked_picture(path, shown, masks, cosines))
         tracker.picture("features", lambda path: features_picture(path, shown, student, targets))

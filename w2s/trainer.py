@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from w2s.checkpoint import store
@@ -29,8 +28,7 @@ from w2s.data.stream import Stream, merge_positions
 from w2s.errors import StopRun, UserError, W2SError
 from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
-from w2s.megatron.optimizer import Optimizer
-from w2s.megatron.state import Towers
+from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.optim.schedule import lr_factor
 from w2s.stopping import stop_at_once, stop_when_ready
 from w2s.tracking.meters import StepMeter, peak_memory_gib
@@ -54,7 +52,7 @@ class Stage(Protocol):
         """Take over the weights that `init` names, if it names some."""
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        """Accumulate the gradients of this rank's share of a global batch; return what to log."""
+        """Accumulate the gradients of a global batch, of which this rank read a share; return what to log."""
 
     def after_update(self) -> None:
         """Do what follows an update of the weights."""
@@ -100,8 +98,8 @@ class Trainer:
             stage.spec,
             global_batch=config.train.global_batch,
             seed=config.run.seed,
-            rank=ranks.data_rank,
-            size=ranks.data_size,
+            rank=ranks.reader,
+            size=ranks.world_size,
             position=position,
         )
         tags = {"w2s.parent_checkpoint": self.parent} if self.parent else {}
@@ -180,10 +178,8 @@ class Trainer:
         return {**metrics, "grad_norm": grad_norm, "lr": torch.tensor(self.stage.optimizer.highest_lr)}
 
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
-        """Average over the data-parallel ranks: the only place in the loop that waits for the device."""
-        values = torch.stack([value.detach().double().to(self.ranks.device) for value in metrics.values()])
-        dist.all_reduce(values, group=self.ranks.data_group)
-        averages = dict(zip(metrics, (values / self.ranks.data_size).tolist(), strict=True))
+        """Average over the ranks: the only place in the loop that waits for the device."""
+        averages = self.ranks.mean(metrics)
         bad = {f"bad/{reason}": float(count) for reason, count in self.stream.bad.items()}
         self.tracker.log(self.step, self.samples, {**averages, **figures, **bad})
         for name in ("loss", "grad_norm"):
@@ -193,11 +189,13 @@ class Trainer:
                 )
 
     def _evaluate(self) -> None:
+        self.stage.optimizer.gather_weights()
         metrics = self.stage.evaluate()
         if metrics:
             self.tracker.log(self.step, self.samples, metrics)
 
     def _save(self) -> None:
+        self.stage.optimizer.gather_weights()
         data = merge_positions(self.ranks.gather(self.stream.position()))
         meta = store.Meta(
             stage=self.config.stage,

@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from w2s.checkpoint.find import find
 from w2s.checkpoint.store import read_meta
 from w2s.config.sections import Config
 from w2s.errors import CheckpointError
 from w2s.megatron import state
-from w2s.megatron.tower import Tower
+from w2s.megatron.optimizer import Towers
+from w2s.megatron.sharded import ShardedTower
 
 DROPPED = ("lm_head", "mask_token", "head", "text_projection", "logit_scale")
 """What serves one stage alone (baaivision/EVA, the skip list of every released stage-2 command)."""
@@ -43,7 +45,7 @@ class Handover:
         ]
 
 
-def take_over_vision(tower: Tower, config: Config) -> Handover | None:
+def take_over_vision(tower: ShardedTower[Any], config: Config) -> Handover | None:
     """Load the vision tower that `init.vision` names; nothing for `none`. Every rank calls.
 
     Raises:
@@ -54,7 +56,7 @@ def take_over_vision(tower: Tower, config: Config) -> Handover | None:
     return hand_over(tower, "vision", checkpoint) if checkpoint else None
 
 
-def hand_over(tower: Tower, name: str, checkpoint: Path) -> Handover:
+def hand_over(tower: ShardedTower[Any], name: str, checkpoint: Path) -> Handover:
     """Load the weights of tower `name` from a checkpoint of an earlier stage; every rank calls.
 
     Optimizer state and FP8 state stay behind.
@@ -75,7 +77,7 @@ def hand_over(tower: Tower, name: str, checkpoint: Path) -> Handover:
     )
 
 
-def load_all(towers: Mapping[str, Tower], checkpoint: Path) -> None:
+def load_all(towers: Towers, checkpoint: Path) -> None:
     """Load every weight of the towers from a finished stage's checkpoint; every rank calls.
 
     Raises:

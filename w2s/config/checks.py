@@ -1,10 +1,9 @@
 """Checks across sections and against the machine: what a user would get wrong is refused before a run starts."""
 
-from dataclasses import asdict
-
 import torch
 
-from w2s.config.sections import Config, HardwareConfig, ParallelConfig, TrainConfig
+from w2s.config.layout import check_layout, check_micro_batches, model_parallel_size
+from w2s.config.sections import Config, HardwareConfig, TrainConfig
 from w2s.errors import ConfigError
 
 _INTERVALS = {
@@ -48,27 +47,19 @@ def check(config: Config, world_size: int, local_size: int) -> None:
     for key, interval in _INTERVALS.items():
         _check_interval(config, key, interval)
     _check_device(config.hardware, local_size)
-    _check_layout(config.parallel)
+    check_layout(config, world_size)
     if config.stage == "eval":
         _check_eval(config)
     else:
         _check_training(config, world_size)
 
 
-def _check_layout(parallel: ParallelConfig) -> None:
-    """The towers can be split in other ways already, the stages cannot yet."""
-    for name, value in asdict(parallel).items():
-        alone = getattr(ParallelConfig(), name)
-        if value != alone:
-            key, fix = (f"parallel.{name}={str(number).lower()}" for number in (value, alone))
-            raise ConfigError(f"{key} is not supported yet: this version trains with data parallelism only, use {fix}")
-
-
 def _check_training(config: Config, world_size: int) -> None:
     if not config.data.train:
         raise ConfigError("data.train is empty: give the training shards, such as data.train='shards/{0000..0099}.tar'")
     _check_optimizer(config)
-    _check_batch(config.train, world_size)
+    _check_batch(config.train, world_size // model_parallel_size(config.parallel))
+    check_micro_batches(config, world_size)
     if config.stage == "mim":
         _check_masks(config)
     elif config.clip.logit_scale > config.clip.logit_scale_max:

@@ -49,7 +49,7 @@ def _in_words(hint: Any) -> str:
         case origin if origin is UnionType:
             return " or ".join(map(_in_words, arguments))
         case origin if origin is tuple:
-            return f"a list of {len(arguments)} numbers"
+            return "a list of numbers" if ... in arguments else f"a list of {len(arguments)} numbers"
         case _:
             return _WORDS[hint]
 

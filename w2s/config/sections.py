@@ -282,6 +282,21 @@ class ParallelConfig:
     """Pipeline-parallel size."""
     virtual_pipeline: int = 1
     """Model chunks per pipeline rank (interleaved schedule)."""
+    vision_split: tuple[int, ...] = ()
+    """Layers of the vision tower on each of the pipeline x virtual_pipeline stages, in order.
+
+    Empty balances their work; that of the embedding counts on the first stage, that of norm and head on the last.
+    """
+    text_split: tuple[int, ...] = ()
+    """The same for the text tower."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes again: none, the MLPs' after their GELU, or those of whole layers."""
+    recompute_layers: int = 0
+    """With `recompute=full`, how many layers of each model chunk are computed again; 0 takes all."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights over data-parallel ranks while the next forward pass already runs."""
 
 
 @dataclass(kw_only=True)
@@ -290,6 +305,8 @@ class PrecisionConfig:
 
     compute: Literal["fp32", "bf16"] = "fp32"
     """Type of the weights and activations in the forward and backward pass."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """Type in which gradients are accumulated over micro-batches and reduced over ranks."""
 
 
 @dataclass(kw_only=True)
@@ -312,6 +329,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    async_save: bool = False
+    """Write in the background while training goes on; `latest` moves when all ranks have written."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "checkpoint", ("every", "keep"))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 @dataclass(kw_only=True)
@@ -24,13 +25,15 @@ class Batch:
     """Tokenized captions: int64 [n, context length]."""
     captions: torch.Tensor | None = None
     """A hash of each caption's text, so that equal captions can be found: int64 [n], not negative."""
+    targets: torch.Tensor | None = None
+    """The teacher's features at the masked patches: [n, masked patches, teacher width]."""
     keys: list[str]
-    """The samples' names in their shards."""
+    """The samples' names in their shards; empty in a batch that was gathered from several ranks."""
     indices: torch.Tensor
     """Global sample indices: int64 [n]."""
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.indices)
 
     def split(self, size: int) -> "list[Batch]":
         """Cut into micro-batches of `size` samples, which share memory with this batch; the last may be smaller."""
@@ -42,7 +45,7 @@ class Batch:
 
     def _select(self, rows: slice | torch.Tensor) -> "Batch":
         chosen = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
-        return self._map(lambda tensor: tensor[rows], [self.keys[row] for row in chosen])
+        return self._map(lambda tensor: tensor[rows], [self.keys[row] for row in chosen if self.keys])
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor], keys: list[str]) -> "Batch":
         changed: dict[str, Any] = {n: v if v is None else change(v) for n, v in _tensors(self).items()}
@@ -71,6 +74,29 @@ def merge_batches(parts: Sequence[Batch]) -> Batch:
     keys = [key for part in parts for key in part.keys]
     batch = Batch(**merged, keys=keys)
     return batch._select(batch.indices.argsort())
+
+
+def gather_batch(own: Batch, group: dist.ProcessGroup) -> Batch:
+    """Join the equally large parts of a batch that the ranks of `group` hold, by one collective.
+
+    Returns:
+        All samples, in the order of their global index, on every rank.
+    """
+    size = dist.get_world_size(group)
+    if size == 1:
+        return own
+    fields = {name: tensor for name, tensor in _tensors(own).items() if tensor is not None}
+    columns = [tensor.reshape(len(own), -1).contiguous().view(torch.uint8) for tensor in fields.values()]
+    rows = torch.cat(columns, dim=1)
+    everyone = rows.new_empty(size * len(own), rows.shape[1])
+    dist.all_gather_into_tensor(everyone, rows, group=group)
+    parts = everyone.split([column.shape[1] for column in columns], dim=1)
+    joined: dict[str, Any] = {
+        name: part.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
+        for (name, tensor), part in zip(fields.items(), parts, strict=True)
+    }
+    order = joined["indices"].argsort()
+    return Batch(**{name: tensor[order] for name, tensor in joined.items()}, keys=[])
 
 
 def _tensors(batch: Batch) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """What differs between Megatron-Core releases (0.16.1 on Python 3.11, 0.19 on 3.12 and newer)."""
 
+import logging
 from functools import partial
 from typing import Any
 
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+
+# 0.16 warns of every MLP that is not its own.
+logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
 
 def replace_rng_tracker(tracker: Any) -> None:
@@ -14,9 +18,9 @@ def replace_rng_tracker(tracker: Any) -> None:
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
 
-def mlp_spec(linear_fc1: type, linear_fc2: type) -> Any:
-    """Return the specification of an MLP out of its two linears."""
+def mlp_spec(mlp: type[MLP], linear_fc1: type, linear_fc2: type) -> Any:
+    """Return the specification of an MLP of some class out of its two linears."""
     submodules = MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2)
     if hasattr(MLP, "as_mlp_submodule"):  # 0.19
-        return partial(MLP.as_mlp_submodule, submodules=submodules)
-    return ModuleSpec(module=MLP, submodules=submodules)
+        return partial(mlp.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=mlp, submodules=submodules)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
 
@@ -65,6 +66,9 @@ class NoRngTracker:
         """Return no states: there is nothing to save."""
         return {}
 
+    def set_states(self, states: dict[str, Any]) -> None:
+        """Take nothing back."""
+
 
 _enabled: list[CudaOnCpu] = []
 
@@ -85,6 +89,9 @@ def enable() -> None:
     }
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)
+    # Recomputed activations save and restore it.
+    megatron_random._get_cuda_rng_state = lambda *_, **__: None
+    megatron_random._set_cuda_rng_state = lambda *_, **__: None
     mode = CudaOnCpu()
     mode.__enter__()
     _enabled.append(mode)

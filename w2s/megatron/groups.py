@@ -1,15 +1,17 @@
 """Process groups: the ranks of a run, and how they are split."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from statistics import fmean
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from w2s.config.sections import HardwareConfig, ParallelConfig
@@ -32,6 +34,14 @@ class Ranks:
     """Size of the data-parallel group."""
     data_group: ProcessGroup
     """The data-parallel group: ranks that hold the same weights and see different samples."""
+    model_rank: int
+    """Rank in the model-parallel group."""
+    model_size: int
+    """Size of the model-parallel group."""
+    model_group: ProcessGroup
+    """The tensor x pipeline group: ranks that hold one copy of the model together and see the same samples."""
+    world_group: ProcessGroup
+    """All ranks."""
     control_group: ProcessGroup
     """All ranks, over gloo: what is said in it never waits for a GPU."""
     device: torch.device
@@ -41,6 +51,14 @@ class Ranks:
     def main(self) -> bool:
         """Whether this process speaks for the run (logs, writes files)."""
         return self.rank == 0
+
+    @property
+    def reader(self) -> int:
+        """Which of the `world_size` readers of the data this rank is.
+
+        The ranks of a model-parallel group read the samples of their data-parallel rank together, each its own share.
+        """
+        return self.data_rank + self.data_size * self.model_rank
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -53,10 +71,18 @@ class Ranks:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Return the `value` of every data-parallel rank, in order."""
-        values = [value] * self.data_size
-        dist.all_gather_object(values, value, group=self.data_group)
+        """Return the `value` of every rank, in order."""
+        values = [value] * self.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
         return values
+
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Average each scalar over the ranks that have it (some only the last pipeline stage has); waits for a GPU."""
+        own = [value.detach().double().to(self.device) for value in values.values()]
+        numbers = torch.stack(own).tolist() if own else []
+        everyone = self.gather(dict(zip(values, numbers, strict=True)))
+        names = dict.fromkeys(name for each in everyone for name in each)
+        return {name: fmean(each[name] for each in everyone if name in each) for name in names}
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
@@ -110,6 +136,10 @@ def split(parallel: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
             data_group=parallel_state.get_data_parallel_group(),
+            model_rank=dist.get_rank(parallel_state.get_model_parallel_group()),
+            model_size=dist.get_world_size(parallel_state.get_model_parallel_group()),
+            model_group=parallel_state.get_model_parallel_group(),
+            world_group=dist.distributed_c10d._get_default_group(),
             control_group=dist.new_group(backend="gloo"),
             device=device,
         )

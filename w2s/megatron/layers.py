@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -88,6 +89,25 @@ class PostNormAdd(nn.Module):
         return residual + self.norm(branch if bias is None else branch + bias)
 
 
+class LeanMLP(MLP):
+    """An MLP that keeps its hidden activations once, before the GELU: the backward pass computes the GELU again."""
+
+    def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, Tensor | None]:
+        """Return what Megatron's MLP returns: the output [rows, 1, width] and the bias to be added to it."""
+        hidden, bias = self.linear_fc1(hidden_states)
+        hidden = hidden + bias
+        active = self.activation_func(hidden)
+
+        def forget(kept: Tensor) -> Tensor | None:
+            return None if kept.data_ptr() == active.data_ptr() else kept
+
+        def remember(kept: Tensor | None) -> Tensor:
+            return self.activation_func(hidden.detach()) if kept is None else kept
+
+        with torch.autograd.graph.saved_tensors_hooks(forget, remember):
+            return self.linear_fc2(active)
+
+
 class PlainQKV(ColumnParallelLinear):
     """The fused Q, K, V projection without a bias, which Megatron's layer would add to every linear."""
 
@@ -143,7 +163,9 @@ def mark_split_weights(module: nn.Module) -> None:
             set_tensor_model_parallel_attributes(linear.weight, True, 1, 1)
 
 
-def layer_spec(config: TransformerConfig, norm: str, placement: str, qkv_bias: str, causal: bool) -> ModuleSpec:
+def layer_spec(
+    config: TransformerConfig, norm: str, placement: str, qkv_bias: str, causal: bool, lean: bool
+) -> ModuleSpec:
     """Return the specification of one layer.
 
     Args:
@@ -152,6 +174,7 @@ def layer_spec(config: TransformerConfig, norm: str, placement: str, qkv_bias: s
         placement: `pre` (x + f(norm(x))) or `post` (x + norm(f(x))).
         qkv_bias: `none`, `qv` or `qkv`.
         causal: whether a token sees only those before it.
+        lean: whether the backward pass computes the MLP's activations again.
     """
     attention = ModuleSpec(
         module=SelfAttention,
@@ -160,7 +183,7 @@ def layer_spec(config: TransformerConfig, norm: str, placement: str, qkv_bias: s
             linear_qkv=QKV_LINEARS[qkv_bias], core_attention=PackedAttention, linear_proj=RowParallelLinear
         ),
     )
-    mlp = compat.mlp_spec(ColumnParallelLinear, RowParallelLinear)
+    mlp = compat.mlp_spec(LeanMLP if lean else MLP, ColumnParallelLinear, RowParallelLinear)
     if placement == "post":
         add = ModuleSpec(module=PostNormAdd, params={"config": config, "norm": NORMS[norm]})
         submodules = TransformerLayerSubmodules(self_attention=attention, self_attn_bda=add, mlp=mlp, mlp_bda=add)

@@ -1,41 +1,39 @@
-"""Data-parallel towers and Megatron's distributed optimizer around AdamW or LAMB."""
+"""Megatron's distributed optimizer around AdamW or LAMB, for towers split in any way."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from w2s.config.sections import OptimConfig
 from w2s.megatron.initialize import global_name
-from w2s.megatron.tower import Tower
+from w2s.megatron.sharded import ShardedTower
 from w2s.optim.groups import parameter_groups
 from w2s.optim.lamb import Lamb
 
-
-def data_parallel(tower: Tower) -> DistributedDataParallel:
-    """Wrap a tower for data parallelism: float32 gradients in one buffer, averaged over the data-parallel group."""
-    tower.config.finalize_model_grads_func = finalize_model_grads
-    settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    return DistributedDataParallel(tower.config, settings, tower)
+Towers = Mapping[str, ShardedTower[Any]]
+"""Towers by name (`vision`, `text`)."""
 
 
 class Optimizer:
     """AdamW or LAMB with float32 master weights, sharded over the data-parallel group.
 
     Args:
-        towers: the wrapped towers by name (`vision`, `text`).
+        towers: the towers, wrapped for data parallelism.
         config: the optimizer's settings.
         dtype: type of the weights.
     """
 
-    def __init__(self, towers: dict[str, DistributedDataParallel], config: OptimConfig, dtype: torch.dtype) -> None:
-        self.towers = towers
-        groups = parameter_groups(_named_parameters(towers), config)
+    def __init__(self, towers: Towers, config: OptimConfig, dtype: torch.dtype) -> None:
+        wrapped = [chunk for tower in towers.values() for chunk in tower.chunks]
+        self.chunks = [chunk for chunk in wrapped if isinstance(chunk, DistributedDataParallel)]
+        groups = parameter_groups(_named_parameters(towers), config, _on_any_stage)
         for group in groups:
             # Megatron tells the groups of a checkpoint apart by these.
             group.update(
@@ -50,14 +48,14 @@ class Optimizer:
             )
         kind = Lamb if config.name == "lamb" else torch.optim.AdamW
         inner = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-        self.sharded = _distribute(inner, list(towers.values()), config, dtype)
+        self.sharded = _distribute(inner, self.chunks, config, dtype)
         if isinstance(inner, Lamb):
-            _share_slices(inner, self.sharded, towers)
+            _share_slices(inner, self.sharded, self.chunks)
 
     def zero_grad(self) -> None:
         """Clear all gradients."""
-        for tower in self.towers.values():
-            tower.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.sharded.zero_grad()
 
     def step(self, lr_factor: float) -> Tensor:
@@ -78,6 +76,12 @@ class Optimizer:
     def highest_lr(self) -> float:
         """The highest learning rate of all groups in the last step: that of a tower's head."""
         return max(float(group["lr"]) for group in self.sharded.param_groups)
+
+    def gather_weights(self) -> None:
+        """Make the towers whole after a step whose gathering of weights waits for the next training pass."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def prepare_to_load(self) -> None:
         """Make the moments of every slice, so that a checkpoint has a place to go to before the first step."""
@@ -102,17 +106,26 @@ class _ReshardableOptimizer(DistributedOptimizer):
         super()._set_main_param_and_optimizer_states(model_param, {"step": state["step"], **tensors})
 
 
-def _named_parameters(towers: dict[str, DistributedDataParallel]) -> list[tuple[str, str, int, torch.nn.Parameter]]:
+def _named_parameters(towers: Towers) -> list[tuple[str, str, int, torch.nn.Parameter]]:
     return [
-        (tower_name, global_name(wrapped.module, name), wrapped.module.config.num_layers, parameter)
-        for tower_name, wrapped in towers.items()
-        for name, parameter in wrapped.module.named_parameters()
+        (tower_name, global_name(part, name), part.config.num_layers, parameter)
+        for tower_name, tower in towers.items()
+        for part in tower.parts
+        for name, parameter in part.named_parameters()
     ]
+
+
+def _on_any_stage(kinds: set[Any]) -> set[Any]:
+    """Join what the pipeline stages have: they must agree on the groups, or no other layout could load them."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    everywhere = [kinds] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, kinds, group=group)
+    return set().union(*everywhere)
 
 
 def _distribute(
     inner: torch.optim.Optimizer,
-    towers: list[DistributedDataParallel],
+    chunks: list[DistributedDataParallel],
     config: OptimConfig,
     dtype: torch.dtype,
 ) -> DistributedOptimizer:
@@ -124,6 +137,7 @@ def _distribute(
         # Without a limit Megatron would not measure the norm either.
         clip_grad=config.clip_grad or float("inf"),
         use_distributed_optimizer=True,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     optimizer = _ReshardableOptimizer(
@@ -131,8 +145,8 @@ def _distribute(
         settings,
         None,
         _empty_state,
-        model_chunks=towers,
-        per_model_buffers={index: tower.buffers for index, tower in enumerate(towers)},
+        model_chunks=chunks,
+        per_model_buffers={index: chunk.buffers for index, chunk in enumerate(chunks)},
         data_parallel_group=group,
         data_parallel_group_gloo=group,
         data_parallel_group_idx=parallel_state.get_model_parallel_group().rank(),
@@ -154,9 +168,9 @@ def _empty_state(inner: torch.optim.Optimizer, config: Any = None) -> None:
                 inner.state[parameter]["step"] = torch.zeros(())
 
 
-def _share_slices(lamb: Lamb, sharded: DistributedOptimizer, towers: dict[str, DistributedDataParallel]) -> None:
+def _share_slices(lamb: Lamb, sharded: DistributedOptimizer, chunks: list[DistributedDataParallel]) -> None:
     """Tell LAMB which weight each of this rank's slices belongs to, and how norms add up over the ranks."""
-    weights = [parameter for wrapped in towers.values() for parameter in wrapped.module.parameters()]
+    weights = [parameter for chunk in chunks for parameter in chunk.module.parameters()]
     number = {parameter: index for index, parameter in enumerate(weights)}
     slices = {}
     for whole_groups, slice_groups in (

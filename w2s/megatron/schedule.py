@@ -1,47 +1,106 @@
 """Megatron's schedules: a pass over micro-batches, forward only or forward and backward."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
+
+from w2s.megatron.sharded import ShardedTower
 
 Reported = dict[str, Tensor]
 """What the loss of a micro-batch tells the caller of the pass."""
 
 Loss = Callable[[Tensor], tuple[Tensor, Reported]]
-"""Takes a micro-batch's output, returns its loss and what to report."""
+"""Takes a micro-batch's output, returns its loss and what to report; called on the last pipeline stage."""
 
 Forward = Callable[[Any, Any], tuple[Tensor, Loss]]
-"""Takes the model and a micro-batch, returns the output and the loss that it goes into."""
+"""Takes a chunk of the model and a micro-batch, returns the output and the loss that it goes into."""
 
 
-def forward_backward(model: nn.Module, micro_batches: Sequence[Any], forward: Forward) -> list[Reported]:
-    """Accumulate the gradients of the mean loss over micro-batches; return what each reported (last stage only)."""
-    return _run(model, micro_batches, forward, forward_only=False)
+def forward_backward(
+    tower: ShardedTower[Any], micro_batches: Sequence[Any], forward: Forward, rows: int
+) -> list[Reported]:
+    """Accumulate the gradients of the mean loss over micro-batches and reduce them over the data-parallel ranks.
+
+    Args:
+        tower: the model.
+        micro_batches: what `forward` takes, on every rank.
+        forward: one forward pass.
+        rows: tokens of a micro-batch, those of all its images together.
+
+    Returns:
+        What each micro-batch reported; nothing but on the last pipeline stage.
+    """
+    return _run(tower, micro_batches, forward, rows, forward_only=False)
 
 
-def finish_gradients(model: nn.Module) -> None:
+def finish_gradients(tower: ShardedTower[Any]) -> None:
     """Reduce the gradients of a model that took part in another's pass, as `forward_backward` does for its own."""
-    finalize_model_grads([model])
+    finalize_model_grads(tower.chunks)
 
 
 @torch.no_grad()
-def forward_only(model: nn.Module, micro_batches: Sequence[Any], forward: Callable[[Any, Any], Tensor]) -> list[Tensor]:
-    """Return the model's output of each micro-batch, without gradients (last stage only)."""
+def forward_only(
+    tower: ShardedTower[Any], micro_batches: Sequence[Any], forward: Callable[[Any, Any], Tensor], rows: int
+) -> list[Tensor]:
+    """Return the model's output of each micro-batch, without gradients; nothing but on the last pipeline stage."""
 
-    def keep(model: nn.Module, micro_batch: Any) -> tuple[Tensor, Loss]:
-        output = forward(model, micro_batch)
+    def keep(chunk: nn.Module, micro_batch: Any) -> tuple[Tensor, Loss]:
+        output = forward(chunk, micro_batch)
         return output, lambda output: (output.new_zeros(()), {"output": output})
 
-    return [reported["output"] for reported in _run(model, micro_batches, keep, forward_only=True)]
+    return [reported["output"] for reported in _run(tower, micro_batches, keep, rows, forward_only=True)]
 
 
-def _run(model: nn.Module, micro_batches: Sequence[Any], forward: Forward, forward_only: bool) -> list[Reported]:
-    def step(batches: Iterator[Any], model: nn.Module) -> tuple[Tensor, Loss]:
-        output, loss = forward(model, next(batches))
+def infer(tower: ShardedTower[Any], inputs: Sequence[Tensor], forward: Callable[..., Tensor], tokens: int) -> Tensor:
+    """Return the output of a tower for a batch of any size, on every rank of the model-parallel group.
+
+    Args:
+        tower: the model.
+        inputs: tensors [n, ...], the same on every rank of the group.
+        forward: takes a chunk and slices of `inputs`; its last chunk returns the output [n, ...].
+        tokens: tokens of one sample.
+    """
+    count, stages = len(inputs[0]), parallel_state.get_pipeline_model_parallel_world_size()
+    # Every stage has a micro-batch to work on, and the rows of each divide over the tensor-parallel ranks.
+    size = math.ceil(count / stages)
+    if tower.parts[0].config.sequence_parallel:
+        tensor = parallel_state.get_tensor_model_parallel_world_size()
+        size = math.ceil(size / tensor) * tensor
+    padded = [torch.cat([whole, whole[-1:].expand(stages * size - count, *whole.shape[1:])]) for whole in inputs]
+    micro_batches = list(zip(*(whole.split(size) for whole in padded), strict=True))
+    outputs = forward_only(tower, micro_batches, lambda chunk, micro: forward(chunk, *micro), size * tokens)
+    return _from_last_stage(torch.cat(outputs)[:count] if outputs else None)
+
+
+def _from_last_stage(output: Tensor | None) -> Tensor:
+    group, source = (
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+    )
+    if dist.get_world_size(group) > 1:
+        form = [None if output is None else (output.shape, output.dtype)]
+        dist.broadcast_object_list(form, src=source, group=group)
+        if output is None:
+            shape, dtype = form[0]  # type: ignore[misc]
+            output = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+        dist.broadcast(output.contiguous(), src=source, group=group)
+    assert output is not None
+    return output
+
+
+def _run(
+    tower: ShardedTower[Any], micro_batches: Sequence[Any], forward: Forward, rows: int, forward_only: bool
+) -> list[Reported]:
+    def step(batches: Iterator[Any], chunk: nn.Module) -> tuple[Tensor, Loss]:
+        # The wrapper adds nothing to a forward pass: its hooks sit on the layers.
+        output, loss = forward(getattr(chunk, "module", chunk), next(batches))
 
         def reported_apart(output: Tensor) -> tuple[Tensor, Reported]:
             value, reported = loss(output)
@@ -50,12 +109,13 @@ def _run(model: nn.Module, micro_batches: Sequence[Any], forward: Forward, forwa
 
         return output, reported_apart
 
+    iterators = [iter(micro_batches) for _ in tower.chunks]
     result: list[Reported] = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(micro_batches),
-        model=[model],
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=tower.chunks,
         num_microbatches=len(micro_batches),
-        seq_length=1,
+        seq_length=rows,
         micro_batch_size=1,
         forward_only=forward_only,
     )

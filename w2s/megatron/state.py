@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from w2s.errors import CheckpointError
-from w2s.megatron.optimizer import Optimizer
-from w2s.megatron.tower import Tower
-
-Towers = Mapping[str, DistributedDataParallel | Tower]
+from w2s.megatron.optimizer import Optimizer, Towers
 
 # It logs what it raises as well.
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
@@ -71,7 +68,10 @@ def load_weights(folder: Path, towers: Towers, names: Iterable[str]) -> None:
         CheckpointError: the files are damaged.
     """
     names = set(names)
-    wanted = {key: part for key, part in _weights(towers).items() if key in names}
+    wanted = {
+        chunk: {key: part for key, part in parts.items() if isinstance(part, ShardedTensor) and part.key in names}
+        for chunk, parts in _weights(towers).items()
+    }
     _into_towers(towers, _load(wanted, folder), strict=False)
 
 
@@ -86,10 +86,12 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def tower_shapes(towers: Towers) -> dict[str, tuple[int, ...]]:
-    """Return the whole shape of every weight of the towers, by name."""
-    return {
-        name: tuple(part.global_shape) for name, part in _weights(towers).items() if isinstance(part, ShardedTensor)
-    }
+    """Return the whole shape of every weight of the towers on any pipeline stage, by name; every rank calls."""
+    own = {name: tuple(part.global_shape) for name, part in _named(_weights(towers))}
+    group = parallel_state.get_pipeline_model_parallel_group()
+    everywhere = [own] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, own, group=group)
+    return {name: shape for shapes in everywhere for name, shape in shapes.items()}
 
 
 def _load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -115,20 +117,25 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _module(tower: DistributedDataParallel | Tower) -> Tower:
-    return tower.module if isinstance(tower, DistributedDataParallel) else tower
-
-
 def _weights(towers: Towers) -> dict[str, Any]:
+    """Describe every weight that this rank holds, by tower and chunk; names and layer numbers are global."""
     return {
-        key: part
+        f"{name}/{number}": part.sharded_state_dict(prefix=f"{name}.", metadata=_metadata())
         for name, tower in towers.items()
-        for key, part in _module(tower).sharded_state_dict(prefix=f"{name}.", metadata=_metadata()).items()
+        for number, part in enumerate(tower.parts)
     }
+
+
+def _named(weights: Mapping[str, Any]) -> Iterator[tuple[str, ShardedTensor]]:
+    for chunk in weights.values():
+        for part in chunk.values():
+            if isinstance(part, ShardedTensor):
+                yield part.key, part
 
 
 def _into_towers(towers: Towers, state: Mapping[str, Any], strict: bool = True) -> None:
     for name, tower in towers.items():
-        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-        with torch.no_grad():
-            _module(tower).load_state_dict(own, strict=strict)
+        for number, part in enumerate(tower.parts):
+            own = {key.removeprefix(f"{name}."): value for key, value in state[f"{name}/{number}"].items()}
+            with torch.no_grad():
+                part.load_state_dict(own, strict=strict)

@@ -1,4 +1,4 @@
-"""The transformer layers of a tower, as many of them as this pipeline stage holds, over packed rows."""
+"""The transformer layers of a tower, as many of them as a chunk of this pipeline stage holds, over packed rows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from w2s.config.sections import ParallelConfig
 from w2s.megatron.layers import layer_spec, mark_split_weights
+from w2s.megatron.split import balanced, pipeline_layout
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class StackShape:
     qkv_bias: str
     """`none`, `qv` (EVA) or `qkv` (CLIP's text tower)."""
     causal: bool
+    embedding_cost: float
+    """Multiplications of the embedding, in units of a layer's."""
+    head_cost: float
+    """Multiplications of the head, in units of a layer's."""
+    split: tuple[int, ...]
+    """Layers of each pipeline stage; empty balances their work."""
 
 
 def transformer_config(shape: StackShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -68,19 +75,36 @@ def transformer_config(shape: StackShape, parallel: ParallelConfig, dtype: torch
         sequence_parallel=parallel.sequence,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        pipeline_model_parallel_layout=_layout(shape, parallel),
         # With the defaults two ranks pair their messages wrongly and train on, silently, with wrong gradients.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        **_recomputed_layers(parallel),
     )
 
 
+def _layout(shape: StackShape, parallel: ParallelConfig) -> list[list[str]] | None:
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    if stages == 1:
+        return None
+    return pipeline_layout(shape.split or balanced(shape.layers, stages, shape.embedding_cost, shape.head_cost))
+
+
+def _recomputed_layers(parallel: ParallelConfig) -> dict[str, Any]:
+    if parallel.recompute != "full":
+        return {}
+    # `block` recomputes the first layers of a chunk, `uniform` all of them one by one.
+    method, count = ("block", parallel.recompute_layers) if parallel.recompute_layers else ("uniform", 1)
+    return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": count}
+
+
 class Tower(MegatronModule):
-    """Base of the towers: the part of a model that a Megatron schedule can drive.
+    """Base of the towers: a chunk of a model that a Megatron schedule can drive.
 
     Attributes:
-        first: whether this pipeline stage embeds the input.
-        last: whether this pipeline stage makes the output.
-        blocks: the transformer layers of this stage.
+        first: whether this chunk embeds the input.
+        last: whether this chunk makes the output.
+        blocks: the transformer layers of this chunk.
     """
 
     def __init__(self, shape: StackShape, parallel: ParallelConfig, dtype: torch.dtype, chunk: int = 0) -> None:
@@ -89,7 +113,8 @@ class Tower(MegatronModule):
         stage = {"ignore_virtual": chunk_or_none is None, "vp_stage": chunk_or_none}
         self.first = parallel_state.is_pipeline_first_stage(**stage)
         self.last = parallel_state.is_pipeline_last_stage(**stage)
-        spec = layer_spec(self.config, shape.norm, shape.norm_placement, shape.qkv_bias, shape.causal)
+        lean = parallel.recompute == "selective"
+        spec = layer_spec(self.config, shape.norm, shape.norm_placement, shape.qkv_bias, shape.causal, lean)
         count = get_num_layers_to_build(self.config, vp_stage=chunk_or_none)
         self.blocks = TransformerBlock(
             self.config,
@@ -111,15 +136,15 @@ class Tower(MegatronModule):
         self.blocks.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
 
     def run_layers(self, embedded: Tensor | None, images: int, tokens: int) -> Tensor:
-        """Run this stage's layers.
+        """Run this chunk's layers.
 
         Args:
-            embedded: [images, tokens, width] on the first stage, None on the others.
+            embedded: [images, tokens, width] in the first chunk, None in the others.
             images: sequences in the batch.
             tokens: tokens of a sequence.
 
         Returns:
-            [images, tokens, width] on the last stage, packed rows [rows, 1, width] elsewhere.
+            [images, tokens, width] in the last chunk, packed rows [rows, 1, width] elsewhere.
         """
         rows = None
         if embedded is not None:

@@ -1,7 +1,7 @@
 """Parameter groups: learning rate by tower and layer, weight decay by kind of parameter."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -39,24 +39,31 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.startswith(NEVER_DECAYED)
 
 
+Kind = tuple[float, bool]
+"""Peak learning rate of a group, and whether weight decay applies."""
+
+
 def parameter_groups(
-    parameters: Iterable[tuple[str, str, int, nn.Parameter]], optim: OptimConfig
+    parameters: Iterable[tuple[str, str, int, nn.Parameter]],
+    optim: OptimConfig,
+    everywhere: Callable[[set[Kind]], set[Kind]],
 ) -> list[dict[str, Any]]:
     """Sort parameters into groups of one peak learning rate and one weight decay.
 
     Args:
-        parameters: (tower, global name, layers of the tower, parameter).
+        parameters: (tower, global name, layers of the tower, parameter); those that a rank holds.
         optim: learning rates, decays and weight decay.
+        everywhere: takes the kinds of groups that this rank has, returns those that any rank has.
 
     Returns:
-        Groups with `params`, `peak_lr` and `weight_decay`, in an order that depends on the values alone.
+        Groups with `params`, `peak_lr` and `weight_decay`, the same on every rank, some perhaps without parameters.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[Kind, list[nn.Parameter]] = {}
     for tower, name, layers, parameter in parameters:
         if parameter.requires_grad:
-            key = peak_lr(tower, name, layers, optim), is_decayed(name, parameter)
-            groups.setdefault(key, []).append(parameter)
+            kind = peak_lr(tower, name, layers, optim), is_decayed(name, parameter)
+            groups.setdefault(kind, []).append(parameter)
     return [
-        {"params": members, "peak_lr": lr, "weight_decay": optim.weight_decay if decayed else 0.0}
-        for (lr, decayed), members in sorted(groups.items(), key=lambda item: item[0])
+        {"params": groups.get((lr, decayed), []), "peak_lr": lr, "weight_decay": optim.weight_decay * decayed}
+        for lr, decayed in sorted(everywhere(set(groups)))
     ]

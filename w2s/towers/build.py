@@ -1,18 +1,43 @@
-"""The two towers of a CLIP, with weights drawn from the seed."""
+"""The towers of a stage with weights drawn from the seed: this rank's chunks of them."""
 
 import torch
 
 from w2s.config.sections import Config
 from w2s.megatron.initialize import fill
+from w2s.megatron.sharded import ShardedTower, shard
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.initial import text_rule, vision_rule
+from w2s.towers.masked import MaskedStudent
 
 
-def build_clip(config: Config, dtype: torch.dtype) -> tuple[ImageTower, TextTower]:
-    """Return the image tower and the text tower of `config.model`, on the CPU."""
-    model = config.model
-    vision = ImageTower(model.vision, model.embed_dim, config.parallel, dtype)
-    text = TextTower(model.text, model.embed_dim, config.parallel, dtype)
-    fill(vision, vision_rule(model.vision, config.init.post_norm), config.run.seed)
-    fill(text, text_rule(model.text, config.clip.logit_scale), config.run.seed)
-    return vision, text
+def build_student(
+    config: Config, target_width: int, dtype: torch.dtype, device: torch.device
+) -> ShardedTower[MaskedStudent]:
+    """Return the masked stage's student: `config.model.vision` with a head of `target_width` channels."""
+    vision = config.model.vision
+
+    def chunk(number: int) -> MaskedStudent:
+        student = MaskedStudent(vision, target_width, config.parallel, dtype, number)
+        fill(student, vision_rule(vision, config.init.post_norm), config.run.seed)
+        return student
+
+    return shard(chunk, config.parallel, device)
+
+
+def build_clip(
+    config: Config, dtype: torch.dtype, device: torch.device
+) -> tuple[ShardedTower[ImageTower], ShardedTower[TextTower]]:
+    """Return the image tower and the text tower of `config.model`."""
+    model, seed = config.model, config.run.seed
+
+    def vision_chunk(number: int) -> ImageTower:
+        tower = ImageTower(model.vision, model.embed_dim, config.parallel, dtype, number)
+        fill(tower, vision_rule(model.vision, config.init.post_norm), seed)
+        return tower
+
+    def text_chunk(number: int) -> TextTower:
+        tower = TextTower(model.text, model.embed_dim, config.parallel, dtype, number)
+        fill(tower, text_rule(model.text, config.clip.logit_scale), seed)
+        return tower
+
+    return shard(vision_chunk, config.parallel, device), shard(text_chunk, config.parallel, device)

@@ -14,8 +14,10 @@ TEXT_NORM_EPS = 1e-5
 class ImageTower(VisionTower):
     """The vision tower with a projection of the CLS token (baaivision/EVA, shinji/eva_clip/eva_vit_model.py)."""
 
-    def __init__(self, shape: VisionConfig, embed_dim: int, parallel: ParallelConfig, dtype: torch.dtype) -> None:
-        super().__init__(shape, parallel, dtype)
+    def __init__(
+        self, shape: VisionConfig, embed_dim: int, parallel: ParallelConfig, dtype: torch.dtype, chunk: int = 0
+    ) -> None:
+        super().__init__(shape, embed_dim, parallel, dtype, chunk)
         if self.last:
             self.head = nn.Linear(shape.width, embed_dim, bias=shape.qkv_bias, dtype=dtype)
 
@@ -27,7 +29,7 @@ class ImageTower(VisionTower):
             kept: int64 [n, k], the patches that patch dropout keeps; None keeps all.
 
         Returns:
-            [n, embed_dim], not normalised, on the last pipeline stage; packed rows elsewhere.
+            [n, embed_dim], not normalised, in the last chunk; packed rows elsewhere.
         """
         tokens = self.encode(images, kept=kept)
         return self.head(tokens[:, 0]) if self.last else tokens
@@ -39,7 +41,10 @@ class TextTower(Tower):
     Source: baaivision/EVA, shinji/eva_clip/transformer.py.
     """
 
-    def __init__(self, shape: TextConfig, embed_dim: int, parallel: ParallelConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: TextConfig, embed_dim: int, parallel: ParallelConfig, dtype: torch.dtype, chunk: int = 0
+    ) -> None:
+        layer = 4 * shape.width + 2 * shape.mlp_width + 2 * shape.context_length
         stack = StackShape(
             layers=shape.layers,
             width=shape.width,
@@ -50,8 +55,11 @@ class TextTower(Tower):
             norm_eps=TEXT_NORM_EPS,
             qkv_bias="qkv",
             causal=True,
+            embedding_cost=1 / layer,
+            head_cost=(1 + embed_dim / shape.context_length) / layer,
+            split=parallel.text_split,
         )
-        super().__init__(stack, parallel, dtype)
+        super().__init__(stack, parallel, dtype, chunk)
         self.shape = shape
         if self.first:
             self.token_embedding = nn.Parameter(torch.empty(shape.vocab_size, shape.width, dtype=dtype))
@@ -69,7 +77,7 @@ class TextTower(Tower):
             tokens: int64 [n, context]; the end token has the largest id.
 
         Returns:
-            [n, embed_dim], not normalised, on the last pipeline stage; packed rows elsewhere.
+            [n, embed_dim], not normalised, in the last chunk; packed rows elsewhere.
         """
         embedded = self.token_embedding[tokens] + self.positional_embedding if self.first else None
         hidden = self.run_layers(embedded, *tokens.shape)

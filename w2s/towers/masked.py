@@ -13,25 +13,36 @@ class MaskedStudent(VisionTower):
     Source: baaivision/EVA, EVA-01/eva/modeling_pretrain.py.
     """
 
-    def __init__(self, shape: VisionConfig, target_width: int, parallel: ParallelConfig, dtype: torch.dtype) -> None:
-        super().__init__(shape, parallel, dtype)
+    def __init__(
+        self, shape: VisionConfig, target_width: int, parallel: ParallelConfig, dtype: torch.dtype, chunk: int = 0
+    ) -> None:
+        super().__init__(shape, target_width, parallel, dtype, chunk)
         if self.first:
             self.mask_token = nn.Parameter(torch.empty(1, 1, shape.width, dtype=dtype))
         if self.last:
             self.lm_head = nn.Linear(shape.width, target_width, dtype=dtype)
 
-    def forward(self, images: Tensor, masks: Tensor, masked_rows: Tensor) -> Tensor:
-        """Predict the teacher's features at the masked patches.
+    def forward(self, images: Tensor, masks: Tensor, places: Tensor) -> Tensor:
+        """Predict the teacher's features at some patches.
 
         Args:
             images: [n, 3, side, side], normalised.
             masks: bool [n, patches], True at masked patches.
-            masked_rows: int64 [m], the masked patches' places among all n * patches.
+            places: int64 [n, k], the patches to predict.
 
         Returns:
-            [m, teacher width] on the last pipeline stage, packed rows elsewhere.
+            [n, k, teacher width] in the last chunk, packed rows elsewhere.
         """
         tokens = self.encode(images, masks)
-        if not self.last:
-            return tokens
-        return self.lm_head(tokens[:, 1:].flatten(0, 1).index_select(0, masked_rows))
+        return self.lm_head(at_places(tokens[:, 1:], places)) if self.last else tokens
+
+
+def masked_places(masks: Tensor, count: int) -> Tensor:
+    """Return where masks [n, patches] of exactly `count` patches each are True: int64 [n, count], ascending."""
+    # No `nonzero`, which would wait for the device to learn how many there are.
+    return masks.byte().topk(count, dim=1).indices.sort(dim=1).values
+
+
+def at_places(features: Tensor, places: Tensor) -> Tensor:
+    """Pick from patch features [n, patches, d] those at places [n, k]: [n, k, d]."""
+    return features.gather(1, places.unsqueeze(-1).expand(-1, -1, features.shape[-1]))

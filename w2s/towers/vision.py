@@ -14,8 +14,15 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 """Standard deviation of the input's channels (CLIP's)."""
 
 
-def vision_stack(config: VisionConfig) -> StackShape:
-    """Return the shape of the vision tower's layers (baaivision/EVA, shinji/eva_clip/eva_vit_model.py)."""
+def vision_stack(config: VisionConfig, head_width: int, split: tuple[int, ...]) -> StackShape:
+    """Return the shape of the vision tower's layers (baaivision/EVA, shinji/eva_clip/eva_vit_model.py).
+
+    Args:
+        config: the tower.
+        head_width: channels that its head gives.
+        split: layers of each pipeline stage; empty balances their work.
+    """
+    layer = 4 * config.width + 2 * config.mlp_width + 2 * (1 + config.patches)
     return StackShape(
         layers=config.layers,
         width=config.width,
@@ -26,6 +33,9 @@ def vision_stack(config: VisionConfig) -> StackShape:
         norm_eps=NORM_EPS,
         qkv_bias="qv" if config.qkv_bias else "none",
         causal=False,
+        embedding_cost=3 * config.patch_size**2 / layer,
+        head_cost=(1 + head_width) / layer,
+        split=split,
     )
 
 
@@ -36,8 +46,10 @@ class VisionTower(Tower):
         shape: the configuration that it was built from.
     """
 
-    def __init__(self, shape: VisionConfig, parallel: ParallelConfig, dtype: torch.dtype) -> None:
-        super().__init__(vision_stack(shape), parallel, dtype)
+    def __init__(
+        self, shape: VisionConfig, head_width: int, parallel: ParallelConfig, dtype: torch.dtype, chunk: int = 0
+    ) -> None:
+        super().__init__(vision_stack(shape, head_width, parallel.vision_split), parallel, dtype, chunk)
         self.shape = shape
         if self.first:
             patch = shape.patch_size
@@ -48,7 +60,7 @@ class VisionTower(Tower):
             self.norm = make_norm(shape.norm, shape.width, NORM_EPS, dtype)
 
     def encode(self, images: Tensor, masks: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
-        """Run the tower up to its final norm, or up to the end of this pipeline stage.
+        """Run the tower up to its final norm, or up to the end of this chunk.
 
         Args:
             images: [n, 3, side, side], normalised.
@@ -56,12 +68,17 @@ class VisionTower(Tower):
             kept: int64 [n, k], the patches that patch dropout keeps; None keeps all.
 
         Returns:
-            Tokens [n, 1 + patches (or k), width] with CLS first on the last stage, packed rows elsewhere.
+            Tokens [n, 1 + patches (or k), width] with CLS first in the last chunk, packed rows elsewhere.
         """
         embedded = self._embed(images, masks, kept) if self.first else None
         patches = self.shape.patches if kept is None else kept.shape[1]
         tokens = self.run_layers(embedded, len(images), 1 + patches)
         return self.norm(tokens) if self.last else tokens
+
+    def patch_tokens(self, images: Tensor) -> Tensor:
+        """Return the patch tokens after the final norm, without CLS: [n, patches, width] in the last chunk."""
+        tokens = self.encode(images)
+        return tokens[:, 1:] if self.last else tokens
 
     def _embed(self, images: Tensor, masks: Tensor | None, kept: Tensor | None) -> Tensor:
         patches = self.patch_embed(images.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)

@@ -1,0 +1,135 @@
+"""The first steps of a stage on local ranks that share the work in any layout: losses, gradients, weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stages.clip import ContrastiveStage
+from stages.mim import MaskedStage
+from tests.distributed import run_ranks
+from w2s.config.load import load
+from w2s.config.sections import Config
+from w2s.data.stream import Stream
+from w2s.megatron import groups
+from w2s.megatron.groups import Ranks
+from w2s.megatron.initialize import global_name
+from w2s.optim.schedule import lr_factor
+
+STAGES = {"mim": MaskedStage, "clip": ContrastiveStage}
+
+Pieces = dict[str, tuple[Tensor, int | None]]
+"""Tensors by global name, with the axis that tensor-parallel ranks split them over."""
+
+
+@dataclass
+class Steps:
+    """What the first steps of a stage gave."""
+
+    losses: list[float]
+    """Loss of every step."""
+    gradients: dict[str, Tensor]
+    """Whole gradients of the first step, by tower and global name."""
+    weights: dict[str, Tensor]
+    """Whole weights after the last step."""
+    teacher_images: float
+    """Images that the teacher of a rank has seen in a step."""
+
+
+def run_layouts(world_size: int, cases: dict[str, tuple[str, Sequence[str]]], steps: int) -> dict[str, Steps]:
+    """Run each case (stage, overrides) on the same `world_size` ranks, one after the other."""
+    configs = {name: load(stage, overrides) for name, (stage, overrides) in cases.items()}
+    everyone = run_ranks(_all_cases, world_size, configs, steps)
+    return {name: _join([results[name] for results in everyone]) for name in cases}
+
+
+def run_alone(config: Config, ranks: Ranks, steps: int) -> Steps:
+    """Run a case in this process."""
+    return _join([_steps(config, ranks, steps)])
+
+
+def _all_cases(configs: dict[str, Config], steps: int) -> dict[str, dict[str, Any]]:
+    results = {}
+    for name, config in configs.items():
+        with groups.split(config.parallel, torch.device("cpu")) as ranks:
+            results[name] = _steps(config, ranks, steps)
+    return results
+
+
+def _steps(config: Config, ranks: Ranks, steps: int) -> dict[str, Any]:
+    stage = STAGES[config.stage](config, ranks)
+    stream = Stream(
+        config.data,
+        stage.spec,
+        global_batch=config.train.global_batch,
+        seed=config.run.seed,
+        rank=ranks.reader,
+        size=ranks.world_size,
+    )
+    logs, gradients = [], {}
+    for step in range(steps):
+        stage.optimizer.zero_grad()
+        logs.append(ranks.mean(stage.step(stream.next())))
+        if step == 0:
+            gradients = _gradients(stage, ranks)
+        stage.optimizer.step(lr_factor(step, config.train.steps, config.optim))
+        stage.after_update()
+    stage.optimizer.gather_weights()
+    weights = _pieces(stage, lambda parameter: parameter.detach().clone())
+    return {"logs": logs, "gradients": gradients, "weights": weights}
+
+
+def _gradients(stage: Any, ranks: Ranks) -> Pieces:
+    """Every data-parallel rank has reduced its slices of the buffers alone: join them first."""
+    for tower in stage.towers.values():
+        for buffer in (buffer for chunk in tower.chunks for buffer in chunk.buffers):
+            for bucket in buffer.buckets:
+                own = bucket.grad_data.chunk(ranks.data_size)[ranks.data_rank].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, own, group=ranks.data_group)
+    return _pieces(stage, lambda parameter: parameter.main_grad.clone())
+
+
+def _pieces(stage: Any, take: Any) -> Pieces:
+    return {
+        f"{tower_name}.{global_name(part, name)}": (
+            take(parameter),
+            parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None,
+        )
+        for tower_name, tower in stage.towers.items()
+        for part in tower.parts
+        for name, parameter in part.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _join(everyone: list[dict[str, Any]]) -> Steps:
+    logs = everyone[0]["logs"]
+    assert all(each["logs"] == logs for each in everyone), "every rank logs the same"
+    return Steps(
+        losses=[log["loss"] for log in logs],
+        gradients=join_pieces([each["gradients"] for each in everyone]),
+        weights=join_pieces([each["weights"] for each in everyone]),
+        teacher_images=logs[0].get("teacher_images_per_rank", 0.0),
+    )
+
+
+def join_pieces(everyone: Sequence[Pieces]) -> dict[str, Tensor]:
+    """Make whole tensors of what the ranks hold, ranks in their order; copies must be equal to the bit."""
+    found: dict[str, list[Tensor]] = {}
+    axes: dict[str, int | None] = {}
+    for pieces in everyone:
+        for name, (piece, axis) in pieces.items():
+            found.setdefault(name, []).append(piece)
+            axes[name] = axis
+    return {name: _whole(name, pieces, axes[name]) for name, pieces in found.items()}
+
+
+def _whole(name: str, pieces: list[Tensor], axis: int | None) -> Tensor:
+    distinct = [piece for n, piece in enumerate(pieces) if not any(torch.equal(piece, p) for p in pieces[:n])]
+    if axis is None:
+        assert len(distinct) == 1, f"{name} differs between ranks"
+        return distinct[0]
+    return torch.cat(distinct, axis)

@@ -1,0 +1,176 @@
+"""Parallel layouts that cannot work, and those that would do nothing, are refused before a run starts."""
+
+from w2s.config.sections import Config, ParallelConfig
+from w2s.errors import ConfigError
+
+
+def model_parallel_size(parallel: ParallelConfig) -> int:
+    """Return how many ranks hold one copy of the model together."""
+    return parallel.tensor * parallel.pipeline
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Refuse a layout that the ranks or the towers of a stage do not divide into.
+
+    Raises:
+        ConfigError: with the key, its value and the legal ones.
+    """
+    parallel = config.parallel
+    _check_sizes(parallel, world_size)
+    _check_options(config, world_size // model_parallel_size(parallel))
+    for name in _towers(config):
+        _check_tensor(config, name)
+        _check_pipeline(config, name)
+
+
+def check_micro_batches(config: Config, world_size: int) -> None:
+    """Refuse a batch that the readers cannot share, that does not fill the pipeline, or whose rows do not divide.
+
+    Raises:
+        ConfigError: with the key, its value and the legal ones.
+    """
+    parallel, train = config.parallel, config.train
+    size = model_parallel_size(parallel)
+    if train.global_batch % world_size:
+        legal = max(1, train.global_batch // world_size) * world_size
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} is not divisible by {world_size} ranks, each of which reads and "
+            f"teaches its share: use train.global_batch={legal}"
+        )
+    share = train.global_batch // (world_size // size)
+    micro = min(train.micro_batch, share)
+    count, stages = share // micro, parallel.pipeline
+    if count < stages or (parallel.virtual_pipeline > 1 and count % stages):
+        legal_sizes = [n for n in range(1, share + 1) if share % n == 0 and _fills(share // n, parallel)]
+        least = f"train.global_batch={stages * (world_size // size)} or more"
+        fix = f"use train.micro_batch={_listed(legal_sizes)}" if legal_sizes else f"use {least}"
+        raise ConfigError(
+            f"train.micro_batch={train.micro_batch} makes {count} micro-batches of the {share} samples of a "
+            f"data-parallel rank, which do not fill {stages} pipeline stages: {fix}"
+        )
+    if parallel.sequence:
+        _check_rows(config, micro, share)
+
+
+def _fills(count: int, parallel: ParallelConfig) -> bool:
+    return count % parallel.pipeline == 0 if parallel.virtual_pipeline > 1 else count >= parallel.pipeline
+
+
+def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
+    for name in ("tensor", "pipeline", "virtual_pipeline"):
+        value = getattr(parallel, name)
+        if value < 1:
+            raise ConfigError(f"parallel.{name}={value} must be at least 1")
+    size = model_parallel_size(parallel)
+    if world_size % size:
+        needs = f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} needs a multiple of {size}"
+        raise ConfigError(f"{needs} ranks, there are {world_size}: use --nproc {size}, or smaller sizes")
+
+
+def _check_options(config: Config, replicas: int) -> None:
+    """Refuse what would do nothing, or do it wrongly."""
+    parallel = config.parallel
+    useless = {
+        "parallel.sequence=true": (parallel.sequence and parallel.tensor == 1, "parallel.tensor=1"),
+        f"parallel.virtual_pipeline={parallel.virtual_pipeline}": (
+            parallel.virtual_pipeline > 1 and parallel.pipeline == 1,
+            "parallel.pipeline=1",
+        ),
+        f"parallel.recompute_layers={parallel.recompute_layers}": (
+            parallel.recompute_layers and parallel.recompute != "full",
+            f"parallel.recompute={parallel.recompute}",
+        ),
+        "parallel.overlap_grad_reduce=true": (
+            parallel.overlap_grad_reduce and replicas == 1,
+            "one data-parallel rank",
+        ),
+        "parallel.overlap_param_gather=true": (
+            parallel.overlap_param_gather and replicas == 1,
+            "one data-parallel rank",
+        ),
+        "precision.gradients=bf16": (
+            config.precision.gradients == "bf16" and config.precision.compute == "fp32",
+            "precision.compute=fp32",
+        ),
+    }
+    for option, (refused, reason) in useless.items():
+        if refused:
+            raise ConfigError(f"{option} does nothing with {reason}: leave it out")
+    if parallel.recompute_layers < 0:
+        raise ConfigError(f"parallel.recompute_layers={parallel.recompute_layers} must be 0 (all layers) or more")
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        raise ConfigError("parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true: set both")
+
+
+def _towers(config: Config) -> list[str]:
+    return ["vision"] if config.stage == "mim" else ["vision", "text"]
+
+
+def _check_tensor(config: Config, name: str) -> None:
+    tower, tensor = getattr(config.model, name), config.parallel.tensor
+    for field in ("heads", "mlp_width"):
+        value = getattr(tower, field)
+        if value % tensor:
+            raise ConfigError(
+                f"parallel.tensor={tensor} does not divide model.{name}.{field}={value}: "
+                f"use parallel.tensor={_listed(_legal_tensor_sizes(config))}"
+            )
+
+
+def _legal_tensor_sizes(config: Config) -> list[int]:
+    towers = [getattr(config.model, name) for name in _towers(config)]
+    most = min(tower.heads for tower in towers)
+    return [
+        size
+        for size in range(1, most + 1)
+        if all(tower.heads % size == 0 and tower.mlp_width % size == 0 for tower in towers)
+    ]
+
+
+def _check_pipeline(config: Config, name: str) -> None:
+    parallel, layers = config.parallel, getattr(config.model, name).layers
+    stages, split = parallel.pipeline * parallel.virtual_pipeline, getattr(parallel, f"{name}_split")
+    if layers < stages:
+        raise ConfigError(
+            f"parallel.pipeline={parallel.pipeline} x parallel.virtual_pipeline={parallel.virtual_pipeline} makes "
+            f"{stages} stages of model.{name}.layers={layers}: use at most {layers}"
+        )
+    if split and (len(split) != stages or sum(split) != layers or min(split) < 1):
+        raise ConfigError(
+            f"parallel.{name}_split={list(split)} must have {stages} whole numbers above 0 that add up to "
+            f"model.{name}.layers={layers}: leave it out, or use such as {_even(layers, stages)}"
+        )
+
+
+def _even(layers: int, stages: int) -> list[int]:
+    return [layers // stages + (stage < layers % stages) for stage in range(stages)]
+
+
+def _check_rows(config: Config, micro: int, share: int) -> None:
+    """Packed rows: the tokens of a whole micro-batch have to divide, not those of an image."""
+    tensor = config.parallel.tensor
+    for tokens in _tokens(config):
+        if micro * tokens % tensor:
+            legal = [n for n in range(1, share + 1) if share % n == 0 and n * tokens % tensor == 0]
+            fix = f"use train.micro_batch={_listed(legal)}" if legal else "use parallel.sequence=false"
+            raise ConfigError(
+                f"parallel.sequence=true cannot share the {micro} x {tokens} tokens of a micro-batch among "
+                f"parallel.tensor={tensor} ranks: {fix}"
+            )
+
+
+def _tokens(config: Config) -> list[int]:
+    patches = config.model.vision.patches
+    if config.stage == "mim":
+        return [1 + patches]
+    return [1 + kept_patches(config), config.model.text.context_length]
+
+
+def kept_patches(config: Config) -> int:
+    """Return how many patches of an image the vision tower sees in the contrastive stage."""
+    patches, dropout = config.model.vision.patches, config.clip.patch_dropout
+    return max(1, int(patches * (1 - dropout))) if dropout else patches
+
+
+def _listed(values: list[int]) -> str:
+    return " or ".join(map(str, values)) if len(values) < 3 else ", ".join(map(str, values[:-1])) + f" or {values[-1]}"
