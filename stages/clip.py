@@ -51,8 +51,6 @@ class ContrastiveStage:
         self.vision, self.text = (
             data_parallel(tower, config.parallel, config.precision) for tower in build_clip(config, dtype, ranks.device)
         )
-        if self.text.tail is not None:
-            self.text.tail.logit_scale.requires_grad_(config.clip.learn_logit_scale)
         self.towers: Towers = {"vision": self.vision, "text": self.text}
         self.optimizer = Optimizer(self.towers, config.optim, dtype)
         self.probe = ClipProbe(config, ranks)

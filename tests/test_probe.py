@@ -11,6 +11,7 @@ from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import fill
+from w2s.megatron.sharded import ShardedTower, shard
 from w2s.probe import Probe, patch_features, teacher_features
 from w2s.teachers.build import build_teacher
 from w2s.towers.initial import vision_rule
@@ -26,10 +27,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return load("mim", ["model=tiny", "hardware=cpu", "teacher.source=timm:test_vit", "eval.knn_k=3", *shards])
 
 
-def random_tower(config: Config) -> VisionTower:
-    tower = VisionTower(config.model.vision, ParallelConfig(), torch.float32)
-    fill(tower, vision_rule(config.model.vision, config.init.post_norm), config.run.seed)
-    return tower
+def random_tower(config: Config) -> ShardedTower[VisionTower]:
+    def chunk(number: int) -> VisionTower:
+        tower = VisionTower(config.model.vision, 1, ParallelConfig(), torch.float32, number)
+        fill(tower, vision_rule(config.model.vision, config.init.post_norm), config.run.seed)
+        return tower
+
+    return shard(chunk, ParallelConfig(), torch.device("cpu"))
 
 
 def test_features_are_those_of_the_patches_alone(alone: Ranks, config: Config) -> None:
@@ -37,7 +41,7 @@ def test_features_are_those_of_the_patches_alone(alone: Ranks, config: Config) -
     assert images.shape == (4, 3, 32, 32)
     tower = random_tower(config)
     pixels = (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    torch.testing.assert_close(patch_features(tower, images), tower.encode(pixels)[:, 1:])
+    torch.testing.assert_close(patch_features(tower, images), tower.parts[0].encode(pixels)[:, 1:])
     teacher = build_teacher(config.teacher, grid=4, device="cpu")
     features = teacher_features(teacher, torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     black = -torch.tensor(teacher.mean) / torch.tensor(teacher.std)

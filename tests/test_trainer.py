@@ -19,8 +19,7 @@ from w2s.data.batch import Batch
 from w2s.data.sample import SampleSpec
 from w2s.errors import StopRun, UserError, W2SError
 from w2s.megatron.groups import Ranks
-from w2s.megatron.optimizer import Optimizer, data_parallel
-from w2s.megatron.state import Towers
+from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.tracking.history import read_history
 from w2s.tracking.tracker import Tracker
 from w2s.trainer import Trainer
@@ -30,9 +29,8 @@ class Counting:
     """A stage whose loss is the number of samples that it has seen."""
 
     def __init__(self, config: Config) -> None:
-        student = data_parallel(make_student())
-        self.towers: Towers = {"vision": student}
-        self.optimizer = Optimizer({"vision": student}, config.optim, torch.float32)
+        self.towers: Towers = {"vision": make_student()}
+        self.optimizer = Optimizer(self.towers, config.optim, torch.float32)
         self.spec = SampleSpec(image_size=8, grid=1)
         self.seen = 0
         self.indices: list[int] = []

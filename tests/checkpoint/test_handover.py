@@ -14,7 +14,8 @@ from w2s.errors import CheckpointError
 from w2s.megatron import state
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import fill
-from w2s.megatron.optimizer import Optimizer, data_parallel
+from w2s.megatron.optimizer import Optimizer
+from w2s.megatron.sharded import ShardedTower, shard
 from w2s.towers.clip import ImageTower
 from w2s.towers.initial import vision_rule
 
@@ -22,7 +23,7 @@ from w2s.towers.initial import vision_rule
 @pytest.fixture
 def checkpoint(alone: Ranks, tmp_path: Path) -> Path:
     """A masked student's checkpoint after one step."""
-    student = data_parallel(make_student())
+    student = make_student()
     optimizer = Optimizer({"vision": student}, OptimConfig(), torch.float32)
     optimizer.zero_grad()
     optimizer.step(1.0)
@@ -33,19 +34,23 @@ def checkpoint(alone: Ranks, tmp_path: Path) -> Path:
     )
 
 
-def image_tower(shape: VisionConfig) -> ImageTower:
-    tower = ImageTower(shape, 16, ParallelConfig(), torch.float32)
-    fill(tower, vision_rule(shape, post_norm=1.0), seed=77)
-    return tower
+def image_tower(shape: VisionConfig) -> ShardedTower[ImageTower]:
+    def chunk(number: int) -> ImageTower:
+        tower = ImageTower(shape, 16, ParallelConfig(), torch.float32, number)
+        fill(tower, vision_rule(shape, post_norm=1.0), seed=77)
+        return tower
+
+    return shard(chunk, ParallelConfig(), torch.device("cpu"))
 
 
 def test_layers_are_taken_over_and_the_head_starts_afresh(checkpoint: Path) -> None:
-    tower, untouched = image_tower(SHAPE), image_tower(SHAPE)
-    handover = hand_over(tower, "vision", checkpoint)
+    sharded, (untouched,) = image_tower(SHAPE), image_tower(SHAPE).parts
+    handover = hand_over(sharded, "vision", checkpoint)
+    (tower,) = sharded.parts
     assert handover.dropped == ["vision.lm_head.bias", "vision.lm_head.weight", "vision.mask_token"]
     assert handover.new == ["vision.head.weight"]
     assert torch.equal(tower.head.weight, untouched.head.weight)
-    student = dict(make_student().named_parameters())
+    student = dict(make_student().parts[0].named_parameters())
     # No weight decay and no gradient: the step before the checkpoint has left the norms and positions alone.
     assert torch.equal(tower.pos_embed, student["pos_embed"])
     assert torch.equal(tower.blocks.layers[1].mlp_bda.norm.weight, student["blocks.layers.1.mlp_bda.norm.weight"])

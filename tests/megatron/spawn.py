@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from tests.distributed import run_ranks
-from w2s.config.sections import ParallelConfig, VisionConfig
+from w2s.config.sections import ParallelConfig, PrecisionConfig, VisionConfig
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import fill
+from w2s.megatron.sharded import ShardedTower, data_parallel, shard
 from w2s.towers.initial import vision_rule
 from w2s.towers.masked import MaskedStudent
 
@@ -27,10 +28,15 @@ def _call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return fn(ranks, *args)
 
 
-def make_student(dtype: torch.dtype = torch.float32, shape: VisionConfig = SHAPE) -> MaskedStudent:
-    student = MaskedStudent(shape, TARGET_WIDTH, ParallelConfig(), dtype)
-    fill(student, vision_rule(shape, post_norm=0.5), seed=1)
-    return student
+def make_student(dtype: torch.dtype = torch.float32) -> ShardedTower[MaskedStudent]:
+    """A student on one model-parallel rank, ready to be trained."""
+
+    def chunk(number: int) -> MaskedStudent:
+        student = MaskedStudent(SHAPE, TARGET_WIDTH, ParallelConfig(), dtype, number)
+        fill(student, vision_rule(SHAPE, post_norm=0.5), seed=1)
+        return student
+
+    return data_parallel(shard(chunk, ParallelConfig(), torch.device("cpu")), ParallelConfig(), PrecisionConfig())
 
 
 def make_batch(ranks: Ranks, images: int = 8) -> dict[str, torch.Tensor]:

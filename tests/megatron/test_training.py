@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.megatron.spawn import make_batch, make_student, run_split
+from tests.megatron.spawn import SHAPE, make_batch, make_student, run_split
 from w2s.config.sections import OptimConfig
 from w2s.megatron import state
 from w2s.megatron.groups import Ranks
-from w2s.megatron.optimizer import Optimizer, data_parallel
+from w2s.megatron.optimizer import Optimizer
 from w2s.megatron.schedule import Loss, Reported, forward_backward, forward_only
 from w2s.objectives.masked import masked_cosine_loss
-from w2s.towers.masked import MaskedStudent
+from w2s.towers.masked import MaskedStudent, at_places, masked_places
 
 RELATIVE = 1e-5
 """Float32 sums in another order: 1e-7 a sum, grown over five steps of an optimizer that divides by small roots."""
@@ -25,7 +25,8 @@ class Run:
 
     def __init__(self, ranks: Ranks, optim: OptimConfig, dtype: torch.dtype = torch.float32) -> None:
         self.ranks = ranks
-        self.student = data_parallel(make_student(dtype))
+        self.student = make_student(dtype)
+        (self.tower,) = self.student.parts
         self.optimizer = Optimizer({"vision": self.student}, optim, dtype)
         self.batch = make_batch(ranks)
 
@@ -36,7 +37,8 @@ class Run:
             for values in zip(*(tensor.chunk(micro_batches) for tensor in self.batch.values()), strict=True)
         ]
         self.optimizer.zero_grad()
-        reports = forward_backward(self.student, parts, masked_forward)
+        rows = len(parts[0]["images"]) * (1 + SHAPE.patches)
+        reports = forward_backward(self.student, parts, masked_forward, rows)
         loss = torch.stack([report["loss"] for report in reports]).mean()
         norm = self.optimizer.step(1.0)
         torch.distributed.all_reduce(loss, group=self.ranks.data_group)
@@ -46,17 +48,17 @@ class Run:
         return [self.step(micro_batches) for _ in range(count)]
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.student.module.named_parameters()}
+        return {name: value.detach().clone() for name, value in self.tower.named_parameters()}
 
 
 def masked_forward(student: MaskedStudent, part: dict[str, Tensor]) -> tuple[Tensor, Loss]:
-    rows = part["masks"].flatten().nonzero().squeeze(1)
+    places = masked_places(part["masks"], int(part["masks"][0].sum()))
 
     def loss(predictions: Tensor) -> tuple[Tensor, Reported]:
-        value = masked_cosine_loss(predictions, part["targets"].flatten(0, 1)[rows])
+        value = masked_cosine_loss(predictions, at_places(part["targets"], places))
         return value, {"loss": value.detach()}
 
-    return student(part["images"], part["masks"], rows), loss
+    return student(part["images"], part["masks"], places), loss
 
 
 def optim(name: str, **changes: Any) -> OptimConfig:
@@ -100,7 +102,7 @@ def test_clipping_bounds_the_update(alone: Ranks) -> None:
     unclipped, clipped = Run(alone, config), Run(alone, OptimConfig(lr=1e-2, clip_grad=1e-9))
     assert unclipped.step()[1] == pytest.approx(clipped.step()[1]), "the norm is measured before clipping, also without"
     change = [
-        (run.student.module.lm_head.weight - make_student().lm_head.weight).abs().max() for run in (unclipped, clipped)
+        (run.tower.lm_head.weight - make_student().parts[0].lm_head.weight).abs().max() for run in (unclipped, clipped)
     ]
     # At a norm of 1e-9 the gradients vanish beside Adam's eps of 1e-6; what is left is the weight decay.
     assert change[0] > 0.5e-2
@@ -110,16 +112,15 @@ def test_clipping_bounds_the_update(alone: Ranks) -> None:
 def test_forward_only_gives_outputs_and_no_gradients(alone: Ranks) -> None:
     run = Run(alone, optim("adamw"))
     run.optimizer.zero_grad()
-    rows = torch.arange(4)
 
     def predict(student: MaskedStudent, images: Tensor) -> Tensor:
-        return student(images, torch.zeros(len(images), 16, dtype=torch.bool), rows)
+        places = torch.tensor([3, 9]).expand(len(images), -1)
+        return student(images, torch.zeros(len(images), 16, dtype=torch.bool), places)
 
-    outputs = forward_only(run.student, list(run.batch["images"].split(4)), predict)
-    whole = run.student.module(run.batch["images"], torch.zeros(8, 16, dtype=torch.bool), torch.tensor([0, 1, 64, 65]))
-    torch.testing.assert_close(torch.cat([output[:2] for output in outputs]), whole)
+    outputs = forward_only(run.student, list(run.batch["images"].split(4)), predict, 4 * (1 + SHAPE.patches))
+    torch.testing.assert_close(torch.cat(outputs), predict(run.tower, run.batch["images"]))
     assert not any(output.requires_grad for output in outputs)
-    assert all(float(parameter.main_grad.abs().max()) == 0 for parameter in run.student.module.parameters())
+    assert all(float(parameter.main_grad.abs().max()) == 0 for parameter in run.tower.parameters())
 
 
 def resumed(ranks: Ranks, folder: Path, config: OptimConfig) -> list[tuple[float, float]]:

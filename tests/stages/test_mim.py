@@ -15,6 +15,7 @@ from w2s.data.batch import Batch, given, normalize
 from w2s.data.stream import Stream
 from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
+from w2s.probe import teacher_features
 from w2s.towers.vision import MEAN, STD
 from w2s.trainer import Trainer
 
@@ -51,7 +52,8 @@ def test_the_loss_is_minus_the_masked_cosine(alone: Ranks, config: Config) -> No
     flat = features.flatten(0, 1)
     targets = (features - flat.mean(0)) / (flat.var(0, correction=0) + EPS).sqrt()
     with torch.no_grad():
-        predictions = stage.student.module(images, masks, torch.arange(masks.numel())).unflatten(0, masks.shape)
+        (student,) = stage.student.parts
+        predictions = student(images, masks, torch.arange(masks.shape[1]).expand(16, -1))
     cosines = F.cosine_similarity(predictions.double(), targets, dim=-1)
     by_hand = -sum(cosines[image][masks[image]].mean().item() for image in range(16)) / 16
     assert stage.step(batch)["loss"].item() == pytest.approx(by_hand, rel=0, abs=1e-6)  # float32 against float64
@@ -69,7 +71,8 @@ def test_the_logged_loss_is_that_of_the_step_and_the_checkpoint_has_the_statisti
     first = [next(stream) for _ in range(4)]
     assert history(root / "by-hand", "loss")[0] == fresh.step(first[0])["loss"].item()
 
-    seen = torch.cat([fresh._teach(batch).flatten(0, 1) for batch in first]).double()
+    seen = torch.cat([teacher_features(fresh.teacher, given(batch.teacher_images)) for batch in first])
+    seen = seen.flatten(0, 1).double()
     again = MaskedStage(config, alone)
     checkpoint = root / "by-hand" / "checkpoints" / "step-00000004"
     extra = state.load(checkpoint, again.towers, again.optimizer, step=4)

@@ -62,7 +62,8 @@ def clip_step(config: Config, ranks: Ranks) -> tuple[float, dict[str, Tensor]]:
     gradients = {
         f"{name}.{key}": parameter.main_grad.clone()
         for name, tower in stage.towers.items()
-        for key, parameter in tower.module.named_parameters()
+        for part in tower.parts
+        for key, parameter in part.named_parameters()
     }
     return loss, gradients
 

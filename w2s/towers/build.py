@@ -38,6 +38,8 @@ def build_clip(
     def text_chunk(number: int) -> TextTower:
         tower = TextTower(model.text, model.embed_dim, config.parallel, dtype, number)
         fill(tower, text_rule(model.text, config.clip.logit_scale), seed)
+        if tower.last:
+            tower.logit_scale.requires_grad_(config.clip.learn_logit_scale)
         return tower
 
     return shard(vision_chunk, config.parallel, device), shard(text_chunk, config.parallel, device)

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 
 _FORMATS = {
+    "teacher_images_per_rank": "teacher {:.0f} images/rank",
     "grad_norm": "grad {:.3f}",
     "lr": "lr {:.2e}",
     "samples_per_second": "{:,.0f} samples/s",

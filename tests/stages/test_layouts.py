@@ -1,0 +1,156 @@
+"""Both stages give the same numbers in every parallel layout: losses, gradients, weights after LAMB."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.stages.conftest import Material
+from tests.stages.layouts import Steps, run_alone, run_layouts
+from w2s.config.load import load
+from w2s.config.sections import ParallelConfig
+from w2s.megatron import groups
+
+STEPS = 5
+RELATIVE = 1e-5
+"""Of losses, and of gradients beside the largest of their tensor: float32 rounds to 6e-8, sums over a width of 32 and
+some hundred rows in another order differ by a few of these a layer, and five steps pass them on."""
+
+TENSOR, SEQUENCE, PIPELINE = "parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"
+VIRTUAL = "parallel.virtual_pipeline=2"
+SPLITS = ["parallel.vision_split=[1,3]", "parallel.text_split=[3,1]"]
+OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+
+LAYOUTS: dict[int, dict[str, list[str]]] = {
+    1: {
+        "accumulation": ["train.micro_batch=4"],
+        "full recompute": ["parallel.recompute=full"],
+        "recompute of one layer": ["parallel.recompute=full", "parallel.recompute_layers=1"],
+        "selective recompute": ["parallel.recompute=selective"],
+    },
+    2: {
+        "data": ["train.micro_batch=8"],
+        "data, overlapped": ["train.micro_batch=4", *OVERLAP],
+        "tensor": [TENSOR],
+        "tensor and sequence": [TENSOR, SEQUENCE],
+        "pipeline": [PIPELINE, "train.micro_batch=4"],
+        "uneven pipeline": [
+            PIPELINE,
+            "train.micro_batch=4",
+            "parallel.vision_split=[1,3]",
+            "parallel.text_split=[3,1]",
+        ],
+        "virtual pipeline": [PIPELINE, VIRTUAL, "train.micro_batch=4"],
+        "virtual pipeline, recomputed": [PIPELINE, VIRTUAL, "train.micro_batch=4", "parallel.recompute=full"],
+    },
+    4: {
+        "tensor, pipeline": [TENSOR, PIPELINE, "train.micro_batch=4"],
+        "tensor, sequence, virtual pipeline": [TENSOR, SEQUENCE, PIPELINE, VIRTUAL, "train.micro_batch=4"],
+        "tensor, data": [TENSOR, SEQUENCE, "train.micro_batch=8"],
+        "pipeline, data": [PIPELINE, "train.micro_batch=4"],
+    },
+    8: {"tensor, pipeline, data": [TENSOR, SEQUENCE, PIPELINE, "train.micro_batch=4", *OVERLAP]},
+}
+
+
+@pytest.fixture(scope="module")
+def common(material: Material) -> list[str]:
+    return [
+        "model=tiny",
+        "model.vision.layers=4",
+        "model.text.layers=4",
+        "hardware=cpu",
+        f"teacher.source=timm:test_vit@{material.teacher}",
+        "teacher.target_norm=standardize",
+        "data.builtin=none",
+        f"data.train={material.train}",
+        "data.workers=0",
+        "eval.shards=",
+        "eval.knn_shards=",
+        "train.steps=5",
+        "train.global_batch=16",
+        "train.micro_batch=16",
+        "optim.warmup=1",
+        # Adam makes a whole step of a gradient that is all rounding error: the rate keeps it small.
+        "optim.lr=1e-4",
+        "optim.vision_layer_decay=0.8",
+        "init.post_norm=0.5",
+    ]
+
+
+def options(stage: str, common: Sequence[str]) -> list[str]:
+    return [*common, "init.vision=none"] if stage == "clip" else list(common)
+
+
+@pytest.fixture(scope="module")
+def whole(common: list[str]) -> dict[str, Steps]:
+    """Both stages on one process in one micro-batch."""
+    with groups.start(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
+        return {stage: run_alone(load(stage, options(stage, common)), ranks, STEPS) for stage in ("mim", "clip")}
+
+
+def relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest difference beside the largest value of its tensor, and where."""
+    assert ours.keys() == theirs.keys()
+    return max((float((ours[n] - value).abs().max() / value.abs().max()), n) for n, value in theirs.items())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_every_layout_gives_the_numbers_of_one_process(whole: dict[str, Steps], common: list[str], ranks: int) -> None:
+    cases = {
+        f"{stage}: {name}": (stage, [*options(stage, common), *changes])
+        for name, changes in LAYOUTS[ranks].items()
+        for stage in whole
+    }
+    for name, steps in run_layouts(ranks, cases, STEPS).items():
+        expected = whole[name.partition(":")[0]]
+        assert steps.losses == pytest.approx(expected.losses, rel=RELATIVE), name
+        error, where = relative_error(steps.gradients, expected.gradients)
+        assert error < RELATIVE, f"{name}: gradient of {where} is off by {error:.1e}"
+
+
+def test_layouts_compute_something(whole: dict[str, Steps]) -> None:
+    """The comparisons above could not hold by accident: five different losses, no gradient that is all zero."""
+    for steps in whole.values():
+        assert len(set(steps.losses)) == STEPS
+        assert all(float(gradient.abs().max()) > 0 for gradient in steps.gradients.values())
+
+
+def test_no_image_is_taught_twice(whole: dict[str, Steps], common: list[str]) -> None:
+    assert whole["mim"].teacher_images == 16
+    steps = run_layouts(2, {"mim": ("mim", [*common, TENSOR])}, 1)["mim"]
+    assert steps.teacher_images == 8, "the ranks of a model-parallel group share the images"
+
+
+def test_sharded_lamb_is_lamb(common: list[str]) -> None:
+    """Weights after five steps, at weight decay 0, with layer decay and a rate a tower."""
+    lamb = [
+        *options("clip", common),
+        "optim.name=lamb",
+        "optim.lr=1e-3",
+        "optim.text_lr=3e-4",
+        # K's bias has no effect: its gradient is rounding error, which LAMB would blow up to the size of the others.
+        # This eps lets only gradients above it through.
+        "optim.eps=1e-3",
+    ]
+    layouts = {"data": ["train.micro_batch=8"], "tensor": [TENSOR], "pipeline": [PIPELINE, "train.micro_batch=8"]}
+    alone = run_layouts(1, {"alone": ("clip", lamb)}, STEPS)["alone"]
+    split = run_layouts(2, {name: ("clip", [*lamb, *changes]) for name, changes in layouts.items()}, STEPS)
+    for name, steps in split.items():
+        error, where = relative_error(steps.weights, alone.weights)
+        assert error < RELATIVE, f"{name}: {where} is off by {error:.1e}"
+    adam = run_layouts(1, {"adam": ("clip", [*lamb, "optim.name=adamw"])}, STEPS)["adam"]
+    weight = "vision.blocks.0.mlp.linear_fc1.weight"
+    assert (adam.weights[weight] - alone.weights[weight]).abs().max() > 1e-4, "the trust ratio acts"
+
+
+def test_bfloat16_gradients_are_close(common: list[str]) -> None:
+    """Gradients accumulated in bfloat16, which has eight bits: a different sum, and not a wrong one."""
+    bf16 = [*common, "precision.compute=bf16", "train.micro_batch=4"]
+    cases = {"fp32": ("mim", bf16), "bf16": ("mim", [*bf16, "precision.gradients=bf16"])}
+    results = run_layouts(1, cases, 1)
+    name = "vision.lm_head.weight"
+    wide, narrow = results["fp32"].gradients[name], results["bf16"].gradients[name]
+    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+    assert 0 < (wide - narrow).abs().max() / wide.abs().max() < 2**-6
