@@ -35,12 +35,7 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
         "tensor": [TENSOR],
         "tensor and sequence": [TENSOR, SEQUENCE],
         "pipeline": [PIPELINE, "train.micro_batch=4"],
-        "uneven pipeline": [
-            PIPELINE,
-            "train.micro_batch=4",
-            "parallel.vision_split=[1,3]",
-            "parallel.text_split=[3,1]",
-        ],
+        "uneven pipeline": [PIPELINE, *SPLITS, "train.micro_batch=4"],
         "virtual pipeline": [PIPELINE, VIRTUAL, "train.micro_batch=4"],
         "virtual pipeline, recomputed": [PIPELINE, VIRTUAL, "train.micro_batch=4", "parallel.recompute=full"],
     },
@@ -131,8 +126,9 @@ def test_sharded_lamb_is_lamb(common: list[str]) -> None:
         "optim.lr=1e-3",
         "optim.text_lr=3e-4",
         # K's bias has no effect: its gradient is rounding error, which LAMB would blow up to the size of the others.
-        # This eps lets only gradients above it through.
-        "optim.eps=1e-3",
+        # An eps above the clipped gradients keeps such noise as small as it is beside them.
+        "optim.eps=1e-2",
+        "optim.clip_grad=0.1",
     ]
     layouts = {"data": ["train.micro_batch=8"], "tensor": [TENSOR], "pipeline": [PIPELINE, "train.micro_batch=8"]}
     alone = run_layouts(1, {"alone": ("clip", lamb)}, STEPS)["alone"]
