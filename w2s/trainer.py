@@ -29,6 +29,7 @@ from w2s.errors import StopRun, UserError, W2SError
 from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
+from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
 from w2s.stopping import stop_at_once, stop_when_ready
 from w2s.tracking.meters import StepMeter, peak_memory_gib
@@ -102,6 +103,7 @@ class Trainer:
             size=ranks.world_size,
             position=position,
         )
+        self._saving: store.Saving | None = None
         tags = {"w2s.parent_checkpoint": self.parent} if self.parent else {}
         self.tracker = Tracker(config, run, main=ranks.main, resumed_step=self.step, tags=tags)
 
@@ -164,7 +166,9 @@ class Trainer:
                         self._save()
                     if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
                         self._evaluate()
+                    self._finish_saving_if_written()
                 self._stop_if_asked(signals, saved)
+        self._finish_saving()
         self.stream.close()
 
     def _step(self) -> dict[str, Tensor]:
@@ -208,10 +212,24 @@ class Trainer:
             versions={package: version(package) for package in PACKAGES},
         )
 
-        def write(folder: Path) -> None:
-            state.save(folder, self.stage.towers, self.stage.optimizer, self.stage.extra_state())
+        def write(folder: Path) -> Writing:
+            extra, background = self.stage.extra_state(), self.config.checkpoint.async_save
+            return state.save(folder, self.stage.towers, self.stage.optimizer, extra, background)
 
-        store.save(self.run, meta, write, self.config.checkpoint.keep, self.ranks)
+        self._finish_saving()
+        self._saving = store.Saving(self.run, meta, write, self.config.checkpoint.keep, self.ranks)
+        if not self.config.checkpoint.async_save:
+            self._finish_saving()
+
+    def _finish_saving(self) -> None:
+        if self._saving is not None:
+            self._saving.finish()
+            self._saving = None
+
+    def _finish_saving_if_written(self) -> None:
+        # As the others wait in `finish`, no rank may go there alone.
+        if self._saving is not None and not self.ranks.any(not self._saving.written):
+            self._finish_saving()
 
     def _stop_if_asked(self, signals: list[int], saved: bool) -> None:
         # A rank that stopped alone would leave the others waiting.
@@ -219,6 +237,7 @@ class Trainer:
             return
         if not saved:
             self._save()
+        self._finish_saving()
         self.stream.close()
         number = signals[0] if signals else signal.SIGTERM
         name = signal.Signals(number).name

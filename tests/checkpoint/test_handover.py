@@ -8,7 +8,7 @@ import torch
 
 from tests.megatron.spawn import SHAPE, make_student
 from w2s.checkpoint.handover import hand_over, load_all
-from w2s.checkpoint.store import Meta, save
+from w2s.checkpoint.store import Meta, Saving
 from w2s.config.sections import ModelConfig, OptimConfig, ParallelConfig, VisionConfig
 from w2s.errors import CheckpointError
 from w2s.megatron import state
@@ -29,9 +29,10 @@ def checkpoint(alone: Ranks, tmp_path: Path) -> Path:
     optimizer.step(1.0)
     model = {"model": asdict(ModelConfig(name="small", vision=SHAPE))}
     known = Meta(stage="mim", step=1, samples=8, config=model, data={}, parent=None, mlflow_run_id=None, versions={})
-    return save(
+    saving = Saving(
         tmp_path, known, lambda folder: state.save(folder, {"vision": student}, optimizer, {}), keep=1, ranks=alone
     )
+    return saving.finish()
 
 
 def image_tower(shape: VisionConfig) -> ShardedTower[ImageTower]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from w2s.checkpoint.find import find
-from w2s.checkpoint.store import Meta, latest, read_meta, save
+from w2s.checkpoint.store import Meta, Saving, latest, read_meta
 from w2s.errors import CheckpointError
 from w2s.megatron.groups import Ranks
 
@@ -18,8 +18,20 @@ def meta(step: int, **changes: Any) -> Meta:
     return Meta(stage="mim", step=step, samples=8 * step, **{**known, **changes})
 
 
-def write(folder: Path) -> None:
-    (folder / "tensors").write_text("x")
+class Written:
+    """A write that is done at once."""
+
+    written = True
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "tensors").write_text("x")
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
+def save(run: Path, meta: Meta, keep: int, ranks: Ranks) -> Path:
+    return Saving(run, meta, Written, keep, ranks).finish()
 
 
 def finish(run: Path, stage: str = "mim") -> None:
@@ -29,7 +41,7 @@ def finish(run: Path, stage: str = "mim") -> None:
 
 def test_the_newest_are_kept(alone: Ranks, tmp_path: Path) -> None:
     for step in (1, 2, 10):
-        save(tmp_path, meta(step), write, keep=2, ranks=alone)
+        save(tmp_path, meta(step), keep=2, ranks=alone)
     found = latest(tmp_path)
     assert found is not None
     assert read_meta(found) == meta(10)
@@ -37,19 +49,28 @@ def test_the_newest_are_kept(alone: Ranks, tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_leaves_the_one_before(alone: Ranks, tmp_path: Path) -> None:
-    save(tmp_path, meta(1), write, keep=1, ranks=alone)
+    save(tmp_path, meta(1), keep=1, ranks=alone)
 
-    def fail(folder: Path) -> None:
-        write(folder)
-        raise OSError("disk full")
+    class Failing(Written):
+        def finish(self) -> None:
+            raise OSError("disk full")
 
+    saving = Saving(tmp_path, meta(2), Failing, keep=1, ranks=alone)
     with pytest.raises(OSError, match="disk full"):
-        save(tmp_path, meta(2), fail, keep=1, ranks=alone)
+        saving.finish()
     found = latest(tmp_path)
     assert found is not None
     assert read_meta(found).step == 1
-    save(tmp_path, meta(3), write, keep=1, ranks=alone)
+    save(tmp_path, meta(3), keep=1, ranks=alone)
     assert not list(found.parent.glob("*.partial")), "what the failed write left is gone"
+
+
+def test_a_checkpoint_is_the_latest_only_when_it_is_finished(alone: Ranks, tmp_path: Path) -> None:
+    first = save(tmp_path, meta(1), keep=2, ranks=alone)
+    saving = Saving(tmp_path, meta(2), Written, keep=2, ranks=alone)
+    assert saving.written
+    assert latest(tmp_path) == first
+    assert saving.finish() == latest(tmp_path) != first
 
 
 def test_a_run_without_checkpoint_has_no_latest(tmp_path: Path) -> None:
@@ -57,7 +78,7 @@ def test_a_run_without_checkpoint_has_no_latest(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_named(alone: Ranks, tmp_path: Path) -> None:
-    path = save(tmp_path, meta(1), write, keep=1, ranks=alone)
+    path = save(tmp_path, meta(1), keep=1, ranks=alone)
     (path / "meta.json").write_text("{")
     with pytest.raises(CheckpointError, match="step-00000001 is not a w2s checkpoint"):
         read_meta(path)
@@ -72,7 +93,7 @@ def test_a_damaged_checkpoint_is_named(alone: Ranks, tmp_path: Path) -> None:
 def test_a_run_is_found_by_path_name_mlflow_id_and_age(alone: Ranks, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "group" / "second"
     for number, run in enumerate((first, second), start=1):
-        save(run, meta(number), write, keep=1, ranks=alone)
+        save(run, meta(number), keep=1, ranks=alone)
         finish(run)
     os.utime(first / "result.json", (1, 1))
 
@@ -101,7 +122,7 @@ def test_what_cannot_be_found_is_one_line_with_the_key(alone: Ranks, tmp_path: P
 
 
 def test_an_unfinished_run_is_not_the_latest(alone: Ranks, tmp_path: Path) -> None:
-    save(tmp_path / "run", meta(1), write, keep=1, ranks=alone)
+    save(tmp_path / "run", meta(1), keep=1, ranks=alone)
     (tmp_path / "run" / "config.yaml").write_text("")
     with pytest.raises(CheckpointError, match="no finished mim run"):
         find("latest", tmp_path, key="init.vision", stage="mim")

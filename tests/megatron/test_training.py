@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.megatron.spawn import SHAPE, make_batch, make_student, run_split
 from w2s.config.sections import OptimConfig
+from w2s.errors import CheckpointError
 from w2s.megatron import state
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer
@@ -133,7 +134,7 @@ def resumed(ranks: Ranks, folder: Path, config: OptimConfig) -> list[tuple[float
 def interrupted(ranks: Ranks, folder: Path, config: OptimConfig) -> list[tuple[float, float]]:
     run = Run(ranks, config)
     run.steps(3)
-    state.save(folder, {"vision": run.student}, run.optimizer, {"statistics": torch.tensor([1.0, 2.0])})
+    state.save(folder, {"vision": run.student}, run.optimizer, {"statistics": torch.tensor([1.0, 2.0])}).finish()
     return run.steps(3)
 
 
@@ -148,10 +149,31 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two(alone: Ranks, tmp_path: Path)
         assert torch.tensor(rank).allclose(torch.tensor(expected), rtol=RELATIVE)
 
 
+def test_a_background_write_holds_the_moment_it_began(alone: Ranks, tmp_path: Path) -> None:
+    run = Run(alone, optim("adamw"))
+    run.steps(3)
+    writing = state.save(
+        tmp_path, {"vision": run.student}, run.optimizer, {"statistics": torch.tensor([1.0, 2.0])}, True
+    )
+    after = run.steps(3)
+    writing.finish()
+    assert writing.written
+    assert resumed(alone, tmp_path, optim("adamw")) == after
+
+
+def test_a_background_write_that_fails_is_one_line(alone: Ranks, tmp_path: Path) -> None:
+    run = Run(alone, optim("adamw"))
+    run.step()
+    (tmp_path / "__0_0.distcp").mkdir()  # where the first file should go
+    writing = state.save(tmp_path, {"vision": run.student}, run.optimizer, {}, background=True)
+    with pytest.raises(CheckpointError, match=f"^cannot write {tmp_path} .*Is a directory"):
+        writing.finish()
+
+
 def test_names_and_shapes_in_a_checkpoint(alone: Ranks, tmp_path: Path) -> None:
     run = Run(alone, optim("adamw"))
     run.step()
-    state.save(tmp_path, {"vision": run.student}, run.optimizer, {})
+    state.save(tmp_path, {"vision": run.student}, run.optimizer, {}).finish()
     shapes = state.saved_shapes(tmp_path)
     assert shapes == state.tower_shapes({"vision": run.student})
     assert shapes["vision.blocks.layers.1.mlp.linear_fc1.weight"] == (64, 32)

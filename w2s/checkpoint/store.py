@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from w2s.errors import CheckpointError
 from w2s.megatron.groups import Ranks
@@ -78,33 +78,58 @@ def read_meta(checkpoint: Path) -> Meta:
     return Meta(**content)
 
 
-def save(run: Path, meta: Meta, write: Callable[[Path], None], keep: int, ranks: Ranks) -> Path:
-    """Write a checkpoint into a temporary folder, then rename it, then point `latest` to it; every rank calls.
+class Unfinished(Protocol):
+    """Tensors that are being written."""
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its own."""
+
+    def finish(self) -> None:
+        """Wait for all ranks; every rank calls."""
+
+
+class Saving:
+    """A checkpoint that is written into a temporary folder; `finish` renames it, then points `latest` to it.
+
+    Every rank makes one and finishes it, however long after.
 
     Args:
         run: the run's folder.
         meta: what goes into meta.json.
-        write: writes this rank's tensors into an existing empty folder.
+        write: begins to write this rank's tensors into an existing empty folder.
         keep: newest checkpoints that stay.
         ranks: this process among all.
     """
-    folder = checkpoints_of(run)
-    final = folder / f"step-{meta.step:08d}"
-    scratch = folder / f".{final.name}.partial"
-    if ranks.main:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    ranks.barrier()
-    write(scratch)
-    ranks.barrier()
-    if ranks.main:
-        (scratch / "meta.json").write_text(json.dumps(asdict(meta), indent=1), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        scratch.rename(final)
-        _point(folder, final)
-        _prune(folder, keep)
-    ranks.barrier()
-    return final
+
+    def __init__(self, run: Path, meta: Meta, write: Callable[[Path], Unfinished], keep: int, ranks: Ranks) -> None:
+        self._meta, self._keep, self._ranks = meta, keep, ranks
+        self._folder = checkpoints_of(run)
+        self._final = self._folder / f"step-{meta.step:08d}"
+        self._scratch = self._folder / f".{self._final.name}.partial"
+        if ranks.main:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.mkdir(parents=True)
+        ranks.barrier()
+        self._writing = write(self._scratch)
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its tensors."""
+        return self._writing.written
+
+    def finish(self) -> Path:
+        """Make it the newest checkpoint, when all ranks have written; return its folder. Every rank calls."""
+        self._writing.finish()
+        if self._ranks.main:
+            meta = json.dumps(asdict(self._meta), indent=1)
+            (self._scratch / "meta.json").write_text(meta, encoding="utf-8")
+            shutil.rmtree(self._final, ignore_errors=True)
+            self._scratch.rename(self._final)
+            _point(self._folder, self._final)
+            _prune(self._folder, self._keep)
+        self._ranks.barrier()
+        return self._final
 
 
 def _point(folder: Path, checkpoint: Path) -> None:

@@ -1,9 +1,6 @@
 """Distributed save and load of towers, optimizer and small extra state, in Megatron's fully reshardable format."""
 
-import logging
-import queue
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +8,21 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from w2s.errors import CheckpointError
 from w2s.megatron.optimizer import Optimizer, Towers
-
-# It logs what it raises as well.
-logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
+from w2s.megatron.writing import Writing, reporting
 
 
-def save(folder: Path, towers: Towers, optimizer: Optimizer, extra: Mapping[str, Tensor]) -> None:
-    """Write towers, optimizer and extra tensors (equal on all ranks) into an existing empty folder; every rank calls.
+def save(
+    folder: Path, towers: Towers, optimizer: Optimizer, extra: Mapping[str, Tensor], background: bool = False
+) -> Writing:
+    """Begin to write towers, optimizer and extra tensors (equal on all ranks) into an existing empty folder.
 
-    Tensors are named `TOWER.PARAMETER`, layers numbered over the whole model, so that any layout can read them.
+    Tensors are named `TOWER.PARAMETER`, layers numbered over the whole model, so that any layout can read them. Every
+    rank calls, and then `finish` of what it gets.
 
     Raises:
         CheckpointError: the files cannot be written.
@@ -37,11 +33,7 @@ def save(folder: Path, towers: Towers, optimizer: Optimizer, extra: Mapping[str,
         "optimizer": optimizer.sharded.sharded_state_dict(weights, metadata=_metadata()),
         "extra": dict(extra),
     }
-    # Megatron would start a server process for what its writers report, seconds of imports; after a SIGKILL of this
-    # process it would stay for ever.
-    filesystem_async._results_queue = queue.Queue()
-    with _reporting(f"write {folder}", "free some space or choose another folder with run.root=FOLDER"):
-        dist_checkpointing.save(state, str(folder))
+    return Writing(folder, state, background)
 
 
 def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[str, Tensor]:
@@ -95,18 +87,8 @@ def tower_shapes(towers: Towers) -> dict[str, tuple[int, ...]]:
 
 
 def _load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
-    with _reporting(f"read {folder}", "use another checkpoint"):
+    with reporting(f"read {folder}", "use another checkpoint"):
         return dist_checkpointing.load(wanted, str(folder))
-
-
-@contextmanager
-def _reporting(action: str, fix: str) -> Iterator[None]:
-    """Turn torch's CheckpointException, which is no Exception and passes every handler, into an error of ours."""
-    try:
-        yield
-    except CheckpointException as error:
-        (cause, _), *_ = error.failures.values()
-        raise CheckpointError(f"cannot {action} ({' '.join(str(cause).split())}): {fix}") from error
 
 
 def _metadata() -> dict[str, Any]:

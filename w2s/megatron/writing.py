@@ -1,0 +1,118 @@
+"""A distributed checkpoint on its way to the disk: written at once, or by a process of its own."""
+
+import logging
+import multiprocessing
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from torch.distributed.checkpoint import CheckpointException
+
+from w2s.errors import CheckpointError
+
+# It logs what it raises as well.
+logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
+
+_processes = multiprocessing.get_context("fork")
+
+
+class Writing:
+    """Tensors that are being written into a folder; every rank makes one and finishes it.
+
+    Args:
+        folder: existing and empty.
+        state: what is written, as it is now; it may change while a process of its own writes.
+        background: write in a process of its own.
+    """
+
+    def __init__(self, folder: Path, state: dict[str, Any], background: bool) -> None:
+        self._folder = folder
+        self._process: Any = None
+        # Megatron would start a server process for what its writers report, seconds of imports; after a SIGKILL of
+        # this process it would stay for ever.
+        self._results: Any = _Results() if background else queue.Queue()
+        filesystem_async._results_queue = self._results
+        with reporting_write(folder):
+            self._request: AsyncRequest = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+            self._start(background)
+
+    def _start(self, background: bool) -> None:
+        write, arguments = self._request.async_fn, list(self._request.async_fn_args)
+        if write is None:
+            return
+        if self._request.preload_fn is not None:
+            arguments[1] = self._request.preload_fn()
+        if background:
+            # A fork has the memory of this moment.
+            self._process = _processes.Process(target=write, args=arguments, kwargs=self._request.async_fn_kwargs)
+            self._process.start()
+        else:
+            write(*arguments, **self._request.async_fn_kwargs)
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its tensors, or failed to."""
+        return self._process is None or not self._results.empty() or not self._process.is_alive()
+
+    def finish(self) -> None:
+        """Wait for all ranks and write what is known of all tensors together; every rank calls.
+
+        Raises:
+            CheckpointError: the files cannot be written.
+        """
+        if self._process is not None:
+            self._results.wait(self._process)
+        dist.barrier()
+        with reporting_write(self._folder):
+            for finalize in self._request.finalize_fns:
+                finalize()
+        if self._process is not None:
+            self._process.join()
+
+
+class _Results:
+    """What the writing process reports to this one."""
+
+    def __init__(self) -> None:
+        self._queue = _processes.SimpleQueue()
+        self._got: list[Any] = []
+
+    def put(self, result: Any) -> None:
+        self._queue.put(result)
+
+    def empty(self) -> bool:
+        return not self._got and self._queue.empty()
+
+    def wait(self, process: Any) -> None:
+        """Take the report, or find that the process died without one."""
+        while not self._got and (process.is_alive() or not self._queue.empty()):
+            if self._queue.empty():
+                process.join(timeout=0.01)
+            else:
+                self._got.append(self._queue.get())
+
+    def get_nowait(self) -> Any:
+        if not self._got:
+            raise queue.Empty
+        return self._got.pop()
+
+
+@contextmanager
+def reporting(action: str, fix: str) -> Iterator[None]:
+    """Turn torch's CheckpointException, which is no Exception and passes every handler, into an error of ours."""
+    try:
+        yield
+    except CheckpointException as error:
+        (cause, _), *_ = error.failures.values()
+        raise CheckpointError(f"cannot {action} ({' '.join(str(cause).split())}): {fix}") from error
+
+
+def reporting_write(folder: Path) -> Any:
+    """Report what goes wrong while a folder is written."""
+    return reporting(f"write {folder}", "free some space or choose another folder with run.root=FOLDER")
