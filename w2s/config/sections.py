@@ -234,7 +234,7 @@ class ClipConfig:
     """The scale is clamped to at most this after each step."""
     learn_logit_scale: bool = True
     """Train the scale; `false` keeps it fixed (the paper's text: constant 100)."""
-    tile: int = 2048
+    tile: int = 1024
     """Rows and columns of the logits that are in memory at a time."""
     two_pass: Literal["auto", "always"] = "auto"
     """`auto` takes one forward pass where the batch of a rank is one micro-batch; `always` takes the two-pass way."""
