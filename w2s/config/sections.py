@@ -266,6 +266,8 @@ class OptimConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.05
     """Decoupled weight decay; none on 1-D tensors, positions, CLS and the logit scale."""
+    trust_ratio: tuple[float, float] | None = None
+    """LAMB: bounds of the trust ratio (DeepSpeed: [0.01, 10]); null leaves it free."""
     clip_grad: float = 3.0
     """Largest global gradient norm; 0 does not clip."""
 

@@ -1,6 +1,7 @@
 """Megatron's distributed optimizer around AdamW or LAMB, for towers split in any way."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Optimizer:
                 is_decoupled_lr=False,
                 default_config=True,
             )
-        kind = Lamb if config.name == "lamb" else torch.optim.AdamW
+        kind = partial(Lamb, trust_ratio=config.trust_ratio) if config.name == "lamb" else torch.optim.AdamW
         inner = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
         self.sharded = _distribute(inner, self.chunks, config, dtype)
         if isinstance(inner, Lamb):
