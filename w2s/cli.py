@@ -159,7 +159,10 @@ def bench_loss(
 
         from w2s.bench.loss import BATCHES, measure, print_table, report
 
-        rows = [measure(size, repeats) for size in batch or BATCHES]
+        rows = []
+        for size in batch or BATCHES:
+            print(f"batch {size}", file=sys.stderr)
+            rows.append(measure(size, repeats))
         if as_json:
             print(json.dumps(report(rows), indent=2))
         else:

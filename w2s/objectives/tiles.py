@@ -50,9 +50,9 @@ class Pairs:
     def tiles(self) -> Iterator[Tile]:
         """Yield the logits `scale * image . text`, tile by tile."""
         for rows in _slices(len(self.images), self.tile):
-            images = self.images[rows] * self.scale
             for columns in _slices(len(self.texts), self.tile):
-                yield Tile(rows, columns, images @ self.texts[columns].T, self._positive(rows, columns))
+                logits = (self.images[rows] @ self.texts[columns].T).mul_(self.scale)
+                yield Tile(rows, columns, logits, self._positive(rows, columns))
 
     def _positive(self, rows: slice, columns: slice) -> Tensor | None:
         if self.labels is not None and self.all_labels is not None:
