@@ -1,8 +1,11 @@
 import os
+import signal
 
+import pytest
 import torch
 
 from w2s.bench.cost import cost, in_fresh_process
+from w2s.errors import W2SError
 
 
 def peak_of_two_in_turn() -> float:
@@ -20,3 +23,12 @@ def test_the_peak_is_what_was_there_at_a_time() -> None:
 
 def test_the_process_is_another_one_each_time() -> None:
     assert len({os.getpid(), in_fresh_process(os.getpid), in_fresh_process(os.getpid)}) == 3
+
+
+def test_a_process_that_is_killed_is_told_of() -> None:
+    with pytest.raises(W2SError, match=r"kill_self\(\) ended without a result: killed, out of memory\?"):
+        in_fresh_process(kill_self)
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

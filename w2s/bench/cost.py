@@ -1,14 +1,16 @@
 """Time and memory of a call on the CPU, each in a process of its own."""
 
+import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
-P = ParamSpec("P")
+from w2s.errors import W2SError
+
 T = TypeVar("T")
 
 
@@ -29,10 +31,27 @@ def cost(call: Callable[[], object]) -> Cost:
     return Cost(time.perf_counter() - start, _resident("VmHWM") - before)
 
 
-def in_fresh_process(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return `fn(*args)` from a new process, whose memory nothing has used before."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(fn, *args, **kwargs).result()
+def in_fresh_process(fn: Callable[..., T], *args: Any) -> T:
+    """Return `fn(*args)` from a new process, whose memory nothing has used before.
+
+    Raises:
+        W2SError: the process failed (its traceback is on stderr) or was killed.
+    """
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, fn, args), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        reason = "killed, out of memory?" if process.exitcode == -signal.SIGKILL else f"exit code {process.exitcode}"
+        raise W2SError(f"the process of {fn.__name__}{args} ended without a result: {reason}") from None
+
+
+def _send(sender: Connection, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    sender.send(fn(*args))
 
 
 def _resident(field: str) -> float:
