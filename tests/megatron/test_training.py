@@ -109,16 +109,6 @@ def test_clipping_bounds_the_update(alone: Ranks) -> None:
     assert change[1] < 1e-4
 
 
-def test_the_bounds_of_the_trust_ratio_reach_lamb(alone: Ranks) -> None:
-    run = Run(alone, optim("lamb", trust_ratio=(1e-6, 1e-6)))
-    before = run.weights()
-    run.step()
-    for name, after in run.weights().items():
-        if before[name].norm() > 0:
-            # A first update has entries of at most 1, and the weight decay; 1e-7 is the rounding of a weight near 1.
-            assert float((after - before[name]).abs().max()) <= 1e-2 * 1e-6 * 1.1 + 1e-7, name
-
-
 def test_forward_only_gives_outputs_and_no_gradients(alone: Ranks) -> None:
     run = Run(alone, optim("adamw"))
     run.optimizer.zero_grad()

@@ -189,6 +189,6 @@ def _share_slices(lamb: Lamb, sharded: DistributedOptimizer, chunks: list[Distri
         # A weight that every tensor-parallel rank holds whole counts once.
         summed = squares.clone()
         dist.all_reduce(summed, group=parallel_state.get_tensor_model_parallel_group())
-        return torch.where(split.to(squares.device), summed, squares)
+        return torch.where(split.to(squares.device, non_blocking=True), summed, squares)
 
     lamb.share(slices, len(weights), add_up)
