@@ -23,9 +23,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+bench = typer.Typer(help="Measure this machine, beside a peer where there is one.")
+app.add_typer(bench, name="bench")
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, or model=NAME for configs/model/NAME.yaml.")]
 Nproc = Annotated[int, typer.Option(min=1, help="Ranks on this machine.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def main() -> None:
@@ -138,3 +142,28 @@ def doctor(debug: Debug = False) -> None:
         from w2s.doctor import print_report
 
         print_report()
+
+
+@bench.command("loss")
+def bench_loss(
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1024, help="Batch size, given once or more; 4096 to 65536 without it.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of which the median is taken.")] = 3,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time and peak memory of the tiled contrastive loss and its gradients on the CPU, beside open_clip's ClipLoss."""
+    with _one_line(debug):
+        import json
+
+        from w2s.bench.loss import BATCHES, measure, print_table, report
+
+        rows = []
+        for size in batch or BATCHES:
+            print(f"batch {size}", file=sys.stderr)
+            rows.append(measure(size, repeats))
+        if as_json:
+            print(json.dumps(report(rows), indent=2))
+        else:
+            print_table(rows)

@@ -53,11 +53,18 @@ def test_the_named_batch_passes() -> None:
         ("optim.text_lr=-1", "optim.text_lr=-1.0 is outside of (0, inf)"),
         ("optim.warmup=600", "optim.warmup=600 must be less than train.steps=240: use optim.warmup=24"),
         ("optim.betas=[0.9,1.0]", "optim.betas=[0.9, 1.0] must lie in [0, 1)"),
+        ("optim.trust_ratio=[0.01,10]", "optim.trust_ratio=[0.01, 10] does nothing with optim.name=adamw"),
         ("data.train=", "data.train is empty"),
     ],
 )
 def test_a_value_out_of_range(override: str, message: str) -> None:
     assert refusal("mim", override).startswith(message)
+
+
+def test_bounds_of_the_trust_ratio() -> None:
+    for bounds in ("[0,10]", "[2,1]", "[0.1,nan]"):
+        assert "must be two rising numbers above 0" in refusal("clip", "optim.name=lamb", f"optim.trust_ratio={bounds}")
+    check(load("clip", ["optim.name=lamb", "optim.trust_ratio=[0.01,10]"]), 1, 1)
 
 
 def test_a_logit_scale_above_its_maximum() -> None:

@@ -2,58 +2,143 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from tests.distributed import run_ranks
 from w2s.optim.lamb import Lamb
 
 LR, BETAS, EPS = 0.02, (0.9, 0.95), 1e-6
+STEPS = 5
+SHAPES = ((6, 5), (7,), (3, 4))
+SIZES = (30.0, 0.01, 1.0)
+"""Size of the entries of each tensor: far above the updates', far below, and like them."""
+
+Bounds = tuple[float, float] | None
 
 
-def gradient(step: int, shape: torch.Size) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+def start() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return [torch.randn(shape, generator=generator) * size for shape, size in zip(SHAPES, SIZES, strict=True)]
 
 
-def reference(weight: Tensor, steps: int, decay: float) -> Tensor:
-    weight, m, v = weight.double().clone(), torch.zeros_like(weight).double(), torch.zeros_like(weight).double()
-    for step in range(1, steps + 1):
-        g = gradient(step, weight.shape)
-        m = BETAS[0] * m + (1 - BETAS[0]) * g
-        v = BETAS[1] * v + (1 - BETAS[1]) * g * g
-        update = (m / (1 - BETAS[0] ** step)) / ((v / (1 - BETAS[1] ** step)).sqrt() + EPS) + decay * weight
-        weight = weight - LR * weight.norm() / update.norm() * update
-    return weight
+def gradients(step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-def lamb(weight: Tensor, steps: int, decay: float, pieces: int = 1) -> Tensor:
-    """Train a weight that is held in `pieces` slices."""
-    slices = [torch.nn.Parameter(piece.clone()) for piece in weight.float().flatten().chunk(pieces)]
-    optimizer = Lamb(slices, lr=LR, betas=BETAS, eps=EPS, weight_decay=decay)
-    if pieces > 1:
-        optimizer.share(dict.fromkeys(slices, 0), 1, lambda squares: squares)
-    for step in range(1, steps + 1):
-        for parameter, piece in zip(slices, gradient(step, weight.shape).float().flatten().chunk(pieces), strict=True):
-            parameter.grad = piece
+def definition(decay: float, bounds: Bounds) -> list[Tensor]:
+    """All tensors after `STEPS` steps (You et al. 2020, algorithm 2), the ratio clamped as DeepSpeed does."""
+    finished = []
+    for number, first in enumerate(start()):
+        weight, m, v = first.double(), torch.zeros(first.shape).double(), torch.zeros(first.shape).double()
+        for step in range(1, STEPS + 1):
+            g = gradients(step)[number].double()
+            m = BETAS[0] * m + (1 - BETAS[0]) * g
+            v = BETAS[1] * v + (1 - BETAS[1]) * g * g
+            update = (m / (1 - BETAS[0] ** step)) / ((v / (1 - BETAS[1] ** step)).sqrt() + EPS) + decay * weight
+            ratio = float(weight.norm() / update.norm())
+            weight = weight - LR * (ratio if bounds is None else min(max(ratio, bounds[0]), bounds[1])) * update
+        finished.append(weight)
+    return finished
+
+
+def whole(decay: float, bounds: Bounds) -> list[Tensor]:
+    """Two parameter groups of whole tensors."""
+    weights = [torch.nn.Parameter(weight) for weight in start()]
+    groups = [{"params": weights[:1]}, {"params": weights[1:]}]
+    optimizer = Lamb(groups, lr=LR, betas=BETAS, eps=EPS, weight_decay=decay, trust_ratio=bounds)
+    for step in range(1, STEPS + 1):
+        for weight, gradient in zip(weights, gradients(step), strict=True):
+            weight.grad = gradient
         optimizer.step()
-    return torch.cat([piece.detach() for piece in slices]).view_as(weight)
+    return [weight.detach() for weight in weights]
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-@pytest.mark.parametrize("pieces", [1, 3])
-def test_equals_the_definition(decay: float, pieces: int) -> None:
-    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(9)) * 3
-    # Five steps in float32 against float64.
-    torch.testing.assert_close(
-        lamb(weight, 5, decay, pieces).double(), reference(weight, 5, decay), rtol=1e-5, atol=1e-5
-    )
+def sliced(decay: float, bounds: Bounds) -> list[Tensor]:
+    """This rank's part of one flat buffer of all tensors, as Megatron's distributed optimizer cuts it."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    numbers = torch.cat([torch.full((weight.numel(),), number) for number, weight in enumerate(start())])
+    own = torch.arange(len(numbers)).tensor_split(size)[rank]
+
+    def cut(tensors: list[Tensor]) -> list[Tensor]:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        return [flat[own][numbers[own] == number] for number in numbers[own].unique()]
+
+    def add_up(sums: Tensor) -> Tensor:
+        dist.all_reduce(sums)
+        return sums
+
+    slices = [torch.nn.Parameter(piece) for piece in cut(start())]
+    optimizer = Lamb(slices, lr=LR, betas=BETAS, eps=EPS, weight_decay=decay, trust_ratio=bounds)
+    optimizer.share(dict(zip(slices, numbers[own].unique().tolist(), strict=True)), len(SHAPES), add_up)
+    for step in range(1, STEPS + 1):
+        for piece, gradient in zip(slices, cut(gradients(step)), strict=True):
+            piece.grad = gradient
+        optimizer.step()
+    return [piece.detach() for piece in slices]
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for value, reference in zip(ours, theirs, strict=True):
+        # Float32 against float64, five steps.
+        torch.testing.assert_close(value.double(), reference, rtol=1e-5, atol=1e-6 * float(reference.abs().max()))
+
+
+DECAYS_AND_BOUNDS = [(decay, bounds) for decay in (0.0, 0.1) for bounds in (None, (0.05, 10.0))]
+
+
+@pytest.mark.parametrize(("decay", "bounds"), DECAYS_AND_BOUNDS)
+def test_equals_the_definition(decay: float, bounds: Bounds) -> None:
+    assert_close(whole(decay, bounds), definition(decay, bounds))
+
+
+def test_both_bounds_act() -> None:
+    free, bounded = whole(0.0, None), whole(0.0, (0.05, 10.0))
+    changed = [not torch.equal(*tensors) for tensors in zip(free, bounded, strict=True)]
+    assert changed == [True, True, False]  # the large one by the upper bound, the small one by the lower
+
+
+def all_slices() -> list[list[Tensor]]:
+    return [sliced(decay, bounds) for decay, bounds in DECAYS_AND_BOUNDS]
+
+
+def test_slices_over_ranks_are_whole_tensors() -> None:
+    parts = run_ranks(all_slices, 2)
+    for case, (decay, bounds) in enumerate(DECAYS_AND_BOUNDS):
+        ours = torch.cat([piece for part in parts for piece in part[case]])
+        pieces = ours.split([torch.Size(shape).numel() for shape in SHAPES])
+        shaped = [piece.view(shape) for piece, shape in zip(pieces, SHAPES, strict=True)]
+        assert_close(shaped, definition(decay, bounds))
+
+
+def one_step(first: Tensor, bounds: Bounds = None) -> Tensor:
+    weight = torch.nn.Parameter(first.clone())
+    weight.grad = torch.randn(first.shape, generator=torch.Generator().manual_seed(1))
+    Lamb([weight], lr=LR, eps=1e-9, weight_decay=0.0, trust_ratio=bounds).step()
+    return weight.detach() - first
 
 
 def test_trust_ratio_acts_at_weight_decay_zero() -> None:
     weight = torch.randn(40, generator=torch.Generator().manual_seed(0))
-    small, large = (lamb(weight * size, 1, decay=0.0) - weight * size for size in (1.0, 100.0))
+    small, large = one_step(weight), one_step(100 * weight)
     # Without the ratio both steps would be as long.
     assert float(large.norm() / small.norm()) == pytest.approx(100, rel=1e-4)
     assert float(small.norm()) == pytest.approx(LR * float(weight.norm()), rel=1e-4)
 
 
-def test_a_tensor_of_zeros_moves() -> None:
-    assert float(lamb(torch.zeros(4), 1, decay=0.0).abs().max()) == pytest.approx(LR, rel=1e-4)
+@pytest.mark.parametrize("bounds", [None, (0.01, 0.5)])
+def test_a_tensor_of_zeros_moves_by_the_learning_rate(bounds: Bounds) -> None:
+    assert float(one_step(torch.zeros(4), bounds).abs().max()) == pytest.approx(LR, rel=1e-4)
+
+
+def test_nothing_is_read_back_from_the_device() -> None:
+    """Tensors without values stand for those of a GPU: reading one fails."""
+    weights = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
+    optimizer = Lamb(weights, lr=LR, weight_decay=0.1, trust_ratio=(0.01, 10.0))
+    for _ in range(2):
+        for weight in weights:
+            weight.grad = torch.empty_like(weight)
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="meta"):
+        weights[0].sum().item()

@@ -3,7 +3,7 @@
 import torch
 
 from w2s.config.layout import check_layout, check_micro_batches, model_parallel_size
-from w2s.config.sections import Config, HardwareConfig, TrainConfig
+from w2s.config.sections import Config, HardwareConfig, OptimConfig, TrainConfig
 from w2s.errors import ConfigError
 
 _INTERVALS = {
@@ -91,10 +91,26 @@ def _check_interval(config: Config, key: str, interval: str) -> None:
 def _check_optimizer(config: Config) -> None:
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ConfigError(f"optim.betas={list(config.optim.betas)} must lie in [0, 1), such as [0.9, 0.98]")
+    _check_trust_ratio(config.optim)
     warmup, steps = config.optim.warmup, config.train.steps
     if warmup >= steps:
         raise ConfigError(
             f"optim.warmup={warmup} must be less than train.steps={steps}: use optim.warmup={steps // 10}"
+        )
+
+
+def _check_trust_ratio(optim: OptimConfig) -> None:
+    if optim.trust_ratio is None:
+        return
+    low, high = optim.trust_ratio
+    if optim.name != "lamb":
+        raise ConfigError(
+            f"optim.trust_ratio=[{low:g}, {high:g}] does nothing with optim.name={optim.name}: "
+            "use optim.name=lamb or optim.trust_ratio=null"
+        )
+    if not 0 < low <= high:
+        raise ConfigError(
+            f"optim.trust_ratio=[{low:g}, {high:g}] must be two rising numbers above 0, such as [0.01, 10]"
         )
 
 

@@ -234,7 +234,7 @@ class ClipConfig:
     """The scale is clamped to at most this after each step."""
     learn_logit_scale: bool = True
     """Train the scale; `false` keeps it fixed (the paper's text: constant 100)."""
-    tile: int = 2048
+    tile: int = 1024
     """Rows and columns of the logits that are in memory at a time."""
     two_pass: Literal["auto", "always"] = "auto"
     """`auto` takes one forward pass where the batch of a rank is one micro-batch; `always` takes the two-pass way."""
@@ -266,6 +266,8 @@ class OptimConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.05
     """Decoupled weight decay; none on 1-D tensors, positions, CLS and the logit scale."""
+    trust_ratio: tuple[float, float] | None = None
+    """LAMB: bounds of the trust ratio (DeepSpeed: [0.01, 10]); null leaves it free."""
     clip_grad: float = 3.0
     """Largest global gradient norm; 0 does not clip."""
 

@@ -1,6 +1,7 @@
 """Megatron's distributed optimizer around AdamW or LAMB, for towers split in any way."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Optimizer:
                 is_decoupled_lr=False,
                 default_config=True,
             )
-        kind = Lamb if config.name == "lamb" else torch.optim.AdamW
+        kind = partial(Lamb, trust_ratio=config.trust_ratio) if config.name == "lamb" else torch.optim.AdamW
         inner = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
         self.sharded = _distribute(inner, self.chunks, config, dtype)
         if isinstance(inner, Lamb):
@@ -188,6 +189,6 @@ def _share_slices(lamb: Lamb, sharded: DistributedOptimizer, chunks: list[Distri
         # A weight that every tensor-parallel rank holds whole counts once.
         summed = squares.clone()
         dist.all_reduce(summed, group=parallel_state.get_tensor_model_parallel_group())
-        return torch.where(split.to(squares.device), summed, squares)
+        return torch.where(split.to(squares.device, non_blocking=True), summed, squares)
 
     lamb.share(slices, len(weights), add_up)

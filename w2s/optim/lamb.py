@@ -1,5 +1,6 @@
 """LAMB (You et al. 2020) for tensors that may be cut into slices over many ranks."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,17 @@ class Lamb(torch.optim.AdamW):
 
     The norms are those of whole tensors: `share` tells which tensor a slice belongs to and how the sums of squares of
     all ranks are added up. Without it every parameter is whole. The state has AdamW's names.
+
+    Args:
+        params: parameters or groups of them, as torch's optimizers take them.
+        trust_ratio: bounds of the ratio of the norms of a tensor and its update; None leaves it free. Where one of the
+            two norms is 0 the ratio is 1, whatever the bounds.
+        settings: AdamW's `lr`, `betas`, `eps` and `weight_decay`.
     """
+
+    def __init__(self, params: Any, *, trust_ratio: tuple[float, float] | None = None, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self._bounds = trust_ratio
 
     def share(self, tensor_of: Mapping[Tensor, int], count: int, add_up: Callable[[Tensor], Tensor]) -> None:
         """Say how parameters make up tensors.
@@ -26,27 +37,54 @@ class Lamb(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update all parameters."""
-        slices = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        """Update all parameters. Nothing is read back from a GPU."""
+        slices = [(group["lr"], p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not hasattr(self, "_tensor_of"):
             self.share({p: i for i, (_, p) in enumerate(slices)}, len(slices), lambda sums: sums)
-        updates = [self._update(group, p) for group, p in slices]
-        squares = torch.zeros(2, self._count, device=slices[0][1].device if slices else None)
-        for (_, p), update in zip(slices, updates, strict=True):
-            squares[:, self._tensor_of[p]] += torch.stack([p.float().square().sum(), update.square().sum()])
-        weights, steps = self._add_up(squares).sqrt()
-        ratios = torch.where((weights > 0) & (steps > 0), weights / steps, 1.0)
-        for (group, p), update in zip(slices, updates, strict=True):
-            p.sub_(update * ratios[self._tensor_of[p]] * group["lr"])
+        updates = [update for group in self.param_groups for update in self._updates(group)]
+        ratios = self._ratios([p for _, p in slices], updates)
+        for (lr, p), update, ratio in zip(slices, updates, ratios, strict=True):
+            p.addcmul_(update, ratio, value=-lr)
 
-    def _update(self, group: dict[str, Any], p: Tensor) -> Tensor:
+    def _updates(self, group: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Return what AdamW would subtract, by learning rate 1: the only new tensors of the weights' size."""
+        members = [p for p in group["params"] if p.grad is not None]
+        if not members:
+            return ()
+        states, grads = [self._next_state(p) for p in members], [p.grad for p in members]
+        means, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+        steps = [state["step"].item() for state in states]  # on the CPU
+        beta1, beta2 = group["betas"]
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
+        updates = torch._foreach_sqrt(squares)
+        torch._foreach_div_(updates, [math.sqrt(1 - beta2**step) for step in steps])
+        torch._foreach_add_(updates, group["eps"])
+        torch._foreach_reciprocal_(updates)
+        torch._foreach_mul_(updates, means)
+        torch._foreach_div_(updates, [1 - beta1**step for step in steps])
+        torch._foreach_add_(updates, members, alpha=group["weight_decay"])
+        return updates
+
+    def _next_state(self, p: Tensor) -> dict[str, Tensor]:
+        """Return a parameter's state with one step more, made at the first."""
         state = self.state[p]
         if "exp_avg" not in state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         state["step"] = state.get("step", torch.zeros(())) + 1
-        beta1, beta2 = group["betas"]
-        mean = state["exp_avg"].lerp_(p.grad, 1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-        unbiased = mean / (1 - beta1 ** state["step"].item())
-        root = (square / (1 - beta2 ** state["step"].item())).sqrt_()
-        return unbiased / root.add_(group["eps"]) + group["weight_decay"] * p
+        return state
+
+    def _ratios(self, slices: list[Tensor], updates: list[Tensor]) -> tuple[Tensor, ...]:
+        """Return the trust ratio of the tensor that each slice belongs to."""
+        device = slices[0].device if slices else None
+        numbers = torch.tensor([self._tensor_of[p] for p in slices], dtype=torch.int64).to(device, non_blocking=True)
+        sums = torch.zeros(2, self._count, device=device)
+        if slices:
+            norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (slices, updates)]
+            sums.index_add_(1, numbers, torch.stack(norms).square_())
+        weights, steps = self._add_up(sums).sqrt()
+        ratios = weights / steps
+        if self._bounds is not None:
+            ratios.clamp_(*self._bounds)
+        return torch.where((weights > 0) & (steps > 0), ratios, 1.0)[numbers].unbind()

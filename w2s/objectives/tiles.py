@@ -1,0 +1,108 @@
+"""The logits of all pairs of the global batch, a tile at a time, and the gradients that come back from them.
+
+A rank goes through the logits of its own images against all captions. A loss that knows its gradient by a tile of them
+in closed form needs no other memory than the tile: two products put that gradient into those by the features. So memory
+is linear in the batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from w2s.objectives.collectives import gather, rank, scatter_sum
+
+TILE = 1024
+"""Rows and columns of a tile: on a CPU a few of them fit in the cache, and the products run at full speed."""
+
+
+@dataclass
+class Tile:
+    """A part of the logits, and where the positives in it are (None where there are none)."""
+
+    rows: slice
+    columns: slice
+    logits: Tensor
+    positive: Tensor | None
+
+
+class Pairs:
+    """The pairs that a rank sees: its own images [n, d] against the captions of all ranks [N, d]."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        labels: Tensor | None,
+        group: ProcessGroup | None,
+        tile: int,
+    ) -> None:
+        self.images, self.texts, self.scale = images, gather(texts, group), scale
+        self.labels, self.all_labels = labels, None if labels is None else gather(labels, group)
+        self.group, self.tile = group, tile
+        self.first = rank(group) * len(images)  # place of the first own pair among all
+
+    def tiles(self) -> Iterator[Tile]:
+        """Yield the logits `scale * image . text`, tile by tile."""
+        for rows in _slices(len(self.images), self.tile):
+            for columns in _slices(len(self.texts), self.tile):
+                logits = (self.images[rows] @ self.texts[columns].T).mul_(self.scale)
+                yield Tile(rows, columns, logits, self._positive(rows, columns))
+
+    def _positive(self, rows: slice, columns: slice) -> Tensor | None:
+        if self.labels is not None and self.all_labels is not None:
+            return self.labels[rows, None] == self.all_labels[columns]
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        diagonal = self.first + rows.start - columns.start
+        if not -height < diagonal < width:
+            return None
+        return torch.ones(height, width, dtype=torch.bool, device=self.images.device).triu(diagonal).tril(diagonal)
+
+
+class Gradients:
+    """The gradients by own images, by the captions of all ranks and by the scale, added up tile by tile."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+        self.images, self.texts = torch.zeros_like(pairs.images), torch.zeros_like(pairs.texts)
+
+    def add(self, tile: Tile, by_logit: Tensor) -> None:
+        """Add a tile's part, given the gradient by its logits up to a factor that all tiles share."""
+        self.images[tile.rows].addmm_(by_logit, self.pairs.texts[tile.columns])
+        self.texts[tile.columns].addmm_(by_logit.T, self.pairs.images[tile.rows])
+
+    def finish(self, factor: float) -> list[Tensor]:
+        """Return the gradients by own images [n, d], own texts [n, d] and the scale, times the shared factor."""
+        # A logit is scale * image . text: what the images get, times the images, is what the scale gets.
+        by_scale = torch.einsum("nd,nd->n", self.images, self.pairs.images).sum() * factor
+        texts = scatter_sum(self.texts, self.pairs.group)
+        weight = self.pairs.scale * factor
+        return [self.images.mul_(weight), texts.mul_(weight), by_scale]
+
+
+def with_gradients(loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Return `loss`, whose backward pass (one only) gives `inputs` the `gradients` that are known already."""
+    return _Known.apply(loss, gradients, *inputs)
+
+
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        (factor,) = outputs
+        # In place: no second copy of the features' size. Autograd refuses to use the saved tensors again after that.
+        return None, None, *(gradient.mul_(factor) for gradient in ctx.saved_tensors)
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
