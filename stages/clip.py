@@ -1,7 +1,7 @@
 """The contrastive stage: the image and the caption of a pair move together, all others of the global batch apart."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.schedule import Loss, Reported, finish_gradients, forward_backward, forward_only
 from w2s.megatron.sharded import data_parallel
 from w2s.objectives.contrastive import contrastive_loss
+from w2s.objectives.sigmoid import sigmoid_loss
 from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe
 from w2s.towers.build import build_clip
@@ -72,17 +73,13 @@ class ContrastiveStage:
             return {}
         return {"loss": loss, "logit_scale": self.text.tail.logit_scale.exp()}
 
-    def _loss(self, images: Tensor, texts: Tensor, logit_scale: Tensor, batch: Batch) -> Tensor:
+    def _loss(self, images: Tensor, texts: Tensor, scalars: Sequence[Tensor], batch: Batch) -> Tensor:
         """The contrastive loss of the features of a whole batch, over the data-parallel ranks."""
-        labels = given(batch.captions) if self.config.clip.equal_captions == "positives" else None
-        return contrastive_loss(
-            F.normalize(images.float(), dim=-1),
-            F.normalize(texts.float(), dim=-1),
-            logit_scale.exp(),
-            group=self.ranks.data_group,
-            labels=labels,
-            tile=self.config.clip.tile,
-        )
+        clip, (logit_scale, *bias) = self.config.clip, scalars
+        units = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
+        labels = given(batch.captions) if clip.equal_captions == "positives" else None
+        loss = sigmoid_loss if clip.loss == "sigmoid" else contrastive_loss
+        return loss(*units, logit_scale.exp(), *bias, group=self.ranks.data_group, labels=labels, tile=clip.tile)
 
     def _one_pass(self, batch: Batch) -> Tensor:
         """Forward and backward of both towers at once: the batch of this rank is one micro-batch."""
@@ -92,7 +89,7 @@ class ContrastiveStage:
             images, texts = see(vision, batch), read(text, batch)
 
             def loss(images: Tensor) -> tuple[Tensor, Reported]:
-                value = self._loss(images, texts, text.logit_scale, batch)
+                value = self._loss(images, texts, text.scalars(), batch)
                 return value, {"loss": value.detach()}
 
             return images, loss
@@ -105,19 +102,19 @@ class ContrastiveStage:
         """All features first, then the loss and its gradients by them, then each tower again with those gradients."""
         images = forward_only(self.vision, micro_batches, see, self._rows("vision", micro_batches[0]))
         texts = forward_only(self.text, micro_batches, read, self._rows("text", micro_batches[0]))
-        loss = None
-        by_images = by_texts = by_scale = None
-        if self.text.tail is not None:
-            scale = self.text.tail.logit_scale
-            leaves = [torch.cat(images), torch.cat(texts), scale.detach().clone()]
-            for leaf in leaves:
-                leaf.requires_grad_()
-            loss = self._loss(leaves[0], leaves[1], leaves[2], batch)
-            loss.backward()
-            by_images, by_texts, by_scale = (given(leaf.grad) for leaf in leaves)
-        self._send_back("vision", micro_batches, see, by_images)
-        self._send_back("text", micro_batches, read, by_texts, by_scale)
+        loss, by_images, by_texts, *by_scalars = self._gradients(images, texts, batch)
+        self._send_back("vision", micro_batches, see, by_images, [])
+        self._send_back("text", micro_batches, read, by_texts, by_scalars)
         return loss
+
+    def _gradients(self, images: list[Tensor], texts: list[Tensor], batch: Batch) -> Sequence[Tensor | None]:
+        """The loss, then its gradients by the features and by its scalars; None where there are no features."""
+        if self.text.tail is None:
+            return None, None, None
+        scalars = [scalar.detach().clone() for scalar in self.text.tail.scalars()]
+        leaves = [leaf.requires_grad_() for leaf in (torch.cat(images), torch.cat(texts), *scalars)]
+        loss = self._loss(leaves[0], leaves[1], leaves[2:], batch)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
 
     def _send_back(
         self,
@@ -125,15 +122,17 @@ class ContrastiveStage:
         micro_batches: list[Batch],
         embed: Callable[[Any, Batch], Tensor],
         by_features: Tensor | None,
-        by_scale: Tensor | None = None,
+        by_scalars: Sequence[Tensor | None],
     ) -> None:
-        """Accumulate in a tower the gradient that its features and, for the text tower, the logit scale have."""
+        """Accumulate in a tower the gradients that its features and, for the text tower, the loss's scalars have."""
         count = len(micro_batches)
 
         def forward(chunk: Any, micro: tuple[Batch, Tensor]) -> tuple[Tensor, Loss]:
             def loss(features: Tensor) -> tuple[Tensor, Reported]:
                 value = count * (features * micro[1]).sum()  # the schedule divides by the number of micro-batches
-                return value if by_scale is None else value + by_scale * chunk.logit_scale, {}
+                for gradient, scalar in zip(by_scalars, chunk.scalars() if by_scalars else [], strict=True):
+                    value = value + gradient * scalar
+                return value, {}
 
             return embed(chunk, micro[0]), loss
 

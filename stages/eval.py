@@ -38,7 +38,8 @@ def run(config: Config) -> None:
             raise ConfigError("init.checkpoint=none leaves nothing to evaluate: give a clip run, or latest")
         folder = open_run(config, ranks)
         prepare_data(config, ranks)
-        config = replace(config, model=model_from(read_meta(checkpoint).config))
+        trained = read_meta(checkpoint).config
+        config = replace(config, model=model_from(trained), clip=replace(config.clip, loss=trained["clip"]["loss"]))
         check_layout(config, ranks.world_size)
         tracker = Tracker(config, folder, main=ranks.main, tags={"w2s.parent_checkpoint": str(checkpoint)})
         with tracked(tracker):

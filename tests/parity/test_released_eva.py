@@ -3,8 +3,10 @@
 Every file of the folder W2S_FIXTURES is read; towers are built from its metadata alone.
 """
 
+import functools
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,14 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from tests.distributed import run_ranks
+from tests.megatron.pieces import Pieces, axis_of, join_pieces
 from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES, from_eva, to_eva
-from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
+from w2s.config.sections import ParallelConfig, PrecisionConfig, TextConfig, VisionConfig
+from w2s.megatron import groups
 from w2s.megatron.initialize import assign, global_name
+from w2s.megatron.schedule import forward_backward, infer
+from w2s.megatron.sharded import ShardedTower, data_parallel, shard
 from w2s.megatron.tower import Tower
 from w2s.objectives.contrastive import contrastive_loss
 from w2s.objectives.masked import masked_cosine_loss
@@ -77,9 +84,143 @@ def fill_from(tower: Tower, released: dict[str, Tensor], names: dict[str, str]) 
     assign(tower, {**tensors, "logit_scale": released.get("logit_scale", torch.empty(0))})
 
 
-def gradients(tower: Tower, names: dict[str, str]) -> dict[str, Tensor]:
-    own = {global_name(tower, name): p.grad for name, p in tower.named_parameters()}
-    return to_eva(own, names, tower.config.num_attention_heads)
+def sharded(
+    build: Callable[[int], Any], released: dict[str, Tensor], names: dict[str, str], parallel: ParallelConfig
+) -> Any:
+    """A tower with the released weights, split and ready for a backward pass."""
+
+    def chunk(number: int) -> Any:
+        tower = build(number)
+        fill_from(tower, released, names)
+        return tower
+
+    return data_parallel(shard(chunk, parallel, torch.device("cpu")), parallel, PrecisionConfig())
+
+
+def send_back(
+    tower: ShardedTower[Any], inputs: Sequence[Tensor], tokens: int, gradient: Tensor, **scalars: Tensor
+) -> Pieces:
+    """Gradients of the weights, given those by the output and by scalars of the tower."""
+    for part in tower.chunks:
+        part.zero_grad_buffer()
+
+    def forward(chunk: Any, inputs: Sequence[Tensor]) -> Any:
+        def loss(output: Tensor) -> Any:
+            by_scalars = [by * getattr(chunk, name) for name, by in scalars.items()]
+            return (output * gradient).sum() + sum(by_scalars), {}
+
+        return chunk(*inputs), loss
+
+    forward_backward(tower, [inputs], forward, len(inputs[0]) * tokens)
+    return {
+        global_name(part, name): (parameter.main_grad, axis_of(parameter))
+        for part in tower.parts
+        for name, parameter in part.named_parameters()
+    }
+
+
+def call(chunk: Any, *inputs: Tensor) -> Tensor:
+    return chunk(*inputs)
+
+
+def patch_targets(chunk: Any, images: Tensor) -> Tensor:
+    tokens = chunk.encode(images)
+    return chunk.head(tokens)[:, 1:] if chunk.last else tokens
+
+
+def clip_numbers(path: Path, parallel: ParallelConfig) -> tuple[dict[str, Tensor], dict[str, Pieces]]:
+    metadata, tensors = read(path)
+    state, images, texts = part(tensors, "state/"), tensors["in/image"], tensors["in/text"]
+    embed_dim, dtype = int(metadata["embed_dim"]), torch.float32
+    seen, spoken = vision_shape(metadata), text_shape(metadata)
+    vision = sharded(
+        lambda chunk: ImageTower(seen, embed_dim, parallel, dtype, chunk),
+        part(state, "visual."),
+        VISION_NAMES,
+        parallel,
+    )
+    words = {**part(state, "text."), "logit_scale": state["logit_scale"]}
+    text = sharded(lambda chunk: TextTower(spoken, embed_dim, parallel, dtype, chunk), words, TEXT_NAMES, parallel)
+
+    out = {
+        "image_features": infer(vision, (images,), call, 1 + seen.patches),
+        "text_features": infer(text, (texts,), call, spoken.context_length),
+        "patch_targets": infer(vision, (images,), patch_targets, 1 + seen.patches),
+    }
+    leaves = [x.clone().requires_grad_() for x in (out["image_features"], out["text_features"], state["logit_scale"])]
+    units = (F.normalize(leaf, dim=-1) for leaf in leaves[:2])
+    out["clip_loss"] = contrastive_loss(*units, leaves[2].exp(), tile=4)
+    by_images, by_texts, by_scale = torch.autograd.grad(out["clip_loss"], leaves)
+    grads = {
+        "visual.": send_back(vision, (images,), 1 + seen.patches, by_images),
+        "text.": send_back(text, (texts,), spoken.context_length, by_texts, logit_scale=by_scale),
+    }
+    return {name: value.detach() for name, value in out.items()}, grads
+
+
+def masked_numbers(path: Path, parallel: ParallelConfig) -> tuple[dict[str, Tensor], dict[str, Pieces]]:
+    metadata, tensors = read(path)
+    shape, images, masks = vision_shape(metadata), tensors["in/image"], tensors["in/mask"]
+    width = int(metadata["teacher_dim"])
+    student = sharded(
+        lambda chunk: MaskedStudent(shape, width, parallel, torch.float32, chunk),
+        part(tensors, "state/"),
+        VISION_NAMES,
+        parallel,
+    )
+    # Images may have different numbers of masked patches: predict everywhere, and look at the masked ones.
+    inputs = images, masks, torch.arange(shape.patches).expand(len(images), -1)
+    predictions = infer(student, inputs, call, 1 + shape.patches).requires_grad_()
+    loss = masked_cosine_loss(predictions[masks], tensors["in/targets"][masks])
+    loss.backward()
+    out = {"pred_masked": predictions[masks].detach(), "mim_loss": loss.detach()}
+    return out, {"": send_back(student, inputs, 1 + shape.patches, predictions.grad)}
+
+
+def numbers(paths: list[Path], parallel: ParallelConfig) -> dict[str, Any]:
+    """What a rank of a layout has to say about every file."""
+    with groups.split(parallel, torch.device("cpu")):
+        return {
+            path.name: (clip_numbers if path.name.startswith("clip") else masked_numbers)(path, parallel)
+            for path in paths
+        }
+
+
+LAYOUTS = {
+    "one process": ParallelConfig(),
+    "TP2": ParallelConfig(tensor=2),
+    "TP2 + SP": ParallelConfig(tensor=2, sequence=True),
+    "PP2": ParallelConfig(pipeline=2),
+    "TP2 x PP2": ParallelConfig(tensor=2, pipeline=2),
+}
+
+
+@functools.cache
+def everyone(layout: str) -> list[dict[str, Any]]:
+    """The numbers of all ranks of a layout."""
+    parallel = LAYOUTS[layout]
+    return run_ranks(numbers, parallel.tensor * parallel.pipeline, FILES, parallel)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_released_numbers(path: Path, layout: str) -> None:
+    metadata, tensors = read(path)
+    outputs, gradients = zip(*(rank[path.name] for rank in everyone(layout)), strict=True)
+    for name, theirs in part(tensors, "out/").items():
+        for ours in outputs:
+            assert_close(name, ours[name], theirs)
+    found: dict[str, Tensor] = {}
+    for prefix in gradients[0]:
+        whole = join_pieces([rank[prefix] for rank in gradients])
+        names, heads = (
+            (TEXT_NAMES, text_shape(metadata).heads)
+            if prefix == "text."
+            else (VISION_NAMES, vision_shape(metadata).heads)
+        )
+        for name, value in to_eva(whole, names, heads).items():
+            found[name if name == "logit_scale" else f"{prefix}{name}"] = value
+    assert_gradients(found, part(tensors, "grad/"))
 
 
 def assert_close(name: str, ours: Tensor, theirs: Tensor, floor: float = 0.0) -> None:
@@ -93,45 +234,3 @@ def assert_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert_close(name, ours[name], value, floor=scale)
-
-
-@pytest.mark.parametrize("path", [f for f in FILES if f.name.startswith("clip")], ids=lambda p: p.stem)
-def test_clip(path: Path, alone: Any) -> None:
-    metadata, tensors = read(path)
-    state, out, images, texts = part(tensors, "state/"), part(tensors, "out/"), tensors["in/image"], tensors["in/text"]
-    embed_dim = int(metadata["embed_dim"])
-    vision = ImageTower(vision_shape(metadata), embed_dim, ParallelConfig(), torch.float32)
-    text = TextTower(text_shape(metadata), embed_dim, ParallelConfig(), torch.float32)
-    fill_from(vision, part(state, "visual."), VISION_NAMES)
-    fill_from(text, {**part(state, "text."), "logit_scale": state["logit_scale"]}, TEXT_NAMES)
-
-    image_features = F.normalize(vision(images), dim=-1)
-    text_features = F.normalize(text(texts), dim=-1)
-    loss = contrastive_loss(image_features, text_features, text.logit_scale.exp(), tile=4)
-    loss.backward()
-
-    assert_close("image features", vision(images), out["image_features"])
-    assert_close("text features", text(texts), out["text_features"])
-    assert_close("patch targets", vision.head(vision.encode(images))[:, 1:], out["patch_targets"])
-    assert_close("loss", loss, out["clip_loss"])
-    ours = {f"visual.{name}": value for name, value in gradients(vision, VISION_NAMES).items()}
-    for name, value in gradients(text, TEXT_NAMES).items():
-        ours[name if name == "logit_scale" else f"text.{name}"] = value
-    assert_gradients(ours, part(tensors, "grad/"))
-
-
-@pytest.mark.parametrize("path", [f for f in FILES if f.name.startswith("mim")], ids=lambda p: p.stem)
-def test_masked_stage(path: Path, alone: Any) -> None:
-    metadata, tensors = read(path)
-    masks = tensors["in/mask"]
-    rows = masks.flatten().nonzero().squeeze(1)
-    student = MaskedStudent(vision_shape(metadata), int(metadata["teacher_dim"]), ParallelConfig(), torch.float32)
-    fill_from(student, part(tensors, "state/"), VISION_NAMES)
-
-    predictions = student(tensors["in/image"], masks, rows)
-    loss = masked_cosine_loss(predictions, tensors["in/targets"].flatten(0, 1)[rows])
-    loss.backward()
-
-    assert_close("predictions", predictions, tensors["out/pred_masked"])
-    assert_close("loss", loss, tensors["out/mim_loss"])
-    assert_gradients(gradients(student, VISION_NAMES), part(tensors, "grad/"))

@@ -11,6 +11,7 @@ from torch import Tensor
 from stages.clip import ContrastiveStage
 from stages.mim import MaskedStage
 from tests.distributed import run_ranks
+from tests.megatron.pieces import Pieces, axis_of, join_pieces
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.stream import Stream
@@ -20,9 +21,6 @@ from w2s.megatron.initialize import global_name
 from w2s.optim.schedule import lr_factor
 
 STAGES = {"mim": MaskedStage, "clip": ContrastiveStage}
-
-Pieces = dict[str, tuple[Tensor, int | None]]
-"""Tensors by global name, with the axis that tensor-parallel ranks split them over."""
 
 
 @dataclass
@@ -96,7 +94,7 @@ def _pieces(stage: Any, take: Any) -> Pieces:
     return {
         f"{tower_name}.{global_name(part, name)}": (
             take(parameter),
-            parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None,
+            axis_of(parameter),
         )
         for tower_name, tower in stage.towers.items()
         for part in tower.parts
@@ -114,22 +112,3 @@ def _join(everyone: list[dict[str, Any]]) -> Steps:
         weights=join_pieces([each["weights"] for each in everyone]),
         teacher_images=logs[0].get("teacher_images_per_rank", 0.0),
     )
-
-
-def join_pieces(everyone: Sequence[Pieces]) -> dict[str, Tensor]:
-    """Make whole tensors of what the ranks hold, ranks in their order; copies must be equal to the bit."""
-    found: dict[str, list[Tensor]] = {}
-    axes: dict[str, int | None] = {}
-    for pieces in everyone:
-        for name, (piece, axis) in pieces.items():
-            found.setdefault(name, []).append(piece)
-            axes[name] = axis
-    return {name: _whole(name, pieces, axes[name]) for name, pieces in found.items()}
-
-
-def _whole(name: str, pieces: list[Tensor], axis: int | None) -> Tensor:
-    distinct = [piece for n, piece in enumerate(pieces) if not any(torch.equal(piece, p) for p in pieces[:n])]
-    if axis is None:
-        assert len(distinct) == 1, f"{name} differs between ranks"
-        return distinct[0]
-    return torch.cat(distinct, axis)

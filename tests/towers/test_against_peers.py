@@ -132,7 +132,7 @@ def test_weights_start_from_seed_and_name(alone: Ranks) -> None:
 def test_text_tower_starts_as_clips(alone: Ranks) -> None:
     shape = TextConfig(vocab_size=500, layers=2, width=128, heads=2, mlp_width=512)
     tower = TextTower(shape, EMBED, ParallelConfig(), torch.float32)
-    fill(tower, text_rule(shape, logit_scale=1 / 0.07), seed=0)
+    fill(tower, text_rule(shape, logit_scale=1 / 0.07, logit_bias=0.0), seed=0)
     assert float(tower.logit_scale) == pytest.approx(2.6593, abs=1e-4)
     assert float(tower.text_projection.std()) == pytest.approx(128**-0.5, rel=0.03)
     assert float(tower.positional_embedding.std()) == pytest.approx(0.01, rel=0.05)

@@ -13,7 +13,7 @@ from w2s.megatron import state
 from w2s.megatron.optimizer import Towers
 from w2s.megatron.sharded import ShardedTower
 
-DROPPED = ("lm_head", "mask_token", "head", "text_projection", "logit_scale")
+DROPPED = ("lm_head", "mask_token", "head", "text_projection", "logit_scale", "logit_bias")
 """What serves one stage alone (baaivision/EVA, the skip list of every released stage-2 command)."""
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from w2s.config.layout import check_layout, check_micro_batches, model_parallel_size
-from w2s.config.sections import Config, HardwareConfig, OptimConfig, TrainConfig
+from w2s.config.sections import ClipConfig, Config, HardwareConfig, OptimConfig, TrainConfig
 from w2s.errors import ConfigError
 
 _INTERVALS = {
@@ -62,11 +62,18 @@ def _check_training(config: Config, world_size: int) -> None:
     check_micro_batches(config, world_size)
     if config.stage == "mim":
         _check_masks(config)
-    elif config.clip.logit_scale > config.clip.logit_scale_max:
+    else:
+        _check_logits(config.clip)
+
+
+def _check_logits(clip: ClipConfig) -> None:
+    if clip.logit_scale > clip.logit_scale_max:
         raise ConfigError(
-            f"clip.logit_scale={config.clip.logit_scale:g} is above clip.logit_scale_max="
-            f"{config.clip.logit_scale_max:g}: raise the maximum"
+            f"clip.logit_scale={clip.logit_scale:g} is above clip.logit_scale_max={clip.logit_scale_max:g}: "
+            "raise the maximum"
         )
+    if clip.loss == "softmax" and clip.logit_bias != ClipConfig().logit_bias:
+        raise ConfigError(f"clip.logit_bias={clip.logit_bias:g} does nothing with clip.loss=softmax: leave it out")
 
 
 def _check_eval(config: Config) -> None:

@@ -226,6 +226,10 @@ class ClipConfig:
 
     patch_dropout: float = 0.5
     """Fraction of patches that the vision tower does not see while training; CLS is always kept."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """CLIP's softmax over the batch, or SigLIP's sigmoid of every pair (which begins at scale 10 and bias -10)."""
+    logit_bias: float = -10.0
+    """Initial bias of the logits of the sigmoid loss; the softmax loss has none."""
     equal_captions: Literal["negatives", "positives"] = "negatives"
     """Whether two samples of a batch with the same caption repel each other or count as positives."""
     logit_scale: float = 1 / 0.07

@@ -25,7 +25,7 @@ def peak_lr(tower: str, name: str, layers: int, optim: OptimConfig) -> float:
 
     Source: baaivision/EVA, shinji/training/optim.py.
     """
-    if name == "logit_scale":
+    if name in ("logit_scale", "logit_bias"):
         return optim.lr
     base, decay = {
         "vision": (optim.vision_lr, optim.vision_layer_decay),

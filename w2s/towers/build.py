@@ -36,8 +36,9 @@ def build_clip(
         return tower
 
     def text_chunk(number: int) -> TextTower:
-        tower = TextTower(model.text, model.embed_dim, config.parallel, dtype, number)
-        fill(tower, text_rule(model.text, config.clip.logit_scale), seed)
+        has_bias = config.clip.loss == "sigmoid"
+        tower = TextTower(model.text, model.embed_dim, config.parallel, dtype, number, logit_bias=has_bias)
+        fill(tower, text_rule(model.text, config.clip.logit_scale, config.clip.logit_bias), seed)
         if tower.last:
             tower.logit_scale.requires_grad_(config.clip.learn_logit_scale)
         return tower

@@ -36,13 +36,27 @@ class ImageTower(VisionTower):
 
 
 class TextTower(Tower):
-    """CLIP's causal text transformer; it also keeps the logit scale, which lives where the features are made.
+    """CLIP's causal text transformer; it also keeps the scalars of the loss, which live where the features are made.
 
     Source: baaivision/EVA, shinji/eva_clip/transformer.py.
+
+    Args:
+        shape: the tower's configuration.
+        embed_dim: width of the shared space.
+        parallel: how the tower is split.
+        dtype: type of the weights.
+        chunk: number of this chunk of its pipeline rank.
+        logit_bias: whether the loss has a bias beside its scale (SigLIP).
     """
 
     def __init__(
-        self, shape: TextConfig, embed_dim: int, parallel: ParallelConfig, dtype: torch.dtype, chunk: int = 0
+        self,
+        shape: TextConfig,
+        embed_dim: int,
+        parallel: ParallelConfig,
+        dtype: torch.dtype,
+        chunk: int = 0,
+        logit_bias: bool = False,
     ) -> None:
         layer = 4 * shape.width + 2 * shape.mlp_width + 2 * shape.context_length
         stack = StackShape(
@@ -69,6 +83,12 @@ class TextTower(Tower):
             self.text_projection = nn.Parameter(torch.empty(shape.width, embed_dim, dtype=dtype))
             # bfloat16 cannot hold ln 100.
             self.logit_scale = nn.Parameter(torch.empty((), dtype=torch.float32))
+            if logit_bias:
+                self.logit_bias = nn.Parameter(torch.empty((), dtype=torch.float32))
+
+    def scalars(self) -> list[nn.Parameter]:
+        """Return the logit scale and, if there is one, the logit bias; the last chunk has them."""
+        return [parameter for name, parameter in self.named_parameters() if name in ("logit_scale", "logit_bias")]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embed captions.

@@ -43,7 +43,7 @@ def vision_rule(shape: VisionConfig, post_norm: float) -> Callable[[str], Init]:
     return rule
 
 
-def text_rule(shape: TextConfig, logit_scale: float) -> Callable[[str], Init]:
+def text_rule(shape: TextConfig, logit_scale: float, logit_bias: float) -> Callable[[str], Init]:
     """Return the start of each parameter of a text tower, by its global name.
 
     Source: CLIP's initialisation as in baaivision/EVA, shinji/eva_clip/transformer.py.
@@ -51,6 +51,7 @@ def text_rule(shape: TextConfig, logit_scale: float) -> Callable[[str], Init]:
     Args:
         shape: the tower's configuration.
         logit_scale: scale of the logits; its logarithm is the parameter.
+        logit_bias: bias of the logits, where the tower has one.
     """
     width = shape.width**-0.5
     starts = {
@@ -58,6 +59,7 @@ def text_rule(shape: TextConfig, logit_scale: float) -> Callable[[str], Init]:
         "positional_embedding": Init("normal", 0.01),
         "text_projection": Init("normal", width),
         "logit_scale": Init("constant", math.log(logit_scale)),
+        "logit_bias": Init("constant", logit_bias),
         "linear_qkv.weight": Init("normal", width),
         "linear_proj.weight": Init("normal", width * (2 * shape.layers) ** -0.5),
         "linear_fc2.weight": Init("normal", width * (2 * shape.layers) ** -0.5),
@@ -65,7 +67,7 @@ def text_rule(shape: TextConfig, logit_scale: float) -> Callable[[str], Init]:
     }
 
     def rule(name: str) -> Init:
-        if name.endswith("bias"):
+        if name.endswith(".bias"):
             return ZERO
         return next((start for ending, start in starts.items() if name.endswith(ending)), ONE)
 
