@@ -1,5 +1,7 @@
 """Run a function on several local ranks over gloo."""
 
+import multiprocessing
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -11,6 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# Ranks are forked from a process that has imported what takes seconds.
+multiprocessing.set_forkserver_preload(["w2s.data.workers", "stages.mim", "stages.clip"])
 
 TIMEOUT = timedelta(seconds=120)
 """A rank that waits longer for another one fails."""
@@ -37,7 +42,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
-            mp.spawn(_rank, args=(world_size, folder, fn, args), nprocs=world_size)
+            mp.start_processes(_rank, (world_size, folder, fn, args), world_size, start_method="forkserver")
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             first = folder / "error"
             raise RankError(first.read_text() if first.exists() else str(error)) from None
@@ -46,6 +51,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
 
 def _rank(rank: int, world_size: int, folder: Path, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    # The server may have been started where signals were blocked: a rank must end when it is told to.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     store = dist.FileStore(str(folder / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     try:

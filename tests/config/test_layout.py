@@ -1,0 +1,117 @@
+"""Parallel layouts that cannot work, or would do nothing, are refused in one line that names what is legal."""
+
+import pytest
+
+from w2s.config.checks import check
+from w2s.config.load import load
+from w2s.errors import ConfigError
+
+BIG = [
+    "model=eva_18b",
+    "hardware=cpu",
+    "data.lanes=64",
+    "data.train=x",
+    "train.global_batch=256",
+    "mim.masked_patches=105",
+]
+"""40 vision heads and 20 text heads, 48 and 32 layers."""
+
+
+def refusal(stage: str, world_size: int, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(load(stage, overrides), world_size, world_size)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_legal_layouts_pass() -> None:
+    check(load("mim", [*BIG, "parallel.tensor=8", "parallel.sequence=true", "train.micro_batch=64"]), 8, 8)
+    check(load("clip", [*BIG, "parallel.tensor=4", "parallel.pipeline=2", "train.micro_batch=16"]), 8, 8)
+    interleaved = ["parallel.pipeline=4", "parallel.virtual_pipeline=3", "train.micro_batch=16"]
+    check(load("mim", [*BIG, *interleaved]), 8, 8)
+    check(load("mim", [*BIG, "parallel.pipeline=2", "parallel.vision_split=[20,28]", "train.micro_batch=16"]), 2, 2)
+
+
+def test_text_heads_do_not_divide_by_eight() -> None:
+    message = refusal("clip", 8, *BIG, "parallel.tensor=8")
+    assert message == (
+        "parallel.tensor=8 does not divide model.text.heads=20: use parallel.tensor=1, 2, 4, 5, 10 or 20"
+    )
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "message"),
+    [
+        (
+            16,
+            ["parallel.tensor=16"],
+            "parallel.tensor=16 does not divide model.vision.heads=40: use parallel.tensor=1, 2",
+        ),
+        (
+            3,
+            ["parallel.tensor=3", "model.vision.heads=3", "model.vision.width=96"],
+            "does not divide model.vision.mlp_",
+        ),
+        (3, ["parallel.tensor=2"], "parallel.tensor=2 x parallel.pipeline=1 needs a multiple of 2 ranks, there are 3"),
+        (
+            1,
+            ["parallel.pipeline=2"],
+            "parallel.tensor=1 x parallel.pipeline=2 needs a multiple of 2 ranks, there are 1",
+        ),
+        (1, ["parallel.tensor=0"], "parallel.tensor=0 must be at least 1"),
+        (64, ["parallel.pipeline=64"], "parallel.pipeline=64 x parallel.virtual_pipeline=1 makes 64 stages of "),
+        (
+            2,
+            ["parallel.pipeline=2", "parallel.vision_split=[20,20]"],
+            "parallel.vision_split=[20, 20] must have 2 whole",
+        ),
+        (2, ["parallel.pipeline=2", "parallel.vision_split=[48]"], "use such as [24, 24]"),
+        (2, ["parallel.pipeline=2", "train.micro_batch=256"], "makes 1 micro-batches of the 256 samples"),
+        (
+            2,
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch=12", "train.micro_batch=4"],
+            "makes 3 micro-batches of the 12 samples of a data-parallel rank, which do not fill 2 pipeline stages: "
+            "use train.micro_batch=1, 2, 3 or 6",
+        ),
+        (
+            2,
+            ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch=1"],
+            "parallel.sequence=true cannot share the 1 x 257 tokens of a micro-batch among parallel.tensor=2 ranks: "
+            "use train.micro_batch=2, 4, 8, 16, 32, 64, 128 or 256",
+        ),
+        (
+            8,
+            ["parallel.tensor=8", "train.global_batch=4", "train.micro_batch=4"],
+            "train.global_batch=4 is not divisible",
+        ),
+    ],
+)
+def test_illegal_layouts(world_size: int, overrides: list[str], message: str) -> None:
+    assert message in refusal("mim", world_size, *BIG, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("parallel.sequence=true", "parallel.tensor=1"),
+        ("parallel.virtual_pipeline=2", "parallel.pipeline=1"),
+        ("parallel.recompute_layers=2", "parallel.recompute=none"),
+        ("parallel.overlap_grad_reduce=true", "one data-parallel rank"),
+        ("precision.gradients=bf16", "precision.compute=fp32"),
+    ],
+)
+def test_what_would_do_nothing(override: str, reason: str) -> None:
+    assert refusal("mim", 1, override) == f"{override} does nothing with {reason}: leave it out"
+
+
+def test_a_named_micro_batch_passes() -> None:
+    fixed = ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch=2"]
+    check(load("mim", [*BIG, *fixed]), 2, 2)
+    filled = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch=12", "train.micro_batch=3"]
+    check(load("mim", [*BIG, *filled]), 2, 2)
+
+
+def test_overlapped_gathering_needs_overlapped_reduction() -> None:
+    message = refusal("mim", 2, "parallel.overlap_param_gather=true", "train.micro_batch=32")
+    assert message.endswith("needs parallel.overlap_grad_reduce=true: set both")

@@ -1,0 +1,86 @@
+"""A checkpoint of one layout goes on in any other: weights, optimizer, statistics."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import run_ranks
+from tests.stages.conftest import Material
+from tests.stages.layouts import STAGES
+from w2s.config.load import load
+from w2s.config.sections import Config
+from w2s.data.stream import Stream
+from w2s.megatron import groups, state
+from w2s.optim.schedule import lr_factor
+
+TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
+CHAIN: list[tuple[int, list[str]]] = [
+    (4, [TENSOR, PIPELINE, "train.micro_batch=4"]),
+    (1, ["train.micro_batch=16"]),
+    (2, ["train.micro_batch=8"]),
+    (2, [TENSOR, "train.micro_batch=16"]),
+]
+"""Ranks and layouts, each of which goes on where the one before has saved."""
+BEGUN, NEXT = 2, 3
+"""Steps before the first checkpoint, and after each."""
+TOLERANCE = 1e-6
+"""Relative and absolute, of float32 losses whose sums come in another order: a few units of 6e-8."""
+
+
+def go_on(configs: list[Config], folders: list[tuple[Path | None, Path]]) -> list[list[float]]:
+    """Begin, or load the first folder; save into the second; return the next losses. One after the other."""
+    return [_go_on(config, *pair) for config, pair in zip(configs, folders, strict=True)]
+
+
+def _go_on(config: Config, before: Path | None, after: Path) -> list[float]:
+    with groups.split(config.parallel, torch.device("cpu")) as ranks:
+        stage: Any = STAGES[config.stage](config, ranks)
+        sizes = {"global_batch": 16, "seed": 0, "rank": ranks.reader, "size": ranks.world_size}
+        stream = Stream(config.data, stage.spec, **sizes)
+        batches = [stream.next() for _ in range(BEGUN + NEXT)]
+
+        def train(numbers: range) -> list[float]:
+            losses = []
+            for number in numbers:
+                stage.optimizer.zero_grad()
+                losses.append(ranks.mean(stage.step(batches[number]))["loss"])
+                stage.optimizer.step(lr_factor(number, config.train.steps, config.optim))
+                stage.after_update()
+            return losses
+
+        if before is None:
+            train(range(BEGUN))
+        else:
+            stage.load_extra_state(state.load(before, stage.towers, stage.optimizer, step=BEGUN))
+        state.save(after, stage.towers, stage.optimizer, stage.extra_state()).finish()
+        return train(range(BEGUN, BEGUN + NEXT))
+
+
+@pytest.fixture(scope="module")
+def common(material: Material) -> list[str]:
+    data = ["data.builtin=none", f"data.train={material.train}", "data.workers=0", "eval.shards=", "eval.knn_shards="]
+    teacher = [f"teacher.source=timm:test_vit@{material.teacher}", "teacher.target_norm=standardize"]
+    train = ["train.steps=5", "train.global_batch=16", "optim.warmup=1", "optim.lr=1e-4"]
+    return ["model=tiny", "hardware=cpu", *data, *teacher, *train]
+
+
+def test_any_layout_goes_on_where_another_stopped(common: list[str], tmp_path: Path) -> None:
+    stages = {"mim": ["optim.name=adamw"], "clip": ["optim.name=lamb", "init.vision=none"]}
+    before: dict[str, Path | None] = dict.fromkeys(stages)
+    expected: dict[str, list[float]] = {}
+    for number, (ranks, layout) in enumerate(CHAIN):
+        folders = {stage: tmp_path / f"{stage}-{number}" for stage in stages}
+        for folder in folders.values():
+            folder.mkdir()
+        configs = [load(stage, [*common, *changes, *layout]) for stage, changes in stages.items()]
+        pairs = [(before[stage], folders[stage]) for stage in stages]
+        losses = dict(zip(stages, run_ranks(go_on, ranks, configs, pairs)[0], strict=True))
+        for stage, values in losses.items():
+            assert values == pytest.approx(expected.setdefault(stage, values), rel=TOLERANCE, abs=TOLERANCE), (
+                stage,
+                layout,
+            )
+            assert len(set(values)) == NEXT
+        before = dict(folders)
