@@ -70,6 +70,14 @@ def _interrupt_the_launcher(_: object) -> None:
     signal.pause()
 
 
+def _killed_on_rank_1_beside_one_that_stops(_: object) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    number = signal.sigwait({signal.SIGTERM})
+    raise StopRun("stopped by SIGTERM: repeat the command to go on", number)
+
+
 def _leave(_: object) -> None:
     os._exit(7)
 
@@ -100,6 +108,11 @@ def test_a_killed_rank_is_the_cause_and_not_the_connections_that_it_broke() -> N
     with pytest.raises(RankError, match=r"^rank 1 was killed by SIGKILL") as caught:
         launch(_killed_on_rank_1, None, 2)
     assert caught.value.exit_code == 128 + signal.SIGKILL
+
+
+def test_a_killed_rank_is_the_cause_and_not_the_others_that_were_asked_to_stop() -> None:
+    with pytest.raises(RankError, match=r"^rank 1 was killed by SIGKILL"):
+        launch(_killed_on_rank_1_beside_one_that_stops, None, 2)
 
 
 def test_a_rank_that_hangs_is_ended() -> None:

@@ -181,23 +181,26 @@ def _own_signals_and_no_log() -> Iterator[None]:
 
 
 def _read_failures(folder: Path) -> list[_Failure]:
-    """What the ranks have left: errors of ours first, since they never follow from another rank's death, by age."""
+    """What the ranks have left, the earliest first."""
     paths = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-    failures = [_Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
-    return sorted(failures, key=lambda failure: not failure.expected)
+    return [_Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
 def _cause(failures: list[_Failure], end: SignalException | ChildFailedError) -> W2SError:
     """Why the ranks ended.
 
-    After an error of ours comes a request to stop, then a rank that died of a signal, which left no word, then the
-    earliest of the other errors, most of which are lost connections.
+    An error of ours never follows from another rank's death. Next comes a request to stop this process, then a rank
+    that died of a signal, which left no word, then the earliest of the others: most are lost connections, or ranks that
+    the agent asked to stop because of the first.
     """
-    if failures and failures[0].expected:
-        return failures[0].error()
+    errors = [failure for failure in failures if failure.expected and not failure.signal_number]
+    stops = [failure for failure in failures if failure.signal_number]
+    if errors:
+        return errors[0].error()
     if isinstance(end, SignalException):
         name, number = end.sigval.name, end.sigval
-        return StopRun(f"stopped by {name}, nothing new was saved: repeat the command to go on", number)
+        nothing = StopRun(f"stopped by {name}, nothing new was saved: repeat the command to go on", number)
+        return stops[0].error() if stops else nothing
     rank, found = end.get_first_failure()
     if found.exitcode < 0:
         message = f"rank {rank} was killed by {found.signal_name()}: see the system's log, often for memory"

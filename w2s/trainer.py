@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -153,7 +153,8 @@ class Trainer:
             self.tracker.table("handover", ["", "tensors", "names"], self.handover.rows(), title)
         if self.step == 0:
             self._evaluate()
-        with stop_when_ready() as signals:
+        # Reading processes that nobody ends would hold up the end of a rank that fails.
+        with stop_when_ready() as signals, closing(self.stream):
             while self.step < train.steps:
                 metrics = self._step()
                 meter.update(train.global_batch, self.stream.wait_seconds)
@@ -168,8 +169,7 @@ class Trainer:
                         self._evaluate()
                     self._finish_saving_if_written()
                 self._stop_if_asked(signals, saved)
-        self._finish_saving()
-        self.stream.close()
+            self._finish_saving()
 
     def _step(self) -> dict[str, Tensor]:
         batch = self.stream.next()
@@ -238,7 +238,6 @@ class Trainer:
         if not saved:
             self._save()
         self._finish_saving()
-        self.stream.close()
         number = signals[0] if signals else signal.SIGTERM
         name = signal.Signals(number).name
         raise StopRun(
