@@ -1,9 +1,11 @@
 """What differs between Megatron-Core releases (0.16.1 on Python 3.11, 0.19 on 3.12 and newer)."""
 
+import inspect
 import logging
 from functools import partial
 from typing import Any
 
+from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -16,6 +18,14 @@ def replace_rng_tracker(tracker: Any) -> None:
     """Make `tracker` the keeper of Megatron's random states."""
     megatron_random._CUDA_RNG_STATE_TRACKER = tracker
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def begin_save(state: dict[str, Any], folder: str) -> Any:
+    """Begin a distributed checkpoint; return what has to be done for it."""
+    options: dict[str, Any] = {"async_sharded_save": True}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # 0.19
+        options["async_strategy"] = "mcore"
+    return dist_checkpointing.save(state, folder, **options)
 
 
 def mlp_spec(mlp: type[MLP], linear_fc1: type, linear_fc2: type) -> Any:

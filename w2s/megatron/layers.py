@@ -155,12 +155,12 @@ QKV_LINEARS: dict[str, type[nn.Module]] = {"none": PlainQKV, "qv": QVBiasQKV, "q
 
 
 def mark_split_weights(module: nn.Module) -> None:
-    """Say how each linear's weight is split over tensor-parallel ranks: Megatron does so only when it draws weights."""
+    """Say how each linear's weight is split over tensor-parallel ranks: 0.16 does so only when it draws weights."""
     for linear in module.modules():
-        if isinstance(linear, ColumnParallelLinear):
-            set_tensor_model_parallel_attributes(linear.weight, True, 0, 1)
-        elif isinstance(linear, RowParallelLinear):
-            set_tensor_model_parallel_attributes(linear.weight, True, 1, 1)
+        if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
+            if not hasattr(linear.weight, "partition_dim"):
+                axis = 0 if isinstance(linear, ColumnParallelLinear) else 1
+                set_tensor_model_parallel_attributes(linear.weight, True, axis, 1)
 
 
 def layer_spec(

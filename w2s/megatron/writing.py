@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint import CheckpointException
 
 from w2s.errors import CheckpointError
+from w2s.megatron import compat
 
 # It logs what it raises as well.
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
@@ -39,7 +39,7 @@ class Writing:
         self._results: Any = _Results() if background else queue.Queue()
         filesystem_async._results_queue = self._results
         with reporting_write(folder):
-            self._request: AsyncRequest = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+            self._request: AsyncRequest = compat.begin_save(state, str(folder))
             self._start(background)
 
     def _start(self, background: bool) -> None:
