@@ -106,7 +106,11 @@ def test_a_masked_student_is_a_timm_model_without_a_head(tmp_path: Path) -> None
     model = model_of("18b")
     tower = timm_tower(model)
     student = {name: value for name, value in tower.state_dict().items() if not name.startswith("head")}
-    student |= {"mask_token": torch.randn(1, 1, 32), "lm_head.weight": torch.randn(24, 32), "lm_head.bias": torch.ones(24)}
+    student |= {
+        "mask_token": torch.randn(1, 1, 32),
+        "lm_head.weight": torch.randn(24, 32),
+        "lm_head.bias": torch.ones(24),
+    }
     checkpoint = checkpoint_of(model, tmp_path, student)
     export_checkpoint(checkpoint, "timm", tmp_path / "timm")
     peer = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
@@ -120,7 +124,11 @@ def test_a_masked_student_is_a_timm_model_without_a_head(tmp_path: Path) -> None
 
 
 def test_shapes_that_timm_knows_are_called_by_name() -> None:
-    names = {"eva02_e_plus": "eva02_enormous_patch14_clip_224", "eva01_g": "eva_giant_patch14_clip_224", "eva_18b": None}
+    names = {
+        "eva02_e_plus": "eva02_enormous_patch14_clip_224",
+        "eva01_g": "eva_giant_patch14_clip_224",
+        "eva_18b": None,
+    }
     for name, expected in names.items():
         model = load("clip", [f"model={name}"]).model
         assert named_tower(model.vision) == expected

@@ -37,9 +37,7 @@ def wrap(tensors: dict[str, Tensor], kind: str) -> Any:
 
 def open_clip_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As open_clip names a CLIP with a tower of timm's and a text tower of its own."""
-    return {
-        name.replace("visual.", "visual.trunk.").removeprefix("text."): value for name, value in tensors.items()
-    }
+    return {name.replace("visual.", "visual.trunk.").removeprefix("text."): value for name, value in tensors.items()}
 
 
 def assert_same_tensors(checkpoint: Path, expected: dict[str, Tensor]) -> None:
@@ -90,7 +88,9 @@ def test_every_kind_of_file(tmp_path: Path, ending: str, wrapping: str) -> None:
         parts = {f"model-{number}.{kind}": names[number::2] for number in range(2)}
         for part, members in parts.items():
             content = {name: tensors[name].contiguous() for name in members}
-            torch.save(wrap(content, wrapping), tmp_path / part) if kind == "bin" else save_file(content, tmp_path / part)
+            torch.save(wrap(content, wrapping), tmp_path / part) if kind == "bin" else save_file(
+                content, tmp_path / part
+            )
         path.write_text(json.dumps({"weight_map": {name: part for part in parts for name in parts[part]}}))
     elif ending == ".safetensors":
         save_file(tensors, path)
@@ -116,7 +116,11 @@ def test_names_of_open_clip_timm_and_the_masked_stage(tmp_path: Path) -> None:
     assert_same_tensors(tmp_path / "from_timm", {f"visual.{name}": value for name, value in tower.items()})
 
     student = {name: value for name, value in tower.items() if not name.startswith("head")}
-    student |= {"mask_token": torch.randn(1, 1, 32), "lm_head.weight": torch.randn(24, 32), "lm_head.bias": torch.ones(24)}
+    student |= {
+        "mask_token": torch.randn(1, 1, 32),
+        "lm_head.weight": torch.randn(24, 32),
+        "lm_head.bias": torch.ones(24),
+    }
     torch.save(student, tmp_path / "mim.pt")
     import_checkpoint(tmp_path / "mim.pt", model, tmp_path / "from_mim")
     assert_same_tensors(tmp_path / "from_mim", {f"visual.{name}": value for name, value in student.items()})
@@ -162,7 +166,10 @@ def test_another_patch_size_keeps_the_embedding_of_an_enlarged_image(tmp_path: P
     torch.save(clip, tmp_path / "clip.pt")
     found = import_checkpoint(tmp_path / "clip.pt", with_size(model, 64, 16), tmp_path / "out")
     assert found.resized == ["vision.patch_embed.weight"]
-    kernel, old = open_released(tmp_path / "out").read("visual.patch_embed.proj.weight"), clip["visual.patch_embed.proj.weight"]
+    kernel, old = (
+        open_released(tmp_path / "out").read("visual.patch_embed.proj.weight"),
+        clip["visual.patch_embed.proj.weight"],
+    )
     patch = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     enlarged = torch.nn.functional.interpolate(patch, size=(16, 16), mode="bicubic", antialias=True)
     before, after = (torch.nn.functional.conv2d(x, k) for x, k in ((patch, old), (enlarged, kernel)))

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkpoint.peers import model_of, released
-from w2s.checkpoint.exporting import export_checkpoint
 from w2s.checkpoint.writing import write_pt, write_safetensors
 
 GIB = 2**30
@@ -84,4 +83,6 @@ def test_what_is_written_is_what_the_libraries_write(tmp_path: Path) -> None:
     write_pt(tmp_path / "a.pt", meta, tensors.__getitem__)
     for found in (load_file(tmp_path / "a.safetensors"), torch.load(tmp_path / "a.pt", weights_only=True)):
         assert found.keys() == tensors.keys()
-        assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in tensors.items())
+        assert all(
+            torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in tensors.items()
+        )

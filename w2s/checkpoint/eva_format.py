@@ -78,8 +78,7 @@ def from_eva(
 def to_eva(tensors: Mapping[str, Tensor], names: Mapping[str, str], heads: int) -> dict[str, Tensor]:
     """Return the released tensors out of a tower's own, the inverse of `from_eva`."""
     return {
-        eva_name(name, names): separate(tensor, heads) if is_fused(name) else tensor
-        for name, tensor in tensors.items()
+        eva_name(name, names): separate(tensor, heads) if is_fused(name) else tensor for name, tensor in tensors.items()
     }
 
 

@@ -165,4 +165,3 @@ def _ratio(hidden: int, width: int) -> float:
     """The number that times `width`, rounded down, gives `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-

@@ -59,9 +59,7 @@ def with_size(model: ModelConfig, image_size: int | None, patch_size: int | None
         ConfigError: the patches do not divide the image.
     """
     vision = model.vision
-    new = replace(
-        vision, image_size=image_size or vision.image_size, patch_size=patch_size or vision.patch_size
-    )
+    new = replace(vision, image_size=image_size or vision.image_size, patch_size=patch_size or vision.patch_size)
     if new.grid < 1:
         raise ConfigError(f"--image-size {image_size} is smaller than a patch of {new.patch_size} pixels: use more")
     return replace(model, vision=new)

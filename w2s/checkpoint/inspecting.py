@@ -41,7 +41,11 @@ def known_models(released: Released) -> list[str]:
     """Return the models of configs/model whose shapes a checkpoint has; pre- and post-norm towers look alike."""
     found = dimensions(released)
     names = sorted(path.name.removesuffix(".yaml") for path in (files("w2s.configs") / "model").iterdir())
-    return [name for name in names if found and found.items() <= _dimensions_of(load("clip", [f"model={name}"]).model).items()]
+    return [
+        name
+        for name in names
+        if found and found.items() <= _dimensions_of(load("clip", [f"model={name}"]).model).items()
+    ]
 
 
 def dimensions(released: Released) -> dict[str, int | str | bool]:

@@ -43,7 +43,12 @@ class Released(Tensors):
     """
 
     def __init__(
-        self, tensors: Tensors, origins: dict[str, str], format: str, path: Path, change: Callable[[str, Tensor], Tensor]
+        self,
+        tensors: Tensors,
+        origins: dict[str, str],
+        format: str,
+        path: Path,
+        change: Callable[[str, Tensor], Tensor],
     ) -> None:
         """Rename `tensors`.
 

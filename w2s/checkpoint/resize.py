@@ -42,4 +42,3 @@ def resize_patch_kernel(kernel: Tensor, size: int) -> Tensor:
 def shorten_context(positions: Tensor, length: int) -> Tensor:
     """Keep the first `length` of a text tower's positions [old, width]: exact, as a token sees only those before it."""
     return positions[:length]
-
