@@ -6,11 +6,10 @@ these or an index of several.
 
 import json
 import pickle
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,21 +24,18 @@ FILES = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
 """Names of the weights in a folder, without their ending, as open_clip, timm and transformers write them."""
 
 
-class Tensors(ABC):
-    """The tensors of a checkpoint by name.
+class Tensors(Protocol):
+    """The tensors of a checkpoint by name."""
 
-    Attributes:
-        meta: every tensor on the meta device, for its shape and type.
-    """
+    @property
+    def meta(self) -> Mapping[str, Tensor]:
+        """Every tensor on the meta device, for its shape and type."""
 
-    meta: Mapping[str, Tensor]
-
-    @abstractmethod
     def read(self, name: str) -> Tensor:
         """Return a tensor, on the CPU, which nobody may change."""
 
 
-class InMemory(Tensors):
+class InMemory:
     """Tensors that are there already, or are mapped into memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -51,12 +47,12 @@ class InMemory(Tensors):
         return self.tensors[name]
 
 
-class SafetensorsFiles(Tensors):
+class SafetensorsFiles:
     """One safetensors file or several."""
 
     def __init__(self, paths: list[Path]) -> None:
-        self._files = {}
-        self.meta = {}
+        self._files: dict[str, Any] = {}
+        self.meta: dict[str, Tensor] = {}
         for path in paths:
             with reading(path):
                 file = safe_open(path, "pt")
