@@ -74,6 +74,11 @@ def released(model: ModelConfig) -> dict[str, Tensor]:
     return {**vision, **text, "logit_scale": torch.tensor(2.5)}
 
 
+def masked_stage() -> dict[str, Tensor]:
+    """What a masked student of a teacher of width 24 has beside its tower."""
+    return {"mask_token": torch.randn(1, 1, 32), "lm_head.weight": torch.randn(24, 32), "lm_head.bias": torch.ones(24)}
+
+
 def captions(model: ModelConfig, count: int = 5) -> Tensor:
     """Tokens [count, context length], the end token at different places."""
     text, generator = model.text, torch.Generator().manual_seed(3)

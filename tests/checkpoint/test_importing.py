@@ -11,7 +11,16 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from tests.checkpoint.peers import EMBED, captions, images, model_of, open_clip_model, released, text_tower, timm_tower
+from tests.checkpoint.peers import (
+    EMBED,
+    captions,
+    images,
+    model_of,
+    open_clip_model,
+    released,
+    text_tower,
+    timm_tower,
+)
 from w2s.checkpoint.importing import import_checkpoint, with_size
 from w2s.checkpoint.released import open_released
 from w2s.checkpoint.store import read_meta

@@ -12,7 +12,7 @@ TIMM_SHAPES = {
     "eva02_enormous_patch14_clip_224": (224, 14, 64, 1792, 16, 15360, "layernorm", "post", True),
     "eva_giant_patch14_clip_224": (224, 14, 40, 1408, 16, 6144, "layernorm", "pre", True),
 }
-"""Towers of our kind that timm and open_clip know by name: image, patch, layers, width, heads, MLP, norm, place, bias."""
+"""Towers that timm and open_clip know by name: image, patch, layers, width, heads, MLP, norm, placement, bias."""
 
 
 def timm_name(name: str) -> str:

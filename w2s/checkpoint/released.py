@@ -10,7 +10,7 @@
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -34,7 +34,7 @@ CLIP_VIT = "visual.conv1.weight"
 """Marks the vision transformer of OpenAI and open_clip, which has a norm before the layers."""
 
 
-class Released(Tensors):
+class Released:
     """Tensors under released names.
 
     Attributes:
@@ -45,7 +45,7 @@ class Released(Tensors):
     def __init__(
         self,
         tensors: Tensors,
-        origins: dict[str, str],
+        origins: Mapping[str, str],
         format: str,
         path: Path,
         change: Callable[[str, Tensor], Tensor],

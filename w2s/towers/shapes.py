@@ -4,6 +4,8 @@ import torch
 
 from w2s.config.sections import ModelConfig, ParallelConfig
 from w2s.megatron import state
+from w2s.megatron.sharded import ShardedTower
+from w2s.megatron.tower import Tower
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.masked import MaskedStudent
 
@@ -17,9 +19,11 @@ def model_shapes(model: ModelConfig, target_width: int | None = None) -> dict[st
     """
     alone, kind = ParallelConfig(), torch.float32
     with torch.device("meta"):
-        vision = ImageTower(model.vision, model.embed_dim, alone, kind)
-        text = TextTower(model.text, model.embed_dim, alone, kind)
-        shapes = state.tower_shapes({"vision": vision, "text": text})
+        towers: list[tuple[str, Tower]] = [
+            ("vision", ImageTower(model.vision, model.embed_dim, alone, kind)),
+            ("text", TextTower(model.text, model.embed_dim, alone, kind)),
+        ]
         if target_width is not None:
-            shapes |= state.tower_shapes({"vision": MaskedStudent(model.vision, target_width, alone, kind)})
-    return shapes
+            towers.append(("vision", MaskedStudent(model.vision, target_width, alone, kind)))
+        shapes = [state.tower_shapes({name: ShardedTower([tower], [tower])}) for name, tower in towers]
+    return {name: shape for some in shapes for name, shape in some.items()}
