@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from w2s.checkpoint.handover import Handover, take_over_vision
+from w2s.checkpoint.handover import Handover, take_over
 from w2s.config.sections import Config
 from w2s.data.batch import Batch, gather_batch, given, normalize
 from w2s.data.counter import Purpose, generator
@@ -102,7 +102,7 @@ class MaskedStage:
 
     def begin(self) -> Handover | None:
         """Take over the vision tower that `init.vision` names."""
-        return take_over_vision(self.student, self.config)
+        return take_over(self.towers, self.config)
 
     def after_update(self) -> None:
         """Nothing follows an update here."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from w2s.checkpoint.eva_format import by_head, is_fused, released_name
 from w2s.checkpoint.released import CLIP_VIT, Released
 from w2s.checkpoint.resize import resize_patch_kernel, resize_positions, shorten_context
-from w2s.config.sections import ModelConfig
 from w2s.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -20,6 +19,8 @@ STAGE_ONLY = ("vision.lm_head.", "vision.mask_token")
 """What serves the masked stage alone."""
 PROJECTIONS = ("vision.head.", "text.text_projection", "text.logit_scale")
 """What a CLIP adds to its two towers."""
+OPTIONAL = ("visual.lm_head.", "visual.mask_token", "visual.head.", "text.text_projection", "logit_scale")
+"""Released names of both: what another stage may do without."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Fit:
         heads: attention heads by tower.
         loaded: our names of tensors that are taken as they are.
         resized: our names of tensors that are resampled for another size.
+        misfits: our names of tensors whose shapes cannot be made to fit.
         missing: our names of tensors that the checkpoint does not have.
         unexpected: released names of tensors that the model has no place for.
     """
@@ -41,6 +43,7 @@ class Fit:
     heads: Mapping[str, int]
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
 
@@ -48,6 +51,17 @@ class Fit:
     def taken(self) -> list[str]:
         """Our names of all tensors that come from the checkpoint."""
         return self.loaded + self.resized
+
+    @property
+    def surplus(self) -> list[str]:
+        """The checkpoint's own names of `unexpected`."""
+        return [self.source.origin(name) for name in self.unexpected]
+
+    def misfit(self) -> str:
+        """Say which shapes the first misfit has."""
+        name = min(self.misfits)
+        there = list(self.source.meta[released_name(name)].shape)
+        return f"{name} is {there} there and {list(self.shapes[name])} here"
 
     def read(self, name: str) -> Tensor:
         """Return a tensor by our name, whole, in Megatron's order.
@@ -64,23 +78,20 @@ class Fit:
     def rows(self) -> list[list[str]]:
         """Return the table's rows: what happened, how many tensors, which."""
         kinds = {
-            "loaded": self.loaded, "resized": self.resized, "missing": self.missing, "unexpected": self.unexpected
+            "loaded": self.loaded, "resized": self.resized, "missing": self.missing, "unexpected": self.surplus
         }  # fmt: skip
         return [[kind, str(len(names)), summary(names)] for kind, names in kinds.items()]
 
 
-def fit(source: Released, shapes: Mapping[str, Shape], model: ModelConfig) -> Fit:
+def fit(source: Released, shapes: Mapping[str, Shape], heads: Mapping[str, int]) -> Fit:
     """Match a checkpoint to a model.
 
     Args:
         source: the checkpoint.
         shapes: whole shapes of the model's tensors by our names.
-        model: the model's configuration.
-
-    Raises:
-        CheckpointError: a tensor has a shape that cannot be made to fit.
+        heads: attention heads by tower, `vision` and `text`.
     """
-    result = Fit(source, shapes, {"vision": model.vision.heads, "text": model.text.heads})
+    result = Fit(source, shapes, heads)
     for name, shape in shapes.items():
         found = source.meta.get(released_name(name))
         if found is None:
@@ -90,22 +101,23 @@ def fit(source: Released, shapes: Mapping[str, Shape], model: ModelConfig) -> Fi
         elif _resizer(name, found.shape, shape) is not None:
             result.resized.append(name)
         else:
-            raise CheckpointError(
-                f"{source.path} does not hold the model {model.name}: {name} is {list(found.shape)} there and "
-                f"{list(shape)} here; choose the model that it holds"
-            )
+            result.misfits.append(name)
     used = {released_name(name) for name in shapes}
     result.unexpected.extend(name for name in source.meta if name not in used and not _is_empty(source, name))
     return result
 
 
 def refuse_gaps(found: Fit, allowed: Sequence[str], model: str) -> None:
-    """Refuse missing and unexpected tensors that no pattern of `allowed` names.
+    """Refuse misfits, and missing and unexpected tensors that no pattern of `allowed` names.
 
     Raises:
         CheckpointError: with the first of them and how to allow it.
     """
-    for kind, names in (("missing", found.missing), ("unexpected", found.unexpected)):
+    if found.misfits:
+        raise CheckpointError(
+            f"{found.source.path} does not hold the model {model}: {found.misfit()}; choose the model that it holds"
+        )
+    for kind, names in (("missing", found.missing), ("unexpected", found.surplus)):
         rest = [name for name in names if not any(fnmatch(name, pattern) for pattern in allowed)]
         if rest:
             raise CheckpointError(

@@ -40,7 +40,7 @@ def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: S
     released = open_released(source)
     with groups.start(ParallelConfig(), HardwareConfig(device="cpu")):
         shapes = model_shapes(model, _target_width(released))
-    found = fit(released, _wanted(released, shapes), model)
+    found = fit(released, _wanted(released, shapes), {"vision": model.vision.heads, "text": model.text.heads})
     refuse_gaps(found, allowed, model.name)
     meta = {
         name: torch.empty(shapes[name], dtype=released.meta[released_name(name)].dtype, device="meta")

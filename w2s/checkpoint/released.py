@@ -68,6 +68,10 @@ class Released:
         origin = self._origins[name]
         return self._change(origin, self._tensors.read(origin))
 
+    def origin(self, name: str) -> str:
+        """Return the name that a tensor has in the checkpoint itself."""
+        return self._origins[name]
+
     def holds(self, name: str) -> bool:
         """Whether there is a tensor of our name `name`."""
         return released_name(name) in self.meta

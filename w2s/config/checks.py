@@ -62,6 +62,8 @@ def _check_training(config: Config, world_size: int) -> None:
     check_micro_batches(config, world_size)
     if config.stage == "mim":
         _check_masks(config)
+        if config.init.text != "none":
+            raise ConfigError(f"init.text={config.init.text}: the masked stage has no text tower, leave init.text out")
     else:
         _check_logits(config.clip)
 

@@ -347,7 +347,12 @@ class InitConfig:
     """Where the weights come from when the run has no checkpoint of its own."""
 
     vision: str = "none"
-    """Vision tower: a run's path, its name, its MLflow run id, `latest` (newest finished mim run), or `none`."""
+    """Vision tower: a run's path, its name, its MLflow run id, `latest` (newest finished mim run), a weights file of
+    EVA-CLIP, open_clip or timm, or `none`."""
+    text: str = "none"
+    """Text tower of the contrastive stage, named as in `vision`; `latest` is the newest finished clip run."""
+    projections: Literal["keep", "fresh"] = "keep"
+    """`keep` takes heads and logit scale along where they fit, `fresh` draws them anew (as EVA's released code)."""
     checkpoint: str = "none"
     """The model to evaluate: a run's path, its name, its MLflow run id, or `latest` (newest finished clip run)."""
     post_norm: float = 1.0
