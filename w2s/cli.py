@@ -162,11 +162,10 @@ def import_(
     with _one_line(debug):
         from w2s.checkpoint.find import find_any
         from w2s.checkpoint.importing import import_checkpoint, with_size
-        from w2s.config.load import load
+        from w2s.config.load import named_model
 
-        config = load("clip", [f"model={model}"])
-        path = find_any(source, Path(root).expanduser(), key="SRC")
-        found = import_checkpoint(path, with_size(config.model, image_size, patch_size), out, allowed=allow or [])
+        path, held = find_any(source, Path(root).expanduser(), key="SRC"), named_model(model)
+        found = import_checkpoint(path, with_size(held, image_size, patch_size), out, allowed=allow or [])
         _print_table(f"{path} -> {out}", ["", "tensors", "names"], found.rows())
 
 

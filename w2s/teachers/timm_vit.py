@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from w2s.errors import ConfigError
-from w2s.teachers.base import PatchNetwork, input_size
+from w2s.teachers.base import PatchNetwork, check_image_size
 from w2s.teachers.weights import reading, unknown_model
 
 
@@ -38,7 +38,7 @@ class TimmTokens(PatchNetwork):
         return features
 
 
-def timm_vit(name: str, file: Path | None, *, image_size: int, grid: int) -> TimmTokens:
+def timm_vit(name: str, file: Path | None, *, image_size: int) -> TimmTokens:
     """The timm model `name`, written `ARCHITECTURE` or `ARCHITECTURE.TAG`.
 
     The file may be timm's, open_clip's or EVA-CLIP's release: timm's own conversion reads all of them. The head is kept
@@ -47,8 +47,7 @@ def timm_vit(name: str, file: Path | None, *, image_size: int, grid: int) -> Tim
     Args:
         name: the model.
         file: its weights (PyTorch or safetensors); None leaves them random.
-        image_size: side of the input in pixels, 0 for one feature per patch of a `grid` x `grid` student.
-        grid: the student's patches along one side.
+        image_size: side of the input in pixels, 0 for the model's own.
 
     Raises:
         ConfigError: timm has no such model, it is not a ViT, or its patches do not divide the image.
@@ -63,12 +62,12 @@ def timm_vit(name: str, file: Path | None, *, image_size: int, grid: int) -> Tim
         trunk = timm.create_model(name, pretrained=file is not None, pretrained_cfg_overlay=local if file else None)
     settings = trunk.pretrained_cfg
     is_projection = "_clip_" in architecture and "_ft_" not in (settings["tag"] or "")
-    resize_input(trunk, name, image_size=image_size, grid=grid)
+    resize_input(trunk, name, image_size)
     return TimmTokens(trunk, trunk.head if is_projection else nn.Identity(), mean=settings["mean"], std=settings["std"])
 
 
-def resize_input(trunk: Eva | VisionTransformer, name: str, *, image_size: int, grid: int) -> None:
-    """Resample the positions of a timm ViT for another input size (see `input_size`).
+def resize_input(trunk: Eva | VisionTransformer, name: str, image_size: int) -> None:
+    """Resample the positions of a timm ViT for another input size in pixels; 0 keeps its own.
 
     Raises:
         ConfigError: `trunk` is not a ViT, or its patches do not divide the image.
@@ -77,4 +76,6 @@ def resize_input(trunk: Eva | VisionTransformer, name: str, *, image_size: int, 
         raise ConfigError(
             f"teacher.source: {name} is a {type(trunk).__name__}, not a ViT: choose a ViT or an EVA model"
         )
-    trunk.set_input_size(img_size=input_size(image_size, patch=trunk.patch_embed.patch_size[0], grid=grid))
+    if image_size:
+        check_image_size(image_size, trunk.patch_embed.patch_size[0])
+        trunk.set_input_size(img_size=image_size)
