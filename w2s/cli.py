@@ -204,6 +204,37 @@ def inspect(
 
 
 @app.command()
+def encode(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, a checkpoint, or anybody's weights.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    overrides: Overrides = None,
+    images: Annotated[str, typer.Option(help="Image files or shards: a glob, braces, or a folder of shards.")] = "",
+    texts: Annotated[Path | None, typer.Option(help="A file with a text a line.")] = None,
+    model: Annotated[str | None, typer.Option(help="What other people's weights are: a name of configs/model.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images or texts of one forward pass.")] = 64,
+    nproc: Nproc = 1,
+    root: Root = "runs",
+    debug: Debug = False,
+) -> None:
+    """Write the features of images and texts."""
+    with _one_line(debug):
+        from w2s.checkpoint.find import find_any
+        from w2s.encode import EncodeJob, configured, run
+        from w2s.launch import adopt_slurm, is_rank, launch
+
+        if not images and texts is None:
+            raise UserError("w2s encode asks for nothing: give --images, --texts, or both")
+        path = find_any(checkpoint, Path(root).expanduser(), key="CHECKPOINT")
+        adopt_slurm()
+        ranks = int(os.environ["WORLD_SIZE"]) if is_rank() else nproc
+        job = EncodeJob(path, configured(path, model, overrides or [], ranks), images, texts, out, batch_size)
+        if is_rank() or nproc == 1:
+            run(job)
+        else:
+            launch(run, job, nproc)
+
+
+@app.command()
 def doctor(debug: Debug = False) -> None:
     """Show what this machine can do, and what each missing piece would bring."""
     with _one_line(debug):
