@@ -50,7 +50,9 @@ class MaskedStage:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         vision, dtype = config.model.vision, compute_dtype(config.precision)
-        self.teacher = build_teacher(config.teacher, grid=vision.grid, device=ranks.device, root=config.run.root)
+        self.teacher = build_teacher(
+            config.teacher, grid=vision.grid, device=ranks.device, root=config.run.root, parallel=config.parallel
+        )
         self.target_norm = TargetNorm(self.teacher.width, config.teacher.target_norm).to(ranks.device)
         student = build_student(config, self.teacher.width, dtype, ranks.device)
         self.student = data_parallel(student, config.parallel, config.precision)

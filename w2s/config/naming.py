@@ -18,6 +18,7 @@ _WITHOUT_EFFECT = frozenset(
         "teacher.name",
         "teacher.batch_size",
         "teacher.compile",
+        "teacher.sharded",
         "data.name",
         "data.cache",
         "data.workers",

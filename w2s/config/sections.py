@@ -142,6 +142,8 @@ class TeacherConfig:
     """Arithmetic of the teacher's forward pass."""
     compile: bool = False
     """Put the teacher through torch.compile."""
+    sharded: bool = False
+    """Split a `w2s:RUN` that is too big for one GPU over the tensor-parallel ranks; else every rank holds it whole."""
     batch_size: int = 64
     """Images of one teacher forward in evaluation."""
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from w2s.checkpoint.find import find_any
-from w2s.config.sections import TeacherConfig
+from w2s.config.sections import ParallelConfig, TeacherConfig
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import PatchNetwork, Teacher
 from w2s.teachers.efficientnet import EfficientNetLite0
 from w2s.teachers.eva_vit import eva_vit, w2s_run
 from w2s.teachers.hugging_face import hugging_face_vit
 from w2s.teachers.open_clip_vit import open_clip_vit
+from w2s.teachers.sharded_run import ShardedRun
 from w2s.teachers.timm_vit import timm_vit
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,12 @@ FORMS = {
 
 
 def build_teacher(
-    config: TeacherConfig, *, grid: int, device: torch.device | str, root: str | Path = "runs"
+    config: TeacherConfig,
+    *,
+    grid: int,
+    device: torch.device | str,
+    root: str | Path = "runs",
+    parallel: ParallelConfig | None = None,
 ) -> Teacher:
     """The frozen teacher of `config` for a student of `grid` x `grid` patches, on `device`.
 
@@ -40,6 +46,7 @@ def build_teacher(
         grid: the student's patches along one side.
         device: where it lives.
         root: folder of the runs, for a run that is given by its name.
+        parallel: how the ranks are split, for a teacher that is split with them.
 
     Raises:
         ConfigError: the source or the model is unknown, or the image size does not fit.
@@ -48,11 +55,11 @@ def build_teacher(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = _network(config, grid, Path(root).expanduser())
+        network = _network(config, grid, Path(root).expanduser(), parallel or ParallelConfig())
     return Teacher(network, grid=grid, precision=config.precision, compiled=config.compile).to(device)
 
 
-def _network(config: TeacherConfig, grid: int, root: Path) -> PatchNetwork:
+def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelConfig) -> PatchNetwork:
     size = config.image_size
     if config.source == "efficientnet_lite0":
         return EfficientNetLite0(image_size=size, grid=grid)
@@ -62,9 +69,7 @@ def _network(config: TeacherConfig, grid: int, root: Path) -> PatchNetwork:
     if kind == "hf":
         return hugging_face_vit(Path(rest).expanduser(), image_size=size)
     if kind == "w2s":
-        if rest in ("latest", "none"):
-            raise ConfigError(f"teacher.source={config.source} may be another one tomorrow: give the run's name")
-        return w2s_run(find_any(rest, root, key="teacher.source"), image_size=size, precision=config.precision)
+        return _run(config, rest, root, parallel)
     name, _, path = rest.partition("@")
     if not name or (kind == "eva" and not path):
         raise _no_teacher(config.source, kind)
@@ -75,6 +80,16 @@ def _network(config: TeacherConfig, grid: int, root: Path) -> PatchNetwork:
     if file is None:
         logger.warning("the teacher's weights are random: give a file with teacher.source=%s@FILE", config.source)
     return network
+
+
+def _run(config: TeacherConfig, name: str, root: Path, parallel: ParallelConfig) -> PatchNetwork:
+    """The vision tower of a run: whole on every rank, or split over the tensor-parallel ones."""
+    if name in ("latest", "none"):
+        raise ConfigError(f"teacher.source={config.source} may be another one tomorrow: give the run's name")
+    checkpoint = find_any(name, root, key="teacher.source")
+    if config.sharded:
+        return ShardedRun(checkpoint, parallel, image_size=config.image_size, precision=config.precision)
+    return w2s_run(checkpoint, image_size=config.image_size, precision=config.precision)
 
 
 def _weights_file(path: str, kind: str, name: str) -> Path | None:
