@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, F
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
-from w2s.megatron.state import reporting
+from w2s.megatron.writing import reporting
 
 COMMON = "common.pt"
 """Megatron's file for what is no tensor; nothing of ours is in it."""

@@ -10,7 +10,7 @@ from w2s.checkpoint.find import find_any
 from w2s.config.sections import ParallelConfig, TeacherConfig
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import PatchNetwork, Teacher
-from w2s.teachers.efficientnet import EfficientNetLite0
+from w2s.teachers.efficientnet import SIZES, EfficientNetLite
 from w2s.teachers.eva_vit import eva_vit, w2s_run
 from w2s.teachers.hugging_face import hugging_face_vit
 from w2s.teachers.open_clip_vit import open_clip_vit
@@ -20,7 +20,7 @@ from w2s.teachers.timm_vit import timm_vit
 logger = logging.getLogger(__name__)
 
 FORMS = {
-    "efficientnet_lite0": "efficientnet_lite0",
+    **{name: name for name in SIZES},
     "timm": "timm:MODEL[@FILE]",
     "open_clip": "open_clip:MODEL[@FILE]",
     "eva": "eva:MODEL@FILE",
@@ -61,8 +61,8 @@ def build_teacher(
 
 def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelConfig) -> PatchNetwork:
     size = config.image_size
-    if config.source == "efficientnet_lite0":
-        return EfficientNetLite0(image_size=size, grid=grid)
+    if config.source in SIZES:
+        return EfficientNetLite(config.source, image_size=size, grid=grid)
     kind, _, rest = config.source.partition(":")
     if kind not in FORMS or not rest:
         raise _no_teacher(config.source, kind)

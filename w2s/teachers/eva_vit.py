@@ -49,6 +49,12 @@ def w2s_run(checkpoint: Path, *, image_size: int, precision: Precision) -> TimmT
     return _network(open_released(checkpoint), model_from(read_meta(checkpoint).config), image_size, precision)
 
 
+def without_weights(model: ModelConfig) -> TimmTokens:
+    """The network of a CLIP's vision tower, on the meta device."""
+    tower = _tower(model, has_head=True)
+    return TimmTokens(tower, tower.head, mean=MEAN, std=STD).to("meta")
+
+
 def _network(released: Released, model: ModelConfig, image_size: int, precision: Precision) -> TimmTokens:
     tower = _tower(model, has_head="visual.head.weight" in released.meta)
     tower.load_state_dict(_weights(tower, released, precision), assign=True)
