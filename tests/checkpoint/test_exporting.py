@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -101,8 +103,6 @@ def test_export_then_import_gives_the_same_bits(tmp_path: Path, kind: str, forma
 
 
 def test_a_masked_student_is_a_timm_model_without_a_head(tmp_path: Path) -> None:
-    import timm
-
     model = model_of("18b")
     tower = timm_tower(model)
     student = {name: value for name, value in tower.state_dict().items() if not name.startswith("head")}
@@ -121,6 +121,16 @@ def test_a_masked_student_is_a_timm_model_without_a_head(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="is not a whole CLIP"):
         export_checkpoint(checkpoint, "open_clip", tmp_path / "no")
     assert not [path for path in tmp_path.iterdir() if "no" in path.name]
+
+
+def test_the_bias_of_the_sigmoid_loss_goes_to_open_clip_alone(tmp_path: Path) -> None:
+    model = model_of("18b")
+    checkpoint = checkpoint_of(model, tmp_path, {**released(model), "logit_bias": torch.tensor(-7.5)})
+    export_checkpoint(checkpoint, "open_clip", tmp_path / "open_clip")
+    assert open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}").logit_bias == -7.5
+    with pytest.raises(CheckpointError, match="sigmoid loss"):
+        export_checkpoint(checkpoint, "eva", tmp_path / "eva")
+    assert not (tmp_path / "eva").exists()
 
 
 def test_shapes_that_timm_knows_are_called_by_name() -> None:

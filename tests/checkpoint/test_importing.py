@@ -21,8 +21,9 @@ from tests.checkpoint.peers import (
     text_tower,
     timm_tower,
 )
+from w2s.checkpoint.files import open_weights
 from w2s.checkpoint.importing import import_checkpoint, with_size
-from w2s.checkpoint.released import open_released
+from w2s.checkpoint.released import open_released, rename
 from w2s.checkpoint.store import read_meta
 from w2s.config.sections import HardwareConfig, ModelConfig, ParallelConfig
 from w2s.errors import CheckpointError, UserError
@@ -112,6 +113,16 @@ def test_every_kind_of_file(tmp_path: Path, ending: str, wrapping: str) -> None:
     if "index" in ending:  # the folder that holds it will do
         import_checkpoint(tmp_path, model, tmp_path / "again")
         assert_same_tensors(tmp_path / "again", tensors)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore::torch.jit.TracerWarning")
+def test_a_torchscript_archive_as_openai_publishes_its_clips(tmp_path: Path) -> None:
+    tower = text_tower(model_of("g"))
+    torch.jit.save(torch.jit.trace(tower, captions(model_of("g"))), tmp_path / "clip.pt")
+    found = rename(open_weights(tmp_path / "clip.pt"), tmp_path / "clip.pt")
+    own = {f"text.{name}": value for name, value in tower.state_dict().items()}
+    assert found.meta.keys() == own.keys()
+    assert all(torch.equal(found.read(name), value) for name, value in own.items())
 
 
 def test_names_of_open_clip_timm_and_the_masked_stage(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def released_name(name: str) -> str:
 
     `vision.blocks.layers.7.mlp.linear_fc1.weight` is `visual.blocks.7.mlp.fc1.weight` there.
     """
-    if name == "text.logit_scale":
-        return "logit_scale"
+    if name in ("text.logit_scale", "text.logit_bias"):
+        return name.removeprefix("text.")
     tower, _, rest = name.partition(".")
     prefix, names = TOWERS[tower]
     return f"{prefix}.{eva_name(rest.replace('blocks.layers.', 'blocks.', 1), names)}"

@@ -56,6 +56,11 @@ def export_checkpoint(checkpoint: Path, format: str, out: Path) -> dict[str, int
 
 
 def _write_eva(released: Released, model: ModelConfig, folder: Path, final: Path) -> None:
+    if "logit_bias" in released.meta:
+        raise CheckpointError(
+            f"{released.path} was trained with the sigmoid loss, whose bias EVA-CLIP's code does not have: "
+            "use --format open_clip"
+        )
     write_pt(folder / f"{model.name}.pt", released.meta, released.read)
     _write_json(folder / f"{model.name}.json", eva_config(model))
 
@@ -80,7 +85,8 @@ def _write_open_clip(released: Released, model: ModelConfig, folder: Path, final
             "export a clip run, or use --format timm"
         )
     names = [name for name in released.meta if not _of_masked_stage(name)]
-    _write_json(folder / "open_clip_config.json", open_clip_config(model, final / "timm"))
+    has_bias = "logit_bias" in released.meta
+    _write_json(folder / "open_clip_config.json", open_clip_config(model, final / "timm", has_bias))
     if named_tower(model.vision) is None:
         (folder / "timm").mkdir()
         _write_json(folder / "timm" / "config.json", timm_config(model.vision, model.embed_dim))

@@ -68,12 +68,13 @@ def timm_config(vision: VisionConfig, features: int) -> dict[str, Any]:
     }
 
 
-def open_clip_config(model: ModelConfig, tower: Path) -> dict[str, Any]:
+def open_clip_config(model: ModelConfig, tower: Path, logit_bias: bool) -> dict[str, Any]:
     """Return the open_clip_config.json of a CLIP.
 
     Args:
         model: the CLIP.
         tower: folder with the vision tower's config.json, used where open_clip has no name for it.
+        logit_bias: whether the loss has a bias beside its scale (SigLIP).
     """
     named = named_tower(model.vision)
     return {
@@ -88,6 +89,7 @@ def open_clip_config(model: ModelConfig, tower: Path) -> dict[str, Any]:
                 "timm_proj": None,
             },
             "text_cfg": text_config(model.text),
+            **({"init_logit_bias": -10} if logit_bias else {}),
         },
         "preprocess_cfg": {
             "size": model.vision.image_size,

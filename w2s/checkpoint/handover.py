@@ -122,7 +122,7 @@ def _wanted(own: Shapes, source: Released, projections: Projections) -> Shapes:
 
 def _of_tower(taken: Fit, tower: str) -> list[str]:
     """Released names of the same tower's tensors that are not taken."""
-    prefixes = {"vision": ("visual.",), "text": ("text.", "logit_scale")}
+    prefixes = {"vision": ("visual.",), "text": ("text.", "logit_scale", "logit_bias")}
     return sorted(name for name in taken.unexpected if name.startswith(prefixes[tower]))
 
 

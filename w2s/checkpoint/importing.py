@@ -39,7 +39,7 @@ def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: S
     """
     released = open_released(source)
     with groups.start(ParallelConfig(), HardwareConfig(device="cpu")):
-        shapes = model_shapes(model, _target_width(released))
+        shapes = model_shapes(model, _target_width(released), "logit_bias" in released.meta)
     found = fit(released, _wanted(released, shapes), {"vision": model.vision.heads, "text": model.text.heads})
     refuse_gaps(found, allowed, model.name)
     meta = {

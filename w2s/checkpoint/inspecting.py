@@ -9,7 +9,7 @@ from pathlib import Path
 
 from w2s.checkpoint.released import CLIP_VIT, Released, open_released
 from w2s.checkpoint.store import Meta, read_meta
-from w2s.config.load import named_model
+from w2s.config.load import model_from, read_document
 from w2s.config.sections import ModelConfig
 
 FORMATS = {
@@ -41,7 +41,8 @@ def known_models(released: Released) -> list[str]:
     """Return the models of configs/model whose shapes a checkpoint has; pre- and post-norm towers look alike."""
     found = dimensions(released)
     names = sorted(path.name.removesuffix(".yaml") for path in (files("w2s.configs") / "model").iterdir())
-    return [name for name in names if found and found.items() <= _dimensions_of(named_model(name)).items()]
+    models = {name: model_from(read_document("model", name)) for name in names}
+    return [name for name, model in models.items() if found and found.items() <= _dimensions_of(model).items()]
 
 
 def dimensions(released: Released) -> dict[str, int | str | bool]:
