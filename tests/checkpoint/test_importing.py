@@ -265,6 +265,14 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(tmp_path: Path) 
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
+@pytest.mark.parametrize("shape", [(1, 17), (1, 16, 32), (1, 1, 32), (1, 17, 40)])
+def test_positions_of_no_square_grid_are_a_misfit(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    model = model_of("18b", image_size=48)
+    torch.save({**released(model), "visual.pos_embed": torch.ones(shape)}, tmp_path / "clip.pt")
+    with pytest.raises(CheckpointError, match=r"vision\.pos_embed is .* there and \[1, 37, 32\] here"):
+        import_checkpoint(tmp_path / "clip.pt", model, tmp_path / "out")
+
+
 def test_gaps_may_be_allowed_by_name(tmp_path: Path) -> None:
     model = model_of("18b")
     clip = released(model)

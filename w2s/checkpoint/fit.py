@@ -1,5 +1,6 @@
 """How the tensors of a checkpoint fill those of a model: taken as they are, resized, missing, or of no use."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -80,7 +81,10 @@ class Fit:
         kinds = {
             "loaded": self.loaded, "resized": self.resized, "missing": self.missing, "unexpected": self.surplus
         }  # fmt: skip
-        return [[kind, str(len(names)), summary(names)] for kind, names in kinds.items()]
+        return [
+            [kind, str(len(names)), summary(names) if kind == "loaded" else ", ".join(names)]
+            for kind, names in kinds.items()
+        ]
 
 
 def fit(source: Released, shapes: Mapping[str, Shape], heads: Mapping[str, int]) -> Fit:
@@ -135,15 +139,19 @@ def summary(names: Sequence[str]) -> str:
 
 def _resizer(name: str, old: Sequence[int], new: Shape) -> Callable[[Tensor], Tensor] | None:
     """The function that makes a tensor of shape `new` out of another one of shape `old`, if there is one."""
-    if tuple(old) == new:
+    if tuple(old) == new or len(old) != len(new):
         return None
-    if name == "vision.pos_embed" and old[2] == new[2]:
+    if name == "vision.pos_embed" and old[2] == new[2] and _is_square(old[1] - 1):
         return partial(resize_positions, patches=new[1] - 1)
     if name == "vision.patch_embed.weight" and tuple(old[:2]) == new[:2]:
         return partial(resize_patch_kernel, size=new[2])
     if name == "text.positional_embedding" and old[1] == new[1] and old[0] > new[0]:
         return partial(shorten_context, length=new[0])
     return None
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
 
 
 def _is_empty(source: Released, name: str) -> bool:
