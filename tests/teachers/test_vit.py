@@ -119,6 +119,26 @@ def test_positions_of_a_file_are_resampled(tmp_path):
     assert teacher(torch.randn(1, 3, 128, 128)).shape == (1, 16, 384)
 
 
+@pytest.mark.parametrize(("name", "grid"), [("test_resnet", 5), ("test_mambaout", 5), ("mixer_s32_224", 7)])
+@torch.no_grad()
+def test_any_other_timm_model_gives_its_last_map(name, grid, tmp_path):
+    torch.manual_seed(1)
+    model = timm.create_model(name).eval()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    teacher = build(f"timm:{name}@{tmp_path / 'weights.safetensors'}", grid=grid)
+    images = torch.randn(2, 3, teacher.image_size, teacher.image_size)
+    assert (teacher.network.grid, teacher.width) == (grid, model.num_features)
+    maps = model.forward_features(images)  # [n, c, h, w], [n, h, w, c] or [n, tokens, c]
+    expected = {"test_resnet": lambda: maps.flatten(2).mT, "test_mambaout": lambda: maps.flatten(1, 2)}
+    torch.testing.assert_close(teacher(images), expected.get(name, lambda: maps)())
+
+
+def test_an_image_size_that_does_not_suit_a_model():
+    with pytest.raises(ConfigError, match=r"teacher\.image_size=100 does not suit mixer_s32_224") as error:
+        build("timm:mixer_s32_224", image_size=100)
+    assert "\n" not in str(error.value)
+
+
 @torch.no_grad()
 def test_released_eva_names_are_read():
     """EVA-CLIP's own files name the tower `visual.*`: timm's conversion, which every file goes through, maps them."""
@@ -151,7 +171,6 @@ def test_random_weights_are_equal_and_leave_the_generator_alone(caplog):
         ("timm", "use timm:MODEL"),
         ("timm:vit_tiny_patch16_225", "nearest are vit_tiny_patch16_224"),
         ("timm:test_vit.in1k", r"nearest are test_vit\.r160_in1k"),
-        ("timm:resnet18", "resnet18 is a ResNet, not a ViT"),
         ("open_clip:ViT-S-33", "nearest are ViT-S-32"),
         ("open_clip:RN50", "no patch tokens"),
         ("open_clip:coca_ViT-B-32", "no patch tokens"),

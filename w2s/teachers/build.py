@@ -15,7 +15,7 @@ from w2s.teachers.eva_vit import eva_vit, w2s_run
 from w2s.teachers.hugging_face import hugging_face_vit
 from w2s.teachers.open_clip_vit import open_clip_vit
 from w2s.teachers.sharded_run import ShardedRun
-from w2s.teachers.timm_vit import timm_vit
+from w2s.teachers.timm_vit import timm_model
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelCon
     file = _weights_file(path, kind, name)
     if kind == "eva" and file is not None:
         return eva_vit(name, file, image_size=size, precision=config.precision)
-    network = (timm_vit if kind == "timm" else open_clip_vit)(name, file, image_size=size)
+    network = (timm_model if kind == "timm" else open_clip_vit)(name, file, image_size=size)
     if file is None:
         logger.warning("the teacher's weights are random: give a file with teacher.source=%s@FILE", config.source)
     return network
