@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from w2s.checkpoint.handover import Handover, take_over_vision
+from w2s.checkpoint.handover import Handover, take_over
 from w2s.config.layout import kept_patches
 from w2s.config.sections import Config
 from w2s.data.batch import Batch, gather_batch, given, normalize
@@ -146,8 +146,8 @@ class ContrastiveStage:
         return len(batch) * self.tokens[name]
 
     def begin(self) -> Handover | None:
-        """Take over the vision tower that `init.vision` names."""
-        return take_over_vision(self.vision, self.config)
+        """Take over the towers that `init.vision` and `init.text` name."""
+        return take_over(self.towers, self.config)
 
     @torch.no_grad()
     def after_update(self) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from w2s.checkpoint.handover import Handover, take_over_vision
+from w2s.checkpoint.handover import Handover, take_over
 from w2s.config.sections import Config
 from w2s.data.batch import Batch, gather_batch, given, normalize
 from w2s.data.counter import Purpose, generator
@@ -50,7 +50,9 @@ class MaskedStage:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         vision, dtype = config.model.vision, compute_dtype(config.precision)
-        self.teacher = build_teacher(config.teacher, grid=vision.grid, device=ranks.device)
+        self.teacher = build_teacher(
+            config.teacher, grid=vision.grid, device=ranks.device, root=config.run.root, parallel=config.parallel
+        )
         self.target_norm = TargetNorm(self.teacher.width, config.teacher.target_norm).to(ranks.device)
         student = build_student(config, self.teacher.width, dtype, ranks.device)
         self.student = data_parallel(student, config.parallel, config.precision)
@@ -102,7 +104,7 @@ class MaskedStage:
 
     def begin(self) -> Handover | None:
         """Take over the vision tower that `init.vision` names."""
-        return take_over_vision(self.student, self.config)
+        return take_over(self.towers, self.config)
 
     def after_update(self) -> None:
         """Nothing follows an update here."""

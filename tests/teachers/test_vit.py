@@ -89,17 +89,22 @@ def test_classifier_of_a_timm_model_is_left_out(tmp_path):
     assert teacher.width == model.num_features == 64
 
 
-def test_default_size_gives_a_feature_per_student_patch():
-    teacher = build("timm:test_vit", grid=3)
-    assert teacher.image_size == 48
+def test_another_size_may_give_a_feature_per_student_patch():
+    teacher = build("timm:test_vit", grid=3, image_size=48)
     assert teacher.network.grid == 3
     assert teacher(torch.randn(1, 3, 48, 48)).shape == (1, 9, 64)
 
 
-def test_native_size_is_resampled_onto_the_student_grid():
-    teacher = build("timm:test_vit", grid=3, image_size=160)
+def test_by_itself_a_teacher_sees_its_own_size_and_is_resampled_onto_the_student_grid(caplog):
+    with caplog.at_level("INFO"):
+        teacher = build("timm:test_vit", grid=3)
+    assert teacher.image_size == 160
     assert teacher.network.grid == 10
-    assert teacher(torch.randn(1, 3, 160, 160)).shape == (1, 9, 64)
+    assert "sees 160 px: its 10x10 features are resampled onto the student's 3x3 patches" in caplog.text
+    images = torch.randn(1, 3, 160, 160)
+    whole = teacher.network(images).unflatten(1, (10, 10)).movedim(-1, 1)
+    expected = torch.nn.functional.interpolate(whole, (3, 3), mode="bicubic", antialias=True).flatten(2).mT
+    torch.testing.assert_close(teacher(images), expected.detach())
 
 
 def test_positions_of_a_file_are_resampled(tmp_path):
@@ -107,11 +112,31 @@ def test_positions_of_a_file_are_resampled(tmp_path):
     config = open_clip.get_model_config("ViT-S-32")
     clip = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], {"layers": 1, "width": 64, "heads": 1})
     torch.save({"state_dict": clip.state_dict()}, tmp_path / "clip.pt")
-    teacher = build(f"open_clip:ViT-S-32@{tmp_path / 'clip.pt'}", grid=4)
+    teacher = build(f"open_clip:ViT-S-32@{tmp_path / 'clip.pt'}", grid=4, image_size=128)
     assert teacher.image_size == 128
     assert torch.equal(teacher.network.visual.positional_embedding[0], clip.visual.positional_embedding[0])
     assert torch.equal(teacher.network.visual.conv1.weight, clip.visual.conv1.weight)
     assert teacher(torch.randn(1, 3, 128, 128)).shape == (1, 16, 384)
+
+
+@pytest.mark.parametrize(("name", "grid"), [("test_resnet", 5), ("test_mambaout", 5), ("mixer_s32_224", 7)])
+@torch.no_grad()
+def test_any_other_timm_model_gives_its_last_map(name, grid, tmp_path):
+    torch.manual_seed(1)
+    model = timm.create_model(name).eval()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    teacher = build(f"timm:{name}@{tmp_path / 'weights.safetensors'}", grid=grid)
+    images = torch.randn(2, 3, teacher.image_size, teacher.image_size)
+    assert (teacher.network.grid, teacher.width) == (grid, model.num_features)
+    maps = model.forward_features(images)  # [n, c, h, w], [n, h, w, c] or [n, tokens, c]
+    expected = {"test_resnet": lambda: maps.flatten(2).mT, "test_mambaout": lambda: maps.flatten(1, 2)}
+    torch.testing.assert_close(teacher(images), expected.get(name, lambda: maps)())
+
+
+def test_an_image_size_that_does_not_suit_a_model():
+    with pytest.raises(ConfigError, match=r"teacher\.image_size=100 does not suit mixer_s32_224") as error:
+        build("timm:mixer_s32_224", image_size=100)
+    assert "\n" not in str(error.value)
 
 
 @torch.no_grad()
@@ -138,13 +163,14 @@ def test_random_weights_are_equal_and_leave_the_generator_alone(caplog):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("efficientnet_lite", "efficientnet_lite is no teacher: use efficientnet_lite0"),
+        ("efficientnet_lite", "efficientnet_lite is no teacher: use efficientnet_lite[02]"),
         ("tim:test_vit", "use timm:MODEL"),
-        ("huggingface:x", "use efficientnet_lite0 or timm"),
+        ("huggingface:x", "use efficientnet_lite0 or efficientnet_lite2 or timm"),
+        ("eva:eva02_e", "use eva:MODEL@FILE"),
+        ("w2s:latest", "give the run's name"),
         ("timm", "use timm:MODEL"),
         ("timm:vit_tiny_patch16_225", "nearest are vit_tiny_patch16_224"),
         ("timm:test_vit.in1k", r"nearest are test_vit\.r160_in1k"),
-        ("timm:resnet18", "resnet18 is a ResNet, not a ViT"),
         ("open_clip:ViT-S-33", "nearest are ViT-S-32"),
         ("open_clip:RN50", "no patch tokens"),
         ("open_clip:coca_ViT-B-32", "no patch tokens"),

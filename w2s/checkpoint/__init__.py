@@ -1,1 +1,1 @@
-"""Stage checkpoints and the hand-over between stages."""
+"""Stage checkpoints, the hand-over between stages, and other people's formats in and out."""

@@ -34,6 +34,22 @@ TEXT_NAMES = {
 }
 
 
+TOWERS: Mapping[str, tuple[str, Mapping[str, str]]] = {"vision": ("visual", VISION_NAMES), "text": ("text", TEXT_NAMES)}
+"""Our towers: the released prefix and the table of names."""
+
+
+def released_name(name: str) -> str:
+    """Return the released name of a tensor of our checkpoints.
+
+    `vision.blocks.layers.7.mlp.linear_fc1.weight` is `visual.blocks.7.mlp.fc1.weight` there.
+    """
+    if name in ("text.logit_scale", "text.logit_bias"):
+        return name.removeprefix("text.")
+    tower, _, rest = name.partition(".")
+    prefix, names = TOWERS[tower]
+    return f"{prefix}.{eva_name(rest.replace('blocks.layers.', 'blocks.', 1), names)}"
+
+
 def eva_name(name: str, names: Mapping[str, str]) -> str:
     """Return the released name of our parameter `name`, by one of the tables above."""
     for ours, theirs in names.items():
@@ -56,25 +72,31 @@ def from_eva(
         KeyError: a released tensor is missing.
     """
     found = {name: tensors[eva_name(name, names)] for name in wanted}
-    return {name: _interleave(tensor, heads) if _is_fused(name) else tensor for name, tensor in found.items()}
+    return {name: interleave(tensor, heads) if is_fused(name) else tensor for name, tensor in found.items()}
 
 
 def to_eva(tensors: Mapping[str, Tensor], names: Mapping[str, str], heads: int) -> dict[str, Tensor]:
     """Return the released tensors out of a tower's own, the inverse of `from_eva`."""
     return {
-        eva_name(name, names): _separate(tensor, heads) if _is_fused(name) else tensor
-        for name, tensor in tensors.items()
+        eva_name(name, names): separate(tensor, heads) if is_fused(name) else tensor for name, tensor in tensors.items()
     }
 
 
-def _is_fused(name: str) -> bool:
+def is_fused(name: str) -> bool:
+    """Whether our parameter `name` holds Q, K and V together."""
     return re.search(r"linear_qkv\.(weight|bias)$", name) is not None
 
 
-def _interleave(rows: Tensor, heads: int) -> Tensor:
+def by_head(rows: Tensor, heads: int) -> Tensor:
+    """View rows (q | k | v), each in heads, in Megatron's order: [heads, 3, head width, ...]."""
+    return rows.unflatten(0, (3, heads, -1)).transpose(0, 1)
+
+
+def interleave(rows: Tensor, heads: int) -> Tensor:
     """Reorder rows from (q | k | v), each in heads, to Megatron's (q, k, v) of a head next to each other."""
-    return rows.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+    return by_head(rows, heads).flatten(0, 2)
 
 
-def _separate(rows: Tensor, heads: int) -> Tensor:
+def separate(rows: Tensor, heads: int) -> Tensor:
+    """Reorder Megatron's rows to (q | k | v), the inverse of `interleave`."""
     return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)

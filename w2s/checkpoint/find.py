@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from w2s.checkpoint.files import holds_weights
 from w2s.checkpoint.store import latest, read_meta
 from w2s.errors import CheckpointError
 
@@ -12,14 +13,14 @@ def find(what: str, root: Path, *, key: str, stage: str) -> Path | None:
     """Return the checkpoint that `what` names.
 
     Args:
-        what: a checkpoint's or a run's path, a run's name below `root`, an MLflow run id, `latest` (the newest finished
-            run of `stage`), or `none`.
+        what: a checkpoint's or a run's path, a run's name below `root`, an MLflow run id, other people's weights (a
+            file, an index, or a folder of them), `latest` (the newest finished run of `stage`), or `none`.
         root: folder of the runs.
         key: the configuration key that holds `what`, for messages.
         stage: stage whose newest run `latest` means.
 
     Returns:
-        The checkpoint's folder, or None for `none`.
+        The checkpoint's folder, or the path of other people's weights, or None for `none`.
 
     Raises:
         CheckpointError: nothing is found.
@@ -29,7 +30,7 @@ def find(what: str, root: Path, *, key: str, stage: str) -> Path | None:
     if what == "latest":
         return _newest_finished(root, key, stage)
     for path in (Path(what).expanduser(), root / what):
-        if (path / "meta.json").is_file():
+        if (path / "meta.json").is_file() or path.is_file() or holds_weights(path):
             return path
         if path.is_dir():
             return _latest_of(path, key)
@@ -37,6 +38,18 @@ def find(what: str, root: Path, *, key: str, stage: str) -> Path | None:
         if _mlflow_run_id(run) == what:
             return _latest_of(run, key)
     raise CheckpointError(f"{key}={what} is no path, no run below {root} and no MLflow run id of one: see `ls {root}`")
+
+
+def find_any(what: str, root: Path, *, key: str) -> Path:
+    """Return the checkpoint that `what` names, as `find` does; `latest` is the newest finished clip run.
+
+    Raises:
+        CheckpointError: nothing is found.
+    """
+    found = find(what, root, key=key, stage="clip")
+    if found is None:
+        raise CheckpointError(f"{key}=none names nothing: give a path, a run's name, or an MLflow run id")
+    return found
 
 
 def is_finished(run: Path) -> bool:

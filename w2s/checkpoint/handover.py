@@ -1,23 +1,24 @@
 """From one stage to the next: which tensors of a checkpoint a tower takes, and which it does not."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from w2s.checkpoint.eva_format import released_name
 from w2s.checkpoint.find import find
+from w2s.checkpoint.fit import OPTIONAL, PROJECTIONS, STAGE_ONLY, Fit, fit, summary
+from w2s.checkpoint.released import Released, open_released
 from w2s.checkpoint.store import read_meta
 from w2s.config.sections import Config
 from w2s.errors import CheckpointError
 from w2s.megatron import state
+from w2s.megatron.initialize import copy_slices
 from w2s.megatron.optimizer import Towers
 from w2s.megatron.sharded import ShardedTower
 
-DROPPED = ("lm_head", "mask_token", "head", "text_projection", "logit_scale", "logit_bias")
-"""What serves one stage alone (baaivision/EVA, the skip list of every released stage-2 command)."""
-
-
 Shapes = Mapping[str, tuple[int, ...]]
+Projections = Literal["keep", "fresh"]
 
 
 @dataclass(frozen=True)
@@ -29,52 +30,123 @@ class Handover:
         loaded: tensors taken over.
         dropped: tensors of the checkpoint that this stage has no use for.
         new: tensors of this stage that start afresh.
+        resized: tensors taken over and resampled for another image or patch size.
     """
 
     source: Path
     loaded: list[str]
     dropped: list[str]
     new: list[str]
+    resized: list[str] = field(default_factory=list)
 
     def rows(self) -> list[list[str]]:
         """Return the table's rows: what happened, how many tensors, which."""
         return [
-            ["loaded", str(len(self.loaded)), _summary(self.loaded)],
-            ["dropped", str(len(self.dropped)), ", ".join(self.dropped)],
+            ["loaded", str(len(self.loaded)), summary(self.loaded)],
+            *([["resized", str(len(self.resized)), ", ".join(self.resized)]] if self.resized else []),
+            ["dropped", str(len(self.dropped)), summary(self.dropped)],
             ["new", str(len(self.new)), ", ".join(self.new)],
         ]
 
+    def __add__(self, other: "Handover") -> "Handover":
+        """Join what became of two towers; the first one's checkpoint counts as the parent."""
+        return Handover(
+            source=self.source,
+            loaded=self.loaded + other.loaded,
+            dropped=self.dropped + other.dropped,
+            new=self.new + other.new,
+            resized=self.resized + other.resized,
+        )
 
-def take_over_vision(tower: ShardedTower[Any], config: Config) -> Handover | None:
-    """Load the vision tower that `init.vision` names; nothing for `none`. Every rank calls.
+
+def take_over(towers: Towers, config: Config) -> Handover | None:
+    """Load the towers that `init.vision` and `init.text` name; nothing for `none`. Every rank calls.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it does not fit.
     """
-    root = Path(config.run.root).expanduser()
-    checkpoint = find(config.init.vision, root, key="init.vision", stage="mim")
-    return hand_over(tower, "vision", checkpoint) if checkpoint else None
+    root, handover = Path(config.run.root).expanduser(), None
+    for name, what, stage in (("vision", config.init.vision, "mim"), ("text", config.init.text, "clip")):
+        checkpoint = find(what, root, key=f"init.{name}", stage=stage) if name in towers else None
+        if checkpoint is not None:
+            one = hand_over(towers[name], name, checkpoint, config.init.projections)
+            handover = one if handover is None else handover + one
+    return handover
 
 
-def hand_over(tower: ShardedTower[Any], name: str, checkpoint: Path) -> Handover:
-    """Load the weights of tower `name` from a checkpoint of an earlier stage; every rank calls.
+def hand_over(tower: ShardedTower[Any], name: str, checkpoint: Path, projections: Projections = "keep") -> Handover:
+    """Load the weights of tower `name` from a checkpoint of an earlier stage or from other people's weights.
 
-    Optimizer state and FP8 state stay behind.
+    Every rank calls, and reads its own slices alone. Optimizer state and FP8 state stay behind.
+
+    Args:
+        tower: the tower.
+        name: `vision` or `text`.
+        checkpoint: a folder with meta.json, a weights file, an index, or a folder of weights.
+        projections: whether heads and logit scale that fit are taken along.
 
     Raises:
         CheckpointError: the checkpoint's tower has other shapes, or lacks something.
     """
-    own = state.tower_shapes({name: tower})
-    saved = {key: shape for key, shape in state.saved_shapes(checkpoint).items() if key.startswith(f"{name}.")}
-    _check(checkpoint, _lasting(own, name), _lasting(saved, name))
-    shared = _lasting(own, name).keys()
-    state.load_weights(checkpoint, {name: tower}, shared)
+    own, towers = state.tower_shapes({name: tower}), {name: tower}
+    source = open_released(checkpoint)
+    taken = fit(source, _wanted(own, source, projections), {name: tower.parts[0].config.num_attention_heads})
+    _check(taken, name)
+    if source.format == "w2s":
+        state.load_weights(checkpoint, towers, taken.loaded)
+        copy_slices(towers, taken.read, taken.resized)
+    else:
+        copy_slices(towers, taken.read, taken.taken)
     return Handover(
         source=checkpoint,
-        loaded=sorted(shared),
-        dropped=sorted(saved.keys() - shared),
-        new=sorted(own.keys() - shared),
+        loaded=sorted(taken.loaded),
+        dropped=sorted(source.origin(other) for other in _of_tower(taken, name)),
+        new=sorted(own.keys() - set(taken.taken)),
+        resized=sorted(taken.resized),
     )
+
+
+def _wanted(own: Shapes, source: Released, projections: Projections) -> Shapes:
+    """Leave out what serves the masked stage alone, and projections that do not fit or are to start afresh."""
+    kept = projections == "keep" and all(
+        source.holds(name) and tuple(source.meta[released_name(name)].shape) == shape
+        for name, shape in own.items()
+        if name.startswith(PROJECTIONS)
+    )
+    return {
+        name: shape
+        for name, shape in own.items()
+        if not name.startswith(STAGE_ONLY) and (kept or not name.startswith(PROJECTIONS))
+    }
+
+
+def _of_tower(taken: Fit, tower: str) -> list[str]:
+    """Released names of the same tower's tensors that are not taken."""
+    prefixes = {"vision": ("visual.",), "text": ("text.", "logit_scale", "logit_bias")}
+    return sorted(name for name in taken.unexpected if name.startswith(prefixes[tower]))
+
+
+def _check(taken: Fit, tower: str) -> None:
+    """Refuse a checkpoint whose tower is not of this model, up to what another stage may do without."""
+    surplus = [name for name in _of_tower(taken, tower) if not name.startswith(OPTIONAL)]
+    if taken.misfits:
+        reason = taken.misfit()
+    elif taken.missing:
+        reason = f"it has no {min(taken.missing)}"
+    elif surplus:
+        reason = f"this model has no {taken.source.origin(surplus[0])}"
+    else:
+        return
+    raise _another_model(taken.source.path, reason)
+
+
+def _another_model(checkpoint: Path, reason: str) -> CheckpointError:
+    if (checkpoint / "meta.json").is_file():
+        name = read_meta(checkpoint).config["model"]["name"]
+        return CheckpointError(
+            f"{checkpoint} is of another model (model={name}): {reason}; use model={name} or another checkpoint"
+        )
+    return CheckpointError(f"{checkpoint} is of another model: {reason}; use another file, or the model that it holds")
 
 
 def load_all(towers: Towers, checkpoint: Path) -> None:
@@ -83,36 +155,14 @@ def load_all(towers: Towers, checkpoint: Path) -> None:
     Raises:
         CheckpointError: the checkpoint's towers have other shapes, or lack something.
     """
-    own = state.tower_shapes(towers)
-    _check(checkpoint, own, state.saved_shapes(checkpoint))
-    state.load_weights(checkpoint, towers, own)
-
-
-def _check(checkpoint: Path, own: Shapes, saved: Shapes) -> None:
-    """Refuse a checkpoint that does not hold exactly the tensors of this model."""
-    if own == saved:
-        return
+    own, saved = state.tower_shapes(towers), state.saved_shapes(checkpoint)
     missing, surplus = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     misfits = sorted(key for key in own.keys() & saved.keys() if own[key] != saved[key])
     if misfits:
         key = misfits[0]
-        reason = f"{key} is {list(saved[key])} there and {list(own[key])} here"
-    elif missing:
-        reason = f"it has no {missing[0]}"
-    else:
-        reason = f"this model has no {surplus[0]}"
-    name = read_meta(checkpoint).config["model"]["name"]
-    raise CheckpointError(
-        f"{checkpoint} is of another model (model={name}): {reason}; use model={name} or another checkpoint"
-    )
-
-
-def _lasting(shapes: Shapes, tower: str) -> dict[str, tuple[int, ...]]:
-    """Leave out what serves one stage alone."""
-    return {key: shape for key, shape in shapes.items() if not key.removeprefix(f"{tower}.").startswith(DROPPED)}
-
-
-def _summary(names: list[str]) -> str:
-    layers = [name for name in names if ".blocks." in name]
-    others = [name for name in names if ".blocks." not in name]
-    return ", ".join([*others, f"{len(layers)} tensors in the layers"])
+        raise _another_model(checkpoint, f"{key} is {list(saved[key])} there and {list(own[key])} here")
+    if missing:
+        raise _another_model(checkpoint, f"it has no {missing[0]}")
+    if surplus:
+        raise _another_model(checkpoint, f"this model has no {surplus[0]}")
+    state.load_weights(checkpoint, towers, own)

@@ -48,10 +48,26 @@ def check(config: Config, world_size: int, local_size: int) -> None:
         _check_interval(config, key, interval)
     _check_device(config.hardware, local_size)
     check_layout(config, world_size)
+    _check_teacher(config)
     if config.stage == "eval":
         _check_eval(config)
     else:
         _check_training(config, world_size)
+
+
+def _check_teacher(config: Config) -> None:
+    if not config.teacher.sharded:
+        return
+    if not config.teacher.source.startswith("w2s:"):
+        raise ConfigError(
+            f"teacher.sharded=true with teacher.source={config.teacher.source}: only w2s:RUN can be split, "
+            "use teacher.sharded=false"
+        )
+    if config.parallel.pipeline > 1:
+        raise ConfigError(
+            f"teacher.sharded=true with parallel.pipeline={config.parallel.pipeline}: a teacher is split over "
+            "tensor-parallel ranks alone, use parallel.pipeline=1 or teacher.sharded=false"
+        )
 
 
 def _check_training(config: Config, world_size: int) -> None:
@@ -62,6 +78,8 @@ def _check_training(config: Config, world_size: int) -> None:
     check_micro_batches(config, world_size)
     if config.stage == "mim":
         _check_masks(config)
+        if config.init.text != "none":
+            raise ConfigError(f"init.text={config.init.text}: the masked stage has no text tower, leave init.text out")
     else:
         _check_logits(config.clip)
 

@@ -53,6 +53,15 @@ def load(stage: str, overrides: Sequence[str] = ()) -> Config:
     return _typed(node)
 
 
+def named_model(name: str) -> ModelConfig:
+    """The model of `configs/model/NAME.yaml`, or of a path that ends in `.yaml`.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    return load("clip", [f"model={name}"]).model
+
+
 def model_from(saved: Mapping[str, Any]) -> ModelConfig:
     """The model section of a configuration that a checkpoint holds.
 

@@ -17,6 +17,8 @@ _WITHOUT_EFFECT = frozenset(
         "model.name",
         "teacher.name",
         "teacher.batch_size",
+        "teacher.compile",
+        "teacher.sharded",
         "data.name",
         "data.cache",
         "data.workers",

@@ -129,16 +129,22 @@ class TeacherConfig:
     name: str = "custom"
     """Name of the teacher, as in configs/teacher/NAME.yaml."""
     source: str = "efficientnet_lite0"
-    """`efficientnet_lite0` (weights from its package), `timm:MODEL[@FILE]` or `open_clip:MODEL[@FILE]`.
+    """`efficientnet_lite0` or `efficientnet_lite2` (weights from packages), `timm:MODEL[@FILE]`,
+    `open_clip:MODEL[@FILE]`, `hf:FOLDER` (transformers), `eva:MODEL@FILE` (a model of configs/model, in the released
+    names) or `w2s:RUN`.
 
     Without a file the weights are random.
     """
     image_size: int = 0
-    """Side of the teacher's input in pixels; 0 takes the size that gives one teacher feature per student patch."""
+    """Side of the teacher's input in pixels; 0 is its own, and for a convolutional net a feature per student patch."""
     target_norm: Literal["none", "standardize"] = "none"
     """`none` (the paper's, for CLIP teachers) or per-channel standardisation with running statistics (CNN teachers)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the teacher's forward pass."""
+    compile: bool = False
+    """Put the teacher through torch.compile."""
+    sharded: bool = False
+    """Split a `w2s:RUN` that is too big for one GPU over the tensor-parallel ranks; else every rank holds it whole."""
     batch_size: int = 64
     """Images of one teacher forward in evaluation."""
 
@@ -347,7 +353,12 @@ class InitConfig:
     """Where the weights come from when the run has no checkpoint of its own."""
 
     vision: str = "none"
-    """Vision tower: a run's path, its name, its MLflow run id, `latest` (newest finished mim run), or `none`."""
+    """Vision tower: a run's path, its name, its MLflow run id, `latest` (newest finished mim run), a weights file of
+    EVA-CLIP, open_clip or timm, or `none`."""
+    text: str = "none"
+    """Text tower of the contrastive stage, named as in `vision`; `latest` is the newest finished clip run."""
+    projections: Literal["keep", "fresh"] = "keep"
+    """`keep` takes heads and logit scale along where they fit, `fresh` draws them anew (as EVA's released code)."""
     checkpoint: str = "none"
     """The model to evaluate: a run's path, its name, its MLflow run id, or `latest` (newest finished clip run)."""
     post_norm: float = 1.0

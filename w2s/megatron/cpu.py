@@ -16,6 +16,9 @@ from torch.overrides import TorchFunctionMode
 class _Stream:
     """A CUDA stream on a machine that has none: everything is already in order."""
 
+    def __init__(self, *unused: Any, **unused_too: Any) -> None:
+        """Take what a CUDA stream takes."""
+
     def wait_stream(self, stream: Any) -> None:
         """Return at once: there is nothing to wait for."""
 
@@ -81,7 +84,7 @@ def enable() -> None:
     stand_ins = {
         "current_device": lambda: cpu,
         "current_stream": lambda *_: _Stream(),
-        "Stream": lambda *_, **__: _Stream(),
+        "Stream": _Stream,  # a type: others write `torch.cuda.Stream | None`
         "stream": lambda _: contextlib.nullcontext(),
         "synchronize": lambda *_: None,
         "FloatTensor": lambda values: torch.tensor(values, dtype=torch.float),

@@ -2,14 +2,15 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from w2s.megatron.sharded import ShardedTower
 from w2s.megatron.tower import Tower
 
 
@@ -69,6 +70,24 @@ def _slice(full: Tensor, parameter: nn.Parameter) -> Tensor:
 
 def _is_split(parameter: nn.Parameter) -> bool:
     return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def copy_slices(towers: Mapping[str, ShardedTower[Any]], read: Callable[[str], Tensor], names: Collection[str]) -> None:
+    """Copy tensors into this rank's slices of the towers' parameters; no others are asked for.
+
+    Args:
+        towers: the towers by name.
+        read: returns a whole tensor by its name in our checkpoints, `TOWER.blocks.layers.7.mlp.linear_fc1.weight`. Its
+            first axis may be folded ([heads, 3, ...]), so that a view of a mapped file does for what is split there.
+        names: what to copy.
+    """
+    with torch.no_grad():
+        for tower, sharded in towers.items():
+            own = ((part, *named) for part in sharded.parts for named in part.named_parameters())
+            for part, local, parameter in own:
+                name = f"{tower}.{global_name(part, local)}".replace(".blocks.", ".blocks.layers.", 1)
+                if name in names:
+                    parameter.copy_(_slice(read(name), parameter).reshape(parameter.shape))
 
 
 def assign(tower: Tower, tensors: Mapping[str, Tensor]) -> None:

@@ -9,10 +9,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from w2s.megatron.optimizer import Optimizer, Towers
+from w2s.megatron.stored import StoredTensors
 from w2s.megatron.writing import Writing, reporting
 
 
@@ -69,12 +68,7 @@ def load_weights(folder: Path, towers: Towers, names: Iterable[str]) -> None:
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the whole shape of every weight in a checkpoint, by name; optimizer states are left out."""
-    tensors = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    return {
-        name: tuple(tensor.size)
-        for name, tensor in tensors.items()
-        if isinstance(tensor, TensorStorageMetadata) and not name.startswith("optimizer.")
-    }
+    return {name: tuple(tensor.shape) for name, tensor in StoredTensors(folder).meta.items()}
 
 
 def tower_shapes(towers: Towers) -> dict[str, tuple[int, ...]]:

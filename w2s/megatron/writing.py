@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint import CheckpointException
 
-from w2s.errors import CheckpointError
+from w2s.errors import CheckpointError, W2SError
 from w2s.megatron import compat
 
 # It logs what it raises as well.
@@ -110,6 +110,8 @@ def reporting(action: str, fix: str) -> Iterator[None]:
         yield
     except CheckpointException as error:
         (cause, _), *_ = error.failures.values()
+        if isinstance(cause, W2SError):
+            raise cause from error
         raise CheckpointError(f"cannot {action} ({' '.join(str(cause).split())}): {fix}") from error
 
 

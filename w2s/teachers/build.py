@@ -2,61 +2,106 @@
 
 import difflib
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from w2s.config.sections import TeacherConfig
+from w2s.checkpoint.find import find_any
+from w2s.config.sections import ParallelConfig, TeacherConfig
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import PatchNetwork, Teacher
-from w2s.teachers.efficientnet import EfficientNetLite0
+from w2s.teachers.efficientnet import SIZES, EfficientNetLite
+from w2s.teachers.eva_vit import eva_vit, w2s_run
+from w2s.teachers.hugging_face import hugging_face_vit
 from w2s.teachers.open_clip_vit import open_clip_vit
-from w2s.teachers.timm_vit import timm_vit
+from w2s.teachers.sharded_run import ShardedRun
+from w2s.teachers.timm_vit import timm_model
 
 logger = logging.getLogger(__name__)
 
-LIBRARIES: dict[str, Callable[..., PatchNetwork]] = {"timm": timm_vit, "open_clip": open_clip_vit}
 FORMS = {
-    "efficientnet_lite0": "efficientnet_lite0",
+    **{name: name for name in SIZES},
     "timm": "timm:MODEL[@FILE]",
     "open_clip": "open_clip:MODEL[@FILE]",
+    "eva": "eva:MODEL@FILE",
+    "hf": "hf:FOLDER",
+    "w2s": "w2s:RUN",
 }
 
 
-def build_teacher(config: TeacherConfig, *, grid: int, device: torch.device | str) -> Teacher:
+def build_teacher(
+    config: TeacherConfig,
+    *,
+    grid: int,
+    device: torch.device | str,
+    root: str | Path = "runs",
+    parallel: ParallelConfig | None = None,
+) -> Teacher:
     """The frozen teacher of `config` for a student of `grid` x `grid` patches, on `device`.
 
     Random weights are the same on every rank and leave the global generator as it was.
 
+    Args:
+        config: the teacher's section.
+        grid: the student's patches along one side.
+        device: where it lives.
+        root: folder of the runs, for a run that is given by its name.
+        parallel: how the ranks are split, for a teacher that is split with them.
+
     Raises:
         ConfigError: the source or the model is unknown, or the image size does not fit.
         CheckpointError: the weights are missing, damaged, or another model's.
-        MissingPackageError: the package that carries the weights is not installed.
+        MissingPackageError: the package that carries the weights, or that reads them, is not installed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = _network(config, grid)
-    return Teacher(network, grid=grid, precision=config.precision).to(device)
+        network = _network(config, grid, Path(root).expanduser(), parallel or ParallelConfig())
+    return Teacher(network, grid=grid, precision=config.precision, compiled=config.compile).to(device)
 
 
-def _network(config: TeacherConfig, grid: int) -> PatchNetwork:
-    if config.source == "efficientnet_lite0":
-        return EfficientNetLite0(image_size=config.image_size, grid=grid)
-    library, _, rest = config.source.partition(":")
+def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelConfig) -> PatchNetwork:
+    size = config.image_size
+    if config.source in SIZES:
+        return EfficientNetLite(config.source, image_size=size, grid=grid)
+    kind, _, rest = config.source.partition(":")
+    if kind not in FORMS or not rest:
+        raise _no_teacher(config.source, kind)
+    if kind == "hf":
+        return hugging_face_vit(Path(rest).expanduser(), image_size=size)
+    if kind == "w2s":
+        return _run(config, rest, root, parallel)
     name, _, path = rest.partition("@")
-    if library not in LIBRARIES or not name:
-        near = difflib.get_close_matches(library, FORMS, n=1) or FORMS
-        raise ConfigError(
-            f"teacher.source={config.source} is no teacher: use {' or '.join(FORMS[key] for key in near)}"
-        )
-    file = Path(path).expanduser() if path else None
-    if file is not None and not file.is_file():
-        raise CheckpointError(
-            f"teacher weights {path} do not exist (from {Path.cwd()}): download them and give their path with "
-            f"teacher.source={library}:{name}@FILE"
-        )
-    network = LIBRARIES[library](name, file, image_size=config.image_size, grid=grid)
+    if not name or (kind == "eva" and not path):
+        raise _no_teacher(config.source, kind)
+    file = _weights_file(path, kind, name)
+    if kind == "eva" and file is not None:
+        return eva_vit(name, file, image_size=size, precision=config.precision)
+    network = (timm_model if kind == "timm" else open_clip_vit)(name, file, image_size=size)
     if file is None:
         logger.warning("the teacher's weights are random: give a file with teacher.source=%s@FILE", config.source)
     return network
+
+
+def _run(config: TeacherConfig, name: str, root: Path, parallel: ParallelConfig) -> PatchNetwork:
+    """The vision tower of a run: whole on every rank, or split over the tensor-parallel ones."""
+    if name in ("latest", "none"):
+        raise ConfigError(f"teacher.source={config.source} may be another one tomorrow: give the run's name")
+    checkpoint = find_any(name, root, key="teacher.source")
+    if config.sharded:
+        return ShardedRun(checkpoint, parallel, image_size=config.image_size, precision=config.precision)
+    return w2s_run(checkpoint, image_size=config.image_size, precision=config.precision)
+
+
+def _weights_file(path: str, kind: str, name: str) -> Path | None:
+    file = Path(path).expanduser() if path else None
+    if file is not None and not file.exists():
+        raise CheckpointError(
+            f"teacher weights {path} do not exist (from {Path.cwd()}): download them and give their path with "
+            f"teacher.source={kind}:{name}@FILE"
+        )
+    return file
+
+
+def _no_teacher(source: str, kind: str) -> ConfigError:
+    near = difflib.get_close_matches(kind, FORMS, n=1) or FORMS
+    return ConfigError(f"teacher.source={source} is no teacher: use {' or '.join(FORMS[key] for key in near)}")

@@ -14,7 +14,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from w2s.errors import ConfigError
-from w2s.teachers.base import PatchNetwork, input_size
+from w2s.teachers.base import PatchNetwork, check_image_size
 from w2s.teachers.timm_vit import TimmTokens, resize_input
 from w2s.teachers.weights import reading, unknown_model
 
@@ -40,14 +40,13 @@ class OpenClipTokens(PatchNetwork):
         return tokens @ self.visual.proj
 
 
-def open_clip_vit(name: str, file: Path | None, *, image_size: int, grid: int) -> PatchNetwork:
+def open_clip_vit(name: str, file: Path | None, *, image_size: int) -> PatchNetwork:
     """The vision tower of the open_clip model `name`, from a file in open_clip's format.
 
     Args:
         name: the model.
         file: its weights (PyTorch or safetensors); None leaves them random.
-        image_size: side of the input in pixels, 0 for one feature per patch of a `grid` x `grid` student.
-        grid: the student's patches along one side.
+        image_size: side of the input in pixels, 0 for the model's own.
 
     Raises:
         ConfigError: open_clip has no such model, it has no patch tokens, or its patches do not divide the image.
@@ -56,19 +55,19 @@ def open_clip_vit(name: str, file: Path | None, *, image_size: int, grid: int) -
     known = open_clip.list_models()
     if name not in known:
         raise unknown_model("open_clip", name, known)
-    model = _build(name, image_size=image_size, grid=grid)
+    model = _build(name, image_size)
     with reading(file, name):
         if file is not None:
             _load_visual(model, file)
     mean, std = _normalisation(name)
     if isinstance(model.visual, TimmModel):
         trunk = model.visual.trunk
-        resize_input(trunk, name, image_size=image_size, grid=grid)
+        resize_input(trunk, name, image_size)
         return TimmTokens(trunk, _projection(model.visual), mean=mean, std=std)
     return OpenClipTokens(model.visual, mean=mean, std=std)
 
 
-def _build(name: str, *, image_size: int, grid: int) -> open_clip.CLIP:
+def _build(name: str, image_size: int) -> open_clip.CLIP:
     """A CLIP with random weights and the vision tower of `name`; open_clip's own ViT already has its input size."""
     config = open_clip.get_model_config(name)
     vision = config["vision_cfg"]
@@ -76,8 +75,9 @@ def _build(name: str, *, image_size: int, grid: int) -> open_clip.CLIP:
         raise ConfigError(f"teacher.source: {name} has no patch tokens after its final norm, choose a plain ViT")
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
-    else:
-        vision["image_size"] = input_size(image_size, patch=vision["patch_size"], grid=grid)
+    elif image_size:
+        check_image_size(image_size, vision["patch_size"])
+        vision["image_size"] = image_size
     return open_clip.CLIP(config["embed_dim"], vision, SMALLEST_TEXT_TOWER, config.get("quick_gelu", False))
 
 

@@ -1,19 +1,22 @@
-"""Vision transformers of timm as teachers, with weights from a local file or random ones.
+"""Models of timm as teachers, with weights from a local file or random ones.
 
-A feature is `head(norm(token))` of a patch token, as EVA's targets are: after the final norm, and after the projection
-into the shared space where the model has one.
+A feature of a ViT is `head(norm(token))` of a patch token, as EVA's targets are: after the final norm, and after the
+projection into the shared space where the model has one. Of any other model it is a place of the last feature map.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
+import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from w2s.errors import ConfigError
-from w2s.teachers.base import PatchNetwork, input_size
+from w2s.teachers.base import PatchNetwork, check_image_size
 from w2s.teachers.weights import reading, unknown_model
 
 
@@ -38,7 +41,47 @@ class TimmTokens(PatchNetwork):
         return features
 
 
-def timm_vit(name: str, file: Path | None, *, image_size: int, grid: int) -> TimmTokens:
+class TimmMaps(PatchNetwork):
+    """The last feature map of any other timm model, convolutional or not, before pooling and classifier."""
+
+    def __init__(self, trunk: Any, *, grid: int, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Wrap `trunk`, which makes `grid` x `grid` features of an image of `image_size` pixels."""
+        super().__init__(width=trunk.num_features, grid=grid, image_size=image_size, mean=mean, std=std)
+        self.trunk = trunk
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of normalised images, row by row."""
+        return _rows(self.trunk, images)
+
+
+def _rows(trunk: Any, images: Tensor) -> Tensor:
+    """The last features of a model as [n, places, width], from a map of either order or from tokens."""
+    features: Tensor = trunk.forward_features(images)
+    if features.ndim == 3:
+        return features[:, getattr(trunk, "num_prefix_tokens", 0) :]
+    channels = 3 if getattr(trunk, "output_fmt", "NCHW") == "NHWC" else 1
+    return features.movedim(channels, 1).flatten(2).transpose(1, 2)
+
+
+def _side_of_map(trunk: Any, name: str, image_size: int) -> int:
+    """Features along one side of what a model makes of an image, seen on an empty one.
+
+    Raises:
+        ConfigError: it does not take that size, or makes no square map of it.
+    """
+    try:
+        with torch.no_grad():
+            places = _rows(trunk, torch.zeros(1, 3, image_size, image_size)).shape[1]
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(f"teacher.image_size={image_size} does not suit {name}: {reason}") from error
+    side = math.isqrt(places)
+    if side**2 != places:
+        raise ConfigError(f"teacher.source: {name} makes {places} features, no square map: choose another model")
+    return side
+
+
+def timm_model(name: str, file: Path | None, *, image_size: int) -> PatchNetwork:
     """The timm model `name`, written `ARCHITECTURE` or `ARCHITECTURE.TAG`.
 
     The file may be timm's, open_clip's or EVA-CLIP's release: timm's own conversion reads all of them. The head is kept
@@ -47,11 +90,10 @@ def timm_vit(name: str, file: Path | None, *, image_size: int, grid: int) -> Tim
     Args:
         name: the model.
         file: its weights (PyTorch or safetensors); None leaves them random.
-        image_size: side of the input in pixels, 0 for one feature per patch of a `grid` x `grid` student.
-        grid: the student's patches along one side.
+        image_size: side of the input in pixels, 0 for the model's own.
 
     Raises:
-        ConfigError: timm has no such model, it is not a ViT, or its patches do not divide the image.
+        ConfigError: timm has no such model, or the image size does not suit it.
         CheckpointError: the file cannot be read or holds another model.
     """
     architecture, _, tag = name.partition(".")
@@ -62,13 +104,17 @@ def timm_vit(name: str, file: Path | None, *, image_size: int, grid: int) -> Tim
     with reading(file, name):
         trunk = timm.create_model(name, pretrained=file is not None, pretrained_cfg_overlay=local if file else None)
     settings = trunk.pretrained_cfg
+    mean, std = settings["mean"], settings["std"]
+    if not isinstance(trunk, Eva | VisionTransformer):
+        size = image_size or settings["input_size"][-1]
+        return TimmMaps(trunk, grid=_side_of_map(trunk.eval(), name, size), image_size=size, mean=mean, std=std)
     is_projection = "_clip_" in architecture and "_ft_" not in (settings["tag"] or "")
-    resize_input(trunk, name, image_size=image_size, grid=grid)
-    return TimmTokens(trunk, trunk.head if is_projection else nn.Identity(), mean=settings["mean"], std=settings["std"])
+    resize_input(trunk, name, image_size)
+    return TimmTokens(trunk, trunk.head if is_projection else nn.Identity(), mean=mean, std=std)
 
 
-def resize_input(trunk: Eva | VisionTransformer, name: str, *, image_size: int, grid: int) -> None:
-    """Resample the positions of a timm ViT for another input size (see `input_size`).
+def resize_input(trunk: Eva | VisionTransformer, name: str, image_size: int) -> None:
+    """Resample the positions of a timm ViT for another input size in pixels; 0 keeps its own.
 
     Raises:
         ConfigError: `trunk` is not a ViT, or its patches do not divide the image.
@@ -77,4 +123,6 @@ def resize_input(trunk: Eva | VisionTransformer, name: str, *, image_size: int, 
         raise ConfigError(
             f"teacher.source: {name} is a {type(trunk).__name__}, not a ViT: choose a ViT or an EVA model"
         )
-    trunk.set_input_size(img_size=input_size(image_size, patch=trunk.patch_embed.patch_size[0], grid=grid))
+    if image_size:
+        check_image_size(image_size, trunk.patch_embed.patch_size[0])
+        trunk.set_input_size(img_size=image_size)

@@ -1,0 +1,158 @@
+"""Our checkpoints as other programs' folders: they load them with their own calls, and compute the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.checkpoint.peers import captions, images, model_of, released, text_tower, timm_tower
+from w2s.checkpoint.exporting import export_checkpoint
+from w2s.checkpoint.formats import named_tower, timm_config
+from w2s.checkpoint.importing import import_checkpoint
+from w2s.config.load import load
+from w2s.config.sections import ModelConfig
+from w2s.errors import CheckpointError, ConfigError
+
+KINDS = ("18b", "8b", "e", "g")
+
+LOAD_ELSEWHERE = """
+import sys, torch, timm, open_clip
+from safetensors.torch import load_file, save_file
+for folder in sys.argv[1:]:
+    given = load_file(f"{folder}/in.safetensors")
+    with torch.no_grad():
+        tower = timm.create_model(f"local-dir:{folder}/timm", pretrained=True).eval()
+        clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}/open_clip")
+        tokens = open_clip.get_tokenizer(f"local-dir:{folder}/open_clip")(["a cat"])
+        clip.eval()
+        save_file({
+            "timm": tower(given["images"]),
+            "images": clip.encode_image(given["images"]),
+            "texts": clip.encode_text(given["captions"]),
+            "scale": clip.logit_scale.detach(),
+            "length": torch.tensor(tokens.shape[1]),
+            "side": torch.tensor(preprocess.transforms[0].size),
+        }, f"{folder}/out.safetensors")
+assert not any(name.split(".")[0] in ("w2s", "megatron") for name in sys.modules)
+"""
+
+
+def checkpoint_of(model: ModelConfig, folder: Path, tensors: dict[str, Tensor] | None = None) -> Path:
+    torch.save(released(model) if tensors is None else tensors, folder / "clip.pt")
+    import_checkpoint(folder / "clip.pt", model, folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+def test_timm_and_open_clip_compute_the_same_without_w2s(tmp_path: Path) -> None:
+    folders = {kind: tmp_path / kind for kind in KINDS}
+    for kind, folder in folders.items():
+        folder.mkdir()
+        model = model_of(kind)
+        checkpoint = checkpoint_of(model, folder)
+        for format in ("timm", "open_clip"):
+            export_checkpoint(checkpoint, format, folder / format)
+        save_file({"images": images(model), "captions": captions(model)}, folder / "in.safetensors")
+    subprocess.run([sys.executable, "-c", LOAD_ELSEWHERE, *map(str, folders.values())], check=True, cwd=tmp_path)
+    for kind, folder in folders.items():
+        model = model_of(kind)
+        found = load_file(folder / "out.safetensors")
+        with torch.no_grad():
+            expected = timm_tower(model)(images(model))
+            texts = text_tower(model)(captions(model))
+        # the same library and the same weights: what may differ is the order of sums in another attention kernel
+        for name, value in (("timm", expected), ("images", expected), ("texts", texts)):
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+        assert found["scale"] == 2.5
+        assert found["length"] == model.text.context_length
+        assert found["side"].tolist() in (model.vision.image_size, [model.vision.image_size] * 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_eva_export_has_the_released_names_and_values(tmp_path: Path, kind: str) -> None:
+    model = model_of(kind)
+    original = {name: value.to(torch.bfloat16) for name, value in released(model).items()}
+    checkpoint = checkpoint_of(model, tmp_path, original)
+    export_checkpoint(checkpoint, "eva", tmp_path / "eva")
+    exported = torch.load(tmp_path / "eva" / f"{model.name}.pt", weights_only=True)
+    config = json.loads((tmp_path / "eva" / f"{model.name}.json").read_text())
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(exported[name], value) for name, value in original.items())
+    assert int(config["vision_cfg"]["mlp_ratio"] * config["vision_cfg"]["width"]) == model.vision.mlp_width
+    assert config["vision_cfg"]["postnorm"] == (kind in ("18b", "e"))
+
+
+@pytest.mark.parametrize("format", ["eva", "open_clip", "safetensors"])
+@pytest.mark.parametrize("kind", ["18b", "g"])
+def test_export_then_import_gives_the_same_bits(tmp_path: Path, kind: str, format: str) -> None:
+    model = model_of(kind)
+    original = {name: value.half() for name, value in released(model).items()}
+    export_checkpoint(checkpoint_of(model, tmp_path, original), format, tmp_path / "out")
+    name = f"{model.name}.pt" if format == "eva" else ""
+    import_checkpoint(tmp_path / "out" / name, model, tmp_path / "again")
+    export_checkpoint(tmp_path / "again", "safetensors", tmp_path / "once_more")
+    final = load_file(tmp_path / "once_more" / "model.safetensors")
+    assert final.keys() == original.keys()
+    assert all(torch.equal(final[name], value) for name, value in original.items())
+
+
+def test_a_masked_student_is_a_timm_model_without_a_head(tmp_path: Path) -> None:
+    model = model_of("18b")
+    tower = timm_tower(model)
+    student = {name: value for name, value in tower.state_dict().items() if not name.startswith("head")}
+    student |= {
+        "mask_token": torch.randn(1, 1, 32),
+        "lm_head.weight": torch.randn(24, 32),
+        "lm_head.bias": torch.ones(24),
+    }
+    checkpoint = checkpoint_of(model, tmp_path, student)
+    export_checkpoint(checkpoint, "timm", tmp_path / "timm")
+    peer = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    with torch.no_grad():
+        tokens, expected = peer.forward_features(images(model)), tower.forward_features(images(model))
+    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+    assert peer.num_classes == 0
+    with pytest.raises(CheckpointError, match="is not a whole CLIP"):
+        export_checkpoint(checkpoint, "open_clip", tmp_path / "no")
+    assert not [path for path in tmp_path.iterdir() if "no" in path.name]
+
+
+def test_the_bias_of_the_sigmoid_loss_goes_to_open_clip_alone(tmp_path: Path) -> None:
+    model = model_of("18b")
+    checkpoint = checkpoint_of(model, tmp_path, {**released(model), "logit_bias": torch.tensor(-7.5)})
+    export_checkpoint(checkpoint, "open_clip", tmp_path / "open_clip")
+    assert open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}").logit_bias == -7.5
+    with pytest.raises(CheckpointError, match="sigmoid loss"):
+        export_checkpoint(checkpoint, "eva", tmp_path / "eva")
+    assert not (tmp_path / "eva").exists()
+
+
+def test_shapes_that_timm_knows_are_called_by_name() -> None:
+    names = {
+        "eva02_e_plus": "eva02_enormous_patch14_clip_224",
+        "eva01_g": "eva_giant_patch14_clip_224",
+        "eva_18b": None,
+    }
+    for name, expected in names.items():
+        model = load("clip", [f"model={name}"]).model
+        assert named_tower(model.vision) == expected
+        args = timm_config(model.vision, model.embed_dim)["model_args"]
+        assert int(args["mlp_ratio"] * args["embed_dim"]) == model.vision.mlp_width
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
+    model = model_of("18b")
+    checkpoint = checkpoint_of(model, tmp_path)
+    with pytest.raises(ConfigError, match="--format onnx does not exist: use eva, open_clip, timm, safetensors"):
+        export_checkpoint(checkpoint, "onnx", tmp_path / "out")
+    next((checkpoint).glob("*.distcp")).write_bytes(b"gone")
+    with pytest.raises(CheckpointError, match="cannot read") as error:
+        export_checkpoint(checkpoint, "safetensors", tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]

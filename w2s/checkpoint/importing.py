@@ -1,0 +1,96 @@
+"""`w2s import`: other people's weights as a checkpoint of ours, tensor by tensor."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from w2s.checkpoint.eva_format import released_name
+from w2s.checkpoint.fit import PROJECTIONS, STAGE_ONLY, Fit, fit, refuse_gaps
+from w2s.checkpoint.folder import new_folder
+from w2s.checkpoint.released import Released, open_released
+from w2s.checkpoint.store import Meta
+from w2s.config.sections import HardwareConfig, ModelConfig, ParallelConfig
+from w2s.errors import ConfigError
+from w2s.megatron import groups
+from w2s.megatron.stored import write_tensors
+from w2s.towers.shapes import model_shapes
+
+PREFIXES = {"vision": "visual", "text": "text"}
+
+
+def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: Sequence[str] = ()) -> Fit:
+    """Write the weights of `source` as a checkpoint that every stage can start from; return what became of them.
+
+    A file that holds one tower gives a checkpoint of that tower. No more than one tensor is in memory at a time.
+
+    Args:
+        source: a weights file, an index, a folder of one, or a checkpoint of ours.
+        model: what the file holds; another image or patch size resizes the weights.
+        out: the new folder.
+        allowed: patterns of names that may be missing or unexpected.
+
+    Raises:
+        CheckpointError: the source is damaged, or holds another model.
+        UserError: `out` exists already.
+    """
+    released = open_released(source)
+    with groups.start(ParallelConfig(), HardwareConfig(device="cpu")):
+        shapes = model_shapes(model, _target_width(released), "logit_bias" in released.meta)
+    found = fit(released, _wanted(released, shapes), {"vision": model.vision.heads, "text": model.text.heads})
+    refuse_gaps(found, allowed, model.name)
+    meta = {
+        name: torch.empty(shapes[name], dtype=released.meta[released_name(name)].dtype, device="meta")
+        for name in found.taken
+    }
+    with new_folder(out) as folder:
+        write_tensors(folder, meta, lambda name: found.read(name).reshape(shapes[name]))
+        (folder / "meta.json").write_text(json.dumps(asdict(_meta(source, model)), indent=1), encoding="utf-8")
+    return found
+
+
+def with_size(model: ModelConfig, image_size: int | None, patch_size: int | None) -> ModelConfig:
+    """Return a model for another image or patch size in pixels; None keeps it.
+
+    Raises:
+        ConfigError: the patches do not divide the image.
+    """
+    vision = model.vision
+    new = replace(vision, image_size=image_size or vision.image_size, patch_size=patch_size or vision.patch_size)
+    if new.grid < 1:
+        raise ConfigError(f"--image-size {image_size} is smaller than a patch of {new.patch_size} pixels: use more")
+    return replace(model, vision=new)
+
+
+def _wanted(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The tensors of the towers that the source has; projections are needed only where there are both towers."""
+    whole = all(released.has(prefix) for prefix in PREFIXES.values())
+    towers = tuple(f"{tower}." for tower, prefix in PREFIXES.items() if released.has(prefix))
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if name.startswith(towers)
+        and (whole or not name.startswith(PROJECTIONS) or released.holds(name))
+        and (not name.startswith(STAGE_ONLY) or released.holds(name))
+    }
+
+
+def _target_width(released: Released) -> int | None:
+    head = released.meta.get("visual.lm_head.weight")
+    return None if head is None else head.shape[0]
+
+
+def _meta(source: Path, model: ModelConfig) -> Meta:
+    return Meta(
+        stage="import",
+        step=0,
+        samples=0,
+        config={"model": asdict(model)},
+        data={},
+        parent=str(source),
+        mlflow_run_id=None,
+        versions={"w2s": version("w2s"), "torch": version("torch")},
+    )

@@ -1,0 +1,132 @@
+"""`w2s inspect`: what a checkpoint is, ours or another's, from its names and shapes alone."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from pathlib import Path
+
+from w2s.checkpoint.released import CLIP_VIT, Released, open_released
+from w2s.checkpoint.store import Meta, read_meta
+from w2s.config.load import model_from, read_document
+from w2s.config.sections import ModelConfig
+
+FORMATS = {
+    "eva": "EVA-CLIP's released names",
+    "mim": "EVA's masked stage",
+    "open_clip": "open_clip",
+    "timm": "timm",
+    "text": "a text tower alone",
+    "w2s": "w2s checkpoint",
+}
+
+
+def inspect(path: Path) -> dict[str, str]:
+    """Return what is known of a checkpoint: a folder of ours, a weights file, an index or a folder of weights.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    released = open_released(path)
+    about = {"format": FORMATS[released.format]}
+    if released.format == "w2s":
+        about |= _of_run(read_meta(path))
+    else:
+        about["model"] = ", ".join(known_models(released)) or "none of configs/model"
+    return about | _sizes(released) | _towers(released)
+
+
+def known_models(released: Released) -> list[str]:
+    """Return the models of configs/model whose shapes a checkpoint has; pre- and post-norm towers look alike."""
+    found = dimensions(released)
+    names = sorted(path.name.removesuffix(".yaml") for path in (files("w2s.configs") / "model").iterdir())
+    models = {name: model_from(read_document("model", name)) for name in names}
+    return [name for name, model in models.items() if found and found.items() <= _dimensions_of(model).items()]
+
+
+def dimensions(released: Released) -> dict[str, int | str | bool]:
+    """Return the sizes of the towers of our kind that a checkpoint holds."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in released.meta.items()}
+    found: dict[str, int | str | bool] = {}
+    if "visual.pos_embed" in shapes and "visual.blocks.0.mlp.fc1.weight" in shapes:
+        patch = shapes["visual.patch_embed.proj.weight"][-1]
+        found |= {
+            "vision.width": shapes["visual.pos_embed"][2],
+            "vision.patch_size": patch,
+            "vision.image_size": math.isqrt(shapes["visual.pos_embed"][1] - 1) * patch,
+            "vision.layers": _layers(shapes, r"visual\.blocks\.(\d+)\."),
+            "vision.mlp_width": shapes["visual.blocks.0.mlp.fc1.weight"][0],
+            "vision.norm": "layernorm" if "visual.blocks.0.norm1.bias" in shapes else "rmsnorm",
+            "vision.qkv_bias": "visual.blocks.0.attn.q_bias" in shapes,
+        }
+    if "text.positional_embedding" in shapes and "text.token_embedding.weight" in shapes:
+        found |= {
+            "text.width": shapes["text.positional_embedding"][1],
+            "text.context_length": shapes["text.positional_embedding"][0],
+            "text.vocab_size": shapes["text.token_embedding.weight"][0],
+            "text.layers": _layers(shapes, r"text\.transformer\.resblocks\.(\d+)\."),
+        }
+    if "text.text_projection" in shapes and "vision.width" in found:
+        found["embed_dim"] = shapes["text.text_projection"][1]
+    return found
+
+
+def _dimensions_of(model: ModelConfig) -> dict[str, int | str | bool]:
+    vision = {f"vision.{name}": value for name, value in vars(model.vision).items()}
+    return vision | {f"text.{name}": value for name, value in vars(model.text).items()} | {"embed_dim": model.embed_dim}
+
+
+def _layers(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
+    return 1 + max((int(found[1]) for name in shapes if (found := re.match(pattern, name))), default=-1)
+
+
+def _of_run(meta: Meta) -> dict[str, str]:
+    return {
+        "stage": meta.stage,
+        "model": meta.config["model"]["name"],
+        "step": f"{meta.step:,}",
+        "samples": f"{meta.samples:,}",
+        "parent": meta.parent or "none",
+        "MLflow run": meta.mlflow_run_id or "none",
+        "versions": ", ".join(f"{package} {release}" for package, release in meta.versions.items()),
+    }
+
+
+def _sizes(released: Released) -> dict[str, str]:
+    """Parameters in all and by tower, and their types."""
+    groups: dict[str, Callable[[str], bool]] = {
+        "parameters": lambda name: True,
+        "of the vision tower": lambda name: name.startswith("visual."),
+        "of the text tower": lambda name: name.startswith("text."),
+    }
+    counts = {
+        group: sum(tensor.numel() for name, tensor in released.meta.items() if member(name))
+        for group, member in groups.items()
+    }
+    kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in released.meta.values())
+    return {
+        **{group: f"{count:,}" for group, count in counts.items() if count},
+        "types": ", ".join(f"{count} tensors in {kind}" for kind, count in kinds.most_common()),
+    }
+
+
+def _towers(released: Released) -> dict[str, str]:
+    found = dimensions(released)
+    lines = {}
+    if "vision.width" in found:
+        bias = "with" if found["vision.qkv_bias"] else "without"
+        lines["vision tower"] = (
+            f"{found['vision.layers']} layers x {found['vision.width']}, MLP {found['vision.mlp_width']}, "
+            f"{found['vision.image_size']} px in patches of {found['vision.patch_size']}, {found['vision.norm']}, "
+            f"{bias} a bias on Q and V"
+        )
+    elif CLIP_VIT in released.meta:
+        lines["vision tower"] = "OpenAI's and open_clip's ViT, with a norm before the layers"
+    elif released.has("visual"):
+        lines["vision tower"] = "of another kind than w2s's"
+    if "text.width" in found:
+        lines["text tower"] = (
+            f"{found['text.layers']} layers x {found['text.width']}, {found['text.context_length']} tokens"
+        )
+    return lines

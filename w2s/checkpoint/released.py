@@ -1,0 +1,132 @@
+"""A checkpoint under the released EVA-CLIP names, whoever wrote it.
+
+| written by                                | names there                                             |
+|-------------------------------------------|---------------------------------------------------------|
+| EVA-CLIP (`CustomCLIP`)                   | `visual.…`, `text.…`, `logit_scale`: the released names |
+| EVA's masked stage, timm                  | the vision tower's, without a prefix                    |
+| open_clip, with a vision tower of timm's  | `visual.trunk.…`, and text with or without `text.`      |
+| open_clip and OpenAI, with their own ViT  | `visual.conv1.…`: only the text tower is of our kind    |
+| w2s                                       | `vision.…`, `text.…` with Megatron's names              |
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from w2s.checkpoint.eva_format import is_fused, released_name, separate
+from w2s.checkpoint.files import Tensors, open_weights
+from w2s.checkpoint.store import read_meta
+from w2s.config.load import model_from
+from w2s.errors import CheckpointError
+from w2s.megatron.stored import StoredTensors
+
+WRAPPING = ("module.", "_orig_mod.", "model.")
+"""Prefixes that data parallelism and `torch.compile` put before every name."""
+BUFFERS = re.compile(
+    r"(^|\.)(attn_mask|input_resolution|context_length|vocab_size|position_ids|rope\.freqs_(cos|sin)|k_bias)$"
+)
+"""What is no weight: it follows from the shape of the model."""
+PLAIN_TEXT = ("token_embedding.", "positional_embedding", "transformer.resblocks.", "ln_final.", "text_projection")
+"""Where the text tower of a CLIP without the prefix `text.` begins."""
+CLIP_VIT = "visual.conv1.weight"
+"""Marks the vision transformer of OpenAI and open_clip, which has a norm before the layers."""
+
+
+class Released:
+    """Tensors under released names.
+
+    Attributes:
+        format: who wrote them: `eva`, `mim`, `open_clip`, `timm`, `text` or `w2s`.
+        path: where they come from, for messages.
+    """
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        origins: Mapping[str, str],
+        format: str,
+        path: Path,
+        change: Callable[[str, Tensor], Tensor],
+    ) -> None:
+        """Rename `tensors`.
+
+        Args:
+            tensors: the checkpoint.
+            origins: its names by released name.
+            format: who wrote it.
+            path: where it comes from.
+            change: makes the released layout out of a tensor and its name there.
+        """
+        self._tensors, self._origins, self._change = tensors, origins, change
+        self.format, self.path = format, path
+        self.meta = {name: tensors.meta[origin] for name, origin in origins.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor in the released layout."""
+        origin = self._origins[name]
+        return self._change(origin, self._tensors.read(origin))
+
+    def origin(self, name: str) -> str:
+        """Return the name that a tensor has in the checkpoint itself."""
+        return self._origins[name]
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a tensor of our name `name`."""
+        return released_name(name) in self.meta
+
+    def has(self, tower: str) -> bool:
+        """Whether there are tensors of a tower (`visual` or `text`)."""
+        return any(name.startswith(f"{tower}.") for name in self.meta)
+
+
+def open_released(path: Path) -> Released:
+    """Return a checkpoint of w2s (a folder with meta.json), or other people's weights, under released names.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    if (path / "meta.json").is_file():
+        return _of_run(path)
+    return rename(open_weights(path), path)
+
+
+def rename(tensors: Tensors, path: Path) -> Released:
+    """Return other people's tensors under released names."""
+    prefix = next((start for start in WRAPPING if all(name.startswith(start) for name in tensors.meta)), "")
+    bare = {name.removeprefix(prefix): name for name in tensors.meta}
+    origins = {_released(name): origin for name, origin in bare.items() if not BUFFERS.search(name)}
+    return Released(tensors, origins, _format_of(bare), path, lambda _, tensor: tensor)
+
+
+def _of_run(checkpoint: Path) -> Released:
+    model = model_from(read_meta(checkpoint).config)
+    heads = {"vision": model.vision.heads, "text": model.text.heads}
+
+    def separated(name: str, tensor: Tensor) -> Tensor:
+        return separate(tensor, heads[name.partition(".")[0]]) if is_fused(name) else tensor
+
+    stored = StoredTensors(checkpoint)
+    names = [name for name in stored.meta if name.startswith(("vision.", "text."))]
+    if not names:
+        raise CheckpointError(f"{checkpoint} holds no tower: use another checkpoint")
+    return Released(stored, {released_name(name): name for name in names}, "w2s", checkpoint, separated)
+
+
+def _released(name: str) -> str:
+    name = name.replace("visual.trunk.", "visual.").replace("visual.head.proj.", "visual.head.")
+    if name.startswith(("visual.", "text.")) or name in ("logit_scale", "logit_bias"):
+        return name
+    return f"text.{name}" if name.startswith(PLAIN_TEXT) else f"visual.{name}"
+
+
+def _format_of(names: dict[str, str]) -> str:
+    prefixed = any(name.startswith(("visual.", "text.")) for name in names)
+    if "mask_token" in names or "lm_head.weight" in names:
+        return "mim"
+    if any(name.startswith("visual.trunk.") for name in names) or CLIP_VIT in names:
+        return "open_clip"
+    if any(name.startswith(PLAIN_TEXT) for name in names):
+        return "open_clip" if prefixed else "text"
+    return "eva" if prefixed else "timm"

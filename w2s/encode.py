@@ -1,0 +1,222 @@
+"""`w2s encode`: features of images and texts from any checkpoint, the work split over the ranks."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from w2s.checkpoint.handover import hand_over
+from w2s.checkpoint.inspecting import known_models
+from w2s.checkpoint.released import open_released
+from w2s.checkpoint.store import read_meta
+from w2s.config.layout import check_layout
+from w2s.config.load import load, model_from, named_model
+from w2s.config.sections import Config
+from w2s.data.bad import BadSample
+from w2s.data.batch import normalize
+from w2s.data.decode import decode_image
+from w2s.data.shards import find_image, list_shards, read_shard
+from w2s.data.tokens import tokenize
+from w2s.errors import CheckpointError, ConfigError, DataError
+from w2s.evaluation.dataset import eval_transform
+from w2s.megatron import groups
+from w2s.megatron.groups import Ranks
+from w2s.megatron.schedule import infer
+from w2s.precision import compute_dtype
+from w2s.probe import patch_features
+from w2s.stopping import stop_at_once
+from w2s.towers.build import build_clip, build_student
+from w2s.towers.clip import ImageTower, TextTower
+from w2s.towers.vision import MEAN, STD
+
+Encode = Callable[[Tensor], Tensor]
+"""Takes a batch [n, ...], the same on every rank of a model-parallel group; returns features [n, d]."""
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """What to encode, and with what.
+
+    Attributes:
+        checkpoint: a folder with meta.json, or other people's weights of `config.model`.
+        config: model, layout, precision, hardware and the shards' keys.
+        images: image files or shards: a glob, a brace pattern, or a folder of shards; empty for none.
+        texts: file with a text a line, if there are texts.
+        out: the safetensors file to write.
+        batch_size: images or texts of one forward pass.
+    """
+
+    checkpoint: Path
+    config: Config
+    images: str
+    texts: Path | None
+    out: Path
+    batch_size: int
+
+
+def configured(checkpoint: Path, model: str | None, overrides: Sequence[str], ranks: int) -> Config:
+    """Return the configuration to encode with a checkpoint.
+
+    Args:
+        checkpoint: a folder with meta.json, which knows its model, or other people's weights.
+        model: what other people's weights hold.
+        overrides: layout, precision and hardware, as `key=value`.
+        ranks: processes in all.
+
+    Raises:
+        ConfigError: other people's weights without a model, or a layout that does not work.
+    """
+    config = load("eval", overrides)
+    if model is not None:
+        config = replace(config, model=named_model(model))
+    elif (checkpoint / "meta.json").is_file():
+        config = replace(config, model=model_from(read_meta(checkpoint).config))
+    else:
+        known = known_models(open_released(checkpoint))
+        raise ConfigError(f"{checkpoint} does not say what it is: give --model {' or '.join(known) or 'NAME'}")
+    check_layout(config, ranks)
+    return config
+
+
+def run(job: EncodeJob) -> None:
+    """Write `image_features` [n, d] and `text_features` [m, d] in float32, as the model gives them, not normalised.
+
+    Names of the images and the texts are JSON lists in the file's metadata, in the order of the rows.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, of another model, or has no tower for what is asked.
+        DataError: an image or the file of texts cannot be read.
+    """
+    with stop_at_once(), groups.start(job.config.parallel, job.config.hardware) as ranks:
+        vision, text, kind = _encoders(job, ranks)
+        found: dict[str, Tensor] = {}
+        about = {"checkpoint": str(job.checkpoint), "model": job.config.model.name}
+        if job.images:
+            names, found["image_features"] = _all_images(job, vision, ranks)
+            about |= {"image_names": json.dumps(names), "image_features": kind}
+        if job.texts is not None:
+            texts = _lines(job.texts)
+            found["text_features"] = _all_texts(job, texts, text, ranks)
+            about["texts"] = json.dumps(texts)
+        if ranks.main:
+            _save(job.out, found, about)
+            print(f"{', '.join(f'{name} {list(value.shape)}' for name, value in found.items())}: {job.out}")
+
+
+def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode, str]:
+    """The two towers as functions, and in words what the features of an image are."""
+    config, dtype = job.config, compute_dtype(job.config.precision)
+    source, tokens = open_released(job.checkpoint), 1 + job.config.model.vision.patches
+    if "visual.head.weight" not in source.meta:
+        if job.texts is not None:
+            raise CheckpointError(f"{job.checkpoint} has no text tower: leave --texts out, or encode with a clip run")
+        student = build_student(config, 1, dtype, ranks.device)
+        hand_over(student, "vision", job.checkpoint)
+        return lambda images: patch_features(student, images).mean(1), _no_texts, "mean of the normed patch tokens"
+    vision, text = build_clip(config, dtype, ranks.device)
+    if job.images:
+        hand_over(vision, "vision", job.checkpoint)
+    if job.texts is not None:
+        hand_over(text, "text", job.checkpoint)
+
+    def see(images: Tensor) -> Tensor:
+        return infer(vision, (normalize(images.to(ranks.device), MEAN, STD),), ImageTower.__call__, tokens)
+
+    def read(captions: Tensor) -> Tensor:
+        return infer(text, (captions.to(ranks.device),), TextTower.__call__, captions.shape[1])
+
+    return see, read, "projected class token"
+
+
+def _no_texts(captions: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+def _all_images(job: EncodeJob, encode: Encode, ranks: Ranks) -> tuple[list[str], Tensor]:
+    """Names and features of all images; a rank decodes only those that it encodes."""
+    size = job.config.model.vision.image_size
+    source = _image_files(job.images, job.config.data.image_key)
+    names: list[str] = []
+    features: list[Tensor] = []
+    while files := list(islice(source, job.batch_size * ranks.data_size)):
+        names += [name for name, _ in files]
+
+        def decode(start: int, end: int, files: list[tuple[str, bytes]] = files) -> Tensor:
+            return torch.stack([_pixels(name, data, size) for name, data in files[start:end]])
+
+        features.append(_round(len(files), decode, encode, job.batch_size, ranks))
+    return names, torch.cat(features)
+
+
+def _all_texts(job: EncodeJob, texts: list[str], encode: Encode, ranks: Ranks) -> Tensor:
+    tokens, step = tokenize(texts, job.config.model.text.context_length), job.batch_size * ranks.data_size
+    rounds = [
+        _round(len(part), lambda start, end, part=part: part[start:end], encode, job.batch_size, ranks)  # type: ignore[misc]
+        for part in tokens.split(step)
+    ]
+    return torch.cat(rounds)
+
+
+@torch.no_grad()
+def _round(count: int, inputs: Callable[[int, int], Tensor], encode: Encode, batch_size: int, ranks: Ranks) -> Tensor:
+    """Features [count, d] in float32 on the CPU of one batch a data-parallel rank; a rank without one repeats the last.
+
+    Args:
+        count: items of all batches.
+        inputs: the items from a number up to another one.
+        encode: the model.
+        batch_size: items of a batch.
+        ranks: this process among all.
+    """
+    first = min(ranks.data_rank * batch_size, (count - 1) // batch_size * batch_size)
+    own = encode(inputs(first, min(first + batch_size, count))).float()
+    padded = torch.cat([own, own[-1:].expand(batch_size - len(own), -1)])
+    everybodys = [torch.empty_like(padded) for _ in range(ranks.data_size)]
+    dist.all_gather(everybodys, padded, group=ranks.data_group)
+    return torch.cat(everybodys)[:count].cpu()
+
+
+def _image_files(source: str, image_key: str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the images that `source` names, in order."""
+    for path in list_shards(source, "--images"):
+        if path.suffix != ".tar":
+            yield str(path), path.read_bytes()
+            continue
+        for sample in read_shard(str(path)):
+            data = find_image(sample.files, image_key)
+            if data is None:
+                reason = sample.damage or f"no image .{image_key}"
+                raise DataError(f"--images: {path}: {sample.key}: {reason}, repair the shard")
+            yield f"{path.name}/{sample.key}", data
+
+
+def _pixels(name: str, data: bytes, size: int) -> Tensor:
+    """An image as uint8 [3, size, size] after CLIP's test transform."""
+    try:
+        return eval_transform(torch.from_numpy(decode_image(data)).permute(2, 0, 1), size)
+    except BadSample as error:
+        raise DataError(f"--images: {name}: {error}, leave it out") from error
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--texts {path} cannot be read as UTF-8 text: {error}") from error
+    if not lines:
+        raise DataError(f"--texts {path} is empty: write a text a line")
+    return lines
+
+
+def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, about)
+    os.replace(scratch, path)

@@ -1,0 +1,111 @@
+"""EVA's vision towers as teachers: a released file, or a run of ours.
+
+The network is timm's `Eva`, a plain module that every rank holds whole. Its weights stay mapped to their file where the
+arithmetic is the file's.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from timm.layers import LayerNorm, RmsNorm
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from w2s.checkpoint.files import open_weights
+from w2s.checkpoint.fit import STAGE_ONLY
+from w2s.checkpoint.released import Released, open_released, rename
+from w2s.checkpoint.store import read_meta
+from w2s.config.load import model_from, named_model
+from w2s.config.sections import ModelConfig
+from w2s.errors import CheckpointError
+from w2s.teachers.base import Precision
+from w2s.teachers.timm_vit import TimmTokens, resize_input
+from w2s.towers.vision import MEAN, NORM_EPS, STD
+
+
+def eva_vit(name: str, file: Path, *, image_size: int, precision: Precision) -> TimmTokens:
+    """The vision tower of an EVA-CLIP's file in the released names (or open_clip's, or timm's).
+
+    Args:
+        name: the model in configs/model.
+        file: its weights: a file, an index, or a folder.
+        image_size: side of the input in pixels, 0 for the size that the weights are of.
+        precision: what the matrix multiplications compute in.
+
+    Raises:
+        ConfigError: there is no such model.
+        CheckpointError: the file cannot be read or holds another model.
+    """
+    return _network(rename(open_weights(file), file), named_model(name), image_size, precision)
+
+
+def w2s_run(checkpoint: Path, *, image_size: int, precision: Precision) -> TimmTokens:
+    """The vision tower of a checkpoint of ours: of a clip run with its projection, of a masked run without.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or has no vision tower.
+    """
+    return _network(open_released(checkpoint), model_from(read_meta(checkpoint).config), image_size, precision)
+
+
+def without_weights(model: ModelConfig) -> TimmTokens:
+    """The network of a CLIP's vision tower, on the meta device."""
+    tower = _tower(model, has_head=True)
+    return TimmTokens(tower, tower.head, mean=MEAN, std=STD).to("meta")
+
+
+def _network(released: Released, model: ModelConfig, image_size: int, precision: Precision) -> TimmTokens:
+    tower = _tower(model, has_head="visual.head.weight" in released.meta)
+    tower.load_state_dict(_weights(tower, released, precision), assign=True)
+    if image_size:
+        resize_input(tower, model.name, image_size)
+    return TimmTokens(tower, tower.head, mean=MEAN, std=STD)
+
+
+def _tower(model: ModelConfig, *, has_head: bool) -> Eva:
+    """timm's module for the tower, without memory for its weights."""
+    vision = model.vision
+    norm = RmsNorm if vision.norm == "rmsnorm" else LayerNorm
+    with torch.device("meta"):
+        tower = Eva(
+            img_size=vision.image_size,
+            patch_size=vision.patch_size,
+            embed_dim=vision.width,
+            depth=vision.layers,
+            num_heads=vision.heads,
+            mlp_ratio=(vision.mlp_width + 0.5) / vision.width,  # rounded down there
+            qkv_bias=vision.qkv_bias,
+            use_post_norm=vision.norm_placement == "post",
+            norm_layer=partial(norm, eps=NORM_EPS),
+            num_classes=model.embed_dim if has_head else 0,
+            global_pool="token",
+        )
+    if isinstance(tower.head, nn.Linear) and not vision.qkv_bias:
+        tower.head.register_parameter("bias", None)
+    for module in tower.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.zeros_like(buffer, device="cpu"), persistent=False)  # K's bias
+    return tower
+
+
+def _weights(tower: Eva, released: Released, precision: Precision) -> dict[str, Tensor]:
+    """The tower's tensors out of the file's, none of them kept in a wider type than is used."""
+    wanted = {f"visual.{name}": value for name, value in tower.state_dict().items()}
+    found = {name for name in released.meta if name.startswith("visual.") and not name.startswith(_MASKED_STAGE)}
+    missing, surplus = sorted(wanted.keys() - found), sorted(found - wanted.keys())
+    misfits = sorted(name for name in wanted.keys() & found if wanted[name].shape != released.meta[name].shape)
+    if missing or misfits or surplus:
+        reason = f"{missing[0]} is missing" if missing else f"{(misfits or surplus)[0]} does not fit"
+        raise CheckpointError(
+            f"teacher weights {released.path} hold another model: {reason}; give the file of this one"
+        )
+    return {name.removeprefix("visual."): _as_used(name, released.read(name), precision) for name in wanted}
+
+
+_MASKED_STAGE = tuple(name.replace("vision.", "visual.") for name in STAGE_ONLY)
+
+
+def _as_used(name: str, tensor: Tensor, precision: Precision) -> Tensor:
+    multiplied = name.endswith("weight") and tensor.ndim > 1
+    return tensor.to(torch.bfloat16 if precision == "bf16" and multiplied else torch.float32)

@@ -1,0 +1,32 @@
+"""What a model is made of, without its weights."""
+
+import torch
+
+from w2s.config.sections import ModelConfig, ParallelConfig
+from w2s.megatron import state
+from w2s.megatron.sharded import ShardedTower
+from w2s.megatron.tower import Tower
+from w2s.towers.clip import ImageTower, TextTower
+from w2s.towers.masked import MaskedStudent
+
+
+def model_shapes(
+    model: ModelConfig, target_width: int | None = None, logit_bias: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a CLIP by its name in our checkpoints; needs Megatron's groups.
+
+    Args:
+        model: the two towers.
+        logit_bias: whether the loss has a bias beside its scale (SigLIP).
+        target_width: width of a masked student's teacher, whose head comes in addition; None for a CLIP alone.
+    """
+    alone, kind = ParallelConfig(), torch.float32
+    with torch.device("meta"):
+        towers: list[tuple[str, Tower]] = [
+            ("vision", ImageTower(model.vision, model.embed_dim, alone, kind)),
+            ("text", TextTower(model.text, model.embed_dim, alone, kind, logit_bias=logit_bias)),
+        ]
+        if target_width is not None:
+            towers.append(("vision", MaskedStudent(model.vision, target_width, alone, kind)))
+        shapes = [state.tower_shapes({name: ShardedTower([tower], [tower])}) for name, tower in towers]
+    return {name: shape for some in shapes for name, shape in some.items()}
