@@ -157,10 +157,9 @@ QKV_LINEARS: dict[str, type[nn.Module]] = {"none": PlainQKV, "qv": QVBiasQKV, "q
 def mark_split_weights(module: nn.Module) -> None:
     """Say how each linear's weight is split over tensor-parallel ranks: 0.16 does so only when it draws weights."""
     for linear in module.modules():
-        if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
-            if not hasattr(linear.weight, "partition_dim"):
-                axis = 0 if isinstance(linear, ColumnParallelLinear) else 1
-                set_tensor_model_parallel_attributes(linear.weight, True, axis, 1)
+        if isinstance(linear, ColumnParallelLinear | RowParallelLinear) and not hasattr(linear.weight, "partition_dim"):
+            axis = 0 if isinstance(linear, ColumnParallelLinear) else 1
+            set_tensor_model_parallel_attributes(linear.weight, True, axis, 1)
 
 
 def layer_spec(
