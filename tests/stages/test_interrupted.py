@@ -39,13 +39,14 @@ def test_interrupted_runs_give_the_numbers_of_one_that_was_not(
 ) -> None:
     """Bit for bit: loss, gradient norm and learning rate of every step; also with another number of workers."""
     options = [*base, "eval.shards=", "eval.knn_shards=", f"train.steps={STEPS}", f"checkpoint.every={EVERY}"]
-    options += ["init.vision=none"] if stage == "clip" else ["teacher.target_norm=standardize"]
+    own = {"mim": ["teacher.target_norm=standardize"], "clip": ["init.vision=none", "checkpoint.async_save=true"]}
+    options += own[stage]
     whole = run_stage(stage, [*options, f"run.name={stage}-whole", "tracking.enabled=false"])
     run, again = root / f"{stage}-broken", [*options, f"run.name={stage}-broken"]
     step = 0
     for number in signals:
         command = start_command("stage", stage, *again, f"data.workers={workers[0]}")
-        code, error = interrupt(command, number, run, step + EVERY + 1)
+        code, error = interrupt(command, number, run, step + 2 * EVERY + 1)  # the next save waits for the one before
         saved = store.latest(run)
         assert saved is not None
         done = records(run)[-1]["step"]

@@ -25,7 +25,7 @@ def mim(w2s: Run, base: list[str]) -> Run:
     [
         ("train.step=3", "unknown key train.step: did you mean train.steps?"),
         ("train.steps=many", "train.steps=many is not a whole number"),
-        ("parallel.tensor=2", "parallel.tensor=2 is not supported yet: this version trains with data parallelism only"),
+        ("parallel.tensor=2", "parallel.tensor=2 x parallel.pipeline=1 needs a multiple of 2 ranks, there are 1"),
         ("train.global_batch=6", "data.lanes=4 and train.global_batch=6 do not divide"),
         ("data.lanes=16", "data.lanes=16 needs as many shards, data.train has 8: use data.lanes=8 or "),
         ("mim.masked_patches=16", "mim.masked_patches=16 must lie between 1 and 15: an image has 16 patches"),
@@ -122,7 +122,7 @@ def test_a_file_that_the_system_refuses(w2s: Run, base: list[str], monkeypatch: 
     def full(run: Path, *_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run))
 
-    monkeypatch.setattr(store, "save", full)
+    monkeypatch.setattr(store, "Saving", full)
     code, _, error = w2s("stage", "mim", *base, *QUIET, "run.name=refused")
     assert (code, error.count("\n")) == (2, 1)
     assert "/refused: No space left on device: free it, or choose another folder with run.root=FOLDER" in error

@@ -97,9 +97,10 @@ class LeanMLP(MLP):
         hidden, bias = self.linear_fc1(hidden_states)
         hidden = hidden + bias
         active = self.activation_func(hidden)
+        place = active.data_ptr()  # what is saved keeps `forget`, which must not keep `active`
 
         def forget(kept: Tensor) -> Tensor | None:
-            return None if kept.data_ptr() == active.data_ptr() else kept
+            return None if kept.data_ptr() == place else kept
 
         def remember(kept: Tensor | None) -> Tensor:
             return self.activation_func(hidden.detach()) if kept is None else kept

@@ -1,0 +1,46 @@
+"""What selective recompute forgets, and that it gives the gradients of the plain MLP."""
+
+import gc
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.megatron.spawn import SHAPE
+from w2s.config.sections import ParallelConfig
+from w2s.megatron.groups import Ranks
+from w2s.megatron.initialize import fill
+from w2s.towers.initial import vision_rule
+from w2s.towers.vision import VisionTower
+
+
+def run(recompute: Any) -> tuple[int, dict[str, Tensor]]:
+    """How many GELU outputs live between forward and backward, and the gradients."""
+    tower = VisionTower(SHAPE, 1, ParallelConfig(recompute=recompute), torch.float32)
+    fill(tower, vision_rule(SHAPE, post_norm=0.5), seed=1)
+    outputs: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def gelu(hidden: Tensor) -> Tensor:
+        output = torch.nn.functional.gelu(hidden)
+        outputs.append(weakref.ref(output.untyped_storage()))
+        return output
+
+    for layer in tower.blocks.layers:
+        layer.mlp.activation_func = gelu
+    images = torch.randn(2, 3, SHAPE.image_size, SHAPE.image_size, generator=torch.Generator().manual_seed(0))
+    loss = tower.encode(images).square().sum()
+    gc.collect()
+    alive = sum(output() is not None for output in outputs)
+    assert len(outputs) == SHAPE.layers
+    loss.backward()
+    return alive, {name: parameter.grad for name, parameter in tower.named_parameters() if parameter.grad is not None}
+
+
+def test_selective_recompute_keeps_no_gelu_outputs(alone: Ranks) -> None:
+    kept, plain = run("none")
+    forgotten, lean = run("selective")
+    assert (kept, forgotten) == (SHAPE.layers, 0)
+    assert plain.keys() == lean.keys()
+    for name, gradient in plain.items():
+        assert torch.equal(lean[name], gradient), name
