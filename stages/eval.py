@@ -9,7 +9,7 @@ from torch import Tensor
 from w2s.checkpoint.find import find
 from w2s.checkpoint.handover import load_all
 from w2s.checkpoint.store import read_meta
-from w2s.config.layout import check_layout
+from w2s.config.layout import check_towers
 from w2s.config.load import model_from
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
@@ -40,7 +40,7 @@ def run(config: Config) -> None:
         prepare_data(config, ranks)
         trained = read_meta(checkpoint).config
         config = replace(config, model=model_from(trained), clip=replace(config.clip, loss=trained["clip"]["loss"]))
-        check_layout(config, ranks.world_size)
+        check_towers(config)
         tracker = Tracker(config, folder, main=ranks.main, tags={"w2s.parent_checkpoint": str(checkpoint)})
         with tracked(tracker):
             tracker.message(f"run folder: {folder}")

@@ -16,7 +16,7 @@ from w2s.checkpoint.handover import hand_over
 from w2s.checkpoint.inspecting import known_models
 from w2s.checkpoint.released import open_released
 from w2s.checkpoint.store import read_meta
-from w2s.config.layout import check_layout
+from w2s.config.layout import check_ranks, check_towers
 from w2s.config.load import load, model_from, named_model
 from w2s.config.sections import Config
 from w2s.data.bad import BadSample
@@ -81,7 +81,8 @@ def configured(checkpoint: Path, model: str | None, overrides: Sequence[str], ra
     else:
         known = known_models(open_released(checkpoint))
         raise ConfigError(f"{checkpoint} does not say what it is: give --model {' or '.join(known) or 'NAME'}")
-    check_layout(config, ranks)
+    check_ranks(config, ranks)
+    check_towers(config)
     return config
 
 

@@ -105,6 +105,15 @@ def test_what_would_do_nothing(override: str, reason: str) -> None:
     assert refusal("mim", 1, override) == f"{override} does nothing with {reason}: leave it out"
 
 
+@pytest.mark.parametrize("override", ["parallel.recompute=full", "parallel.overlap_grad_reduce=true"])
+def test_what_would_do_nothing_in_an_evaluation(override: str) -> None:
+    assert refusal("eval", 2, override) == f"{override} does nothing with stage eval: leave it out"
+
+
+def test_the_towers_of_an_evaluation_are_those_of_the_checkpoint() -> None:
+    check(load("eval", ["hardware=cpu", "parallel.tensor=4"]), 4, 4)  # the demo has 6 heads
+
+
 def test_a_named_micro_batch_passes() -> None:
     fixed = ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch=2"]
     check(load("mim", [*BIG, *fixed]), 2, 2)

@@ -2,7 +2,7 @@
 
 import torch
 
-from w2s.config.layout import check_layout, check_micro_batches, model_parallel_size
+from w2s.config.layout import check_micro_batches, check_ranks, check_towers, model_parallel_size
 from w2s.config.sections import ClipConfig, Config, HardwareConfig, OptimConfig, TrainConfig
 from w2s.errors import ConfigError
 
@@ -47,7 +47,7 @@ def check(config: Config, world_size: int, local_size: int) -> None:
     for key, interval in _INTERVALS.items():
         _check_interval(config, key, interval)
     _check_device(config.hardware, local_size)
-    check_layout(config, world_size)
+    check_ranks(config, world_size)
     _check_teacher(config)
     if config.stage == "eval":
         _check_eval(config)
@@ -74,6 +74,7 @@ def _check_training(config: Config, world_size: int) -> None:
     if not config.data.train:
         raise ConfigError("data.train is empty: give the training shards, such as data.train='shards/{0000..0099}.tar'")
     _check_optimizer(config)
+    check_towers(config)
     _check_batch(config.train, world_size // model_parallel_size(config.parallel))
     check_micro_batches(config, world_size)
     if config.stage == "mim":

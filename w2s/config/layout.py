@@ -9,15 +9,22 @@ def model_parallel_size(parallel: ParallelConfig) -> int:
     return parallel.tensor * parallel.pipeline
 
 
-def check_layout(config: Config, world_size: int) -> None:
-    """Refuse a layout that the ranks or the towers of a stage do not divide into.
+def check_ranks(config: Config, world_size: int) -> None:
+    """Refuse a layout that the ranks do not divide into, and options that would do nothing in it.
 
     Raises:
         ConfigError: with the key, its value and the legal ones.
     """
-    parallel = config.parallel
-    _check_sizes(parallel, world_size)
-    _check_options(config, world_size // model_parallel_size(parallel))
+    _check_sizes(config.parallel, world_size)
+    _check_options(config, world_size // model_parallel_size(config.parallel))
+
+
+def check_towers(config: Config) -> None:
+    """Refuse a layout that the towers of a stage do not divide into.
+
+    Raises:
+        ConfigError: with the key, its value and the legal ones.
+    """
     for name in _towers(config):
         _check_tensor(config, name)
         _check_pipeline(config, name)
@@ -70,7 +77,9 @@ def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
 def _check_options(config: Config, replicas: int) -> None:
     """Refuse what would do nothing, or do it wrongly."""
     parallel = config.parallel
+    trains = config.stage != "eval"
     useless = {
+        f"parallel.recompute={parallel.recompute}": (parallel.recompute != "none" and not trains, "stage eval"),
         "parallel.sequence=true": (parallel.sequence and parallel.tensor == 1, "parallel.tensor=1"),
         f"parallel.virtual_pipeline={parallel.virtual_pipeline}": (
             parallel.virtual_pipeline > 1 and parallel.pipeline == 1,
@@ -81,12 +90,12 @@ def _check_options(config: Config, replicas: int) -> None:
             f"parallel.recompute={parallel.recompute}",
         ),
         "parallel.overlap_grad_reduce=true": (
-            parallel.overlap_grad_reduce and replicas == 1,
-            "one data-parallel rank",
+            parallel.overlap_grad_reduce and (replicas == 1 or not trains),
+            "one data-parallel rank" if trains else "stage eval",
         ),
         "parallel.overlap_param_gather=true": (
-            parallel.overlap_param_gather and replicas == 1,
-            "one data-parallel rank",
+            parallel.overlap_param_gather and (replicas == 1 or not trains),
+            "one data-parallel rank" if trains else "stage eval",
         ),
         "precision.gradients=bf16": (
             config.precision.gradients == "bf16" and config.precision.compute == "fp32",
