@@ -1,10 +1,10 @@
 """The loop that every training stage shares: restore, step, log, evaluate, save, stop."""
 
-import hashlib
 import json
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,7 +23,7 @@ from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.builtin import ensure_builtin
 from w2s.data.sample import SampleSpec
-from w2s.data.shards import list_shards
+from w2s.data.shards import list_shards, shards_digest
 from w2s.data.stream import Stream, merge_positions
 from w2s.errors import StopRun, UserError, W2SError
 from w2s.megatron import groups, state
@@ -182,10 +182,19 @@ class Trainer:
         return {**metrics, "grad_norm": grad_norm, "lr": torch.tensor(self.stage.optimizer.highest_lr)}
 
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
+<<<<<<< HEAD
         """Average over the ranks: the only place in the loop that waits for the device."""
         averages = self.ranks.mean(metrics)
         bad = {f"bad/{reason}": float(count) for reason, count in self.stream.bad.items()}
         self.tracker.log(self.step, self.samples, {**averages, **figures, **bad})
+=======
+        """Average over the data-parallel ranks: the only place in the loop that waits for the device."""
+        values = torch.stack([value.detach().double().to(self.ranks.device) for value in metrics.values()])
+        dist.all_reduce(values, group=self.ranks.data_group)
+        averages = dict(zip(metrics, (values / self.ranks.data_size).tolist(), strict=True))
+        seen, bad = (sum(self.ranks.gather(counts), Counter()) for counts in (self.stream.seen, self.stream.bad))
+        self.tracker.log(self.step, self.samples, {**averages, **figures, **self.stream.metrics(seen, bad)})
+>>>>>>> 0cfca6e (Data: weighted sources, phases, URLs, byte-exact positions, captions from JSON, half-scale JPEG)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(averages[name]):
                 raise W2SError(
@@ -284,8 +293,7 @@ def test_inputs(config: Config) -> list[DataInput]:
 def data_input(config: Config, key: str, context: str) -> DataInput:
     """Describe the shards of a configuration key for MLflow: the digest is over their names and sizes in bytes."""
     source = flatten(asdict(config))[key]
-    sizes = {path.name: path.stat().st_size for path in list_shards(source, key)}
-    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
+    digest = shards_digest(list_shards(source, key, allow_pipe=config.data.allow_pipe))
     return DataInput(f"{config.data.name} {context}", source, digest, context)
 
 

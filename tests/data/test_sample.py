@@ -10,9 +10,10 @@ from torchvision.transforms import functional as tv
 
 from tests.data.shard_files import encode, noise, smooth_photo
 from w2s.data.bad import BadSample
+from w2s.data.captions import caption_hash
 from w2s.data.counter import Purpose, generator
-from w2s.data.sample import SampleSpec, caption_hash, crop_box, make_views, resize_crop
-from w2s.data.shards import RawSample
+from w2s.data.sample import SampleSpec, crop_box, make_views, resize
+from w2s.data.tar import RawSample
 
 SPEC = SampleSpec(
     image_size=64, grid=4, teacher_size=128, masked_patches=6, min_block=2, kept_patches=8, context_length=8
@@ -99,8 +100,8 @@ def test_the_fallback_is_torchvisions(size: tuple[int, int]) -> None:
 
 def test_resize_of_the_whole_image_at_its_size_changes_nothing() -> None:
     pixels = noise(1, 32, 32)
-    assert np.array_equal(resize_crop(pixels, (0, 0, 32, 32), 32, False).permute(1, 2, 0), pixels)
-    assert np.array_equal(resize_crop(pixels, (0, 0, 32, 32), 32, True).permute(1, 2, 0), pixels[:, ::-1])
+    assert np.array_equal(resize(pixels, 32, False).permute(1, 2, 0), pixels)
+    assert np.array_equal(resize(pixels, 32, True).permute(1, 2, 0), pixels[:, ::-1])
 
 
 def test_the_first_extension_that_is_there_is_taken() -> None:

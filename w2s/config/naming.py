@@ -19,6 +19,8 @@ _WITHOUT_EFFECT = frozenset(
         "teacher.batch_size",
         "data.name",
         "data.cache",
+        "data.index",
+        "data.allow_pipe",
         "data.workers",
         "train.micro_batch",
         "train.log_every",

@@ -11,7 +11,8 @@ from torchvision.transforms.v2.functional import center_crop, resize
 
 from w2s.data.bad import BadSample
 from w2s.data.decode import decode_image
-from w2s.data.shards import RawSample, find_image, list_shards, read_shard
+from w2s.data.shards import list_shards
+from w2s.data.tar import RawSample, find_image, read_shard
 from w2s.errors import DataError
 
 CLASS_NAMES = "classnames.txt"
@@ -63,7 +64,7 @@ def load_eval_set(
     """
     paths = list_shards(shards, option)
     images, captions, numbers, keys = [], [], [], []
-    for sample in (sample for path in paths for sample in read_shard(str(path))):
+    for sample in (sample for path in paths for sample in read_shard(path)):
         images.append(_image(sample, image_size, image_key))
         captions.append(_text(sample, caption_key))
         numbers.append(_class_number(sample, class_key))
@@ -71,7 +72,7 @@ def load_eval_set(
     texts = _all_or_none(captions, keys, f"caption .{caption_key}")
     classes = _all_or_none(numbers, keys, f"class number .{class_key}")
     labels, names = (
-        _named_classes(classes, paths[0].parent) if classes else _caption_classes(texts, f"{option}={shards}")
+        _named_classes(classes, Path(paths[0]).parent) if classes else _caption_classes(texts, f"{option}={shards}")
     )
     return EvalSet(torch.stack(images), texts, labels, names, keys)
 
