@@ -55,9 +55,8 @@ class ContrastiveStage:
         self.towers: Towers = {"vision": self.vision, "text": self.text}
         self.optimizer = Optimizer(self.towers, config.optim, dtype)
         self.probe = ClipProbe(config, ranks)
-        kept, context = kept_patches(config), config.model.text.context_length
-        self.spec = SampleSpec.of(config, kept_patches=kept if config.clip.patch_dropout else 0, context_length=context)
-        self.tokens = {"vision": 1 + kept, "text": context}
+        kept = kept_patches(config) if config.clip.patch_dropout else 0
+        self.spec = SampleSpec.of(config, kept_patches=kept, context_length=config.model.text.context_length)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step: the loss over the global batch, whose features come from one forward pass or from two.
@@ -142,8 +141,10 @@ class ContrastiveStage:
         forward_backward(self.towers[name], micros, forward, self._rows(name, micro_batches[0]))
 
     def _rows(self, name: str, batch: Batch) -> int:
-        """Tokens of all samples of a batch in a tower."""
-        return len(batch) * self.tokens[name]
+        """Tokens of all samples of a batch in a tower; each phase of the data has its own patch dropout."""
+        model = self.config.model
+        seen = model.vision.patches if batch.kept is None else batch.kept.shape[1]
+        return len(batch) * (1 + seen if name == "vision" else model.text.context_length)
 
     def begin(self) -> Handover | None:
         """Take over the vision tower that `init.vision` names."""

@@ -182,19 +182,10 @@ class Trainer:
         return {**metrics, "grad_norm": grad_norm, "lr": torch.tensor(self.stage.optimizer.highest_lr)}
 
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
-<<<<<<< HEAD
         """Average over the ranks: the only place in the loop that waits for the device."""
         averages = self.ranks.mean(metrics)
-        bad = {f"bad/{reason}": float(count) for reason, count in self.stream.bad.items()}
-        self.tracker.log(self.step, self.samples, {**averages, **figures, **bad})
-=======
-        """Average over the data-parallel ranks: the only place in the loop that waits for the device."""
-        values = torch.stack([value.detach().double().to(self.ranks.device) for value in metrics.values()])
-        dist.all_reduce(values, group=self.ranks.data_group)
-        averages = dict(zip(metrics, (values / self.ranks.data_size).tolist(), strict=True))
         seen, bad = (sum(self.ranks.gather(counts), Counter()) for counts in (self.stream.seen, self.stream.bad))
         self.tracker.log(self.step, self.samples, {**averages, **figures, **self.stream.metrics(seen, bad)})
->>>>>>> 0cfca6e (Data: weighted sources, phases, URLs, byte-exact positions, captions from JSON, half-scale JPEG)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(averages[name]):
                 raise W2SError(

@@ -93,7 +93,7 @@ class Group:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_global_batches_do_not_depend_on_ranks_and_workers(
     folder: Path, whole: list[Batch], size: int, workers: int
 ) -> None:

@@ -26,7 +26,7 @@ from w2s.data.sample import SampleSpec
 from w2s.data.shards import shard_name
 from w2s.data.sources import Phase, Source, plan_sources
 from w2s.data.tar import check_shard
-from w2s.data.workers import start_reading
+from w2s.data.workers import kill_readers, start_reading
 from w2s.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -172,8 +172,9 @@ class Stream:
         for _ in range(_RESTARTS):
             try:
                 return [self._next_part() for _ in range(max(1, self._workers))]
-            except RuntimeError as error:  # so torch says that a worker was killed
+            except (RuntimeError, OSError, EOFError) as error:  # torch or a broken connection: a process was killed
                 logger.warning("a reading process died, step %d is read again: %s", self._step, error)
+                kill_readers(self._parts)
                 plan = replace(self._plan, step=self._step, lanes=dict(self._lanes))
                 self._parts = start_reading(plan, self._workers)
         raise DataError(
