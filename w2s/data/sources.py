@@ -60,11 +60,8 @@ def plan_sources(data: DataConfig, spec: SampleSpec, global_batch: int) -> tuple
     """
     parts = data.phases or [PhaseConfig()]
     mixes = [_mix(part, data) for part in parts]
-    patterns = list(dict.fromkeys(pattern for mix in mixes for pattern in mix))
-    names = _names(patterns)
-    sources = [
-        Source(names[pattern], pattern, list_shards(pattern, allow_pipe=data.allow_pipe)) for pattern in patterns
-    ]
+    sources = list_sources(data)
+    patterns = [source.pattern for source in sources]
     _check_lengths(parts, global_batch)
     firsts = itertools.accumulate((part.samples for part in parts[:-1]), initial=0)
     phases = [
@@ -72,6 +69,19 @@ def plan_sources(data: DataConfig, spec: SampleSpec, global_batch: int) -> tuple
         for first, part, mix in zip(firsts, parts, mixes, strict=True)
     ]
     return sources, phases
+
+
+def list_sources(data: DataConfig) -> list[Source]:
+    """Find the sources of all phases, each once.
+
+    Raises:
+        ConfigError: weights that are not one for each source.
+        DataError: shards that are missing.
+    """
+    mixes = [_mix(part, data) for part in data.phases or [PhaseConfig()]]
+    patterns = list(dict.fromkeys(pattern for mix in mixes for pattern in mix))
+    names = _names(patterns)
+    return [Source(names[text], text, list_shards(text, allow_pipe=data.allow_pipe)) for text in patterns]
 
 
 def _mix(part: PhaseConfig, data: DataConfig) -> dict[str, float]:

@@ -45,6 +45,16 @@ def _skip(stream: IO[bytes], size: int) -> None:
         size -= len(block)
 
 
+def read_text(path: str) -> str | None:
+    """Return the content of a small file; None where it is not there or cannot be read."""
+    try:
+        stream, _ = open_at(path, 0)
+        with stream:
+            return stream.read().decode("utf-8")
+    except Exception:  # each driver raises errors of its own kind; such a file is a courtesy
+        return None
+
+
 def find_remote(url: str, option: str) -> list[str]:
     """List what a URL names: a file as it stands, the `.tar` files of a folder (a URL that ends in `/`) or of a glob.
 
