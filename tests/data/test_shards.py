@@ -1,11 +1,12 @@
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from tests.data.shard_files import good_sample, write_shard, write_shards
 from w2s.data.shards import list_shards
 from w2s.data.tar import check_shard, read_shard
-from w2s.errors import DataError
+from w2s.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -89,3 +90,61 @@ def test_needed_files_are_checked(tmp_path: Path) -> None:
     write_shard(tmp_path / "b.tar", [])
     with pytest.raises(DataError, match=r"shard is empty: replace or remove .*b.tar"):
         check_shard(f"{tmp_path}/b.tar", "jpg", None)
+
+
+def test_semicolons_commas_and_lists_join_too(folder: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path / "b", [1])
+    shards = [f"{tmp_path}/a/000000.tar", f"{tmp_path}/a/000001.tar", f"{tmp_path}/b/000000.tar"]
+    assert list_shards(f"{tmp_path}/b ; {folder}/{{000000,000001}}.tar") == shards
+    assert list_shards(f"{folder}/{{000000,000001}}.tar,{tmp_path}/b") == shards
+    (tmp_path / "list.txt").write_text(f"{folder}/{{000000..000001}}.tar\n\n{tmp_path}/b\n")
+    assert list_shards(f"{tmp_path}/list.txt") == shards
+    with pytest.raises(DataError, match=r"data.train=.*none.txt cannot be read"):
+        list_shards(f"{tmp_path}/none.txt")
+
+
+def test_urls_are_expanded_and_globbed(folder: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for number in range(3):
+        memory.pipe_file(f"/urls/{number:06d}.tar", (folder / f"{number:06d}.tar").read_bytes())
+    expected = [f"memory:///urls/{number:06d}.tar" for number in range(3)]
+    assert list_shards("memory://urls/") == list_shards("memory://urls/*.tar") == expected
+    # A brace pattern is taken as it stands: nobody asks a server for 160,000 names.
+    assert len(list_shards("memory://urls/{000000..000009}.tar")) == 10
+    assert list_shards(f"file://{folder}/{{000000..000002}}.tar") == list_shards(str(folder))
+    for url, path in zip(expected, sorted(folder.iterdir()), strict=True):
+        assert [sample.files for sample in read_shard(url)] == [sample.files for sample in read_shard(str(path))]
+    with pytest.raises(DataError, match="memory://nothing/ has no shards"):
+        list_shards("memory://nothing/")
+    memory.rm("/urls", recursive=True)
+
+
+def test_an_unknown_kind_of_url_is_one_line() -> None:
+    with pytest.raises(DataError, match=r"data.train=what://a/\*.tar cannot be opened: "):
+        list_shards("what://a/*.tar")
+
+
+def test_a_shell_command_needs_permission(folder: Path) -> None:
+    command = f"pipe:cat {folder}/{{000000..000001}}.tar"
+    with pytest.raises(ConfigError, match=r"runs a shell command: set data.allow_pipe=true if you trust it"):
+        list_shards(command)
+    shards = list_shards(command, allow_pipe=True)
+    assert shards == [f"pipe:cat {folder}/000000.tar", f"pipe:cat {folder}/000001.tar"]
+    whole = list(read_shard(shards[1]))
+    assert [sample.files for sample in whole] == [sample.files for sample in read_shard(f"{folder}/000001.tar")]
+    assert [sample.key for sample in read_shard(shards[1], whole[0].end)] == ["01-001", "01-002"]
+
+
+def test_reading_goes_on_at_the_end_of_any_sample(folder: Path, tmp_path: Path) -> None:
+    long = "x" * 150  # a name that needs a header of its own
+    write_shard(tmp_path / "long.tar", [(f"{n}{long}", {"txt": b"%d" % n}) for n in range(4)])
+    for shard in (f"{folder}/000001.tar", str(tmp_path / "long.tar")):
+        whole = list(read_shard(shard))
+        for number, sample in enumerate(whole):
+            assert list(read_shard(shard, sample.end)) == whole[number + 1 :]
+
+
+def test_only_wanted_files_are_read(folder: Path) -> None:
+    samples = list(read_shard(f"{folder}/000001.tar", wanted={"txt"}))
+    assert [sorted(sample.files) for sample in samples] == [["txt"]] * 3
+    assert len(list(read_shard(f"{folder}/000001.tar", wanted=()))) == 3

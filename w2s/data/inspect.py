@@ -91,7 +91,7 @@ def _check(job: tuple[str, str, str | None, int | None]) -> Report:
             report.bad[str(error)] += 1
             report.examples = [*report.examples, Skipped(sample.key, shard, str(error))][:_LISTED]
         report.samples += 1
-        report.extensions.update(sample.files)
+        report.extensions.update(list(sample.files))
     if noted is not None and noted != report.samples:
         report.wrong_sizes.append(f"{shard} has {report.samples} samples, but {noted} are noted beside it")
     return report
