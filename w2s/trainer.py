@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from w2s.data.batch import Batch
 from w2s.data.builtin import ensure_builtin
 from w2s.data.sample import SampleSpec
 from w2s.data.shards import list_shards, shards_digest
+from w2s.data.sources import Source
 from w2s.data.stream import Stream, merge_positions
 from w2s.errors import StopRun, UserError, W2SError
 from w2s.megatron import groups, state
@@ -151,6 +152,9 @@ class Trainer:
         if self.handover is not None:
             title = f"taken from {self.handover.source}"
             self.tracker.table("handover", ["", "tensors", "names"], self.handover.rows(), title)
+        if self.ranks.main:
+            rows = self.stream.source_rows(Path(self.config.data.index))
+            self.tracker.table("sources", ["source", "shards", "samples", "weight"], rows, "training data")
         if self.step == 0:
             self._evaluate()
         with stop_when_ready() as signals:
@@ -260,7 +264,7 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
         trainer = Trainer(build(config, ranks), config, run, ranks)
         with tracked(trainer.tracker):
             trainer.tracker.message(f"run folder: {run}")
-            trainer.tracker.inputs([data_input(config, "data.train", "training"), *test_inputs(config)])
+            trainer.tracker.inputs([*training_inputs(config, trainer.stream.sources), *test_inputs(config)])
             trainer.train()
             metrics = trainer.stage.finish(trainer.tracker)
             if metrics:
@@ -273,6 +277,15 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
     if ranks.main:
         ensure_builtin(config.data)
     ranks.barrier()
+
+
+def training_inputs(config: Config, sources: Sequence[Source]) -> list[DataInput]:
+    """Describe the sources of the training samples for MLflow."""
+    names = ["training"] if len(sources) == 1 else [source.name for source in sources]
+    return [
+        DataInput(f"{config.data.name} {name}", source.pattern, shards_digest(source.shards), "training")
+        for name, source in zip(names, sources, strict=True)
+    ]
 
 
 def test_inputs(config: Config) -> list[DataInput]:

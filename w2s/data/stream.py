@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from w2s.data.lanes import LaneState
 from w2s.data.reader import LaneStates, Part, ReadPlan
 from w2s.data.sample import SampleSpec
 from w2s.data.shards import shard_name
+from w2s.data.sizes import count_samples
 from w2s.data.sources import Phase, Source, plan_sources
 from w2s.data.tar import check_shard
 from w2s.data.workers import kill_readers, start_reading
@@ -150,6 +152,19 @@ class Stream:
                 shares = {"samples": float(count), "share": count / total, "weight": weight}
                 figures |= {f"source/{source.name}/{name}": value for name, value in shares.items()}
         return figures
+
+    def source_rows(self, index: Path) -> list[tuple[str, int, int | str, str]]:
+        """Return a row for each source: name, shards, samples (where they are known) and its weight in each phase.
+
+        Args:
+            index: folder of the sizes that `w2s data index` has counted.
+        """
+        by_source = zip(*(phase.weights for phase in self._phases), strict=True)
+        weights = [" then ".join(f"{weight:g}" for weight in phases) for phases in by_source]
+        return [
+            (source.name, len(source.shards), count_samples(source.shards, index) or "not counted", weight)
+            for source, weight in zip(self.sources, weights, strict=True)
+        ]
 
     def close(self) -> None:
         """Stop the workers."""
