@@ -26,6 +26,9 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure this machine, beside a peer where there is one.")
 app.add_typer(bench, name="bench")
 
+data = typer.Typer(help="Make, count, check and show webdataset shards.")
+app.add_typer(data, name="data")
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, or model=NAME for configs/model/NAME.yaml.")]
 Nproc = Annotated[int, typer.Option(min=1, help="Ranks on this machine.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
@@ -194,16 +197,13 @@ def bench_data(
             print_table(figures)
 
 
-data_app = typer.Typer(help="Make, count, check and show webdataset shards.", rich_markup_mode=None)
-app.add_typer(data_app, name="data")
-
 Shards = Annotated[str, typer.Argument(help="What data.train takes: a folder, a glob, a brace pattern or a URL.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that work side by side.")]
 ImageKey = Annotated[str, typer.Option(help="Extensions of the image, separated by ;")]
 CaptionKey = Annotated[str, typer.Option(help="Extension of the caption, or json.KEY; empty for images only.")]
 
 
-@data_app.command("make")
+@data.command("make")
 def data_make(
     source: Annotated[str, typer.Argument(metavar="FOLDER|CSV", help="A folder of images, or a .csv or .tsv table.")],
     out: Annotated[str, typer.Option(help="Folder for the shards.")],
@@ -222,7 +222,7 @@ def data_make(
         print(f"{sum(sizes.values())} samples in {len(sizes)} shards: {out}")
 
 
-@data_app.command("index")
+@data.command("index")
 def data_index(overrides: Overrides = None, debug: Debug = False) -> None:
     """Count the samples of data.train and keep the result in data.index, where runs find it."""
     with _one_line(debug):
@@ -233,13 +233,13 @@ def data_index(overrides: Overrides = None, debug: Debug = False) -> None:
         from w2s.data.sources import list_sources
 
         refuse_expanded_braces(overrides or [])
-        data = load("mim", overrides or []).data
-        for source in list_sources(data):
-            sizes = index_shards(source.shards, Path(data.index))
+        section = load("mim", overrides or []).data
+        for source in list_sources(section):
+            sizes = index_shards(source.shards, Path(section.index))
             print(f"{source.name}: {sum(sizes.values())} samples in {len(sizes)} shards")
 
 
-@data_app.command("check")
+@data.command("check")
 def data_check(
     shards: Shards,
     image_key: ImageKey = "jpg;jpeg;png;webp",
@@ -258,7 +258,7 @@ def data_check(
             raise W2SError(f"{sum(report.bad.values())} of {report.samples} samples are bad: see above")
 
 
-@data_app.command("show")
+@data.command("show")
 def data_show(
     shards: Shards,
     out: Annotated[str, typer.Option(help="PNG file for a sheet of images with their captions.")] = "sheet.png",

@@ -1,7 +1,6 @@
 """The loader beside open_clip's own: images per second of a core on the same shards, and how far the tensors differ."""
 
 import io
-import json
 import statistics
 import tempfile
 import time
@@ -51,8 +50,8 @@ class Shards:
     samples: int
 
 
-def compare_loaders(photographs: Path, *, samples: int, rounds: int, workers: int, json_file: Path | None) -> None:
-    """Measure both loaders in turns at two image sizes, print the tables, and write the figures as JSON.
+def measure(photographs: Path, *, samples: int, repeats: int, workers: int) -> dict[str, Any]:
+    """Measure both loaders in turns at two image sizes.
 
     Both read the same images from the same shards, with the same crop of each image, the same tokenizer and as many
     processes; an image per CPU second counts the time of all processes of a loader.
@@ -60,25 +59,25 @@ def compare_loaders(photographs: Path, *, samples: int, rounds: int, workers: in
     Args:
         photographs: folder of photographs.
         samples: images of about 500 x 400 pixels; a quarter as many of about 1600 x 1200.
-        rounds: measurements of each loader; the median is printed.
+        repeats: measurements of each loader, of which the median is taken.
         workers: reading processes.
-        json_file: file for the figures; None writes none.
+
+    Returns:
+        Figures by image size and loader.
 
     Raises:
         MissingPackageError: open_clip's training code is not installed.
         DataError: there are no photographs that are large enough.
     """
     torch.set_num_threads(1)
-    figures: dict[str, Any] = {"workers": workers, "rounds": rounds}
+    figures: dict[str, Any] = {"workers": workers, "repeats": repeats}
     with tempfile.TemporaryDirectory() as folder:
         for name, width, height, count in (("500x400", 500, 400, samples), ("1600x1200", 1600, 1200, samples // 4)):
             # Whole batches for each process, so that both loaders read every image once.
             count = max(2, round(count / (BATCH * SHARDS))) * BATCH * SHARDS
             shards = Shards(name, cut_shards(photographs, Path(folder) / name, width, height, count), count)
-            figures[name] = _compare(shards, rounds, workers)
-    _print(figures)
-    if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            figures[name] = _compare(shards, repeats, workers)
+    return figures
 
 
 def spec(scale: tuple[float, float], half_scale: bool = False) -> SampleSpec:
@@ -94,7 +93,7 @@ def spec(scale: tuple[float, float], half_scale: bool = False) -> SampleSpec:
     )
 
 
-def _compare(shards: Shards, rounds: int, workers: int) -> dict[str, Any]:
+def _compare(shards: Shards, repeats: int, workers: int) -> dict[str, Any]:
     wanted = spec((0.9, 1.0))
     boxes = _boxes(shards, wanted)
     loaders: dict[str, Callable[[], Iterator[torch.Tensor]]] = {
@@ -103,7 +102,7 @@ def _compare(shards: Shards, rounds: int, workers: int) -> dict[str, Any]:
         "w2s, half scale": lambda: _ours(shards, replace(wanted, half_scale=True), workers),
     }
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
-    for _ in range(rounds):
+    for _ in range(repeats):
         for name, load in loaders.items():
             speeds[name].append(_speed(load, shards.samples // BATCH))
     figures: dict[str, Any] = {
@@ -241,9 +240,10 @@ def _teacher_cosine(shards: Shards, wanted: SampleSpec) -> dict[str, float] | st
     return {"mean": joined.mean().item(), "least": joined.min().item()}
 
 
-def _print(figures: dict[str, Any]) -> None:
+def print_table(figures: dict[str, Any]) -> None:
+    """Print a table for each image size."""
     for size in ("500x400", "1600x1200"):
-        table = Table(title=f"about {size}, {figures['workers']} workers each, median of {figures['rounds']}")
+        table = Table(title=f"about {size}, {figures['workers']} workers each, median of {figures['repeats']}")
         for column in ("loader", "images / CPU s", "images / s", "ratio", "difference 0.9-1", "0.2-1"):
             table.add_column(column)
         for name in ("open_clip", "w2s", "w2s, half scale"):
