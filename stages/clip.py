@@ -55,7 +55,8 @@ class ContrastiveStage:
         self.towers: Towers = {"vision": self.vision, "text": self.text}
         self.optimizer = Optimizer(self.towers, config.optim, dtype)
         self.probe = ClipProbe(config, ranks)
-        kept = kept_patches(config) if config.clip.patch_dropout else 0
+        patches, dropout = config.model.vision.patches, config.clip.patch_dropout
+        kept = kept_patches(patches, dropout) if dropout else 0
         self.spec = SampleSpec.of(config, kept_patches=kept, context_length=config.model.text.context_length)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:

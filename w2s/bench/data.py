@@ -182,7 +182,7 @@ def _open_clip(shards: Shards, boxes: Boxes, workers: int) -> Iterator[torch.Ten
         from open_clip_train import data as peer
     except ImportError as error:
         raise MissingPackageError(
-            f"w2s bench data needs open_clip's training code ({error}): pip install 'open_clip_torch[training]'"
+            f"w2s bench data needs open_clip's training code ({error}): pip install open_clip_torch pandas"
         ) from error
     args = Namespace(
         train_data=shards.pattern,

@@ -52,11 +52,6 @@ def uniform_mask(rng: np.random.Generator, grid: int, masked: int) -> NDArray[np
     return rng.permutation(grid * grid) < masked
 
 
-def kept_count(patches: int, dropout: float) -> int:
-    """Return how many patches are left of `patches`; 0 says that all are, and none has to be listed."""
-    return max(1, int(patches * (1 - dropout))) if dropout else 0
-
-
 def kept_patches(rng: np.random.Generator, patches: int, kept: int) -> NDArray[np.int64]:
     """Draw `kept` of `patches` patches without replacement: int64 [kept], ascending."""
     return np.sort(rng.permutation(patches)[:kept])

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from w2s.config.layout import kept_patches
 from w2s.config.sections import DataConfig, PhaseConfig
 from w2s.data.counter import Purpose, generator
-from w2s.data.masks import kept_count
 from w2s.data.sample import SampleSpec
 from w2s.data.shards import list_shards, split_sources
 from w2s.errors import ConfigError
@@ -126,5 +126,6 @@ def _phase_spec(part: PhaseConfig, spec: SampleSpec) -> SampleSpec:
     if part.crop_scale is not None:
         spec = replace(spec, crop_scale=part.crop_scale)
     if part.patch_dropout is not None:
-        spec = replace(spec, kept_patches=kept_count(spec.grid**2, part.patch_dropout))
+        kept = kept_patches(spec.grid**2, part.patch_dropout) if part.patch_dropout else 0
+        spec = replace(spec, kept_patches=kept)
     return spec
