@@ -198,7 +198,7 @@ def bench_data(
 
 
 Shards = Annotated[str, typer.Argument(help="What data.train takes: a folder, a glob, a brace pattern or a URL.")]
-Workers = Annotated[int, typer.Option(min=1, help="Processes that work side by side.")]
+Workers = Annotated[int, typer.Option(min=1, help="Threads that work side by side.")]
 ImageKey = Annotated[str, typer.Option(help="Extensions of the image, separated by ;")]
 CaptionKey = Annotated[str, typer.Option(help="Extension of the caption, or json.KEY; empty for images only.")]
 

@@ -3,10 +3,9 @@
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -66,16 +65,12 @@ def check_shards(shards: Sequence[str], image_key: str, caption_key: str | None,
         shards: paths or URLs.
         image_key: extensions of the image, separated by `;`.
         caption_key: where captions are, separated by `;`; None where they are not needed.
-        workers: processes that read.
+        workers: threads that read.
     """
     sizes = known_sizes(shards)
     jobs = [(shard, image_key, caption_key, sizes.get(shard)) for shard in shards]
     report = Report()
-    if workers <= 1 or len(jobs) == 1:
-        for job in jobs:
-            report.add(_check(job))
-        return report
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+    with ThreadPoolExecutor(workers) as pool:  # the decoders work without Python's lock
         for part in pool.map(_check, jobs):
             report.add(part)
     return report

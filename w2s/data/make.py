@@ -4,9 +4,8 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 from webdataset import TarWriter
@@ -45,7 +44,7 @@ def make_shards(source: Path, out: Path, *, shard_size: int, seed: int, workers:
         out: folder for the shards.
         shard_size: samples of a shard.
         seed: of the shuffling. Equal input and seed give equal bytes.
-        workers: processes that write.
+        workers: threads that write.
 
     Returns:
         Number of samples by the shard's name, as in `sizes.json`.
@@ -136,11 +135,7 @@ Job = tuple[Path, list[tuple[int, Item]], list[str]]
 
 def _write_all(jobs: list[Job], workers: int) -> None:
     missing = [job for job in jobs if not job[0].is_file()]
-    if workers <= 1 or len(missing) <= 1:
-        for job in missing:
-            _write(job)
-        return
-    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn")) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for _ in pool.map(_write, missing):
             pass
 
