@@ -55,9 +55,9 @@ class ContrastiveStage:
         self.towers: Towers = {"vision": self.vision, "text": self.text}
         self.optimizer = Optimizer(self.towers, config.optim, dtype)
         self.probe = ClipProbe(config, ranks)
-        kept, context = kept_patches(config), config.model.text.context_length
-        self.spec = SampleSpec.of(config, kept_patches=kept if config.clip.patch_dropout else 0, context_length=context)
-        self.tokens = {"vision": 1 + kept, "text": context}
+        patches, dropout = config.model.vision.patches, config.clip.patch_dropout
+        kept = kept_patches(patches, dropout) if dropout else 0
+        self.spec = SampleSpec.of(config, kept_patches=kept, context_length=config.model.text.context_length)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step: the loss over the global batch, whose features come from one forward pass or from two.
@@ -129,7 +129,8 @@ class ContrastiveStage:
 
         def forward(chunk: Any, micro: tuple[Batch, Tensor]) -> tuple[Tensor, Loss]:
             def loss(features: Tensor) -> tuple[Tensor, Reported]:
-                value = count * (features * micro[1]).sum()  # the schedule divides by the number of micro-batches
+                # The schedule divides by the number of micro-batches.
+                value = count * (features.float() * micro[1].float()).sum()
                 for gradient, scalar in zip(by_scalars, chunk.scalars() if by_scalars else [], strict=True):
                     value = value + gradient * scalar
                 return value, {}
@@ -142,8 +143,10 @@ class ContrastiveStage:
         forward_backward(self.towers[name], micros, forward, self._rows(name, micro_batches[0]))
 
     def _rows(self, name: str, batch: Batch) -> int:
-        """Tokens of all samples of a batch in a tower."""
-        return len(batch) * self.tokens[name]
+        """Tokens of all samples of a batch in a tower; each phase of the data has its own patch dropout."""
+        model = self.config.model
+        seen = model.vision.patches if batch.kept is None else batch.kept.shape[1]
+        return len(batch) * (1 + seen if name == "vision" else model.text.context_length)
 
     def begin(self) -> Handover | None:
         """Take over the towers that `init.vision` and `init.text` name."""

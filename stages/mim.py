@@ -14,9 +14,7 @@ from torch import Tensor
 from w2s.checkpoint.handover import Handover, take_over
 from w2s.config.sections import Config
 from w2s.data.batch import Batch, gather_batch, given, normalize
-from w2s.data.counter import Purpose, generator
-from w2s.data.masks import block_mask
-from w2s.data.sample import SampleSpec
+from w2s.data.sample import SampleSpec, draw_mask
 from w2s.evaluation.dataset import EvalSet
 from w2s.evaluation.encode import encode_all
 from w2s.megatron.groups import Ranks
@@ -65,6 +63,7 @@ class MaskedStage:
             masked_patches=config.mim.masked_patches,
             min_block=config.mim.min_block,
             block_aspect=config.mim.block_aspect,
+            uniform_mask=config.mim.mask == "uniform",
         )
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
@@ -153,13 +152,8 @@ class MaskedStage:
     @torch.no_grad()
     def _predict(self, numbers: Tensor, images: ImagesOfSize, norm: TargetNorm) -> tuple[Tensor, Tensor, Tensor]:
         """Predictions and targets [n, patches, teacher width] and masks of some images, at all their patches."""
-        vision, mim, device = self.config.model.vision, self.config.mim, self.ranks.device
-        drawn = [
-            block_mask(
-                generator(0, Purpose.MASK, number), vision.grid, mim.masked_patches, mim.min_block, mim.block_aspect
-            )
-            for number in numbers.tolist()
-        ]
+        vision, device = self.config.model.vision, self.ranks.device
+        drawn = [draw_mask(self.spec, 0, number) for number in numbers.tolist()]
         masks = torch.from_numpy(np.stack(drawn)).to(device)
         everywhere = torch.arange(vision.patches, device=device).expand(len(numbers), -1)
         seen = normalize(images(vision.image_size).images[numbers].to(device), MEAN, STD)

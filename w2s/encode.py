@@ -22,7 +22,8 @@ from w2s.config.sections import Config
 from w2s.data.bad import BadSample
 from w2s.data.batch import normalize
 from w2s.data.decode import decode_image
-from w2s.data.shards import find_image, list_shards, read_shard
+from w2s.data.shards import list_shards, shard_name
+from w2s.data.tar import find_image, read_shard
 from w2s.data.tokens import tokenize
 from w2s.errors import CheckpointError, ConfigError, DataError
 from w2s.evaluation.dataset import eval_transform
@@ -187,15 +188,15 @@ def _round(count: int, inputs: Callable[[int, int], Tensor], encode: Encode, bat
 def _image_files(source: str, image_key: str) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the images that `source` names, in order."""
     for path in list_shards(source, "--images"):
-        if path.suffix != ".tar":
-            yield str(path), path.read_bytes()
+        if not path.endswith(".tar"):
+            yield path, Path(path).read_bytes()
             continue
-        for sample in read_shard(str(path)):
+        for sample in read_shard(path):
             data = find_image(sample.files, image_key)
             if data is None:
                 reason = sample.damage or f"no image .{image_key}"
                 raise DataError(f"--images: {path}: {sample.key}: {reason}, repair the shard")
-            yield f"{path.name}/{sample.key}", data
+            yield f"{shard_name(path)}/{sample.key}", data
 
 
 def _pixels(name: str, data: bytes, size: int) -> Tensor:

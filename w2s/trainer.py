@@ -1,11 +1,11 @@
 """The loop that every training stage shares: restore, step, log, evaluate, save, stop."""
 
-import hashlib
 import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -23,7 +23,8 @@ from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.builtin import ensure_builtin
 from w2s.data.sample import SampleSpec
-from w2s.data.shards import list_shards
+from w2s.data.shards import list_shards, shards_digest
+from w2s.data.sources import Source
 from w2s.data.stream import Stream, merge_positions
 from w2s.errors import StopRun, UserError, W2SError
 from w2s.megatron import groups, state
@@ -151,6 +152,9 @@ class Trainer:
         if self.handover is not None:
             title = f"taken from {self.handover.source}"
             self.tracker.table("handover", ["", "tensors", "names"], self.handover.rows(), title)
+        if self.ranks.main:
+            rows = self.stream.source_rows(Path(self.config.data.index))
+            self.tracker.table("sources", ["source", "shards", "samples", "weight"], rows, "training data")
         if self.step == 0:
             self._evaluate()
         # Reading processes that nobody ends would hold up the end of a rank that fails.
@@ -184,8 +188,8 @@ class Trainer:
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
         """Average over the ranks: the only place in the loop that waits for the device."""
         averages = self.ranks.mean(metrics)
-        bad = {f"bad/{reason}": float(count) for reason, count in self.stream.bad.items()}
-        self.tracker.log(self.step, self.samples, {**averages, **figures, **bad})
+        seen, bad = (sum(self.ranks.gather(counts), Counter()) for counts in (self.stream.seen, self.stream.bad))
+        self.tracker.log(self.step, self.samples, {**averages, **figures, **self.stream.metrics(seen, bad)})
         for name in ("loss", "grad_norm"):
             if not math.isfinite(averages[name]):
                 raise W2SError(
@@ -259,7 +263,7 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
         trainer = Trainer(build(config, ranks), config, run, ranks)
         with tracked(trainer.tracker):
             trainer.tracker.message(f"run folder: {run}")
-            trainer.tracker.inputs([data_input(config, "data.train", "training"), *test_inputs(config)])
+            trainer.tracker.inputs([*training_inputs(config, trainer.stream.sources), *test_inputs(config)])
             trainer.train()
             metrics = trainer.stage.finish(trainer.tracker)
             if metrics:
@@ -274,6 +278,15 @@ def prepare_data(config: Config, ranks: Ranks) -> None:
     ranks.barrier()
 
 
+def training_inputs(config: Config, sources: Sequence[Source]) -> list[DataInput]:
+    """Describe the sources of the training samples for MLflow."""
+    names = ["training"] if len(sources) == 1 else [source.name for source in sources]
+    return [
+        DataInput(f"{config.data.name} {name}", source.pattern, shards_digest(source.shards), "training")
+        for name, source in zip(names, sources, strict=True)
+    ]
+
+
 def test_inputs(config: Config) -> list[DataInput]:
     """Describe the sets that a stage is measured on."""
     keys = {"eval.shards": "evaluation", "eval.knn_shards": "neighbours"}
@@ -283,8 +296,7 @@ def test_inputs(config: Config) -> list[DataInput]:
 def data_input(config: Config, key: str, context: str) -> DataInput:
     """Describe the shards of a configuration key for MLflow: the digest is over their names and sizes in bytes."""
     source = flatten(asdict(config))[key]
-    sizes = {path.name: path.stat().st_size for path in list_shards(source, key)}
-    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
+    digest = shards_digest(list_shards(source, key, allow_pipe=config.data.allow_pipe))
     return DataInput(f"{config.data.name} {context}", source, digest, context)
 
 

@@ -87,3 +87,17 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert refusal("mim", world_size=4) == "4 ranks on a machine with 2 GPUs: use --nproc 2, or hardware=cpu"
     check(load("mim", ["hardware=cpu", "train.micro_batch=16"]), 4, 4)
+
+
+def test_phases_fill_the_run_or_last_to_its_end() -> None:
+    steps = ("train.steps=20", "train.global_batch=64")
+    assert refusal("clip", *steps, "data.phases=[{samples: 640}, {samples: 320}]").startswith(
+        "data.phases have 960 samples, but train.steps=20 x train.global_batch=64 are 1280: use train.steps=15, or "
+    )
+    check(load("clip", [*steps, "data.phases=[{samples: 640}, {samples: 640}]"]), 1, 1)
+    check(load("clip", [*steps, "data.phases=[{samples: 640}, {patch_dropout: 0}]"]), 1, 1)
+    check(load("clip", [*steps, "data.train=", "data.phases=[{samples: 640, train: a}, {train: b}]"]), 1, 1)
+    assert refusal("clip", *steps, "data.train=", "data.phases=[{samples: 640, train: a}, {}]").startswith(
+        "data.train is"
+    )
+    assert "patch_dropout is for the contrastive stage" in refusal("mim", "data.phases=[{patch_dropout: 0.5}]")

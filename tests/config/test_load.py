@@ -5,7 +5,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from w2s.config.load import GROUPS, STAGES, load, refuse_expanded_braces, to_yaml
-from w2s.config.sections import Config
+from w2s.config.sections import Config, PhaseConfig
 from w2s.errors import ConfigError
 
 
@@ -172,3 +172,38 @@ def test_a_group_file_does_not_choose_the_stage(tmp_path: Path) -> None:
     (tmp_path / "whole.yaml").write_text("stage: clip\n")
     with pytest.raises(ConfigError, match=r"whole\.yaml is for stage clip, not for mim"):
         load("mim", [f"model={tmp_path / 'whole.yaml'}"])
+
+
+def test_a_list_of_shards_in_a_file_is_several_sources(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("data:\n  train: [a/, 'b/{0..3}.tar']\n  weights: [0.25, 0.75]\n")
+    data = load("mim", [f"data={path}"]).data
+    assert (data.train, data.weights) == ("a/::b/{0..3}.tar", [0.25, 0.75])
+
+
+def test_phases_are_typed_sections() -> None:
+    config = load("clip", ["data.phases=[{samples: 512, patch_dropout: 0.5}, {train: b, crop_scale: [0.8, 1]}]"])
+    assert config.data.phases == [
+        PhaseConfig(samples=512, patch_dropout=0.5),
+        PhaseConfig(train="b", crop_scale=(0.8, 1.0)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.phases=[{sample: 64}]", r"^data.phases: unknown key sample: did you mean samples\?$"),
+        ("data.phases=[{samples: x}]", "is not a list of sections with keys such as samples"),
+        ("data.phases=3", "is not a list of sections"),
+        ("data.phases=[{samples: -1}]", "samples=-1 must be at least 0"),
+        ("data.phases=[{crop_scale: [0.9, 0.5]}]", "crop_scale"),
+        ("data.phases=[{patch_dropout: 1}]", r"patch_dropout=1.0 must be in \[0, 1\)"),
+        ("data.weights=[1, 3]", r"data.weights=\[1.0, 3.0\] are no probabilities that sum to 1: use \[0.25, 0.75\]"),
+        ("data.weights=[1.5, -0.5]", "use only numbers above 0"),
+        ("data.weights=half", "data.weights=half is not a list, each entry a number"),
+        ("data.caption_weights=[0.5, 0.5]", "are not one for each of data.caption_key=txt: give 1"),
+    ],
+)
+def test_sources_and_phases_that_cannot_be_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load("clip", [override])

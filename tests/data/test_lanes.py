@@ -12,7 +12,7 @@ SIZES = [4, 6, 5, 7, 3, 6, 5, 4]
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return [str(path) for path in list_shards(str(write_shards(tmp_path_factory.mktemp("data") / "a", SIZES)))]
+    return list_shards(str(write_shards(tmp_path_factory.mktemp("data") / "a", SIZES)))
 
 
 def open_lane(
@@ -96,7 +96,7 @@ def test_damaged_and_empty_shards_are_drawn_as_one_sample(tmp_path: Path) -> Non
     folder = write_shards(tmp_path / "a", [2, 2])
     write_shard(folder / "000002.tar", [])
     (folder / "000003.tar").write_bytes(b"this is not a tar file")
-    lane = open_lane([str(path) for path in list_shards(str(folder))], lanes=1)
+    lane = open_lane(list_shards(str(folder)), lanes=1)
     for _ in range(2):
         damage = Counter(lane.next().damage for _ in range(6))
         assert damage == {"": 4, "shard is empty": 1, "shard is damaged": 1}

@@ -10,9 +10,11 @@ from torchvision.transforms import functional as tv
 
 from tests.data.shard_files import encode, noise, smooth_photo
 from w2s.data.bad import BadSample
+from w2s.data.captions import caption_hash
 from w2s.data.counter import Purpose, generator
-from w2s.data.sample import SampleSpec, caption_hash, crop_box, make_views, resize_crop
-from w2s.data.shards import RawSample
+from w2s.data.decode import decode_crop
+from w2s.data.sample import SampleSpec, crop_box, draw_mask, make_views, resize
+from w2s.data.tar import RawSample
 
 SPEC = SampleSpec(
     image_size=64, grid=4, teacher_size=128, masked_patches=6, min_block=2, kept_patches=8, context_length=8
@@ -99,8 +101,8 @@ def test_the_fallback_is_torchvisions(size: tuple[int, int]) -> None:
 
 def test_resize_of_the_whole_image_at_its_size_changes_nothing() -> None:
     pixels = noise(1, 32, 32)
-    assert np.array_equal(resize_crop(pixels, (0, 0, 32, 32), 32, False).permute(1, 2, 0), pixels)
-    assert np.array_equal(resize_crop(pixels, (0, 0, 32, 32), 32, True).permute(1, 2, 0), pixels[:, ::-1])
+    assert np.array_equal(resize(pixels, 32, False).permute(1, 2, 0), pixels)
+    assert np.array_equal(resize(pixels, 32, True).permute(1, 2, 0), pixels[:, ::-1])
 
 
 def test_the_first_extension_that_is_there_is_taken() -> None:
@@ -133,3 +135,38 @@ def test_caption_hashes_are_stable_63_bit_numbers() -> None:
     assert len(hashes) == 1000
     assert min(hashes) >= 0
     assert max(hashes) < 2**63
+
+
+def test_half_scale_is_the_half_of_the_same_crop() -> None:
+    """Half of the size by the transform of the JPEG is the mean of 2 x 2 pixels, up to what was rounded off."""
+    pixels = smooth_photo(601, 803)
+    data = encode(pixels, "JPEG", quality=95, subsampling=0)
+    box = (40, 21, 452, 500)
+    whole = decode_crop(data, lambda height, width: box)
+    half = decode_crop(data, lambda height, width: box, half_from=448)
+    assert whole.shape == (452, 500, 3)
+    assert half.shape == (226, 250, 3)
+    # The left edge is odd: the half begins one pixel of the whole further to the left, at 20.
+    means = decode_crop(data, lambda height, width: (40, 20, 452, 500)).reshape(226, 2, 250, 2, 3).mean((1, 3))
+    assert np.abs(means - half).mean() < 1
+    assert decode_crop(data, lambda height, width: (0, 0, 447, 500), half_from=448).shape == (447, 500, 3)
+
+
+def test_half_scale_is_used_only_where_the_crop_is_twice_the_view() -> None:
+    raw_photo = raw(jpg=encode(smooth_photo(900, 1200), "JPEG"))
+    for size, differs in ((224, True), (500, False)):
+        spec = SampleSpec(image_size=size, grid=2, crop_scale=(0.9, 1.0), flip=False)
+        whole = make_views(raw_photo, spec, 0, 0).image
+        half = make_views(raw_photo, dataclasses.replace(spec, half_scale=True), 0, 0).image
+        assert torch.equal(whole, half) != differs
+        assert (whole.float() - half.float()).abs().mean() < 2
+
+
+def test_uniform_masks_have_no_blocks_but_the_same_number() -> None:
+    spec = SampleSpec(image_size=64, grid=16, masked_patches=105, min_block=16)
+    uniform = dataclasses.replace(spec, uniform_mask=True)
+    for index in range(50):
+        assert draw_mask(spec, 1, index).sum() == draw_mask(uniform, 1, index).sum() == 105
+    share = np.mean([draw_mask(uniform, 1, index) for index in range(2000)], axis=0)
+    # 2,000 draws of probability 0.41: standard deviation 0.011, 256 places.
+    assert np.abs(share - 105 / 256).max() < 0.055

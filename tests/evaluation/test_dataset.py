@@ -96,7 +96,7 @@ def test_transform_is_clips():
         ([("a", {"png": b"nothing", "txt": "x"})], "a: image cannot be decoded"),
         ([("a", {"gif": png(), "txt": "x"})], "a: no image .jpg;png"),
         ([("a", {"png": png(), "cls": "1.5"})], "a.cls is '1.5', not a class number"),
-        ([("a", {"png": png(), "txt": b"\xff\xfe"})], "a.txt is not UTF-8"),
+        ([("a", {"png": png(), "txt": b"\xff\xfe"})], "a: caption is not UTF-8, repair"),
         ([("a", {"png": png(), "cls": "0"}), ("b", {"png": png()})], "b has no class number .cls"),
         ([("a", {"png": png()})], "neither class numbers nor captions"),
         ([("a", {"png": png(), "cls": "7"})], "has 2 names but there is a class number 7"),

@@ -68,6 +68,13 @@ def test_the_masked_stage_and_unreadable_samples() -> None:
     assert text.getvalue() == "mim  step 6/6  masked cosine 0.75  (constant prediction: 0.5)  bad/decode 2\n"
 
 
+def test_sources_beside_their_weights() -> None:
+    console, text = terminal(is_terminal=False)
+    metrics = {"source/laion/samples": 812.0, "source/laion/share": 0.812, "source/laion/weight": 0.8}
+    RunConsole("mim", 6, 0, console).log(6, metrics)
+    assert text.getvalue() == "mim  step 6/6  laion 81.2%  (weight 80.0%)\n"
+
+
 def test_units() -> None:
     values = {"samples_per_second": 1234.5, "data_wait": 0.126, "memory_gib": 1.234, "lr": 4e-4, "loss": -0.123456}
     shown = [metric_text(name, value) for name, value in values.items()]

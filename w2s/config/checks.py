@@ -71,12 +71,13 @@ def _check_teacher(config: Config) -> None:
 
 
 def _check_training(config: Config, world_size: int) -> None:
-    if not config.data.train:
+    if not config.data.train and not (config.data.phases and all(phase.train for phase in config.data.phases)):
         raise ConfigError("data.train is empty: give the training shards, such as data.train='shards/{0000..0099}.tar'")
     _check_optimizer(config)
     check_towers(config)
     _check_batch(config.train, world_size // model_parallel_size(config.parallel))
     check_micro_batches(config, world_size)
+    _check_phases(config)
     if config.stage == "mim":
         _check_masks(config)
         if config.init.text != "none":
@@ -93,6 +94,21 @@ def _check_logits(clip: ClipConfig) -> None:
         )
     if clip.loss == "softmax" and clip.logit_bias != ClipConfig().logit_bias:
         raise ConfigError(f"clip.logit_bias={clip.logit_bias:g} does nothing with clip.loss=softmax: leave it out")
+
+
+def _check_phases(config: Config) -> None:
+    phases, train = config.data.phases, config.train
+    if not phases:
+        return
+    samples, needed = sum(phase.samples for phase in phases), train.steps * train.global_batch
+    if phases[-1].samples and samples != needed:
+        raise ConfigError(
+            f"data.phases have {samples} samples, but train.steps={train.steps} x train.global_batch="
+            f"{train.global_batch} are {needed}: use train.steps={samples // train.global_batch}, or samples: 0 in the "
+            "last phase, which lasts to the end"
+        )
+    if config.stage != "clip" and any(phase.patch_dropout is not None for phase in phases):
+        raise ConfigError(f"data.phases: patch_dropout is for the contrastive stage, not for {config.stage}: remove it")
 
 
 def _check_eval(config: Config) -> None:

@@ -36,6 +36,12 @@ def is_text(key: str) -> bool:
     return hint is str or get_origin(hint) is Literal
 
 
+def entry_section(key: str) -> type | None:
+    """The dataclass of the entries of a key that takes a list of sections, such as `data.phases`; else None."""
+    entry = next(iter(get_args(FIELDS[key])), None) if get_origin(FIELDS[key]) is list else None
+    return entry if isinstance(entry, type) and is_dataclass(entry) else None
+
+
 def expected(key: str) -> str:
     """What a key takes, in words."""
     return _in_words(FIELDS[key])
@@ -50,6 +56,10 @@ def _in_words(hint: Any) -> str:
             return " or ".join(map(_in_words, arguments))
         case origin if origin is tuple:
             return "a list of numbers" if ... in arguments else f"a list of {len(arguments)} numbers"
+        case origin if origin is list and is_dataclass(arguments[0]):
+            return f"a list of sections with keys such as {fields(arguments[0])[0].name}"
+        case origin if origin is list:
+            return f"a list, each entry {_in_words(arguments[0])}"
         case _:
             return _WORDS[hint]
 

@@ -172,12 +172,13 @@ def _tokens(config: Config) -> list[int]:
     patches = config.model.vision.patches
     if config.stage == "mim":
         return [1 + patches]
-    return [1 + kept_patches(config), config.model.text.context_length]
+    own = config.clip.patch_dropout
+    phases = {own if phase.patch_dropout is None else phase.patch_dropout for phase in config.data.phases} or {own}
+    return [*(1 + kept_patches(patches, dropout) for dropout in sorted(phases)), config.model.text.context_length]
 
 
-def kept_patches(config: Config) -> int:
-    """Return how many patches of an image the vision tower sees in the contrastive stage."""
-    patches, dropout = config.model.vision.patches, config.clip.patch_dropout
+def kept_patches(patches: int, dropout: float) -> int:
+    """Return how many of an image's patches the vision tower sees under patch dropout."""
     return max(1, int(patches * (1 - dropout))) if dropout else patches
 
 

@@ -6,6 +6,7 @@ a teacher may set `mim.masked_patches` too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from itertools import pairwise
@@ -16,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from w2s.config.fields import FIELDS, SECTIONS, expected, is_text, nearest
+from w2s.config.fields import FIELDS, SECTIONS, entry_section, expected, is_text, nearest
 from w2s.config.sections import Config, ModelConfig
 from w2s.errors import ConfigError
 
@@ -179,14 +180,28 @@ def _flatten(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _assign(node: DictConfig, key: str, value: Any, origin: str) -> None:
+    if key in SHARD_KEYS and isinstance(value, list):
+        value = "::".join(map(str, value))
     if key in SECTIONS:
         raise ConfigError(f"{origin}{key}={value}: {key} is a section, set one of its keys, such as {_key_in(key)}")
     if key not in FIELDS:
         raise ConfigError(f"{origin}unknown key {key}: did you mean {nearest(key, FIELDS)}?")
     try:
-        OmegaConf.update(node, key, value, merge=False)
+        OmegaConf.update(node, key, _entries(key, value, origin), merge=False)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ConfigError(f"{origin}{key}={value} is not {expected(key)}") from error
+
+
+def _entries(key: str, value: Any, origin: str) -> Any:
+    """A list of sections as OmegaConf wants it; any other value as it is."""
+    entry_type = entry_section(key)
+    if entry_type is None or not isinstance(value, list):
+        return value
+    keys = [field.name for field in fields(entry_type)]
+    unknown = next((name for entry in value if isinstance(entry, dict) for name in entry if name not in keys), None)
+    if unknown is not None:
+        raise ConfigError(f"{origin}{key}: unknown key {unknown}: did you mean {nearest(unknown, keys)}?")
+    return [OmegaConf.merge(OmegaConf.structured(entry_type), entry) for entry in value]
 
 
 def _key_in(section: str) -> str:

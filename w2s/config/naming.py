@@ -21,6 +21,8 @@ _WITHOUT_EFFECT = frozenset(
         "teacher.sharded",
         "data.name",
         "data.cache",
+        "data.index",
+        "data.allow_pipe",
         "data.workers",
         "train.micro_batch",
         "train.log_every",

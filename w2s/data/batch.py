@@ -40,8 +40,12 @@ class Batch:
         return [self._select(slice(start, start + size)) for start in range(0, len(self), size)]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Copy the tensors to a device."""
-        return self._map(lambda tensor: tensor.to(device), self.keys)
+        """Copy the tensors to a device; from pinned memory the copy goes on while the host does something else."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True), self.keys)
+
+    def pinned(self) -> "Batch":
+        """Copy the tensors to pinned memory."""
+        return self._map(lambda tensor: tensor.pin_memory(), self.keys)
 
     def _select(self, rows: slice | torch.Tensor) -> "Batch":
         chosen = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()

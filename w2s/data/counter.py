@@ -13,6 +13,9 @@ class Purpose(IntEnum):
     CROP = 2
     MASK = 3
     PATCHES = 4
+    SOURCE = 5
+    CAPTION = 6
+    SOURCE_SEED = 7
 
 
 def generator(seed: int, purpose: Purpose, first: int, second: int = 0) -> np.random.Generator:
@@ -30,3 +33,8 @@ def generator(seed: int, purpose: Purpose, first: int, second: int = 0) -> np.ra
     key = np.array([seed % 2**64, 0], dtype=np.uint64)
     counter = np.array([0, first, second, purpose], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def source_seed(seed: int, source: int) -> int:
+    """Return a seed for the shards and windows of one of a run's sources, so that equal sources go different ways."""
+    return int(generator(seed, Purpose.SOURCE_SEED, source).integers(2**63))

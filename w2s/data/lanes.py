@@ -1,19 +1,19 @@
 """Lanes: the fixed number of streams that the sample order is made of.
 
-A lane draws its shards, reads a window of samples, shuffles the window and hands it out. What it does depends on the
-seed and on its own number alone, so the order of samples is the same at every number of ranks and workers.
+A lane draws its shards from one source, reads a window of samples, shuffles the window and hands it out. What it does
+depends on the seed, the source and its own number alone, so the order of samples is the same at every number of ranks
+and workers.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from w2s.data.counter import Purpose, generator
-from w2s.data.shards import RawSample, read_shard
+from w2s.data.tar import RawSample, read_shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class LaneState:
     shard: int = 0
     """Number of the lane's draw of the shard in which the window begins."""
     offset: int = 0
-    """Samples of that shard before the window."""
+    """Byte of that shard at which the window begins."""
     taken: int = 0
     """Samples of the window that were handed out."""
     drawn: int = 0
@@ -72,10 +72,23 @@ class Lane:
         window: samples that are shuffled together; without replacement a window ends with the lane's epoch, so that
             every sample comes once before any comes again.
         state: where to read on.
+        wanted: extensions of the files that are read; None reads all.
+
+    Attributes:
+        state: where the lane stands.
     """
 
-    def __init__(self, number: int, shards: Sequence[str], order: ShardOrder, window: int, state: LaneState) -> None:
+    def __init__(
+        self,
+        number: int,
+        shards: Sequence[str],
+        order: ShardOrder,
+        window: int,
+        state: LaneState,
+        wanted: Container[str] | None = None,
+    ) -> None:
         self.state = state
+        self._wanted = wanted
         self._number = number
         self._shards = shards
         self._order = order
@@ -95,7 +108,7 @@ class Lane:
 
     def _open(self, at: LaneState) -> Iterator[RawSample]:
         path = self._shards[self._order.draw(self._number, at.shard)]
-        return islice(read_shard(path), at.offset, None)
+        return read_shard(path, at.offset, self._wanted)
 
     def _read_window(self) -> list[RawSample]:
         """Read the window that begins at `self.state`, and shuffle it."""
@@ -104,7 +117,7 @@ class Lane:
             sample = next(self._reader, None)
             if sample is not None:
                 samples.append(sample)
-                self._end = replace(self._end, offset=self._end.offset + 1)
+                self._end = replace(self._end, offset=sample.end)
                 continue
             epoch_ended = self._order.ends_epoch(self._number, self._end.shard)
             self._end = replace(self._end, shard=self._end.shard + 1, offset=0)

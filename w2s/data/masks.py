@@ -47,6 +47,11 @@ def _draw_block(
     return slice(top, top + height), slice(left, left + width)
 
 
+def uniform_mask(rng: np.random.Generator, grid: int, masked: int) -> NDArray[np.bool_]:
+    """Draw a mask whose masked patches are anywhere, each place equally likely: bool [grid * grid], row by row."""
+    return rng.permutation(grid * grid) < masked
+
+
 def kept_patches(rng: np.random.Generator, patches: int, kept: int) -> NDArray[np.int64]:
     """Draw `kept` of `patches` patches without replacement: int64 [kept], ascending."""
     return np.sort(rng.permutation(patches)[:kept])

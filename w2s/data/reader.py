@@ -10,10 +10,17 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from w2s.data.bad import BadSample, Skipped, Tolerance
 from w2s.data.batch import Batch
+from w2s.data.captions import caption_hash
+from w2s.data.counter import source_seed
 from w2s.data.lanes import Lane, LaneState, ShardOrder
-from w2s.data.sample import SampleSpec, Views, caption_hash, make_views
+from w2s.data.sample import SampleSpec, Views, make_views
+from w2s.data.sources import Phase, Source, phase_at
+from w2s.data.storage import allow_many_files
 from w2s.data.tokens import tokenize
 from w2s.errors import DataError
+
+LaneStates = dict[int, LaneState]
+"""Where a lane stands in each source that it has read from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +28,10 @@ class Part:
     """What one process read for one batch."""
 
     batch: Batch
-    lanes: dict[int, LaneState]
-    """Where the lanes that were read stand after this batch."""
+    lanes: dict[int, LaneStates]
+    """Where the lanes that were read stand after this batch, in the sources that were read."""
+    sources: list[int]
+    """Source of each sample of the batch."""
     skipped: list[Skipped]
 
 
@@ -30,19 +39,36 @@ class Part:
 class ReadPlan:
     """All that a reading process has to know."""
 
-    shards: list[str]
-    order: ShardOrder
-    window: int
-    spec: SampleSpec
+    sources: list[Source]
+    phases: list[Phase]
+    number_of_lanes: int
+    shuffle: int
+    """Samples that a lane shuffles together, over all of its sources."""
+    replacement: bool
+    seed: int
     global_batch: int
     rank: int
     size: int
-    """Data-parallel size."""
+    """Number of reading ranks."""
     max_bad_fraction: float
     step: int
     """First step to read."""
-    lanes: dict[int, LaneState]
+    lanes: dict[int, LaneStates]
     """Where each lane of the rank stands at that step."""
+
+    def open_lane(self, number: int, source: int) -> Lane:
+        """Return the part of a lane that reads from one source."""
+        shards = self.sources[source].shards
+        order = ShardOrder(
+            shards=len(shards),
+            lanes=self.number_of_lanes,
+            seed=source_seed(self.seed, source),
+            replacement=self.replacement,
+        )
+        share = max(phase.weights[source] for phase in self.phases)
+        window = max(1, round(self.shuffle * share))
+        state = self.lanes[number].get(source, LaneState())
+        return Lane(number, shards, order, window, state, self.phases[0].spec.extensions)
 
 
 class Reader:
@@ -56,11 +82,10 @@ class Reader:
 
     def __init__(self, plan: ReadPlan, worker: int, workers: int) -> None:
         self._plan = plan
-        self._lanes = {
-            number: Lane(number, plan.shards, plan.order, plan.window, plan.lanes[number])
-            for number in sorted(plan.lanes)[worker::workers]
-        }
+        self._numbers = set(sorted(plan.lanes)[worker::workers])
+        self._lanes: dict[tuple[int, int], Lane] = {}
         self._tolerance = Tolerance(plan.max_bad_fraction)
+        allow_many_files()
 
     def read(self, step: int) -> Part:
         """Read this process's samples of a step; steps have to be read in order.
@@ -68,21 +93,33 @@ class Reader:
         Raises:
             DataError: too many samples could not be used.
         """
-        first = step * self._plan.global_batch
-        of_rank = range(first + self._plan.rank, first + self._plan.global_batch, self._plan.size)
-        lane_of = {index: index % self._plan.order.lanes for index in of_rank}
-        mine = {index: lane for index, lane in lane_of.items() if lane in self._lanes}
+        plan = self._plan
+        first = step * plan.global_batch
+        phase = phase_at(plan.phases, first)
+        of_rank = range(first + plan.rank, first + plan.global_batch, plan.size)
+        lane_of = {index: index % plan.number_of_lanes for index in of_rank}
+        mine = {index: lane for index, lane in lane_of.items() if lane in self._numbers}
         skipped: list[Skipped] = []
-        views = [self._draw(index, self._lanes[lane], skipped) for index, lane in mine.items()]
-        states = {lane: self._lanes[lane].state for lane in mine.values()}
-        return Part(batch=_collate(views, self._plan.spec), lanes=states, skipped=skipped)
+        views, sources, states = [], [], dict[int, LaneStates]()
+        for index, number in mine.items():
+            source = phase.draw(plan.seed, index)
+            lane = self._lane(number, source)
+            views.append(self._draw(index, lane, phase.spec, skipped))
+            sources.append(source)
+            states.setdefault(number, {})[source] = lane.state
+        return Part(batch=_collate(views, phase.spec), lanes=states, sources=sources, skipped=skipped)
 
-    def _draw(self, index: int, lane: Lane, skipped: list[Skipped]) -> Views:
+    def _lane(self, number: int, source: int) -> Lane:
+        if (number, source) not in self._lanes:
+            self._lanes[number, source] = self._plan.open_lane(number, source)
+        return self._lanes[number, source]
+
+    def _draw(self, index: int, lane: Lane, spec: SampleSpec, skipped: list[Skipped]) -> Views:
         """Take samples from the lane until one is good."""
         while True:
             raw = lane.next()
             try:
-                views = make_views(raw, self._plan.spec, self._plan.order.seed, index)
+                views = make_views(raw, spec, self._plan.seed, index)
             except BadSample as error:
                 skipped.append(Skipped(raw.key, raw.shard, str(error)))
                 self._tolerance.skip(skipped[-1])

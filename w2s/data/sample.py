@@ -1,6 +1,5 @@
 """One raw sample to the views that a stage trains on. Everything random depends on the global sample index alone."""
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,11 @@ from numpy.typing import NDArray
 
 from w2s.config.sections import Config
 from w2s.data.bad import BadSample
+from w2s.data.captions import draw_caption
 from w2s.data.counter import Purpose, generator
-from w2s.data.decode import decode_image
-from w2s.data.masks import block_mask, kept_patches
-from w2s.data.shards import RawSample, find_image
+from w2s.data.decode import decode_crop
+from w2s.data.masks import block_mask, kept_patches, uniform_mask
+from w2s.data.tar import RawSample, caption_file, find_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class SampleSpec:
     """Smallest masked block in patches."""
     block_aspect: float = 0.3
     """Masked blocks have an aspect ratio between this and its inverse."""
+    uniform_mask: bool = False
+    """Mask patches anywhere instead of in blocks."""
     kept_patches: int = 0
     """Patches that patch dropout keeps; 0 keeps all and lists none."""
     context_length: int = 0
@@ -44,10 +46,14 @@ class SampleSpec:
     """Smallest and largest aspect ratio of the crop."""
     flip: bool = True
     """Flip half of the images left to right."""
+    half_scale: bool = False
+    """Decode a JPEG at half its size where the crop is at least twice the larger view."""
     image_key: str = "jpg;jpeg;png;webp"
     """Extensions of the image; the first that is there is taken."""
     caption_key: str = "txt"
-    """Extension of the caption."""
+    """Where the caption is: extensions or `json.KEY`, separated by `;`."""
+    caption_weights: tuple[float, ...] = ()
+    """Probability of each of these; empty takes the first that is there."""
 
     @classmethod
     def of(cls, config: Config, **views: Any) -> "SampleSpec":
@@ -59,10 +65,18 @@ class SampleSpec:
             crop_scale=data.crop_scale,
             crop_ratio=data.crop_ratio,
             flip=data.flip,
+            half_scale=data.half_scale,
             image_key=data.image_key,
             caption_key=data.caption_key,
+            caption_weights=tuple(data.caption_weights),
             **views,
         )
+
+    @property
+    def extensions(self) -> frozenset[str]:
+        """Extensions of the files that are needed of a sample."""
+        captions = {caption_file(key) for key in self.caption_key.split(";")} if self.context_length else set()
+        return frozenset(self.image_key.split(";")) | captions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,56 +108,42 @@ def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views
     """
     if raw.damage:
         raise BadSample(raw.damage)
-    caption = read_caption(raw, spec.caption_key) if spec.context_length else None
+    caption = None
+    if spec.context_length:
+        caption = draw_caption(raw, spec.caption_key, spec.caption_weights, generator(seed, Purpose.CAPTION, index))
     data = find_image(raw.files, spec.image_key)
     if data is None:
         raise BadSample("image is missing")
-    pixels = decode_image(data)
-    rng = generator(seed, Purpose.CROP, index)
-    height, width, _ = pixels.shape
-    box = crop_box(rng, height, width, spec.crop_scale, spec.crop_ratio)
-    flip = spec.flip and rng.random() < 0.5
     sizes = [spec.image_size, spec.teacher_size] if spec.teacher_size else [spec.image_size]
-    views = [resize_crop(pixels, box, size, flip) for size in sizes]
+    rng = generator(seed, Purpose.CROP, index)
+    crop = decode_crop(
+        data,
+        lambda height, width: crop_box(rng, height, width, spec.crop_scale, spec.crop_ratio),
+        half_from=2 * max(sizes) if spec.half_scale else None,
+    )
+    flip = spec.flip and rng.random() < 0.5
+    views = [resize(crop, size, flip) for size in sizes]
     return Views(
         key=raw.key,
         index=index,
         image=views[0],
         teacher_image=views[1] if spec.teacher_size else None,
-        mask=_mask(spec, seed, index) if spec.masked_patches else None,
+        mask=draw_mask(spec, seed, index) if spec.masked_patches else None,
         kept=_kept(spec, seed, index) if spec.kept_patches else None,
         caption=caption,
     )
 
 
-def _mask(spec: SampleSpec, seed: int, index: int) -> NDArray[np.bool_]:
+def draw_mask(spec: SampleSpec, seed: int, index: int) -> NDArray[np.bool_]:
+    """Draw the mask of a sample: bool [grid * grid], row by row, with exactly `masked_patches` masked."""
     rng = generator(seed, Purpose.MASK, index)
+    if spec.uniform_mask:
+        return uniform_mask(rng, spec.grid, spec.masked_patches)
     return block_mask(rng, spec.grid, spec.masked_patches, spec.min_block, spec.block_aspect)
 
 
 def _kept(spec: SampleSpec, seed: int, index: int) -> NDArray[np.int64]:
     return kept_patches(generator(seed, Purpose.PATCHES, index), spec.grid**2, spec.kept_patches)
-
-
-def read_caption(raw: RawSample, caption_key: str) -> str:
-    """Return a sample's caption without white space around it.
-
-    Raises:
-        BadSample: the caption is missing, empty or not UTF-8.
-    """
-    try:
-        caption = raw.files.get(caption_key, b"").decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise BadSample("caption is not UTF-8") from error
-    if not caption:
-        raise BadSample("caption is missing")
-    return caption
-
-
-def caption_hash(caption: str) -> int:
-    """Return 63 bits that are equal for equal captions, in every process."""
-    digest = hashlib.blake2b(caption.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def crop_box(
@@ -170,20 +170,18 @@ def crop_box(
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def resize_crop(pixels: NDArray[np.uint8], box: tuple[int, int, int, int], size: int, flip: bool) -> torch.Tensor:
-    """Cut out a crop and resize it to a square with antialiased bicubic interpolation.
+def resize(crop: NDArray[np.uint8], size: int, flip: bool) -> torch.Tensor:
+    """Resize a crop to a square with antialiased bicubic interpolation.
 
     Args:
-        pixels: uint8 [height, width, 3].
-        box: top, left, height, width of the crop.
+        crop: uint8 [height, width, 3].
         size: side of the result in pixels.
         flip: mirror it left to right.
 
     Returns:
         uint8 [3, size, size].
     """
-    top, left, height, width = box
     # A channels-last view takes torch's uint8 kernel, which does Pillow's arithmetic three times as fast as Pillow.
-    crop = torch.from_numpy(pixels[top : top + height, left : left + width]).permute(2, 0, 1)[None]
-    view = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
+    pixels = torch.from_numpy(crop).permute(2, 0, 1)[None]
+    view = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)[0]
     return (view.flip(-1) if flip else view).contiguous()

@@ -1,51 +1,91 @@
-"""Webdataset shards: which files they are, and their samples, undecoded."""
+"""Which shards a source names: folders, globs, brace patterns, lists and URLs."""
 
 import glob
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import braceexpand
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from w2s.errors import DataError
-
-
-@dataclass(frozen=True)
-class RawSample:
-    """The files of one sample, or the place where a shard could not be read on."""
-
-    key: str
-    shard: str
-    files: dict[str, bytes]
-    """Contents by lower-case extension."""
-    damage: str = ""
-    """Why there are no files; empty for a sound sample."""
+from w2s.data.storage import PIPE, find_remote, is_local
+from w2s.errors import ConfigError, DataError
 
 
-def list_shards(source: str, option: str = "data.train") -> list[Path]:
-    """List the shards of a source string, sorted.
-
-    Args:
-        source: a folder, a file, a glob or a brace pattern such as `a/{000..015}.tar`; `::` joins several.
-        option: the configuration key to name in an error.
+def split_sources(text: str, option: str = "data.train") -> list[str]:
+    """Split a configuration value into its sources at `::` and `;`.
 
     Raises:
-        DataError: nothing is named, or what is named does not exist.
+        DataError: a source is empty.
     """
-    parts = [part.strip() for part in source.split("::")]
+    parts = [part.strip() for part in re.split("::|;", text)]
     if not all(parts):
-        raise DataError(f"{option}='{source}' names no shards: give a folder, a glob or a brace pattern")
-    return sorted(path for part in parts for path in _expand(part, option))
+        raise DataError(f"{option}='{text}' names no shards: give a folder, a glob or a brace pattern")
+    return parts
 
 
-def _expand(pattern: str, option: str) -> list[Path]:
+def list_shards(source: str, option: str = "data.train", *, allow_pipe: bool = False) -> list[str]:
+    """List the shards of all sources of a configuration value, sorted.
+
+    Args:
+        source: a folder, a file, a glob, a brace pattern such as `a/{000..015}.tar`, a URL of any of these that fsspec
+            has a driver for, a `.txt` file with one of these a line, or `pipe:COMMAND`. `,`, `::` and `;` join several.
+        option: the configuration key to name in an error.
+        allow_pipe: run shell commands that the source names.
+
+    Raises:
+        ConfigError: a shell command that is not allowed.
+        DataError: nothing is named, or what is named does not exist.
+        MissingPackageError: the driver for a kind of URL is not installed.
+    """
+    patterns = [pattern for part in split_sources(source, option) for pattern in _split_list(part)]
+    return sorted(shard for pattern in patterns for shard in _expand(pattern, option, allow_pipe))
+
+
+def shards_digest(shards: Sequence[str]) -> str:
+    """Return 12 hexadecimal digits over the names of shards and, where they are local files, their sizes in bytes."""
+    sizes = {shard_name(shard): Path(shard).stat().st_size if is_local(shard) else 0 for shard in shards}
+    return hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:12]
+
+
+def shard_name(shard: str) -> str:
+    """Return a shard's name without its folder."""
+    return shard.rpartition("/")[2]
+
+
+def _split_list(part: str) -> list[str]:
+    """Split at commas outside of braces; a shell command is left whole."""
+    if part.startswith(PIPE):
+        return [part]
+    return [entry.strip() for entry in re.split(r",(?![^{]*\})", part) if entry.strip()]
+
+
+def _expand(pattern: str, option: str, allow_pipe: bool) -> list[str]:
+    if pattern.startswith(PIPE) and not allow_pipe:
+        raise ConfigError(f"{option}={pattern} runs a shell command: set data.allow_pipe=true if you trust it")
     try:
         names = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
     except ValueError as error:
         raise DataError(f"{option}: the braces of '{pattern}' do not match ({error})") from error
-    paths = [path for name in names for path in _find(Path(name).expanduser())]
+    if pattern.startswith(PIPE):
+        return names
+    if not is_local(pattern):
+        return [shard for entry in names for shard in find_remote(entry, option)]
+    if pattern.endswith(".txt"):
+        return _read_list(pattern, option, allow_pipe)
+    return _local(pattern, names, option)
+
+
+def _read_list(pattern: str, option: str, allow_pipe: bool) -> list[str]:
+    try:
+        lines = Path(pattern).expanduser().read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"{option}={pattern} cannot be read: {error.strerror}") from error
+    return [shard for line in lines if line.strip() for shard in _expand(line.strip(), option, allow_pipe)]
+
+
+def _local(pattern: str, names: list[str], option: str) -> list[str]:
+    paths = [path for entry in names for path in _find(Path(entry.removeprefix("file://")).expanduser())]
     missing = [path for path in paths if not path.is_file()]
     if missing and len(names) == 1:
         raise DataError(f"{option}={pattern} does not exist: check the path")
@@ -55,68 +95,12 @@ def _expand(pattern: str, option: str) -> list[Path]:
         )
     if not paths:
         raise DataError(f"{option}={pattern} has no shards: no .tar file is there")
-    return paths
+    return [str(path) for path in paths]
 
 
 def _find(path: Path) -> list[Path]:
     if path.is_dir():
         return list(path.glob("*.tar"))
     if glob.has_magic(str(path)):
-        return [Path(name) for name in glob.glob(str(path))]
+        return [Path(entry) for entry in glob.glob(str(path))]
     return [path]
-
-
-def read_shard(shard: str) -> Iterator[RawSample]:
-    """Yield the samples of a shard in order, undecoded.
-
-    A shard that is damaged, gone or empty ends with a sample that says so, so that the loss is counted and the order
-    of all other samples stays what it was.
-    """
-    count = 0
-    try:
-        with open(shard, "rb") as stream:
-            for sample in group_by_keys(tar_file_expander([{"url": shard, "stream": stream}])):
-                files = {name: data for name, data in sample.items() if not name.startswith("__")}
-                yield RawSample(sample["__key__"], shard, files)
-                count += 1
-    except (tarfile.TarError, OSError, EOFError, ValueError):
-        yield RawSample(f"sample {count}", shard, {}, damage="shard is damaged")
-        return
-    if count == 0:
-        yield RawSample("sample 0", shard, {}, damage="shard is empty")
-
-
-def find_image(files: dict[str, bytes], image_key: str) -> bytes | None:
-    """Return the image of a sample: the first of the `;`-separated extensions that is there."""
-    return next((files[name] for name in image_key.split(";") if name in files), None)
-
-
-def check_shard(shard: Path, image_key: str, caption_key: str | None) -> None:
-    """Check that a shard holds what a stage needs, by its first sample with an image.
-
-    Args:
-        shard: the shard to open.
-        image_key: extensions of the image, separated by `;`.
-        caption_key: extension of the caption; None where captions are not needed.
-
-    Raises:
-        DataError: it is damaged or empty, no sample has an image, or the first one with an image has no caption.
-    """
-    extensions: set[str] = set()
-    for sample in read_shard(str(shard)):
-        if sample.damage:
-            raise DataError(f"{sample.damage}: replace or remove {shard}")
-        extensions |= set(sample.files)
-        if find_image(sample.files, image_key) is None:
-            continue
-        if caption_key is not None and caption_key not in sample.files:
-            raise DataError(
-                f"sample {sample.key} of {shard} has no caption '.{caption_key}', only {_names(extensions)}: "
-                "set data.caption_key"
-            )
-        return
-    raise DataError(f"{shard} has no image '.{image_key}', only {_names(extensions)}: set data.image_key")
-
-
-def _names(extensions: set[str]) -> str:
-    return ", ".join(f".{name}" for name in sorted(extensions))

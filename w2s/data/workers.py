@@ -47,6 +47,12 @@ def start_reading(plan: ReadPlan, workers: int) -> Iterator[Part | DataError]:
         return iter(loader)
 
 
+def kill_readers(parts: Iterator[Part | DataError]) -> None:
+    """Kill the processes of `start_reading` of which one died: the others may wait for a lock that it held."""
+    for process in getattr(parts, "_workers", ()):
+        process.kill()
+
+
 def _live_and_die_with_trainer(_worker: int) -> None:
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

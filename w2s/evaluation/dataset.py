@@ -10,8 +10,11 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from w2s.data.bad import BadSample
+from w2s.data.captions import draw_caption
+from w2s.data.counter import Purpose, generator
 from w2s.data.decode import decode_image
-from w2s.data.shards import RawSample, find_image, list_shards, read_shard
+from w2s.data.shards import list_shards
+from w2s.data.tar import RawSample, caption_file, find_image, read_shard
 from w2s.errors import DataError
 
 CLASS_NAMES = "classnames.txt"
@@ -54,7 +57,7 @@ def load_eval_set(
         shards: what `list_shards` takes.
         image_size: side of the images in pixels, S.
         image_key: extensions of the image, separated by `;`.
-        caption_key: extension of the caption.
+        caption_key: where the caption is: extensions or `json.KEY`, separated by `;`; the first that is there.
         class_key: extension of the class number.
         option: the configuration key to name in an error.
 
@@ -63,15 +66,15 @@ def load_eval_set(
     """
     paths = list_shards(shards, option)
     images, captions, numbers, keys = [], [], [], []
-    for sample in (sample for path in paths for sample in read_shard(str(path))):
+    for sample in (sample for path in paths for sample in read_shard(path)):
         images.append(_image(sample, image_size, image_key))
-        captions.append(_text(sample, caption_key))
+        captions.append(_caption(sample, caption_key))
         numbers.append(_class_number(sample, class_key))
         keys.append(sample.key)
     texts = _all_or_none(captions, keys, f"caption .{caption_key}")
     classes = _all_or_none(numbers, keys, f"class number .{class_key}")
     labels, names = (
-        _named_classes(classes, paths[0].parent) if classes else _caption_classes(texts, f"{option}={shards}")
+        _named_classes(classes, Path(paths[0]).parent) if classes else _caption_classes(texts, f"{option}={shards}")
     )
     return EvalSet(torch.stack(images), texts, labels, names, keys)
 
@@ -92,6 +95,15 @@ def _image(sample: RawSample, image_size: int, image_key: str) -> Tensor:
     except BadSample as error:
         raise DataError(f"{sample.shard}: {sample.key}: {error}, repair the test set") from error
     return eval_transform(pixels, image_size)
+
+
+def _caption(sample: RawSample, caption_key: str) -> str | None:
+    if not any(caption_file(key) in sample.files for key in caption_key.split(";")):
+        return None
+    try:
+        return draw_caption(sample, caption_key, (), generator(0, Purpose.CAPTION, 0))
+    except BadSample as error:
+        raise DataError(f"{sample.shard}: {sample.key}: {error}, repair the test set") from error
 
 
 def _text(sample: RawSample, key: str) -> str | None:

@@ -99,9 +99,16 @@ class RunConsole:
 
 
 def _is_shown(name: str) -> bool:
-    return name in _FORMATS or "/" not in name or name.startswith("bad/")
+    return name in _FORMATS or "/" not in name or name.startswith("bad/") or _is_share(name)
+
+
+def _is_share(name: str) -> bool:
+    return name.startswith("source/") and name.endswith(("/share", "/weight"))
 
 
 def metric_text(name: str, value: float) -> str:
     """A metric as the log line shows it."""
+    if _is_share(name):
+        _, source, figure = name.split("/")
+        return f"{source} {value:.1%}" if figure == "share" else f"(weight {value:.1%})"
     return _FORMATS.get(name, f"{name} {{:.4g}}").format(value)

@@ -1,0 +1,130 @@
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.data.shard_files import encode, noise, write_shard
+from w2s.data.inspect import check_shards, describe_shards, draw_sheet
+from w2s.data.make import make_shards
+from w2s.data.shards import list_shards
+from w2s.data.tar import read_shard
+from w2s.errors import DataError
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Seven images in two class folders, with captions beside them."""
+    for number in range(7):
+        path = tmp_path / "pictures" / ("cat" if number % 2 else "ant") / f"{number}.{'jpg' if number < 4 else 'PNG'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(noise(number), "JPEG" if number < 4 else "PNG"))
+        path.with_suffix(".txt").write_text(f"number {number}\n", encoding="utf-8")
+    return tmp_path / "pictures"
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def contents(folder: Path) -> dict[str, tuple[str, ...]]:
+    samples = [sample for shard in list_shards(str(folder)) for sample in read_shard(shard)]
+    return {sample.files["txt"].decode(): (*sorted(sample.files), sample.files["cls"].decode()) for sample in samples}
+
+
+def make(source: Path, out: Path, seed: int = 0, workers: int = 1, shard_size: int = 3) -> dict[str, int]:
+    return make_shards(source, out, shard_size=shard_size, seed=seed, workers=workers)
+
+
+def test_a_folder_becomes_shards(pictures: Path, tmp_path: Path) -> None:
+    assert make(pictures, tmp_path / "a") == {"000000.tar": 3, "000001.tar": 3, "000002.tar": 1}
+    assert json.loads((tmp_path / "a" / "sizes.json").read_text()) == {
+        "000000.tar": 3,
+        "000001.tar": 3,
+        "000002.tar": 1,
+    }
+    assert (tmp_path / "a" / "classnames.txt").read_text() == "ant\ncat\n"
+    expected = {f"number {n}": ("cls", *sorted(["jpg" if n < 4 else "png", "txt"]), str(n % 2)) for n in range(7)}
+    assert contents(tmp_path / "a") == expected
+
+
+def test_equal_input_and_seed_give_equal_bytes_also_in_parallel_and_after_an_interruption(
+    pictures: Path, tmp_path: Path
+) -> None:
+    make(pictures, tmp_path / "a")
+    make(pictures, tmp_path / "b", workers=2)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    make(pictures, tmp_path / "c", seed=1)
+    assert digest(tmp_path / "c") != digest(tmp_path / "a")
+    (tmp_path / "b" / "000001.tar").unlink()
+    (tmp_path / "b" / "000001.part").write_bytes(b"half")
+    kept = (tmp_path / "b" / "000000.tar").stat().st_mtime_ns
+    make(pictures, tmp_path / "b")
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    assert (tmp_path / "b" / "000000.tar").stat().st_mtime_ns == kept
+
+
+def test_shards_of_another_input_are_not_mixed_in(pictures: Path, tmp_path: Path) -> None:
+    make(pictures, tmp_path / "a")
+    with pytest.raises(DataError, match="has shards of another input, size or seed: choose another folder"):
+        make(pictures, tmp_path / "a", seed=1)
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_a_table_becomes_shards(pictures: Path, tmp_path: Path, suffix: str, delimiter: str) -> None:
+    table = pictures / f"table.{suffix}"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerows([["filepath", "title", "label"], ["ant/0.jpg", "a, b", "x"], ["cat/1.jpg", "c", "y"]])
+    make(table, tmp_path / "a")
+    assert contents(tmp_path / "a") == {"a, b": ("cls", "jpg", "txt", "0"), "c": ("cls", "jpg", "txt", "1")}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image\nnone.jpg\n", "1 of 1 images are missing, the first is .*none.jpg"),
+        ("picture\na.jpg\n", "has the columns picture: name the one with the files `image`"),
+        ("image\n", "has no images"),
+    ],
+)
+def test_a_table_that_cannot_be_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        make(tmp_path / "t.csv", tmp_path / "a")
+    assert "\n" not in str(caught.value)
+
+
+def test_check_reads_everything_and_names_what_is_wrong(pictures: Path, tmp_path: Path) -> None:
+    make(pictures, tmp_path / "a")
+    write_shard(
+        tmp_path / "a" / "000001.tar", [("good", {"png": encode(noise(0)), "txt": b"t"}), ("bad", {"txt": b"t"})]
+    )
+    (tmp_path / "a" / "000002.tar").write_bytes(b"?")
+    for workers in (1, 2):
+        report = check_shards(list_shards(str(tmp_path / "a")), "jpg;png", "txt", workers)
+        assert (report.shards, report.samples) == (3, 6)
+        assert report.bad == {"image is missing": 1, "shard is damaged": 1}
+        assert [sample.key for sample in report.examples] == ["bad", "sample 0"]
+        assert [text.rpartition("/")[2] for text in report.wrong_sizes] == [
+            "000001.tar has 2 samples, but 3 are noted beside it"
+        ]
+        lines = list(report.lines())
+        assert lines[0] == "3 shards, 6 samples, 2 of them bad"
+
+
+def test_show_draws_captions_and_images(pictures: Path, tmp_path: Path) -> None:
+    make(pictures, tmp_path / "a")
+    shards = list_shards(str(tmp_path / "a"))
+    assert draw_sheet(shards, "jpg;png", "txt", 5, tmp_path / "sheet.png") == 5
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    lines = list(describe_shards(shards))
+    assert [line.rpartition("/")[2] for line in lines[:3]] == [
+        "000000.tar: 3 samples",
+        "000001.tar: 3 samples",
+        "000002.tar: 1 samples",
+    ]
+    assert ".txt (8 bytes)" in lines[3]
+    with pytest.raises(DataError, match="have no sample with an image and a caption"):
+        draw_sheet(shards, "gif", "txt", 5, tmp_path / "sheet.png")

@@ -1,0 +1,69 @@
+"""Shards of photographs for the benchmark of the loaders."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from webdataset import TarWriter
+
+from w2s.data.make import EXTENSIONS
+from w2s.errors import DataError
+
+SHARDS = 4
+
+
+def cut_shards(photographs: Path, out: Path, width: int, height: int, count: int) -> str:
+    """Cut JPEGs of about `width` x `height` pixels out of photographs, and write them into shards.
+
+    No two have the same size, so that a size names an image. Each is a random part of a photograph, made smaller, with
+    a JPEG quality of 85 to 95.
+
+    Returns:
+        The brace pattern of the shards.
+
+    Raises:
+        DataError: there is no photograph that is large enough.
+    """
+    out.mkdir(parents=True)
+    pictures = _pictures(photographs, round(1.06 * width), round(1.06 * height), count, np.random.default_rng(0))
+    jpegs = list(pictures)
+    for shard in range(SHARDS):
+        with TarWriter(str(out / f"{shard:06d}.tar"), encoder=False, mtime=0) as writer:
+            for number in range(shard, len(jpegs), SHARDS):
+                caption = f"a photograph that shows number {number} of {len(jpegs)} things".encode()
+                writer.write({"__key__": f"{number:06d}", "jpg": jpegs[number], "txt": caption})
+    return f"{out}/{{000000..{SHARDS - 1:06d}}}.tar"
+
+
+def _pictures(
+    photographs: Path, most_width: int, most_height: int, count: int, rng: np.random.Generator
+) -> Iterator[bytes]:
+    paths = [path for path in sorted(photographs.rglob("*")) if path.suffix[1:].lower() in EXTENSIONS]
+    large = [path for path in paths if _fits(path, most_width, most_height)]
+    if not large:
+        raise DataError(f"{photographs} has no photograph of at least {most_width} x {most_height} pixels")
+    # Sizes within 6 % of the wanted ones, each once.
+    columns = most_width - round(most_width / 1.06 * 0.94)
+    for place, path in enumerate(large):
+        with Image.open(path) as image:
+            whole = image.convert("RGB")
+        for number in range(place, count, len(large)):
+            size = most_width - number % columns, most_height - number // columns
+            yield _part(whole, size, rng)
+
+
+def _fits(path: Path, width: int, height: int) -> bool:
+    with Image.open(path) as image:
+        return image.width >= width and image.height >= height
+
+
+def _part(image: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> bytes:
+    scale = rng.uniform(1, min(image.width / size[0], image.height / size[1]))
+    width, height = int(size[0] * scale), int(size[1] * scale)
+    left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
+    part = image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
+    output = io.BytesIO()
+    part.save(output, "JPEG", quality=int(rng.integers(85, 96)))
+    return output.getvalue()

@@ -1,0 +1,131 @@
+"""What a run reads: its sources, and the phases that say how often each one is drawn and what is made of a sample."""
+
+import bisect
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from w2s.config.layout import kept_patches
+from w2s.config.sections import DataConfig, PhaseConfig
+from w2s.data.counter import Purpose, generator
+from w2s.data.sample import SampleSpec
+from w2s.data.shards import list_shards, split_sources
+from w2s.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards that are drawn from with one probability."""
+
+    name: str
+    """Short name for metrics, different for each source."""
+    pattern: str
+    """What the configuration says."""
+    shards: list[str]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training samples."""
+
+    first: int
+    """Global index of its first sample."""
+    weights: tuple[float, ...]
+    """Probability of each source of the run."""
+    spec: SampleSpec
+    """What is made of its samples."""
+
+    def draw(self, seed: int, index: int) -> int:
+        """Return the source of a sample; it depends on the seed and the global index alone."""
+        if max(self.weights) == 1:
+            return self.weights.index(1)
+        point = generator(seed, Purpose.SOURCE, index).random()
+        return int(np.searchsorted(np.cumsum(self.weights), point, side="right"))
+
+
+def phase_at(phases: Sequence[Phase], index: int) -> Phase:
+    """Return the phase of a global sample index."""
+    return phases[bisect.bisect_right(phases, index, key=lambda phase: phase.first) - 1]
+
+
+def plan_sources(data: DataConfig, spec: SampleSpec, global_batch: int) -> tuple[list[Source], list[Phase]]:
+    """Find the sources of a run and lay out its phases.
+
+    Raises:
+        ConfigError: weights that are not one for each source, or a phase that does not end with a batch.
+        DataError: shards that are missing.
+    """
+    parts = data.phases or [PhaseConfig()]
+    mixes = [_mix(part, data) for part in parts]
+    sources = list_sources(data)
+    patterns = [source.pattern for source in sources]
+    _check_lengths(parts, global_batch)
+    firsts = itertools.accumulate((part.samples for part in parts[:-1]), initial=0)
+    phases = [
+        Phase(first, tuple(mix.get(pattern, 0.0) for pattern in patterns), _phase_spec(part, spec))
+        for first, part, mix in zip(firsts, parts, mixes, strict=True)
+    ]
+    return sources, phases
+
+
+def list_sources(data: DataConfig) -> list[Source]:
+    """Find the sources of all phases, each once.
+
+    Raises:
+        ConfigError: weights that are not one for each source.
+        DataError: shards that are missing.
+    """
+    mixes = [_mix(part, data) for part in data.phases or [PhaseConfig()]]
+    patterns = list(dict.fromkeys(pattern for mix in mixes for pattern in mix))
+    names = _names(patterns)
+    return [Source(names[text], text, list_shards(text, allow_pipe=data.allow_pipe)) for text in patterns]
+
+
+def _mix(part: PhaseConfig, data: DataConfig) -> dict[str, float]:
+    """Return the probability of each source of a phase; without weights all sources are one."""
+    text = part.train or data.train
+    weights = part.weights or (data.weights if not part.train or part.train == data.train else [])
+    if not weights:
+        return {text: 1.0}
+    patterns = split_sources(text)
+    if len(weights) != len(patterns) or len(set(patterns)) != len(patterns):
+        raise ConfigError(
+            f"data.weights={weights} are {len(weights)} for the {len(set(patterns))} different sources of "
+            f"data.train={text}: give one for each"
+        )
+    return {pattern: weight / sum(weights) for pattern, weight in zip(patterns, weights, strict=True)}
+
+
+def _names(patterns: Sequence[str]) -> dict[str, str]:
+    """Name every source by the last folder of its pattern, and by a number where names are equal."""
+    names: dict[str, str] = {}
+    for pattern in patterns:
+        folders = [part for part in re.split(r"[/,:;]", pattern) if part and not re.search(r"[*?{}\[\]]|\.tar$", part)]
+        plain = re.sub(r"[^\w.-]", "_", folders[-1]) if folders else "shards"
+        taken = set(names.values())
+        numbered = (f"{plain}-{number}" for number in itertools.count(2))
+        names[pattern] = plain if plain not in taken else next(name for name in numbered if name not in taken)
+    return names
+
+
+def _check_lengths(parts: Sequence[PhaseConfig], global_batch: int) -> None:
+    for number, part in enumerate(parts, 1):
+        last = number == len(parts)
+        if (part.samples == 0 and not last) or part.samples % global_batch:
+            fitting = max(1, round(part.samples / global_batch)) * global_batch
+            raise ConfigError(
+                f"data.phases: phase {number} has samples={part.samples}, which is no multiple of "
+                f"train.global_batch={global_batch}: use {fitting}"
+            )
+
+
+def _phase_spec(part: PhaseConfig, spec: SampleSpec) -> SampleSpec:
+    if part.crop_scale is not None:
+        spec = replace(spec, crop_scale=part.crop_scale)
+    if part.patch_dropout is not None:
+        kept = kept_patches(spec.grid**2, part.patch_dropout) if part.patch_dropout else 0
+        spec = replace(spec, kept_patches=kept)
+    return spec

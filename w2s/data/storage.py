@@ -1,0 +1,91 @@
+"""Files wherever they are: local, behind a URL (through fsspec), or the output of a shell command."""
+
+import glob
+import resource
+from typing import IO, Any, cast
+
+import fsspec
+from webdataset.gopen import gopen
+
+from w2s.errors import DataError, MissingPackageError
+
+PIPE = "pipe:"
+
+
+def is_local(shard: str) -> bool:
+    """Whether a shard or pattern is a file of this machine."""
+    return not shard.startswith(PIPE) and ("://" not in shard or shard.startswith("file://"))
+
+
+def open_at(shard: str, start: int) -> tuple[IO[bytes], bool]:
+    """Open a file for reading from byte `start` on.
+
+    Returns:
+        The stream, and whether it can seek; a stream that cannot counts its positions from `start`.
+    """
+    if is_local(shard):
+        stream: IO[bytes] = open(shard, "rb")  # noqa: SIM115, the caller closes it
+    elif shard.startswith(PIPE):
+        stream = gopen(shard, "rb")
+    else:
+        stream = cast("IO[bytes]", fsspec.open(shard, "rb").open())
+    seekable = not shard.startswith(PIPE) and stream.seekable()
+    if seekable:
+        stream.seek(start)
+    else:
+        _skip(stream, start)
+    return stream, seekable
+
+
+def _skip(stream: IO[bytes], size: int) -> None:
+    while size > 0:
+        block = stream.read(min(size, 1 << 20))
+        if not block:
+            raise EOFError
+        size -= len(block)
+
+
+def read_text(path: str) -> str | None:
+    """Return the content of a small file; None where it is not there or cannot be read."""
+    try:
+        stream, _ = open_at(path, 0)
+        with stream:
+            return stream.read().decode("utf-8")
+    except Exception:  # each driver raises errors of its own kind; such a file is a courtesy
+        return None
+
+
+def find_remote(url: str, option: str) -> list[str]:
+    """List what a URL names: a file as it stands, the `.tar` files of a folder (a URL that ends in `/`) or of a glob.
+
+    Raises:
+        DataError: nothing is there, or fsspec does not know this kind of URL.
+        MissingPackageError: fsspec's driver for it is not installed.
+    """
+    filesystem = _filesystem(url, option)
+    pattern = f"{url}*.tar" if url.endswith("/") else url
+    if not glob.has_magic(pattern):
+        return [url]
+    try:
+        found = [filesystem.unstrip_protocol(path) for path in filesystem.glob(pattern)]
+    except Exception as error:  # each driver raises errors of its own kind
+        raise DataError(f"{option}={url} cannot be listed: {type(error).__name__} {error}") from error
+    if not found:
+        raise DataError(f"{option}={url} has no shards: no .tar file is there")
+    return found
+
+
+def _filesystem(url: str, option: str) -> Any:
+    try:
+        filesystem, _ = fsspec.url_to_fs(url)
+    except ImportError as error:
+        raise MissingPackageError(f"{option}={url}: {error}") from error
+    except ValueError as error:
+        raise DataError(f"{option}={url} cannot be opened: {error}") from error
+    return filesystem
+
+
+def allow_many_files() -> None:
+    """Let this process open as many files as the machine allows: every lane keeps its shards open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,0 +1,159 @@
+"""The samples of a shard, undecoded: files of a tar archive, those of one sample next to each other."""
+
+import tarfile
+import time
+from collections.abc import Container, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import IO
+
+from webdataset.tariterators import base_plus_ext
+
+from w2s.data.storage import is_local, open_at
+from w2s.errors import DataError
+
+WAITS = (0.5, 2.0, 8.0)
+"""Seconds to wait before each new try after an error of a server."""
+
+DONE = -1
+"""Place in a shard behind which nothing comes."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """The files of one sample, or the place where a shard could not be read on."""
+
+    key: str
+    shard: str
+    files: dict[str, bytes]
+    """Contents by lower-case extension."""
+    damage: str = ""
+    """Why there are no files; empty for a sound sample."""
+    end: int = DONE
+    """Byte of the shard at which the next sample begins."""
+
+
+def read_shard(shard: str, start: int = 0, wanted: Container[str] | None = None) -> Iterator[RawSample]:
+    """Yield the samples of a shard in order, undecoded.
+
+    A shard that is damaged, gone or empty ends with a sample that says so, so that the loss is counted and the order
+    of all other samples stays what it was. An error of a server is met with new tries, a while apart.
+
+    Args:
+        shard: path or URL.
+        start: byte at which a sample begins, as in `RawSample.end`.
+        wanted: extensions that are read; None reads all.
+    """
+    count, place, waits = 0, start, iter(() if is_local(shard) else WAITS)
+    while place != DONE:
+        try:
+            for sample in _read_from(shard, place, wanted):
+                yield sample
+                count, place, waits = count + 1, sample.end, iter(() if is_local(shard) else WAITS)
+            break
+        except Exception as error:  # tarfile and the drivers of fsspec stumble in many ways
+            wait = None if isinstance(error, FileNotFoundError) else next(waits, None)
+            if wait is None:
+                yield RawSample(f"sample {count}", shard, {}, damage=_reason(error))
+                return
+            time.sleep(wait)
+    if start == place == 0:
+        yield RawSample("sample 0", shard, {}, damage="shard is empty")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "shard is gone"
+    damaged = isinstance(error, tarfile.TarError | EOFError | ValueError)
+    return "shard is damaged" if damaged else "shard cannot be read"
+
+
+def _read_from(shard: str, start: int, wanted: Container[str] | None) -> Iterator[RawSample]:
+    stream, seekable = open_at(shard, start)
+    base = 0 if seekable else start
+    with closing(stream), _StrictTar.open(fileobj=stream, mode="r:" if seekable else "r|") as tar:
+        key, files = "", dict[str, bytes]()
+        member = tar.first
+        while member is not None:
+            name, extension = base_plus_ext(member.name) if member.isreg() else ("", "")
+            if name:
+                if key and name != key:
+                    yield RawSample(key, shard, files, end=base + member.offset)
+                    files = {}
+                key, extension = name, extension.lower()
+                if wanted is None or extension in wanted:
+                    files[extension] = _read(tar, member)
+            member = tar.next()
+        if key:
+            yield RawSample(key, shard, files, end=base + tar.offset)
+
+
+def _read(tar: "_StrictTar", member: tarfile.TarInfo) -> bytes:
+    tar.stream.seek(member.offset_data)
+    data = tar.stream.read(member.size)
+    if len(data) < member.size:
+        raise EOFError
+    return data
+
+
+class _StrictTar(tarfile.TarFile):
+    """An archive that ends with its end mark. Python's own takes a broken or missing header for the end."""
+
+    @property
+    def first(self) -> tarfile.TarInfo | None:
+        """The member that opening the archive has read."""
+        return self.firstmember  # type: ignore[attr-defined]
+
+    @property
+    def stream(self) -> IO[bytes]:
+        """The archive's bytes."""
+        return self.fileobj  # type: ignore[return-value]
+
+    def next(self) -> tarfile.TarInfo | None:
+        """Return the next member; members that went by are not kept."""
+        self.stream.seek(self.offset)
+        try:
+            return self.tarinfo.fromtarfile(self)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            return None
+
+
+def find_image(files: dict[str, bytes], image_key: str) -> bytes | None:
+    """Return the image of a sample: the first of the `;`-separated extensions that is there."""
+    return next((files[name] for name in image_key.split(";") if name in files), None)
+
+
+def caption_file(caption_key: str) -> str:
+    """Return the extension of the file that holds a caption: of `json.KEY` it is `json`."""
+    return "json" if caption_key.startswith("json.") else caption_key
+
+
+def check_shard(shard: str, image_key: str, caption_key: str | None) -> None:
+    """Check that a shard holds what a stage needs, by its first sample with an image.
+
+    Args:
+        shard: the shard to open.
+        image_key: extensions of the image, separated by `;`.
+        caption_key: where captions are, separated by `;`; None where they are not needed.
+
+    Raises:
+        DataError: it is damaged or empty, no sample has an image, or the first one with an image has no caption.
+    """
+    extensions: set[str] = set()
+    for sample in read_shard(str(shard)):
+        if sample.damage:
+            raise DataError(f"{sample.damage}: replace or remove {shard}")
+        extensions |= set(sample.files)
+        if find_image(sample.files, image_key) is None:
+            continue
+        if caption_key is not None and not any(caption_file(key) in sample.files for key in caption_key.split(";")):
+            raise DataError(
+                f"sample {sample.key} of {shard} has no caption '.{caption_key}', only {_names(extensions)}: "
+                "set data.caption_key"
+            )
+        return
+    raise DataError(f"{shard} has no image '.{image_key}', only {_names(extensions)}: set data.image_key")
+
+
+def _names(extensions: set[str]) -> str:
+    return ", ".join(f".{name}" for name in sorted(extensions))
