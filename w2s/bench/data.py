@@ -81,11 +81,10 @@ def measure(photographs: Path, *, samples: int, repeats: int, workers: int) -> d
 
 
 def spec(scale: tuple[float, float], half_scale: bool = False) -> SampleSpec:
-    """Return what the contrastive stage wants of a sample."""
+    """Return what open_clip's loader gives too: an image and the tokens of its caption."""
     return SampleSpec(
         image_size=SIZE,
         grid=16,
-        kept_patches=128,
         context_length=77,
         crop_scale=scale,
         flip=False,
