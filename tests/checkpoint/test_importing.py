@@ -229,7 +229,8 @@ def wrong_files(folder: Path, model: ModelConfig) -> dict[str, tuple[Path, str]]
     clip = released(model)
     names = [
         "garbage.pt", "cut.pt", "garbage.safetensors", "cut.safetensors", "old.pt", "code.pt", "number.pt", "gap.pt",
-        "extra.pt", "shape.pt", "notes.txt",
+        "extra.pt", "shape.pt", "notes.txt", "empty.safetensors", "list.index.json", "names.index.json",
+        "empty.index.json",
     ]  # fmt: skip
     paths = {name: folder / name for name in names}
     for name in ("garbage.pt", "garbage.safetensors", "notes.txt"):
@@ -245,12 +246,17 @@ def wrong_files(folder: Path, model: ModelConfig) -> dict[str, tuple[Path, str]]
     torch.save({name: value for name, value in clip.items() if name != "visual.norm.weight"}, paths["gap.pt"])
     torch.save({**clip, "visual.blocks.7.norm1.weight": torch.ones(32)}, paths["extra.pt"])
     torch.save({**clip, "visual.blocks.0.mlp.fc1.weight": torch.ones(65, 32)}, paths["shape.pt"])
+    save_file({}, paths["empty.safetensors"])
+    for name, content in {"list": [1], "names": {"weight_map": ["a"]}, "empty": {"weight_map": {}}}.items():
+        paths[f"{name}.index.json"].write_text(json.dumps(content))
     messages = {
         "garbage.pt": "cannot be read", "cut.pt": "cannot be read", "garbage.safetensors": "cannot be read",
         "cut.safetensors": "cannot be read", "old.pt": "PyTorch's old format", "code.pt": "more than tensors",
         "number.pt": "holds no tensors", "gap.pt": "1 tensors are missing, such as vision.norm.weight",
         "extra.pt": "1 tensors are unexpected, such as visual.blocks.7.norm1.weight",
         "shape.pt": "is [65, 32] there and [64, 32] here", "notes.txt": "is no weights file",
+        "empty.safetensors": "holds no tensors", "list.index.json": "is no index of weights",
+        "names.index.json": "is no index of weights", "empty.index.json": "holds no tensors",
     }  # fmt: skip
     return {name: (paths[name], messages[name]) for name in names} | {"none": (folder / "none.pt", "does not exist")}
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from tests.checkpoint.peers import model_of, open_clip_model, released, timm_tower
@@ -54,6 +55,17 @@ def test_other_peoples_formats(tmp_path: Path) -> None:
     assert "a norm before the layers" in inspect(tmp_path / "3.pt")["vision tower"]
     with pytest.raises(CheckpointError, match="does not exist"):
         inspect(tmp_path / "none.pt")
+
+
+def test_towers_of_another_kind_are_not_described_as_ours(tmp_path: Path) -> None:
+    plain = timm.create_model("test_vit").state_dict()
+    torch.save(plain, tmp_path / "plain.pt")
+    torch.save({name: value for name, value in plain.items() if "patch_embed" not in name}, tmp_path / "part.pt")
+    torch.save({**released(model_of("e")), "visual.pos_embed": torch.zeros(5)}, tmp_path / "odd.pt")
+    for name in ("plain", "part", "odd"):
+        about = inspect(tmp_path / f"{name}.pt")
+        assert about["vision tower"] == "of another kind than w2s's"
+        assert about["model"] == "none of configs/model"
 
 
 @pytest.mark.parametrize("name", ["eva_18b", "eva02_e_plus", "eva01_g", "eva_8b_448"])

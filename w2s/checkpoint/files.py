@@ -129,9 +129,9 @@ def _indexed(index: Path) -> list[Path]:
     """The files that an index names."""
     try:
         names: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError) as error:
+        paths = sorted({index.parent / name for name in names.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is no index of weights: it has no weight_map") from error
-    paths = sorted({index.parent / name for name in names.values()})
     for path in paths:
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist, but {index.name} names it: fetch the missing part")
@@ -139,15 +139,18 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def _open_all(paths: list[Path], name: Path) -> Tensors:
-    if paths[0].suffix == ".safetensors":
-        return SafetensorsFiles(paths)
-    tensors: dict[str, Tensor] = {}
-    for path in paths:
-        with reading(path):
-            tensors |= _tensors_of(_load(path))
-    if not tensors:
+    found: Tensors
+    if paths and paths[0].suffix == ".safetensors":
+        found = SafetensorsFiles(paths)
+    else:
+        tensors: dict[str, Tensor] = {}
+        for path in paths:
+            with reading(path):
+                tensors |= _tensors_of(_load(path))
+        found = InMemory(tensors)
+    if not found.meta:
         raise CheckpointError(f"{name} holds no tensors: give a file of weights")
-    return InMemory(tensors)
+    return found
 
 
 def _load(path: Path) -> Any:

@@ -20,6 +20,10 @@ FORMATS = {
     "text": "a text tower alone",
     "w2s": "w2s checkpoint",
 }
+VISION_OF_OURS = {
+    "visual.cls_token", "visual.pos_embed", "visual.patch_embed.proj.weight", "visual.blocks.0.mlp.fc1.weight"
+}  # fmt: skip
+"""What every vision tower of EVA's kind has."""
 
 
 def inspect(path: Path) -> dict[str, str]:
@@ -49,7 +53,7 @@ def dimensions(released: Released) -> dict[str, int | str | bool]:
     """Return the sizes of the towers of our kind that a checkpoint holds."""
     shapes = {name: tuple(tensor.shape) for name, tensor in released.meta.items()}
     found: dict[str, int | str | bool] = {}
-    if "visual.pos_embed" in shapes and "visual.blocks.0.mlp.fc1.weight" in shapes:
+    if shapes.keys() >= VISION_OF_OURS and len(shapes["visual.pos_embed"]) == 3 and not _is_plain_vit(shapes):
         patch = shapes["visual.patch_embed.proj.weight"][-1]
         found |= {
             "vision.width": shapes["visual.pos_embed"][2],
@@ -60,7 +64,7 @@ def dimensions(released: Released) -> dict[str, int | str | bool]:
             "vision.norm": "layernorm" if "visual.blocks.0.norm1.bias" in shapes else "rmsnorm",
             "vision.qkv_bias": "visual.blocks.0.attn.q_bias" in shapes,
         }
-    if "text.positional_embedding" in shapes and "text.token_embedding.weight" in shapes:
+    if "text.token_embedding.weight" in shapes and len(shapes.get("text.positional_embedding", ())) == 2:
         found |= {
             "text.width": shapes["text.positional_embedding"][1],
             "text.context_length": shapes["text.positional_embedding"][0],
@@ -75,6 +79,11 @@ def dimensions(released: Released) -> dict[str, int | str | bool]:
 def _dimensions_of(model: ModelConfig) -> dict[str, int | str | bool]:
     vision = {f"vision.{name}": value for name, value in vars(model.vision).items()}
     return vision | {f"text.{name}": value for name, value in vars(model.text).items()} | {"embed_dim": model.embed_dim}
+
+
+def _is_plain_vit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether K has a bias too, as in timm's plain ViTs: EVA's Q and V alone have one."""
+    return "visual.blocks.0.attn.qkv.bias" in shapes
 
 
 def _layers(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
