@@ -133,10 +133,24 @@ def test_mistakes_are_one_line(
         "has no shards": [str(folder / "clip"), "--images", str(folder / "nothing" / "*.png")],
         "0.png: ": [str(folder / "clip"), "--images", str(folder / "broken" / "*.png")],
         "CHECKPOINT=nowhere is no path": ["nowhere", "--images", images],
+        "is a text tower alone": [str(folder / "text.pt"), "--model", "tiny", "--texts", texts],
         "asks for nothing": [str(folder / "clip")],
     }
+    clip = torch.load(folder / "clip.pt", weights_only=True)
+    torch.save({name: value for name, value in clip.items() if name.startswith("text.")}, folder / "text.pt")
     for line, arguments in mistakes.items():
         assert encode(monkeypatch, *arguments, "--out", out) == 2
         error = capsys.readouterr().err
         assert line in error and error.count("\n") == 1
     assert not Path(out).exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("w2s.encode.hand_over", None)  # nothing is loaded before
+    for out, line in ((folder, "is a folder"), (folder / "clip.pt" / "x.safetensors", "cannot be written")):
+        assert encode(monkeypatch, str(folder / "clip"), "--texts", str(folder / "texts.txt"), "--out", str(out)) == 2
+        error = capsys.readouterr().err
+        assert f"--out {out} {line}" in error and error.count("\n") == 1
+    assert not list(folder.parent.glob(".*.partial"))

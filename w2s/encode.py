@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from w2s.data.decode import decode_image
 from w2s.data.shards import list_shards, shard_name
 from w2s.data.tar import find_image, read_shard
 from w2s.data.tokens import tokenize
-from w2s.errors import CheckpointError, ConfigError, DataError
+from w2s.errors import CheckpointError, ConfigError, DataError, UserError
 from w2s.evaluation.dataset import eval_transform
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
@@ -95,7 +96,9 @@ def run(job: EncodeJob) -> None:
     Raises:
         CheckpointError: the checkpoint is damaged, of another model, or has no tower for what is asked.
         DataError: an image or the file of texts cannot be read.
+        UserError: `job.out` cannot be written.
     """
+    _check_out(job.out)
     with stop_at_once(), groups.start(job.config.parallel, job.config.hardware) as ranks:
         vision, text, kind = _encoders(job, ranks)
         found: dict[str, Tensor] = {}
@@ -117,6 +120,8 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode, str]:
     config, dtype = job.config, compute_dtype(job.config.precision)
     source, tokens = open_released(job.checkpoint), 1 + job.config.model.vision.patches
     if "visual.head.weight" not in source.meta:
+        if not source.has("visual"):
+            raise CheckpointError(f"{job.checkpoint} is a text tower alone: encode with a whole CLIP")
         if job.texts is not None:
             raise CheckpointError(f"{job.checkpoint} has no text tower: leave --texts out, or encode with a clip run")
         student = build_student(config, 1, dtype, ranks.device)
@@ -217,8 +222,22 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
+def _check_out(path: Path) -> None:
+    """Refuse a file that cannot be written before the work is done."""
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder: give a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
+
+
 def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, about)
-    os.replace(scratch, path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, about)
+        os.replace(scratch, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out {path} cannot be written: {error}") from error
+    finally:
+        scratch.unlink(missing_ok=True)
