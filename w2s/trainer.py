@@ -150,8 +150,7 @@ class Trainer:
         train = self.config.train
         meter = StepMeter(self.ranks.device)
         if self.handover is not None:
-            title = f"taken from {self.handover.source}"
-            self.tracker.table("handover", ["", "tensors", "names"], self.handover.rows(), title)
+            self.tracker.table("handover", ["", "tensors", "names"], self.handover.rows(), self.handover.title)
         if self.ranks.main:
             rows = self.stream.source_rows(Path(self.config.data.index))
             self.tracker.table("sources", ["source", "shards", "samples", "weight"], rows, "training data")

@@ -74,6 +74,14 @@ def test_both_towers_with_their_projections(source: Path) -> None:
     assert torch.equal(text["text_projection"], clip["text.text_projection"])
 
 
+def test_the_towers_may_come_from_two_checkpoints(source: Path, tmp_path: Path) -> None:
+    assert taken(model_of("e"), vision=str(source), text=str(source))[0].title == f"taken from {source}"
+    save_file(released(model_of("18b")), tmp_path / "other.safetensors")
+    handover, _, _ = taken(model_of("e"), vision=str(source), text=str(tmp_path / "other.safetensors"))
+    assert handover.title == f"taken from {source} and {tmp_path / 'other.safetensors'}"
+    assert handover.source == source
+
+
 def test_projections_start_afresh_when_asked_or_when_widths_differ(source: Path) -> None:
     projections = ["vision.head.bias", "vision.head.weight", "text.logit_scale", "text.text_projection"]
     theirs = ["visual.head.bias", "visual.head.weight", "logit_scale", "text.text_projection"]

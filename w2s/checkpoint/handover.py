@@ -31,6 +31,7 @@ class Handover:
         dropped: tensors of the checkpoint that this stage has no use for.
         new: tensors of this stage that start afresh.
         resized: tensors taken over and resampled for another image or patch size.
+        also: the text tower's checkpoint, if it is another one.
     """
 
     source: Path
@@ -38,6 +39,12 @@ class Handover:
     dropped: list[str]
     new: list[str]
     resized: list[str] = field(default_factory=list)
+    also: Path | None = None
+
+    @property
+    def title(self) -> str:
+        """Say where the tensors come from."""
+        return f"taken from {self.source}" + (f" and {self.also}" if self.also else "")
 
     def rows(self) -> list[list[str]]:
         """Return the table's rows: what happened, how many tensors, which."""
@@ -56,6 +63,7 @@ class Handover:
             dropped=self.dropped + other.dropped,
             new=self.new + other.new,
             resized=self.resized + other.resized,
+            also=None if other.source == self.source else other.source,
         )
 
 
