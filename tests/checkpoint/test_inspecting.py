@@ -53,6 +53,7 @@ def test_other_peoples_formats(tmp_path: Path) -> None:
         torch.save({"state_dict": tensors}, tmp_path / f"{number}.pt")
         assert inspect(tmp_path / f"{number}.pt")["format"] == format
     assert "a norm before the layers" in inspect(tmp_path / "3.pt")["vision tower"]
+    assert inspect(tmp_path / "3.pt")["model"] == "none of configs/model"
     with pytest.raises(CheckpointError, match="does not exist"):
         inspect(tmp_path / "none.pt")
 
@@ -68,8 +69,28 @@ def test_towers_of_another_kind_are_not_described_as_ours(tmp_path: Path) -> Non
         assert about["model"] == "none of configs/model"
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+def test_models_of_transformers_are_called_that(tmp_path: Path, kind: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="an optional package: pip install 'w2s[hf]'")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes = {"vision_config": small, "text_config": {**small, "vocab_size": 9}}
+    peer = transformers.AutoModel.from_config(
+        transformers.AutoConfig.for_model(kind, **(small if kind == "dinov2" else sizes))
+    )
+    peer.save_pretrained(tmp_path / "peer")
+    about = inspect(tmp_path / "peer")
+    assert about["format"] == "transformers"
+    text = sum(value.numel() for name, value in peer.named_parameters() if name.startswith("text_"))
+    assert about.get("of the text tower") == (f"{text:,}" if text else None)
+    with pytest.raises(CheckpointError, match=r"use its folder as a teacher, hf:FOLDER"):
+        import_checkpoint(tmp_path / "peer", model_of("e"), tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", ["eva_18b", "eva02_e_plus", "eva01_g", "eva_8b_448"])
 def test_the_models_of_the_zoo_are_known_by_their_shapes(alone: Ranks, name: str) -> None:
     shapes = model_shapes(load("clip", [f"model={name}"]).model)
     tensors = {released_name(key): torch.empty(shape, device="meta") for key, shape in shapes.items()}
     assert known_models(rename(InMemory(tensors), Path("x"))) == [name]
+    foreign = {key: value for key, value in tensors.items() if not key.startswith("visual.")}
+    foreign["visual.trunk.x"] = torch.empty(1, device="meta")
+    assert known_models(rename(InMemory(foreign), Path("x"))) == [], "the text tower's shapes are not enough"

@@ -119,7 +119,8 @@ def refuse_gaps(found: Fit, allowed: Sequence[str], model: str) -> None:
     """
     if found.misfits:
         raise CheckpointError(
-            f"{found.source.path} does not hold the model {model}: {found.misfit()}; choose the model that it holds"
+            f"{found.source.path} does not hold the model {model}: {found.misfit()}{_hint(found.source)}; "
+            "choose the model that it holds"
         )
     for kind, names in (("missing", found.missing), ("unexpected", found.surplus)):
         rest = [name for name in names if not any(fnmatch(name, pattern) for pattern in allowed)]
@@ -162,6 +163,8 @@ def _is_empty(source: Released, name: str) -> bool:
 def _hint(source: Released) -> str:
     if CLIP_VIT in source.meta:
         return " (it is the ViT of OpenAI and open_clip, with a norm before the layers: use it as a teacher)"
+    if source.format == "hf":
+        return " (it is a model of transformers: use its folder as a teacher, hf:FOLDER)"
     if any("q_proj" in name for name in source.meta):
         return " (it is an EVA02-B or -L, with rotary positions: use it as a teacher)"
     return ""

@@ -18,6 +18,7 @@ FORMATS = {
     "open_clip": "open_clip",
     "timm": "timm",
     "text": "a text tower alone",
+    "hf": "transformers",
     "w2s": "w2s checkpoint",
 }
 VISION_OF_OURS = {
@@ -44,6 +45,8 @@ def inspect(path: Path) -> dict[str, str]:
 def known_models(released: Released) -> list[str]:
     """Return the models of configs/model whose shapes a checkpoint has; pre- and post-norm towers look alike."""
     found = dimensions(released)
+    if released.has("visual") and "vision.width" not in found:
+        return []
     names = sorted(path.name.removesuffix(".yaml") for path in (files("w2s.configs") / "model").iterdir())
     models = {name: model_from(read_document("model", name)) for name in names}
     return [name for name, model in models.items() if found and found.items() <= _dimensions_of(model).items()]

@@ -6,6 +6,7 @@
 | EVA's masked stage, timm                  | the vision tower's, without a prefix                    |
 | open_clip, with a vision tower of timm's  | `visual.trunk.…`, and text with or without `text.`      |
 | open_clip and OpenAI, with their own ViT  | `visual.conv1.…`: only the text tower is of our kind    |
+| transformers                              | `vision_model.…`, `text_model.…`: teachers only         |
 | w2s                                       | `vision.…`, `text.…` with Megatron's names              |
 """
 
@@ -33,12 +34,15 @@ PLAIN_TEXT = ("token_embedding.", "positional_embedding", "transformer.resblocks
 CLIP_VIT = "visual.conv1.weight"
 """Marks the vision transformer of OpenAI and open_clip, which has a norm before the layers."""
 
+TRANSFORMERS = ("vision_model.", "text_model.", "embeddings.patch_embeddings.")
+"""How names begin in the CLIPs, SigLIPs and DINOv2s of transformers."""
+
 
 class Released:
     """Tensors under released names.
 
     Attributes:
-        format: who wrote them: `eva`, `mim`, `open_clip`, `timm`, `text` or `w2s`.
+        format: who wrote them: `eva`, `mim`, `open_clip`, `timm`, `text`, `hf` or `w2s`.
         path: where they come from, for messages.
     """
 
@@ -118,11 +122,13 @@ def _released(name: str) -> str:
     name = name.replace("visual.trunk.", "visual.").replace("visual.head.proj.", "visual.head.")
     if name.startswith(("visual.", "text.")) or name in ("logit_scale", "logit_bias"):
         return name
-    return f"text.{name}" if name.startswith(PLAIN_TEXT) else f"visual.{name}"
+    return f"text.{name}" if name.startswith((*PLAIN_TEXT, "text_model.")) else f"visual.{name}"
 
 
 def _format_of(names: dict[str, str]) -> str:
     prefixed = any(name.startswith(("visual.", "text.")) for name in names)
+    if any(name.startswith(TRANSFORMERS) for name in names):
+        return "hf"
     if "mask_token" in names or "lm_head.weight" in names:
         return "mim"
     if any(name.startswith("visual.trunk.") for name in names) or CLIP_VIT in names:
