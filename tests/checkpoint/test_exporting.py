@@ -151,6 +151,8 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(model, tmp_path)
     with pytest.raises(ConfigError, match="--format onnx does not exist: use eva, open_clip, timm, safetensors"):
         export_checkpoint(checkpoint, "onnx", tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"clip\.pt is no checkpoint of w2s: make one of it with `w2s import`"):
+        export_checkpoint(tmp_path / "clip.pt", "eva", tmp_path / "out")
     next((checkpoint).glob("*.distcp")).write_bytes(b"gone")
     with pytest.raises(CheckpointError, match="cannot read") as error:
         export_checkpoint(checkpoint, "safetensors", tmp_path / "out")

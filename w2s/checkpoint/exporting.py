@@ -46,6 +46,8 @@ def export_checkpoint(checkpoint: Path, format: str, out: Path) -> dict[str, int
     """
     if format not in get_args(Format):
         raise ConfigError(f"--format {format} does not exist: use {', '.join(get_args(Format))}")
+    if not (checkpoint / "meta.json").is_file():
+        raise CheckpointError(f"{checkpoint} is no checkpoint of w2s: make one of it with `w2s import`")
     model, released = model_from(read_meta(checkpoint).config), open_released(checkpoint)
     write: Callable[[Released, ModelConfig, Path, Path], None] = {
         "eva": _write_eva, "open_clip": _write_open_clip, "timm": _write_timm, "safetensors": _write_released
