@@ -89,8 +89,8 @@ def _read_from(shard: str, start: int, wanted: Container[str] | None) -> Iterato
 
 
 def _read(tar: "_StrictTar", member: tarfile.TarInfo) -> bytes:
-    tar.stream.seek(member.offset_data)
-    data = tar.stream.read(member.size)
+    tar.contents.seek(member.offset_data)
+    data = tar.contents.read(member.size)
     if len(data) < member.size:
         raise EOFError
     return data
@@ -105,13 +105,13 @@ class _StrictTar(tarfile.TarFile):
         return self.firstmember  # type: ignore[attr-defined]
 
     @property
-    def stream(self) -> IO[bytes]:
+    def contents(self) -> IO[bytes]:
         """The archive's bytes."""
         return self.fileobj  # type: ignore[return-value]
 
     def next(self) -> tarfile.TarInfo | None:
         """Return the next member; members that went by are not kept."""
-        self.stream.seek(self.offset)
+        self.contents.seek(self.offset)
         try:
             return self.tarinfo.fromtarfile(self)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
