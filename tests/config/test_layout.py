@@ -81,6 +81,11 @@ def test_text_heads_do_not_divide_by_eight() -> None:
             "use train.micro_batch=2, 4, 8, 16, 32, 64, 128 or 256",
         ),
         (
+            1,
+            ["parallel.recompute=full", "parallel.recompute_layers=49"],
+            "parallel.recompute_layers=49 is more than the 48 layers of a tower: use at most 48, or 0 for all layers",
+        ),
+        (
             8,
             ["parallel.tensor=8", "train.global_batch=4", "train.micro_batch=4"],
             "train.global_batch=4 is not divisible",

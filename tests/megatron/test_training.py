@@ -1,5 +1,7 @@
 """The distributed optimizer, the schedules, save and load: however the work is split, the numbers are the same."""
 
+import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +170,21 @@ def test_a_background_write_that_fails_is_one_line(alone: Ranks, tmp_path: Path)
     writing = state.save(tmp_path, {"vision": run.student}, run.optimizer, {}, background=True)
     with pytest.raises(CheckpointError, match=rf"^cannot write {tmp_path} .*(Is a directory|IsADirectoryError)"):
         writing.finish()
+
+
+def test_a_background_write_whose_process_is_killed_is_one_line(alone: Ranks, tmp_path: Path) -> None:
+    run = Run(alone, optim("adamw"))
+    run.step()
+    file = tmp_path / "__0_0.distcp"
+    os.mkfifo(file)  # the writer waits for a reader
+    before = set(multiprocessing.active_children())
+    writing = state.save(tmp_path, {"vision": run.student}, run.optimizer, {}, background=True)
+    (process,) = set(multiprocessing.active_children()) - before
+    process.kill()
+    with pytest.raises(CheckpointError, match=rf"^cannot write {tmp_path} .*") as caught:
+        writing.finish()
+    assert "\n" not in str(caught.value)
+    os.close(os.open(file, os.O_RDONLY | os.O_NONBLOCK))  # what the writer has started ends
 
 
 def test_names_and_shapes_in_a_checkpoint(alone: Ranks, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def check_towers(config: Config) -> None:
     for name in _towers(config):
         _check_tensor(config, name)
         _check_pipeline(config, name)
+    _check_recomputed_layers(config)
 
 
 def check_micro_batches(config: Config, world_size: int) -> None:
@@ -148,6 +149,15 @@ def _check_pipeline(config: Config, name: str) -> None:
         raise ConfigError(
             f"parallel.{name}_split={list(split)} must have {stages} whole numbers above 0 that add up to "
             f"model.{name}.layers={layers}: leave it out, or use such as {_even(layers, stages)}"
+        )
+
+
+def _check_recomputed_layers(config: Config) -> None:
+    count, most = config.parallel.recompute_layers, max(getattr(config.model, name).layers for name in _towers(config))
+    if count > most:
+        raise ConfigError(
+            f"parallel.recompute_layers={count} is more than the {most} layers of a tower: "
+            f"use at most {most}, or 0 for all layers"
         )
 
 
