@@ -66,7 +66,7 @@ def test_groups_hold_every_trained_parameter_once() -> None:
         ("vision", "blocks.1.mlp.linear_fc1.weight", 2, nn.Parameter(torch.zeros(2, 2))),
         ("text", "logit_scale", 2, frozen),
     ]
-    groups = parameter_groups(parameters, OPTIM, lambda kinds: kinds | {(0.0, True)})
+    groups = parameter_groups(parameters, OPTIM, lambda kinds: kinds | {(0.0, True, False)})
     assert [(group["peak_lr"], group["weight_decay"], len(group["params"])) for group in groups] == [
         (0.0, 0.1, 0),  # what only another pipeline stage has
         (pytest.approx(4e-4 * 0.9), 0.1, 1),

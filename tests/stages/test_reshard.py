@@ -66,6 +66,21 @@ def common(material: Material) -> list[str]:
     return ["model=tiny", "hardware=cpu", *data, *teacher, *train]
 
 
+def test_bfloat16_goes_on_bit_for_bit(common: list[str], tmp_path: Path) -> None:
+    """The scalars of the loss are float32 beside bfloat16 weights, in any layout."""
+    bf16 = [*common, "init.vision=none", "precision.compute=bf16", "optim.name=lamb", "clip.loss=sigmoid"]
+    configs, folders = [], []
+    for name, layout in {"pipeline": [PIPELINE, "train.micro_batch=4"], "data": ["train.micro_batch=8"]}.items():
+        first, again = tmp_path / name, tmp_path / f"{name}-again"
+        for before, after in ((None, first), (first, again)):
+            after.mkdir()
+            configs.append(load("clip", [*bf16, "clip.logit_scale=10", *layout]))
+            folders.append((before, after))
+    begun_split, resumed_split, begun, resumed = run_ranks(go_on, 2, configs, folders)[0]
+    assert (begun_split, begun) == (resumed_split, resumed)
+    assert begun == pytest.approx(begun_split, rel=2**-6), "bfloat16 has eight bits"
+
+
 def test_any_layout_goes_on_where_another_stopped(common: list[str], tmp_path: Path) -> None:
     stages = {"mim": ["optim.name=adamw"], "clip": ["optim.name=lamb", "init.vision=none"]}
     before: dict[str, Path | None] = dict.fromkeys(stages)

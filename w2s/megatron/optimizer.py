@@ -44,7 +44,7 @@ class Optimizer:
                 max_lr=group["peak_lr"],
                 min_lr=0.0,
                 is_expert_parallel=False,
-                is_decoupled_lr=False,
+                is_decoupled_lr=group["scalars"],
                 default_config=True,
             )
         kind = partial(Lamb, trust_ratio=config.trust_ratio) if config.name == "lamb" else torch.optim.AdamW

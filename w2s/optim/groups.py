@@ -9,6 +9,8 @@ from torch import nn
 from w2s.config.sections import OptimConfig
 
 EMBEDDINGS = ("patch_embed", "cls_token", "pos_embed", "mask_token", "token_embedding", "positional_embedding")
+SCALARS = ("logit_scale", "logit_bias")
+"""Of the loss, in float32 whatever the weights are."""
 NEVER_DECAYED = ("pos_embed", "cls_token", "positional_embedding", "logit_scale")
 
 
@@ -25,7 +27,7 @@ def peak_lr(tower: str, name: str, layers: int, optim: OptimConfig) -> float:
 
     Source: baaivision/EVA, shinji/training/optim.py.
     """
-    if name in ("logit_scale", "logit_bias"):
+    if name in SCALARS:
         return optim.lr
     base, decay = {
         "vision": (optim.vision_lr, optim.vision_layer_decay),
@@ -39,8 +41,11 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.startswith(NEVER_DECAYED)
 
 
-Kind = tuple[float, bool]
-"""Peak learning rate of a group, and whether weight decay applies."""
+Kind = tuple[float, bool, bool]
+"""Peak learning rate of a group, whether weight decay applies, whether it holds the scalars of the loss.
+
+The scalars are apart because Megatron takes all weights of a group to be of one type.
+"""
 
 
 def parameter_groups(
@@ -56,14 +61,19 @@ def parameter_groups(
         everywhere: takes the kinds of groups that this rank has, returns those that any rank has.
 
     Returns:
-        Groups with `params`, `peak_lr` and `weight_decay`, the same on every rank, some perhaps without parameters.
+        Groups with `params`, `peak_lr`, `weight_decay` and `scalars`, the same on every rank, some perhaps empty.
     """
     groups: dict[Kind, list[nn.Parameter]] = {}
     for tower, name, layers, parameter in parameters:
         if parameter.requires_grad:
-            kind = peak_lr(tower, name, layers, optim), is_decayed(name, parameter)
+            kind = peak_lr(tower, name, layers, optim), is_decayed(name, parameter), name in SCALARS
             groups.setdefault(kind, []).append(parameter)
     return [
-        {"params": groups.get((lr, decayed), []), "peak_lr": lr, "weight_decay": optim.weight_decay * decayed}
-        for lr, decayed in sorted(everywhere(set(groups)))
+        {
+            "params": groups.get(kind, []),
+            "peak_lr": kind[0],
+            "weight_decay": optim.weight_decay * kind[1],
+            "scalars": kind[2],
+        }
+        for kind in sorted(everywhere(set(groups)))
     ]
