@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from statistics import fmean
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -140,8 +140,13 @@ def split(parallel: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
             model_size=dist.get_world_size(parallel_state.get_model_parallel_group()),
             model_group=parallel_state.get_model_parallel_group(),
             world_group=dist.distributed_c10d._get_default_group(),
-            control_group=dist.new_group(backend="gloo"),
+            control_group=_all_over_gloo(),
             device=device,
         )
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def _all_over_gloo() -> ProcessGroup:
+    group: Any = dist.new_group(backend="gloo")
+    return group
