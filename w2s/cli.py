@@ -341,7 +341,7 @@ def data_index(overrides: Overrides = None, debug: Debug = False) -> None:
 @data.command("check")
 def data_check(
     shards: Shards,
-    image_key: ImageKey = "jpg;jpeg;png;webp",
+    image_key: ImageKey = "jpg;jpeg;png;webp;bmp;gif;tif;tiff",
     caption_key: CaptionKey = "txt",
     workers: Workers = 1,
     debug: Debug = False,
@@ -362,7 +362,7 @@ def data_show(
     shards: Shards,
     out: Annotated[str, typer.Option(help="PNG file for a sheet of images with their captions.")] = "sheet.png",
     count: Annotated[int, typer.Option(min=1, help="Images in the sheet.")] = 24,
-    image_key: ImageKey = "jpg;jpeg;png;webp",
+    image_key: ImageKey = "jpg;jpeg;png;webp;bmp;gif;tif;tiff",
     caption_key: CaptionKey = "txt",
     debug: Debug = False,
 ) -> None:

@@ -176,9 +176,13 @@ def test_a_group_file_does_not_choose_the_stage(tmp_path: Path) -> None:
 
 def test_a_list_of_shards_in_a_file_is_several_sources(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("data:\n  train: [a/, 'b/{0..3}.tar']\n  weights: [0.25, 0.75]\n")
+    path.write_text(
+        "data:\n  train: [a/, 'b/{0..3}.tar']\n  weights: [0.25, 0.75]\n"
+        "  phases: [{samples: 64, train: [c/, d/], weights: [0.5, 0.5]}, {}]\n"
+    )
     data = load("mim", [f"data={path}"]).data
     assert (data.train, data.weights) == ("a/::b/{0..3}.tar", [0.25, 0.75])
+    assert data.phases == [PhaseConfig(samples=64, train="c/::d/", weights=[0.5, 0.5]), PhaseConfig()]
 
 
 def test_phases_are_typed_sections() -> None:

@@ -6,7 +6,10 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import fsspec
@@ -223,3 +226,43 @@ def test_a_remote_shard_that_is_gone_is_not_waited_for(monkeypatch: pytest.Monke
     server = Failing(0, monkeypatch)
     assert [sample.damage for sample in read_shard("memory://bucket/none.tar")] == ["shard is gone"]
     assert server.waits == []
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[int]]]:
+    """A web server of one shard, and the statuses with which it answers the next requests."""
+    pytest.importorskip("aiohttp")
+    write_shards(tmp_path / "a", [8])
+    errors = list[int]()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def send_head(self) -> Any:
+            if errors:
+                self.send_error(errors.pop())
+                return None
+            return super().send_head()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    monkeypatch.setattr("w2s.data.tar.time.sleep", lambda seconds: None)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "a"))) as web:
+        thread = Thread(target=web.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{web.server_port}", errors
+        web.shutdown()
+        thread.join()
+
+
+def test_a_web_servers_errors_are_not_taken_for_a_missing_shard(server: tuple[str, list[int]]) -> None:
+    url, errors = server
+    errors += [503] * 4  # the driver asks twice
+    assert len([sample for sample in read_shard(f"{url}/000000.tar") if not sample.damage]) == 8
+    assert errors == []
+    errors += [503] * 100
+    assert [sample.damage for sample in read_shard(f"{url}/000000.tar")] == ["shard cannot be read"]
+    asked = len(errors)
+    errors.clear()
+    assert asked < 100 - 2 * 3
+    assert [sample.damage for sample in read_shard(f"{url}/none.tar")] == ["shard is gone"]
+    assert [sample.damage for sample in read_shard("http://127.0.0.1:1/none.tar")] == ["shard cannot be read"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.shard_files import encode, noise, write_shard
+from w2s.config.sections import DataConfig
 from w2s.data.inspect import check_shards, describe_shards, draw_sheet
 from w2s.data.make import make_shards
 from w2s.data.shards import list_shards
@@ -81,12 +82,28 @@ def test_a_table_becomes_shards(pictures: Path, tmp_path: Path, suffix: str, del
     assert contents(tmp_path / "a") == {"a, b": ("cls", "jpg", "txt", "0"), "c": ("cls", "jpg", "txt", "1")}
 
 
+def test_a_spreadsheets_table_with_short_rows(pictures: Path, tmp_path: Path) -> None:
+    table = pictures / "table.csv"
+    table.write_text("image,caption\nant/0.jpg\n", encoding="utf-8-sig")
+    assert make(table, tmp_path / "a") == {"000000.tar": 1}
+
+
+@pytest.mark.parametrize("format", ["BMP", "GIF", "TIFF", "WEBP"])
+def test_what_is_made_is_read_with_the_default_keys(tmp_path: Path, format: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / f"a.{format.lower()}").write_bytes(encode(noise(0), format))
+    make(tmp_path / "in", tmp_path / "a")
+    assert not check_shards(list_shards(str(tmp_path / "a")), DataConfig().image_key, None, workers=1).bad
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("image\nnone.jpg\n", "1 of 1 images are missing, the first is .*none.jpg"),
         ("picture\na.jpg\n", "has the columns picture: name the one with the files `image`"),
         ("image\n", "has no images"),
+        ("caption,image\na\n", "1 of 1 images are missing"),
+        (f"image,caption\na.jpg,{'x' * 200_000}\n", "cannot be read: field larger than field limit"),
     ],
 )
 def test_a_table_that_cannot_be_is_one_line(tmp_path: Path, text: str, message: str) -> None:

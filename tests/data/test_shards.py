@@ -44,6 +44,8 @@ def test_the_home_folder_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPat
         ("a/*.tgz", "no .tar file is there"),
         ("a/{000000..000004}.tar", r"2 of the 5 shards of .* are missing, the first is .*000003.tar"),
         ("a/{000000..", "braces"),
+        ("blank.txt", "blank.txt has no shards: it has no line with one"),
+        ("binary.txt", "binary.txt cannot be read: .*can't decode"),
     ],
 )
 def test_what_is_not_there_is_one_line(
@@ -51,6 +53,8 @@ def test_what_is_not_there_is_one_line(
 ) -> None:
     monkeypatch.chdir(folder.parent)
     (folder.parent / "empty").mkdir()
+    (folder.parent / "blank.txt").write_text("\n\n")
+    (folder.parent / "binary.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=message) as caught:
         list_shards(pattern, "data.train")
     assert "\n" not in str(caught.value)
@@ -98,7 +102,7 @@ def test_semicolons_commas_and_lists_join_too(folder: Path, tmp_path: Path) -> N
     assert list_shards(f"{tmp_path}/b ; {folder}/{{000000,000001}}.tar") == shards
     assert list_shards(f"{folder}/{{000000,000001}}.tar,{tmp_path}/b") == shards
     (tmp_path / "list.txt").write_text(f"{folder}/{{000000..000001}}.tar\n\n{tmp_path}/b\n")
-    assert list_shards(f"{tmp_path}/list.txt") == shards
+    assert list_shards(f"{tmp_path}/list.txt") == list_shards(f"file://{tmp_path}/list.txt") == shards
     with pytest.raises(DataError, match=r"data.train=.*none.txt cannot be read"):
         list_shards(f"{tmp_path}/none.txt")
 
@@ -122,6 +126,15 @@ def test_urls_are_expanded_and_globbed(folder: Path) -> None:
 def test_an_unknown_kind_of_url_is_one_line() -> None:
     with pytest.raises(DataError, match=r"data.train=what://a/\*.tar cannot be opened: "):
         list_shards("what://a/*.tar")
+
+
+def test_a_driver_without_its_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(url: str) -> None:
+        raise OSError("Unable to load libhdfs\ndlopen(libhdfs.so) failed")
+
+    monkeypatch.setattr(fsspec, "url_to_fs", fail)
+    with pytest.raises(DataError, match=r"data.train=hdfs://a/b.tar cannot be opened: Unable to load libhdfs$"):
+        list_shards("hdfs://a/b.tar")
 
 
 def test_a_shell_command_needs_permission(folder: Path) -> None:

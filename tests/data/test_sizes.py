@@ -44,6 +44,21 @@ def test_a_broken_sizes_file_is_one_line(shards: list[str], tmp_path: Path) -> N
         known_sizes(shards)
 
 
+@pytest.mark.parametrize("content", ['{"000000.tar": "12"}', '{"000000.tar": null}', '{"000000.tar": -1}'])
+def test_a_size_that_is_no_number_is_one_line(shards: list[str], tmp_path: Path, content: str) -> None:
+    (tmp_path / "a" / "sizes.json").write_text(content)
+    with pytest.raises(DataError, match=r"sizes.json has .* for 000000.tar, no number of samples: repair or remove it"):
+        known_sizes(shards)
+
+
+def test_no_command_is_made_up_to_find_the_size_of_a_pipe(shards: list[str], tmp_path: Path) -> None:
+    # Beside `pipe:cat a | tee DIR/b.tar` there is no `pipe:cat a | tee DIR/sizes.json`: that would write such a file.
+    piped = f"pipe:cat {shards[0]} | tee {tmp_path}/copy.tar"
+    assert count_samples([piped], tmp_path / "index") is None
+    assert index_shards([piped], tmp_path / "index") == {piped: 3}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "copy.tar", "index"]
+
+
 def test_remote_sizes(shards: list[str], tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/sizes/0.tar", Path(shards[0]).read_bytes())

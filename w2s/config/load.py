@@ -180,8 +180,8 @@ def _flatten(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _assign(node: DictConfig, key: str, value: Any, origin: str) -> None:
-    if key in SHARD_KEYS and isinstance(value, list):
-        value = "::".join(map(str, value))
+    if key in SHARD_KEYS:
+        value = _joined(value)
     if key in SECTIONS:
         raise ConfigError(f"{origin}{key}={value}: {key} is a section, set one of its keys, such as {_key_in(key)}")
     if key not in FIELDS:
@@ -201,7 +201,18 @@ def _entries(key: str, value: Any, origin: str) -> Any:
     unknown = next((name for entry in value if isinstance(entry, dict) for name in entry if name not in keys), None)
     if unknown is not None:
         raise ConfigError(f"{origin}{key}: unknown key {unknown}: did you mean {nearest(unknown, keys)}?")
-    return [OmegaConf.merge(OmegaConf.structured(entry_type), entry) for entry in value]
+    entries = [
+        {name: _joined(part) if f"data.{name}" in SHARD_KEYS else part for name, part in entry.items()}
+        if isinstance(entry, dict)
+        else entry
+        for entry in value
+    ]
+    return [OmegaConf.merge(OmegaConf.structured(entry_type), entry) for entry in entries]
+
+
+def _joined(shards: Any) -> Any:
+    """A list of sources as the text of one value; any other value as it is."""
+    return "::".join(map(str, shards)) if isinstance(shards, list) else shards
 
 
 def _key_in(section: str) -> str:

@@ -222,7 +222,7 @@ class DataConfig:
     """Flip half of the images left to right."""
     half_scale: bool = False
     """Decode a JPEG at exactly half its size where the crop is at least twice the view: faster, slightly different."""
-    image_key: str = "jpg;jpeg;png;webp"
+    image_key: str = "jpg;jpeg;png;webp;bmp;gif;tif;tiff"
     """Extensions of the image in a sample; the first that is there is taken."""
     caption_key: str = "txt"
     """Where the caption is: an extension, or `json.KEY` for a key of the JSON file; several separated by `;`."""

@@ -95,16 +95,17 @@ def _text_beside(image: Path) -> str | None:
 def read_table(path: Path) -> list[Item]:
     """Read a table of images, in its order."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin their files with a mark
             rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     columns = list(rows[0]) if rows else []
     image, caption, label = (_column(columns, names) for names in (_IMAGE_COLUMNS, _CAPTION_COLUMNS, _CLASS_COLUMNS))
     if rows and image is None:
         raise DataError(f"{path} has the columns {', '.join(columns)}: name the one with the files `image`")
     items = [
-        Item(path.parent / row[image or ""], row[caption] if caption else None, row[label] if label else None)
+        # A row that ends early has None in its last columns.
+        Item(path.parent / (row[image or ""] or ""), row[caption] if caption else None, row[label] if label else None)
         for row in rows
     ]
     missing = [item.image for item in items if not item.image.is_file()]

@@ -48,7 +48,7 @@ class SampleSpec:
     """Flip half of the images left to right."""
     half_scale: bool = False
     """Decode a JPEG at half its size where the crop is at least twice the larger view."""
-    image_key: str = "jpg;jpeg;png;webp"
+    image_key: str = "jpg;jpeg;png;webp;bmp;gif;tif;tiff"
     """Extensions of the image; the first that is there is taken."""
     caption_key: str = "txt"
     """Where the caption is: extensions or `json.KEY`, separated by `;`."""

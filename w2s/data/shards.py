@@ -78,10 +78,13 @@ def _expand(pattern: str, option: str, allow_pipe: bool) -> list[str]:
 
 def _read_list(pattern: str, option: str, allow_pipe: bool) -> list[str]:
     try:
-        lines = Path(pattern).expanduser().read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"{option}={pattern} cannot be read: {error.strerror}") from error
-    return [shard for line in lines if line.strip() for shard in _expand(line.strip(), option, allow_pipe)]
+        lines = Path(pattern.removeprefix("file://")).expanduser().read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{option}={pattern} cannot be read: {error}") from error
+    shards = [shard for line in lines if line.strip() for shard in _expand(line.strip(), option, allow_pipe)]
+    if not shards:
+        raise DataError(f"{option}={pattern} has no shards: it has no line with one")
+    return shards
 
 
 def _local(pattern: str, names: list[str], option: str) -> list[str]:

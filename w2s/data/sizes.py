@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,15 +36,12 @@ def known_sizes(shards: Sequence[str]) -> dict[str, int]:
     """Return the samples of those shards that have `sizes.json` or `*_stats.json` beside them."""
     sizes: dict[str, int] = {}
     for folder in sorted({_folder(shard) for shard in shards}):
-        named = _read_json(f"{folder}sizes.json")
-        members = [shard for shard in shards if _folder(shard) == folder]
-        sizes |= {shard: named[shard_name(shard)] for shard in members if shard_name(shard) in named}
+        members = {shard_name(shard): shard for shard in shards if _folder(shard) == folder}
+        sizes |= {members[name]: size for name, size in _read_sizes(f"{folder}sizes.json", members).items()}
     missing = [shard for shard in shards if shard not in sizes]
     with ThreadPoolExecutor(_THREADS) as pool:
-        stats = pool.map(_read_json, [f"{shard.removesuffix('.tar')}_stats.json" for shard in missing])
-        return sizes | {
-            shard: int(found["successes"]) for shard, found in zip(missing, stats, strict=True) if "successes" in found
-        }
+        stats = pool.map(lambda shard: _read_sizes(f"{shard.removesuffix('.tar')}_stats.json", ["successes"]), missing)
+        return sizes | {shard: found["successes"] for shard, found in zip(missing, stats, strict=True) if found}
 
 
 def index_shards(shards: Sequence[str], index: Path) -> dict[str, int]:
@@ -68,7 +65,7 @@ def index_shards(shards: Sequence[str], index: Path) -> dict[str, int]:
 
 def read_index(shards: Sequence[str], index: Path) -> dict[str, int]:
     """Return the index of exactly these shards; empty where there is none."""
-    return _read_json(str(_index_file(shards, index)))
+    return _read_sizes(str(_index_file(shards, index)), shards)
 
 
 def _index_file(shards: Sequence[str], index: Path) -> Path:
@@ -89,10 +86,15 @@ def _folder(shard: str) -> str:
     return shard[: len(shard) - len(shard_name(shard))]
 
 
-def _read_json(path: str) -> dict[str, int]:
+def _read_sizes(path: str, names: Collection[str]) -> dict[str, int]:
+    """Return those of the named numbers that a JSON file has; none where there is no such file."""
     text = read_text(path)
     try:
         content = json.loads(text) if text is not None else {}
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}): repair or remove it") from error
-    return content if isinstance(content, dict) else {}
+    sizes = {name: content[name] for name in names if name in content} if isinstance(content, dict) else {}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 0:
+            raise DataError(f"{path} has {json.dumps(size)} for {name}, no number of samples: repair or remove it")
+    return sizes

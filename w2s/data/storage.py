@@ -46,7 +46,12 @@ def _skip(stream: IO[bytes], size: int) -> None:
 
 
 def read_text(path: str) -> str | None:
-    """Return the content of a small file; None where it is not there or cannot be read."""
+    """Return the content of a small file; None where it is not there or cannot be read.
+
+    Of a shard that is the output of a command, no neighbour's name can be made: it would be another command.
+    """
+    if path.startswith(PIPE):
+        return None
     try:
         stream, _ = open_at(path, 0)
         with stream:
@@ -80,8 +85,9 @@ def _filesystem(url: str, option: str) -> Any:
         filesystem, _ = fsspec.url_to_fs(url)
     except ImportError as error:
         raise MissingPackageError(f"{option}={url}: {error}") from error
-    except ValueError as error:
-        raise DataError(f"{option}={url} cannot be opened: {error}") from error
+    except (ValueError, OSError) as error:  # an unknown kind of URL, or a driver that lacks a library or a server
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{option}={url} cannot be opened: {reason}") from error
     return filesystem
 
 

@@ -52,17 +52,26 @@ def read_shard(shard: str, start: int = 0, wanted: Container[str] | None = None)
                 count, place, waits = count + 1, sample.end, iter(() if is_local(shard) else WAITS)
             break
         except Exception as error:  # tarfile and the drivers of fsspec stumble in many ways
-            wait = None if isinstance(error, FileNotFoundError) else next(waits, None)
+            wait = None if _is_gone(error, shard) else next(waits, None)
             if wait is None:
-                yield RawSample(f"sample {count}", shard, {}, damage=_reason(error))
+                yield RawSample(f"sample {count}", shard, {}, damage=_reason(error, shard))
                 return
             time.sleep(wait)
     if start == place == 0:
         yield RawSample("sample 0", shard, {}, damage="shard is empty")
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
+def _is_gone(error: Exception, shard: str) -> bool:
+    if not isinstance(error, FileNotFoundError):
+        return False
+    # fsspec's HTTP driver says so of every server error and broken connection; what happened is the cause.
+    cause = error.__cause__
+    missing = isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410)
+    return missing or not shard.startswith(("http://", "https://"))
+
+
+def _reason(error: Exception, shard: str) -> str:
+    if _is_gone(error, shard):
         return "shard is gone"
     damaged = isinstance(error, tarfile.TarError | EOFError | ValueError)
     return "shard is damaged" if damaged else "shard cannot be read"
