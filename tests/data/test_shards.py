@@ -5,7 +5,7 @@ import pytest
 
 from tests.data.shard_files import good_sample, write_shard, write_shards
 from w2s.data.shards import list_shards
-from w2s.data.tar import check_shard, read_shard
+from w2s.data.tar import check_source, read_shard
 from w2s.errors import ConfigError, DataError
 
 
@@ -86,14 +86,17 @@ def test_an_empty_and_a_missing_shard_are_damage(tmp_path: Path) -> None:
 
 def test_needed_files_are_checked(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", [("x", {"json": b"{}"}), ("y", {"png": b"", "cls": b"1"})])
-    check_shard(f"{tmp_path}/a.tar", "jpg;png", None)
+    check_source([f"{tmp_path}/a.tar"], "jpg;png", None)
     with pytest.raises(DataError, match=r"sample y of .*a.tar has no caption '.txt', only .cls, .json, .png: set data"):
-        check_shard(f"{tmp_path}/a.tar", "jpg;png", "txt")
+        check_source([f"{tmp_path}/a.tar"], "jpg;png", "txt")
     with pytest.raises(DataError, match=r"a.tar has no image '.jpg', only .cls, .json, .png: set data.image_key"):
-        check_shard(f"{tmp_path}/a.tar", "jpg", None)
+        check_source([f"{tmp_path}/a.tar"], "jpg", None)
     write_shard(tmp_path / "b.tar", [])
     with pytest.raises(DataError, match=r"shard is empty: replace or remove .*b.tar"):
-        check_shard(f"{tmp_path}/b.tar", "jpg", None)
+        check_source([f"{tmp_path}/b.tar"], "jpg", None)
+    check_source([f"{tmp_path}/b.tar", f"{tmp_path}/a.tar"], "png", None)
+    with pytest.raises(DataError, match=r"a.tar has no image '.jpg'"):
+        check_source([f"{tmp_path}/b.tar", f"{tmp_path}/a.tar"], "jpg", None)
 
 
 def test_semicolons_commas_and_lists_join_too(folder: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from w2s.data.sample import SampleSpec
 from w2s.data.shards import shard_name
 from w2s.data.sizes import count_samples
 from w2s.data.sources import Phase, Source, plan_sources
-from w2s.data.tar import check_shard
+from w2s.data.tar import check_source
 from w2s.data.workers import kill_readers, start_reading
 from w2s.errors import ConfigError, DataError
 
@@ -76,7 +76,7 @@ class Stream:
         self.sources, self._phases = plan_sources(data, spec, global_batch)
         _check_sizes(data, self.sources, global_batch, size)
         for source in self.sources:
-            check_shard(source.shards[0], spec.image_key, spec.caption_key if spec.context_length else None)
+            check_source(source.shards, spec.image_key, spec.caption_key if spec.context_length else None)
         self._order = _describe_order(data, self.sources, self._phases, global_batch, seed)
         self._step = self._first_step = 0 if position is None else position["step"]
         self._lanes = _restore(position, self._order, range(rank, data.lanes, size))

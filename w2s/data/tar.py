@@ -2,7 +2,7 @@
 
 import tarfile
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import IO
@@ -137,21 +137,35 @@ def caption_file(caption_key: str) -> str:
     return "json" if caption_key.startswith("json.") else caption_key
 
 
-def check_shard(shard: str, image_key: str, caption_key: str | None) -> None:
-    """Check that a shard holds what a stage needs, by its first sample with an image.
+def check_source(shards: Sequence[str], image_key: str, caption_key: str | None) -> None:
+    """Check that shards hold what a stage needs, by the first of them that is sound (of the first three).
 
     Args:
-        shard: the shard to open.
+        shards: the shards of a source; a damaged one among them is skipped in training, and so it is here.
         image_key: extensions of the image, separated by `;`.
         caption_key: where captions are, separated by `;`; None where they are not needed.
 
     Raises:
-        DataError: it is damaged or empty, no sample has an image, or the first one with an image has no caption.
+        DataError: they are damaged or empty, no sample has an image, or the first one with an image has no caption.
     """
+    damages = []
+    for shard in shards[:3]:
+        try:
+            return _check_shard(shard, image_key, caption_key)
+        except _Damaged as damage:
+            damages.append(damage)
+    raise damages[0]
+
+
+class _Damaged(DataError):
+    """A shard that cannot be read from its start."""
+
+
+def _check_shard(shard: str, image_key: str, caption_key: str | None) -> None:
     extensions: set[str] = set()
-    for sample in read_shard(str(shard)):
+    for sample in read_shard(shard):
         if sample.damage:
-            raise DataError(f"{sample.damage}: replace or remove {shard}")
+            raise _Damaged(f"{sample.damage}: replace or remove {shard}")
         extensions |= set(sample.files)
         if find_image(sample.files, image_key) is None:
             continue
