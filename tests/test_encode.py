@@ -131,6 +131,7 @@ def test_mistakes_are_one_line(
         "does not say what it is: give --model tiny": [str(folder / "clip.pt"), "--images", images],
         "has no text tower": [str(folder / "mim"), "--texts", texts],
         "has no shards": [str(folder / "clip"), "--images", str(folder / "nothing" / "*.png")],
+        f"for its pictures give '{folder}/images/*.jpg'": [str(folder / "clip"), "--images", str(folder / "images")],
         "0.png: ": [str(folder / "clip"), "--images", str(folder / "broken" / "*.png")],
         "CHECKPOINT=nowhere is no path": ["nowhere", "--images", images],
         "is a text tower alone": [str(folder / "text.pt"), "--model", "tiny", "--texts", texts],

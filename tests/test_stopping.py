@@ -15,6 +15,17 @@ def test_outside_of_steps_a_signal_stops_at_once(number: signal.Signals) -> None
     assert caught.value.exit_code == 128 + number
 
 
+def test_a_library_that_makes_an_error_of_its_own_of_the_stop_does_not_hide_it() -> None:
+    with pytest.raises(StopRun, match="stopped by SIGTERM") as caught, stop_at_once():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as error:
+            raise ValueError("cannot read the file") from error
+    assert caught.value.exit_code == 143
+    with pytest.raises(ValueError, match="without a signal"), stop_at_once():
+        raise ValueError("without a signal")
+
+
 def test_within_a_step_signals_are_noted_and_handlers_come_back() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with stop_at_once():

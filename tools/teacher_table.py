@@ -15,7 +15,7 @@ from w2s.config.sections import TeacherConfig
 from w2s.teachers.base import PatchNetwork
 from w2s.teachers.efficientnet import SIZES, EfficientNetLite
 from w2s.teachers.eva_vit import without_weights
-from w2s.teachers.open_clip_vit import open_clip_vit
+from w2s.teachers.open_clip_vit import open_clip_model
 from w2s.teachers.timm_vit import timm_model
 
 GRID = 16
@@ -31,7 +31,7 @@ def network(config: TeacherConfig) -> PatchNetwork:
     if kind == "eva":
         return without_weights(named_model(name))
     with torch.device("meta"):
-        return (timm_model if kind == "timm" else open_clip_vit)(name, None, image_size=0)
+        return (timm_model if kind == "timm" else open_clip_model)(name, None, image_size=0)
 
 
 def row(config: TeacherConfig) -> str:

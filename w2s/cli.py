@@ -13,6 +13,7 @@ import typer
 from w2s import __version__
 from w2s.errors import UserError, W2SError
 from w2s.failure import INTERRUPTED, describe
+from w2s.stopping import stop_at_once
 
 if TYPE_CHECKING:
     from w2s.config.sections import Config
@@ -162,7 +163,7 @@ def import_(
     debug: Debug = False,
 ) -> None:
     """Turn EVA-CLIP's, open_clip's or timm's weights into a checkpoint that every stage can start from."""
-    with _one_line(debug):
+    with _one_line(debug), stop_at_once():
         from w2s.checkpoint.find import find_any
         from w2s.checkpoint.importing import import_checkpoint, with_size
         from w2s.config.load import named_model
@@ -181,7 +182,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a checkpoint as a folder that open_clip, timm or the EVA-CLIP code loads."""
-    with _one_line(debug):
+    with _one_line(debug), stop_at_once():
         from w2s.checkpoint.exporting import export_checkpoint
         from w2s.checkpoint.find import find_any
 

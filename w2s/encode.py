@@ -192,6 +192,9 @@ def _round(count: int, inputs: Callable[[int, int], Tensor], encode: Encode, bat
 
 def _image_files(source: str, image_key: str) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the images that `source` names, in order."""
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.tar")):
+        raise DataError(f"--images {source} is a folder without shards: for its pictures give '{folder}/*.jpg'")
     for path in list_shards(source, "--images"):
         if not path.endswith(".tar"):
             yield path, Path(path).read_bytes()

@@ -13,12 +13,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 @contextmanager
 def stop_at_once() -> Iterator[None]:
     """Raise StopRun where a signal comes: nothing is under way that a checkpoint could keep."""
+    seen: list[StopRun] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise StopRun(f"stopped by {signal.Signals(number).name}: repeat the command to go on", number)
+        name = signal.Signals(number).name
+        seen.append(StopRun(f"stopped by {name}: repeat the command to go on", number))
+        raise seen[-1]
 
     with _handling(stop):
-        yield
+        try:
+            yield
+        except Exception as error:
+            # Libraries that were at work then may have made an error of their own of it.
+            if seen and not isinstance(error, StopRun):
+                raise seen[-1] from error
+            raise
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """`w2s import`, `inspect` and `export` in a row."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 
 from tests.checkpoint.peers import released
 from w2s import cli
+from w2s.checkpoint.released import Released
 from w2s.config.load import load
 
 
@@ -36,3 +39,30 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().err == "error: --out clip exists already: choose another folder\n"
     assert run(monkeypatch, "import", "nowhere.pt", "--model", "tiny", "--out", "x") == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_import_or_export_leaves_nothing(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, reads, read = tmp_path / "clip.pt", [], Released.read
+    torch.save(released(load("clip", ["model=tiny"]).model), weights)
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "import", str(weights), "--model", "tiny", "--out", "start") == 0
+    capsys.readouterr()
+
+    def stopped(self: Released, name: str) -> torch.Tensor:
+        reads.append(name)
+        if len(reads) == 3:
+            assert any(entry.name.endswith(".partial") for entry in tmp_path.iterdir())
+            os.kill(os.getpid(), number)
+        return read(self, name)
+
+    monkeypatch.setattr(Released, "read", stopped)
+    commands = [("import", str(weights), "--model", "tiny")]
+    commands += [("export", "start", "--format", name) for name in ("eva", "open_clip")]
+    for command in commands:
+        reads.clear()
+        assert run(monkeypatch, *command, "--out", "out") == 128 + number
+        assert capsys.readouterr().err == f"error: stopped by {number.name}: repeat the command to go on\n"
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["clip.pt", "start"]

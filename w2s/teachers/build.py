@@ -13,7 +13,7 @@ from w2s.teachers.base import PatchNetwork, Teacher
 from w2s.teachers.efficientnet import SIZES, EfficientNetLite
 from w2s.teachers.eva_vit import eva_vit, w2s_run
 from w2s.teachers.hugging_face import hugging_face_vit
-from w2s.teachers.open_clip_vit import open_clip_vit
+from w2s.teachers.open_clip_vit import open_clip_model
 from w2s.teachers.sharded_run import ShardedRun
 from w2s.teachers.timm_vit import timm_model
 
@@ -76,7 +76,7 @@ def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelCon
     file = _weights_file(path, kind, name)
     if kind == "eva" and file is not None:
         return eva_vit(name, file, image_size=size, precision=config.precision)
-    network = (timm_model if kind == "timm" else open_clip_vit)(name, file, image_size=size)
+    network = (timm_model if kind == "timm" else open_clip_model)(name, file, image_size=size)
     if file is None:
         logger.warning("the teacher's weights are random: give a file with teacher.source=%s@FILE", config.source)
     return network

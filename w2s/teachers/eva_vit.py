@@ -59,7 +59,7 @@ def _network(released: Released, model: ModelConfig, image_size: int, precision:
     tower = _tower(model, has_head="visual.head.weight" in released.meta)
     tower.load_state_dict(_weights(tower, released, precision), assign=True)
     if image_size:
-        resize_input(tower, model.name, image_size)
+        resize_input(tower, image_size)
     return TimmTokens(tower, tower.head, mean=MEAN, std=STD)
 
 

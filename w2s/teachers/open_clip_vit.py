@@ -1,6 +1,7 @@
 """Vision towers of open_clip as teachers, with weights from a local file or random ones.
 
-A feature is a patch token after the final norm and the projection into the space shared with text.
+A feature is a patch token after the final norm and the projection into the space shared with text. Towers that are
+no ViT are in `w2s.teachers.open_clip_maps`.
 """
 
 from collections.abc import Sequence
@@ -9,12 +10,16 @@ from pathlib import Path
 import open_clip
 from open_clip.factory import load_state_dict
 from open_clip.model import resize_pos_embed
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
 from w2s.errors import ConfigError
 from w2s.teachers.base import PatchNetwork, check_image_size
+from w2s.teachers.open_clip_maps import OpenClipMaps, OpenClipResNet
 from w2s.teachers.timm_vit import TimmTokens, resize_input
 from w2s.teachers.weights import reading, unknown_model
 
@@ -40,7 +45,7 @@ class OpenClipTokens(PatchNetwork):
         return tokens @ self.visual.proj
 
 
-def open_clip_vit(name: str, file: Path | None, *, image_size: int) -> PatchNetwork:
+def open_clip_model(name: str, file: Path | None, *, image_size: int) -> PatchNetwork:
     """The vision tower of the open_clip model `name`, from a file in open_clip's format.
 
     Args:
@@ -49,7 +54,7 @@ def open_clip_vit(name: str, file: Path | None, *, image_size: int) -> PatchNetw
         image_size: side of the input in pixels, 0 for the model's own.
 
     Raises:
-        ConfigError: open_clip has no such model, it has no patch tokens, or its patches do not divide the image.
+        ConfigError: open_clip has no such model, it has no patch tokens, or the image size does not suit it.
         CheckpointError: the file cannot be read or holds another model.
     """
     known = open_clip.list_models()
@@ -59,23 +64,34 @@ def open_clip_vit(name: str, file: Path | None, *, image_size: int) -> PatchNetw
     with reading(file, name):
         if file is not None:
             _load_visual(model, file)
-    mean, std = _normalisation(name)
-    if isinstance(model.visual, TimmModel):
-        trunk = model.visual.trunk
-        resize_input(trunk, name, image_size)
-        return TimmTokens(trunk, _projection(model.visual), mean=mean, std=std)
-    return OpenClipTokens(model.visual, mean=mean, std=std)
+    return _wrapped(model, name, image_size)
+
+
+def _wrapped(model: open_clip.CLIP, name: str, image_size: int) -> PatchNetwork:
+    """The vision tower as a teacher's network, by its kind."""
+    visual, (mean, std) = model.visual, _normalisation(name)
+    if isinstance(visual, ModifiedResNet):
+        return OpenClipResNet(visual, image_size=image_size, mean=mean, std=std)
+    if not isinstance(visual, TimmModel):
+        return OpenClipTokens(visual, mean=mean, std=std)
+    if isinstance(visual.trunk, Eva | TimmVisionTransformer):
+        resize_input(visual.trunk, image_size)
+        return TimmTokens(visual.trunk, _projection(visual), mean=mean, std=std)
+    width = open_clip.get_model_config(name)["embed_dim"]
+    return OpenClipMaps(visual, name, image_size=image_size, width=width, mean=mean, std=std)
 
 
 def _build(name: str, image_size: int) -> open_clip.CLIP:
     """A CLIP with random weights and the vision tower of `name`; open_clip's own ViT already has its input size."""
     config = open_clip.get_model_config(name)
     vision = config["vision_cfg"]
-    if vision.get("attentional_pool") or isinstance(vision.get("layers"), list):
-        raise ConfigError(f"teacher.source: {name} has no patch tokens after its final norm, choose a plain ViT")
+    if vision.get("attentional_pool"):
+        raise ConfigError(
+            f"teacher.source: {name} has no patch tokens after its final norm, choose one without attentional pooling"
+        )
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
-    elif image_size:
+    elif image_size and isinstance(vision["layers"], int):
         check_image_size(image_size, vision["patch_size"])
         vision["image_size"] = image_size
     return open_clip.CLIP(config["embed_dim"], vision, SMALLEST_TEXT_TOWER, config.get("quick_gelu", False))

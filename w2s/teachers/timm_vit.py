@@ -51,10 +51,10 @@ class TimmMaps(PatchNetwork):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of normalised images, row by row."""
-        return _rows(self.trunk, images)
+        return rows(self.trunk, images)
 
 
-def _rows(trunk: Any, images: Tensor) -> Tensor:
+def rows(trunk: Any, images: Tensor) -> Tensor:
     """The last features of a model as [n, places, width], from a map of either order or from tokens."""
     features: Tensor = trunk.forward_features(images)
     if features.ndim == 3:
@@ -63,7 +63,7 @@ def _rows(trunk: Any, images: Tensor) -> Tensor:
     return features.movedim(channels, 1).flatten(2).transpose(1, 2)
 
 
-def _side_of_map(trunk: Any, name: str, image_size: int) -> int:
+def side_of_map(trunk: Any, name: str, image_size: int) -> int:
     """Features along one side of what a model makes of an image, seen on an empty one.
 
     Raises:
@@ -71,7 +71,7 @@ def _side_of_map(trunk: Any, name: str, image_size: int) -> int:
     """
     try:
         with torch.no_grad():
-            places = _rows(trunk, torch.zeros(1, 3, image_size, image_size)).shape[1]
+            places = rows(trunk, torch.zeros(1, 3, image_size, image_size)).shape[1]
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(f"teacher.image_size={image_size} does not suit {name}: {reason}") from error
@@ -107,22 +107,18 @@ def timm_model(name: str, file: Path | None, *, image_size: int) -> PatchNetwork
     mean, std = settings["mean"], settings["std"]
     if not isinstance(trunk, Eva | VisionTransformer):
         size = image_size or settings["input_size"][-1]
-        return TimmMaps(trunk, grid=_side_of_map(trunk.eval(), name, size), image_size=size, mean=mean, std=std)
+        return TimmMaps(trunk, grid=side_of_map(trunk.eval(), name, size), image_size=size, mean=mean, std=std)
     is_projection = "_clip_" in architecture and "_ft_" not in (settings["tag"] or "")
-    resize_input(trunk, name, image_size)
+    resize_input(trunk, image_size)
     return TimmTokens(trunk, trunk.head if is_projection else nn.Identity(), mean=mean, std=std)
 
 
-def resize_input(trunk: Eva | VisionTransformer, name: str, image_size: int) -> None:
+def resize_input(trunk: Eva | VisionTransformer, image_size: int) -> None:
     """Resample the positions of a timm ViT for another input size in pixels; 0 keeps its own.
 
     Raises:
-        ConfigError: `trunk` is not a ViT, or its patches do not divide the image.
+        ConfigError: its patches do not divide the image.
     """
-    if not isinstance(trunk, Eva | VisionTransformer):
-        raise ConfigError(
-            f"teacher.source: {name} is a {type(trunk).__name__}, not a ViT: choose a ViT or an EVA model"
-        )
     if image_size:
         check_image_size(image_size, trunk.patch_embed.patch_size[0])
         trunk.set_input_size(img_size=image_size)
