@@ -130,7 +130,7 @@ class Trainer:
         if handover is None:
             return 0, None, None, None
         self.stage.optimizer.reload_weights()
-        return 0, str(handover.source), handover, None
+        return 0, handover.parent, handover, None
 
     def _refuse_another_run(self, meta: store.Meta) -> None:
         found = difference(self.config, meta.config)

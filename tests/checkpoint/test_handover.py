@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.megatron.spawn import SHAPE, make_student
-from w2s.checkpoint.handover import hand_over, load_all
+from w2s.checkpoint.handover import Handover, hand_over, load_all
 from w2s.checkpoint.store import Meta, Saving
 from w2s.config.sections import ModelConfig, OptimConfig, ParallelConfig, VisionConfig
 from w2s.errors import CheckpointError
@@ -77,3 +77,10 @@ def test_another_model_is_refused(checkpoint: Path, change: dict[str, object], r
 def test_a_whole_model_needs_every_tensor(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match=r"it has no vision\.head\.weight"):
         load_all({"vision": image_tower(SHAPE)}, checkpoint)
+
+
+def test_the_parent_names_the_text_towers_checkpoint_where_it_is_another_one() -> None:
+    vision, text = Handover(Path("a"), ["v"], [], []), Handover(Path("b"), ["t"], [], [])
+    assert (vision + text).parent == "a and b"
+    assert (vision + Handover(Path("a"), ["t"], [], [])).parent == "a"
+    assert text.parent == "b"

@@ -44,7 +44,12 @@ class Handover:
     @property
     def title(self) -> str:
         """Say where the tensors come from."""
-        return f"taken from {self.source}" + (f" and {self.also}" if self.also else "")
+        return f"taken from {self.parent}"
+
+    @property
+    def parent(self) -> str:
+        """The checkpoints that the tensors come from: one, or the vision tower's `and` the text tower's."""
+        return f"{self.source}" + (f" and {self.also}" if self.also else "")
 
     def rows(self) -> list[list[str]]:
         """Return the table's rows: what happened, how many tensors, which."""

@@ -34,7 +34,7 @@ class Meta:
     data: Mapping[str, Any]
     """Position in the data, merged over the ranks."""
     parent: str | None
-    """Checkpoint that the run started from."""
+    """Checkpoint that the run started from; `VISION and TEXT` where its towers came from two."""
     mlflow_run_id: str | None
     """MLflow run that logs it."""
     versions: Mapping[str, str]
