@@ -10,8 +10,9 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-# 0.16 warns of every MLP that is not its own.
-logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+# 0.16 warns of every MLP that is not its own, 0.19 of every wrapper that works out its buffers itself.
+for name in ("transformer.transformer_layer", "distributed.distributed_data_parallel"):
+    logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
 
 
 def replace_rng_tracker(tracker: Any) -> None:
