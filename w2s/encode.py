@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,6 +27,7 @@ from w2s.data.tar import find_image, read_shard
 from w2s.data.tokens import tokenize
 from w2s.errors import CheckpointError, ConfigError, DataError, UserError
 from w2s.evaluation.dataset import eval_transform
+from w2s.evaluation.encode import encode_all
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.megatron.schedule import infer
@@ -106,7 +106,7 @@ def run(job: EncodeJob) -> None:
         if job.images:
             names, found["image_features"] = _all_images(job, vision, ranks)
             about |= {"image_names": json.dumps(names), "image_features": kind}
-        if job.texts is not None:
+        if job.texts is not None and text is not None:
             texts = _lines(job.texts)
             found["text_features"] = _all_texts(job, texts, text, ranks)
             about["texts"] = json.dumps(texts)
@@ -115,8 +115,8 @@ def run(job: EncodeJob) -> None:
             print(f"{', '.join(f'{name} {list(value.shape)}' for name, value in found.items())}: {job.out}")
 
 
-def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode, str]:
-    """The two towers as functions, and in words what the features of an image are."""
+def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]:
+    """The two towers as functions (a masked run has no text tower), and in words what the features of an image are."""
     config, dtype = job.config, compute_dtype(job.config.precision)
     source, tokens = open_released(job.checkpoint), 1 + job.config.model.vision.patches
     if "visual.head.weight" not in source.meta:
@@ -126,7 +126,7 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode, str]:
             raise CheckpointError(f"{job.checkpoint} has no text tower: leave --texts out, or encode with a clip run")
         student = build_student(config, 1, dtype, ranks.device)
         hand_over(student, "vision", job.checkpoint)
-        return lambda images: patch_features(student, images).mean(1), _no_texts, "mean of the normed patch tokens"
+        return lambda images: patch_features(student, images).mean(1), None, "mean of the normed patch tokens"
     vision, text = build_clip(config, dtype, ranks.device)
     if job.images:
         hand_over(vision, "vision", job.checkpoint)
@@ -142,10 +142,6 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode, str]:
     return see, read, "projected class token"
 
 
-def _no_texts(captions: Tensor) -> Tensor:
-    raise NotImplementedError
-
-
 def _all_images(job: EncodeJob, encode: Encode, ranks: Ranks) -> tuple[list[str], Tensor]:
     """Names and features of all images; a rank decodes only those that it encodes."""
     size = job.config.model.vision.image_size
@@ -155,39 +151,18 @@ def _all_images(job: EncodeJob, encode: Encode, ranks: Ranks) -> tuple[list[str]
     while files := list(islice(source, job.batch_size * ranks.data_size)):
         names += [name for name, _ in files]
 
-        def decode(start: int, end: int, files: list[tuple[str, bytes]] = files) -> Tensor:
-            return torch.stack([_pixels(name, data, size) for name, data in files[start:end]])
+        def see(numbers: Tensor, files: list[tuple[str, bytes]] = files) -> Tensor:
+            pixels = [_pixels(name, data, size) for name, data in (files[number] for number in numbers.tolist())]
+            return encode(torch.stack(pixels)).float()
 
-        features.append(_round(len(files), decode, encode, job.batch_size, ranks))
+        numbers = torch.arange(len(files))
+        features.append(encode_all(see, numbers, job.batch_size, ranks.data_group).cpu())
     return names, torch.cat(features)
 
 
 def _all_texts(job: EncodeJob, texts: list[str], encode: Encode, ranks: Ranks) -> Tensor:
-    tokens, step = tokenize(texts, job.config.model.text.context_length), job.batch_size * ranks.data_size
-    rounds = [
-        _round(len(part), lambda start, end, part=part: part[start:end], encode, job.batch_size, ranks)  # type: ignore[misc]
-        for part in tokens.split(step)
-    ]
-    return torch.cat(rounds)
-
-
-@torch.no_grad()
-def _round(count: int, inputs: Callable[[int, int], Tensor], encode: Encode, batch_size: int, ranks: Ranks) -> Tensor:
-    """Features [count, d] in float32 on the CPU of one batch a data-parallel rank; a rank without one repeats the last.
-
-    Args:
-        count: items of all batches.
-        inputs: the items from a number up to another one.
-        encode: the model.
-        batch_size: items of a batch.
-        ranks: this process among all.
-    """
-    first = min(ranks.data_rank * batch_size, (count - 1) // batch_size * batch_size)
-    own = encode(inputs(first, min(first + batch_size, count))).float()
-    padded = torch.cat([own, own[-1:].expand(batch_size - len(own), -1)])
-    everybodys = [torch.empty_like(padded) for _ in range(ranks.data_size)]
-    dist.all_gather(everybodys, padded, group=ranks.data_group)
-    return torch.cat(everybodys)[:count].cpu()
+    tokens = tokenize(texts, job.config.model.text.context_length)
+    return encode_all(lambda part: encode(part).float(), tokens, job.batch_size, ranks.data_group).cpu()
 
 
 def _image_files(source: str, image_key: str) -> Iterator[tuple[str, bytes]]:

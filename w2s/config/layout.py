@@ -78,9 +78,10 @@ def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
 def _check_options(config: Config, replicas: int) -> None:
     """Refuse what would do nothing, or do it wrongly."""
     parallel = config.parallel
-    trains = config.stage != "eval"
+    stages = parallel.pipeline * parallel.virtual_pipeline
     useless = {
-        f"parallel.recompute={parallel.recompute}": (parallel.recompute != "none" and not trains, "stage eval"),
+        "parallel.vision_split": (parallel.vision_split and stages == 1, "parallel.pipeline=1"),
+        "parallel.text_split": (parallel.text_split and stages == 1, "parallel.pipeline=1"),
         "parallel.sequence=true": (parallel.sequence and parallel.tensor == 1, "parallel.tensor=1"),
         f"parallel.virtual_pipeline={parallel.virtual_pipeline}": (
             parallel.virtual_pipeline > 1 and parallel.pipeline == 1,
@@ -91,12 +92,12 @@ def _check_options(config: Config, replicas: int) -> None:
             f"parallel.recompute={parallel.recompute}",
         ),
         "parallel.overlap_grad_reduce=true": (
-            parallel.overlap_grad_reduce and (replicas == 1 or not trains),
-            "one data-parallel rank" if trains else "stage eval",
+            parallel.overlap_grad_reduce and replicas == 1,
+            "one data-parallel rank",
         ),
         "parallel.overlap_param_gather=true": (
-            parallel.overlap_param_gather and (replicas == 1 or not trains),
-            "one data-parallel rank" if trains else "stage eval",
+            parallel.overlap_param_gather and replicas == 1,
+            "one data-parallel rank",
         ),
         "precision.gradients=bf16": (
             config.precision.gradients == "bf16" and config.precision.compute == "fp32",

@@ -76,23 +76,23 @@ def infer(tower: ShardedTower[Any], inputs: Sequence[Tensor], forward: Callable[
     padded = [torch.cat([whole, whole[-1:].expand(stages * size - count, *whole.shape[1:])]) for whole in inputs]
     micro_batches = list(zip(*(whole.split(size) for whole in padded), strict=True))
     outputs = forward_only(tower, micro_batches, lambda chunk, micro: forward(chunk, *micro), size * tokens)
-    return _from_last_stage(torch.cat(outputs)[:count] if outputs else None)
+    return _from_last_stage(outputs)[:count]
 
 
-def _from_last_stage(output: Tensor | None) -> Tensor:
-    group, source = (
-        parallel_state.get_pipeline_model_parallel_group(),
-        parallel_state.get_pipeline_model_parallel_last_rank(),
-    )
-    if dist.get_world_size(group) > 1:
-        form = [None if output is None else (output.shape, output.dtype)]
-        dist.broadcast_object_list(form, src=source, group=group)
-        if output is None:
-            shape, dtype = form[0]  # type: ignore[misc]
-            output = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
-        dist.broadcast(output.contiguous(), src=source, group=group)
-    assert output is not None
-    return output
+def _from_last_stage(outputs: list[Tensor]) -> Tensor:
+    """Join the outputs that the last pipeline stage has, and give them to the others, which have none."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if dist.get_world_size(group) == 1:
+        return torch.cat(outputs)
+    source = parallel_state.get_pipeline_model_parallel_last_rank()
+    whole = torch.cat(outputs) if outputs else torch.empty(0)
+    form = [(whole.shape, whole.dtype)]
+    dist.broadcast_object_list(form, src=source, group=group)
+    if not outputs:
+        shape, dtype = form[0]
+        whole = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+    dist.broadcast(whole, src=source, group=group)
+    return whole
 
 
 def _run(
