@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from stages.clip import ContrastiveStage
+from stages.clip import ContrastiveStage, read, see
 from tests.stages.runs import QUIET, history, run_stage
 from w2s.config.load import load
 from w2s.config.sections import Config
@@ -79,6 +81,31 @@ def test_two_passes_give_the_gradients_of_one(alone: Ranks, base: list[str], spl
         scale = gradient.abs().max().item()
         assert scale > 0, name
         assert (others[name] - gradient).abs().max().item() <= GRADIENT * scale, name
+
+
+@pytest.mark.parametrize(
+    "split", [["clip.tile=5"], ["clip.tile=5", "train.micro_batch=4"]], ids=["direct", "two passes"]
+)
+def test_a_step_is_the_naive_loss_in_float64(alone: Ranks, base: list[str], split: list[str]) -> None:
+    """Loss and gradients of both towers, with patch dropout and a last tile that is not whole."""
+    options = [*base, "init.vision=none", "clip.patch_dropout=0.5", "clip.equal_captions=negatives"]
+    loss, gradients = clip_step(load("clip", [*options, *split]), alone)
+
+    stage = ContrastiveStage(config := load("clip", options), alone)
+    batch = Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1).next()
+    stage.optimizer.zero_grad()
+    (vision,), (text,) = stage.vision.parts, stage.text.parts
+    images, texts = (F.normalize(x.double(), dim=-1) for x in (see(vision, batch), read(text, batch)))
+    logits, own = text.logit_scale.double().exp() * images @ texts.T, torch.arange(16)
+    naive = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    naive.backward()
+
+    assert loss == pytest.approx(naive.item(), rel=TOLERANCE)
+    for name, part in (("vision", vision), ("text", text)):
+        for key, parameter in part.named_parameters():
+            expected = parameter.main_grad
+            error = (gradients[f"{name}.{key}"] - expected).abs().max().item()
+            assert error <= GRADIENT * expected.abs().max().item(), key
 
 
 def test_patch_dropout_changes_the_loss(alone: Ranks, base: list[str]) -> None:
