@@ -72,11 +72,14 @@ def measure(photographs: Path, *, samples: int, repeats: int, workers: int) -> d
     torch.set_num_threads(1)
     figures: dict[str, Any] = {"workers": workers, "repeats": repeats}
     with tempfile.TemporaryDirectory() as folder:
+        # All of them first: photographs that are too small are refused before anything is measured.
+        sets = []
         for name, width, height, count in (("500x400", 500, 400, samples), ("1600x1200", 1600, 1200, samples // 4)):
             # Whole batches for each process, so that both loaders read every image once.
             count = max(2, round(count / (BATCH * SHARDS))) * BATCH * SHARDS
-            shards = Shards(name, cut_shards(photographs, Path(folder) / name, width, height, count), count)
-            figures[name] = _compare(shards, repeats, workers)
+            sets.append(Shards(name, cut_shards(photographs, Path(folder) / name, width, height, count), count))
+        for shards in sets:
+            figures[shards.name] = _compare(shards, repeats, workers)
     return figures
 
 
