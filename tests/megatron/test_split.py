@@ -1,11 +1,12 @@
 """How layers are split over pipeline stages."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.megatron.spawn import SHAPE
-from w2s.config.sections import ParallelConfig
-from w2s.megatron.split import balanced, pipeline_layout
-from w2s.towers.vision import vision_stack
+from w2s.config.sections import ParallelConfig, TextConfig
+from w2s.megatron.split import balanced, pipeline_layout, text_layers, vision_layers
 
 
 @pytest.mark.parametrize(
@@ -35,8 +36,17 @@ def test_a_layout_in_megatrons_words() -> None:
 
 
 def test_the_work_beside_the_layers_of_a_small_tower() -> None:
-    """Products of a token: 3 x 8 x 8 x 32 of the patch embedding, beside those of a layer of width 32."""
-    stack = vision_stack(SHAPE, head_width=24, split=ParallelConfig().vision_split)
+    """Products of a token of width 32: 3 x 8 x 8 x 32 of the patch embedding are 0.66 of a layer's, the head 0.03."""
+    two = ParallelConfig(pipeline=2)
     layer = 4 * 32 * 32 + 2 * 32 * 64 + 2 * 17 * 32
-    assert stack.embedding_cost == pytest.approx(3 * 8 * 8 * 32 / layer)
-    assert stack.head_cost == pytest.approx((32 + 32 * 24) / layer)
+    first, last = 3 * 8 * 8 * 32 / layer, (32 + 32 * 24) / layer
+    deep = replace(SHAPE, layers=9)
+    assert vision_layers(deep, 24, two) == balanced(9, 2, first, last) == [4, 5]
+    assert vision_layers(deep, 24, ParallelConfig(pipeline=2, vision_split=(7, 2))) == [7, 2]
+    assert vision_layers(deep, 24, ParallelConfig()) == [9]
+
+
+def test_the_text_tower_has_more_work_at_its_end() -> None:
+    """An embedding is looked up; the head of a caption of 16 tokens is 0.05 of a layer's work on one of them."""
+    text = TextConfig(layers=9, width=32, heads=2, mlp_width=64)
+    assert text_layers(text, 128, ParallelConfig(pipeline=2)) == [5, 4]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from w2s.config.sections import ParallelConfig
 from w2s.megatron.layers import layer_spec, mark_split_weights
-from w2s.megatron.split import balanced, pipeline_layout
+from w2s.megatron.split import pipeline_layout
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,8 @@ class StackShape:
     qkv_bias: str
     """`none`, `qv` (EVA) or `qkv` (CLIP's text tower)."""
     causal: bool
-    embedding_cost: float
-    """Multiplications of the embedding, in units of a layer's."""
-    head_cost: float
-    """Multiplications of the head, in units of a layer's."""
-    split: tuple[int, ...]
-    """Layers of each pipeline stage; empty balances their work."""
+    split: list[int]
+    """Layers of each pipeline stage."""
 
 
 def transformer_config(shape: StackShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -75,19 +71,12 @@ def transformer_config(shape: StackShape, parallel: ParallelConfig, dtype: torch
         sequence_parallel=parallel.sequence,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
-        pipeline_model_parallel_layout=_layout(shape, parallel),
+        pipeline_model_parallel_layout=pipeline_layout(shape.split) if len(shape.split) > 1 else None,
         # With the defaults two ranks pair their messages wrongly and train on, silently, with wrong gradients.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         **_recomputed_layers(parallel),
     )
-
-
-def _layout(shape: StackShape, parallel: ParallelConfig) -> list[list[str]] | None:
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    if stages == 1:
-        return None
-    return pipeline_layout(shape.split or balanced(shape.layers, stages, shape.embedding_cost, shape.head_cost))
 
 
 def _recomputed_layers(parallel: ParallelConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
+from w2s.megatron.split import text_layers
 from w2s.megatron.tower import StackShape, Tower
 from w2s.towers.norms import make_norm
 from w2s.towers.vision import VisionTower
@@ -58,7 +59,6 @@ class TextTower(Tower):
         chunk: int = 0,
         logit_bias: bool = False,
     ) -> None:
-        layer = 4 * shape.width + 2 * shape.mlp_width + 2 * shape.context_length
         stack = StackShape(
             layers=shape.layers,
             width=shape.width,
@@ -69,9 +69,7 @@ class TextTower(Tower):
             norm_eps=TEXT_NORM_EPS,
             qkv_bias="qkv",
             causal=True,
-            embedding_cost=1 / layer,
-            head_cost=(1 + embed_dim / shape.context_length) / layer,
-            split=parallel.text_split,
+            split=text_layers(shape, embed_dim, parallel),
         )
         super().__init__(stack, parallel, dtype, chunk)
         self.shape = shape

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from w2s.config.sections import ParallelConfig, VisionConfig
+from w2s.megatron.split import vision_layers
 from w2s.megatron.tower import StackShape, Tower
 from w2s.towers.norms import make_norm
 
@@ -14,15 +15,14 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 """Standard deviation of the input's channels (CLIP's)."""
 
 
-def vision_stack(config: VisionConfig, head_width: int, split: tuple[int, ...]) -> StackShape:
+def vision_stack(config: VisionConfig, head_width: int, parallel: ParallelConfig) -> StackShape:
     """Return the shape of the vision tower's layers (baaivision/EVA, shinji/eva_clip/eva_vit_model.py).
 
     Args:
         config: the tower.
         head_width: channels that its head gives.
-        split: layers of each pipeline stage; empty balances their work.
+        parallel: how it is split over pipeline stages.
     """
-    layer = 4 * config.width + 2 * config.mlp_width + 2 * (1 + config.patches)
     return StackShape(
         layers=config.layers,
         width=config.width,
@@ -33,9 +33,7 @@ def vision_stack(config: VisionConfig, head_width: int, split: tuple[int, ...]) 
         norm_eps=NORM_EPS,
         qkv_bias="qv" if config.qkv_bias else "none",
         causal=False,
-        embedding_cost=3 * config.patch_size**2 / layer,
-        head_cost=(1 + head_width) / layer,
-        split=split,
+        split=vision_layers(config, head_width, parallel),
     )
 
 
@@ -49,7 +47,7 @@ class VisionTower(Tower):
     def __init__(
         self, shape: VisionConfig, head_width: int, parallel: ParallelConfig, dtype: torch.dtype, chunk: int = 0
     ) -> None:
-        super().__init__(vision_stack(shape, head_width, parallel.vision_split), parallel, dtype, chunk)
+        super().__init__(vision_stack(shape, head_width, parallel), parallel, dtype, chunk)
         self.shape = shape
         if self.first:
             patch = shape.patch_size

@@ -1,0 +1,90 @@
+"""The GPUs that the planner knows: what a data sheet promises, and how much of it software gets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from w2s.config.fields import nearest
+from w2s.errors import UserError
+
+GPUS_PER_NODE = 8
+"""GPUs that NVLink joins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimates:
+    """Shares of a card's figures that software reaches: guesses, explained in cards.yaml."""
+
+    memory: float
+    hbm: float
+    nvlink: float
+    network: float
+    attention: float
+    hidden: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A GPU; sources and estimates are in cards.yaml."""
+
+    name: str
+    memory_gib: float
+    """Capacity in GiB."""
+    processors: int
+    """Streaming multiprocessors."""
+    bf16_tflops: float
+    """Dense peak."""
+    fp8_tflops: float
+    """Dense peak; 0 where there is none."""
+    bf16_gemm: float
+    """TFLOP/s of the best product that was measured."""
+    fp8_gemm: float
+    """The same in FP8."""
+    hbm_tbs: float
+    """Memory bandwidth in TB/s."""
+    nvlink_gbs: float
+    """GB/s in one direction."""
+    network_gbs: float
+    """GB/s in one direction."""
+    estimates: Estimates
+
+    @property
+    def usable_bytes(self) -> float:
+        """Bytes that tensors can have."""
+        return self.memory_gib * 2**30 * self.estimates.memory
+
+    @property
+    def memory_bandwidth(self) -> float:
+        """Bytes that elementwise kernels move in a second."""
+        return self.hbm_tbs * 1e12 * self.estimates.hbm
+
+    def bandwidth(self, within_node: bool) -> float:
+        """Bytes that a GPU sends in a second, over NVLink or over the network."""
+        if within_node:
+            return self.nvlink_gbs * 1e9 * self.estimates.nvlink
+        return self.network_gbs * 1e9 * self.estimates.network
+
+
+def card(name: str) -> Card:
+    """Return a card of cards.yaml.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    known = cards()
+    if name not in known:
+        raise UserError(f"--card {name} is unknown: did you mean {nearest(name, known)}? There are {', '.join(known)}")
+    return known[name]
+
+
+@cache
+def cards() -> Mapping[str, Card]:
+    """Return all cards by name."""
+    text = (files("w2s.planning") / "cards.yaml").read_text(encoding="utf-8")
+    content: dict[str, Any] = yaml.safe_load(text)
+    estimates = Estimates(**content["estimates"])
+    return {name: Card(**figures, estimates=estimates) for name, figures in content["cards"].items()}

@@ -1,0 +1,193 @@
+"""Floating-point operations of the towers, the teacher, the loss and a stage: arithmetic on the configuration.
+
+A multiplication and an addition are two operations. Matrix products, the patch convolution and attention count, as in
+`torch.utils.flop_counter`; norms, activations and the optimizer do not. Model FLOPs are what training needs at least: a
+backward pass costs two forward passes (of the patch embedding one: pixels get no gradient). Hardware FLOPs are those
+that run: also the second forward pass of the contrastive stage, the recomputed layers, the scores that flash attention
+computes again (five products in its backward pass for two in its forward pass), and the tiled loss's fourth product.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from w2s.config.layout import kept_patches, model_parallel_size
+from w2s.config.sections import Config, ParallelConfig, TextConfig, VisionConfig
+from w2s.megatron.split import text_layers, vision_layers
+
+
+@dataclass(frozen=True)
+class TowerFlops:
+    """Operations of one sample's forward pass through a tower."""
+
+    embedding: float
+    """Patches to tokens."""
+    linears: float
+    """The linears of all layers."""
+    attention: float
+    """Scores and weighted sums of all layers."""
+    head: float
+    """The projection after the layers."""
+
+    @property
+    def forward(self) -> float:
+        """One forward pass."""
+        return self.embedding + self.linears + self.attention + self.head
+
+    @property
+    def model(self) -> float:
+        """One forward and one backward pass, without anything that is computed twice."""
+        return 3 * self.forward - self.embedding
+
+    def hardware(self, recomputed: float, passes: int) -> float:
+        """What training runs.
+
+        Args:
+            recomputed: fraction of the layers that the backward pass computes again.
+            passes: forward passes.
+        """
+        again = (passes - 1) * self.forward + recomputed * (self.linears + self.attention)
+        return self.model + self.attention / 2 + again
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a part of a step for one sample of the global batch."""
+
+    model: float
+    hardware: float
+
+
+@dataclass(frozen=True)
+class StageFlops:
+    """Operations of a training step for one sample of the global batch, by part.
+
+    Attributes:
+        parts: `student` and `teacher`, or `vision`, `text` and `loss`.
+    """
+
+    parts: Mapping[str, Flops]
+
+    @property
+    def model(self) -> float:
+        """Model FLOPs of all parts."""
+        return sum(part.model for part in self.parts.values())
+
+    @property
+    def hardware(self) -> float:
+        """Hardware FLOPs of all parts."""
+        return sum(part.hardware for part in self.parts.values())
+
+
+def vision_flops(vision: VisionConfig, *, tokens: int, head_tokens: int, head_width: int) -> TowerFlops:
+    """Operations of an image's forward pass.
+
+    Args:
+        vision: the tower.
+        tokens: tokens that go through the layers, CLS included.
+        head_tokens: tokens that go through the head.
+        head_width: channels that the head gives.
+    """
+    linears, attention = _layer(tokens, vision.width, vision.mlp_width)
+    return TowerFlops(
+        embedding=2 * vision.patches * 3 * vision.patch_size**2 * vision.width,
+        linears=vision.layers * linears,
+        attention=vision.layers * attention,
+        head=2 * head_tokens * vision.width * head_width,
+    )
+
+
+def text_flops(text: TextConfig, head_width: int) -> TowerFlops:
+    """Operations of a caption's forward pass; attention counts the whole square of scores, as the counter does."""
+    linears, attention = _layer(text.context_length, text.width, text.mlp_width)
+    head = 2 * text.width * head_width
+    return TowerFlops(embedding=0, linears=text.layers * linears, attention=text.layers * attention, head=head)
+
+
+def _layer(tokens: int, width: int, mlp_width: int) -> tuple[float, float]:
+    """The linears and the attention of one layer."""
+    return 2 * tokens * (4 * width**2 + 2 * width * mlp_width), 4 * tokens**2 * width
+
+
+def teacher_flops(vision: VisionConfig, embed_dim: int) -> float:
+    """Operations of an image's forward pass through an EVA tower as teacher, whose head sees every patch token."""
+    patches = vision.patches
+    return vision_flops(vision, tokens=1 + patches, head_tokens=patches, head_width=embed_dim).forward
+
+
+def loss_flops(config: Config) -> Flops:
+    """Operations of the contrastive loss for one pair: its logits with a batch, and the gradients that come back.
+
+    Model FLOPs are three products (logits, gradients by images and by captions). The softmax loss computes the logits
+    of a tile twice, the sigmoid loss once.
+    """
+    product = 2 * config.train.global_batch * config.model.embed_dim
+    return Flops(3 * product, (4 if config.clip.loss == "softmax" else 3) * product)
+
+
+def passes(config: Config, world_size: int) -> int:
+    """Forward passes of a stage's towers in a step; the contrastive stage has two where one cannot have all samples."""
+    one_micro_batch = share(config, world_size) <= config.train.micro_batch
+    one_pass = one_micro_batch and config.parallel.pipeline == 1 and config.clip.two_pass == "auto"
+    return 1 if config.stage == "mim" or one_pass else 2
+
+
+def share(config: Config, world_size: int) -> int:
+    """Samples of a step that a model-parallel group sees."""
+    return config.train.global_batch * model_parallel_size(config.parallel) // world_size
+
+
+def recomputed_fraction(parallel: ParallelConfig, split: list[int]) -> float:
+    """Fraction of a tower's layers that the backward pass computes again; `selective` recomputes no product."""
+    if parallel.recompute != "full":
+        return 0.0
+    most = parallel.recompute_layers or max(split)
+    return sum(min(most, layers) for layers in split) / sum(split)
+
+
+def seen_tokens(config: Config) -> int:
+    """Tokens of an image in the vision tower while it trains, in the first phase of the data."""
+    patches = config.model.vision.patches
+    if config.stage == "mim":
+        return 1 + patches
+    first = config.data.phases[0].patch_dropout if config.data.phases else None
+    return 1 + kept_patches(patches, config.clip.patch_dropout if first is None else first)
+
+
+def student_flops(config: Config, target_width: int) -> TowerFlops:
+    """Operations of an image's forward pass through the masked stage's student."""
+    masked = config.mim.masked_patches
+    return vision_flops(config.model.vision, tokens=seen_tokens(config), head_tokens=masked, head_width=target_width)
+
+
+def image_flops(config: Config) -> TowerFlops:
+    """Operations of an image's forward pass through the contrastive stage's vision tower."""
+    model = config.model
+    return vision_flops(model.vision, tokens=seen_tokens(config), head_tokens=1, head_width=model.embed_dim)
+
+
+def stage_flops(config: Config, world_size: int, *, target_width: int = 0, teacher: float = 0.0) -> StageFlops:
+    """Operations of a training step for one sample.
+
+    Args:
+        config: the masked or the contrastive stage.
+        world_size: ranks in all.
+        target_width: channels of the teacher's features (masked stage).
+        teacher: operations of the teacher's forward pass for one image (masked stage).
+    """
+    parallel, model, times = config.parallel, config.model, passes(config, world_size)
+    width = model.embed_dim
+
+    def trained(tower: TowerFlops, split: list[int]) -> Flops:
+        return Flops(tower.model, tower.hardware(recomputed_fraction(parallel, split), times))
+
+    if config.stage == "mim":
+        student = trained(student_flops(config, target_width), vision_layers(model.vision, target_width, parallel))
+        return StageFlops({"student": student, "teacher": Flops(teacher, teacher)})
+    split = vision_layers(model.vision, width, parallel), text_layers(model.text, width, parallel)
+    return StageFlops(
+        {
+            "vision": trained(image_flops(config), split[0]),
+            "text": trained(text_flops(model.text, width), split[1]),
+            "loss": loss_flops(config),
+        }
+    )
