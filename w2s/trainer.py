@@ -289,6 +289,7 @@ def training_inputs(config: Config, sources: Sequence[Source]) -> list[DataInput
 def test_inputs(config: Config) -> list[DataInput]:
     """Describe the sets that a stage is measured on."""
     keys = {"eval.shards": "evaluation", "eval.knn_shards": "neighbours"}
+    keys |= {f"eval.sets.{name}": f"evaluation {name}" for name in config.eval.sets}
     return [data_input(config, key, context) for key, context in keys.items() if flatten(asdict(config))[key]]
 
 
