@@ -21,7 +21,7 @@ from w2s.checkpoint.handover import Handover
 from w2s.config.naming import difference, flatten, run_folder
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
-from w2s.data.builtin import ensure_builtin
+from w2s.data.builtin.registry import ensure_builtin
 from w2s.data.sample import SampleSpec
 from w2s.data.shards import list_shards, shards_digest
 from w2s.data.sources import Source
