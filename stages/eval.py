@@ -14,6 +14,7 @@ from w2s.config.load import model_from
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
 from w2s.evaluation.dataset import EvalSet
+from w2s.evaluation.evaluate import of_sets
 from w2s.evaluation.zero_shot import ClassResult, ZeroShotResult
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
@@ -54,26 +55,30 @@ def evaluate(config: Config, checkpoint: Path, tracker: Tracker, ranks: Ranks) -
     vision, text = build_clip(config, compute_dtype(config.precision), ranks.device)
     load_all({"vision": vision, "text": text}, checkpoint)
     probe = ClipProbe(config, ranks)
-    result = probe.measure(vision, text)
-    metrics = result.metrics | probe.of_tower(vision) | probe.baselines()
+    results = {name: probe.measure(vision, text, name) for name in config.eval.by_name}
+    metrics = of_sets({name: result.metrics for name, result in results.items()})
+    metrics |= probe.of_tower(vision) | probe.baselines()
     meta = read_meta(checkpoint)
     tracker.log(meta.step, meta.samples, metrics)
     tracker.results(metrics, str(checkpoint))
-    if result.zero_shot is not None and config.tracking.pictures:
-        test = probe.test_set(config.model.vision.image_size)
-        _show_classes(result.zero_shot, test, config.tracking.pictures, tracker)
+    for name, result in results.items():
+        if result.zero_shot is not None and config.tracking.pictures:
+            test = probe.test_set(config.model.vision.image_size, name)
+            _show_classes(name, result.zero_shot, test, config.tracking.pictures, tracker)
     return metrics
 
 
-def _show_classes(result: ZeroShotResult, test: EvalSet, count: int, tracker: Tracker) -> None:
-    """Table and picture of the `count` classes that are recognised best and worst."""
+def _show_classes(name: str, result: ZeroShotResult, test: EvalSet, count: int, tracker: Tracker) -> None:
+    """Table and picture of the `count` classes of a test set that are recognised best and worst."""
+    file = f"classes_{name}" if name else "classes"
+    title = f"best and worst classes of {name}" if name else "best and worst classes"
     ends = {"best": result.classes[:count], "worst": result.classes[::-1][:count]}
     rows: list[list[Cell]] = [
         [end, c.name, c.top1, c.margin, c.confused_with] for end, classes in ends.items() for c in classes
     ]
-    tracker.table("classes", ["", "class", "top-1", "margin", "taken for"], rows, "best and worst classes")
+    tracker.table(file, ["", "class", "top-1", "margin", "taken for"], rows, title)
     examples = [[_examples(each, test, result.predictions) for each in classes] for classes in ends.values()]
-    tracker.picture("classes", lambda path: classes_picture(path, *examples))
+    tracker.picture(file, lambda path: classes_picture(path, *examples))
 
 
 def _examples(result: ClassResult, test: EvalSet, predictions: Tensor) -> ClassExamples:

@@ -11,7 +11,7 @@ from w2s.data.batch import normalize
 from w2s.data.tokens import tokenize
 from w2s.evaluation.dataset import EvalSet, load_eval_set
 from w2s.evaluation.encode import Encoder
-from w2s.evaluation.evaluate import ClipResult, evaluate_clip, evaluate_knn
+from w2s.evaluation.evaluate import ClipResult, evaluate_clip, evaluate_knn, of_sets, under
 from w2s.megatron.groups import Ranks
 from w2s.megatron.schedule import infer
 from w2s.megatron.sharded import ShardedTower
@@ -41,7 +41,7 @@ class Probe:
     """The test images of a stage, and k-NN on them.
 
     Args:
-        config: the stage's configuration; `eval.shards` may be empty, then nothing is measured.
+        config: the stage's configuration; without `eval.shards` and `eval.sets` nothing is measured.
         ranks: this process among all; the work is shared.
     """
 
@@ -49,17 +49,20 @@ class Probe:
         self.config, self.ranks = config, ranks
         self._sets: dict[tuple[str, int], EvalSet] = {}
 
-    def test_set(self, image_size: int) -> EvalSet:
-        """Return the test images (`eval.shards`) at a size in pixels."""
-        return self._load("shards", image_size)
+    def test_set(self, image_size: int, name: str = "") -> EvalSet:
+        """Return the test images of `eval.shards`, or of a set of `eval.sets`, at a size in pixels."""
+        option = f"eval.sets.{name}" if name else "eval.shards"
+        return self._load(option, self.config.eval.by_name[name], image_size)
 
     def neighbours(self, image_size: int) -> EvalSet:
         """Return the labelled images that k-NN looks among (`eval.knn_shards`) at a size in pixels."""
-        return self._load("knn_shards", image_size)
+        return self._load("eval.knn_shards", self.config.eval.knn_shards, image_size)
 
     def of_tower(self, tower: ShardedTower[Any]) -> dict[str, float]:
         """Measure a tower: `knn/top1`, `knn/top5`, chance and coverage; nothing without neighbours."""
-        return self._knn(lambda images: patch_features(tower, images).mean(1), self.config.model.vision.image_size)
+        return self._knn(
+            "knn", lambda images: patch_features(tower, images).mean(1), self.config.model.vision.image_size
+        )
 
     def baselines(self) -> dict[str, float]:
         """Measure a tower with random weights (`knn_random/…`) and the teacher (`knn_teacher/…`), if wanted."""
@@ -75,47 +78,55 @@ class Probe:
             root=config.run.root,
             parallel=config.parallel,
         )
-        measured = {
-            "knn_random": self.of_tower(random),
-            "knn_teacher": self._knn(
-                lambda images: teacher.pooled(teacher_features(teacher, images)),
-                teacher.image_size,
-                self.ranks.world_group,
-            ),
-        }
-        return {f"{name}/{top}": knn[f"knn/{top}"] for name, knn in measured.items() for top in ("top1", "top5")}
+        measured = self._knn(
+            "knn_random", lambda images: patch_features(random, images).mean(1), vision.image_size
+        ) | self._knn(
+            "knn_teacher",
+            lambda images: teacher.pooled(teacher_features(teacher, images)),
+            teacher.image_size,
+            self.ranks.world_group,
+        )
+        return {name: value for name, value in measured.items() if name.endswith(("/top1", "/top5"))}
 
-    def _knn(self, encode: Encoder, image_size: int, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+    def _knn(
+        self, title: str, encode: Encoder, image_size: int, group: dist.ProcessGroup | None = None
+    ) -> dict[str, float]:
         """Measure an encoder that the ranks of a model-parallel group run together, or each rank of `group` alone."""
         if not self.config.eval.knn_shards:
             return {}
-        test, neighbours = self.test_set(image_size), self.neighbours(image_size)
-        return evaluate_knn(self.config.eval, test, neighbours, encode=encode, group=group or self.ranks.data_group)
+        measured = evaluate_knn(
+            self.config.eval,
+            {name: self.test_set(image_size, name) for name in self.config.eval.by_name},
+            self.neighbours(image_size),
+            encode=encode,
+            group=group or self.ranks.data_group,
+        )
+        return of_sets({name: under(title, metrics) for name, metrics in measured.items()})
 
-    def _load(self, key: str, image_size: int) -> EvalSet:
-        if (key, image_size) not in self._sets:
-            self._sets[key, image_size] = load_eval_set(
-                getattr(self.config.eval, key),
+    def _load(self, option: str, shards: str, image_size: int) -> EvalSet:
+        if (option, image_size) not in self._sets:
+            self._sets[option, image_size] = load_eval_set(
+                shards,
                 image_size,
                 image_key=self.config.data.image_key,
                 caption_key=self.config.data.caption_key,
                 class_key=self.config.eval.class_key,
-                option=f"eval.{key}",
+                option=option,
             )
-        return self._sets[key, image_size]
+        return self._sets[option, image_size]
 
 
 class ClipProbe(Probe):
     """What is measured of a CLIP: zero-shot classification and retrieval, beside the k-NN of its vision tower."""
 
     @torch.no_grad()
-    def measure(self, vision: ShardedTower[ImageTower], text: ShardedTower[TextTower]) -> ClipResult:
-        """Classify and retrieve the test images by their texts."""
+    def measure(self, vision: ShardedTower[ImageTower], text: ShardedTower[TextTower], name: str = "") -> ClipResult:
+        """Classify and retrieve the test images of `eval.shards`, or of a set of `eval.sets`, by their texts."""
         device, length = self.ranks.device, self.config.model.text.context_length
         tokens = 1 + self.config.model.vision.patches
         return evaluate_clip(
             self.config.eval,
-            self.test_set(self.config.model.vision.image_size),
+            self.test_set(self.config.model.vision.image_size, name),
             encode_image=lambda images: infer(
                 vision, (normalize(images.to(device), MEAN, STD),), ImageTower.__call__, tokens
             ),

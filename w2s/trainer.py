@@ -21,7 +21,7 @@ from w2s.checkpoint.handover import Handover
 from w2s.config.naming import difference, flatten, run_folder
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
-from w2s.data.builtin import ensure_builtin
+from w2s.data.builtin.registry import ensure_builtin
 from w2s.data.sample import SampleSpec
 from w2s.data.shards import list_shards, shards_digest
 from w2s.data.sources import Source
@@ -289,6 +289,7 @@ def training_inputs(config: Config, sources: Sequence[Source]) -> list[DataInput
 def test_inputs(config: Config) -> list[DataInput]:
     """Describe the sets that a stage is measured on."""
     keys = {"eval.shards": "evaluation", "eval.knn_shards": "neighbours"}
+    keys |= {f"eval.sets.{name}": f"evaluation {name}" for name in config.eval.sets}
     return [data_input(config, key, context) for key, context in keys.items() if flatten(asdict(config))[key]]
 
 

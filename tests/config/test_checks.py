@@ -85,6 +85,15 @@ def test_evaluation_needs_shards_and_a_model() -> None:
     assert refusal("eval", "init.checkpoint=none").startswith("init.checkpoint=none leaves nothing to evaluate")
 
 
+def test_named_test_sets_take_the_place_of_the_single_one() -> None:
+    sets = "eval.sets={a: /a, b: '/b/{0..1}.tar'}"
+    assert accepts("eval", "eval.shards=", sets, world_size=1)
+    assert refusal("eval", "eval.shards=/c", sets) == (
+        "eval.shards=/c and eval.sets are both given: name it in eval.sets, or empty one of them"
+    )
+    assert refusal("clip", sets) == "eval.sets is for w2s stage eval: clip is measured on eval.shards alone"
+
+
 def test_a_gpu_configuration_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert refusal("mim", "hardware=h100") == (

@@ -87,6 +87,13 @@ def test_text_is_taken_as_it_stands_and_numbers_are_read() -> None:
     assert (config.optim.betas, config.optim.vision_lr, config.data.flip) == ((0.8, 0.9), None, False)
 
 
+def test_named_test_sets() -> None:
+    config = load("eval", ["data.cache=/mine", "eval.sets={a: '${data.cache}/{00..09}.tar', b: /b}"])
+    assert config.eval.sets == {"a": "/mine/{00..09}.tar", "b": "/b"} == config.eval.by_name
+    assert load("eval", ["eval.shards=/c"]).eval.by_name == {"": "/c"}
+    assert load("eval", ["eval.shards="]).eval.by_name == {}
+
+
 def test_interpolations_are_resolved_after_the_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("W2S_CACHE", "/from/environment")
     assert load("mim").data.train == "/from/environment/emoji-1/train"
@@ -106,6 +113,8 @@ def test_interpolations_are_resolved_after_the_overrides(monkeypatch: pytest.Mon
         ("data.flip=maybe", "data.flip=maybe is not true or false"),
         ("optim.name=sgd", "optim.name=sgd is not one of adamw, lamb"),
         ("optim.betas=[0.9]", "optim.betas=[0.9] is not a list of 2 numbers"),
+        ("eval.sets=3", "eval.sets=3 is not a mapping such as {name: text}"),
+        ("eval.sets={a/b: c}", "eval.sets: 'a/b' is no name of a test set: use letters, digits, _ and -"),
         ("train=5", "train=5: train is a section, set one of its keys, such as train.steps"),
         ("train.steps", "override 'train.steps' is not of the form key=value, such as train.steps=100"),
         ("=3", "override '=3' is not of the form key=value, such as train.steps=100"),

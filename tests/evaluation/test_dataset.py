@@ -58,6 +58,16 @@ def test_names_beside_the_shards_come_first(tmp_path):
     assert data.captions == []
 
 
+def test_prompts_beside_the_names(tmp_path):
+    write_shard(tmp_path / "test/0.tar", [("a", {"png": png(), "txt": "fire"})])
+    assert load(tmp_path / "test").prompts == []
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\nart of {c}\n")
+    assert load(tmp_path / "test").prompts == ["a photo of a {c}.", "art of {c}"]
+    (tmp_path / "test/zeroshot_classification_templates.txt").write_text("{c}\na photo\n")
+    with pytest.raises(DataError, match=r"templates\.txt: 'a photo' has no \{c\} in the place of the class name"):
+        load(tmp_path / "test")
+
+
 def test_captions_are_the_classes_where_there_are_no_numbers(tmp_path):
     captions = ["dog", "cat", "dog"]
     write_shard(tmp_path / "0.tar", [(str(i), {"png": png(), "txt": text}) for i, text in enumerate(captions)])

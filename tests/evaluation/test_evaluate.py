@@ -1,12 +1,14 @@
 """The evaluations that stages ask for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from w2s.config.sections import EvalConfig
 from w2s.errors import DataError
 from w2s.evaluation.dataset import EvalSet
-from w2s.evaluation.evaluate import evaluate_clip, evaluate_knn
+from w2s.evaluation.evaluate import evaluate_clip, evaluate_knn, of_sets
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}
 
@@ -40,6 +42,10 @@ def clip(data, encode_text=encode_text, **config):
         encode_text=encode_text,
         tokenize=tokenize,
     )
+
+
+def knn(tests, neighbours, encode=encode_image):
+    return evaluate_knn(EvalConfig(knn_k=1, batch_size=2), tests, neighbours, encode=encode)
 
 
 def test_a_perfect_clip():
@@ -79,13 +85,49 @@ def test_what_a_set_lacks_is_not_measured():
 
 def test_knn_matches_classes_by_name():
     neighbours = eval_set(["blue", "red", "red"], class_names=("blue", "red"))
-    result = evaluate_knn(EvalConfig(knn_k=1), eval_set(["red", "green", "blue"]), neighbours, encode=encode_image)
-    assert result == {"knn/top1": 1, "knn/top5": 1, "knn/chance_top1": 1 / 2, "knn/coverage": pytest.approx(2 / 3)}
+    assert knn({"": eval_set(["red", "green", "blue"])}, neighbours) == {
+        "": {"top1": 1, "top5": 1, "chance_top1": 1 / 2, "coverage": pytest.approx(2 / 3)}
+    }
+
+
+def test_knn_of_several_sets_encodes_the_neighbours_once():
+    sets = {"warm": eval_set(["red", "red"]), "cold": eval_set(["green"]), "texts": eval_set(["red"], labels=None)}
+    neighbours, encoded = eval_set(["blue", "red"]), []
+
+    def encode(images):
+        encoded.append(len(images))
+        return encode_image(images)
+
+    result = knn(sets, neighbours, encode)
+    assert result["warm"] == knn({"": sets["warm"]}, neighbours)[""]
+    assert result["cold"] == result["texts"] == {"coverage": 0}
+    assert sum(encoded) == len(neighbours.images) + len(sets["warm"].images)
+
+
+def test_metrics_of_named_sets():
+    assert of_sets({"": {"knn/top1": 1}}) == {"knn/top1": 1}
+    assert of_sets({"a": {"knn/top1": 1}, "b": {"knn/top1": 0}}) == {"a/knn/top1": 1, "b/knn/top1": 0}
 
 
 def test_knn_needs_classes_in_common():
     neighbours = eval_set(["blue"])
     with pytest.raises(DataError, match="no class in common"):
-        evaluate_knn(EvalConfig(), eval_set(["red"]), neighbours, encode=encode_image)
+        knn({"": eval_set(["red"])}, neighbours)
     with pytest.raises(DataError, match=r"eval\.knn_shards has several captions"):
-        evaluate_knn(EvalConfig(), neighbours, eval_set(["red"], labels=None), encode=encode_image)
+        knn({"": neighbours}, eval_set(["red"], labels=None))
+
+
+def test_a_set_may_have_prompts_of_its_own():
+    seen = []
+
+    def tokenize_and_keep(texts):
+        seen.extend(texts)
+        return tokenize(texts)
+
+    data = replace(eval_set(["red", "blue"], class_names=("red", "blue")), prompts=["a {c} wall", "{c} and {c}"])
+    config = EvalConfig(templates="own", retrieval=False)
+    encoders = {"encode_image": encode_image, "encode_text": encode_text, "tokenize": tokenize_and_keep}
+    assert evaluate_clip(config, data, **encoders).metrics["zero_shot/top1"] == 1
+    assert seen == ["a red wall", "red and red", "a blue wall", "blue and blue"]
+    with pytest.raises(DataError, match=r"^eval\.templates=own, but a test set \(red, \.\.\.\) has no prompts: write "):
+        evaluate_clip(config, replace(data, prompts=[]), **encoders)

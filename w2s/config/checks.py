@@ -73,6 +73,8 @@ def _check_teacher(config: Config) -> None:
 def _check_training(config: Config, world_size: int) -> None:
     if not config.data.train and not (config.data.phases and all(phase.train for phase in config.data.phases)):
         raise ConfigError("data.train is empty: give the training shards, such as data.train='shards/{0000..0099}.tar'")
+    if config.eval.sets:
+        raise ConfigError(f"eval.sets is for w2s stage eval: {config.stage} is measured on eval.shards alone")
     _check_optimizer(config)
     check_towers(config)
     _check_batch(config.train, world_size // model_parallel_size(config.parallel))
@@ -112,8 +114,12 @@ def _check_phases(config: Config) -> None:
 
 
 def _check_eval(config: Config) -> None:
-    if not config.eval.shards:
+    if not config.eval.by_name:
         raise ConfigError("eval.shards is empty: give the test shards, such as eval.shards='test/{00..09}.tar'")
+    if config.eval.sets and config.eval.shards:
+        raise ConfigError(
+            f"eval.shards={config.eval.shards} and eval.sets are both given: name it in eval.sets, or empty one of them"
+        )
     if config.init.checkpoint == "none":
         raise ConfigError("init.checkpoint=none leaves nothing to evaluate: give a clip run, or latest")
 

@@ -58,6 +58,8 @@ def _in_words(hint: Any) -> str:
             return "a list of numbers" if ... in arguments else f"a list of {len(arguments)} numbers"
         case origin if origin is list and is_dataclass(arguments[0]):
             return f"a list of sections with keys such as {fields(arguments[0])[0].name}"
+        case origin if origin is dict:
+            return f"a mapping such as {{name: {_WORDS[arguments[1]]}}}"
         case origin if origin is list:
             return f"a list, each entry {_in_words(arguments[0])}"
         case _:

@@ -1,5 +1,6 @@
 """The configuration: one typed dataclass per section, a line of documentation under each field."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -431,10 +432,15 @@ class EvalConfig:
 
     shards: str = ""
     """Test shards with images and captions or class labels; empty turns evaluation off."""
+    sets: dict[str, str] = field(default_factory=dict)
+    """Several test sets for `w2s stage eval`, shards by name, in place of `shards`; metrics are called NAME/METRIC."""
     class_key: str = "cls"
     """Extension of the class number in a sample; `classnames.txt` beside the shards has a name a line."""
-    templates: Literal["none", "simple", "openai"] = "none"
-    """Prompts around a class name: none, open_clip's short list, or its ImageNet list of 80."""
+    templates: Literal["none", "simple", "openai", "own"] = "none"
+    """Prompts around a class name: none, open_clip's short list, its ImageNet list of 80, or each test set's own.
+
+    `own` is the file zeroshot_classification_templates.txt beside classnames.txt: a prompt a line, {c} for the name.
+    """
     batch_size: int = 256
     """Images or texts of one forward pass."""
     retrieval: bool = True
@@ -445,6 +451,18 @@ class EvalConfig:
     """Neighbours that vote."""
     baselines: bool = True
     """Measure k-NN of a random student and of the teacher too."""
+
+    def __post_init__(self) -> None:
+        for name in self.sets:
+            _require(
+                re.fullmatch(r"[\w-]+", name, re.ASCII) is not None,
+                f"eval.sets: '{name}' is no name of a test set: use letters, digits, _ and -",
+            )
+
+    @property
+    def by_name(self) -> dict[str, str]:
+        """Test shards by the name of their set: `sets`, or `shards` under the empty name; nothing without both."""
+        return self.sets or ({"": self.shards} if self.shards else {})
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,6 @@
 """A test set in memory: images, captions and classes, read from webdataset shards in order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from w2s.data.tar import RawSample, caption_file, find_image, read_shard
 from w2s.errors import DataError
 
 CLASS_NAMES = "classnames.txt"
+PROMPTS = "zeroshot_classification_templates.txt"  # both names are CLIP_benchmark's
 
 T = TypeVar("T")
 
@@ -36,6 +37,8 @@ class EvalSet:
     """Names by class number."""
     keys: list[str]
     """Names of the samples."""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts with {c} in the place of a class name; empty where the set has no list of its own."""
 
 
 def load_eval_set(
@@ -51,7 +54,8 @@ def load_eval_set(
 
     Images get CLIP's test transform: the shorter side to `image_size` pixels, then a centre crop. Class numbers come
     with names in `classnames.txt` beside the shards or in the folder above; without class numbers the distinct
-    captions are the classes, in alphabetical order.
+    captions are the classes, in alphabetical order. Prompts are in `zeroshot_classification_templates.txt`, in the
+    same places as the names.
 
     Args:
         shards: what `list_shards` takes.
@@ -62,7 +66,8 @@ def load_eval_set(
         option: the configuration key to name in an error.
 
     Raises:
-        DataError: a shard, an image, a caption, a class number or the class names are missing or cannot be read.
+        DataError: a shard, an image, a caption, a class number or the class names are missing or cannot be read, or a
+            prompt has no place for the name.
     """
     paths = list_shards(shards, option)
     images, captions, numbers, keys = [], [], [], []
@@ -73,10 +78,9 @@ def load_eval_set(
         keys.append(sample.key)
     texts = _all_or_none(captions, keys, f"caption .{caption_key}")
     classes = _all_or_none(numbers, keys, f"class number .{class_key}")
-    labels, names = (
-        _named_classes(classes, Path(paths[0]).parent) if classes else _caption_classes(texts, f"{option}={shards}")
-    )
-    return EvalSet(torch.stack(images), texts, labels, names, keys)
+    folder = Path(paths[0]).parent
+    labels, names = _named_classes(classes, folder) if classes else _caption_classes(texts, f"{option}={shards}")
+    return EvalSet(torch.stack(images), texts, labels, names, keys, _prompts(folder))
 
 
 def eval_transform(pixels: Tensor, image_size: int) -> Tensor:
@@ -132,14 +136,27 @@ def _all_or_none(values: list[T | None], keys: list[str], what: str) -> list[T]:
 
 
 def _named_classes(numbers: list[int], folder: Path) -> tuple[Tensor, list[str]]:
-    files = [place / CLASS_NAMES for place in (folder, folder.parent)]
-    file = next((file for file in files if file.is_file()), None)
+    file = _beside(folder, CLASS_NAMES)
     if file is None:
-        raise DataError(f"{files[0]} does not exist: write the classes' names into it, one a line")
+        raise DataError(f"{folder / CLASS_NAMES} does not exist: write the classes' names into it, one a line")
     names = file.read_text(encoding="utf-8").splitlines()
     if max(numbers) >= len(names):
         raise DataError(f"{file} has {len(names)} names but there is a class number {max(numbers)}: add the names")
     return torch.tensor(numbers), names
+
+
+def _prompts(folder: Path) -> list[str]:
+    file = _beside(folder, PROMPTS)
+    prompts = file.read_text(encoding="utf-8").splitlines() if file else []
+    wrong = next((prompt for prompt in prompts if "{c}" not in prompt), None)
+    if wrong is not None:
+        raise DataError(f"{file}: '{wrong}' has no {{c}} in the place of the class name: write it, and no empty line")
+    return prompts
+
+
+def _beside(folder: Path, name: str) -> Path | None:
+    """A file in the folder of the shards, or in the folder above."""
+    return next((place / name for place in (folder, folder.parent) if (place / name).is_file()), None)
 
 
 def _caption_classes(captions: list[str], source: str) -> tuple[Tensor | None, list[str]]:

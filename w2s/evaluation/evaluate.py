@@ -1,17 +1,20 @@
 """The two evaluations that stages ask for: of a CLIP, and of a vision tower's features."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from w2s.config.sections import EvalConfig
 from w2s.errors import DataError
-from w2s.evaluation.dataset import EvalSet
+from w2s.evaluation.dataset import CLASS_NAMES, PROMPTS, EvalSet
 from w2s.evaluation.encode import Encoder, Tokenizer, encode_all
 from w2s.evaluation.knn import knn
 from w2s.evaluation.retrieval import retrieval, split_captions
-from w2s.evaluation.zero_shot import ZeroShotResult, class_embeddings, zero_shot
+from w2s.evaluation.zero_shot import TEMPLATES, Template, ZeroShotResult, class_embeddings, zero_shot
 
 
 @dataclass(frozen=True)
@@ -49,56 +52,89 @@ def evaluate_clip(
     if data.labels is not None:
         vectors = class_embeddings(
             data.class_names,
-            templates=config.templates,
+            templates=_templates(config, data),
             encode_text=encode_text,
             tokenize=tokenize,
             batch_size=config.batch_size,
             group=group,
         )
         result = zero_shot(images, vectors, data.labels, data.class_names)
-        metrics |= {f"zero_shot/{name}": value for name, value in result.metrics.items()}
+        metrics |= under("zero_shot", result.metrics)
     if config.retrieval and data.captions:
         texts, text_numbers, image_numbers = split_captions(data.captions)
         features = encode_all(encode_text, tokenize(texts), config.batch_size, group)
         recalls = retrieval(images, features, image_numbers, text_numbers)
-        metrics |= {f"retrieval/{name}": value for name, value in recalls.items()}
+        metrics |= under("retrieval", recalls)
     return ClipResult(metrics, result)
 
 
-def evaluate_knn(
-    config: EvalConfig, data: EvalSet, neighbours: EvalSet, *, encode: Encoder, group: dist.ProcessGroup | None = None
-) -> dict[str, float]:
-    """k-NN classification of the test set by labelled neighbours; classes are matched by their names.
+def under(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics with a prefix and a slash before each name."""
+    return {f"{prefix}/{metric}": value for metric, value in metrics.items()}
 
-    Test images of classes that no neighbour has are left out; `knn/coverage` is the fraction that remains.
+
+def of_sets(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of test sets under the sets' names (`openmoji/zero_shot/top1`); a set without a name adds none."""
+    parts = [under(name, metrics) if name else metrics for name, metrics in measured.items()]
+    return {metric: value for part in parts for metric, value in part.items()}
+
+
+def evaluate_knn(
+    config: EvalConfig,
+    tests: Mapping[str, EvalSet],
+    neighbours: EvalSet,
+    *,
+    encode: Encoder,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, dict[str, float]]:
+    """k-NN classification of test sets by labelled neighbours; classes are matched by their names.
+
+    Test images of classes that no neighbour has are left out; `coverage` is the fraction that remains. A set of which
+    nothing remains has a coverage of 0 and no other metric.
 
     Args:
         config: number of neighbours and batch size.
-        data: the test set, the same on every rank.
+        tests: test sets by name, the same on every rank.
         neighbours: the labelled set that neighbours are taken from, the same on every rank.
         encode: uint8 images [b, 3, S, S] to features [b, d].
         group: ranks that share the work; None for this process alone.
 
     Returns:
-        `knn/top1`, `knn/top5`, `knn/chance_top1` and `knn/coverage`, fractions of 1.
+        for every test set `top1`, `top5`, `chance_top1` and `coverage`, fractions of 1.
 
     Raises:
-        DataError: a set has no classes, or they have no class in common.
+        DataError: the neighbours have no classes, or none in common with a test set.
     """
-    labels, neighbour_labels = _labels(data, "eval.shards"), _labels(neighbours, "eval.knn_shards")
-    numbers = {neighbours.class_names[number]: number for number in neighbour_labels.unique().tolist()}
-    matched = labels.new_tensor([numbers.get(data.class_names[number], -1) for number in labels.tolist()])
-    kept = matched >= 0
-    if not kept.any():
-        raise DataError("eval.shards and eval.knn_shards have no class in common: give sets with the same class names")
-    features = encode_all(encode, data.images[kept], config.batch_size, group)
+    if neighbours.labels is None:
+        raise DataError("eval.knn_shards has several captions an image and no classes: k-NN needs class numbers")
+    matched = {name: _matched(data, neighbours) for name, data in tests.items()}
+    if all((labels < 0).all() for labels in matched.values()):
+        raise DataError("the test images and eval.knn_shards have no class in common: give the same class names")
     gallery = encode_all(encode, neighbours.images, config.batch_size, group)
-    metrics = knn(features, matched[kept], gallery, neighbour_labels, k=config.knn_k)
-    metrics["coverage"] = kept.double().mean().item()
-    return {f"knn/{name}": value for name, value in metrics.items()}
+    measured = {}
+    for name, labels in matched.items():
+        kept = labels >= 0
+        measured[name] = {"coverage": kept.double().mean().item()}
+        if kept.any():
+            features = encode_all(encode, tests[name].images[kept], config.batch_size, group)
+            measured[name] |= knn(features, labels[kept], gallery, neighbours.labels, k=config.knn_k)
+    return measured
 
 
-def _labels(data: EvalSet, option: str) -> Tensor:
-    if data.labels is None:
-        raise DataError(f"{option} has several captions an image and no classes: k-NN needs class numbers")
-    return data.labels
+def _matched(data: EvalSet, neighbours: EvalSet) -> Tensor:
+    """The class number that each test image has among the neighbours, int64 [n]; -1 where they lack its class."""
+    if data.labels is None or neighbours.labels is None:
+        return torch.full((len(data.images),), -1)
+    numbers = {neighbours.class_names[number]: number for number in neighbours.labels.unique().tolist()}
+    return torch.tensor([numbers.get(data.class_names[number], -1) for number in data.labels.tolist()])
+
+
+def _templates(config: EvalConfig, data: EvalSet) -> Sequence[Template]:
+    if config.templates != "own":
+        return TEMPLATES[config.templates]
+    if not data.prompts:
+        raise DataError(
+            f"eval.templates=own, but a test set ({data.class_names[0]}, ...) has no prompts: write {PROMPTS} beside "
+            f"its {CLASS_NAMES}, a prompt with {{c}} a line"
+        )
+    return [partial(prompt.replace, "{c}") for prompt in data.prompts]

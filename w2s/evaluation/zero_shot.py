@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -13,7 +12,10 @@ from torch import Tensor
 from w2s.evaluation.encode import Encoder, Tokenizer, encode_all
 from w2s.evaluation.ranking import one_hot, rank_of_right
 
-TEMPLATES: dict[str, Sequence[Callable[[str], str]]] = {
+Template = Callable[[str], str]
+"""Makes a prompt of a class name."""
+
+TEMPLATES: dict[str, Sequence[Template]] = {
     "none": (str,),
     "simple": SIMPLE_IMAGENET_TEMPLATES,
     "openai": OPENAI_IMAGENET_TEMPLATES,
@@ -52,7 +54,7 @@ class ZeroShotResult:
 def class_embeddings(
     names: list[str],
     *,
-    templates: Literal["none", "simple", "openai"],
+    templates: Sequence[Template],
     encode_text: Encoder,
     tokenize: Tokenizer,
     batch_size: int,
@@ -62,7 +64,7 @@ def class_embeddings(
 
     Args:
         names: the C class names.
-        templates: prompts around a name: the bare name, open_clip's 7 templates, or OpenAI's 80.
+        templates: what makes the prompts of a name.
         encode_text: tokens [b, context] to features [b, d].
         tokenize: texts to tokens.
         batch_size: texts of one call of `encode_text`.
@@ -71,7 +73,7 @@ def class_embeddings(
     Returns:
         float32 [C, d].
     """
-    prompts = [template(name) for name in names for template in TEMPLATES[templates]]
+    prompts = [template(name) for name in names for template in templates]
     features = F.normalize(encode_all(encode_text, tokenize(prompts), batch_size, group).float(), dim=-1)
     return F.normalize(features.unflatten(0, (len(names), -1)).mean(1), dim=-1)
 

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from w2s.config.sections import DataConfig
-from w2s.data import emoji
+from w2s.data.builtin import emoji
 from w2s.errors import DataError
 
 logger = logging.getLogger(__name__)

