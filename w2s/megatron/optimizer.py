@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from w2s.config.sections import OptimConfig
+from w2s.megatron import compat
 from w2s.megatron.gradients import global_norm
 from w2s.megatron.initialize import global_name
 from w2s.megatron.sharded import ShardedTower
@@ -112,7 +113,7 @@ class _DistributedOptimizer(DistributedOptimizer):
 
     def clip_grad_norm(self, clip_grad: float) -> Tensor:
         """Scale the gradients so that their global norm is at most `clip_grad`; return the norm before that."""
-        norm = global_norm(self.get_main_grads_for_grad_norm(), self.grad_stats_parallel_group, self.device)
+        norm = global_norm(compat.gradients_for_norm(self), self.grad_stats_parallel_group, self.device)
         if clip_grad < math.inf:
             clip_grads_with_norm_(self.get_parameters(), clip_grad, norm)
         return norm
