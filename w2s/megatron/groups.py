@@ -88,7 +88,7 @@ class Ranks:
         """Whether `flag` is true on any rank."""
         seen = torch.tensor([int(flag)])
         dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self.control_group)
-        return bool(seen.tolist()[0])  # on the host: `item` would look like waiting for a GPU
+        return bool(seen.item())
 
 
 def world_size() -> int:
