@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
 
 # 0.16 warns of every MLP that is not its own, 0.19 of every wrapper that works out its buffers itself.
 for name in ("transformer.transformer_layer", "distributed.distributed_data_parallel"):
@@ -35,3 +37,10 @@ def mlp_spec(mlp: type[MLP], linear_fc1: type, linear_fc2: type) -> Any:
     if hasattr(MLP, "as_mlp_submodule"):  # 0.19
         return partial(mlp.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(module=mlp, submodules=submodules)
+
+
+def gradients_for_norm(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """Return the gradients that this rank answers for: what is shared or replicated counts on one rank only."""
+    if hasattr(optimizer, "get_grads_for_grad_norm"):  # 0.19
+        return optimizer.get_grads_for_grad_norm()
+    return optimizer.get_main_grads_for_grad_norm()

@@ -1,5 +1,6 @@
 """Megatron's distributed optimizer around AdamW or LAMB, for towers split in any way."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -11,8 +12,11 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from w2s.config.sections import OptimConfig
+from w2s.megatron import compat
+from w2s.megatron.gradients import global_norm
 from w2s.megatron.initialize import global_name
 from w2s.megatron.sharded import ShardedTower
 from w2s.optim.groups import parameter_groups
@@ -47,7 +51,8 @@ class Optimizer:
                 is_decoupled_lr=group["scalars"],
                 default_config=True,
             )
-        kind = partial(Lamb, trust_ratio=config.trust_ratio) if config.name == "lamb" else torch.optim.AdamW
+        lamb, adamw = partial(Lamb, trust_ratio=config.trust_ratio), partial(torch.optim.AdamW, fused=True)
+        kind = lamb if config.name == "lamb" else adamw
         inner = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
         self.sharded = _distribute(inner, self.chunks, config, dtype)
         if isinstance(inner, Lamb):
@@ -60,18 +65,20 @@ class Optimizer:
         self.sharded.zero_grad()
 
     def step(self, lr_factor: float) -> Tensor:
-        """Clip, update and gather the weights.
+        """Clip, update and gather the weights; nothing is read back from a GPU.
+
+        Gradients that are no numbers make weights that are none: whoever reads the norm has to look.
 
         Args:
             lr_factor: fraction of the peak learning rates.
 
         Returns:
-            The global gradient norm before clipping.
+            The global gradient norm before clipping, a scalar.
         """
         for group in self.sharded.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
         _, grad_norm, _ = self.sharded.step()
-        return torch.as_tensor(grad_norm)
+        return grad_norm
 
     @property
     def highest_lr(self) -> float:
@@ -90,16 +97,26 @@ class Optimizer:
 
     def set_step(self, step: int) -> None:
         """Say how many updates were made (for the bias correction): Megatron keeps it only for some optimizers."""
-        for state in self.sharded.optimizer.state.values():
-            state["step"] = torch.tensor(float(step))
+        for parameter, state in self.sharded.optimizer.state.items():
+            state["step"] = torch.full((), float(step), device=parameter.device)  # each its own: they are counted up
 
     def reload_weights(self) -> None:
         """Take the towers' weights over into the master weights (after weights were loaded or clamped)."""
         self.sharded.reload_model_params()
 
 
-class _ReshardableOptimizer(DistributedOptimizer):
-    """Megatron's distributed optimizer, whose reshardable checkpoints forget that torch's AdamW keeps a `step`."""
+class _DistributedOptimizer(DistributedOptimizer):
+    """Megatron's distributed optimizer, but for two things.
+
+    Its reshardable checkpoints forget that torch's AdamW keeps a `step`, and it waits for the gradient norm.
+    """
+
+    def clip_grad_norm(self, clip_grad: float) -> Tensor:
+        """Scale the gradients so that their global norm is at most `clip_grad`; return the norm before that."""
+        norm = global_norm(compat.gradients_for_norm(self), self.grad_stats_parallel_group, self.device)
+        if clip_grad < math.inf:
+            clip_grads_with_norm_(self.get_parameters(), clip_grad, norm)
+        return norm
 
     def _set_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
         group, place = self.model_param_group_index_map[model_param]
@@ -141,7 +158,7 @@ def _distribute(
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    optimizer = _ReshardableOptimizer(
+    optimizer = _DistributedOptimizer(
         inner,
         settings,
         None,
@@ -155,6 +172,7 @@ def _distribute(
     )
     # The gradient norm is summed over every rank: each holds its own slices.
     optimizer.grad_stats_parallel_group = dist.group.WORLD
+    optimizer.device = chunks[0].buffers[0].grad_data.device
     optimizer.tp_group = parallel_state.get_tensor_model_parallel_group()
     return optimizer
 
@@ -166,7 +184,7 @@ def _empty_state(inner: torch.optim.Optimizer, config: Any = None) -> None:
             if not inner.state[parameter]:
                 inner.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
                 inner.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-                inner.state[parameter]["step"] = torch.zeros(())
+                inner.state[parameter]["step"] = torch.zeros((), device=parameter.device)
 
 
 def _share_slices(lamb: Lamb, sharded: DistributedOptimizer, chunks: list[DistributedDataParallel]) -> None:

@@ -75,6 +75,7 @@ def transformer_config(shape: StackShape, parallel: ParallelConfig, dtype: torch
         # With the defaults two ranks pair their messages wrongly and train on, silently, with wrong gradients.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # the host would wait for the GPU at every message, as torch before 2.0 needed
         **_recomputed_layers(parallel),
     )
 

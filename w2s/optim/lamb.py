@@ -1,6 +1,5 @@
 """LAMB (You et al. 2020) for tensors that may be cut into slices over many ranks."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,28 +50,29 @@ class Lamb(torch.optim.AdamW):
         members = [p for p in group["params"] if p.grad is not None]
         if not members:
             return ()
-        states, grads = [self._next_state(p) for p in members], [p.grad for p in members]
-        means, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-        steps = [state["step"].item() for state in states]  # on the CPU
+        states, grads = [self._state_of(p) for p in members], [p.grad for p in members]
+        means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
+        torch._foreach_add_(steps, 1)
+        unbias1, unbias2 = (_one_minus_power(beta, steps[0]) for beta in (beta1, beta2))  # they take steps together
         torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
         updates = torch._foreach_sqrt(squares)
-        torch._foreach_div_(updates, [math.sqrt(1 - beta2**step) for step in steps])
+        torch._foreach_div_(updates, unbias2.sqrt())
         torch._foreach_add_(updates, group["eps"])
         torch._foreach_reciprocal_(updates)
         torch._foreach_mul_(updates, means)
-        torch._foreach_div_(updates, [1 - beta1**step for step in steps])
+        torch._foreach_div_(updates, unbias1)
         torch._foreach_add_(updates, members, alpha=group["weight_decay"])
         return updates
 
-    def _next_state(self, p: Tensor) -> dict[str, Tensor]:
-        """Return a parameter's state with one step more, made at the first."""
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+        """Return a parameter's state, made at the first step."""
         state = self.state[p]
-        if "exp_avg" not in state:
+        if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        state["step"] = state.get("step", torch.zeros(())) + 1
+            state["step"] = torch.zeros((), device=p.device)
         return state
 
     def _ratios(self, slices: list[Tensor], updates: list[Tensor]) -> tuple[Tensor, ...]:
@@ -88,3 +88,8 @@ class Lamb(torch.optim.AdamW):
         if self._bounds is not None:
             ratios.clamp_(*self._bounds)
         return torch.where((weights > 0) & (steps > 0), ratios, 1.0)[numbers].unbind()
+
+
+def _one_minus_power(base: float, exponent: Tensor) -> Tensor:
+    # In float64: near 1 the power has too few digits in float32.
+    return (1 - base ** exponent.double()).float()

@@ -1,0 +1,106 @@
+"""A step never waits for the device: values are read back where the trainer logs, and nowhere else."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.distributed import run_ranks
+from tests.stages.layouts import STAGES
+from w2s.config.load import load
+from w2s.config.sections import Config
+from w2s.megatron import groups
+from w2s.trainer import Trainer
+
+aten = torch.ops.aten
+WAITS = {
+    aten._local_scalar_dense,
+    aten.equal,
+    aten.is_nonzero,
+    aten.masked_select,
+    aten.nonzero,
+    aten._unique2,
+    aten.unique_consecutive,
+    aten.unique_dim,
+}
+"""What a GPU would be waited for in: a value that the host reads, or a shape that depends on values."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operators whose result the host has to wait for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masked = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if func.overloadpacket in WAITS or masked:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def no_synchronize(*unused: Any) -> None:
+    raise AssertionError("torch.cuda.synchronize waits for the device")
+
+
+class Watched(Trainer):
+    """A trainer that may not wait in a step; its log lines come after the steps."""
+
+    def _step(self) -> dict[str, Tensor]:
+        with pytest.MonkeyPatch.context() as patch, NoWaiting():
+            patch.setattr(torch.cuda, "synchronize", no_synchronize)
+            return super()._step()
+
+
+def train(configs: list[Config], root: Path) -> list[int]:
+    """Train each configuration to its end; return the steps done."""
+    steps = []
+    for number, config in enumerate(configs):
+        with groups.split(config.parallel, torch.device("cpu")) as ranks:
+            trainer = Watched(STAGES[config.stage](config, ranks), config, root / str(number), ranks)
+            trainer.train()
+            steps.append(trainer.step)
+    return steps
+
+
+ONE_RANK = {
+    "mim": ("mim", []),
+    "mim, standardised targets, recomputed": ("mim", ["teacher.target_norm=standardize", "parallel.recompute=full"]),
+    "clip in one pass": ("clip", ["optim.name=lamb", "parallel.recompute=selective"]),
+    "clip in two passes": ("clip", ["train.micro_batch=4", "clip.equal_captions=positives", "precision.compute=bf16"]),
+    "sigmoid": ("clip", ["clip.loss=sigmoid", "clip.logit_scale=10", "optim.clip_grad=0"]),
+}
+TWO_RANKS = {
+    "mim, pipeline": ("mim", ["parallel.pipeline=2", "train.micro_batch=4"]),
+    "mim, data": ("mim", ["train.micro_batch=4", "parallel.overlap_grad_reduce=true"]),
+    "clip, tensor and sequence": ("clip", ["parallel.tensor=2", "parallel.sequence=true", "optim.name=lamb"]),
+    "clip, pipeline": ("clip", ["parallel.pipeline=2", "train.micro_batch=4"]),
+}
+
+
+@pytest.mark.parametrize(("ranks", "cases"), [(1, ONE_RANK), (2, TWO_RANKS)])
+def test_no_step_waits(base: list[str], tmp_path: Path, ranks: int, cases: dict[str, tuple[str, list[str]]]) -> None:
+    quiet = [*base, "eval.shards=", "eval.knn_shards=", "tracking.enabled=false", "train.log_every=2"]
+    vision = {"mim": [], "clip": ["init.vision=none"]}
+    configs = [load(stage, [*quiet, *vision[stage], *changes]) for stage, changes in cases.values()]
+    for steps in run_ranks(train, ranks, configs, tmp_path):
+        assert steps == [4] * len(cases)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: float(x[0]),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.equal(x, x),
+        lambda x: x.unique(),
+    ],
+)
+def test_what_waits_is_caught(read: Any) -> None:
+    with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
+        read(torch.arange(4.0))
