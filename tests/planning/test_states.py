@@ -1,0 +1,59 @@
+"""Bytes of weights, gradients and optimizer states against what Megatron allocates, to the byte."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.planning.measured import SMALL, allocated, on_ranks
+from tests.stages.shapes import write_shapes
+from w2s.config.load import load
+from w2s.planning.states import rank_states
+from w2s.planning.towers import planned_towers
+
+TARGET_WIDTH = 1280
+"""Channels of the teacher, EfficientNet-Lite0."""
+
+DEEP = ["model.vision.layers=5", "model.text.layers=6", "train.global_batch=12", "train.micro_batch=3"]
+PRE_NORM = ["model.vision.norm_placement=pre", "model.vision.norm=layernorm", "model.vision.qkv_bias=true"]
+BF16 = ["precision.compute=bf16"]
+WIDE = ["model.vision.layers=2", "model.vision.width=64", "model.vision.mlp_width=160000"]
+BUCKETS = [*BF16, "parallel.overlap_grad_reduce=true", *WIDE]
+"""Two layers of 20 million weights: a bucket ends where there are 40 million, before the embedding."""
+TWO = {
+    "data": [],
+    "data, bf16": BF16,
+    "data, bf16 gradients": [*BF16, "precision.gradients=bf16"],
+    "tensor": [*BF16, *PRE_NORM, "parallel.tensor=2"],
+    "tensor, sequence": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch=4"],
+    "pipeline": [*PRE_NORM, "parallel.pipeline=2", "parallel.vision_split=[1,4]"],
+    "virtual pipeline": [*BF16, "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+}  # fmt: skip
+THREE = {"data": BF16, "pipeline": ["parallel.pipeline=3"]}
+"""Three ranks make buckets end at a multiple of 384."""
+SIGMOID = ["clip.loss=sigmoid", "clip.learn_logit_scale=false", "clip.logit_scale=10"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size", "cases"),
+    [("mim", 2, {**TWO, "buckets": BUCKETS}), ("clip", 2, TWO), ("mim", 3, THREE), ("clip", 3, THREE)],
+    ids=["mim 2", "clip 2", "mim 3", "clip 3"],
+)
+def test_states_are_megatrons_to_the_byte(
+    tmp_path: Path, stage: str, world_size: int, cases: dict[str, list[str]]
+) -> None:
+    shards = f"data.train={write_shapes(tmp_path / 'shards', 1, seed=0)}"
+    common = [*SMALL, *DEEP, shards, *(SIGMOID if stage == "clip" and world_size == 3 else [])]
+    overrides = {name: [*common, *case] for name, case in cases.items()}
+    for name, ranks in on_ranks(world_size, allocated, stage, overrides).items():
+        config = load(stage, overrides[name])
+        towers = planned_towers(config, TARGET_WIDTH)
+        for place, found in ranks:
+            planned = rank_states(
+                towers,
+                config.parallel,
+                config.precision,
+                data_size=place.data_size,
+                data_rank=place.data_rank,
+                stage=place.stage,
+            )
+            assert (planned.weights, planned.gradients, planned.optimizer) == found, (name, place)

@@ -1,0 +1,157 @@
+"""The towers of a stage as the planner sees them: sizes of what a pipeline stage holds, without building it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from w2s.config.sections import Config
+from w2s.megatron.split import text_layers, vision_layers
+from w2s.planning.flops import TowerFlops, image_flops, seen_tokens, student_flops, text_flops
+
+
+@dataclass(frozen=True)
+class PlannedTower:
+    """A tower of a stage. Counts are of elements; names follow Megatron's modules."""
+
+    name: str
+    """`vision` or `text`."""
+    width: int
+    heads: int
+    mlp_width: int
+    tokens: int
+    """Tokens of a sample that go through the layers."""
+    post_norm: bool
+    """Norms after the branches instead of before."""
+    norm_vectors: int
+    """1 for RMSNorm (weight), 2 for LayerNorm (weight and bias)."""
+    qkv_bias: Literal["none", "qv", "qkv"]
+    split: tuple[int, ...]
+    """Layers of each pipeline stage, virtual ones counted."""
+    own_first: tuple[int, ...]
+    """Parameters that the first chunk has beside its modules."""
+    own_last: tuple[int, ...]
+    """Parameters that the last chunk has beside its modules."""
+    first: tuple[int, ...]
+    """Parameters of the first chunk's modules before the layers."""
+    last: tuple[int, ...]
+    """Parameters of the last chunk's modules after the layers."""
+    scalars: int
+    """Parameters of the loss that are trained, in float32, in the last chunk."""
+    pixels: int
+    """Elements of a sample's input that the first chunk keeps, in the type of the weights."""
+    normed_tokens: int
+    """Tokens of a sample that go through the norm after the layers."""
+    head_tokens: int
+    """Tokens of a sample that go through the head."""
+    head_width: int
+    """Channels that the head gives."""
+    flops: TowerFlops
+    """Operations of a sample's forward pass."""
+
+    @property
+    def layers(self) -> int:
+        """Layers over all stages."""
+        return sum(self.split)
+
+    def chunk(self, stage: int, tensor: int, with_scalars: bool) -> tuple[int, ...]:
+        """Sizes of a chunk's parameters on one tensor-parallel rank, in Megatron's order.
+
+        Args:
+            stage: pipeline stage, virtual ones counted.
+            tensor: tensor-parallel size.
+            with_scalars: whether the scalars of the loss are of the same type as the rest.
+        """
+        is_first, is_last = stage == 0, stage == len(self.split) - 1
+        own = (self.own_first if is_first else ()) + (self.own_last if is_last else ())
+        scalars = (1,) * self.scalars if is_last and with_scalars else ()
+        layers = self._layer(tensor) * self.split[stage]
+        return own + scalars + layers + (self.first if is_first else ()) + (self.last if is_last else ())
+
+    def _layer(self, tensor: int) -> tuple[int, ...]:
+        width, hidden = self.width, self.mlp_width // tensor
+        norm = (width,) * self.norm_vectors
+        bias = {"none": (), "qv": (width // tensor,) * 2, "qkv": (3 * width // tensor,)}[self.qkv_bias]
+        attention = (width * width // tensor, width, 3 * width * width // tensor, *bias)
+        mlp = (hidden * width, hidden, hidden * width, width)
+        return attention + norm + mlp + norm if self.post_norm else norm + attention + norm + mlp
+
+
+def planned_towers(config: Config, target_width: int) -> tuple[PlannedTower, ...]:
+    """Return the towers of a training stage.
+
+    Args:
+        config: the stage.
+        target_width: channels of the teacher's features (masked stage).
+    """
+    return (_student(config, target_width),) if config.stage == "mim" else (_image_tower(config), _text_tower(config))
+
+
+def _student(config: Config, target_width: int) -> PlannedTower:
+    width = config.model.vision.width
+    flops, masked = student_flops(config, target_width), config.mim.masked_patches
+    mask_token, head = (width,), (width * target_width, target_width)
+    return _vision(config, flops, mask_token, head, head_tokens=masked, head_width=target_width)
+
+
+def _image_tower(config: Config) -> PlannedTower:
+    vision, embed = config.model.vision, config.model.embed_dim
+    head = (vision.width * embed, embed) if vision.qkv_bias else (vision.width * embed,)
+    return _vision(config, image_flops(config), (), head, head_tokens=1, head_width=embed)
+
+
+def _vision(
+    config: Config,
+    flops: TowerFlops,
+    mask_token: tuple[int, ...],
+    head: tuple[int, ...],
+    *,
+    head_tokens: int,
+    head_width: int,
+) -> PlannedTower:
+    vision, width = config.model.vision, config.model.vision.width
+    vectors, tokens = 1 if vision.norm == "rmsnorm" else 2, seen_tokens(config)
+    return PlannedTower(
+        name="vision",
+        width=width,
+        heads=vision.heads,
+        mlp_width=vision.mlp_width,
+        tokens=tokens,
+        post_norm=vision.norm_placement == "post",
+        norm_vectors=vectors,
+        qkv_bias="qv" if vision.qkv_bias else "none",
+        split=tuple(vision_layers(vision, head_width, config.parallel)),
+        own_first=(width, (1 + vision.patches) * width, *mask_token),
+        own_last=(),
+        first=(3 * vision.patch_size**2 * width, width),
+        last=(width,) * vectors + head,
+        scalars=0,
+        pixels=3 * vision.image_size**2,
+        normed_tokens=tokens,
+        head_tokens=head_tokens,
+        head_width=head_width,
+        flops=flops,
+    )
+
+
+def _text_tower(config: Config) -> PlannedTower:
+    text, embed, clip = config.model.text, config.model.embed_dim, config.clip
+    return PlannedTower(
+        name="text",
+        width=text.width,
+        heads=text.heads,
+        mlp_width=text.mlp_width,
+        tokens=text.context_length,
+        post_norm=False,
+        norm_vectors=2,
+        qkv_bias="qkv",
+        split=tuple(text_layers(text, embed, config.parallel)),
+        own_first=(text.vocab_size * text.width, text.context_length * text.width),
+        own_last=(text.width * embed,),
+        first=(),
+        last=(text.width, text.width),
+        scalars=clip.learn_logit_scale + (clip.loss == "sigmoid"),
+        pixels=0,
+        normed_tokens=1,
+        head_tokens=1,
+        head_width=embed,
+        flops=text_flops(text, embed),
+    )
