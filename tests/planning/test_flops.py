@@ -129,7 +129,8 @@ def test_eva_18b_costs_what_was_worked_out_by_hand() -> None:
     clip = load("clip", ["model=eva_18b"])
     whole = load("clip", ["model=eva_18b", "clip.patch_dropout=0"])
     assert image_flops(whole).forward / 1e12 == pytest.approx(9.121, abs=5e-4)
-    assert image_flops(clip).forward / 1e12 == pytest.approx(4.563, abs=5e-4)
+    # The table's 4.563 embeds the dropped patches too.
+    assert image_flops(clip).forward / 1e12 == pytest.approx(4.562, abs=5e-4)
     assert text_flops(clip.model.text, clip.model.embed_dim).forward / 1e12 == pytest.approx(0.098, abs=5e-4)
     # The table's teacher puts CLS alone through its head, ours every patch: 0.001 more.
     assert seen / 1e12 == pytest.approx(2.264 + 0.001, abs=5e-4)

@@ -21,6 +21,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from w2s.kernels.add_norm import add_rms_norm
+from w2s.kernels.gelu import bias_gelu
 from w2s.megatron import compat
 
 _SHORT = 128
@@ -91,32 +93,42 @@ class PostNormAdd(nn.Module):
 
     def __init__(self, config: TransformerConfig, norm: type[nn.Module]) -> None:
         super().__init__()
-        self.norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+        self.eps = config.layernorm_epsilon
+        self.norm = norm(config=config, hidden_size=config.hidden_size, eps=self.eps)
 
     def forward(self, training: bool, fused: bool) -> Any:
         """Return the function that Megatron calls with (branch, bias), residual and dropout."""
         return self._add
 
-    def _add(self, branch_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+    def _add(self, branch_and_bias: tuple[Tensor, Tensor], residual: Tensor, dropout: float) -> Tensor:
         branch, bias = branch_and_bias
-        return residual + self.norm(branch if bias is None else branch + bias)
+        if isinstance(self.norm, RMSNorm):
+            return add_rms_norm(branch, bias, residual, self.norm.weight, self.eps)
+        return residual + self.norm(branch + bias)
+
+
+class GeluMLP(MLP):
+    """An MLP with the exact GELU, which takes the bias of the first linear along."""
+
+    def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, Tensor | None]:
+        """Return what Megatron's MLP returns: the output [rows, 1, width] and the bias to be added to it."""
+        return self.linear_fc2(bias_gelu(*self.linear_fc1(hidden_states)))
 
 
 class LeanMLP(MLP):
-    """An MLP that keeps its hidden activations once, before the GELU: the backward pass computes the GELU again."""
+    """The same, but it keeps its hidden activations once, before the GELU: the backward pass computes that again."""
 
     def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, Tensor | None]:
         """Return what Megatron's MLP returns: the output [rows, 1, width] and the bias to be added to it."""
         hidden, bias = self.linear_fc1(hidden_states)
-        hidden = hidden + bias
-        active = self.activation_func(hidden)
+        active = bias_gelu(hidden, bias)
         place = active.data_ptr()  # what is saved keeps `forget`, which must not keep `active`
 
         def forget(kept: Tensor) -> Tensor | None:
             return None if kept.data_ptr() == place else kept
 
         def remember(kept: Tensor | None) -> Tensor:
-            return self.activation_func(hidden.detach()) if kept is None else kept
+            return bias_gelu(hidden.detach(), bias.detach()) if kept is None else kept
 
         with torch.autograd.graph.saved_tensors_hooks(forget, remember):
             return self.linear_fc2(active)
@@ -196,7 +208,7 @@ def layer_spec(
             linear_qkv=QKV_LINEARS[qkv_bias], core_attention=PackedAttention, linear_proj=RowParallelLinear
         ),
     )
-    mlp = compat.mlp_spec(LeanMLP if lean else MLP, ColumnParallelLinear, RowParallelLinear)
+    mlp = compat.mlp_spec(LeanMLP if lean else GeluMLP, ColumnParallelLinear, RowParallelLinear)
     if placement == "post":
         add = ModuleSpec(module=PostNormAdd, params={"config": config, "norm": NORMS[norm]})
         submodules = TransformerLayerSubmodules(self_attention=attention, self_attn_bda=add, mlp=mlp, mlp_bda=add)

@@ -1,6 +1,6 @@
 """Floating-point operations of the towers, the teacher, the loss and a stage: arithmetic on the configuration.
 
-A multiplication and an addition are two operations. Matrix products, the patch convolution and attention count, as in
+A multiplication and an addition are two operations. Matrix products, the patch embedding and attention count, as in
 `torch.utils.flop_counter`; norms, activations and the optimizer do not. Model FLOPs are what training needs at least: a
 backward pass costs two forward passes (of the patch embedding one: pixels get no gradient). Hardware FLOPs are those
 that run: also the second forward pass of the contrastive stage, the recomputed layers, the scores that flash attention
@@ -89,7 +89,7 @@ def vision_flops(vision: VisionConfig, *, tokens: int, head_tokens: int, head_wi
     """
     linears, attention = _layer(tokens, vision.width, vision.mlp_width)
     return TowerFlops(
-        embedding=2 * vision.patches * 3 * vision.patch_size**2 * vision.width,
+        embedding=2 * (tokens - 1) * 3 * vision.patch_size**2 * vision.width,
         linears=vision.layers * linears,
         attention=vision.layers * attention,
         head=2 * head_tokens * vision.width * head_width,

@@ -7,6 +7,7 @@ from w2s.config.sections import ParallelConfig, VisionConfig
 from w2s.megatron.split import vision_layers
 from w2s.megatron.tower import StackShape, Tower
 from w2s.towers.norms import make_norm
+from w2s.towers.patches import PatchEmbedding
 
 NORM_EPS = 1e-6
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -50,8 +51,7 @@ class VisionTower(Tower):
         super().__init__(vision_stack(shape, head_width, parallel), parallel, dtype, chunk)
         self.shape = shape
         if self.first:
-            patch = shape.patch_size
-            self.patch_embed = nn.Conv2d(3, shape.width, kernel_size=patch, stride=patch, dtype=dtype)
+            self.patch_embed = PatchEmbedding(shape.patch_size, shape.width, dtype)
             self.cls_token = nn.Parameter(torch.empty(1, 1, shape.width, dtype=dtype))
             self.pos_embed = nn.Parameter(torch.empty(1, 1 + shape.patches, shape.width, dtype=dtype))
         if self.last:
@@ -79,11 +79,9 @@ class VisionTower(Tower):
         return tokens[:, 1:] if self.last else tokens
 
     def _embed(self, images: Tensor, masks: Tensor | None, kept: Tensor | None) -> Tensor:
-        patches = self.patch_embed(images.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = self.patch_embed(images, kept)
         if masks is not None:
             patches = torch.where(masks.unsqueeze(-1), self.mask_token, patches)
-        patches = patches + self.pos_embed[:, 1:]
-        if kept is not None:
-            patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        patches = patches + (self.pos_embed[:, 1:] if kept is None else self.pos_embed[0, 1:][kept])
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
         return torch.cat([cls_token, patches], dim=1)

@@ -1,0 +1,56 @@
+"""Fused operators against their definitions in float64: plain ones, Triton's in its interpreter, and on a GPU."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.cases import DEFINITION, DTYPES, PLAIN, fused, inputs, results
+
+ERRORS = {"fp32": 2**-21, "bf16": 2**-7}
+"""Largest error beside the largest value: a few roundings of 2^-24; of 2^-9 each where the inputs of a sum are rounded
+too. Triton's interpreter cuts bfloat16 off where a GPU rounds, which errs twice as much."""
+
+cases = pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in PLAIN for kind in DTYPES])
+
+
+def assert_close(ours: list[Tensor], name: str, kind: str) -> None:
+    exact = results(DEFINITION[name], [tensor.double() for tensor in inputs(name, DTYPES[kind])])
+    assert len(ours) == len(exact)
+    for value, reference in zip(ours, exact, strict=True):
+        assert value.dtype == DTYPES[kind]
+        error = (value.cpu().double() - reference).abs().max() / reference.abs().max()
+        assert error < ERRORS[kind]
+
+
+@cases
+def test_plain_is_the_definition(name: str, kind: str) -> None:
+    assert_close(results(PLAIN[name], inputs(name, DTYPES[kind])), name, kind)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[Tensor]]:
+    """What the Triton kernels give in Triton's interpreter, which has to be chosen before Triton is imported."""
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    file = tmp_path_factory.mktemp("triton") / "results.pt"
+    command = [sys.executable, "-m", "tests.kernels.cases", str(file)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[2])
+    return dict(torch.load(file))
+
+
+@cases
+def test_triton_is_the_definition(interpreted: dict[tuple[str, str], list[Tensor]], name: str, kind: str) -> None:
+    assert_close(interpreted[name, kind], name, kind)
+
+
+@pytest.mark.gpu
+@cases
+def test_triton_is_the_definition_on_a_gpu(name: str, kind: str) -> None:
+    assert_close(results(fused(name), [tensor.cuda() for tensor in inputs(name, DTYPES[kind])]), name, kind)

@@ -1,0 +1,29 @@
+"""The add of a post-norm layer: residual + RMSNorm(branch + bias)."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def add_rms_norm(branch: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return residual + RMSNorm(branch + bias), with its statistics in float32; one kernel a pass on a GPU.
+
+    Args:
+        branch: [..., width], what the branch gave, without the bias of its last linear.
+        bias: [width].
+        residual: [..., width].
+        weight: [width], of the norm.
+        eps: added to the mean square.
+
+    Returns:
+        [..., width], of the residual's type.
+    """
+    if residual.is_cuda:
+        from w2s.kernels.add_norm_triton import fused_add_rms_norm  # Triton comes with torch's GPU builds only
+
+        return fused_add_rms_norm(branch, bias, residual, weight, eps)
+    return plain_add_rms_norm(branch, bias, residual, weight, eps)
+
+
+def plain_add_rms_norm(branch: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return the same out of PyTorch's operators."""
+    return residual + F.rms_norm(branch + bias, weight.shape, weight, eps)

@@ -1,0 +1,44 @@
+"""The activation of an MLP: GELU(hidden + bias), exact (Hendrycks and Gimpel 2016: by erf, not by tanh)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
+    """Return GELU(hidden + bias); one kernel a pass on a GPU. What is kept for the backward pass are the arguments.
+
+    Args:
+        hidden: [..., width], what the linear gave, without its bias.
+        bias: [width].
+    """
+    if hidden.is_cuda:
+        from w2s.kernels.gelu_triton import fused_bias_gelu  # Triton comes with torch's GPU builds only
+
+        return fused_bias_gelu(hidden, bias)
+    return plain_bias_gelu(hidden, bias)
+
+
+def plain_bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
+    """Return the same out of PyTorch's operators."""
+    out: Tensor = _BiasGelu.apply(hidden, bias)
+    return out
+
+
+class _BiasGelu(torch.autograd.Function):
+    """By itself PyTorch would keep the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, bias)
+        return F.gelu(hidden + bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        hidden, bias = ctx.saved_tensors
+        by_sum = torch.ops.aten.gelu_backward(outputs[0], hidden + bias)
+        return by_sum, by_sum.flatten(0, -2).sum(0)
