@@ -27,7 +27,7 @@ from w2s.probe import Probe, patch_features, teacher_features
 from w2s.teachers.build import build_teacher
 from w2s.teachers.targets import TargetNorm
 from w2s.towers.build import build_student
-from w2s.towers.masked import MaskedStudent, at_places, masked_places
+from w2s.towers.masked import MaskedStudent, at_places, everywhere, masked_places
 from w2s.towers.vision import MEAN, STD
 from w2s.tracking.pictures import features_picture, masked_picture
 from w2s.tracking.tracker import Tracker
@@ -77,8 +77,7 @@ class MaskedStage:
 
         def forward(student: MaskedStudent, micro: Batch) -> tuple[Tensor, Loss]:
             masks, targets = given(micro.masks), given(micro.targets)
-            images = normalize(micro.images, MEAN, STD)
-            predictions = student(images, masks, masked_places(masks, self.config.mim.masked_patches))
+            predictions = student(normalize(micro.images, MEAN, STD), masks, self._places(masks))
 
             def loss(predictions: Tensor) -> tuple[Tensor, Reported]:
                 value = masked_cosine_loss(predictions, targets)
@@ -93,13 +92,25 @@ class MaskedStage:
         return {**means, "teacher_images_per_rank": torch.tensor(float(len(batch)))}
 
     def _teach(self, batch: Batch) -> Batch:
-        """Exchange the images at the teacher's size for its features of them, at the masked patches."""
-        images, masks = given(batch.teacher_images), given(batch.masks)
+        """Exchange the images at the teacher's size for its features of them, at the patches to predict."""
+        images, masks = given(batch.teacher_images), self._masks(batch)
         parts = images.split(self.config.train.micro_batch)
         features = torch.cat([teacher_features(self.teacher, part) for part in parts])
         targets = self.target_norm(features, self.ranks.world_group, update=True)
-        places = masked_places(masks, self.config.mim.masked_patches)
-        return dataclasses.replace(batch, teacher_images=None, targets=at_places(targets, places))
+        return dataclasses.replace(
+            batch, teacher_images=None, masks=masks, targets=at_places(targets, self._places(masks))
+        )
+
+    def _masks(self, batch: Batch) -> Tensor:
+        """The masks of a batch, empty ones where nothing is masked: bool [n, patches]."""
+        if batch.masks is not None:
+            return batch.masks
+        return torch.zeros(len(batch), self.config.model.vision.patches, dtype=torch.bool, device=batch.images.device)
+
+    def _places(self, masks: Tensor) -> Tensor:
+        """The patches to predict, the masked ones or, where nothing is masked, all: int64 [n, k]."""
+        masked = self.config.mim.masked_patches
+        return masked_places(masks, masked) if masked else everywhere(masks)
 
     def begin(self) -> Handover | None:
         """Take over the vision tower that `init.vision` names."""
@@ -139,15 +150,16 @@ class MaskedStage:
         norm = self._norm_for_tests()
 
         def measure(numbers: Tensor) -> Tensor:
-            """Mean cosine and mean direction of the targets at an image's masked patches: [n, 1 + teacher width]."""
+            """Mean cosine and mean direction of the targets at an image's places: [n, 1 + teacher width]."""
             predictions, targets, masks = self._predict(numbers, images, norm)
-            shape = len(numbers), self.config.mim.masked_patches
-            cosines = masked_cosines(predictions, targets)[masks].view(shape).mean(1, keepdim=True)
-            return torch.cat([cosines, F.normalize(targets[masks], dim=-1).unflatten(0, shape).mean(1)], dim=1)
+            predictions, targets = (at_places(each, self._places(masks)) for each in (predictions, targets))
+            cosines = masked_cosines(predictions, targets).mean(1, keepdim=True)
+            return torch.cat([cosines, F.normalize(targets, dim=-1).mean(1)], dim=1)
 
         size = self.config.eval.batch_size
         mean = encode_all(measure, torch.arange(count), size, self.ranks.data_group).mean(0)
-        return {f"{name}/masked_cosine": mean[0].item(), f"{name}/constant_cosine": mean[1:].norm().item()}
+        kind = "masked" if self.config.mim.masked_patches else "unmasked"
+        return {f"{name}/{kind}_cosine": mean[0].item(), f"{name}/constant_cosine": mean[1:].norm().item()}
 
     @torch.no_grad()
     def _predict(self, numbers: Tensor, images: ImagesOfSize, norm: TargetNorm) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,9 +167,8 @@ class MaskedStage:
         vision, device = self.config.model.vision, self.ranks.device
         drawn = [draw_mask(self.spec, 0, number) for number in numbers.tolist()]
         masks = torch.from_numpy(np.stack(drawn)).to(device)
-        everywhere = torch.arange(vision.patches, device=device).expand(len(numbers), -1)
         seen = normalize(images(vision.image_size).images[numbers].to(device), MEAN, STD)
-        predictions = infer(self.student, (seen, masks, everywhere), MaskedStudent.__call__, 1 + vision.patches)
+        predictions = infer(self.student, (seen, masks, everywhere(masks)), MaskedStudent.__call__, 1 + vision.patches)
         targets = self._teach_together(images(self.teacher.image_size).images[numbers], self.ranks.model_group)
         return predictions.float(), norm(targets, update=False), masks
 

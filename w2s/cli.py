@@ -133,7 +133,7 @@ def run(
     """Run a pipeline of stages, such as mim -> clip -> eval. The same command goes on where it was interrupted."""
     with _one_line(debug):
         from w2s.config.load import refuse_expanded_braces
-        from w2s.pipeline import run_pipeline
+        from w2s.pipeline.run import run_pipeline
 
         given = arguments or []
         name = given.pop(0) if given and "=" not in given[0] else "default"

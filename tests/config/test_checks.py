@@ -52,8 +52,8 @@ def test_the_named_batch_passes() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("mim.masked_patches=16", "mim.masked_patches=16 must lie between 1 and 15: an image has 16 patches"),
-        ("mim.masked_patches=0", "mim.masked_patches=0 must lie between 1 and 15"),
+        ("mim.masked_patches=16", "mim.masked_patches=16 must lie between 0 and 15: an image has 16 patches"),
+        ("mim.masked_patches=-1", "mim.masked_patches=-1 must lie between 0 and 15"),
         ("mim.min_block=7", "mim.min_block=7 is more than mim.masked_patches=6: use mim.min_block=1"),
         ("mim.block_aspect=0", "mim.block_aspect=0.0 is outside of (0, 1]"),
         ("clip.patch_dropout=1", "clip.patch_dropout=1.0 is outside of [0, 1)"),

@@ -114,6 +114,17 @@ def test_the_formulas_give_what_the_counter_counts(shards: str, stage: str, micr
     assert total - seen == pytest.approx(expected.hardware - seen, rel=2e-5)
 
 
+def test_an_unmasked_student_predicts_all_patches(shards: str) -> None:
+    teacher = ["teacher.source=efficientnet_lite0", "train.micro_batch=12", "mim.masked_patches=0"]
+    config = load("mim", [*SMALL, *teacher, f"data.train={shards}"])
+    total, built = counted(config)
+    assert isinstance(built, MaskedStage)
+    one = torch.zeros(1, 3, built.teacher.image_size, built.teacher.image_size)
+    seen = operations(partial(built.teacher, one))
+    expected = stage_flops(config, 1, target_width=built.teacher.width)
+    assert total - seen == pytest.approx(expected.hardware, rel=2e-5)  # as above
+
+
 def test_a_teacher_of_evas_kind() -> None:
     """What torch's counter gives for the released tower with its head on every patch (tools/teacher_table.py)."""
     for name, gflop in {"eva02_e_plus": 2265.3, "eva_18b": 9125.2, "eva01_g": 534.8}.items():

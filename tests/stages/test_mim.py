@@ -1,6 +1,8 @@
 """The masked stage: what a step computes, and what its checkpoint keeps."""
 
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,24 @@ def test_a_student_starts_from_the_vision_tower_of_another_run(base: list[str]) 
     assert handover.source == first / "checkpoints" / "step-00000002"
     assert handover.new == ["vision.lm_head.bias", "vision.lm_head.weight", "vision.mask_token"]
     assert len(handover.loaded) == 23
+
+
+def test_without_masks_the_student_sees_whole_images_and_predicts_all_patches(alone: Ranks, config: Config) -> None:
+    stage = MaskedStage(replace(config, mim=replace(config.mim, masked_patches=0)), alone)
+    batch = next(batches(config, stage))
+    assert batch.masks is None
+    teacher = stage.teacher
+    features = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std))
+    targets = copy.deepcopy(stage.target_norm)(features, update=True)
+    with torch.no_grad():
+        (student,) = stage.student.parts
+        predictions = student.lm_head(student.patch_tokens(normalize(batch.images, MEAN, STD)))
+    by_hand = -F.cosine_similarity(predictions, targets, dim=-1).mean().item()
+    assert stage.step(batch)["loss"].item() == pytest.approx(by_hand, rel=0, abs=1e-6)  # sums in another order
+
+
+def test_the_measures_of_an_unmasked_student_say_so(base: list[str]) -> None:
+    overrides = [*base, "run.name=unmasked", "tracking.enabled=false", "train.steps=2", "mim.masked_patches=0"]
+    metrics = result(run_stage("mim", overrides))["metrics"]
+    assert -1 < metrics["test/unmasked_cosine"] < 1
+    assert "test/masked_cosine" not in metrics

@@ -28,7 +28,7 @@ def mim(w2s: Run, base: list[str]) -> Run:
         ("parallel.tensor=2", "parallel.tensor=2 x parallel.pipeline=1 needs a multiple of 2 ranks, there are 1"),
         ("train.global_batch=6", "data.lanes=4 and train.global_batch=6 do not divide"),
         ("data.lanes=16", "data.lanes=16 needs as many shards, data.train has 8: use data.lanes=8 or "),
-        ("mim.masked_patches=16", "mim.masked_patches=16 must lie between 1 and 15: an image has 16 patches"),
+        ("mim.masked_patches=16", "mim.masked_patches=16 must lie between 0 and 15: an image has 16 patches"),
         ("data.train=/nowhere/{0..3}.tar", "data.train: 4 of the 4 shards of '/nowhere/{0..3}.tar' are missing"),
         ("data.train=/nowhere/0.tar", "data.train=/nowhere/0.tar does not exist: check the path"),
         ("init.vision=nothing", "init.vision=nothing is no path, no run below"),

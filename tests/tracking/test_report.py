@@ -93,3 +93,15 @@ def test_cells_and_columns() -> None:
     table = Table("", ["a", "b", "c"], [["x", 1, None], ["y", 0.5, None]])
     assert [table.is_number(index) for index in range(3)] == [False, True, False]
     assert [cell_text(cell) for cell in (None, 3, 0.123456, "x")] == ["", "3", "0.1235", "x"]
+
+
+def test_a_table_as_markdown() -> None:
+    table = Table("t", ["name", "value"], [["a|b", 0.5], ["c", None]])
+    assert table.to_markdown().splitlines() == [
+        "**t**",
+        "",
+        "| name | value |",
+        "| --- | ---: |",
+        "| a\\|b | 0.5 |",
+        "| c |  |",
+    ]

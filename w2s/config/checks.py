@@ -184,12 +184,12 @@ def _check_batch(train: TrainConfig, replicas: int) -> None:
 
 def _check_masks(config: Config) -> None:
     masked, patches = config.mim.masked_patches, config.model.vision.patches
-    if not 0 < masked < patches:
+    if not 0 <= masked < patches:
         raise ConfigError(
-            f"mim.masked_patches={masked} must lie between 1 and {patches - 1}: an image has {patches} patches, "
+            f"mim.masked_patches={masked} must lie between 0 and {patches - 1}: an image has {patches} patches, "
             f"EVA masks 40 %, use mim.masked_patches={max(1, round(0.4 * patches))}"
         )
-    if config.mim.min_block > masked:
+    if masked and config.mim.min_block > masked:
         raise ConfigError(
             f"mim.min_block={config.mim.min_block} is more than mim.masked_patches={masked}: "
             f"use mim.min_block={max(1, masked // 4)}"

@@ -278,7 +278,7 @@ class MimConfig:
     """The masked stage."""
 
     masked_patches: int = 6
-    """Patches masked in every image, exactly (EVA: 105 of 256)."""
+    """Patches masked in every image, exactly (EVA: 105 of 256); 0 masks nothing, and all patches are predicted."""
     mask: Literal["block", "uniform"] = "block"
     """Patches are masked in blocks (EVA), or each independently of its neighbours."""
     min_block: int = 2

@@ -155,8 +155,8 @@ def seen_tokens(config: Config) -> int:
 
 def student_flops(config: Config, target_width: int) -> TowerFlops:
     """Operations of an image's forward pass through the masked stage's student."""
-    masked = config.mim.masked_patches
-    return vision_flops(config.model.vision, tokens=seen_tokens(config), head_tokens=masked, head_width=target_width)
+    predicted = config.mim.masked_patches or config.model.vision.patches
+    return vision_flops(config.model.vision, tokens=seen_tokens(config), head_tokens=predicted, head_width=target_width)
 
 
 def image_flops(config: Config) -> TowerFlops:

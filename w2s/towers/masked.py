@@ -43,6 +43,11 @@ def masked_places(masks: Tensor, count: int) -> Tensor:
     return masks.byte().topk(count, dim=1).indices.sort(dim=1).values
 
 
+def everywhere(masks: Tensor) -> Tensor:
+    """Return all places of masks [n, patches]: int64 [n, patches], ascending."""
+    return torch.arange(masks.shape[1], device=masks.device).expand_as(masks)
+
+
 def at_places(features: Tensor, places: Tensor) -> Tensor:
     """Pick from patch features [n, patches, d] those at places [n, k]: [n, k, d]."""
     return features.gather(1, places.unsqueeze(-1).expand(-1, -1, features.shape[-1]))

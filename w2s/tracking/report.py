@@ -59,11 +59,11 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UserError: the file cannot be written.
     """
-    return _write(run_dir, run_dir.name, [], [_section(run_dir)])
+    return _write(run_dir, run_dir.name, [], [], [_section(run_dir)])
 
 
 def write_group_report(group_dir: Path, title: str, run_dirs: Sequence[Path], summary: Sequence[Table]) -> Path:
-    """Writes report.html for several runs: the summary first, then each run.
+    """Writes report.html for several runs: the summary and the group's pictures first, then each run.
 
     Args:
         group_dir: folder that the report goes to.
@@ -77,15 +77,19 @@ def write_group_report(group_dir: Path, title: str, run_dirs: Sequence[Path], su
     Raises:
         UserError: the file cannot be written.
     """
-    return _write(group_dir, title, summary, [_section(run_dir) for run_dir in run_dirs])
+    return _write(group_dir, title, summary, _pictures(group_dir), [_section(run_dir) for run_dir in run_dirs])
 
 
-def _write(folder: Path, title: str, summary: Sequence[Table], sections: Sequence[Section]) -> Path:
+def _write(
+    folder: Path, title: str, summary: Sequence[Table], pictures: Sequence[Picture], sections: Sequence[Section]
+) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("w2s.tracking", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["cell"] = cell_text
-    page = environment.get_template(FILE_NAME).render(title=title, summary=summary, sections=sections)
+    page = environment.get_template(FILE_NAME).render(
+        title=title, summary=summary, pictures=pictures, sections=sections
+    )
     write_text(folder / FILE_NAME, page)
     return folder / FILE_NAME
 
@@ -95,14 +99,15 @@ def _section(run_dir: Path) -> Section:
     return Section(
         title=run_dir.name,
         tables=[Table.load(path) for path in sorted((run_dir / "tables").glob("*.json"))],
-        pictures=[_picture(path) for path in sorted((run_dir / "pictures").glob("*.png"))],
+        pictures=_pictures(run_dir),
         curves=_curves(run_dir),
         files={path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()},
     )
 
 
-def _picture(path: Path) -> Picture:
-    return Picture(path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode("ascii"))
+def _pictures(folder: Path) -> list[Picture]:
+    paths = sorted((folder / "pictures").glob("*.png"))
+    return [Picture(path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode("ascii")) for path in paths]
 
 
 def _curves(run_dir: Path) -> list[Markup]:

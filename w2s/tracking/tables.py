@@ -37,6 +37,12 @@ class Table:
             table.add_row(*(Text(cell_text(cell)) for cell in row))
         return table
 
+    def to_markdown(self) -> str:
+        """The table as Markdown, its title above it."""
+        lines = [self.columns, [("---:" if self.is_number(n) else "---") for n in range(len(self.columns))], *self.rows]
+        rows = ["| " + " | ".join(cell_text(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
+        return "\n".join([f"**{self.title}**", "", *rows, ""])
+
     def is_number(self, column: int) -> bool:
         """Whether a column holds numbers."""
         cells = [row[column] for row in self.rows if row[column] is not None]

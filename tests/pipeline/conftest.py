@@ -1,0 +1,11 @@
+import pytest
+
+from tests.pipeline.launcher import Launcher, by_stage
+from w2s.pipeline import run
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    launcher = Launcher(by_stage)
+    monkeypatch.setattr(run, "launch", launcher)
+    return launcher

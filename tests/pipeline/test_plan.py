@@ -1,0 +1,154 @@
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.launcher import overrides
+from tests.pipeline.seeded import write_seeded
+from w2s.config.sections import Config
+from w2s.errors import ConfigError
+from w2s.pipeline.flops import training_flops
+from w2s.pipeline.plan import Plan
+from w2s.pipeline.steps import load_pipeline
+
+STEPS = ["mim", "clip", "scratch", "eval", "eval_scratch"]
+
+
+def configs_of(given: Sequence[str], name: str = "default") -> dict[str, Config]:
+    """The configurations of a pipeline's runs by the names of their folders."""
+    plan = Plan(load_pipeline(name), given, fresh=False)
+    return {config.run.name: config for config in plan.configs()}
+
+
+def test_the_baseline_has_the_same_contrastive_budget(tmp_path: Path) -> None:
+    configs = configs_of(overrides(tmp_path))
+    ours, scratch = configs["clip"], configs["scratch"]
+    assert (ours.train, ours.optim, ours.clip, ours.data) == (scratch.train, scratch.optim, scratch.clip, scratch.data)
+
+
+def test_another_configuration_is_another_group(tmp_path: Path) -> None:
+    groups = {
+        configs_of(overrides(tmp_path, *more))["mim"].run.group
+        for more in ([], ["eval:eval.knn_k=3"], ["train.steps=70"], ["data.workers=0"])
+    }
+    assert len(groups) == 3
+
+
+def test_overrides_for_all_steps_and_for_one(tmp_path: Path) -> None:
+    given = overrides(tmp_path, "train.steps=70", "mim:train.steps=80", "clip:data.train=a:b")
+    configs = configs_of(given)
+    assert [configs[step].train.steps for step in STEPS] == [80, 70, 70, 70, 70]
+    assert configs["clip"].data.train == "a:b"
+    assert configs["mim"].data.train != "a:b"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mm:train.steps=3", "mm:train.steps=3: there is no step mm: did you mean mim? The steps are mim, clip,"),
+        ("run.name=x", "run.name=x: `w2s run` sets run.name itself"),
+        ("mim:run.group=x", "mim:run.group=x: `w2s run` sets run.group itself"),
+        ("mim:init.vision={clip}", "init.vision={clip}: there is no earlier step clip: there are none"),
+        ("clip:train.stepz=3", "unknown key train.stepz: did you mean train.steps?"),
+    ],
+)
+def test_a_mistake_in_an_override(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configs_of(overrides(tmp_path, override))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("title: t\nsteps: [{name: a, stage: mim}, {name: a, stage: clip}]\n", "steps are named ['a', 'a']"),
+        ("title: t\nsteps: []\n", "steps are named []"),
+        ("title: t\nsteps: [{name: a, stag: mim}]\n", "Key 'stag' not in 'Step'"),
+        ("steps: [{name: a, stage: mim}]\n", "title"),
+        ("title: t\nseeds: [1, 1]\nsteps: [{name: a, stage: mim}]\n", "seeds=[1, 1] has a seed twice"),
+        ("title: t\nsteps: [{name: mask, stage: mim, beside: [mas]}]\n", "no step mas: did you mean mask?"),
+        ("title: t\nsteps: [{name: a, stage: clip, compute_of: [a]}]\n", "compute_of=['a'] are no earlier steps"),
+        (
+            "title: t\nsteps: [{name: a, stage: mim, choose: {key: optim.lr, among: [1], by: x}}]\n",
+            "choose.among=['1']: give at least two candidates",
+        ),
+        (
+            "title: t\nsteps: [{name: a, stage: mim, choose: {key: optim.lr, among: [1, 2], by: x, share: 0}}]\n",
+            "choose.share=0.0 must be in (0, 1]",
+        ),
+        (
+            "title: t\nsteps: [{name: a, stage: eval, choose: {key: optim.lr, among: [1, 2], by: x}}]\n",
+            "a: an evaluation trains nothing",
+        ),
+    ],
+)
+def test_a_mistake_in_a_pipeline(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_pipeline(str(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_step_is_run_with_every_seed_and_builds_on_its_own_seed(tmp_path: Path) -> None:
+    configs = configs_of(overrides(tmp_path), write_seeded(tmp_path))
+    for seed in (3, 5):
+        assert configs[f"masked-seed{seed}"].run.seed == seed
+        assert configs[f"masked_clip-seed{seed}"].run.seed == seed
+        assert Path(configs[f"masked_clip-seed{seed}"].init.vision).name == f"masked-seed{seed}"
+        assert Path(configs[f"eval_masked-seed{seed}"].init.checkpoint).name == f"masked_clip-seed{seed}"
+
+
+def test_evaluations_come_after_all_training(tmp_path: Path) -> None:
+    plan = Plan(load_pipeline(write_seeded(tmp_path)), overrides(tmp_path), fresh=False)
+    training = ["masked", "masked_clip", "scratch", "scratch_long"]
+    names = [f"{step}-seed{seed}" for seed in (3, 5) for step in training]
+    names += [f"eval_{arm}-seed{seed}" for seed in (3, 5) for arm in ("masked", "scratch", "scratch_long")]
+    assert [task.name for task in plan.tasks()] == names
+
+
+def test_a_trial_is_a_share_of_the_step_with_the_first_seed(tmp_path: Path) -> None:
+    configs = configs_of(overrides(tmp_path), write_seeded(tmp_path))
+    trials = [configs[f"masked_clip-seed3-try{number}"] for number in (1, 2, 3)]
+    assert [trial.optim.lr for trial in trials] == [1e-3, 2e-3, 4e-3]
+    assert {(trial.train.steps, trial.optim.warmup, trial.run.seed) for trial in trials} == {(10, 2, 3)}
+    whole = configs["masked_clip-seed3"]
+    assert (whole.train.steps, whole.optim.warmup) == (20, 4)
+    assert "masked_clip-seed5-try1" not in configs
+
+
+def test_what_was_chosen_goes_into_all_seeds(tmp_path: Path) -> None:
+    plan = Plan(load_pipeline(write_seeded(tmp_path)), overrides(tmp_path), fresh=False)
+    chosen = {"masked_clip": "4e-3"}
+    rates = [plan.config(task, chosen).optim.lr for task in plan.tasks() if task.step.name == "masked_clip"]
+    assert rates == [4e-3, 4e-3]
+
+
+def test_a_value_that_the_command_gives_is_not_chosen(tmp_path: Path) -> None:
+    configs = configs_of(overrides(tmp_path, "scratch:optim.lr=7e-3"), write_seeded(tmp_path))
+    assert configs["scratch-seed3"].optim.lr == configs["scratch-seed5"].optim.lr == 7e-3
+    assert "scratch-seed3-try1" not in configs
+    assert "masked_clip-seed3-try1" in configs
+
+
+def test_compute_of_gives_as_many_steps_as_the_flops_of_the_others_pay_for(tmp_path: Path) -> None:
+    configs = configs_of(overrides(tmp_path), write_seeded(tmp_path))
+    long, masked, clip = (configs[f"{name}-seed5"] for name in ("scratch_long", "masked", "masked_clip"))
+    assert long.train.steps > clip.train.steps
+    paid = training_flops(masked) + training_flops(clip)
+    # to half a step
+    assert abs(training_flops(long) - paid) <= training_flops(long) / long.train.steps / 2
+
+
+def test_the_seeds_and_the_candidates_belong_to_the_name_of_the_group(tmp_path: Path) -> None:
+    def group(**changes: str) -> str:
+        configs = configs_of(overrides(tmp_path), write_seeded(tmp_path, **changes))
+        return next(iter(configs.values())).run.group
+
+    assert len({group(), group(seeds="[3, 6]"), group(among="[1e-3, 2e-3, 5e-3]"), group(share="0.25")}) == 4
+
+
+def test_a_pipeline_with_seeds_sets_the_seed_itself(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`w2s run` sets run\.seed itself"):
+        configs_of(overrides(tmp_path, "run.seed=7"), write_seeded(tmp_path))

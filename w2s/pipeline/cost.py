@@ -1,0 +1,38 @@
+"""What training costs: samples, seconds and floating-point operations, of a run and of all that it builds on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from w2s.pipeline.flops import training_flops
+from w2s.pipeline.results import Results, Run
+from w2s.pipeline.steps import Step, ancestors
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training took, or several in a row."""
+
+    samples: int
+    """Samples seen."""
+    seconds: float
+    """Seconds of the training steps, without starts, evaluations and checkpoints."""
+    flops: float
+    """Model FLOPs, the teacher's included."""
+
+
+def of_run(run: Run) -> Cost:
+    """The cost of a run."""
+    return Cost(run.samples, run.training_seconds, training_flops(run.config))
+
+
+def of_chain(results: Results, step: Step) -> list[Cost]:
+    """For each seed, the cost of all training that a step builds on, its own and its teachers' included."""
+    steps = [each for each in ancestors(results.pipeline, step) if each.stage != "eval"]
+    by_seed = zip(*([of_run(run) for run in results.of(each)] for each in steps), strict=True)
+    return [_sum(costs) for costs in by_seed]
+
+
+def _sum(costs: Sequence[Cost]) -> Cost:
+    return Cost(
+        sum(cost.samples for cost in costs), sum(cost.seconds for cost in costs), sum(cost.flops for cost in costs)
+    )

@@ -1,0 +1,139 @@
+"""Pictures of a pipeline with seeds: the curves of training, and the results with every seed as a dot."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from w2s.pipeline.cost import of_run
+from w2s.pipeline.headlines import Reading, readings
+from w2s.pipeline.results import Results, Run
+from w2s.pipeline.steps import ancestors
+from w2s.tracking.files import writing
+
+CURVES = {
+    "mim": ("loss", "test/masked_cosine", "test/unmasked_cosine"),
+    "clip": ("loss", "zero_shot/top1", "zero_shot/top5"),
+}
+"""Metrics whose curves are drawn, by stage."""
+
+_DPI = 130
+_PANEL = 4.2, 3.1
+"""Inches of a panel."""
+
+Place = Callable[[Run, int], float]
+"""Takes a run and the samples that it has seen, returns where on the horizontal axis that is."""
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Draw all pictures of a pipeline.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    samples = "training samples of the stage", lambda run, seen: seen
+    compute = "training compute of all stages, TFLOP", _compute(results)
+    pictures = {
+        "first_stage": _curves(results, "mim", *samples),
+        "contrastive_by_samples": _curves(results, "clip", *samples),
+        "contrastive_by_compute": _curves(results, "clip", *compute),
+        "results": _dots(results),
+    }
+    paths = []
+    for name, figure in pictures.items():
+        if figure is not None:
+            with writing(folder / f"{name}.png") as path:
+                figure.savefig(path, dpi=_DPI)
+            paths.append(path)
+    return paths
+
+
+def _compute(results: Results) -> Place:
+    """Where a run stands in TFLOP, those of all that it builds on before it."""
+
+    def place(run: Run, seen: int) -> float:
+        before = [step for step in ancestors(results.pipeline, run.task.step) if step.name != run.task.step.name]
+        same_seed = [other for step in before for other in results.of(step) if other.task.seed == run.task.seed]
+        return (sum(of_run(other).flops for other in same_seed) + of_run(run).flops * seen / run.samples) / 1e12
+
+    return place
+
+
+def _curves(results: Results, stage: str, label: str, place: Place) -> Figure | None:
+    """A panel for each metric of a stage's curves; None where no step has any."""
+    steps = [step for step in results.pipeline.steps if step.stage == stage]
+    found = {
+        metric: {step.name: curve for step in steps if len(curve := _curve(results.of(step), metric, place)) > 1}
+        for metric in CURVES[stage]
+    }
+    panels = {metric: curves for metric, curves in found.items() if curves}
+    if not panels:
+        return None
+    figure, axes = _panels(len(panels))
+    colours = {step.name: f"C{number}" for number, step in enumerate(steps)}
+    for panel, (metric, curves) in zip(axes, panels.items(), strict=True):
+        for name, curve in curves.items():
+            places, lows, means, highs = zip(*curve, strict=True)
+            panel.plot(places, means, color=colours[name], linewidth=1.4, label=name)
+            panel.fill_between(places, lows, highs, color=colours[name], alpha=0.15, linewidth=0)
+        panel.set_title(metric, fontsize=10, loc="left")
+        panel.set_xlabel(label, fontsize=8)
+        panel.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _curve(runs: Sequence[Run], metric: str, place: Place) -> list[tuple[float, float, float, float]]:
+    """Place, smallest, mean and greatest value over the seeds, wherever every seed has one."""
+    values = [
+        {line["samples_seen"]: line[metric] for line in run.history if line.get(metric) is not None} for run in runs
+    ]
+    common = [seen for seen in values[0] if all(seen in other for other in values)]
+    by_place = {place(runs[0], seen): [each[seen] for each in values] for seen in common}
+    return [(where, min(each), mean(each), max(each)) for where, each in by_place.items()]
+
+
+def _dots(results: Results) -> Figure | None:
+    """A panel for each headline of the evaluated steps: a dot for each seed, a bar at their mean, chance as a line."""
+    steps = [step for step in results.pipeline.steps if step.stage == "eval"]
+    found = {step.name: [list(readings(run.metrics)) for run in results.of(step)] for step in steps}
+    labels = dict.fromkeys(each.label for runs in found.values() for run in runs for each in run)
+    if not labels:
+        return None
+    figure, axes = _panels(len(labels))
+    for panel, label in zip(axes, labels, strict=True):
+        for place, runs in enumerate(found.values()):
+            _dots_at(panel, place, [each for run in runs for each in run if each.label == label])
+        panel.set_title(label, fontsize=10, loc="left")
+        panel.set_xticks(range(len(found)), list(found), fontsize=8, rotation=30, ha="right")
+        panel.set_xlim(-0.5, len(found) - 0.5)
+        panel.set_ylim(bottom=0)
+    return figure
+
+
+def _dots_at(panel: Axes, place: int, seeds: Sequence[Reading]) -> None:
+    if not seeds:
+        return
+    values = [each.value for each in seeds]
+    panel.plot([place] * len(values), values, "o", color=f"C{place}", markersize=4, alpha=0.8)
+    panel.hlines(mean(values), place - 0.3, place + 0.3, color=f"C{place}", linewidth=2)
+    if "chance" in seeds[0].baselines:
+        panel.axhline(seeds[0].baselines["chance"], color="0.5", linestyle=":", linewidth=1)
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with panels in rows of at most three."""
+    columns = min(3, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
+    for panel in axes:
+        panel.grid(True, alpha=0.15, linewidth=0.6)
+        panel.tick_params(labelsize=8, length=0)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,185 @@
+"""From a pipeline and a command line to the configuration of every run: its folder, its seed, what it builds on."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from w2s.config.fields import nearest
+from w2s.config.load import load
+from w2s.config.naming import digest
+from w2s.config.sections import Config
+from w2s.errors import ConfigError
+from w2s.pipeline.flops import steps_of_equal_compute
+from w2s.pipeline.steps import REFERENCE, Choice, Pipeline, Step
+
+_OWN_KEYS = ("run.name", "run.group", "tracking.parent_run")
+
+Chosen = Mapping[str, str]
+"""Name of a step to the value that it has chosen."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run of a step."""
+
+    step: Step
+    seed: int | None = None
+    """run.seed, or None for that of the overrides."""
+    trial: int | None = None
+    """Number of the candidate that is tried, or None for the run itself."""
+
+    @property
+    def name(self) -> str:
+        """Name of its folder: `masked`, `masked-seed1` or `masked-seed1-try2`."""
+        seed = "" if self.seed is None else f"-seed{self.seed}"
+        trial = "" if self.trial is None else f"-try{self.trial + 1}"
+        return f"{self.step.name}{seed}{trial}"
+
+
+class Plan:
+    """All runs of a pipeline.
+
+    Args:
+        pipeline: the steps.
+        overrides: `key=value` for every step, `STEP:key=value` for one.
+        fresh: use a new group of runs, also where there is one of the same configuration.
+
+    Attributes:
+        group: name of the folder of all runs, after a digest of all configurations: the same command finds it again.
+        root: folder of the group.
+
+    Raises:
+        ConfigError: for an override that cannot be.
+    """
+
+    def __init__(self, pipeline: Pipeline, overrides: Sequence[str], *, fresh: bool) -> None:
+        self.pipeline = pipeline
+        self._steps = {step.name: step for step in pipeline.steps}
+        self._given = {step.name: _overrides_of(step, pipeline, overrides) for step in pipeline.steps}
+        drafts = {step.name: load(step.stage, self._overrides(step)) for step in pipeline.steps}
+        self.root = Path(next(iter(drafts.values())).run.root).expanduser()
+        self.group = _group_name(self.root, f"run-{self._digest(drafts)}", fresh)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of all runs."""
+        return self.root / self.group
+
+    def seeds(self) -> Sequence[int | None]:
+        """The seeds; [None] for a pipeline that has none."""
+        return self.pipeline.seeds or [None]
+
+    def tasks(self) -> list[Task]:
+        """All runs but the trials, in their order: seed by seed; of several, evaluations come after all training."""
+        tasks = [Task(step, seed) for seed in self.seeds() for step in self.pipeline.steps]
+        if self.pipeline.seeds:  # no test set is looked at before all training is over
+            tasks.sort(key=lambda task: task.step.stage == "eval")
+        return tasks
+
+    def choice(self, step: Step) -> Choice | None:
+        """What a step chooses; None also where the overrides give that value."""
+        choice = step.choose
+        given = choice is not None and any(each.startswith(f"{choice.key}=") for each in self._given[step.name])
+        return None if given else choice
+
+    def trials(self, step: Step) -> list[Task]:
+        """A run for each candidate of a step, with the first seed."""
+        choice = self.choice(step)
+        return [] if choice is None else [Task(step, self.seeds()[0], number) for number in range(len(choice.among))]
+
+    def config(self, task: Task, chosen: Chosen) -> Config:
+        """The configuration of a run, with its folder in the group.
+
+        Args:
+            task: the run.
+            chosen: what steps have chosen so far; the first candidate stands for what is not chosen yet.
+        """
+        step, choice = task.step, self.choice(task.step)
+        overrides = [_fill(each, self._folders_before(task)) for each in self._overrides(step)]
+        if task.seed is not None:
+            overrides.append(f"run.seed={task.seed}")
+        if choice is not None:
+            value = choice.among[task.trial] if task.trial is not None else chosen.get(step.name, choice.among[0])
+            overrides.append(f"{choice.key}={value}")
+        config = load(step.stage, overrides)
+        config.run.group, config.run.name = self.group, task.name
+        config.tracking.experiment = self.pipeline.experiment
+        if step.compute_of:
+            others = [self.config(Task(self._steps[name], task.seed), chosen) for name in step.compute_of]
+            config.train.steps = steps_of_equal_compute(config, others)
+        if choice is not None and task.trial is not None:
+            _shorten(config, choice.share)
+        return config
+
+    def configs(self) -> list[Config]:
+        """Every run's configuration as far as it is known before anything has run, the trials' last."""
+        trials = [trial for step in self.pipeline.steps for trial in self.trials(step)]
+        return [self.config(task, {}) for task in [*self.tasks(), *trials]]
+
+    def _overrides(self, step: Step) -> list[str]:
+        return [*self.pipeline.overrides, *step.overrides, *self._given[step.name]]
+
+    def _folders_before(self, task: Task) -> dict[str, Path]:
+        """Folders of the runs of earlier steps with the task's seed."""
+        steps = self.pipeline.steps[: self.pipeline.steps.index(task.step)]
+        return {step.name: (self.folder / Task(step, task.seed).name).absolute() for step in steps}
+
+    def _digest(self, drafts: Mapping[str, Config]) -> str:
+        parts = [f"{name}:{config.stage}:{digest(config)}" for name, config in drafts.items()]
+        parts += [f"{step.name}:{self.choice(step)}" for step in self.pipeline.steps if self.choice(step)]
+        parts += [f"{step.name}:{step.compute_of}" for step in self.pipeline.steps if step.compute_of]
+        parts += [f"seeds:{self.pipeline.seeds}"] if self.pipeline.seeds else []
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+def _shorten(config: Config, share: float) -> None:
+    """Shorten a training to a share of its steps."""
+    config.train.steps = max(1, round(share * config.train.steps))
+    config.optim.warmup = min(round(share * config.optim.warmup), config.train.steps - 1)
+
+
+def _overrides_of(step: Step, pipeline: Pipeline, overrides: Sequence[str]) -> list[str]:
+    """Those of the user's overrides that are meant for a step."""
+    own_keys = (*_OWN_KEYS, "run.seed") if pipeline.seeds else _OWN_KEYS
+    own = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        target, colon, rest = key.rpartition(":")
+        names = [other.name for other in pipeline.steps]
+        if colon and target not in names:
+            raise ConfigError(
+                f"{override}: there is no step {target}: did you mean {nearest(target, names)}? "
+                f"The steps are {', '.join(names)}"
+            )
+        if rest in own_keys:
+            raise ConfigError(f"{override}: `w2s run` sets {rest} itself: leave it out, or change run.root")
+        if target in ("", step.name):
+            own.append(f"{rest}{equals}{value}")
+    return own
+
+
+def _group_name(root: Path, base: str, fresh: bool) -> str:
+    """The newest group of this name, or one after it: run-1a2b3c4d, run-1a2b3c4d-2, ..."""
+    number = 1
+    while (root / _numbered(base, number)).exists():
+        number += 1
+    return _numbered(base, number if fresh else max(1, number - 1))
+
+
+def _numbered(base: str, number: int) -> str:
+    return base if number == 1 else f"{base}-{number}"
+
+
+def _fill(override: str, folders: Mapping[str, Path]) -> str:
+    """An override with the folders of earlier steps in the place of `{NAME}`."""
+
+    def folder(match: re.Match[str]) -> str:
+        if match[1] not in folders:
+            raise ConfigError(
+                f"{override}: there is no earlier step {match[1]}: there are {', '.join(folders) or 'none'}"
+            )
+        return str(folders[match[1]])
+
+    return REFERENCE.sub(folder, override)

@@ -1,0 +1,100 @@
+"""Running a pipeline: what has no result yet, below one MLflow run; tables, pictures and a report at the end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from w2s.checkpoint.find import is_finished
+from w2s.config.checks import check
+from w2s.config.naming import run_folder
+from w2s.launch import launch, run_stage
+from w2s.pipeline.choose import Chosen
+from w2s.pipeline.pictures import draw
+from w2s.pipeline.plan import Plan, Task
+from w2s.pipeline.results import Results, Run
+from w2s.pipeline.steps import load_pipeline
+from w2s.pipeline.tables import tables
+from w2s.tracking.files import write_text
+from w2s.tracking.mlflow_run import parent_run
+from w2s.tracking.report import write_group_report
+
+
+def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool) -> Path:
+    """Run the steps that have no result yet, and print the tables of all.
+
+    The folder of the group then holds report.html, and for a pipeline with seeds `tables/*.md` and `pictures/*.png`.
+
+    Args:
+        name: a file of `configs/run`, or a path that ends in `.yaml`.
+        overrides: `key=value` for every step, `STEP:key=value` for one.
+        ranks: processes of each step.
+        fresh: start a new group of runs, also where there is one of the same configuration.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ConfigError: for a pipeline or an override that cannot be.
+        W2SError: from the step that failed.
+    """
+    plan = Plan(load_pipeline(name), overrides, fresh=fresh)
+    configs = plan.configs()
+    for config in configs:
+        check(config, ranks, ranks)
+    console = Console()
+    with parent_run(configs[0].tracking, plan.folder, tags={"w2s.pipeline": name}) as parent:
+        results, choices = _Runner(plan, ranks, parent.run_id or "", console).run()
+        shown = tables(results, choices)
+        files = draw(results, plan.folder / "pictures") if plan.pipeline.seeds else []
+        for file, table in shown.items() if plan.pipeline.seeds else ():
+            files.append(plan.folder / "tables" / f"{file}.md")
+            write_text(files[-1], table.to_markdown())
+        folders = [run.folder for run in results.runs]
+        report = write_group_report(plan.folder, plan.pipeline.title, folders, list(shown.values()))
+        for path in [report, *files]:
+            parent.artifact(path)
+    for table in shown.values():
+        console.print(table.to_rich())
+    console.print(f"report: {report}", soft_wrap=True)
+    for warning in parent.warnings():
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+    return report
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Runs what has no result yet."""
+
+    plan: Plan
+    ranks: int
+    parent_run: str
+    """Id of the MLflow run above all."""
+    console: Console
+
+    def run(self) -> tuple[Results, list[Chosen]]:
+        """All runs in order; a step's trials come before its first run."""
+        choices: dict[str, Chosen] = {}
+        runs = []
+        for task in self.plan.tasks():
+            choice = self.plan.choice(task.step)
+            values = {name: each.value for name, each in choices.items()}
+            if choice is not None and task.step.name not in choices:
+                trials = [self._run(trial, values) for trial in self.plan.trials(task.step)]
+                chosen = choices[task.step.name] = Chosen(task.step, choice, trials)
+                values[task.step.name] = chosen.value
+                self.console.print(f"{task.step.name}: {choice.key}={chosen.value} has the best {choice.by}")
+            runs.append(self._run(task, values))
+        return Results(self.plan.pipeline, runs), list(choices.values())
+
+    def _run(self, task: Task, chosen: dict[str, str]) -> Run:
+        config = self.plan.config(task, chosen)
+        folder = run_folder(config)
+        if is_finished(folder):
+            self.console.print(f"{task.name}: finished before, in {folder}")
+        else:
+            self.console.print(f"{task.name}: w2s stage {config.stage}, in {folder}")
+            child = replace(config.tracking, parent_run=self.parent_run)
+            launch(run_stage, replace(config, tracking=child), self.ranks)
+        return Run(task, config)
