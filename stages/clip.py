@@ -33,6 +33,13 @@ def run(config: Config) -> None:
     train_stage(config, ContrastiveStage)
 
 
+def sample_spec(config: Config) -> SampleSpec:
+    """What the stage wants of a sample."""
+    patches, dropout = config.model.vision.patches, config.clip.patch_dropout
+    kept = kept_patches(patches, dropout) if dropout else 0
+    return SampleSpec.of(config, kept_patches=kept, context_length=config.model.text.context_length)
+
+
 def see(tower: ImageTower, batch: Batch) -> Tensor:
     """Features of a batch's images, seen through patch dropout: [n, embed_dim]."""
     return tower(normalize(batch.images, MEAN, STD), batch.kept)
@@ -55,9 +62,7 @@ class ContrastiveStage:
         self.towers: Towers = {"vision": self.vision, "text": self.text}
         self.optimizer = Optimizer(self.towers, config.optim, dtype)
         self.probe = ClipProbe(config, ranks)
-        patches, dropout = config.model.vision.patches, config.clip.patch_dropout
-        kept = kept_patches(patches, dropout) if dropout else 0
-        self.spec = SampleSpec.of(config, kept_patches=kept, context_length=config.model.text.context_length)
+        self.spec = sample_spec(config)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step: the loss over the global batch, whose features come from one forward pass or from two.

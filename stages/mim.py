@@ -42,6 +42,18 @@ def run(config: Config) -> None:
     train_stage(config, MaskedStage)
 
 
+def sample_spec(config: Config, teacher_size: int) -> SampleSpec:
+    """What the stage wants of a sample, with a teacher whose input has `teacher_size` pixels a side."""
+    return SampleSpec.of(
+        config,
+        teacher_size=teacher_size,
+        masked_patches=config.mim.masked_patches,
+        min_block=config.mim.min_block,
+        block_aspect=config.mim.block_aspect,
+        uniform_mask=config.mim.mask == "uniform",
+    )
+
+
 class MaskedStage:
     """Builds the teacher and the student; `step` is the stage."""
 
@@ -57,14 +69,7 @@ class MaskedStage:
         self.towers: Towers = {"vision": self.student}
         self.optimizer = Optimizer(self.towers, config.optim, dtype)
         self.probe = Probe(config, ranks)
-        self.spec = SampleSpec.of(
-            config,
-            teacher_size=self.teacher.image_size,
-            masked_patches=config.mim.masked_patches,
-            min_block=config.mim.min_block,
-            block_aspect=config.mim.block_aspect,
-            uniform_mask=config.mim.mask == "uniform",
-        )
+        self.spec = sample_spec(config, self.teacher.image_size)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step: the teacher sees whole images, the student masked ones, and predicts the targets at the masks.

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -270,6 +270,53 @@ def bench_loss(
             print(json.dumps(report(rows), indent=2))
         else:
             print_table(rows)
+
+
+@bench.command("step")
+def bench_step(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="mim or clip.")],
+    overrides: Overrides = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of the vision tower; text tower and EVA teacher shrink with it.")
+    ] = None,
+    micro_batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Micro-batch, given once or more, in steps of one; without it, as configured."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of which the median is taken.")] = 10,
+    data: Annotated[Literal["synthetic", "real"], typer.Option(help="Noise, or the training samples.")] = "synthetic",
+    vs: Annotated[
+        Literal["timm", "open_clip"] | None,
+        typer.Option(help="The peer: timm for mim, open_clip for clip."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns with the peer, of which the median is taken.")] = 3,
+    nproc: Nproc = 1,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time, FLOPs, memory and parts of a stage's step at full width, on random weights; beside a peer if wanted."""
+    with _one_line(debug):
+        import json
+        from dataclasses import asdict
+
+        from w2s.bench.report import bench_step as measure
+        from w2s.bench.table import print_report
+        from w2s.config.load import load
+
+        report = measure(
+            load(stage, overrides or []),
+            layers=layers,
+            micro_batches=micro_batch or [],
+            steps=steps,
+            data=data,
+            peer=vs,
+            rounds=rounds,
+            ranks=nproc,
+        )
+        if as_json:
+            print(json.dumps(asdict(report), indent=2))
+        else:
+            print_report(report)
 
 
 @bench.command("data")

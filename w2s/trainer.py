@@ -25,7 +25,7 @@ from w2s.data.builtin.registry import ensure_builtin
 from w2s.data.sample import SampleSpec
 from w2s.data.shards import list_shards, shards_digest
 from w2s.data.sources import Source
-from w2s.data.stream import Stream, merge_positions
+from w2s.data.stream import Position, Stream, merge_positions
 from w2s.errors import StopRun, UserError, W2SError
 from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
@@ -95,15 +95,7 @@ class Trainer:
     def __init__(self, stage: Stage, config: Config, run: Path, ranks: Ranks) -> None:
         self.stage, self.config, self.run, self.ranks = stage, config, run, ranks
         self.step, self.parent, self.handover, position = self._restore()
-        self.stream = Stream(
-            config.data,
-            stage.spec,
-            global_batch=config.train.global_batch,
-            seed=config.run.seed,
-            rank=ranks.reader,
-            size=ranks.world_size,
-            position=position,
-        )
+        self.stream = open_stream(config, stage.spec, rank=ranks.reader, size=ranks.world_size, position=position)
         self._saving: store.Saving | None = None
         tags = {"w2s.parent_checkpoint": self.parent} if self.parent else {}
         self.tracker = Tracker(config, run, main=ranks.main, resumed_step=self.step, tags=tags)
@@ -176,13 +168,9 @@ class Trainer:
 
     def _step(self) -> dict[str, Tensor]:
         batch = self.stream.next()
-        factor = lr_factor(self.step, self.config.train.steps, self.config.optim)
-        self.stage.optimizer.zero_grad()
-        metrics = self.stage.step(batch)
-        grad_norm = self.stage.optimizer.step(factor)
-        self.stage.after_update()
+        metrics = train_step(self.stage, batch, lr_factor(self.step, self.config.train.steps, self.config.optim))
         self.step += 1
-        return {**metrics, "grad_norm": grad_norm, "lr": torch.tensor(self.stage.optimizer.highest_lr)}
+        return metrics
 
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
         """Average over the ranks: the only place in the loop that waits for the device."""
@@ -246,6 +234,37 @@ class Trainer:
         raise StopRun(
             f"stopped by {name} at step {self.step}, saved in {self.run}: repeat the command to go on", number
         )
+
+
+def train_step(stage: Stage, batch: Batch, factor: float) -> dict[str, Tensor]:
+    """Update the weights once.
+
+    Args:
+        stage: the stage.
+        batch: this rank's share of the global batch.
+        factor: fraction of the peak learning rates.
+
+    Returns:
+        What the stage reports, with the gradient norm before clipping and the highest learning rate.
+    """
+    stage.optimizer.zero_grad()
+    metrics = stage.step(batch)
+    grad_norm = stage.optimizer.step(factor)
+    stage.after_update()
+    return {**metrics, "grad_norm": grad_norm, "lr": torch.tensor(stage.optimizer.highest_lr)}
+
+
+def open_stream(config: Config, spec: SampleSpec, *, rank: int, size: int, position: Position | None = None) -> Stream:
+    """Open the training samples of one of `size` readers, where an earlier stream stood or at the beginning."""
+    return Stream(
+        config.data,
+        spec,
+        global_batch=config.train.global_batch,
+        seed=config.run.seed,
+        rank=rank,
+        size=size,
+        position=position,
+    )
 
 
 def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None:

@@ -166,7 +166,7 @@ def test_random_weights_are_equal_and_leave_the_generator_alone(caplog):
         ("efficientnet_lite", "efficientnet_lite is no teacher: use efficientnet_lite[02]"),
         ("tim:test_vit", "use timm:MODEL"),
         ("huggingface:x", "use efficientnet_lite0 or efficientnet_lite2 or timm"),
-        ("eva:eva02_e", "use eva:MODEL@FILE"),
+        ("eva:", r"use eva:MODEL\[@FILE\]"),
         ("w2s:latest", "give the run's name"),
         ("timm", "use timm:MODEL"),
         ("timm:vit_tiny_patch16_225", "nearest are vit_tiny_patch16_224"),

@@ -143,7 +143,7 @@ class TeacherConfig:
     """Name of the teacher, as in configs/teacher/NAME.yaml."""
     source: str = "efficientnet_lite0"
     """`efficientnet_lite0` or `efficientnet_lite2` (weights from packages), `timm:MODEL[@FILE]`,
-    `open_clip:MODEL[@FILE]`, `hf:FOLDER` (transformers), `eva:MODEL@FILE` (a model of configs/model, in the released
+    `open_clip:MODEL[@FILE]`, `hf:FOLDER` (transformers), `eva:MODEL[@FILE]` (a model of configs/model, in the released
     names) or `w2s:RUN`.
 
     Without a file the weights are random.

@@ -129,7 +129,7 @@ def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views
         image=views[0],
         teacher_image=views[1] if spec.teacher_size else None,
         mask=draw_mask(spec, seed, index) if spec.masked_patches else None,
-        kept=_kept(spec, seed, index) if spec.kept_patches else None,
+        kept=draw_kept(spec, seed, index) if spec.kept_patches else None,
         caption=caption,
     )
 
@@ -142,7 +142,8 @@ def draw_mask(spec: SampleSpec, seed: int, index: int) -> NDArray[np.bool_]:
     return block_mask(rng, spec.grid, spec.masked_patches, spec.min_block, spec.block_aspect)
 
 
-def _kept(spec: SampleSpec, seed: int, index: int) -> NDArray[np.int64]:
+def draw_kept(spec: SampleSpec, seed: int, index: int) -> NDArray[np.int64]:
+    """Draw the patches of a sample that patch dropout keeps, ascending: int64 [kept_patches]."""
     return kept_patches(generator(seed, Purpose.PATCHES, index), spec.grid**2, spec.kept_patches)
 
 

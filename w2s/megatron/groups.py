@@ -96,18 +96,23 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_device(hardware: HardwareConfig) -> torch.device:
+    """Return this rank's device: its own GPU, or the CPU."""
+    on_gpu = torch.cuda.is_available() and hardware.device != "cpu"
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+
+
 @contextmanager
 def start(parallel: ParallelConfig, hardware: HardwareConfig) -> Iterator[Ranks]:
     """Join the process group and Megatron's groups; leave them at the end.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them; alone without them.
     """
-    on_gpu = torch.cuda.is_available() and hardware.device != "cpu"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
-    if on_gpu:
+    device = local_device(hardware)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=hardware.timeout)
-    backend = "nccl" if on_gpu else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

@@ -23,7 +23,7 @@ FORMS = {
     **{name: name for name in SIZES},
     "timm": "timm:MODEL[@FILE]",
     "open_clip": "open_clip:MODEL[@FILE]",
-    "eva": "eva:MODEL@FILE",
+    "eva": "eva:MODEL[@FILE]",
     "hf": "hf:FOLDER",
     "w2s": "w2s:RUN",
 }
@@ -71,15 +71,14 @@ def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelCon
     if kind == "w2s":
         return _run(config, rest, root, parallel)
     name, _, path = rest.partition("@")
-    if not name or (kind == "eva" and not path):
+    if not name:
         raise _no_teacher(config.source, kind)
     file = _weights_file(path, kind, name)
-    if kind == "eva" and file is not None:
-        return eva_vit(name, file, image_size=size, precision=config.precision)
-    network = (timm_model if kind == "timm" else open_clip_model)(name, file, image_size=size)
     if file is None:
         logger.warning("the teacher's weights are random: give a file with teacher.source=%s@FILE", config.source)
-    return network
+    if kind == "eva":
+        return eva_vit(name, file, image_size=size, precision=config.precision)
+    return (timm_model if kind == "timm" else open_clip_model)(name, file, image_size=size)
 
 
 def _run(config: TeacherConfig, name: str, root: Path, parallel: ParallelConfig) -> PatchNetwork:

@@ -24,12 +24,12 @@ from w2s.teachers.timm_vit import TimmTokens, resize_input
 from w2s.towers.vision import MEAN, NORM_EPS, STD
 
 
-def eva_vit(name: str, file: Path, *, image_size: int, precision: Precision) -> TimmTokens:
+def eva_vit(name: str, file: Path | None, *, image_size: int, precision: Precision) -> TimmTokens:
     """The vision tower of an EVA-CLIP's file in the released names (or open_clip's, or timm's).
 
     Args:
-        name: the model in configs/model.
-        file: its weights: a file, an index, or a folder.
+        name: the model in configs/model, or a path that ends in `.yaml`.
+        file: its weights: a file, an index, or a folder; None leaves them random.
         image_size: side of the input in pixels, 0 for the size that the weights are of.
         precision: what the matrix multiplications compute in.
 
@@ -37,6 +37,8 @@ def eva_vit(name: str, file: Path, *, image_size: int, precision: Precision) -> 
         ConfigError: there is no such model.
         CheckpointError: the file cannot be read or holds another model.
     """
+    if file is None:
+        return _wrapped(eva_tower(named_model(name), has_head=True, device="cpu"), image_size)
     return _network(rename(open_weights(file), file), named_model(name), image_size, precision)
 
 
@@ -51,23 +53,20 @@ def w2s_run(checkpoint: Path, *, image_size: int, precision: Precision) -> TimmT
 
 def without_weights(model: ModelConfig) -> TimmTokens:
     """The network of a CLIP's vision tower, on the meta device."""
-    tower = _tower(model, has_head=True)
-    return TimmTokens(tower, tower.head, mean=MEAN, std=STD).to("meta")
+    return _wrapped(eva_tower(model, has_head=True), image_size=0)
 
 
-def _network(released: Released, model: ModelConfig, image_size: int, precision: Precision) -> TimmTokens:
-    tower = _tower(model, has_head="visual.head.weight" in released.meta)
-    tower.load_state_dict(_weights(tower, released, precision), assign=True)
-    if image_size:
-        resize_input(tower, image_size)
-    return TimmTokens(tower, tower.head, mean=MEAN, std=STD)
+def eva_tower(model: ModelConfig, *, has_head: bool, device: torch.device | str = "meta") -> Eva:
+    """timm's module for the vision tower of a CLIP, with random weights.
 
-
-def _tower(model: ModelConfig, *, has_head: bool) -> Eva:
-    """timm's module for the tower, without memory for its weights."""
+    Args:
+        model: the CLIP.
+        has_head: whether it ends in the projection into the shared space.
+        device: where it is made; on `meta` it has no memory for its weights.
+    """
     vision = model.vision
     norm = RmsNorm if vision.norm == "rmsnorm" else LayerNorm
-    with torch.device("meta"):
+    with torch.device(device):
         tower = Eva(
             img_size=vision.image_size,
             patch_size=vision.patch_size,
@@ -83,10 +82,22 @@ def _tower(model: ModelConfig, *, has_head: bool) -> Eva:
         )
     if isinstance(tower.head, nn.Linear) and not vision.qkv_bias:
         tower.head.register_parameter("bias", None)
+    return tower
+
+
+def _network(released: Released, model: ModelConfig, image_size: int, precision: Precision) -> TimmTokens:
+    tower = eva_tower(model, has_head="visual.head.weight" in released.meta)
+    tower.load_state_dict(_weights(tower, released, precision), assign=True)
     for module in tower.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.zeros_like(buffer, device="cpu"), persistent=False)  # K's bias
-    return tower
+    return _wrapped(tower, image_size)
+
+
+def _wrapped(tower: Eva, image_size: int) -> TimmTokens:
+    if image_size:
+        resize_input(tower, image_size)
+    return TimmTokens(tower, tower.head, mean=MEAN, std=STD)
 
 
 def _weights(tower: Eva, released: Released, precision: Precision) -> dict[str, Tensor]:

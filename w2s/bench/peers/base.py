@@ -1,0 +1,76 @@
+"""What the steps of all peers have in common: autocast, accumulation, AdamW, torch.compile."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from w2s.bench.marks import Marks
+from w2s.config.sections import Config
+from w2s.data.batch import Batch
+from w2s.data.sample import SampleSpec
+from w2s.teachers.base import Teacher
+
+
+class Peer(ABC):
+    """A peer's step: float32 weights, autocast where ours computes in bfloat16; on a GPU compiled, with a fused AdamW.
+
+    Args:
+        config: the stage.
+        model: what is trained, on the device where it is trained.
+        teacher: the teacher of the masked stage.
+        spec: what the stage wants of a sample.
+        device: that device.
+
+    Attributes:
+        compiled: whether the model goes through torch.compile.
+    """
+
+    def __init__(
+        self, config: Config, model: nn.Module, teacher: Teacher | None, spec: SampleSpec, device: torch.device
+    ) -> None:
+        self.config, self.model, self.teacher, self.spec, self.device = config, model, teacher, spec, device
+        self.compiled = device.type == "cuda"
+        if self.compiled:
+            model.compile()
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), optim.lr, optim.betas, optim.eps, optim.weight_decay, fused=self.compiled
+        )
+
+    def step(self, batch: Batch, marks: Marks) -> None:
+        """Update the weights once.
+
+        Args:
+            batch: the global batch.
+            marks: where the parts of the step are marked.
+        """
+        micro_batches = batch.to(self.device).split(self.config.train.micro_batch)
+        for micro in micro_batches:
+            loss = self.loss(micro, marks)
+            with marks.part("backward"):
+                (loss / len(micro_batches)).backward()
+        with marks.part("optimizer"):
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad or float("inf"))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    @abstractmethod
+    def loss(self, micro: Batch, marks: Marks) -> Tensor:
+        """Return the loss of a micro-batch; the teacher and the forward pass are marked."""
+
+    @abstractmethod
+    def forward_flops(self) -> float:
+        """Count the operations of the trained towers' forward pass for one sample, without computing it."""
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of a forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision.compute == "bf16")
+
+
+def forward_flops(model: nn.Module, *inputs: Tensor) -> float:
+    """Count the operations of a model's forward pass: two for a multiplication and an addition."""
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return float(counter.get_total_flops())

@@ -1,0 +1,60 @@
+"""The contrastive stage in open_clip."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from open_clip.loss import ClipLoss
+from open_clip.model import CustomTextCLIP
+from torch import Tensor
+
+from stages.clip import sample_spec
+from w2s.bench.marks import Marks
+from w2s.bench.peers.base import Peer, forward_flops
+from w2s.checkpoint.formats import open_clip_config, timm_config
+from w2s.config.sections import Config
+from w2s.data.batch import Batch, given, normalize
+from w2s.towers.vision import MEAN, STD
+
+
+class OpenClip(Peer):
+    """The contrastive stage's step, with all samples in one micro-batch.
+
+    Args:
+        config: the stage.
+        device: where it runs.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config, open_clip_model(config, device), None, sample_spec(config), device)
+        self.criterion = ClipLoss()
+
+    def loss(self, micro: Batch, marks: Marks) -> Tensor:
+        """Return open_clip's contrastive loss of a whole batch."""
+        images = normalize(micro.images, MEAN, STD)
+        with marks.part("forward"), self.autocast():
+            features = self.model(images, given(micro.tokens))
+        loss: Tensor = self.criterion(*features)
+        return loss
+
+    def forward_flops(self) -> float:
+        """Count the operations of both towers for one pair."""
+        meta, model = torch.device("meta"), self.config.model
+        images = torch.empty(1, 3, model.vision.image_size, model.vision.image_size, device=meta)
+        tokens = torch.empty(1, model.text.context_length, dtype=torch.int64, device=meta)
+        return forward_flops(open_clip_model(self.config, meta), images, tokens)
+
+
+def open_clip_model(config: Config, device: torch.device) -> CustomTextCLIP:
+    """Return open_clip's module for a CLIP: timm's vision tower with patch dropout, and its own text tower."""
+    model, dropout = config.model, config.clip.patch_dropout
+    with tempfile.TemporaryDirectory() as folder, device:
+        description = json.dumps(timm_config(model.vision, model.embed_dim))
+        (Path(folder) / "config.json").write_text(description, encoding="utf-8")
+        settings = open_clip_config(model, Path(folder), logit_bias=False)["model_cfg"]
+        vision = {**settings["vision_cfg"], "patch_dropout": dropout}
+        clip = CustomTextCLIP(settings["embed_dim"], vision, settings["text_cfg"])
+    if not model.vision.qkv_bias:
+        clip.visual.trunk.head.bias = None  # nor has EVA's
+    return clip

@@ -1,0 +1,30 @@
+"""Which peer can run a stage, and how."""
+
+from w2s.config.sections import Config
+from w2s.errors import ConfigError
+
+PEERS = {"mim": "timm", "clip": "open_clip"}
+"""The peer of each stage."""
+
+
+def check_peer(config: Config, peer: str, ranks: int) -> None:
+    """Refuse a peer that cannot do the same step.
+
+    Raises:
+        ConfigError: with the fix.
+    """
+    if PEERS[config.stage] != peer:
+        raise ConfigError(f"--vs {peer} does not run stage {config.stage}: use --vs {PEERS[config.stage]}")
+    if ranks > 1:
+        raise ConfigError(f"--vs {peer} runs on one rank, not on --nproc {ranks}: leave --nproc out")
+    if config.stage == "mim":
+        return
+    if config.train.global_batch > config.train.micro_batch:
+        raise ConfigError(
+            f"--vs {peer} takes all pairs at once: train.micro_batch={config.train.micro_batch} is less than "
+            f"train.global_batch={config.train.global_batch}, use --micro-batch"
+        )
+    if config.clip.loss != "softmax":
+        raise ConfigError(f"--vs {peer} has the softmax loss, not clip.loss={config.clip.loss}: use clip.loss=softmax")
+    if config.data.phases:
+        raise ConfigError(f"--vs {peer} knows no data.phases: leave them out")

@@ -1,0 +1,71 @@
+"""The masked stage with timm's `Eva` as the student."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from stages.mim import sample_spec
+from w2s.bench.marks import Marks
+from w2s.bench.peers.base import Peer, forward_flops
+from w2s.config.sections import Config, ModelConfig
+from w2s.data.batch import Batch, given, normalize
+from w2s.objectives.masked import masked_cosine_loss
+from w2s.teachers.build import build_teacher
+from w2s.teachers.eva_vit import eva_tower
+from w2s.towers.masked import at_places, masked_places
+from w2s.towers.vision import MEAN, STD
+
+
+class TimmStudent(nn.Module):
+    """timm's tower with a mask token, and a head on the masked patches."""
+
+    def __init__(self, model: ModelConfig, target_width: int, device: torch.device) -> None:
+        super().__init__()
+        self.trunk = eva_tower(model, has_head=False, device=device)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, model.vision.width, device=device))
+        self.lm_head = nn.Linear(model.vision.width, target_width, device=device)
+
+    def forward(self, images: Tensor, masks: Tensor, places: Tensor) -> Tensor:
+        """Predict the teacher's features at some patches, as `MaskedStudent` does: [n, k, teacher width]."""
+        patches = self.trunk.patch_embed(images)
+        patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        tokens, _ = self.trunk._pos_embed(patches)
+        for block in self.trunk.blocks:
+            tokens = block(tokens)
+        predictions: Tensor = self.lm_head(at_places(self.trunk.norm(tokens)[:, 1:], places))
+        return predictions
+
+
+class TimmMasked(Peer):
+    """The masked stage's step; its teacher is built as ours is, and compiled on a GPU.
+
+    Args:
+        config: the stage.
+        device: where it runs.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        compiled = replace(config.teacher, compile=device.type == "cuda")
+        self.frozen = build_teacher(compiled, grid=config.model.vision.grid, device=device)
+        student = TimmStudent(config.model, self.frozen.width, device)
+        super().__init__(config, student, self.frozen, sample_spec(config, self.frozen.image_size), device)
+
+    def loss(self, micro: Batch, marks: Marks) -> Tensor:
+        """Return the negative masked cosine."""
+        masks = given(micro.masks)
+        places = masked_places(masks, self.config.mim.masked_patches)
+        with marks.part("teacher"):
+            features = self.frozen(normalize(given(micro.teacher_images), self.frozen.mean, self.frozen.std))
+        images = normalize(micro.images, MEAN, STD)
+        with marks.part("forward"), self.autocast():
+            predictions = self.model(images, masks, places)
+        return masked_cosine_loss(predictions.flatten(0, 1), at_places(features, places).flatten(0, 1))
+
+    def forward_flops(self) -> float:
+        """Count the operations of the student for one image."""
+        meta, vision = torch.device("meta"), self.config.model.vision
+        images = torch.empty(1, 3, vision.image_size, vision.image_size, device=meta)
+        masks = torch.empty(1, vision.patches, dtype=torch.bool, device=meta)
+        places = torch.empty(1, self.config.mim.masked_patches, dtype=torch.int64, device=meta)
+        return forward_flops(TimmStudent(self.config.model, self.frozen.width, meta), images, masks, places)

@@ -1,0 +1,184 @@
+"""`w2s bench step`: the figures of our step, and of the peer's beside it."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from w2s.bench.depth import reduced
+from w2s.bench.peers.fit import check_peer
+from w2s.bench.speed import Speed, bf16_peak, speed
+from w2s.bench.step import Job, Measured, Row, measure, with_batch
+from w2s.config.checks import check
+from w2s.config.sections import Config, ParallelConfig
+from w2s.data.builtin import ensure_builtin
+from w2s.errors import ConfigError, W2SError
+from w2s.launch import is_rank
+from w2s.planning.flops import image_flops, student_flops, text_flops
+
+PACKAGES = ("w2s", "torch", "megatron-core", "timm", "open_clip_torch")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A batch; what is null did not fit into the memory, or was not asked for."""
+
+    micro_batch: int
+    global_batch: int
+    ours: Speed | None
+    peer: Speed | None = None
+    ratio: float | None = None
+    """Our samples per second over the peer's, the median of `ratios`."""
+    ratios: tuple[float, ...] = ()
+    """Of each round."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured, where, and how fast it is."""
+
+    stage: str
+    model: str
+    layers: dict[str, int]
+    """Layers of each trained tower."""
+    full_layers: dict[str, int]
+    """Layers of each trained tower in the model."""
+    teacher: str
+    teacher_gflop: float
+    """Operations of the teacher's forward pass for one image."""
+    device: str
+    bf16_peak_tflops: float | None
+    """The denominator of MFU and HFU; null where none is known."""
+    ranks: int
+    precision: dict[str, Any]
+    parallel: dict[str, Any]
+    data: str
+    steps: int
+    """Steps of which the median is taken, after a few that are not measured."""
+    peer: str | None
+    rounds: int
+    """Turns of ours and the peer's, each in a process of its own."""
+    versions: dict[str, str]
+    rows: list[Line]
+
+
+def bench_step(
+    config: Config,
+    *,
+    layers: int | None,
+    micro_batches: Sequence[int],
+    steps: int,
+    data: Literal["synthetic", "real"],
+    peer: str | None,
+    rounds: int,
+    ranks: int,
+) -> Report:
+    """Measure a stage's step, and the peer's in turns with it.
+
+    Args:
+        config: the stage.
+        layers: layers of the vision tower, see `reduced`; None for all.
+        micro_batches: each makes a row, with a global batch of one micro-batch a data-parallel rank; if there are none,
+            the batch of `config` is measured.
+        steps: measured steps of each row.
+        data: noise that is in memory, or the stage's training samples.
+        peer: see `PEERS`; None for ours alone.
+        rounds: turns with the peer; ours alone is measured once.
+        ranks: processes of ours.
+
+    Raises:
+        ConfigError: the stage or the batch cannot be measured so.
+        W2SError: a process failed, or the peer's towers are not ours.
+    """
+    if config.stage == "eval":
+        raise ConfigError("w2s bench step measures training: use stage mim or clip, not eval")
+    if is_rank():
+        raise ConfigError("w2s bench step starts its ranks itself: use --nproc in the place of torchrun or srun")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        small = reduced(config, layers, folder)
+        batches = [with_batch(small, size, ranks) for size in micro_batches] or [small]
+        for each in batches:
+            check(each, ranks, ranks)
+            if peer:
+                check_peer(each, peer, ranks)
+        if data == "real":
+            ensure_builtin(config.data)
+        job = Job(small, tuple(micro_batches), data, steps, folder / "measured.json")
+        turns = [
+            (measure(job, ranks), measure(replace(job, peer=True), 1) if peer else None)
+            for _ in range(rounds if peer else 1)
+        ]
+    first, first_peer = turns[0]
+    if first_peer is not None:
+        check_equal(small, first, first_peer)
+    return Report(
+        stage=config.stage,
+        model=config.model.name,
+        layers=_layers(small),
+        full_layers=_layers(config),
+        teacher=config.teacher.name if config.stage == "mim" else "none",
+        teacher_gflop=first.teacher_flops / 1e9,
+        device=first.device,
+        bf16_peak_tflops=bf16_peak(first.device),
+        ranks=ranks,
+        precision=asdict(small.precision),
+        parallel=asdict(small.parallel),
+        data=data,
+        steps=steps,
+        peer=peer,
+        rounds=len(turns),
+        versions={package: version(package) for package in PACKAGES},
+        rows=[_line(each, number, turns, ranks) for number, each in enumerate(batches)],
+    )
+
+
+def check_equal(config: Config, ours: Measured, peer: Measured) -> None:
+    """Refuse to compare towers that are not the same: parameters must be equal, and FLOPs of a forward pass to 1 %.
+
+    Ours come from formulas, the peer's are counted while its model runs.
+
+    Raises:
+        W2SError: with both numbers.
+    """
+    if config.stage == "mim":
+        flops = student_flops(config, ours.target_width).forward
+    else:
+        flops = image_flops(config).forward + text_flops(config.model.text, config.model.embed_dim).forward
+    if ours.parameters != peer.parameters or abs(flops / peer.tower_flops - 1) > 0.01:
+        raise W2SError(
+            f"the peer's towers are not ours: {peer.parameters} parameters and {peer.tower_flops:.4g} FLOPs a forward "
+            f"pass, ours have {ours.parameters} and {flops:.4g}"
+        )
+
+
+def _layers(config: Config) -> dict[str, int]:
+    towers = {"vision": config.model.vision.layers}
+    return towers if config.stage == "mim" else towers | {"text": config.model.text.layers}
+
+
+def _line(config: Config, number: int, turns: Sequence[tuple[Measured, Measured | None]], ranks: int) -> Line:
+    """The medians of a batch over all turns."""
+    ours = [found.rows[number] for found, _ in turns]
+    peers = [found.rows[number] for _, found in turns if found is not None]
+    ratios = [
+        peer.milliseconds / own.milliseconds for own, peer in zip(ours, peers, strict=False) if own.parts and peer.parts
+    ]
+    alone = replace(config, parallel=ParallelConfig())
+    own, theirs = turns[0]
+    return Line(
+        micro_batch=config.train.micro_batch,
+        global_batch=config.train.global_batch,
+        ours=speed(config, own, _median(ours), ranks),
+        peer=speed(alone, theirs, _median(peers), 1) if theirs else None,
+        ratio=median(ratios) if ratios else None,
+        ratios=tuple(ratios),
+    )
+
+
+def _median(rows: Sequence[Row]) -> Row:
+    """The row whose step takes the median time (of an even number, the lower one of the middle)."""
+    return sorted(rows, key=lambda row: row.milliseconds)[(len(rows) - 1) // 2]

@@ -1,0 +1,43 @@
+"""A batch of noise: the fields, the shapes, the masks and the kept patches of real samples, without reading any."""
+
+import numpy as np
+import torch
+
+from w2s.data.batch import Batch
+from w2s.data.sample import SampleSpec, draw_kept, draw_mask
+
+
+def synthetic_batch(spec: SampleSpec, size: int, vocabulary: int, seed: int = 0) -> Batch:
+    """Return a batch of noise, in pinned memory where there is a GPU.
+
+    Args:
+        spec: what the stage wants of a sample.
+        size: samples.
+        vocabulary: tokens that there are; the last one ends a caption.
+        seed: of the noise.
+    """
+    noise = torch.Generator().manual_seed(seed)
+    indices = range(size)
+    masks = np.stack([draw_mask(spec, seed, index) for index in indices]) if spec.masked_patches else None
+    kept = np.stack([draw_kept(spec, seed, index) for index in indices]) if spec.kept_patches else None
+    batch = Batch(
+        images=_pixels(size, spec.image_size, noise),
+        teacher_images=_pixels(size, spec.teacher_size, noise) if spec.teacher_size else None,
+        masks=None if masks is None else torch.from_numpy(masks),
+        kept=None if kept is None else torch.from_numpy(kept),
+        tokens=_tokens(size, spec.context_length, vocabulary, noise) if spec.context_length else None,
+        captions=torch.arange(size) if spec.context_length else None,
+        keys=[f"noise-{index}" for index in indices],
+        indices=torch.arange(size),
+    )
+    return batch.pinned() if torch.cuda.is_available() else batch
+
+
+def _pixels(size: int, side: int, noise: torch.Generator) -> torch.Tensor:
+    return torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=noise)
+
+
+def _tokens(size: int, length: int, vocabulary: int, noise: torch.Generator) -> torch.Tensor:
+    tokens = torch.randint(1, vocabulary - 1, (size, length), generator=noise)
+    tokens[:, -1] = vocabulary - 1
+    return tokens
