@@ -14,7 +14,7 @@ from w2s.bench.speed import Speed, bf16_peak, speed
 from w2s.bench.step import Job, Measured, Row, measure, with_batch
 from w2s.config.checks import check
 from w2s.config.sections import Config, ParallelConfig
-from w2s.data.builtin import ensure_builtin
+from w2s.data.builtin.registry import ensure_builtin
 from w2s.errors import ConfigError, W2SError
 from w2s.launch import is_rank
 from w2s.planning.flops import image_flops, student_flops, text_flops
