@@ -1,7 +1,12 @@
 """The process and the machine that it runs on."""
 
 import ctypes
+import os
 import platform
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+
+import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -16,3 +21,31 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Card:
+    """The GPU of this process."""
+
+    name: str
+    """As its driver calls it."""
+    capability: tuple[int, int]
+    """CUDA's compute capability."""
+
+    @property
+    def hopper(self) -> bool:
+        """Whether it is an NVIDIA Hopper or newer, which has FP8 tensor cores that Transformer Engine's recipes use."""
+        return self.capability >= (9, 0)
+
+
+def card() -> Card | None:
+    """Return the GPU that this process trains on; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    return Card(torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number))
+
+
+def transformer_engine_installed() -> bool:
+    """Whether Transformer Engine is on the import path; it is not imported."""
+    return PathFinder.find_spec("transformer_engine") is not None

@@ -1,12 +1,13 @@
 """What is measured of a vision tower whatever it was trained for: k-NN of its features, beside two baselines."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from w2s.config.sections import Config
+from w2s.config.sections import Config, PrecisionConfig
 from w2s.data.batch import normalize
 from w2s.data.tokens import tokenize
 from w2s.evaluation.dataset import EvalSet, load_eval_set
@@ -70,7 +71,8 @@ class Probe:
         if not config.eval.baselines or not config.eval.knn_shards:
             return {}
         vision = config.model.vision
-        random = build_student(config, 1, torch.float32, self.ranks.device)
+        plain = replace(config, precision=PrecisionConfig(linear="local"))
+        random = build_student(plain, 1, torch.float32, self.ranks.device)
         teacher = build_teacher(
             config.teacher,
             grid=vision.grid,

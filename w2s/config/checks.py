@@ -3,6 +3,7 @@
 import torch
 
 from w2s.config.layout import check_micro_batches, check_ranks, check_towers, model_parallel_size
+from w2s.config.linears import check_fp8_layout, check_linears
 from w2s.config.sections import ClipConfig, Config, HardwareConfig, OptimConfig, TrainConfig
 from w2s.errors import ConfigError
 
@@ -49,6 +50,7 @@ def check(config: Config, world_size: int, local_size: int) -> None:
     _check_device(config.hardware, local_size)
     check_ranks(config, world_size)
     _check_teacher(config)
+    check_linears(config)
     if config.stage == "eval":
         _check_eval(config)
     else:
@@ -79,6 +81,7 @@ def _check_training(config: Config, world_size: int) -> None:
     check_towers(config)
     _check_batch(config.train, world_size // model_parallel_size(config.parallel))
     check_micro_batches(config, world_size)
+    check_fp8_layout(config, world_size)
     _check_phases(config)
     if config.stage == "mim":
         _check_masks(config)

@@ -29,6 +29,12 @@ SECTIONS: frozenset[str] = frozenset(
 )
 """Full key of every section, such as `model.vision`."""
 
+_REASONS = {
+    ("precision.fp8", name): f"{name} needs Blackwell's tensor cores, Hopper has none: use tensorwise"
+    for name in ("mxfp8", "nvfp4")
+}
+"""Why some values that users know from elsewhere are not taken."""
+
 
 def is_text(key: str) -> bool:
     """Whether the value of a key is text, which is taken as it stands and not read as YAML."""
@@ -45,6 +51,16 @@ def entry_section(key: str) -> type | None:
 def expected(key: str) -> str:
     """What a key takes, in words."""
     return _in_words(FIELDS[key])
+
+
+def advice(key: str, value: object) -> str:
+    """What to say of a value that a key does not take beside what it takes; empty where there is nothing to say."""
+    if (key, str(value)) in _REASONS:
+        return f": {_REASONS[key, str(value)]}"
+    if get_origin(FIELDS[key]) is Literal:
+        near = difflib.get_close_matches(str(value), map(str, get_args(FIELDS[key])), n=1)
+        return f": did you mean {near[0]}?" if near else ""
+    return ""
 
 
 def _in_words(hint: Any) -> str:

@@ -25,7 +25,7 @@ def check_towers(config: Config) -> None:
     Raises:
         ConfigError: with the key, its value and the legal ones.
     """
-    for name in _towers(config):
+    for name in tower_names(config):
         _check_tensor(config, name)
         _check_pipeline(config, name)
     _check_recomputed_layers(config)
@@ -51,7 +51,7 @@ def check_micro_batches(config: Config, world_size: int) -> None:
     if count < stages or (parallel.virtual_pipeline > 1 and count % stages):
         legal_sizes = [n for n in range(1, share + 1) if share % n == 0 and _fills(share // n, parallel)]
         least = f"train.global_batch={stages * (world_size // size)} or more"
-        fix = f"use train.micro_batch={_listed(legal_sizes)}" if legal_sizes else f"use {least}"
+        fix = f"use train.micro_batch={listed(legal_sizes)}" if legal_sizes else f"use {least}"
         raise ConfigError(
             f"train.micro_batch={train.micro_batch} makes {count} micro-batches of the {share} samples of a "
             f"data-parallel rank, which do not fill {stages} pipeline stages: {fix}"
@@ -113,7 +113,8 @@ def _check_options(config: Config, replicas: int) -> None:
         raise ConfigError("parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true: set both")
 
 
-def _towers(config: Config) -> list[str]:
+def tower_names(config: Config) -> list[str]:
+    """Return the names of the towers that a stage trains."""
     return ["vision"] if config.stage == "mim" else ["vision", "text"]
 
 
@@ -124,12 +125,12 @@ def _check_tensor(config: Config, name: str) -> None:
         if value % tensor:
             raise ConfigError(
                 f"parallel.tensor={tensor} does not divide model.{name}.{field}={value}: "
-                f"use parallel.tensor={_listed(_legal_tensor_sizes(config))}"
+                f"use parallel.tensor={listed(_legal_tensor_sizes(config))}"
             )
 
 
 def _legal_tensor_sizes(config: Config) -> list[int]:
-    towers = [getattr(config.model, name) for name in _towers(config)]
+    towers = [getattr(config.model, name) for name in tower_names(config)]
     most = min(tower.heads for tower in towers)
     return [
         size
@@ -154,7 +155,10 @@ def _check_pipeline(config: Config, name: str) -> None:
 
 
 def _check_recomputed_layers(config: Config) -> None:
-    count, most = config.parallel.recompute_layers, max(getattr(config.model, name).layers for name in _towers(config))
+    count, most = (
+        config.parallel.recompute_layers,
+        max(getattr(config.model, name).layers for name in tower_names(config)),
+    )
     if count > most:
         raise ConfigError(
             f"parallel.recompute_layers={count} is more than the {most} layers of a tower: "
@@ -169,17 +173,18 @@ def _even(layers: int, stages: int) -> list[int]:
 def _check_rows(config: Config, micro: int, share: int) -> None:
     """Packed rows: the tokens of a whole micro-batch have to divide, not those of an image."""
     tensor = config.parallel.tensor
-    for tokens in _tokens(config):
+    for tokens in sequence_lengths(config):
         if micro * tokens % tensor:
             legal = [n for n in range(1, share + 1) if share % n == 0 and n * tokens % tensor == 0]
-            fix = f"use train.micro_batch={_listed(legal)}" if legal else "use parallel.sequence=false"
+            fix = f"use train.micro_batch={listed(legal)}" if legal else "use parallel.sequence=false"
             raise ConfigError(
                 f"parallel.sequence=true cannot share the {micro} x {tokens} tokens of a micro-batch among "
                 f"parallel.tensor={tensor} ranks: {fix}"
             )
 
 
-def _tokens(config: Config) -> list[int]:
+def sequence_lengths(config: Config) -> list[int]:
+    """Return how many tokens a sample has in the towers of a stage, in each phase of the data."""
     patches = config.model.vision.patches
     if config.stage == "mim":
         return [1 + patches]
@@ -193,5 +198,6 @@ def kept_patches(patches: int, dropout: float) -> int:
     return max(1, int(patches * (1 - dropout))) if dropout else patches
 
 
-def _listed(values: list[int]) -> str:
+def listed(values: list[int]) -> str:
+    """Return numbers as a sentence has them: `1, 2 or 4`."""
     return " or ".join(map(str, values)) if len(values) < 3 else ", ".join(map(str, values[:-1])) + f" or {values[-1]}"

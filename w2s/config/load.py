@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from w2s.config.fields import FIELDS, SECTIONS, entry_section, expected, is_text, nearest
+from w2s.config.fields import FIELDS, SECTIONS, advice, entry_section, expected, is_text, nearest
 from w2s.config.sections import Config, ModelConfig
 from w2s.errors import ConfigError
 
@@ -189,7 +189,7 @@ def _assign(node: DictConfig, key: str, value: Any, origin: str) -> None:
     try:
         OmegaConf.update(node, key, _entries(key, value, origin), merge=False)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ConfigError(f"{origin}{key}={value} is not {expected(key)}") from error
+        raise ConfigError(f"{origin}{key}={value} is not {expected(key)}{advice(key, value)}") from error
 
 
 def _entries(key: str, value: Any, origin: str) -> Any:

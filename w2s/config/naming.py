@@ -29,6 +29,7 @@ _WITHOUT_EFFECT = frozenset(
         "clip.tile",
         "clip.two_pass",
         "parallel",
+        "precision.linear",
         "hardware",
         "checkpoint",
         "tracking",

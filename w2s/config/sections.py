@@ -380,6 +380,33 @@ class PrecisionConfig:
     """Type of the weights and activations in the forward and backward pass."""
     gradients: Literal["fp32", "bf16"] = "fp32"
     """Type in which gradients are accumulated over micro-batches and reduced over ranks."""
+    linear: Literal["auto", "local", "te"] = "auto"
+    """Linear layers: Megatron's own (`local`) or Transformer Engine's (`te`); `auto` takes Transformer Engine on Hopper
+    and newer cards where it is installed, else local."""
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise", "emulated"] = "none"
+    """FP8 in the layers' matrix products while training: a recipe of Transformer Engine, or `emulated`, a rehearsal of
+    `tensorwise` on any machine. Evaluation is always without."""
+    fp8_format: Literal["auto", "hybrid", "e4m3"] = "auto"
+    """`hybrid` is E4M3 forward and E5M2 for gradients, `e4m3` is E4M3 for both; `auto` is e4m3 with the blockwise
+    recipe, else hybrid."""
+    fp8_history: int = 16
+    """Micro-batches over which the delayed recipe takes the largest magnitude."""
+    fp8_margin: int = 0
+    """Powers of two that the delayed recipe leaves free below the format's largest number."""
+    fp8_bf16_first: int = 0
+    """First layers of each tower that stay without FP8."""
+    fp8_bf16_last: int = 0
+    """Last layers of each tower that stay without FP8."""
+    fp8_bf16_layers: list[str] = field(default_factory=list)
+    """Further layers that stay without FP8, as the metrics name them: `vision.7`, `text.0`; counted from 0."""
+    fp8_primary_weights: bool = False
+    """Keep the layers' weights in FP8 alone and gather them so; the float32 master weights are the optimizer's."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "precision", ("fp8_history",))
+        for name in ("fp8_margin", "fp8_bf16_first", "fp8_bf16_last"):
+            value = getattr(self, name)
+            _require(value >= 0, f"precision.{name}={value} must be at least 0")
 
 
 @dataclass(kw_only=True)

@@ -1,10 +1,12 @@
 """What a transformer layer is made of: norms, packed attention, the post-norm residual and the Q and V bias."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -134,50 +136,59 @@ class LeanMLP(MLP):
             return self.linear_fc2(active)
 
 
-class PlainQKV(ColumnParallelLinear):
+class _NoBias:
     """The fused Q, K, V projection without a bias, which Megatron's layer would add to every linear."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "bias": False})
 
 
-class QVBiasQKV(PlainQKV):
+class _QVBias(_NoBias):
     """The fused Q, K, V projection with a bias on Q and V only (EVA02-E, EVA01-g)."""
+
+    q_bias: nn.Parameter
+    v_bias: nn.Parameter
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = kwargs["config"]
+        config, weight = kwargs["config"], cast(Any, self).weight
         self.head_width = config.kv_channels
         for name in ("q_bias", "v_bias"):
-            bias = nn.Parameter(torch.zeros(self.output_size_per_partition // 3, dtype=config.params_dtype))
+            bias = nn.Parameter(torch.zeros(len(weight) // 3, dtype=config.params_dtype, device=weight.device))
             set_tensor_model_parallel_attributes(bias, True, 0, 1)
-            self.register_parameter(name, bias)
+            cast(nn.Module, self).register_parameter(name, bias)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Project, then add the bias in Megatron's row order: (q, k, v) of a head next to each other."""
-        out, _ = super().forward(*args, **kwargs)
+        out, _ = super().forward(*args, **kwargs)  # type: ignore[misc]
         q, v = (bias.view(-1, self.head_width) for bias in (self.q_bias, self.v_bias))
         return out + torch.stack([q, torch.zeros_like(q), v], dim=1).flatten(), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         """Describe the weight and both biases as split over their first axis."""
-        state = self.state_dict(prefix="", keep_vars=True)
-        state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        state = cast(nn.Module, self).state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(
             state,
             prefix,
-            dict.fromkeys(state, 0),
+            {name: 0 for name, value in state.items() if isinstance(value, nn.Parameter)},
             sharded_offsets,
-            tp_group=self.tp_group,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
             dp_cp_group=metadata["dp_cp_group"],
         )
 
 
-class FullBiasQKV(ColumnParallelLinear):
-    """The fused Q, K, V projection with a bias on all three (CLIP's text tower)."""
+_QKV_BIASES: dict[str, tuple[type, ...]] = {"none": (_NoBias,), "qv": (_QVBias,), "qkv": ()}
 
 
-QKV_LINEARS: dict[str, type[nn.Module]] = {"none": PlainQKV, "qv": QVBiasQKV, "qkv": FullBiasQKV}
+@cache
+def qkv_linear(bias: str, column: type) -> type[nn.Module]:
+    """Return the fused Q, K, V projection over a column-parallel linear.
+
+    Args:
+        bias: `none`, `qv` (on Q and V only: EVA02-E, EVA01-g) or `qkv` (CLIP's text tower).
+        column: the linear's class.
+    """
+    return type(f"QKV{column.__name__}", (*_QKV_BIASES[bias], column), {})
 
 
 def mark_split_weights(module: nn.Module) -> None:
@@ -189,7 +200,14 @@ def mark_split_weights(module: nn.Module) -> None:
 
 
 def layer_spec(
-    config: TransformerConfig, norm: str, placement: str, qkv_bias: str, causal: bool, lean: bool
+    config: TransformerConfig,
+    norm: str,
+    placement: str,
+    qkv_bias: str,
+    causal: bool,
+    lean: bool,
+    column: type = ColumnParallelLinear,
+    row: type = RowParallelLinear,
 ) -> ModuleSpec:
     """Return the specification of one layer.
 
@@ -200,15 +218,17 @@ def layer_spec(
         qkv_bias: `none`, `qv` or `qkv`.
         causal: whether a token sees only those before it.
         lean: whether the backward pass computes the MLP's activations again.
+        column: the linear whose output tensor-parallel ranks share.
+        row: the linear whose input they share.
     """
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=QKV_LINEARS[qkv_bias], core_attention=PackedAttention, linear_proj=RowParallelLinear
+            linear_qkv=qkv_linear(qkv_bias, column), core_attention=PackedAttention, linear_proj=row
         ),
     )
-    mlp = compat.mlp_spec(LeanMLP if lean else GeluMLP, ColumnParallelLinear, RowParallelLinear)
+    mlp = compat.mlp_spec(LeanMLP if lean else GeluMLP, column, row)
     if placement == "post":
         add = ModuleSpec(module=PostNormAdd, params={"config": config, "norm": NORMS[norm]})
         submodules = TransformerLayerSubmodules(self_attention=attention, self_attn_bda=add, mlp=mlp, mlp_bda=add)

@@ -11,6 +11,8 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from w2s.megatron.backend import without_fp8
+from w2s.megatron.float8 import weights_stay
 from w2s.megatron.sharded import ShardedTower
 
 Reported = dict[str, Tensor]
@@ -59,7 +61,7 @@ def forward_only(
 
 
 def infer(tower: ShardedTower[Any], inputs: Sequence[Tensor], forward: Callable[..., Tensor], tokens: int) -> Tensor:
-    """Return the output of a tower for a batch of any size, on every rank of the model-parallel group.
+    """Return the output of a tower for a batch of any size, without FP8, on every rank of the model-parallel group.
 
     Args:
         tower: the model.
@@ -75,7 +77,8 @@ def infer(tower: ShardedTower[Any], inputs: Sequence[Tensor], forward: Callable[
         size = math.ceil(size / tensor) * tensor
     padded = [torch.cat([whole, whole[-1:].expand(stages * size - count, *whole.shape[1:])]) for whole in inputs]
     micro_batches = list(zip(*(whole.split(size) for whole in padded), strict=True))
-    outputs = forward_only(tower, micro_batches, lambda chunk, micro: forward(chunk, *micro), size * tokens)
+    with without_fp8(tower.parts):
+        outputs = forward_only(tower, micro_batches, lambda chunk, micro: forward(chunk, *micro), size * tokens)
     return _from_last_stage(outputs)[:count]
 
 
@@ -110,13 +113,14 @@ def _run(
         return output, reported_apart
 
     iterators = [iter(micro_batches) for _ in tower.chunks]
-    result: list[Reported] = get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=tower.chunks,
-        num_microbatches=len(micro_batches),
-        seq_length=rows,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    with weights_stay(tower.parts):
+        result: list[Reported] = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=tower.chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=rows,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
     return result

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.stored import StoredTensors
@@ -44,7 +45,7 @@ def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[
     weights = _weights(towers)
     optimizer.prepare_to_load()
     wanted = optimizer.sharded.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
-    state = _load({**weights, "optimizer": wanted}, folder)
+    state = _load({**_known(weights, folder), "optimizer": wanted}, folder)
     _into_towers(towers, state)
     optimizer.sharded.load_state_dict(state["optimizer"])
     optimizer.set_step(step)
@@ -94,12 +95,34 @@ def _metadata() -> dict[str, Any]:
 
 
 def _weights(towers: Towers) -> dict[str, Any]:
-    """Describe every weight that this rank holds, by tower and chunk; names and layer numbers are global."""
-    return {
+    """Describe every weight that this rank holds, by tower and chunk; names and layer numbers are global.
+
+    Linears that keep scales of FP8 add what they keep; those that keep nothing add nothing.
+    """
+    everything = {
         f"{name}/{number}": part.sharded_state_dict(prefix=f"{name}.", metadata=_metadata())
         for name, tower in towers.items()
         for number, part in enumerate(tower.parts)
     }
+    return {
+        chunk: {key: part for key, part in parts.items() if not (isinstance(part, ShardedObject) and _is_empty(part))}
+        for chunk, parts in everything.items()
+    }
+
+
+def _is_empty(extra: ShardedObject) -> bool:
+    return extra.data is None or (isinstance(extra.data, Tensor) and extra.data.numel() == 0)
+
+
+def _known(weights: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Leave out the scales of FP8 that a checkpoint has not: it was written by other linears."""
+    with reporting(f"read {folder}", "use another checkpoint"):
+        stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+
+    def known(part: Any) -> bool:
+        return not isinstance(part, ShardedObject) or part.unique_key in stored
+
+    return {chunk: {key: part for key, part in parts.items() if known(part)} for chunk, parts in weights.items()}
 
 
 def _named(weights: Mapping[str, Any]) -> Iterator[tuple[str, ShardedTensor]]:
@@ -113,5 +136,6 @@ def _into_towers(towers: Towers, state: Mapping[str, Any], strict: bool = True) 
     for name, tower in towers.items():
         for number, part in enumerate(tower.parts):
             own = {key.removeprefix(f"{name}."): value for key, value in state[f"{name}/{number}"].items()}
+            none_kept = {key: None for key in part.state_dict() if key.endswith("_extra_state")}
             with torch.no_grad():
-                part.load_state_dict(own, strict=strict)
+                part.load_state_dict(none_kept | own, strict=strict)

@@ -18,9 +18,11 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from w2s.config.sections import ParallelConfig
+from w2s.megatron.backend import LOCAL, Linears
 from w2s.megatron.layers import layer_spec, mark_split_weights
 from w2s.megatron.split import pipeline_layout
 
@@ -45,7 +47,9 @@ class StackShape:
     """Layers of each pipeline stage."""
 
 
-def transformer_config(shape: StackShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    shape: StackShape, parallel: ParallelConfig, dtype: torch.dtype, linears: Linears = LOCAL
+) -> TransformerConfig:
     """Return Megatron's configuration of a stack: exact GELU, no dropout, weights left for us to fill."""
     interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(
@@ -62,7 +66,6 @@ def transformer_config(shape: StackShape, parallel: ParallelConfig, dtype: torch
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
-        use_cpu_initialization=True,
         perform_initialization=False,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -77,6 +80,7 @@ def transformer_config(shape: StackShape, parallel: ParallelConfig, dtype: torch
         batch_p2p_comm=not interleaved,
         batch_p2p_sync=False,  # the host would wait for the GPU at every message, as torch before 2.0 needed
         **_recomputed_layers(parallel),
+        **linears.settings(),
     )
 
 
@@ -97,18 +101,38 @@ class Tower(MegatronModule):
         blocks: the transformer layers of this chunk.
     """
 
-    def __init__(self, shape: StackShape, parallel: ParallelConfig, dtype: torch.dtype, chunk: int = 0) -> None:
-        super().__init__(config=transformer_config(shape, parallel, dtype))
+    def __init__(
+        self,
+        shape: StackShape,
+        parallel: ParallelConfig,
+        dtype: torch.dtype,
+        chunk: int = 0,
+        linears: Linears = LOCAL,
+    ) -> None:
+        super().__init__(config=transformer_config(shape, parallel, dtype, linears))
         chunk_or_none = chunk if parallel.virtual_pipeline > 1 else None
         stage = {"ignore_virtual": chunk_or_none is None, "vp_stage": chunk_or_none}
         self.first = parallel_state.is_pipeline_first_stage(**stage)
         self.last = parallel_state.is_pipeline_last_stage(**stage)
         lean = parallel.recompute == "selective"
-        spec = layer_spec(self.config, shape.norm, shape.norm_placement, shape.qkv_bias, shape.causal, lean)
         count = get_num_layers_to_build(self.config, vp_stage=chunk_or_none)
+        start = get_transformer_layer_offset(self.config, vp_stage=chunk_or_none)
+        specs = [
+            layer_spec(
+                self.config,
+                shape.norm,
+                shape.norm_placement,
+                shape.qkv_bias,
+                shape.causal,
+                lean,
+                linears.column(layer),
+                linears.row(layer),
+            )
+            for layer in range(start, start + count)
+        ]
         self.blocks = TransformerBlock(
             self.config,
-            TransformerBlockSubmodules(layer_specs=[spec] * count),
+            TransformerBlockSubmodules(layer_specs=specs),
             post_layer_norm=False,
             pre_process=self.first,
             post_process=self.last,

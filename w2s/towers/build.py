@@ -3,6 +3,7 @@
 import torch
 
 from w2s.config.sections import Config
+from w2s.megatron.backend import linears_of
 from w2s.megatron.initialize import fill
 from w2s.megatron.sharded import ShardedTower, shard
 from w2s.towers.clip import ImageTower, TextTower
@@ -14,10 +15,10 @@ def build_student(
     config: Config, target_width: int, dtype: torch.dtype, device: torch.device
 ) -> ShardedTower[MaskedStudent]:
     """Return the masked stage's student: `config.model.vision` with a head of `target_width` channels."""
-    vision = config.model.vision
+    vision, linears = config.model.vision, linears_of(config, "vision")
 
     def chunk(number: int) -> MaskedStudent:
-        student = MaskedStudent(vision, target_width, config.parallel, dtype, number)
+        student = MaskedStudent(vision, target_width, config.parallel, dtype, number, linears)
         fill(student, vision_rule(vision, config.init.post_norm), config.run.seed)
         return student
 
@@ -29,15 +30,16 @@ def build_clip(
 ) -> tuple[ShardedTower[ImageTower], ShardedTower[TextTower]]:
     """Return the image tower and the text tower of `config.model`."""
     model, seed = config.model, config.run.seed
+    seeing, reading = linears_of(config, "vision"), linears_of(config, "text")
 
     def vision_chunk(number: int) -> ImageTower:
-        tower = ImageTower(model.vision, model.embed_dim, config.parallel, dtype, number)
+        tower = ImageTower(model.vision, model.embed_dim, config.parallel, dtype, number, seeing)
         fill(tower, vision_rule(model.vision, config.init.post_norm), seed)
         return tower
 
     def text_chunk(number: int) -> TextTower:
         has_bias = config.clip.loss == "sigmoid"
-        tower = TextTower(model.text, model.embed_dim, config.parallel, dtype, number, logit_bias=has_bias)
+        tower = TextTower(model.text, model.embed_dim, config.parallel, dtype, number, has_bias, reading)
         fill(tower, text_rule(model.text, config.clip.logit_scale, config.clip.logit_bias), seed)
         if tower.last:
             tower.logit_scale.requires_grad_(config.clip.learn_logit_scale)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
+from w2s.megatron.backend import LOCAL, Linears
 from w2s.megatron.split import text_layers
 from w2s.megatron.tower import StackShape, Tower
 from w2s.towers.norms import make_norm
@@ -16,9 +17,15 @@ class ImageTower(VisionTower):
     """The vision tower with a projection of the CLS token (baaivision/EVA, shinji/eva_clip/eva_vit_model.py)."""
 
     def __init__(
-        self, shape: VisionConfig, embed_dim: int, parallel: ParallelConfig, dtype: torch.dtype, chunk: int = 0
+        self,
+        shape: VisionConfig,
+        embed_dim: int,
+        parallel: ParallelConfig,
+        dtype: torch.dtype,
+        chunk: int = 0,
+        linears: Linears = LOCAL,
     ) -> None:
-        super().__init__(shape, embed_dim, parallel, dtype, chunk)
+        super().__init__(shape, embed_dim, parallel, dtype, chunk, linears)
         if self.last:
             self.head = nn.Linear(shape.width, embed_dim, bias=shape.qkv_bias, dtype=dtype)
 
@@ -48,6 +55,7 @@ class TextTower(Tower):
         dtype: type of the weights.
         chunk: number of this chunk of its pipeline rank.
         logit_bias: whether the loss has a bias beside its scale (SigLIP).
+        linears: what its layers multiply with.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class TextTower(Tower):
         dtype: torch.dtype,
         chunk: int = 0,
         logit_bias: bool = False,
+        linears: Linears = LOCAL,
     ) -> None:
         stack = StackShape(
             layers=shape.layers,
@@ -71,7 +80,7 @@ class TextTower(Tower):
             causal=True,
             split=text_layers(shape, embed_dim, parallel),
         )
-        super().__init__(stack, parallel, dtype, chunk)
+        super().__init__(stack, parallel, dtype, chunk, linears)
         self.shape = shape
         if self.first:
             self.token_embedding = nn.Parameter(torch.empty(shape.vocab_size, shape.width, dtype=dtype))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from w2s.config.sections import ParallelConfig, VisionConfig
+from w2s.megatron.backend import LOCAL, Linears
 from w2s.towers.vision import VisionTower
 
 
@@ -14,9 +15,15 @@ class MaskedStudent(VisionTower):
     """
 
     def __init__(
-        self, shape: VisionConfig, target_width: int, parallel: ParallelConfig, dtype: torch.dtype, chunk: int = 0
+        self,
+        shape: VisionConfig,
+        target_width: int,
+        parallel: ParallelConfig,
+        dtype: torch.dtype,
+        chunk: int = 0,
+        linears: Linears = LOCAL,
     ) -> None:
-        super().__init__(shape, target_width, parallel, dtype, chunk)
+        super().__init__(shape, target_width, parallel, dtype, chunk, linears)
         if self.first:
             self.mask_token = nn.Parameter(torch.empty(1, 1, shape.width, dtype=dtype))
         if self.last:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from w2s.config.sections import ParallelConfig, VisionConfig
+from w2s.megatron.backend import LOCAL, Linears
 from w2s.megatron.split import vision_layers
 from w2s.megatron.tower import StackShape, Tower
 from w2s.towers.norms import make_norm
@@ -46,9 +47,15 @@ class VisionTower(Tower):
     """
 
     def __init__(
-        self, shape: VisionConfig, head_width: int, parallel: ParallelConfig, dtype: torch.dtype, chunk: int = 0
+        self,
+        shape: VisionConfig,
+        head_width: int,
+        parallel: ParallelConfig,
+        dtype: torch.dtype,
+        chunk: int = 0,
+        linears: Linears = LOCAL,
     ) -> None:
-        super().__init__(vision_stack(shape, head_width, parallel), parallel, dtype, chunk)
+        super().__init__(vision_stack(shape, head_width, parallel), parallel, dtype, chunk, linears)
         self.shape = shape
         if self.first:
             self.patch_embed = PatchEmbedding(shape.patch_size, shape.width, dtype)

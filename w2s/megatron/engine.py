@@ -1,0 +1,97 @@
+"""Transformer Engine: the only module that imports it.
+
+Megatron-Core imports it wherever it is installed, and dies of an installation that fails with anything but ImportError.
+So `settle`, when `w2s.megatron` is first imported, loads it where a GPU could use it, and hides it where that fails or
+where there is no GPU.
+"""
+
+import sys
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w2s import host
+from w2s.errors import MissingPackageError
+
+_NAME = "transformer_engine"
+
+_problems: list[str] = []
+
+
+def settle() -> None:
+    """Load Transformer Engine if it is installed and this machine has a GPU; else make Megatron-Core go without."""
+    if not host.transformer_engine_installed() or _problems:
+        return
+    if not torch.cuda.is_available():
+        _hide("there is no GPU")
+        return
+    try:
+        import_module(f"{_NAME}.pytorch")
+    except (
+        ImportError,
+        RuntimeError,
+        OSError,
+    ) as error:  # a build for another torch or CUDA fails in any of these ways
+        _hide(str(error).partition("\n")[0] or type(error).__name__)
+
+
+def problem() -> str | None:
+    """Return why Transformer Engine, which is installed, could not be loaded; None where it could."""
+    return _problems[0] if _problems else None
+
+
+def require() -> None:
+    """Refuse to go on without Transformer Engine.
+
+    Raises:
+        MissingPackageError: it is not installed, or broken.
+    """
+    if not host.transformer_engine_installed():
+        raise MissingPackageError("Transformer Engine is not installed: pip install 'w2s[gpu]'")
+    if _problems:
+        raise MissingPackageError(
+            f"Transformer Engine is installed but cannot be loaded ({_problems[0]}): install the release that was "
+            f"built for torch {torch.__version__}, or use precision.linear=local and precision.fp8=none"
+        )
+
+
+def _hide(reason: str) -> None:
+    _problems.append(reason)
+    for name in [name for name in sys.modules if name.partition(".")[0] == _NAME]:
+        del sys.modules[name]
+    # Whoever asks for it next is told that there is none.
+    sys.modules[_NAME] = None  # type: ignore[assignment]
+
+
+def column_linear(bf16: bool) -> type:
+    """Return Transformer Engine's column-parallel linear as Megatron wraps it; `bf16` stays without FP8."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    return _without_fp8(TEColumnParallelLinear) if bf16 else TEColumnParallelLinear
+
+
+def row_linear(bf16: bool) -> type:
+    """Return Transformer Engine's row-parallel linear as Megatron wraps it; `bf16` stays without FP8."""
+    from megatron.core.extensions.transformer_engine import TERowParallelLinear
+
+    return _without_fp8(TERowParallelLinear) if bf16 else TERowParallelLinear
+
+
+@cache
+def _without_fp8(base: type) -> type:
+    """Return a linear that leaves the FP8 that its block asks for."""
+    te = import_module(f"{_NAME}.pytorch")
+
+    class Bf16Linear(base):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            with te.fp8_model_init(enabled=False):
+                super().__init__(*args, **kwargs)
+
+        def forward(self, x: Tensor) -> Any:
+            with te.fp8_autocast(enabled=False):
+                return super().forward(x)
+
+    return Bf16Linear

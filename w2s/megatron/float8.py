@@ -1,0 +1,213 @@
+"""FP8 without Transformer Engine: Megatron's linears over `torch._scaled_mm`, with current scaling.
+
+Each factor of a product is scaled so that its largest magnitude becomes the largest number of the format, and rounded.
+E4M3 holds inputs and weights, E5M2 (`hybrid`) or E4M3 gradients; sums are float32. Source: Micikevicius et al., "FP8
+Formats for Deep Learning", 2022; Transformer Engine's recipe is Float8CurrentScaling. One difference from it: a tensor
+that tensor-parallel ranks share has one scale, that of the whole, so that every layout rounds alike.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from w2s.errors import ConfigError
+
+FORWARD = torch.float8_e4m3fn
+"""Format of inputs and weights."""
+GRADIENTS = {"hybrid": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}
+"""Format of gradients, by `precision.fp8_format`."""
+ALIGNMENT = 16
+"""A GPU multiplies in FP8 only what has rows and columns in multiples of this."""
+
+Record = Callable[[str, Tensor, Tensor, torch.dtype], None]
+"""Takes the kind of a tensor (`input`, `weight`, `gradient`), the tensor, its scale and its format."""
+
+
+@dataclass(frozen=True)
+class Float8:
+    """A matrix in FP8: its values are `data * inverse`."""
+
+    data: Tensor
+    """FP8 numbers."""
+    inverse: Tensor
+    """float32 scalar: the inverse of the scale."""
+
+    def t(self) -> "Float8":
+        """Return the transposed matrix."""
+        return Float8(self.data.t(), self.inverse)
+
+
+def current_scale(tensor: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the largest number of a format divided by the largest magnitude of a tensor: float32 scalar.
+
+    Args:
+        tensor: any shape; zeros have scale 1.
+        dtype: the format.
+        group: ranks that hold the other parts of the tensor; None where this rank holds it whole.
+    """
+    largest = tensor.detach().abs().amax().float()
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    scale = torch.finfo(dtype).max / largest
+    return torch.where(largest > 0, scale.clamp(max=torch.finfo(torch.float32).max), torch.ones_like(scale))
+
+
+def quantize(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Float8:
+    """Round a scaled tensor to FP8; what is beyond the format's largest number becomes that."""
+    most = torch.finfo(dtype).max
+    return Float8((tensor.float() * scale).clamp(-most, most).to(dtype), scale.reciprocal())
+
+
+def multiply(a: Float8, b: Float8, dtype: torch.dtype) -> Tensor:
+    """Return the product of a [m, k] and b [k, n] as `dtype` [m, n]."""
+    with _own_cpu_kernel():
+        # cuBLAS takes its first factor by rows and its second by columns.
+        return torch._scaled_mm(
+            a.data.contiguous(),
+            b.data.t().contiguous().t(),
+            scale_a=a.inverse,
+            scale_b=b.inverse,
+            out_dtype=dtype,
+        )
+
+
+@contextmanager
+def _own_cpu_kernel() -> Iterator[None]:
+    """Keep oneDNN out of it: for E4M3 times E4M3 it has nothing but a loop, 300 times slower than torch's own way."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+class _Product(torch.autograd.Function):
+    """input @ weight.T, and both products of its backward pass, in FP8."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, linear: "_Emulated") -> Tensor:
+        quantized, own_weight = linear.quantized("input", rows), linear.quantized_weight(weight)
+        ctx.linear, ctx.dtypes = linear, (rows.dtype, weight.dtype)
+        ctx.save_for_backward(quantized.data, quantized.inverse, own_weight.data, own_weight.inverse)
+        return multiply(quantized, own_weight.t(), rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        saved = ctx.saved_tensors
+        rows, weight = Float8(*saved[:2]), Float8(*saved[2:])
+        quantized = ctx.linear.quantized("gradient", gradient)
+        by_rows = multiply(quantized, weight, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        by_weight = multiply(quantized.t(), rows, ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        return by_rows, by_weight, None
+
+
+class _Emulated:
+    """What makes a Megatron linear multiply in FP8 while it is trained; mixed into its class.
+
+    Attributes:
+        gradients: format of gradients.
+        split: the kinds of tensors that tensor-parallel ranks hold parts of.
+        record: is told of every tensor that is quantized; None tells nobody.
+    """
+
+    gradients: torch.dtype
+    split: frozenset[str]
+    training: bool
+    tp_group: dist.ProcessGroup
+    record: Record | None = None
+    _weight_stays = False
+    _kept_weight: Float8 | None = None
+
+    def _forward_impl(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        **megatron: Any,
+    ) -> Tensor:
+        """Do what Megatron's implementation of this name does; outside of training it is that one."""
+        if not self.training:
+            options = {"allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel, **megatron}
+            return super()._forward_impl(input, weight, bias=bias, **options)  # type: ignore[misc]
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
+        elif allreduce_dgrad:
+            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
+        rows = input.reshape(-1, input.shape[-1])
+        _require_alignment(rows, weight)
+        out = _Product.apply(rows, weight, self).view(*input.shape[:-1], -1)
+        return out if bias is None else out + bias
+
+    def quantized(self, kind: str, tensor: Tensor) -> Float8:
+        """Return a tensor of some kind in FP8, with the scale of the whole."""
+        dtype = self.gradients if kind == "gradient" else FORWARD
+        scale = current_scale(tensor, dtype, self.tp_group if kind in self.split else None)
+        if self.record is not None:
+            self.record(kind, tensor, scale, dtype)
+        return quantize(tensor, scale, dtype)
+
+    def quantized_weight(self, weight: Tensor) -> Float8:
+        """Return the weight in FP8: once for all micro-batches inside of `weights_stay`, else anew."""
+        if self._kept_weight is not None:
+            return self._kept_weight
+        made = self.quantized("weight", weight)
+        if self._weight_stays:
+            self._kept_weight = made
+        return made
+
+    def keep_weight(self, stays: bool) -> None:
+        """Say whether the weight stays as it is from now on."""
+        self._weight_stays, self._kept_weight = stays, None
+
+
+def _require_alignment(rows: Tensor, weight: Tensor) -> None:
+    sizes = {"rows": len(rows), "input columns": rows.shape[1], "output columns": len(weight)}
+    for name, size in sizes.items():
+        if size % ALIGNMENT:
+            raise ConfigError(
+                f"{len(rows)} x {rows.shape[1]} by {rows.shape[1]} x {len(weight)} in FP8: its {size} {name} must be a "
+                f"multiple of {ALIGNMENT}: change train.micro_batch or the model's widths, or use precision.fp8=none"
+            )
+
+
+@cache
+def column_linear(fp8_format: str) -> type[ColumnParallelLinear]:
+    """Return Megatron's column-parallel linear in FP8: ranks share weight and output."""
+    attributes = {"gradients": GRADIENTS[fp8_format], "split": frozenset({"weight", "gradient"})}
+    return type("Float8ColumnParallelLinear", (_Emulated, ColumnParallelLinear), attributes)
+
+
+@cache
+def row_linear(fp8_format: str) -> type[RowParallelLinear]:
+    """Return Megatron's row-parallel linear in FP8: ranks share weight and input."""
+    attributes = {"gradients": GRADIENTS[fp8_format], "split": frozenset({"weight", "input"})}
+    return type("Float8RowParallelLinear", (_Emulated, RowParallelLinear), attributes)
+
+
+def emulated_linears(module: torch.nn.Module) -> list[_Emulated]:
+    """Return the linears of a module that multiply in emulated FP8."""
+    return [part for part in module.modules() if isinstance(part, _Emulated)]
+
+
+@contextmanager
+def weights_stay(modules: list[Any]) -> Iterator[None]:
+    """Inside, the weights of the modules do not change: each is quantized once."""
+    linears = [linear for module in modules for linear in emulated_linears(module)]
+    for linear in linears:
+        linear.keep_weight(True)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.keep_weight(False)
