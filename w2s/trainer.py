@@ -6,7 +6,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +30,7 @@ from w2s.errors import StopRun, UserError, W2SError
 from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
+from w2s.megatron.watch import Float8Watch
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
 from w2s.stopping import stop_at_once, stop_when_ready
@@ -96,6 +97,7 @@ class Trainer:
         self.stage, self.config, self.run, self.ranks = stage, config, run, ranks
         self.step, self.parent, self.handover, position = self._restore()
         self.stream = open_stream(config, stage.spec, rank=ranks.reader, size=ranks.world_size, position=position)
+        self.watch = Float8Watch(stage.towers, ranks)
         self._saving: store.Saving | None = None
         tags = {"w2s.parent_checkpoint": self.parent} if self.parent else {}
         self.tracker = Tracker(config, run, main=ranks.main, resumed_step=self.step, tags=tags)
@@ -151,10 +153,12 @@ class Trainer:
         # Reading processes that nobody ends would hold up the end of a rank that fails.
         with stop_when_ready() as signals, closing(self.stream):
             while self.step < train.steps:
-                metrics = self._step()
+                step = self.step + 1
+                saved = step % self.config.checkpoint.every == 0 or step == train.steps
+                logs = saved or step % train.log_every == 0  # what is no longer a number is never saved
+                with self.watch.looking() if logs else nullcontext():
+                    metrics = self._step()
                 meter.update(train.global_batch, self.stream.wait_seconds)
-                saved = self.step % self.config.checkpoint.every == 0 or self.step == train.steps
-                logs = saved or self.step % train.log_every == 0  # what is no longer a number is never saved
                 if logs:
                     self._log(metrics, meter.read())
                 with meter.paused():
@@ -174,7 +178,7 @@ class Trainer:
 
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
         """Average over the ranks: the only place in the loop that waits for the device."""
-        averages = self.ranks.mean(metrics)
+        averages = self.ranks.mean(metrics) | self.watch.read()
         seen, bad = (sum(self.ranks.gather(counts), Counter()) for counts in (self.stream.seen, self.stream.bad))
         self.tracker.log(self.step, self.samples, {**averages, **figures, **self.stream.metrics(seen, bad)})
         for name in ("loss", "grad_norm"):

@@ -6,15 +6,17 @@ where there is no GPU.
 """
 
 import sys
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2s import host
 from w2s.errors import MissingPackageError
+from w2s.megatron.formats import FORWARD, GRADIENTS, Record, block_scale, current_scale
 
 _NAME = "transformer_engine"
 
@@ -86,6 +88,8 @@ def _without_fp8(base: type) -> type:
     te = import_module(f"{_NAME}.pytorch")
 
     class Bf16Linear(base):
+        stays_bf16 = True
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             with te.fp8_model_init(enabled=False):
                 super().__init__(*args, **kwargs)
@@ -95,3 +99,53 @@ def _without_fp8(base: type) -> type:
                 return super().forward(x)
 
     return Bf16Linear
+
+
+def fp8_linears(module: nn.Module, config: Any) -> list[Any]:
+    """Return the linears of a module that multiply in FP8 under Megatron's configuration of it."""
+    if config.fp8 is None:
+        return []
+    from megatron.core.extensions.transformer_engine import TELinear
+
+    return [part for part in module.modules() if isinstance(part, TELinear) and not hasattr(part, "stays_bf16")]
+
+
+def tell(linear: Any, config: Any, record: Record) -> Iterator[Any]:
+    """Tell `record` of what a linear rounds to FP8, until the handles are removed.
+
+    Transformer Engine does the rounding inside of its kernels: here the tensors are looked at from outside, with the
+    scale that its recipe takes (read in release 2.12).
+    """
+
+    def scale(kind: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if config.fp8_recipe == "delayed":
+            state = linear.fp8_meta["scaling_bwd" if kind == "gradient" else "scaling_fwd"]
+            return state.scale[1 if kind == "weight" else 0]
+        if config.fp8_recipe == "blockwise":
+            return block_scale(tensor, dtype, rows=128 if kind == "weight" else 1)
+        return current_scale(tensor, dtype, linear.tp_group if spread(kind) and linear.sequence_parallel else None)
+
+    def spread(kind: str) -> bool:
+        """Whether ranks hold the same tensor, or with sequence parallelism its rows."""
+        return kind == ("input" if linear.parallel_mode == "column" else "gradient")
+
+    def look(kind: str, tensor: Tensor) -> None:
+        dtype = GRADIENTS[config.fp8] if kind == "gradient" else FORWARD
+        rows = tensor.detach().flatten(0, -2)
+        copies = linear.tp_size if spread(kind) and not linear.sequence_parallel else 1
+        record(kind, rows, scale(kind, rows, dtype), dtype, copies)
+
+    def after(_: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Any]) -> None:
+        look("input", inputs[0])
+        look("weight", linear.weight)
+        if outputs[0].requires_grad:
+            outputs[0].register_hook(lambda gradient: look("gradient", gradient))
+
+    yield linear.register_forward_hook(after)
+
+
+def forget_first_values(module: nn.Module) -> None:
+    """Let FP8 weights forget the values that Transformer Engine made them with: ours have taken their place."""
+    for parameter in module.parameters():
+        if hasattr(parameter, "clear_high_precision_init_val"):
+            parameter.clear_high_precision_init_val()

@@ -6,9 +6,8 @@ Formats for Deep Learning", 2022; Transformer Engine's recipe is Float8CurrentSc
 that tensor-parallel ranks share has one scale, that of the whole, so that every layout rounds alike.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,51 +18,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from w2s.errors import ConfigError
+from w2s.megatron.formats import FORWARD, GRADIENTS, Float8, Record, current_scale, quantize
 
-FORWARD = torch.float8_e4m3fn
-"""Format of inputs and weights."""
-GRADIENTS = {"hybrid": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}
-"""Format of gradients, by `precision.fp8_format`."""
 ALIGNMENT = 16
 """A GPU multiplies in FP8 only what has rows and columns in multiples of this."""
-
-Record = Callable[[str, Tensor, Tensor, torch.dtype], None]
-"""Takes the kind of a tensor (`input`, `weight`, `gradient`), the tensor, its scale and its format."""
-
-
-@dataclass(frozen=True)
-class Float8:
-    """A matrix in FP8: its values are `data * inverse`."""
-
-    data: Tensor
-    """FP8 numbers."""
-    inverse: Tensor
-    """float32 scalar: the inverse of the scale."""
-
-    def t(self) -> "Float8":
-        """Return the transposed matrix."""
-        return Float8(self.data.t(), self.inverse)
-
-
-def current_scale(tensor: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Tensor:
-    """Return the largest number of a format divided by the largest magnitude of a tensor: float32 scalar.
-
-    Args:
-        tensor: any shape; zeros have scale 1.
-        dtype: the format.
-        group: ranks that hold the other parts of the tensor; None where this rank holds it whole.
-    """
-    largest = tensor.detach().abs().amax().float()
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    scale = torch.finfo(dtype).max / largest
-    return torch.where(largest > 0, scale.clamp(max=torch.finfo(torch.float32).max), torch.ones_like(scale))
-
-
-def quantize(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Float8:
-    """Round a scaled tensor to FP8; what is beyond the format's largest number becomes that."""
-    most = torch.finfo(dtype).max
-    return Float8((tensor.float() * scale).clamp(-most, most).to(dtype), scale.reciprocal())
 
 
 def multiply(a: Float8, b: Float8, dtype: torch.dtype) -> Tensor:
@@ -116,14 +74,13 @@ class _Emulated:
     Attributes:
         gradients: format of gradients.
         split: the kinds of tensors that tensor-parallel ranks hold parts of.
-        record: is told of every tensor that is quantized; None tells nobody.
     """
 
     gradients: torch.dtype
     split: frozenset[str]
     training: bool
     tp_group: dist.ProcessGroup
-    record: Record | None = None
+    _record: Record | None = None
     _weight_stays = False
     _kept_weight: Float8 | None = None
 
@@ -153,8 +110,8 @@ class _Emulated:
         """Return a tensor of some kind in FP8, with the scale of the whole."""
         dtype = self.gradients if kind == "gradient" else FORWARD
         scale = current_scale(tensor, dtype, self.tp_group if kind in self.split else None)
-        if self.record is not None:
-            self.record(kind, tensor, scale, dtype)
+        if self._record is not None:
+            self._record(kind, tensor, scale, dtype, 1 if kind in self.split else dist.get_world_size(self.tp_group))
         return quantize(tensor, scale, dtype)
 
     def quantized_weight(self, weight: Tensor) -> Float8:
@@ -165,6 +122,15 @@ class _Emulated:
         if self._weight_stays:
             self._kept_weight = made
         return made
+
+    def tell(self, record: Record) -> "_Emulated":
+        """Tell `record` of every tensor that is quantized, until `remove`."""
+        self._record = record
+        return self
+
+    def remove(self) -> None:
+        """Tell nobody any more."""
+        self._record = None
 
     def keep_weight(self, stays: bool) -> None:
         """Say whether the weight stays as it is from now on."""

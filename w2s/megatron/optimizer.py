@@ -156,6 +156,7 @@ def _distribute(
         clip_grad=config.clip_grad or float("inf"),
         use_distributed_optimizer=True,
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+        fp8_recipe=chunks[0].config.fp8_recipe if chunks[0].config.fp8 else None,
     )
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     optimizer = _DistributedOptimizer(

@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import nn
 
 from w2s.config.sections import ParallelConfig, PrecisionConfig
+from w2s.megatron import engine
 from w2s.megatron.tower import Tower
 
 AnyTower = TypeVar("AnyTower", bound=Tower)
@@ -53,7 +54,10 @@ def data_parallel(
         grad_reduce_in_fp32=precision.gradients == "fp32",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=precision.fp8_primary_weights,
     )
+    for part in tower.parts:
+        engine.forget_first_values(part)
     # Later chunks reduce in one bucket: there is enough of a backward pass left to hide it behind.
     chunks = [
         DistributedDataParallel(part.config, settings, part, disable_bucketing=number > 0)

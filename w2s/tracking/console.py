@@ -16,6 +16,8 @@ _FORMATS = {
     "seconds_per_step": "{:.3g} s/step",
     "data_wait": "wait {:.0%}",
     "memory_gib": "{:.2f} GiB",
+    "fp8_saturation": "fp8 saturation {:.2%}",
+    "fp8_underflow": "fp8 underflow {:.2%}",
     "constant_cosine": "(constant prediction: {:.4g})",
     "test/masked_cosine": "masked cosine {:.4g}",
     "test/constant_cosine": "(constant prediction: {:.4g})",

@@ -110,9 +110,14 @@ def _pictures(folder: Path) -> list[Picture]:
     return [Picture(path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode("ascii")) for path in paths]
 
 
+def _has_curve(name: str) -> bool:
+    # Those of FP8 in every layer are hundreds; the worst of them has a curve.
+    return name not in _NO_CURVE and not name.startswith("fp8/")
+
+
 def _curves(run_dir: Path) -> list[Markup]:
     records = read_history(run_dir)
-    names = dict.fromkeys(name for record in records for name in record if name not in _NO_CURVE)
+    names = dict.fromkeys(name for record in records for name in record if _has_curve(name))
     curves = []
     for name in names:
         points = [(record["step"], record[name]) for record in records if name in record]
