@@ -98,3 +98,15 @@ def test_what_is_no_such_teacher(tmp_path: Path) -> None:
         build(f"eva:eva02_clip_e@{file}")
     with pytest.raises(CheckpointError, match=r"teacher\.source=nothing is no path, no run below"):
         build("w2s:nothing", root=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_teacher_gives_the_same_features(model: ModelConfig, tmp_path: Path, precision: str) -> None:
+    torch.save(released(model), tmp_path / "clip.pt")
+    source = f"eva:small@{tmp_path / 'clip.pt'}"
+    plain, compiled = (build(source, precision=precision, compile=flag)(images(model)) for flag in (False, True))
+    assert not compiled.requires_grad
+    # Sums in another order; in bfloat16 with fewer roundings between the operators, each of 2^-9 of a value.
+    error = (compiled - plain).abs().max() / plain.abs().max()
+    assert error < (1e-5 if precision == "fp32" else 4 * 2**-9)
