@@ -47,3 +47,19 @@ def test_selective_recompute_keeps_no_gelu_outputs(alone: Ranks) -> None:
     assert plain.keys() == lean.keys()
     for name, gradient in plain.items():
         assert torch.equal(lean[name], gradient), name
+
+
+def test_a_pass_without_gradients_keeps_nothing(alone: Ranks) -> None:
+    """The forward pass of recomputed layers, and the first of two of the contrastive stage."""
+    tower = VisionTower(SHAPE, 1, ParallelConfig(), torch.float32)
+    fill(tower, vision_rule(SHAPE, post_norm=0.5), seed=1)
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    images = torch.randn(2, 3, SHAPE.image_size, SHAPE.image_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        tower.encode(images)
+    assert not saved

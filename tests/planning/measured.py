@@ -1,5 +1,6 @@
 """Stages of tiny models on local ranks, and what they keep in memory."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from tests.distributed import run_ranks
 from tests.stages.layouts import STAGES
 from w2s.config.load import load
 from w2s.config.sections import Config
+from w2s.data.stream import Stream
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 
@@ -72,6 +74,60 @@ def allocated(stage: MaskedStage | ContrastiveStage, config: Config, ranks: Rank
         size_of([buffer.grad_data for buffer in buffers]),
         size_of([*masters, *moments]),
     )
+
+
+def most_kept(stage: MaskedStage | ContrastiveStage, config: Config, ranks: Ranks) -> int:
+    """Most bytes that autograd keeps at any time of a step on this rank, weights not counted."""
+    stream = Stream(
+        config.data,
+        stage.spec,
+        global_batch=config.train.global_batch,
+        seed=0,
+        rank=ranks.reader,
+        size=ranks.world_size,
+    )
+    batch = stream.next()
+    weights = {buffer.param_data.untyped_storage().data_ptr() for c in stage.optimizer.chunks for buffer in c.buffers}
+    kept = Kept(weights)
+    with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda held: held.tensor):
+        stage.step(batch)
+    return kept.most
+
+
+class Kept:
+    """Counts the bytes of the storages of saved tensors while they are saved; `ignored` holds places of others."""
+
+    def __init__(self, ignored: set[int]) -> None:
+        self.ignored = ignored
+        self.now = self.most = 0
+        self.users: Counter[int] = Counter()
+
+    def keep(self, tensor: Tensor) -> "Held":
+        """What autograd keeps instead of a tensor."""
+        held = Held(self, tensor)
+        if held.place not in self.ignored:
+            self.now += 0 if self.users[held.place] else held.size
+            self.users[held.place] += 1
+            self.most = max(self.most, self.now)
+        return held
+
+    def drop(self, held: "Held") -> None:
+        """Autograd needs a tensor no longer."""
+        if held.place not in self.ignored:
+            self.users[held.place] -= 1
+            self.now -= 0 if self.users[held.place] else held.size
+
+
+class Held:
+    """A tensor that autograd keeps."""
+
+    def __init__(self, kept: Kept, tensor: Tensor) -> None:
+        self.kept, self.tensor = kept, tensor
+        storage = tensor.untyped_storage()
+        self.place, self.size = storage.data_ptr(), storage.nbytes()
+
+    def __del__(self) -> None:
+        self.kept.drop(self)
 
 
 def size_of(tensors: Sequence[Tensor | None]) -> int:

@@ -1,5 +1,6 @@
 """The transformer layers of a tower, as many of them as a chunk of this pipeline stage holds, over packed rows."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +140,9 @@ class Tower(MegatronModule):
             vp_stage=chunk_or_none,
         )
         mark_split_weights(self.blocks)
+        for layer in self.blocks.layers:
+            # Megatron turns gradients on for the residual addition, so that passes without any would keep its norms.
+            layer.bias_dropout_add_exec_handler = nullcontext
         # What Megatron's schedules and DDP ask of a model.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = self.first, self.last

@@ -36,8 +36,8 @@ class PlannedTower:
     """Parameters of the last chunk's modules after the layers."""
     scalars: int
     """Parameters of the loss that are trained, in float32, in the last chunk."""
-    pixels: int
-    """Elements of a sample's input that the first chunk keeps, in the type of the weights."""
+    embedding_elements: int
+    """Elements that the embedding keeps of a sample, in the type of the weights: pixels, and patches to choose from."""
     normed_tokens: int
     """Tokens of a sample that go through the norm after the layers."""
     head_tokens: int
@@ -124,7 +124,7 @@ def _vision(
         first=(3 * vision.patch_size**2 * width, width),
         last=(width,) * vectors + head,
         scalars=0,
-        pixels=3 * vision.image_size**2,
+        embedding_elements=3 * vision.image_size**2 + (vision.patches * width if tokens <= vision.patches else 0),
         normed_tokens=tokens,
         head_tokens=head_tokens,
         head_width=head_width,
@@ -149,7 +149,7 @@ def _text_tower(config: Config) -> PlannedTower:
         first=(),
         last=(text.width, text.width),
         scalars=clip.learn_logit_scale + (clip.loss == "sigmoid"),
-        pixels=0,
+        embedding_elements=0,
         normed_tokens=1,
         head_tokens=1,
         head_width=embed,

@@ -1,0 +1,130 @@
+"""Bytes that the layers keep between forward and backward pass on a rank.
+
+Per layer and token these are the inputs of the four linears (of the MLP's second, which is its GELU's output, not under
+`selective`), Q, K and V, the GELU's input and the inputs of both norms; under `full` the layer's input alone, and the
+rest of one layer while it is computed again. Tensor parallelism divides what stands between the linears of a pair,
+sequence parallelism the rest too. How many micro-batches are kept at once is the pipeline schedule's matter (Narayanan
+et al. 2021, section 2.2: as many as there are stages from here to the last, more with virtual stages).
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+from w2s.config.sections import ParallelConfig
+from w2s.planning.towers import PlannedTower
+
+_STATISTIC = 4
+"""Bytes of a float32 number that a norm keeps a row, attention a row and head."""
+
+
+@dataclass(frozen=True)
+class Types:
+    """Bytes of an element."""
+
+    value: int
+    """Of weights and activations."""
+    rms: int
+    """That an RMSNorm keeps of its input: as `value` where one kernel computes it; 8 where torch does it in steps (on a
+    CPU), which keep the input and its normalised form in float32."""
+
+
+def peak(
+    tower: PlannedTower, parallel: ParallelConfig, types: Types, *, samples: int, micro_batches: int, stage: int
+) -> int:
+    """Most bytes that a tower's pass keeps on a rank of a pipeline stage.
+
+    Args:
+        tower: the tower.
+        parallel: how it is split.
+        types: bytes of an element.
+        samples: samples of a micro-batch.
+        micro_batches: micro-batches of a step.
+        stage: rank in the pipeline.
+    """
+    virtual = range(stage, len(tower.split), parallel.pipeline)
+    chunks = [_chunk(tower, parallel, types, samples, number) for number in virtual]
+    tail = _after_layers(tower, types, samples) if stage == parallel.pipeline - 1 else 0
+    again = _computed_again(tower, parallel, types, samples, virtual[-1])
+    return max(
+        sum(count * size for count, size in zip(counts, chunks, strict=True)) + max(tail if counts[-1] else 0, again)
+        for counts in in_flight(parallel.pipeline, parallel.virtual_pipeline, stage, micro_batches)
+    )
+
+
+@cache
+def in_flight(stages: int, chunks: int, stage: int, micro_batches: int) -> frozenset[tuple[int, ...]]:
+    """How many micro-batches of each of its chunks a rank of the pipeline may keep at once.
+
+    Args:
+        stages: ranks of the pipeline.
+        chunks: chunks of a rank.
+        stage: the rank.
+        micro_batches: micro-batches of a step.
+    """
+    if chunks == 1:
+        return frozenset({(min(stages - stage, micro_batches),)})
+    # Megatron's interleaved schedule: `stages` micro-batches go through a chunk before the next chunk's turn, and after
+    # the warm-up every forward pass is followed by a backward pass, which takes the chunks the other way round.
+    turns = min(micro_batches * chunks, 3 * stages * chunks)
+    warm_up = min((stages - stage - 1) * 2 + (chunks - 1) * stages, turns)
+    counts, seen = [0] * chunks, set()
+    for turn in range(turns):
+        counts[turn // stages % chunks] += 1
+        seen.add(tuple(counts))
+        if turn >= warm_up:
+            counts[chunks - 1 - (turn - warm_up) // stages % chunks] -= 1
+    return frozenset(seen)
+
+
+def _chunk(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int, stage: int) -> int:
+    """What a micro-batch keeps in a chunk's layers and before them."""
+    again, layers = _recomputed(parallel, tower.split[stage]), tower.split[stage]
+    kept = again * _input(tower, parallel, types, samples)
+    kept += (layers - again) * _layer(tower, parallel, types, samples)
+    return kept + (samples * tower.embedding_elements * types.value if stage == 0 else 0)
+
+
+def _recomputed(parallel: ParallelConfig, layers: int) -> int:
+    """Layers of a chunk that the backward pass computes again."""
+    return min(parallel.recompute_layers or layers, layers) if parallel.recompute == "full" else 0
+
+
+def _computed_again(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int, stage: int) -> int:
+    """What a recomputed layer adds while it is there; the layers after it are not kept any longer then."""
+    again, layers = _recomputed(parallel, tower.split[stage]), tower.split[stage]
+    return (1 - (layers - again)) * _layer(tower, parallel, types, samples) if again else 0
+
+
+def _layer(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int) -> int:
+    """What a layer keeps that is not computed again as a whole."""
+    rows, tensor = samples * tower.tokens, parallel.tensor
+    hidden = (1 if parallel.recompute == "selective" else 2) * tower.mlp_width
+    inside = rows * ((4 * tower.width + hidden) * types.value + tower.heads * _STATISTIC) // tensor
+    return (
+        inside + 2 * _input(tower, parallel, types, samples) + 2 * _norm(tower, types, _rows(tower, parallel, samples))
+    )
+
+
+def _input(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int) -> int:
+    """The input of a layer, or of a linear that begins a pair."""
+    return _rows(tower, parallel, samples) * tower.width * types.value
+
+
+def _rows(tower: PlannedTower, parallel: ParallelConfig, samples: int) -> int:
+    """Rows of a micro-batch between the pairs of linears on a rank."""
+    return samples * tower.tokens // (parallel.tensor if parallel.sequence else 1)
+
+
+def _norm(tower: PlannedTower, types: Types, rows: int) -> int:
+    element = types.rms if tower.norm_vectors == 1 else types.value
+    return rows * (tower.width * element + tower.norm_vectors * _STATISTIC)
+
+
+def _after_layers(tower: PlannedTower, types: Types, samples: int) -> int:
+    """What norm, head and masked loss keep of a micro-batch; every tensor-parallel rank has all rows there."""
+    normed, heads = samples * tower.normed_tokens, samples * tower.head_tokens
+    kept = _norm(tower, types, normed) + normed * tower.width * types.value
+    if tower.head_tokens == 1:
+        return kept
+    # The head's input, and its output and the targets in float32.
+    return kept + heads * (tower.width * types.value + 2 * 4 * tower.head_width)
