@@ -1,0 +1,82 @@
+"""The peers' towers are ours: the same outputs with the same weights, parameters and FLOPs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.checkpoint.peers import KINDS, model_of
+from w2s.bench.peers.clip import OpenClip, open_clip_model
+from w2s.bench.peers.fit import check_peer
+from w2s.bench.peers.masked import TimmMasked, TimmStudent
+from w2s.bench.report import check_equal
+from w2s.bench.step import Measured
+from w2s.checkpoint.eva_format import VISION_NAMES, from_eva
+from w2s.config.load import load
+from w2s.config.sections import Config, ParallelConfig
+from w2s.errors import ConfigError, W2SError
+from w2s.megatron.groups import Ranks
+from w2s.megatron.initialize import assign, global_name
+from w2s.towers.build import build_clip
+from w2s.towers.masked import MaskedStudent, masked_places
+
+CPU = torch.device("cpu")
+
+
+def config_of(stage: str, kind: str) -> Config:
+    config = load(stage, ["model=tiny", "hardware=cpu", "teacher.source=timm:test_vit", "teacher.image_size=64"])
+    return replace(config, model=model_of(kind))
+
+
+def found(parameters: int, width: int, flops: float) -> Measured:
+    return Measured("cpu", False, parameters, width, 0.0, flops, [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_timms_student_predicts_what_ours_does(alone: Ranks, kind: str) -> None:
+    model = model_of(kind)
+    ours, peer = MaskedStudent(model.vision, 24, ParallelConfig(), torch.float32), TimmStudent(model, 24, CPU)
+    state = {name.removeprefix("trunk."): value for name, value in peer.state_dict().items()}
+    names = [global_name(ours, name) for name, _ in ours.named_parameters()]
+    assign(ours, from_eva(state, names, VISION_NAMES, model.vision.heads))
+    masks = torch.rand(3, model.vision.patches).argsort(dim=1) < 6
+    inputs = torch.randn(3, 3, 32, 32), masks, masked_places(masks, 6)
+    # float32, two layers of width 32
+    torch.testing.assert_close(peer(*inputs), ours(*inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_timm_trains_and_computes_as_much_as_we_do(alone: Ranks, kind: str) -> None:
+    config = config_of("mim", kind)
+    peer = TimmMasked(config, CPU)
+    width = peer.teacher.width if peer.teacher else 0
+    ours = MaskedStudent(config.model.vision, width, ParallelConfig(), torch.float32)
+    size = sum(parameter.numel() for parameter in ours.parameters())
+    theirs = sum(parameter.numel() for parameter in peer.model.parameters())
+    check_equal(config, found(size, width, 0.0), found(theirs, width, peer.forward_flops()))
+    for other in (found(theirs + 1, width, peer.forward_flops()), found(theirs, width, 1.02 * peer.forward_flops())):
+        with pytest.raises(W2SError, match="the peer's towers are not ours"):
+            check_equal(config, found(size, width, 0.0), other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_open_clip_trains_and_computes_as_much_as_we_do(alone: Ranks, kind: str) -> None:
+    config = config_of("clip", kind)
+    towers = build_clip(config, torch.float32, CPU)
+    size = sum(parameter.numel() for tower in towers for parameter in tower.parts[0].parameters())
+    theirs = sum(parameter.numel() for parameter in open_clip_model(config, CPU).parameters())
+    check_equal(config, found(size, 0, 0.0), found(theirs, 0, OpenClip(config, CPU).forward_flops()))
+
+
+@pytest.mark.parametrize(
+    ("stage", "peer", "ranks", "overrides", "message"),
+    [
+        ("mim", "open_clip", 1, [], "--vs open_clip does not run stage mim: use --vs timm"),
+        ("clip", "open_clip", 2, [], "--vs open_clip runs on one rank, not on --nproc 2"),
+        ("clip", "open_clip", 1, ["train.micro_batch=8"], "train.micro_batch=8 is less than train.global_batch=256"),
+        ("clip", "open_clip", 1, ["clip.loss=sigmoid"], "not clip.loss=sigmoid"),
+    ],
+)
+def test_what_no_peer_can_do(stage: str, peer: str, ranks: int, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_peer(load(stage, overrides), peer, ranks)
