@@ -192,7 +192,7 @@ class DataConfig:
 
     name: str = "custom"
     """Name of the data set, as in configs/data/NAME.yaml."""
-    builtin: Literal["none", "emoji"] = "none"
+    builtin: Literal["none", "emoji", "showcase"] = "none"
     """Data set that w2s builds from packages below `cache` when it is not there yet."""
     cache: str = "${oc.env:W2S_CACHE,'~/.cache/w2s'}"
     """Folder for built-in data sets; the environment variable W2S_CACHE changes it."""

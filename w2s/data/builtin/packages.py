@@ -22,7 +22,8 @@ class Fetched:
     """A package that was fetched and unpacked."""
 
     folder: Path
-    version: str
+    label: str
+    """Package and version."""
 
 
 def check_installed(builtin: str, modules: dict[str, str]) -> None:
@@ -69,7 +70,8 @@ def fetch_deb(package: str, scratch: Path) -> Fetched:
     _run(["apt-get", *options, "-qq", "download", package], place)
     file = next(place.glob("*.deb"))
     _run(["dpkg-deb", "-x", str(file), str(place / "root")], place)
-    return Fetched(place / "root", _run(["dpkg-deb", "-f", str(file), "Version"], place).strip())
+    version = _run(["dpkg-deb", "-f", str(file), "Version"], place).strip()
+    return Fetched(place / "root", f"{package} {version}")
 
 
 def _make_apt_folders(place: Path) -> None:
@@ -94,7 +96,7 @@ def fetch_npm(package: str, version: str, scratch: Path) -> Fetched:
     _run(["npm", "pack", "--silent", f"{package}@{version}"], place)
     with tarfile.open(next(place.glob("*.tgz"))) as archive:
         archive.extractall(place, filter="data")
-    return Fetched(place / "package", version)
+    return Fetched(place / "package", f"{package} {version}")
 
 
 def _run(command: list[str], folder: Path) -> str:

