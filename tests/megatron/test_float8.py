@@ -28,7 +28,7 @@ def alone() -> Iterator[None]:
 
 
 def linear(kind: str, fp8_format: str, dtype: torch.dtype = torch.float32, out: int = OUT) -> torch.nn.Module:
-    config = transformer_config(vision_stack(VisionConfig(), 1, ()), ParallelConfig(), dtype, LOCAL)
+    config = transformer_config(vision_stack(VisionConfig(), 1, ParallelConfig()), ParallelConfig(), dtype, LOCAL)
     build = {"column": column_linear, "row": row_linear}[kind](fp8_format)
     options = {"gather_output": False} if kind == "column" else {"input_is_parallel": True}
     made = build(
