@@ -119,3 +119,20 @@ def test_phases_fill_the_run_or_last_to_its_end() -> None:
         "data.train is"
     )
     assert "patch_dropout is for the contrastive stage" in refusal("mim", "data.phases=[{patch_dropout: 0.5}]")
+
+
+def test_cuda_graphs_name_all_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = "parallel.cuda_graphs=true"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert refusal("mim", graphs) == (
+        "parallel.cuda_graphs=true needs hardware=auto on a machine with a GPU: set that, or leave the graphs out"
+    )
+    assert accepts("eval", graphs), "`w2s run` gives its overrides to all steps"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert accepts("clip", graphs, "parallel.recompute=selective")
+    assert "needs parallel.recompute=none or selective: " in refusal("mim", graphs, "parallel.recompute=full")
+    split = ["parallel.pipeline=2", "train.micro_batch=32"]
+    assert "needs parallel.pipeline=1: " in refusal("mim", graphs, *split, world_size=2)
+    assert "needs parallel.tensor=1: " in refusal("mim", graphs, "parallel.tensor=2", world_size=2)
+    phases = "data.phases=[{samples: 64, patch_dropout: 0.5}, {patch_dropout: 0}]"
+    assert "needs one patch_dropout in all data.phases: " in refusal("clip", graphs, phases)

@@ -89,6 +89,30 @@ def test_no_step_waits(base: list[str], tmp_path: Path, ranks: int, cases: dict[
         assert steps == [4] * len(cases)
 
 
+class WatchedOnGpu(Trainer):
+    """A trainer in whose steps torch refuses to wait for the GPU, once kernels are compiled and memory is there."""
+
+    def _step(self) -> dict[str, Tensor]:
+        torch.cuda.set_sync_debug_mode("error" if self.step >= 2 else "default")
+        try:
+            return super()._step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("stage", ["mim", "clip"])
+def test_no_step_waits_for_a_gpu(base: list[str], tmp_path: Path, stage: str, optimizer: str) -> None:
+    bf16 = ["hardware=auto", "precision.compute=bf16", f"optim.name={optimizer}", "train.steps=6"]
+    quiet = ["eval.shards=", "eval.knn_shards=", "tracking.enabled=false", "init.vision=none"]
+    config = load(stage, [*base, *bf16, *quiet])
+    with groups.start(config.parallel, config.hardware) as ranks:
+        trainer = WatchedOnGpu(STAGES[stage](config, ranks), config, tmp_path, ranks)
+        trainer.train()
+    assert trainer.step == 6
+
+
 @pytest.mark.parametrize(
     "read",
     [

@@ -83,6 +83,7 @@ def _check_training(config: Config, world_size: int) -> None:
     check_micro_batches(config, world_size)
     check_fp8_layout(config, world_size)
     _check_phases(config)
+    _check_graphs(config)
     if config.stage == "mim":
         _check_masks(config)
         if config.init.text != "none":
@@ -114,6 +115,26 @@ def _check_phases(config: Config) -> None:
         )
     if config.stage != "clip" and any(phase.patch_dropout is not None for phase in phases):
         raise ConfigError(f"data.phases: patch_dropout is for the contrastive stage, not for {config.stage}: remove it")
+
+
+def _check_graphs(config: Config) -> None:
+    """CUDA graphs need a GPU, the same shapes in every pass, and one pass at a time."""
+    if not config.parallel.cuda_graphs:
+        return
+    parallel, own = config.parallel, config.clip.patch_dropout
+    dropouts = {own if phase.patch_dropout is None else phase.patch_dropout for phase in config.data.phases}
+    fixes = {
+        "parallel.tensor=1": parallel.tensor > 1,
+        "parallel.pipeline=1": parallel.pipeline > 1,
+        "parallel.recompute=none or selective": parallel.recompute == "full",
+        "precision.fp8=none": config.precision.fp8 != "none",
+        "parallel.overlap_param_gather=false": parallel.overlap_param_gather,
+        "one patch_dropout in all data.phases": len(dropouts) > 1,
+        "hardware=auto on a machine with a GPU": config.hardware.device == "cpu" or not torch.cuda.device_count(),
+    }
+    needed = [fix for fix, is_needed in fixes.items() if is_needed]
+    if needed:
+        raise ConfigError(f"parallel.cuda_graphs=true needs {', '.join(needed)}: set that, or leave the graphs out")
 
 
 def _check_eval(config: Config) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from w2s.config.sections import ParallelConfig
 from w2s.megatron.backend import LOCAL, Linears
+from w2s.megatron.graphs import LayerGraphs
 from w2s.megatron.layers import layer_spec, mark_split_weights
 from w2s.megatron.split import pipeline_layout
 
@@ -143,6 +144,7 @@ class Tower(MegatronModule):
         for layer in self.blocks.layers:
             # Megatron turns gradients on for the residual addition, so that passes without any would keep its norms.
             layer.bias_dropout_add_exec_handler = nullcontext
+        self.graphs = LayerGraphs(self.blocks.layers) if parallel.cuda_graphs else None
         # What Megatron's schedules and DDP ask of a model.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = self.first, self.last
@@ -170,7 +172,10 @@ class Tower(MegatronModule):
             if self.config.sequence_parallel:
                 rows = scatter_to_sequence_parallel_region(rows)
         packing = torch.ones(1, 1, dtype=torch.bool, device=next(self.parameters()).device).expand(images, tokens)
-        rows = self.blocks(rows, attention_mask=packing)
+        if self.graphs is not None and rows is not None and torch.is_grad_enabled():  # else sizes vary
+            rows = self.graphs(rows, packing)
+        else:
+            rows = self.blocks(rows, attention_mask=packing)
         if not self.last:
             return rows
         if self.config.sequence_parallel:
