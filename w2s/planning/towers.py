@@ -52,6 +52,14 @@ class PlannedTower:
         """Layers over all stages."""
         return sum(self.split)
 
+    def layers_of(self, stage: int, pipeline: int) -> int:
+        """Layers on a rank of the pipeline, in all its chunks."""
+        return sum(self.split[stage::pipeline])
+
+    def linear_weights(self, tensor: int) -> int:
+        """Elements of a layer's four weight matrices on one tensor-parallel rank."""
+        return (4 * self.width**2 + 2 * self.width * self.mlp_width) // tensor
+
     def chunk(self, stage: int, tensor: int, with_scalars: bool) -> tuple[int, ...]:
         """Sizes of a chunk's parameters on one tensor-parallel rank, in Megatron's order.
 
