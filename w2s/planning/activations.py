@@ -26,6 +26,14 @@ class Types:
     rms: int
     """That an RMSNorm keeps of its input: as `value` where one kernel computes it; 8 where torch does it in steps (on a
     CPU), which keep the input and its normalised form in float32."""
+    fp8: float = 0.0
+    """Share of the layers that multiply in FP8: they keep a linear's input in one byte, of which nothing is forgotten,
+    and attention keeps its output beside that. An estimate, read in Transformer Engine and not measured."""
+
+    @property
+    def product(self) -> float:
+        """Of a linear's input."""
+        return self.value * (1 - self.fp8) + self.fp8
 
 
 def peak(
@@ -97,20 +105,20 @@ def _computed_again(tower: PlannedTower, parallel: ParallelConfig, types: Types,
 
 def _layer(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int) -> int:
     """What a layer keeps that is not computed again as a whole."""
-    rows, tensor = samples * tower.tokens, parallel.tensor
-    hidden = (1 if parallel.recompute == "selective" else 2) * tower.mlp_width
-    inside = rows * ((4 * tower.width + hidden) * types.value + tower.heads * _STATISTIC) // tensor
-    return (
-        inside + 2 * _input(tower, parallel, types, samples) + 2 * _norm(tower, types, _rows(tower, parallel, samples))
-    )
+    rows, local = samples * tower.tokens // parallel.tensor, local_rows(tower, parallel, samples)
+    attention = rows * (4 * tower.width * types.value + tower.heads * _STATISTIC + types.fp8 * tower.width)
+    forgotten = types.value * (1 - types.fp8) if parallel.recompute == "selective" else 0
+    mlp = rows * tower.mlp_width * (types.value + types.product - forgotten)
+    inputs = 2 * local * tower.width * types.product
+    return int(attention + mlp + inputs) + 2 * _norm(tower, types, local)
 
 
 def _input(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int) -> int:
-    """The input of a layer, or of a linear that begins a pair."""
-    return _rows(tower, parallel, samples) * tower.width * types.value
+    """The input of a layer."""
+    return local_rows(tower, parallel, samples) * tower.width * types.value
 
 
-def _rows(tower: PlannedTower, parallel: ParallelConfig, samples: int) -> int:
+def local_rows(tower: PlannedTower, parallel: ParallelConfig, samples: int) -> int:
     """Rows of a micro-batch between the pairs of linears on a rank."""
     return samples * tower.tokens // (parallel.tensor if parallel.sequence else 1)
 

@@ -24,6 +24,8 @@ class Estimates:
     nvlink: float
     network: float
     attention: float
+    fp32: float
+    teacher: float
     hidden: float
 
 
@@ -44,12 +46,16 @@ class Card:
     """TFLOP/s of the best product that was measured."""
     fp8_gemm: float
     """The same in FP8."""
+    fp32_tflops: float
+    """Peak of float32 without tensor cores."""
     hbm_tbs: float
     """Memory bandwidth in TB/s."""
     nvlink_gbs: float
     """GB/s in one direction."""
     network_gbs: float
     """GB/s in one direction."""
+    launch: float
+    """Seconds that a kernel takes to be launched."""
     estimates: Estimates
 
     @property
@@ -87,4 +93,5 @@ def cards() -> Mapping[str, Card]:
     text = (files("w2s.planning") / "cards.yaml").read_text(encoding="utf-8")
     content: dict[str, Any] = yaml.safe_load(text)
     estimates = Estimates(**content["estimates"])
-    return {name: Card(**figures, estimates=estimates) for name, figures in content["cards"].items()}
+    common = {"estimates": estimates, "launch": content["launch"]}
+    return {name: Card(**figures, **common) for name, figures in content["cards"].items()}

@@ -126,14 +126,21 @@ def loss_flops(config: Config) -> Flops:
 
 def passes(config: Config, world_size: int) -> int:
     """Forward passes of a stage's towers in a step; the contrastive stage has two where one cannot have all samples."""
-    one_micro_batch = share(config, world_size) <= config.train.micro_batch
-    one_pass = one_micro_batch and config.parallel.pipeline == 1 and config.clip.two_pass == "auto"
+    one_pass = (
+        micro_batches(config, world_size) == 1 and config.parallel.pipeline == 1 and config.clip.two_pass == "auto"
+    )
     return 1 if config.stage == "mim" or one_pass else 2
 
 
 def share(config: Config, world_size: int) -> int:
     """Samples of a step that a model-parallel group sees."""
     return config.train.global_batch * model_parallel_size(config.parallel) // world_size
+
+
+def micro_batches(config: Config, world_size: int) -> int:
+    """Micro-batches of a step on a model-parallel group."""
+    samples = share(config, world_size)
+    return samples // min(config.train.micro_batch, samples)
 
 
 def recomputed_fraction(parallel: ParallelConfig, split: list[int]) -> float:

@@ -37,7 +37,7 @@ class PlannedTower:
     scalars: int
     """Parameters of the loss that are trained, in float32, in the last chunk."""
     embedding_elements: int
-    """Elements that the embedding keeps of a sample, in the type of the weights: pixels, and patches to choose from."""
+    """Elements that the embedding keeps of a sample, in the type of the weights: pixels."""
     normed_tokens: int
     """Tokens of a sample that go through the norm after the layers."""
     head_tokens: int
@@ -51,6 +51,14 @@ class PlannedTower:
     def layers(self) -> int:
         """Layers over all stages."""
         return sum(self.split)
+
+    def layers_of(self, stage: int, pipeline: int) -> int:
+        """Layers on a rank of the pipeline, in all its chunks."""
+        return sum(self.split[stage::pipeline])
+
+    def linear_weights(self, tensor: int) -> int:
+        """Elements of a layer's four weight matrices on one tensor-parallel rank."""
+        return (4 * self.width**2 + 2 * self.width * self.mlp_width) // tensor
 
     def chunk(self, stage: int, tensor: int, with_scalars: bool) -> tuple[int, ...]:
         """Sizes of a chunk's parameters on one tensor-parallel rank, in Megatron's order.
@@ -87,9 +95,10 @@ def planned_towers(config: Config, target_width: int) -> tuple[PlannedTower, ...
 
 def _student(config: Config, target_width: int) -> PlannedTower:
     width = config.model.vision.width
-    flops, masked = student_flops(config, target_width), config.mim.masked_patches
+    flops = student_flops(config, target_width)
+    predicted = config.mim.masked_patches or config.model.vision.patches
     mask_token, head = (width,), (width * target_width, target_width)
-    return _vision(config, flops, mask_token, head, head_tokens=masked, head_width=target_width)
+    return _vision(config, flops, mask_token, head, head_tokens=predicted, head_width=target_width)
 
 
 def _image_tower(config: Config) -> PlannedTower:
@@ -124,7 +133,7 @@ def _vision(
         first=(3 * vision.patch_size**2 * width, width),
         last=(width,) * vectors + head,
         scalars=0,
-        embedding_elements=3 * vision.image_size**2 + (vision.patches * width if tokens <= vision.patches else 0),
+        embedding_elements=3 * vision.patch_size**2 * (tokens - 1),
         normed_tokens=tokens,
         head_tokens=head_tokens,
         head_width=head_width,

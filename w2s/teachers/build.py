@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 
 from w2s.checkpoint.find import find_any
+from w2s.config.load import named_model
 from w2s.config.sections import ParallelConfig, TeacherConfig
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import PatchNetwork, Teacher
 from w2s.teachers.efficientnet import SIZES, EfficientNetLite
 from w2s.teachers.eva_vit import eva_vit, w2s_run
+from w2s.teachers.eva_vit import without_weights as eva_without_weights
 from w2s.teachers.hugging_face import hugging_face_vit
 from w2s.teachers.open_clip_vit import open_clip_model
 from w2s.teachers.sharded_run import ShardedRun
@@ -57,6 +59,33 @@ def build_teacher(
         torch.manual_seed(0)
         network = _network(config, grid, Path(root).expanduser(), parallel or ParallelConfig())
     return Teacher(network, grid=grid, precision=config.precision, compiled=config.compile).to(device)
+
+
+def without_weights(config: TeacherConfig, *, grid: int) -> PatchNetwork:
+    """The network of a teacher on the meta device, in evaluation mode; a run of ours is none that could be read so.
+
+    Args:
+        config: the teacher's section.
+        grid: the student's patches along one side.
+
+    Raises:
+        ConfigError: the source or the model is unknown.
+        CheckpointError: a folder of transformers that does not exist.
+    """
+    kind, _, rest = config.source.partition(":")
+    name = rest.partition("@")[0]
+    if config.source in SIZES:
+        network: PatchNetwork = EfficientNetLite(config.source, image_size=config.image_size, grid=grid)
+    elif kind == "hf" and rest:
+        network = hugging_face_vit(Path(rest).expanduser(), image_size=config.image_size)
+    elif kind == "eva" and name:
+        network = eva_without_weights(named_model(name))
+    elif kind in ("timm", "open_clip") and name:
+        with torch.device("meta"):
+            network = (timm_model if kind == "timm" else open_clip_model)(name, None, image_size=config.image_size)
+    else:
+        raise _no_teacher(config.source, kind)
+    return network.to("meta").eval().requires_grad_(False)
 
 
 def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelConfig) -> PatchNetwork:

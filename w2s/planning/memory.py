@@ -1,0 +1,148 @@
+"""Bytes on a rank, by part. They are added up although not all of them are there at the same moment.
+
+States are exact and activations within 10 % (tests/planning); what the loss, the teacher and the buffers need are the
+sums of their largest tensors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from w2s.config.linears import bf16_layers
+from w2s.config.sections import Config
+from w2s.planning.activations import Types, in_flight, local_rows, peak
+from w2s.planning.flops import micro_batches, passes, share
+from w2s.planning.states import States, rank_states
+from w2s.planning.teacher import PlannedTeacher
+from w2s.planning.towers import PlannedTower
+
+_BF16, _FP32 = 2, 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept for the backward pass."""
+    teacher: int
+    loss: int
+    """Features, their gradients and logits of the contrastive loss."""
+    buffers: int
+    """The batch, and temporaries of the backward pass or of the optimizer, whichever are larger."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def rank_memory(
+    config: Config, towers: Sequence[PlannedTower], teacher: PlannedTeacher | None, world_size: int, stage: int
+) -> Memory:
+    """Return the bytes on the first data-parallel rank of a pipeline stage, in bfloat16 on a GPU.
+
+    Args:
+        config: the stage of training.
+        towers: its towers.
+        teacher: the teacher of the masked stage.
+        world_size: ranks in all.
+        stage: rank in the pipeline.
+    """
+    parallel, samples = config.parallel, min(config.train.micro_batch, share(config, world_size))
+    data_size, count = world_size // (parallel.tensor * parallel.pipeline), micro_batches(config, world_size)
+    states = rank_states(towers, parallel, config.precision, data_size=data_size, data_rank=0, stage=stage)
+    kept = [
+        peak(tower, parallel, on_gpu(config, tower), samples=samples, micro_batches=count, stage=stage)
+        for tower in towers
+    ]
+    backward = max(_temporaries(config, tower, samples, stage, count) for tower in towers)
+    return Memory(
+        weights=states.weights + sum(_fp8_weights(config, tower, stage) for tower in towers),
+        gradients=states.gradients,
+        optimizer=states.optimizer,
+        activations=max(kept) if passes(config, world_size) == 2 else sum(kept),
+        teacher=teacher.weights + samples * teacher.working if teacher else 0,
+        loss=_loss(config, share(config, world_size)) if config.stage == "clip" and _is_last(config, stage) else 0,
+        buffers=_batch(config, teacher, world_size) + max(backward, _update(config, states)),
+    )
+
+
+def on_gpu(config: Config, tower: PlannedTower) -> Types:
+    """Bytes of an element in bfloat16, with norms that are one kernel, and how much of a tower is in FP8."""
+    return Types(value=_BF16, rms=_BF16, fp8=fp8_share(config, tower))
+
+
+def fp8_share(config: Config, tower: PlannedTower) -> float:
+    """Fraction of a tower's layers that multiply in FP8."""
+    if config.precision.fp8 == "none":
+        return 0.0
+    return 1 - len(bf16_layers(config.precision, tower.name, tower.layers)) / tower.layers
+
+
+def _is_last(config: Config, stage: int) -> bool:
+    return stage == config.parallel.pipeline - 1
+
+
+def _fp8_weights(config: Config, tower: PlannedTower, stage: int) -> int:
+    """FP8 copies of the layers' weights, as they are and transposed; primary FP8 weights are these and nothing else."""
+    if config.precision.fp8_primary_weights:
+        return 0
+    layers = tower.layers_of(stage, config.parallel.pipeline)
+    return int(2 * fp8_share(config, tower) * layers * tower.linear_weights(config.parallel.tensor))
+
+
+def _temporaries(config: Config, tower: PlannedTower, samples: int, stage: int, count: int) -> int:
+    """The largest tensors of a backward pass that nothing keeps, and what goes to the next pipeline stage.
+
+    Gradients of the MLP's hidden activations before and after the GELU, of its input and output (with all rows, where
+    sequence parallelism gathers them) and of its larger weight matrix.
+    """
+    parallel, rows = config.parallel, samples * tower.tokens
+    hidden = tower.mlp_width // parallel.tensor
+    backward = 2 * rows * hidden + 2 * rows * tower.width + tower.width * hidden
+    outputs = 0
+    if not _is_last(config, stage):
+        most = max(map(sum, in_flight(parallel.pipeline, parallel.virtual_pipeline, stage, count)))
+        outputs = most * local_rows(tower, parallel, samples) * tower.width
+    return _BF16 * (backward + outputs)
+
+
+def _update(config: Config, states: States) -> int:
+    """What the optimizer needs during its update beside its states, 12 bytes a parameter of this rank's share.
+
+    LAMB makes its updates first; gradients in bfloat16 are turned into float32.
+    """
+    copies = (config.optim.name == "lamb") + (config.precision.gradients == "bf16")
+    return copies * _FP32 * states.optimizer // 12
+
+
+def _batch(config: Config, teacher: PlannedTeacher | None, world_size: int) -> int:
+    """The samples of a model-parallel group: three times while its ranks exchange them, which read a share each."""
+    parallel, vision = config.parallel, config.model.vision
+    one = 3 * vision.image_size**2
+    if teacher:
+        one += _FP32 * (config.mim.masked_patches or vision.patches) * teacher.width
+    alone = parallel.tensor * parallel.pipeline == 1
+    own = 0
+    if teacher:
+        # Features of all patches before those at the masked ones are picked.
+        own = (
+            config.train.global_batch
+            // world_size
+            * (vision.patches * teacher.width * _FP32 + 3 * teacher.image_size**2)
+        )
+    return (1 if alone else 3) * share(config, world_size) * one + own
+
+
+def _loss(config: Config, own: int) -> int:
+    """The tensors of w2s/objectives/tiles.py, in float32.
+
+    Captions of all ranks and their gradient; of this rank's features the bfloat16 originals and four times float32 (as
+    leaves, normalised, and their gradients) for images and captions; three tiles of logits.
+    """
+    width, tile = config.model.embed_dim, min(config.clip.tile, own)
+    everyone = 2 * _FP32 * config.train.global_batch * width
+    return everyone + 2 * own * width * (_BF16 + 4 * _FP32) + 3 * _FP32 * tile * config.clip.tile

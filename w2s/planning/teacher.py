@@ -1,0 +1,102 @@
+"""What a frozen teacher costs: bytes on every rank and operations an image."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from w2s.config.load import model_from, named_model
+from w2s.config.sections import Config, ModelConfig, TeacherConfig, VisionConfig
+from w2s.planning.flops import teacher_flops
+
+_MAPS = 16
+"""Feature maps of the input's size, in float32, that a network which is no EVA tower is taken to need at once."""
+
+
+@dataclass(frozen=True)
+class PlannedTeacher:
+    """A teacher; its weights are whole on every rank unless `teacher.sharded` splits them."""
+
+    width: int
+    """Channels of a feature."""
+    image_size: int
+    """Side of its input in pixels."""
+    weights: int
+    """Bytes of its weights and buffers."""
+    working: int
+    """Bytes of the largest temporaries of its forward pass, for one image; an estimate."""
+    flops: float
+    """Operations of its forward pass for one image."""
+
+
+def planned_teacher(config: Config) -> PlannedTeacher:
+    """Return the teacher of a masked stage.
+
+    EVA towers are worked out; any other network is built without memory for its weights, which takes seconds.
+
+    Raises:
+        ConfigError: the source or the model is unknown.
+        CheckpointError: a run that does not exist, or is damaged.
+    """
+    teacher = config.teacher
+    kind, _, rest = teacher.source.partition(":")
+    if kind == "eva":
+        return _eva(named_model(rest.partition("@")[0]), teacher)
+    if kind == "w2s":
+        planned = _eva(_model_of_run(rest, Path(config.run.root).expanduser()), teacher)
+        return replace(planned, weights=planned.weights // config.parallel.tensor) if teacher.sharded else planned
+    return _counted(config)
+
+
+def _eva(model: ModelConfig, teacher: TeacherConfig) -> PlannedTeacher:
+    vision = replace(model.vision, image_size=teacher.image_size or model.vision.image_size)
+    narrow = 2 if teacher.precision == "bf16" else 4
+    tokens = 1 + vision.patches
+    return PlannedTeacher(
+        width=model.embed_dim,
+        image_size=vision.image_size,
+        weights=_eva_bytes(vision, model.embed_dim, narrow),
+        # The MLP's hidden activations before and after the GELU, and three of the residual stream's in float32.
+        working=tokens * (2 * narrow * vision.mlp_width + 3 * 4 * vision.width),
+        flops=teacher_flops(vision, model.embed_dim),
+    )
+
+
+def _eva_bytes(vision: VisionConfig, embed_dim: int, narrow: int) -> int:
+    """Bytes of an EVA tower: linears and patch embedding in the teacher's precision, all else in float32."""
+    width, hidden = vision.width, vision.mlp_width
+    vectors = 1 if vision.norm == "rmsnorm" else 2
+    linears = vision.layers * (4 * width**2 + width + 2 * width * hidden + hidden + width)
+    patches = 3 * vision.patch_size**2 * width + width
+    head = width * embed_dim + (embed_dim if vision.qkv_bias else 0)
+    # Q and V have a bias, and a buffer of zeros stands for K's.
+    others = vision.layers * (2 * vectors + (3 if vision.qkv_bias else 0)) * width + vectors * width
+    return narrow * (linears + patches + head) + 4 * (others + width + (1 + vision.patches) * width)
+
+
+def _model_of_run(name: str, root: Path) -> ModelConfig:
+    from w2s.checkpoint.find import find_any
+    from w2s.checkpoint.store import read_meta
+
+    return model_from(read_meta(find_any(name, root, key="teacher.source")).config)
+
+
+def _counted(config: Config) -> PlannedTeacher:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from w2s.teachers.base import Teacher
+    from w2s.teachers.build import without_weights
+
+    teacher, grid = config.teacher, config.model.vision.grid
+    network = without_weights(teacher, grid=grid)
+    side = network.image_size
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(1, 3, side, side, device="meta"))
+    frozen = Teacher(network, grid=grid, precision=teacher.precision)
+    tensors = [*frozen.parameters(), *frozen.buffers()]
+    return PlannedTeacher(
+        width=network.width,
+        image_size=side,
+        weights=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        working=_MAPS * 3 * side**2 * 4,
+        flops=float(counter.get_total_flops()),
+    )
