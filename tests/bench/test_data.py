@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +6,8 @@ import pytest
 from PIL import Image
 
 from tests.data.shard_files import encode, smooth_photo
-from w2s.bench.data import Shards, _boxes, _difference, measure, spec
+from w2s import cli
+from w2s.bench.data import Shards, _boxes, _difference, spec
 from w2s.bench.photographs import cut_shards
 from w2s.data.shards import list_shards
 from w2s.data.tar import read_shard
@@ -47,8 +49,15 @@ def test_both_loaders_make_the_same_tensors(photographs: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_the_benchmark_measures_both_sizes(photographs: Path) -> None:
-    figures = measure(photographs, samples=256, repeats=1, workers=1)
+def test_the_benchmark_measures_both_sizes(
+    photographs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--samples", "256", "--repeats", "1", "--workers", "1", "--json"]
+    monkeypatch.setattr("sys.argv", ["w2s", "bench", "data", str(photographs), *options])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    figures = json.loads(capfd.readouterr().out)  # one document and nothing else
     for size in ("500x400", "1600x1200"):
         assert figures[size]["open_clip"]["ratio"] == 1
         assert figures[size]["w2s"]["difference_0.9-1"] <= 3

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from tests.checkpoint.peers import KINDS, model_of
+from w2s.bench.marks import Marks
 from w2s.bench.peers.clip import OpenClip, open_clip_model
 from w2s.bench.peers.fit import check_peer
 from w2s.bench.peers.masked import TimmMasked, TimmStudent
 from w2s.bench.report import check_equal
 from w2s.bench.step import Measured
+from w2s.bench.synthetic import synthetic_batch
 from w2s.checkpoint.eva_format import VISION_NAMES, from_eva
 from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig
@@ -57,6 +59,19 @@ def test_timm_trains_and_computes_as_much_as_we_do(alone: Ranks, kind: str) -> N
     for other in (found(theirs + 1, width, peer.forward_flops()), found(theirs, width, 1.02 * peer.forward_flops())):
         with pytest.raises(W2SError, match="the peer's towers are not ours"):
             check_equal(config, found(size, width, 0.0), other)
+
+
+def test_timm_predicts_every_patch_where_nothing_is_masked() -> None:
+    config = config_of("mim", "18b")
+    config.mim.masked_patches = 0
+    peer = TimmMasked(config, CPU)
+    batch = synthetic_batch(peer.spec, 4, config.model.text.vocab_size)
+    shapes = []
+    peer.model.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    before = [parameter.detach().clone() for parameter in peer.model.parameters()]
+    peer.step(batch, Marks(CPU))
+    assert shapes == [(4, 16, 64)]
+    assert not any(torch.equal(old, new) for old, new in zip(before, peer.model.parameters(), strict=True) if old.any())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,7 @@ from w2s.config.sections import Config, ParallelConfig
 from w2s.data.builtin.registry import ensure_builtin
 from w2s.errors import ConfigError, W2SError
 from w2s.launch import is_rank
-from w2s.planning.flops import image_flops, student_flops, text_flops
+from w2s.planning.flops import image_flops, seen_tokens, student_flops, text_flops
 
 PACKAGES = ("w2s", "torch", "megatron-core", "timm", "open_clip_torch")
 
@@ -147,7 +147,10 @@ def check_equal(config: Config, ours: Measured, peer: Measured) -> None:
     if config.stage == "mim":
         flops = student_flops(config, ours.target_width).forward
     else:
-        flops = image_flops(config).forward + text_flops(config.model.text, config.model.embed_dim).forward
+        image, text = image_flops(config), text_flops(config.model.text, config.model.embed_dim)
+        # The peer embeds the patches too that it drops afterwards.
+        dropped = config.model.vision.patches / (seen_tokens(config) - 1) - 1
+        flops = image.forward + dropped * image.embedding + text.forward
     if ours.parameters != peer.parameters or abs(flops / peer.tower_flops - 1) > 0.01:
         raise W2SError(
             f"the peer's towers are not ours: {peer.parameters} parameters and {peer.tower_flops:.4g} FLOPs a forward "

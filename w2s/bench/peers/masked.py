@@ -13,7 +13,7 @@ from w2s.data.batch import Batch, given, normalize
 from w2s.objectives.masked import masked_cosine_loss
 from w2s.teachers.build import build_teacher
 from w2s.teachers.eva_vit import eva_tower
-from w2s.towers.masked import at_places, masked_places
+from w2s.towers.masked import at_places, everywhere, masked_places
 from w2s.towers.vision import MEAN, STD
 
 
@@ -53,8 +53,9 @@ class TimmMasked(Peer):
 
     def loss(self, micro: Batch, marks: Marks) -> Tensor:
         """Return the negative masked cosine."""
-        masks = given(micro.masks)
-        places = masked_places(masks, self.config.mim.masked_patches)
+        masked, patches = self.config.mim.masked_patches, self.config.model.vision.patches
+        masks = given(micro.masks) if masked else micro.images.new_zeros(len(micro), patches, dtype=torch.bool)
+        places = masked_places(masks, masked) if masked else everywhere(masks)
         with marks.part("teacher"):
             features = self.frozen(normalize(given(micro.teacher_images), self.frozen.mean, self.frozen.std))
         images = normalize(micro.images, MEAN, STD)
@@ -64,8 +65,8 @@ class TimmMasked(Peer):
 
     def forward_flops(self) -> float:
         """Count the operations of the student for one image."""
-        meta, vision = torch.device("meta"), self.config.model.vision
+        meta, vision, masked = torch.device("meta"), self.config.model.vision, self.config.mim.masked_patches
         images = torch.empty(1, 3, vision.image_size, vision.image_size, device=meta)
         masks = torch.empty(1, vision.patches, dtype=torch.bool, device=meta)
-        places = torch.empty(1, self.config.mim.masked_patches, dtype=torch.int64, device=meta)
+        places = torch.empty(1, masked or vision.patches, dtype=torch.int64, device=meta)
         return forward_flops(TimmStudent(self.config.model, self.frozen.width, meta), images, masks, places)
