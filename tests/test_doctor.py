@@ -1,4 +1,3 @@
-import importlib
 import io
 import socket
 from pathlib import Path
@@ -8,7 +7,11 @@ from rich.console import Console
 
 import w2s.doctor
 from w2s.doctor import Finding, examine, print_report
+from w2s.host import Card
+from w2s.megatron import engine
 from w2s.tracking.store import connect
+
+HOPPER = Card("NVIDIA H100", (9, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -53,20 +56,25 @@ def test_missing_pieces_say_what_they_would_bring(tmp_path: Path, monkeypatch: p
     assert finding("megatron-core", tmp_path).state == "broken"
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("built for torch 2.9\nsecond line"), OSError("libcudart.so: not found")]
-)
-def test_a_broken_transformer_engine_is_one_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def fail(name: str) -> None:
-        raise error
-
+def test_a_broken_transformer_engine_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = "libcudart.so: not found"
     pretend_installed(monkeypatch, transformer_engine="2.12.0")
-    monkeypatch.setattr(importlib, "import_module", fail)
+    row = finding("Transformer Engine", tmp_path)
+    assert (row.state, row.value) == ("missing", "2.12.0, not loaded without a GPU")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("w2s.doctor.cards", lambda: [])
+    monkeypatch.setattr("w2s.host.card", lambda: HOPPER)
+    monkeypatch.setattr(engine, "_problems", [problem])
     row = finding("Transformer Engine", tmp_path)
     assert row.state == "broken" and "2.12.0" in row.value
-    assert str(error).splitlines()[0] in row.note and "second line" not in row.note
+    assert row.note.startswith(f"{problem}; install the release that was built for torch")
+
+
+def test_the_linear_layers_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert finding("linear layers", tmp_path).value == "Megatron-Core's own: there is no GPU"
+    monkeypatch.setattr("w2s.host.card", lambda: HOPPER)
+    monkeypatch.setattr("w2s.host.transformer_engine_installed", lambda: True)
+    assert finding("linear layers", tmp_path).value == "Transformer Engine's: NVIDIA H100 with Transformer Engine"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """`w2s doctor`: what this machine has, and what each missing piece would bring."""
 
-import importlib
 import os
 import shutil
 import sys
@@ -17,7 +16,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from w2s.config.sections import RunConfig, TrackingConfig
+from w2s.config.linears import choose_linears
+from w2s.config.sections import HardwareConfig, PrecisionConfig, RunConfig, TrackingConfig
+from w2s.megatron import engine
 from w2s.tracking.environment import cards, cores
 from w2s.tracking.store import OPEN_SECONDS, connect, reason, tracking_uri
 from w2s.tracking.worker import Worker
@@ -57,6 +58,7 @@ def examine(root: Path | None = None) -> list[Finding]:
         _package("megatron-core", "the model and its training: pip install megatron-core"),
         _transformer_engine(),
         _cuda(),
+        _linears(),
         *(Finding("card", card) for card in cards()),
         Finding("cores", str(cores())),
         _memory(),
@@ -93,16 +95,19 @@ def _transformer_engine() -> Finding:
     found = _installed("transformer-engine")
     if found is None:
         return Finding(name, "not installed", "faster linear layers on NVIDIA GPUs: pip install 'w2s[gpu]'", "missing")
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except (
-        ImportError,
-        RuntimeError,
-        OSError,
-    ) as error:  # a build for another torch or CUDA fails in any of these ways
-        note = f"{reason(error)}; install the release that was built for torch {torch.__version__}"
+    if not torch.cuda.is_available():
+        return Finding(name, f"{found}, not loaded without a GPU", "it runs on NVIDIA GPUs alone", "missing")
+    problem = engine.problem()
+    if problem is not None:
+        note = f"{problem}; install the release that was built for torch {torch.__version__}"
         return Finding(name, f"{found}, cannot be loaded", note, "broken")
     return Finding(name, found)
+
+
+def _linears() -> Finding:
+    choice = choose_linears(PrecisionConfig(), HardwareConfig())
+    name = {"te": "Transformer Engine's", "local": "Megatron-Core's own"}[choice.backend]
+    return Finding("linear layers", f"{name}: {choice.reason}")
 
 
 def _cuda() -> Finding:

@@ -1,0 +1,85 @@
+"""Transformer Engine as megatron-core and users meet it: absent, broken, or on a machine without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from w2s.errors import MissingPackageError
+from w2s.megatron import engine
+
+REPORT = """
+import sys, torch
+torch.cuda.is_available = lambda: {gpu}
+import w2s.megatron.tower
+from w2s.errors import W2SError
+from w2s.megatron import engine
+from megatron.core import fp8_utils
+try:
+    engine.require()
+    print("required: fine")
+except W2SError as error:
+    print(f"required: {{error}}")
+print("problem:", engine.problem())
+print("megatron goes without:", not fp8_utils.HAVE_TE)
+print("modules:", [name for name, module in sys.modules.items() if name.startswith("transformer_engine") and module])
+"""
+
+
+def look(package: Path, gpu: bool) -> dict[str, str]:
+    """What a new process says that has `package` on its path."""
+    environment = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", REPORT.format(gpu=gpu)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+
+
+def fake(folder: Path, error: str) -> Path:
+    """A Transformer Engine whose PyTorch part fails as builds for another torch do; it says that it was imported."""
+    package = folder / "transformer_engine"
+    (package / "pytorch").mkdir(parents=True)
+    (package / "__init__.py").write_text(f"open({str(folder / 'imported')!r}, 'w').close()\n")
+    (package / "pytorch" / "__init__.py").write_text(f"raise {error}\n")
+    return folder
+
+
+def test_a_broken_one_is_one_line_and_megatron_goes_without(tmp_path: Path) -> None:
+    seen = look(fake(tmp_path, "RuntimeError('undefined symbol: cublasLtFoo\\nand more')"), gpu=True)
+    assert (tmp_path / "imported").exists()
+    assert seen["problem"] == "undefined symbol: cublasLtFoo"
+    assert seen["required"].startswith(
+        "Transformer Engine is installed but cannot be loaded (undefined symbol: cublasLtFoo): install the release"
+    )
+    assert seen["required"].endswith("or use precision.linear=local and precision.fp8=none")
+    assert (seen["modules"], seen["megatron goes without"]) == ("[]", "True")
+
+
+def test_without_a_gpu_it_is_not_imported(tmp_path: Path) -> None:
+    seen = look(fake(tmp_path, "RuntimeError('imported')"), gpu=False)
+    assert not (tmp_path / "imported").exists()
+    assert (seen["modules"], seen["megatron goes without"]) == ("[]", "True")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("libcudnn.so.9: cannot open\nat all"), ImportError("libcudnn.so.9: cannot open")]
+)
+def test_whatever_it_fails_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.syspath_prepend(str(fake(tmp_path, "NotImplementedError")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(engine, "_problems", [])
+    monkeypatch.setattr(engine, "import_module", Mock(side_effect=error))
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)  # so that it is put back
+    engine.settle()
+    assert engine.problem() == "libcudnn.so.9: cannot open"
+
+
+def test_without_it_nothing_is_imported() -> None:
+    engine.settle()
+    assert engine.problem() is None and not [name for name in sys.modules if name.startswith("transformer_engine")]
+    with pytest.raises(MissingPackageError, match="Transformer Engine is not installed: pip install"):
+        engine.require()
