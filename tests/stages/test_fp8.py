@@ -1,20 +1,26 @@
 """Emulated FP8 through the stages: layouts, learning, hand-over, checkpoints, evaluation, metrics."""
 
+import json
+from pathlib import Path
+
 import pytest
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 
+from tests.stages.conftest import Run
 from tests.stages.layouts import Steps, run_alone, run_layouts
-from tests.stages.runs import QUIET
+from tests.stages.runs import QUIET, history, records, result, run_stage
+from w2s.checkpoint.store import latest
 from w2s.config.load import load
 from w2s.config.sections import ParallelConfig
 from w2s.megatron import groups
+from w2s.megatron.stored import StoredTensors
 
 FP8 = "precision.fp8=emulated"
 SCRATCH = {"mim": [], "clip": ["init.vision=none"]}
 LAYOUTS = {
     "tensor": ["parallel.tensor=2"],
     "sequence": ["parallel.tensor=2", "parallel.sequence=true"],
-    "pipeline": ["parallel.pipeline=2"],
     "recomputed pipeline": ["parallel.pipeline=2", "parallel.recompute=full"],
 }
 
@@ -61,3 +67,98 @@ def test_layouts_round_alike(small: list[str], whole: dict[str, Steps]) -> None:
             # way, and moves by a quarter: one among the 8,000 of a gradient is 0.25 / sqrt(8000) of its norm.
             assert steps.losses[0] == pytest.approx(one.losses[0], rel=1e-5), name
             assert difference < 0.02, name
+
+
+@pytest.mark.parametrize("stage", ["mim", "clip"])
+def test_learning_follows_bf16(stage: str, base: list[str]) -> None:
+    """Mean losses of ten steps within 2 % of those in BF16, once the first ten are over (the masked loss crosses 0)."""
+    wide = [f"model.{tower}.{shape}" for tower in ("vision", "text") for shape in ("width=64", "mlp_width=256")]
+    options = [*base, *QUIET, *wide, "model.embed_dim=64", "train.steps=30", "train.global_batch=64"]
+    options += ["train.micro_batch=64", "optim.warmup=4", "optim.lr=1e-3", "precision.compute=bf16", *SCRATCH[stage]]
+    plain, rounded = (
+        history(run_stage(stage, [*options, f"precision.fp8={fp8}", f"run.name=follow-{stage}-{fp8}"]), "loss")
+        for fp8 in ("none", "emulated")
+    )
+    assert rounded[0] != plain[0]
+    for start in (10, 20):
+        ours, theirs = (sum(losses[start : start + 10]) for losses in (rounded, plain))
+        assert ours == pytest.approx(theirs, rel=0.02), f"from step {start}"
+
+
+@pytest.fixture(scope="module")
+def chain(base: list[str]) -> dict[str, Path]:
+    """A masked run in FP8, a contrastive one that takes its tower, and that CLIP evaluated under both settings."""
+    log = ["train.log_every=2", "checkpoint.every=4", FP8]
+    runs = {"mim": run_stage("mim", [*base, *QUIET, *log, "run.name=fp8-mim"])}
+    runs["clip"] = run_stage(
+        "clip", [*base, *log, "tracking.enabled=false", "run.name=fp8-clip", "init.vision=fp8-mim"]
+    )
+    for name, fp8 in {"eval": "none", "eval in fp8": "emulated"}.items():
+        evaluation = [*base, "tracking.enabled=false", "init.checkpoint=fp8-clip", f"precision.fp8={fp8}"]
+        runs[name] = run_stage("eval", [*evaluation, f"run.name=fp8-{name.replace(' ', '-')}"])
+    return runs
+
+
+def stored(run: Path) -> StoredTensors:
+    checkpoint = latest(run)
+    assert checkpoint is not None
+    return StoredTensors(checkpoint)
+
+
+def test_a_checkpoint_has_the_tensors_of_any_backend_and_no_scales(chain: dict[str, Path], base: list[str]) -> None:
+    plain = run_stage("mim", [*base, *QUIET, "train.steps=1", "optim.warmup=0", "run.name=plain-mim"])
+    ours, theirs = stored(chain["mim"]).meta, stored(plain).meta
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+    written = FileSystemReader(str(latest(chain["mim"]))).read_metadata().state_dict_metadata
+    assert not [name for name in written if "_extra_state" in name]
+
+
+def test_clip_takes_over_what_mim_has_learnt_in_fp8(chain: dict[str, Path], base: list[str]) -> None:
+    table = json.loads((chain["clip"] / "tables" / "handover.json").read_text())
+    assert [row[:2] for row in table["rows"]] == [["loaded", "23"], ["dropped", "3"], ["new", "1"]]
+    # Local linears take the same weights, to the bit, whatever they multiply with afterwards.
+    start = ["init.vision=fp8-mim", "run.name=from-fp8", "train.log_every=4"]
+    plain = run_stage("clip", [*base, "tracking.enabled=false", *start])
+    before, local_before = (records(run)[0] for run in (chain["clip"], plain))
+    assert before["step"] == 0 and {**before, "time": 0} == {**local_before, "time": 0}
+
+
+def test_evaluation_is_without_fp8(chain: dict[str, Path]) -> None:
+    assert result(chain["eval"])["metrics"] == result(chain["eval in fp8"])["metrics"]
+    shared = {name for name in result(chain["clip"])["metrics"] if name.startswith(("zero_shot/", "retrieval/"))}
+    assert len(shared) == 11
+    for name in shared:
+        assert result(chain["clip"])["metrics"][name] == result(chain["eval"])["metrics"][name]
+
+
+def test_what_rounding_did_is_told_on_logged_steps(chain: dict[str, Path]) -> None:
+    logged = [record for record in records(chain["clip"]) if "loss" in record]
+    assert [record["step"] for record in logged] == [2, 4]
+    for record in logged:
+        names = {name for name in record if name.startswith("fp8/")}
+        assert names == {
+            f"fp8/{tower}.{layer}/{kind}_{what}"
+            for tower in ("vision", "text")
+            for layer in range(2)
+            for kind in ("input", "weight", "gradient")
+            for what in ("amax", "saturation", "underflow")
+        }
+        assert all(record[name] > 0 for name in names if name.endswith("amax"))
+        assert record["fp8_saturation"] == 0  # a scale of the tensor's own leaves nothing beyond the format
+        assert record["fp8_underflow"] == max(record[name] for name in names if name.endswith("underflow")) > 0
+
+
+def test_named_layers_stay_without_fp8(base: list[str]) -> None:
+    options = [*base, *QUIET, FP8, "model.vision.layers=4", "train.steps=1", "optim.warmup=0"]
+    kept = ["precision.fp8_bf16_first=1", "precision.fp8_bf16_layers=[vision.2]", "run.name=kept"]
+    (record,) = (each for each in records(run_stage("mim", [*options, *kept])) if "loss" in each)
+    assert {name.split("/")[1] for name in record if name.startswith("fp8/")} == {"vision.1", "vision.3"}
+    everything = ["precision.fp8_bf16_layers=[vision.0,vision.1,vision.2,vision.3]", "run.name=all-kept"]
+    plain = ["precision.fp8=none", "run.name=none-asked"]
+    losses = [history(run_stage("mim", [*options, *changes]), "loss") for changes in (everything, plain)]
+    assert losses[0] == losses[1]
+
+
+def test_a_rehearsal_refuses_what_a_gpu_would(base: list[str], w2s: Run) -> None:
+    code, _, error = w2s("stage", "mim", *base, *QUIET, FP8, "train.global_batch=8", "train.micro_batch=8")
+    assert code == 2 and error.startswith("error: train.micro_batch=8 makes 8 x 17 tokens for 1 rank")
