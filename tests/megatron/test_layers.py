@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from w2s.megatron import layers
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import fill
 from w2s.towers.initial import vision_rule
+from w2s.towers.masked import MaskedStudent
 from w2s.towers.vision import VisionTower
 
 
@@ -63,3 +65,19 @@ def test_a_pass_without_gradients_keeps_nothing(alone: Ranks) -> None:
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         tower.encode(images)
     assert not saved
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_every_module_with_weights_is_called(alone: Ranks, norm: Any, placement: Any) -> None:
+    """Megatron waits for weights that are still being gathered in hooks of the modules that have them."""
+    shape = replace(SHAPE, norm=norm, norm_placement=placement, qkv_bias=True)
+    tower = MaskedStudent(shape, 8, ParallelConfig(), torch.float32)
+    called: set[str] = set()
+    owners = {name: module for name, module in tower.named_modules() if [*module.parameters(recurse=False)]}
+    for name, module in owners.items():
+        module.register_forward_pre_hook(lambda module, inputs, name=name: called.add(name))
+    places = torch.tensor([[3, 9]])
+    masks = torch.zeros(1, shape.patches, dtype=torch.bool).scatter(1, places, True)
+    tower(torch.zeros(1, 3, shape.image_size, shape.image_size), masks, places)
+    assert called == owners.keys()

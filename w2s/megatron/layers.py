@@ -40,9 +40,17 @@ def _mark_sequence_parallel(module: nn.Module, config: TransformerConfig) -> Non
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm with a weight (EVA-8B, EVA-18B)."""
 
+    eps: float
+
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         _mark_sequence_parallel(self, config)
+
+    def forward(self, rows: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Return norm(rows); with a bias and a residual, as in a post-norm layer, residual + norm(rows + bias)."""
+        if bias is None or residual is None:
+            return super().forward(rows)
+        return add_rms_norm(rows, bias, residual, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -51,6 +59,12 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         _mark_sequence_parallel(self, config)
+
+    def forward(self, rows: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Return norm(rows); with a bias and a residual, as in a post-norm layer, residual + norm(rows + bias)."""
+        if bias is None or residual is None:
+            return super().forward(rows)
+        return residual + super().forward(rows + bias)
 
 
 NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
@@ -95,18 +109,14 @@ class PostNormAdd(nn.Module):
 
     def __init__(self, config: TransformerConfig, norm: type[nn.Module]) -> None:
         super().__init__()
-        self.eps = config.layernorm_epsilon
-        self.norm = norm(config=config, hidden_size=config.hidden_size, eps=self.eps)
+        self.norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(self, training: bool, fused: bool) -> Any:
         """Return the function that Megatron calls with (branch, bias), residual and dropout."""
         return self._add
 
     def _add(self, branch_and_bias: tuple[Tensor, Tensor], residual: Tensor, dropout: float) -> Tensor:
-        branch, bias = branch_and_bias
-        if isinstance(self.norm, RMSNorm):
-            return add_rms_norm(branch, bias, residual, self.norm.weight, self.eps)
-        return residual + self.norm(branch + bias)
+        return self.norm(*branch_and_bias, residual)  # by calling the module: Megatron waits for weights in its hooks
 
 
 class GeluMLP(MLP):
