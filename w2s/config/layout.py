@@ -1,5 +1,7 @@
 """Parallel layouts that cannot work, and those that would do nothing, are refused before a run starts."""
 
+import math
+
 from w2s.config.sections import Config, ParallelConfig
 from w2s.errors import ConfigError
 
@@ -49,7 +51,7 @@ def check_micro_batches(config: Config, world_size: int) -> None:
     micro = min(train.micro_batch, share)
     count, stages = share // micro, parallel.pipeline
     if count < stages or (parallel.virtual_pipeline > 1 and count % stages):
-        legal_sizes = [n for n in range(1, share + 1) if share % n == 0 and _fills(share // n, parallel)]
+        legal_sizes = [n for n in divisors(share) if _fills(share // n, parallel)]
         least = f"train.global_batch={stages * (world_size // size)} or more"
         fix = f"use train.micro_batch={listed(legal_sizes)}" if legal_sizes else f"use {least}"
         raise ConfigError(
@@ -175,7 +177,7 @@ def _check_rows(config: Config, micro: int, share: int) -> None:
     tensor = config.parallel.tensor
     for tokens in sequence_lengths(config):
         if micro * tokens % tensor:
-            legal = [n for n in range(1, share + 1) if share % n == 0 and n * tokens % tensor == 0]
+            legal = [n for n in divisors(share) if n * tokens % tensor == 0]
             fix = f"use train.micro_batch={listed(legal)}" if legal else "use parallel.sequence=false"
             raise ConfigError(
                 f"parallel.sequence=true cannot share the {micro} x {tokens} tokens of a micro-batch among "
@@ -196,6 +198,12 @@ def sequence_lengths(config: Config) -> list[int]:
 def kept_patches(patches: int, dropout: float) -> int:
     """Return how many of an image's patches the vision tower sees under patch dropout."""
     return max(1, int(patches * (1 - dropout))) if dropout else patches
+
+
+def divisors(number: int) -> list[int]:
+    """Return what divides a number, ascending."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def listed(values: list[int]) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from w2s import host
 from w2s.config.fields import nearest
-from w2s.config.layout import listed, model_parallel_size, sequence_lengths, tower_names
+from w2s.config.layout import divisors, listed, model_parallel_size, sequence_lengths, tower_names
 from w2s.config.sections import Config, HardwareConfig, PrecisionConfig
 from w2s.errors import ConfigError, MissingPackageError
 
@@ -189,7 +189,7 @@ def _check_rows(config: Config, world_size: int) -> None:
     unit = _BLOCK if blocks else _ALIGNMENT
     for tokens in sequence_lengths(config):
         if micro * tokens % (ranks * unit):
-            legal = [n for n in range(1, share + 1) if share % n == 0 and n * tokens % (ranks * unit) == 0]
+            legal = [n for n in divisors(share) if n * tokens % (ranks * unit) == 0]
             fix = f"train.micro_batch={listed(legal[:8])}" if legal else f"batches of a multiple of {ranks * unit}"
             raise ConfigError(
                 f"train.micro_batch={train.micro_batch} makes {micro} x {tokens} tokens for {ranks} "

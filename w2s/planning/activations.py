@@ -86,20 +86,20 @@ def in_flight(stages: int, chunks: int, stage: int, micro_batches: int) -> froze
 
 def _chunk(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int, stage: int) -> int:
     """What a micro-batch keeps in a chunk's layers and before them."""
-    again, layers = _recomputed(parallel, tower.split[stage]), tower.split[stage]
+    again, layers = recomputed_layers(parallel, tower.split[stage]), tower.split[stage]
     kept = again * _input(tower, parallel, types, samples)
     kept += (layers - again) * _layer(tower, parallel, types, samples)
     return kept + (samples * tower.embedding_elements * types.value if stage == 0 else 0)
 
 
-def _recomputed(parallel: ParallelConfig, layers: int) -> int:
+def recomputed_layers(parallel: ParallelConfig, layers: int) -> int:
     """Layers of a chunk that the backward pass computes again."""
     return min(parallel.recompute_layers or layers, layers) if parallel.recompute == "full" else 0
 
 
 def _computed_again(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int, stage: int) -> int:
     """What a recomputed layer adds while it is there; the layers after it are not kept any longer then."""
-    again, layers = _recomputed(parallel, tower.split[stage]), tower.split[stage]
+    again, layers = recomputed_layers(parallel, tower.split[stage]), tower.split[stage]
     return (1 - (layers - again)) * _layer(tower, parallel, types, samples) if again else 0
 
 

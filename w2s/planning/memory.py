@@ -121,20 +121,19 @@ def _update(config: Config, states: States) -> int:
 
 def _batch(config: Config, teacher: PlannedTeacher | None, world_size: int) -> int:
     """The samples of a model-parallel group: three times while its ranks exchange them, which read a share each."""
-    parallel, vision = config.parallel, config.model.vision
-    one = 3 * vision.image_size**2
-    if teacher:
-        one += _FP32 * (config.mim.masked_patches or vision.patches) * teacher.width
+    parallel, own = config.parallel, 0
     alone = parallel.tensor * parallel.pipeline == 1
-    own = 0
     if teacher:
-        # Features of all patches before those at the masked ones are picked.
-        own = (
-            config.train.global_batch
-            // world_size
-            * (vision.patches * teacher.width * _FP32 + 3 * teacher.image_size**2)
-        )
-    return (1 if alone else 3) * share(config, world_size) * one + own
+        # The teacher's images, and its features of all patches before those at the masked ones are picked.
+        features = _FP32 * config.model.vision.patches * teacher.width
+        own = config.train.global_batch // world_size * (features + 3 * teacher.image_size**2)
+    return (1 if alone else 3) * share(config, world_size) * sample_bytes(config, teacher) + own
+
+
+def sample_bytes(config: Config, teacher: PlannedTeacher | None) -> int:
+    """A sample as the ranks of a model-parallel group exchange it: pixels, and the targets of the masked stage."""
+    vision, predicted = config.model.vision, config.mim.masked_patches or config.model.vision.patches
+    return 3 * vision.image_size**2 + (_FP32 * predicted * teacher.width if teacher else 0)
 
 
 def _loss(config: Config, own: int) -> int:

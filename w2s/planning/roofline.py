@@ -1,9 +1,9 @@
 """Seconds of the operations that a step is made of, each on one card.
 
-A product runs at the card's best measured rate, less what is lost in its last wave of tiles (NVIDIA, Matrix Multiplication
-Background User's Guide: a product of 132 tiles on 132 processors takes as long as one of 100), or as fast as its matrices
-come from memory (Williams et al. 2009). An elementwise operation moves its bytes. A collective over a ring of n ranks sends
-(n - 1) / n of its bytes through the slowest link, twice for an all-reduce (Patarasuk and Yuan 2009).
+A product runs at the card's best measured rate in whole waves of tiles over the processors (NVIDIA, Matrix
+Multiplication Background User's Guide: 100 tiles on 132 processors take as long as 132), or as fast as its matrices
+come from memory (Williams et al. 2009). An elementwise operation moves its bytes. A collective over a ring of n ranks
+sends (n - 1) / n of its bytes through the slowest link, an all-reduce twice that (Patarasuk and Yuan 2009).
 """
 
 import math
@@ -11,18 +11,24 @@ from functools import cache
 
 from w2s.planning.cards import GPUS_PER_NODE, Card
 
-TILE = (128, 256)
-"""Rows and columns that a processor computes at a time: cuBLAS's usual large tile."""
+TILES = {(128, 256): 1.0, (128, 128): 0.9}
+"""Rows and columns that a processor computes at a time, and the rate that is reached with them: the smaller tile
+fetches more a product. cuBLAS takes what is faster. ESTIMATE."""
 
 
 @cache
 def product(card: Card, rows: int, inner: int, columns: int, fp8: bool) -> float:
     """Seconds of [rows, inner] x [inner, columns]; the result is in bfloat16."""
-    waves = math.ceil(rows / TILE[0]) * math.ceil(columns / TILE[1]) / card.processors
-    rate = 1e12 * (card.fp8_gemm if fp8 else card.bf16_gemm) * waves / math.ceil(waves)
-    narrow = 1 if fp8 else 2
-    moved = narrow * inner * (rows + columns) + 2 * rows * columns
-    return max(2 * rows * inner * columns / rate, moving(card, moved))
+    rate = 1e12 * (card.fp8_gemm if fp8 else card.bf16_gemm) / card.processors
+    computing = min(
+        _waves(card, rows, columns, *tile) * 2 * math.prod(tile) * inner / share for tile, share in TILES.items()
+    )
+    moved = (1 if fp8 else 2) * inner * (rows + columns) + 2 * rows * columns
+    return max(computing / rate, moving(card, moved))
+
+
+def _waves(card: Card, rows: int, columns: int, tall: int, wide: int) -> int:
+    return math.ceil(math.ceil(rows / tall) * math.ceil(columns / wide) / card.processors)
 
 
 def moving(card: Card, count: float) -> float:

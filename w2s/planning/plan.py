@@ -1,0 +1,171 @@
+"""The layouts of a stage that fit on a number of GPUs, the fastest first."""
+
+from bisect import bisect_left
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from w2s.config.sections import Config
+from w2s.errors import UserError
+from w2s.planning.cards import Card
+from w2s.planning.duration import StepTime, step_time
+from w2s.planning.flops import StageFlops, stage_flops
+from w2s.planning.layouts import Layouts
+from w2s.planning.memory import Memory, rank_memory
+from w2s.planning.states import States
+from w2s.planning.teacher import PlannedTeacher, planned_teacher
+from w2s.planning.towers import PlannedTower, planned_towers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout with what it needs and how long it takes."""
+
+    config: Config
+    """The stage in this layout."""
+    gpus: int
+    memory: Memory
+    """Of the rank that needs most."""
+    time: StepTime
+    flops: StageFlops
+    peak: float
+    """FLOP/s of all GPUs: the dense BF16 peak."""
+
+    @property
+    def seconds(self) -> float:
+        """A step."""
+        return self.time.total
+
+    @property
+    def samples_per_second(self) -> float:
+        """Over all GPUs."""
+        return self.config.train.global_batch / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs as a fraction of the dense BF16 peak, in FP8 too."""
+        return self.samples_per_second * self.flops.model / self.peak
+
+    @property
+    def hfu(self) -> float:
+        """Hardware FLOPs as a fraction of the same."""
+        return self.samples_per_second * self.flops.hardware / self.peak
+
+    @property
+    def days(self) -> float:
+        """The whole stage, without evaluations, checkpoints and interruptions."""
+        return self.config.train.steps * self.seconds / 86_400
+
+    @property
+    def gpu_hours(self) -> float:
+        """The whole stage on all GPUs."""
+        return 24 * self.days * self.gpus
+
+
+@dataclass(frozen=True)
+class Plans:
+    """All layouts."""
+
+    fitting: list[Plan]
+    """Those that fit, the fastest first."""
+    legal: int
+    """How many layouts there are, those that do not fit included."""
+
+
+def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = ()) -> Plans:
+    """Plan a stage.
+
+    Args:
+        config: the stage; its batch and all but the layout are taken from it.
+        card: the GPUs.
+        gpus: how many there are.
+        fixed: keys of the layout whose values stay as they are.
+
+    Raises:
+        ConfigError: no layout is legal.
+        UserError: none fits, or the card cannot do what is asked for.
+    """
+    _check_precision(config, card)
+    teacher = planned_teacher(config) if config.stage == "mim" else None
+    search = _Search(config, card, gpus, teacher, Layouts(config, gpus, fixed))
+    found = sorted(search.run(), key=lambda plan: plan.seconds)
+    if not search.legal:
+        raise search.layouts.refused or UserError(f"there is no layout for {gpus} GPUs: use another number")
+    if not found:
+        raise UserError(
+            f"no layout of {config.model.name} ({config.stage}) fits on {gpus} x {card.name}: the smallest needs "
+            f"{search.least / 2**30:.1f} GiB of a card, {card.usable_bytes / 2**30:.1f} are to be had: use more GPUs "
+            "(--gpus), or cards with more memory (--card)"
+        )
+    return Plans(found, search.legal)
+
+
+def _check_precision(config: Config, card: Card) -> None:
+    fp8 = config.precision.fp8
+    if fp8 == "emulated":
+        raise UserError("precision.fp8=emulated is a rehearsal, not to be planned: use precision.fp8=tensorwise")
+    if fp8 != "none" and not card.fp8_tflops:
+        raise UserError(f"precision.fp8={fp8} on {card.name}, which has no FP8: use precision.fp8=none")
+    if config.precision.compute != "bf16":
+        raise UserError(f"precision.compute={config.precision.compute} is not planned: use precision.compute=bf16")
+
+
+class _Search:
+    def __init__(self, config: Config, card: Card, gpus: int, teacher: PlannedTeacher | None, layouts: Layouts) -> None:
+        self.card, self.gpus, self.teacher, self.layouts = card, gpus, teacher, layouts
+        self.target_width = teacher.width if teacher else 0
+        self.legal, self.least = 0, float("inf")
+        self.peak = gpus * card.bf16_tflops * 1e12
+
+    def run(self) -> Iterator[Plan]:
+        """Go through all layouts and give those that fit."""
+        for split in self.layouts.splits():
+            towers = planned_towers(split, self.target_width)
+            for batch in self.layouts.batches(split):
+                yield from self._recomputes(batch, towers)
+
+    def _recomputes(self, batch: Config, towers: tuple[PlannedTower, ...]) -> Iterator[Plan]:
+        """What is computed again: nothing, the GELU, all layers, or as few as make the rest fit."""
+        fits = {}
+        for config in self.layouts.recomputes(batch):
+            self.legal += 1
+            memory = self._memory(config, towers)
+            self.least = min(self.least, memory.total)
+            recompute = config.parallel.recompute
+            fits[recompute] = memory.total <= self.card.usable_bytes
+            if fits[recompute]:
+                yield self._plan(config, towers, memory)
+        if fits.get("full") and not fits.get("none", True):
+            yield from self._partly_recomputed(batch, towers)
+
+    def _partly_recomputed(self, batch: Config, towers: tuple[PlannedTower, ...]) -> Iterator[Plan]:
+        most = max(max(tower.split) for tower in towers)
+
+        def fits(layers: int) -> bool:
+            config = self.layouts.partly_recomputed(batch, layers)
+            return config is not None and self._memory(config, towers).total <= self.card.usable_bytes
+
+        layers = bisect_left(range(1, most), True, key=fits) + 1
+        config = self.layouts.partly_recomputed(batch, layers)
+        if config is not None and layers < most:
+            self.legal += 1
+            yield self._plan(config, towers, self._memory(config, towers))
+
+    def _memory(self, config: Config, towers: tuple[PlannedTower, ...]) -> Memory:
+        """Of the rank that needs most: the first stages keep most micro-batches, the last has the loss."""
+        last = config.parallel.pipeline - 1
+        ranks = (
+            rank_memory(config, towers, self.teacher, self.gpus, stage) for stage in sorted({0, min(1, last), last})
+        )
+        return max(ranks, key=lambda memory: memory.total)
+
+    def _plan(self, config: Config, towers: tuple[PlannedTower, ...], memory: Memory) -> Plan:
+        states = States(memory.weights, memory.gradients, memory.optimizer)
+        teacher = self.teacher.flops if self.teacher else 0.0
+        return Plan(
+            config=config,
+            gpus=self.gpus,
+            memory=memory,
+            time=step_time(config, self.card, towers, self.teacher, states, self.gpus),
+            flops=stage_flops(config, self.gpus, target_width=self.target_width, teacher=teacher),
+            peak=self.peak,
+        )
