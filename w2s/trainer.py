@@ -295,7 +295,7 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
 
 def prepare_data(config: Config, ranks: Ranks) -> None:
     """Build the built-in data set where it is missing; one rank works, the others wait."""
-    if ranks.main:
+    if ranks.main and config.data.builtin != "none":
         ensure_builtin(config.data)
     ranks.barrier()
 

@@ -58,26 +58,25 @@ def fetch_deb(package: str, scratch: Path) -> Fetched:
 
     Args:
         package: its name.
-        scratch: an existing folder for the file, its contents and apt's lists, which a user may not write elsewhere.
+        scratch: an existing folder for the file and its contents, and for apt's lists, which only root may write
+            elsewhere; they are fetched for the first package.
 
     Raises:
         SourceMissing: apt-get or dpkg-deb is not there, or the package cannot be had.
     """
-    place = (scratch / package).absolute()
-    _make_apt_folders(place)
-    options = [f"-oDir::State={place}/state", f"-oDir::Cache={place}/cache", "-oAPT::Sandbox::User=root"]
-    _run(["apt-get", *options, "-qq", "update"], place)
-    _run(["apt-get", *options, "-qq", "download", package], place)
+    place, lists = scratch.absolute() / package, scratch.absolute() / "apt"
+    apt = ["apt-get", f"-oDir::State={lists}", f"-oDir::Cache={lists}", "-oAPT::Sandbox::User=root", "-qq"]
+    if not lists.is_dir():
+        for name in ("lists/partial", "archives/partial"):
+            (lists / name).mkdir(parents=True)
+        (lists / "status").touch()
+        _run([*apt, "update"], scratch)
+    place.mkdir()
+    _run([*apt, "download", package], place)
     file = next(place.glob("*.deb"))
-    _run(["dpkg-deb", "-x", str(file), str(place / "root")], place)
+    _run(["dpkg-deb", "-x", str(file), str(place)], place)
     version = _run(["dpkg-deb", "-f", str(file), "Version"], place).strip()
-    return Fetched(place / "root", f"{package} {version}")
-
-
-def _make_apt_folders(place: Path) -> None:
-    for name in ("state/lists/partial", "cache/archives/partial"):
-        (place / name).mkdir(parents=True)
-    (place / "state/status").touch()
+    return Fetched(place, f"{package} {version}")
 
 
 def fetch_npm(package: str, version: str, scratch: Path) -> Fetched:
@@ -93,7 +92,7 @@ def fetch_npm(package: str, version: str, scratch: Path) -> Fetched:
     """
     place = scratch / package.replace("/", "-")
     place.mkdir()
-    _run(["npm", "pack", "--silent", f"{package}@{version}"], place)
+    _run(["npm", "--loglevel=error", "pack", f"{package}@{version}"], place)
     with tarfile.open(next(place.glob("*.tgz"))) as archive:
         archive.extractall(place, filter="data")
     return Fetched(place / "package", f"{package} {version}")
@@ -107,8 +106,6 @@ def _run(command: list[str], folder: Path) -> str:
     except subprocess.TimeoutExpired as error:
         raise SourceMissing(f"{command[0]} took longer than {_SECONDS} s") from error
     if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        raise SourceMissing(
-            f"{' '.join(command[-2:])} failed: {lines[-1] if lines else f'exit code {done.returncode}'}"
-        )
+        reason = done.stderr.strip().partition("\n")[0] or f"exit code {done.returncode}"
+        raise SourceMissing(f"{command[0]} {command[-2]} {command[-1]} failed: {reason}")
     return done.stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from w2s.config.sections import DataConfig
 from w2s.data.builtin import emoji, showcase
-from w2s.errors import DataError
+from w2s.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ BUILTINS = {
 }
 
 
-def ensure_builtin(data: DataConfig, renew: bool = False) -> None:
+def ensure_builtin(data: DataConfig, renew: bool = False) -> Path:
     """Build the built-in data set that the configuration names, unless it is there; say which sources it lacks.
 
     It is built beside its place and then renamed, so that it is whole or absent, also when several ranks build at once.
@@ -40,33 +40,39 @@ def ensure_builtin(data: DataConfig, renew: bool = False) -> None:
         data: names the data set and the cache.
         renew: build one that lacks sources again. A run does not: its data must not change under its feet.
 
+    Returns:
+        its folder.
+
     Raises:
+        ConfigError: the configuration names none.
         MissingPackageError: a package that it is made from is not installed.
         DataError: the cache cannot be written.
     """
     if data.builtin == "none":
-        return
-    builtin, cache = BUILTINS[data.builtin], Path(data.cache).expanduser()
-    target = cache / builtin.folder
-    if not target.is_dir() or (renew and builtin.left_out(target)):
+        raise ConfigError(f"data={data.name} is not built from packages: there are {', '.join(BUILTINS)}")
+    builtin = BUILTINS[data.builtin]
+    target = Path(data.cache).expanduser() / builtin.folder
+    replace = renew and target.is_dir() and bool(builtin.left_out(target))
+    if replace or not target.is_dir():
         try:
-            _build(builtin, cache, target)
+            _build(builtin, target, replace)
         except OSError as error:
             raise DataError(
                 f"cannot write data.cache={data.cache} ({error}): choose another folder or W2S_CACHE"
             ) from error
     for title, reason in builtin.left_out(target).items():
         logger.warning("%s is without %s (%s): it is not the full data set", target, title, reason)
+    return target
 
 
-def _build(builtin: Builtin, cache: Path, target: Path) -> None:
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=f"{builtin.folder}.") as scratch:
+def _build(builtin: Builtin, target: Path, replace: bool) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{builtin.folder}.") as scratch:
         folder = Path(scratch) / builtin.folder
         folder.mkdir()
         logger.info("building the data set %s", target)
         builtin.build(folder)
-        if target.is_dir() and builtin.left_out(target):
+        if replace:
             target.rename(Path(scratch) / "before")
         _publish(folder, target)
 

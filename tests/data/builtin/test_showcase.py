@@ -1,0 +1,142 @@
+"""The showcase from a few made-up drawings: who is in which folder, and what is said of sources that are missing."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from w2s.config.checks import check
+from w2s.config.load import load
+from w2s.config.sections import DataConfig
+from w2s.data.builtin import showcase
+from w2s.data.builtin.packages import SourceMissing
+from w2s.data.builtin.pictures import Drawing
+from w2s.data.builtin.registry import ensure_builtin
+from w2s.data.builtin.showcase import NAME, SOURCES, Opened
+from w2s.data.builtin.splits import is_held_out
+from w2s.data.decode import decode_image
+from w2s.data.shards import list_shards
+from w2s.data.tar import RawSample, read_shard
+
+EMOJI = [f"thing {number}" for number in range(60)]
+HELD_OUT = {name for name in EMOJI if is_held_out(name)}
+
+
+def drawings(source: str, names: list[str]) -> Iterator[Drawing]:
+    """One drawing a name, and one of which there is nothing to see."""
+    for number, name in enumerate(names):
+        noise = np.random.default_rng([*source.encode(), number]).integers(0, 255, (30, 20, 3), np.uint8)
+        yield Drawing(f"folder/{number}.x", name, Image.fromarray(noise).resize((300, 200)))
+    yield Drawing("blank", names[0], Image.new("RGBA", (30, 30), (0, 0, 0, 0)))
+
+
+def fake(source: str) -> Callable[[Path], Opened]:
+    names = EMOJI
+    if source == "openclipart":
+        names = [*(f"old {name}, {name}" for name in EMOJI[:20]), *["house"] * 40]
+    elif source == "tuxpaint":
+        names = ["A cat.", "A cat.", "A dog."]
+    return lambda _: (f"{source}-package 1.0", drawings(source, names))
+
+
+def missing(_: Path) -> Opened:
+    raise SourceMissing("no network")
+
+
+def use(monkeypatch: pytest.MonkeyPatch, **instead: Callable[[Path], Opened]) -> None:
+    """Replace the sources, and do without the packages that real ones need."""
+    monkeypatch.setattr(showcase, "MODULES", {})
+    monkeypatch.setattr(showcase, "version", lambda package: "1.0")
+    for name, source in SOURCES.items():
+        opener = instead.get(name, fake(name))
+        monkeypatch.setitem(SOURCES, name, showcase.Source(source.title, source.licence, opener))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch)
+        return ensure_builtin(DataConfig(builtin="showcase", cache=str(tmp_path_factory.mktemp("cache"))))
+
+
+def samples(folder: Path) -> list[RawSample]:
+    return [sample for shard in list_shards(str(folder)) for sample in read_shard(shard)]
+
+
+def texts(folder: Path) -> set[str]:
+    return {sample.files["txt"].decode() for sample in samples(folder)}
+
+
+def test_folders_hold_labelled_pictures(built: Path) -> None:
+    folders = ("openmoji", "openmoji_unseen", "train", "tune", "tuxpaint")
+    assert sorted(path.name for path in built.iterdir()) == ["LICENSES.txt", *folders[:2], "sources.json", *folders[2:]]
+    for name in folders:
+        members = samples(built / name)
+        classes = (built / name / "classnames.txt").read_text().splitlines()
+        assert classes == sorted(texts(built / name))
+        assert {classes[int(sample.files["cls"])] == sample.files["txt"].decode() for sample in members} == {True}
+        sizes = json.loads((built / name / "sizes.json").read_text())
+        assert sum(sizes.values()) == len(members) == len({sample.key for sample in members})
+        for sample in members[:2]:
+            pixels = decode_image(sample.files["png"])
+            assert pixels.shape == (128, 128, 3)
+            assert (pixels[0] == 255).all()
+
+
+def test_training_sees_no_name_that_is_held_out_and_no_picture_that_is_put_aside(built: Path) -> None:
+    train, tune = texts(built / "train"), texts(built / "tune")
+    words = {word for text in train | tune for word in text.removeprefix("old ").split(", ")}
+    assert words == {"house"} | set(EMOJI) - HELD_OUT
+    assert tune
+    assert tune <= train
+    pictures = [{sample.files["png"] for sample in samples(built / name)} for name in ("train", "tune")]
+    assert not pictures[0] & pictures[1]
+    assert texts(built / "openmoji") == set(EMOJI)
+    assert texts(built / "openmoji_unseen") == HELD_OUT
+
+
+def test_the_account_says_what_came_from_where(built: Path) -> None:
+    account = json.loads((built / "sources.json").read_text())
+    assert account["tuxpaint"] == {
+        "package": "tuxpaint-package 1.0",
+        "licence": "GPL-2",
+        "pairs": {"tuxpaint": 3},
+    }
+    assert account["openmoji"]["pairs"] == {"openmoji": 60, "openmoji_unseen": len(HELD_OUT)}
+    for name in ("train", "tune"):
+        assert sum(entry["pairs"].get(name, 0) for entry in account.values()) == len(samples(built / name))
+    licences = (built / "LICENSES.txt").read_text()
+    assert "Twemoji (twemoji-package 1.0): CC-BY 4.0" in licences
+    assert "Names of the emoji (emoji 1.0): BSD" in licences
+
+
+def test_a_source_that_is_missing_is_left_out_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    use(monkeypatch, tuxpaint=missing, noto=missing)
+    folder = ensure_builtin(DataConfig(builtin="showcase", cache=str(tmp_path)))
+    assert folder == tmp_path / NAME
+    lines = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert lines == [
+        f"{folder} is without {title} (no network): it is not the full data set"
+        for title in ("Noto Color Emoji", "Tux Paint stamps")
+    ]
+    account = json.loads((folder / "sources.json").read_text())
+    assert account["noto"] == account["tuxpaint"] == {"left_out": "no network"}
+    assert not (folder / "tuxpaint").exists()
+    assert "Noto" not in (folder / "LICENSES.txt").read_text()
+    assert not any(sample.key.startswith("noto-") for sample in samples(folder / "train"))
+
+
+def test_the_configuration_names_the_folders(built: Path) -> None:
+    cache = f"data.cache={built.parent}"
+    for stage in ("mim", "clip", "eval"):
+        config = load(stage, ["data=showcase", cache, "hardware=cpu"])
+        check(config, 1, 1)
+        shards = [config.data.train, config.eval.knn_shards, *config.eval.by_name.values()]
+        assert all(list_shards(folder) for folder in shards)
+        assert ("tuxpaint" in config.eval.by_name) == (stage == "eval")
