@@ -23,11 +23,11 @@ SMALL = [
     "train.steps=2",
     "train.global_batch=8",
     "train.micro_batch=8",
-    "train.log_every=1",
-    "train.eval_every=1",
     "optim.warmup=1",
     "data.workers=0",
     "tracking.system_metrics=false",
+    # A small teacher, of whose compute the long baseline has not many steps.
+    *(f"{step}:teacher.image_size=32" for step in ("masked_mim", "unmasked_mim", "masked")),
 ]
 
 
