@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from w2s.config.sections import Config, TeacherConfig
@@ -33,6 +34,7 @@ def _teacher(source: str, image_size: int, grid: int, root: str) -> tuple[int, f
     """Channels of a teacher's features, and the operations of its forward pass for one image, counted as it runs."""
     teacher = build_teacher(TeacherConfig(source=source, image_size=image_size), grid=grid, device="cpu", root=root)
     side = teacher.image_size
-    with FlopCounterMode(display=False) as counter:
+    # The counter does not know a CPU's flash attention.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         teacher(torch.zeros(1, 3, side, side))
     return teacher.width, float(counter.get_total_flops())

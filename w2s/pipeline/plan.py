@@ -119,7 +119,8 @@ class Plan:
         return [self.config(task, {}) for task in [*self.tasks(), *trials]]
 
     def _overrides(self, step: Step) -> list[str]:
-        return [*self.pipeline.overrides, *step.overrides, *self._given[step.name]]
+        common = [*self.pipeline.overrides, *self.pipeline.on_stage.get(step.stage, [])]
+        return [*common, *step.overrides, *self._given[step.name]]
 
     def _folders_before(self, task: Task) -> dict[str, Path]:
         """Folders of the runs of earlier steps with the task's seed."""

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from w2s.config.fields import nearest
-from w2s.config.load import read_document
+from w2s.config.load import STAGES, read_document
 from w2s.errors import ConfigError
 
 REFERENCE = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -60,6 +60,8 @@ class Pipeline:
     """Every step is run with each of these as its run.seed; empty runs it once, with the seed of its overrides."""
     overrides: list[str] = field(default_factory=list)
     """Overrides of every step, before its own."""
+    on_stage: dict[str, list[str]] = field(default_factory=dict)
+    """Further overrides of every step of a stage, by the stage's name."""
     steps: list[Step]
     """What is run, in this order; of several seeds, evaluations come after all training."""
 
@@ -105,6 +107,8 @@ def _mistakes(pipeline: Pipeline) -> Iterator[str]:
         yield f"steps are named {names}: give at least one, each with a name of its own"
     if len(set(pipeline.seeds)) < len(pipeline.seeds):
         yield f"seeds={pipeline.seeds} has a seed twice: give different ones"
+    for stage in pipeline.on_stage.keys() - set(STAGES):
+        yield f"on_stage: there is no stage {stage}: did you mean {nearest(stage, STAGES)}?"
     for number, step in enumerate(pipeline.steps):
         for other in [*step.compute_of, *step.beside]:
             if other not in names:

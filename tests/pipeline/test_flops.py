@@ -1,0 +1,23 @@
+import pytest
+
+from w2s.config.load import load
+from w2s.pipeline.flops import steps_of_equal_compute, training_flops
+from w2s.planning.flops import stage_flops
+
+MIM = ["model=tiny", "teacher.source=timm:test_vit", "teacher.image_size=64", "train.steps=30"]
+
+
+def test_a_masked_stage_pays_for_its_teacher() -> None:
+    """By hand for timm's test_vit: 6 layers of width 64, at 64 px 16 patches and CLS."""
+    config = load("mim", MIM)
+    student = stage_flops(config, 1, target_width=64).model
+    layer = 2 * 17 * (4 * 64**2 + 2 * 64 * 192) + 4 * 17**2 * 64
+    patches = 2 * 16 * 3 * 16**2 * 64
+    assert training_flops(config) == pytest.approx((student + 6 * layer + patches) * 30 * 64, rel=1e-12)
+
+
+def test_equal_compute_is_equal_to_half_a_step() -> None:
+    config, other = load("clip", ["model=tiny"]), load("mim", MIM)
+    steps = steps_of_equal_compute(config, [other, other])
+    one = training_flops(config) / config.train.steps
+    assert abs(steps * one - 2 * training_flops(other)) <= one / 2

@@ -1,0 +1,147 @@
+"""The showcase from end to end on a few images: every arm, one seed, two steps of each stage."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from tests.stages.runs import run_in_process
+from tests.stages.shapes import write_shapes
+from w2s.config.load import read_document
+from w2s.pipeline import run
+from w2s.pipeline.run import run_pipeline
+from w2s.pipeline.steps import load_pipeline
+from w2s.tracking.store import connect
+
+ARMS = ["masked", "scratch", "scratch_long", "unmasked", "cycle", "scratch_large"]
+FIRST = ["masked_mim", "unmasked_mim", "cycle_mim"]
+SMALL = [
+    "hardware=cpu",
+    *(f"model.vision.{size}" for size in ("layers=1", "width=32", "heads=2", "mlp_width=64")),
+    *(f"model.text.{size}" for size in ("layers=1", "width=32", "heads=2", "mlp_width=64")),
+    "train.steps=2",
+    "train.global_batch=8",
+    "train.micro_batch=8",
+    "optim.warmup=1",
+    "data.workers=0",
+    "tracking.system_metrics=false",
+    # A small teacher, of whose compute the long baseline has not many steps.
+    *(f"{step}:teacher.image_size=32" for step in ("masked_mim", "unmasked_mim", "masked")),
+]
+
+
+def one_seed_and_two_candidates(path: Path) -> str:
+    """The pipeline with one seed, and with two candidates of each choice."""
+    pipeline = read_document("run", "showcase")
+    pipeline["seeds"] = [1]
+    for step in pipeline["steps"]:
+        if "choose" in step:
+            step["choose"] = step["choose"] | {"among": ["1e-3", "2e-3"]}
+    path.write_text(yaml.safe_dump(pipeline))
+    return str(path)
+
+
+def few_images(path: Path) -> str:
+    """The data section of the showcase with drawn shapes in the place of its sets."""
+    folders = {
+        name: str(write_shapes(path.parent / name, 1, seed)) for seed, name in enumerate(("train", "tune", "test"))
+    }
+    sets = dict.fromkeys(("openmoji", "openmoji_unseen", "tuxpaint"), folders["test"])
+    own = {"shards": "", "sets": sets}
+    section = {
+        "data": {"builtin": "none", "train": folders["train"], "lanes": 1},
+        "eval": {"shards": folders["tune"], "knn_shards": folders["train"]},
+        "on_stage": {"eval": {"eval": own}},
+    }
+    path.write_text(yaml.safe_dump(section))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("showcase")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "launch", lambda function, config, ranks: run_in_process(config))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        name = one_seed_and_two_candidates(folder / "showcase.yaml")
+        data = few_images(folder / "data.yaml")
+        return run_pipeline(name, [f"run.root={folder}/runs", f"data={data}", *SMALL], ranks=1, fresh=False)
+
+
+def rows(report: Path, table: str) -> list[list[str]]:
+    lines = (report.parent / "tables" / f"{table}.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_every_arm_is_measured_on_every_test_set(report: Path) -> None:
+    header, _, *found = rows(report, "arms")
+    assert header == ["metric", *ARMS, "beside"]
+    values = {row[0]: row[1:-1] for row in found}
+    metrics = [
+        "zero-shot top-1",
+        "zero-shot top-5",
+        "k-NN top-1",
+        "image to text, recall at 5",
+        "text to image, recall at 5",
+    ]
+    sets = ["openmoji", "openmoji_unseen", "tuxpaint"]
+    assert values.keys() == {f"{metric}, {name}" for metric in metrics for name in sets}
+    assert all(0 <= float(cell) <= 1 for cells in values.values() for cell in cells)
+    assert any("teacher" in row[-1] and "random" in row[-1] for row in found)
+
+
+def test_the_first_stages_stand_beside_their_constant_baselines(report: Path) -> None:
+    found = {row[0]: row for row in rows(report, "training") if row[1].endswith("cosine, test")}
+    assert list(found) == FIRST
+    assert {row[1] for row in found.values()} == {"masked cosine, test", "unmasked cosine, test"}
+    assert all(row[3].startswith("constant 0.") for row in found.values())
+
+
+def test_only_evaluations_look_at_the_test_sets(report: Path) -> None:
+    finished = list(report.parent.glob("*/result.json"))
+    configs = {path.parent.name: (path.parent / "config.yaml").read_text() for path in finished}
+    looking = {name for name, text in configs.items() if "tuxpaint:" in text}
+    assert looking == {f"{arm}-seed1" for arm in ARMS}
+    last_training = max(path.stat().st_mtime_ns for path in finished if path.parent.name not in looking)
+    assert all(path.stat().st_mtime_ns > last_training for path in finished if path.parent.name in looking)
+
+
+def test_every_arm_had_as_many_trials_on_the_held_out_slice(report: Path) -> None:
+    _, _, *found = rows(report, "choices")
+    trials = [f"{arm}_clip" for arm in ("masked", "scratch", "scratch_long", "unmasked", "cycle", "scratch_large")]
+    assert [row[0] for row in found] == [arm for arm in trials for _ in range(2)]
+    assert {row[2] for row in found} == {"retrieval/image_to_text_recall_at_10"}
+    assert sum(row[-1] == "chosen" for row in found) == len(trials)
+
+
+def test_the_long_baseline_has_the_compute_of_both_stages(report: Path) -> None:
+    flops = {row[0]: float(row[3]) for row in rows(report, "cost")[2:]}
+    one_step = flops["scratch_clip"] / 2
+    assert flops["scratch_long_clip"] == pytest.approx(flops["masked_mim"] + flops["masked_clip"], abs=0.51 * one_step)
+    assert flops["masked, all its steps"] == pytest.approx(flops["masked_mim"] + flops["masked_clip"], rel=1e-3)
+    assert flops["cycle, all its steps"] > flops["masked, all its steps"] + flops["cycle_clip"]
+
+
+def test_the_larger_student_learns_from_the_clip_of_its_own_seed(report: Path) -> None:
+    text = (report.parent / "cycle_mim-seed1" / "config.yaml").read_text()
+    assert f"source: w2s:{report.parent.absolute() / 'masked_clip-seed1'}" in text
+
+
+def test_all_runs_are_in_one_experiment_below_one_run(report: Path) -> None:
+    client: MlflowClient = connect(f"sqlite:///{report.parent.parent / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("showcase")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    parents = [run.data.tags.get("mlflow.parentRunId") for run in runs]
+    (top,) = [run for run, parent in zip(runs, parents, strict=True) if parent is None]
+    assert parents.count(top.info.run_id) == len(runs) - 1 == len(list(report.parent.glob("*/result.json")))
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_every_choice_of_the_real_showcase_is_made_alike() -> None:
+    pipeline = load_pipeline("showcase")
+    choices = [step.choose for step in pipeline.steps if step.stage == "clip"]
+    assert len(choices) == len(ARMS)
+    assert all(choice == choices[0] for choice in choices)
+    assert len(pipeline.seeds) == 3
