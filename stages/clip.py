@@ -15,7 +15,7 @@ from w2s.data.batch import Batch, gather_batch, given, normalize
 from w2s.data.sample import SampleSpec
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
-from w2s.megatron.schedule import Loss, Reported, finish_gradients, forward_backward, forward_only
+from w2s.megatron.schedule import Loss, Reported, begin_pass, finish_gradients, forward_backward, forward_only
 from w2s.megatron.sharded import data_parallel
 from w2s.objectives.contrastive import contrastive_loss
 from w2s.objectives.sigmoid import sigmoid_loss
@@ -99,6 +99,7 @@ class ContrastiveStage:
 
             return images, loss
 
+        begin_pass(self.text)
         (report,) = forward_backward(self.vision, [batch], forward, self._rows("vision", batch))
         finish_gradients(self.text)
         return report["loss"]

@@ -91,11 +91,11 @@ def _without_fp8(base: type) -> type:
         stays_bf16 = True
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            with te.fp8_model_init(enabled=False):
+            with te.quantized_model_init(enabled=False):
                 super().__init__(*args, **kwargs)
 
         def forward(self, x: Tensor) -> Any:
-            with te.fp8_autocast(enabled=False):
+            with te.autocast(enabled=False):
                 return super().forward(x)
 
     return Bf16Linear
@@ -145,7 +145,12 @@ def tell(linear: Any, config: Any, record: Record) -> Iterator[Any]:
 
 
 def forget_first_values(module: nn.Module) -> None:
-    """Let FP8 weights forget the values that Transformer Engine made them with: ours have taken their place."""
+    """Let FP8 weights forget the values that Transformer Engine made them with: ours have taken their place.
+
+    Megatron's optimizer would make its master weights of them; it takes those of the FP8 weights where there are none.
+    """
     for parameter in module.parameters():
         if hasattr(parameter, "clear_high_precision_init_val"):
             parameter.clear_high_precision_init_val()
+            for name in ("clear_high_precision_init_val", "get_high_precision_init_val"):
+                delattr(parameter, name)

@@ -57,7 +57,7 @@ def quantize(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Float8:
 
 
 def block_scale(matrix: Tensor, dtype: torch.dtype, rows: int, columns: int = 128) -> Tensor:
-    """Return the current scale of each block of a matrix, at each of its values: float32, of its shape.
+    """Return the current scale of each block of a matrix, at each of its values: float32 powers of two, of its shape.
 
     Args:
         matrix: [m, n].
@@ -69,4 +69,5 @@ def block_scale(matrix: Tensor, dtype: torch.dtype, rows: int, columns: int = 12
     padded = F.pad(matrix.detach().abs().float(), (0, -width % columns, 0, -height % rows))
     blocks = padded.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
     largest = blocks.amax(dim=(1, 3), keepdim=True).expand_as(blocks).flatten(2, 3).flatten(0, 1)[:height, :width]
-    return _scale(largest, dtype)
+    # frexp gives a mantissa from 0.5 to 1: half of its power of two is the largest one that is not above the scale.
+    return torch.exp2(torch.frexp(_scale(largest, dtype)).exponent - 1.0)

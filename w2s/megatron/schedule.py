@@ -42,6 +42,15 @@ def forward_backward(
     return _run(tower, micro_batches, forward, rows, forward_only=False)
 
 
+def begin_pass(tower: ShardedTower[Any]) -> None:
+    """Tell a model that takes part in another's pass that its weights are new, as `forward_backward` tells its own.
+
+    Transformer Engine rounds them to FP8 once a pass.
+    """
+    for part in tower.parts:
+        part.set_is_first_microbatch()
+
+
 def finish_gradients(tower: ShardedTower[Any]) -> None:
     """Reduce the gradients of a model that took part in another's pass, as `forward_backward` does for its own."""
     finalize_model_grads(tower.chunks)

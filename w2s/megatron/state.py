@@ -29,7 +29,7 @@ def save(
     """
     weights = _weights(towers)
     state = {
-        **weights,
+        **_worth_keeping(weights),
         "optimizer": optimizer.sharded.sharded_state_dict(weights, metadata=_metadata()),
         "extra": dict(extra),
     }
@@ -97,21 +97,22 @@ def _metadata() -> dict[str, Any]:
 def _weights(towers: Towers) -> dict[str, Any]:
     """Describe every weight that this rank holds, by tower and chunk; names and layer numbers are global.
 
-    Linears that keep scales of FP8 add what they keep; those that keep nothing add nothing.
+    Beside its weight each linear has a place for scales of FP8, a `ShardedObject`.
     """
-    everything = {
+    return {
         f"{name}/{number}": part.sharded_state_dict(prefix=f"{name}.", metadata=_metadata())
         for name, tower in towers.items()
         for number, part in enumerate(tower.parts)
     }
-    return {
-        chunk: {key: part for key, part in parts.items() if not (isinstance(part, ShardedObject) and _is_empty(part))}
-        for chunk, parts in everything.items()
-    }
 
 
-def _is_empty(extra: ShardedObject) -> bool:
-    return extra.data is None or (isinstance(extra.data, Tensor) and extra.data.numel() == 0)
+def _worth_keeping(weights: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the places for scales of linears that have none."""
+
+    def empty(part: Any) -> bool:
+        return isinstance(part, ShardedObject) and (part.data is None or len(part.data) == 0)
+
+    return {chunk: {key: part for key, part in parts.items() if not empty(part)} for chunk, parts in weights.items()}
 
 
 def _known(weights: dict[str, Any], folder: Path) -> dict[str, Any]:
