@@ -53,15 +53,19 @@ def peak(
     chunks = [_chunk(tower, parallel, types, samples, number) for number in virtual]
     tail = _after_layers(tower, types, samples) if stage == parallel.pipeline - 1 else 0
     again = _computed_again(tower, parallel, types, samples, virtual[-1])
+    least, mixes = min(chunks), in_flight(parallel.pipeline, parallel.virtual_pipeline, stage, micro_batches)
+    larger = [(number, size - least) for number, size in enumerate(chunks) if size > least]
     return max(
-        sum(count * size for count, size in zip(counts, chunks, strict=True)) + max(tail if counts[-1] else 0, again)
-        for counts in in_flight(parallel.pipeline, parallel.virtual_pipeline, stage, micro_batches)
+        sum(counts) * least
+        + sum(counts[number] * more for number, more in larger)
+        + max(tail if counts[-1] else 0, again)
+        for counts in (mixes if larger or tail else [next(iter(mixes))])
     )
 
 
 @cache
 def in_flight(stages: int, chunks: int, stage: int, micro_batches: int) -> frozenset[tuple[int, ...]]:
-    """How many micro-batches of each of its chunks a rank of the pipeline may keep at once.
+    """How many micro-batches of each of its chunks a rank of the pipeline keeps when it keeps most, in all ways.
 
     Args:
         stages: ranks of the pipeline.
@@ -74,14 +78,14 @@ def in_flight(stages: int, chunks: int, stage: int, micro_batches: int) -> froze
     # Megatron's interleaved schedule: `stages` micro-batches go through a chunk before the next chunk's turn, and after
     # the warm-up every forward pass is followed by a backward pass, which takes the chunks the other way round.
     turns = min(micro_batches * chunks, 3 * stages * chunks)
-    warm_up = min((stages - stage - 1) * 2 + (chunks - 1) * stages, turns)
-    counts, seen = [0] * chunks, set()
+    warm_up = min((stages - stage - 1) * 2 + (chunks - 1) * stages, turns - 1)
+    counts, most = [0] * chunks, set()
     for turn in range(turns):
         counts[turn // stages % chunks] += 1
-        seen.add(tuple(counts))
         if turn >= warm_up:
+            most.add(tuple(counts))
             counts[chunks - 1 - (turn - warm_up) // stages % chunks] -= 1
-    return frozenset(seen)
+    return frozenset(most)
 
 
 def _chunk(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int, stage: int) -> int:
