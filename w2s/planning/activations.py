@@ -50,18 +50,27 @@ def peak(
         stage: rank in the pipeline.
     """
     virtual = range(stage, len(tower.split), parallel.pipeline)
-    chunks = [_chunk(tower, parallel, types, samples, number) for number in virtual]
+    whole, entry = _layer(tower, parallel, types, samples), _input(tower, parallel, types, samples)
+    chunks = [_chunk(parallel, tower.split[number], whole, entry) for number in virtual]
+    if stage == 0:
+        chunks[0] += samples * tower.embedding_elements * types.value
     tail = _after_layers(tower, types, samples) if stage == parallel.pipeline - 1 else 0
-    again = _computed_again(tower, parallel, types, samples, virtual[-1])
+    last = tower.split[virtual[-1]]
+    # A recomputed layer is there as a whole; the layers after it are not kept any longer then.
+    again = (1 - (last - recomputed_layers(parallel, last))) * whole if parallel.recompute == "full" else 0
+    least, mixes = min(chunks), in_flight(parallel.pipeline, parallel.virtual_pipeline, stage, micro_batches)
+    larger = [(number, size - least) for number, size in enumerate(chunks) if size > least]
     return max(
-        sum(count * size for count, size in zip(counts, chunks, strict=True)) + max(tail if counts[-1] else 0, again)
-        for counts in in_flight(parallel.pipeline, parallel.virtual_pipeline, stage, micro_batches)
+        sum(counts) * least
+        + sum(counts[number] * more for number, more in larger)
+        + max(tail if counts[-1] else 0, again)
+        for counts in (mixes if larger or tail else [next(iter(mixes))])
     )
 
 
 @cache
 def in_flight(stages: int, chunks: int, stage: int, micro_batches: int) -> frozenset[tuple[int, ...]]:
-    """How many micro-batches of each of its chunks a rank of the pipeline may keep at once.
+    """How many micro-batches of each of its chunks a rank of the pipeline keeps when it keeps most, in all ways.
 
     Args:
         stages: ranks of the pipeline.
@@ -74,33 +83,25 @@ def in_flight(stages: int, chunks: int, stage: int, micro_batches: int) -> froze
     # Megatron's interleaved schedule: `stages` micro-batches go through a chunk before the next chunk's turn, and after
     # the warm-up every forward pass is followed by a backward pass, which takes the chunks the other way round.
     turns = min(micro_batches * chunks, 3 * stages * chunks)
-    warm_up = min((stages - stage - 1) * 2 + (chunks - 1) * stages, turns)
-    counts, seen = [0] * chunks, set()
+    warm_up = min((stages - stage - 1) * 2 + (chunks - 1) * stages, turns - 1)
+    counts, most = [0] * chunks, set()
     for turn in range(turns):
         counts[turn // stages % chunks] += 1
-        seen.add(tuple(counts))
         if turn >= warm_up:
+            most.add(tuple(counts))
             counts[chunks - 1 - (turn - warm_up) // stages % chunks] -= 1
-    return frozenset(seen)
+    return frozenset(most)
 
 
-def _chunk(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int, stage: int) -> int:
-    """What a micro-batch keeps in a chunk's layers and before them."""
-    again, layers = recomputed_layers(parallel, tower.split[stage]), tower.split[stage]
-    kept = again * _input(tower, parallel, types, samples)
-    kept += (layers - again) * _layer(tower, parallel, types, samples)
-    return kept + (samples * tower.embedding_elements * types.value if stage == 0 else 0)
+def _chunk(parallel: ParallelConfig, layers: int, whole: int, entry: int) -> int:
+    """What a micro-batch keeps in a chunk's layers: all of a layer, or what goes into it."""
+    again = recomputed_layers(parallel, layers)
+    return again * entry + (layers - again) * whole
 
 
 def recomputed_layers(parallel: ParallelConfig, layers: int) -> int:
     """Layers of a chunk that the backward pass computes again."""
     return min(parallel.recompute_layers or layers, layers) if parallel.recompute == "full" else 0
-
-
-def _computed_again(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int, stage: int) -> int:
-    """What a recomputed layer adds while it is there; the layers after it are not kept any longer then."""
-    again, layers = recomputed_layers(parallel, tower.split[stage]), tower.split[stage]
-    return (1 - (layers - again)) * _layer(tower, parallel, types, samples) if again else 0
 
 
 def _layer(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int) -> int:

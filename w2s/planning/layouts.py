@@ -8,6 +8,7 @@ from w2s.config.layout import check_micro_batches, check_ranks, check_towers, di
 from w2s.config.linears import check_fp8_layout
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
+from w2s.planning.cards import GPUS_PER_NODE
 
 
 class Layouts:
@@ -29,7 +30,7 @@ class Layouts:
     def splits(self) -> Iterator[Config]:
         """Tensor, pipeline and virtual pipeline sizes; data-parallel ranks overlap what they exchange."""
         for pipeline in self._choices("parallel.pipeline", divisors(self.world_size)):
-            for tensor in self._choices("parallel.tensor", divisors(max(1, self.world_size // pipeline))):
+            for tensor in self._choices("parallel.tensor", self._tensor(pipeline)):
                 overlap = self.world_size > tensor * pipeline
                 for virtual in self._choices("parallel.virtual_pipeline", self._virtual(pipeline)):
                     split = self._parallel(
@@ -71,6 +72,11 @@ class Layouts:
         if {"parallel.recompute", "parallel.recompute_layers"} & set(self.fixed):
             return None
         return self._parallel(config, recompute="full", recompute_layers=layers)
+
+    def _tensor(self, pipeline: int) -> Iterable[int]:
+        """Tensor-parallel groups stay within a node: they communicate in every layer."""
+        sizes = divisors(max(1, self.world_size // pipeline))
+        return [size for size in sizes if GPUS_PER_NODE % size == 0]
 
     def _virtual(self, pipeline: int) -> Iterable[int]:
         """Chunks a pipeline rank: each has a layer at least."""

@@ -11,7 +11,7 @@ from w2s.config.linears import bf16_layers
 from w2s.config.sections import Config
 from w2s.planning.activations import Types, in_flight, local_rows, peak
 from w2s.planning.flops import micro_batches, passes, share
-from w2s.planning.states import States, rank_states
+from w2s.planning.states import States
 from w2s.planning.teacher import PlannedTeacher
 from w2s.planning.towers import PlannedTower
 
@@ -40,20 +40,25 @@ class Memory:
 
 
 def rank_memory(
-    config: Config, towers: Sequence[PlannedTower], teacher: PlannedTeacher | None, world_size: int, stage: int
+    config: Config,
+    towers: Sequence[PlannedTower],
+    teacher: PlannedTeacher | None,
+    states: States,
+    world_size: int,
+    stage: int,
 ) -> Memory:
-    """Return the bytes on the first data-parallel rank of a pipeline stage, in bfloat16 on a GPU.
+    """Return the bytes on a rank of a pipeline stage, in bfloat16 on a GPU.
 
     Args:
         config: the stage of training.
         towers: its towers.
         teacher: the teacher of the masked stage.
+        states: the rank's.
         world_size: ranks in all.
         stage: rank in the pipeline.
     """
     parallel, samples = config.parallel, min(config.train.micro_batch, share(config, world_size))
-    data_size, count = world_size // (parallel.tensor * parallel.pipeline), micro_batches(config, world_size)
-    states = rank_states(towers, parallel, config.precision, data_size=data_size, data_rank=0, stage=stage)
+    count = micro_batches(config, world_size)
     kept = [
         peak(tower, parallel, on_gpu(config, tower), samples=samples, micro_batches=count, stage=stage)
         for tower in towers

@@ -11,9 +11,9 @@ from w2s.planning.duration import StepTime, step_time
 from w2s.planning.flops import StageFlops, stage_flops
 from w2s.planning.layouts import Layouts
 from w2s.planning.memory import Memory, rank_memory
-from w2s.planning.states import States
+from w2s.planning.states import rank_states
 from w2s.planning.teacher import PlannedTeacher, planned_teacher
-from w2s.planning.towers import PlannedTower, planned_towers
+from w2s.planning.towers import planned_towers
 
 
 @dataclass(frozen=True)
@@ -114,58 +114,79 @@ class _Search:
         self.card, self.gpus, self.teacher, self.layouts = card, gpus, teacher, layouts
         self.target_width = teacher.width if teacher else 0
         self.legal, self.least = 0, float("inf")
-        self.peak = gpus * card.bf16_tflops * 1e12
 
     def run(self) -> Iterator[Plan]:
         """Go through all layouts and give those that fit."""
         for split in self.layouts.splits():
-            towers = planned_towers(split, self.target_width)
+            stage = _SplitStage(split, self.target_width, self.gpus)
             for batch in self.layouts.batches(split):
-                yield from self._recomputes(batch, towers)
+                yield from self._recomputes(batch, stage)
 
-    def _recomputes(self, batch: Config, towers: tuple[PlannedTower, ...]) -> Iterator[Plan]:
+    def _recomputes(self, batch: Config, stage: "_SplitStage") -> Iterator[Plan]:
         """What is computed again: nothing, the GELU, all layers, or as few as make the rest fit."""
         fits = {}
         for config in self.layouts.recomputes(batch):
             self.legal += 1
-            memory = self._memory(config, towers)
+            memory = self._memory(config, stage)
             self.least = min(self.least, memory.total)
-            recompute = config.parallel.recompute
-            fits[recompute] = memory.total <= self.card.usable_bytes
-            if fits[recompute]:
-                yield self._plan(config, towers, memory)
+            fits[config.parallel.recompute] = memory.total <= self.card.usable_bytes
+            if fits[config.parallel.recompute]:
+                yield self._plan(config, stage, memory)
         if fits.get("full") and not fits.get("none", True):
-            yield from self._partly_recomputed(batch, towers)
+            yield from self._partly_recomputed(batch, stage)
 
-    def _partly_recomputed(self, batch: Config, towers: tuple[PlannedTower, ...]) -> Iterator[Plan]:
-        most = max(max(tower.split) for tower in towers)
+    def _partly_recomputed(self, batch: Config, stage: "_SplitStage") -> Iterator[Plan]:
+        most = max(max(tower.split) for tower in stage.towers)
 
         def fits(layers: int) -> bool:
             config = self.layouts.partly_recomputed(batch, layers)
-            return config is not None and self._memory(config, towers).total <= self.card.usable_bytes
+            return config is not None and self._memory(config, stage).total <= self.card.usable_bytes
 
         layers = bisect_left(range(1, most), True, key=fits) + 1
         config = self.layouts.partly_recomputed(batch, layers)
         if config is not None and layers < most:
             self.legal += 1
-            yield self._plan(config, towers, self._memory(config, towers))
+            yield self._plan(config, stage, self._memory(config, stage))
 
-    def _memory(self, config: Config, towers: tuple[PlannedTower, ...]) -> Memory:
-        """Of the rank that needs most: the first stages keep most micro-batches, the last has the loss."""
-        last = config.parallel.pipeline - 1
+    def _memory(self, config: Config, stage: "_SplitStage") -> Memory:
+        """Of the rank that needs most."""
         ranks = (
-            rank_memory(config, towers, self.teacher, self.gpus, stage) for stage in sorted({0, min(1, last), last})
+            rank_memory(config, stage.towers, self.teacher, states, self.gpus, rank)
+            for rank, states in stage.states.items()
         )
         return max(ranks, key=lambda memory: memory.total)
 
-    def _plan(self, config: Config, towers: tuple[PlannedTower, ...], memory: Memory) -> Plan:
-        states = States(memory.weights, memory.gradients, memory.optimizer)
-        teacher = self.teacher.flops if self.teacher else 0.0
+    def _plan(self, config: Config, stage: "_SplitStage", memory: Memory) -> Plan:
+        states = max(stage.states.values(), key=lambda states: states.gradients)
         return Plan(
             config=config,
             gpus=self.gpus,
             memory=memory,
-            time=step_time(config, self.card, towers, self.teacher, states, self.gpus),
-            flops=stage_flops(config, self.gpus, target_width=self.target_width, teacher=teacher),
-            peak=self.peak,
+            time=step_time(config, self.card, stage.towers, self.teacher, states, self.gpus),
+            flops=stage_flops(
+                config,
+                self.gpus,
+                target_width=self.target_width,
+                teacher=self.teacher.flops if self.teacher else 0.0,
+            ),
+            peak=self.gpus * self.card.bf16_tflops * 1e12,
         )
+
+
+class _SplitStage:
+    """What all layouts of one split have in common.
+
+    Attributes:
+        towers: the towers.
+        states: of the first data-parallel rank, by rank of the pipeline, of those ranks that may need most memory: the
+            first ones keep most micro-batches, the last has the loss.
+    """
+
+    def __init__(self, split: Config, target_width: int, gpus: int) -> None:
+        self.towers = planned_towers(split, target_width)
+        parallel = split.parallel
+        last, size = parallel.pipeline - 1, gpus // (parallel.tensor * parallel.pipeline)
+        self.states = {
+            rank: rank_states(self.towers, parallel, split.precision, data_size=size, data_rank=0, stage=rank)
+            for rank in sorted({0, min(1, last), last})
+        }
