@@ -1,6 +1,7 @@
 # make demo    install into .venv, run mim -> clip -> eval, print a table and the path of a report
 # make test    install into .venv what the tests need too, run them
 # make check   lint, format, types and layers
+# make showcase-data    install into .venv, build the larger data set of real drawings (apt-get, dpkg-deb and npm are used)
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=folder the environment.
 
@@ -9,13 +10,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo showcase-data test check format clean
 
 help:
 	@sed -n 's/^# //p' Makefile
 
 demo: $(VENV)/.demo
 	$(BIN)/w2s run
+
+showcase-data: $(VENV)/.demo
+	$(BIN)/w2s data build showcase
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

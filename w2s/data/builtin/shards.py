@@ -21,7 +21,7 @@ class Pair:
 
 
 def write_folder(folder: Path, pairs: Sequence[Pair], classes: Sequence[str]) -> None:
-    """Make a folder with at most 16 shards, `classnames.txt` and `sizes.json` (samples by shard), the same bytes each time.
+    """Make a folder of up to 16 shards with `classnames.txt` and `sizes.json`, the same bytes each time.
 
     Args:
         folder: does not exist yet.
