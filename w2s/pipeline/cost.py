@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from w2s.pipeline.flops import training_flops
 from w2s.pipeline.results import Results, Run
 from w2s.pipeline.steps import Step, ancestors
 
@@ -22,7 +21,7 @@ class Cost:
 
 def of_run(run: Run) -> Cost:
     """The cost of a run."""
-    return Cost(run.samples, run.training_seconds, training_flops(run.config))
+    return Cost(run.samples, run.training_seconds, run.flops)
 
 
 def of_chain(results: Results, step: Step) -> list[Cost]:

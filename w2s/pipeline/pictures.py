@@ -8,7 +8,6 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from w2s.pipeline.cost import of_run
 from w2s.pipeline.headlines import Reading, readings
 from w2s.pipeline.results import Results, Run
 from w2s.pipeline.steps import ancestors
@@ -60,7 +59,7 @@ def _compute(results: Results) -> Place:
     def place(run: Run, seen: int) -> float:
         before = [step for step in ancestors(results.pipeline, run.task.step) if step.name != run.task.step.name]
         same_seed = [other for step in before for other in results.of(step) if other.task.seed == run.task.seed]
-        return (sum(of_run(other).flops for other in same_seed) + of_run(run).flops * seen / run.samples) / 1e12
+        return (sum(other.flops for other in same_seed) + run.flops * seen / run.samples) / 1e12
 
     return place
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from w2s.config.naming import run_folder
 from w2s.config.sections import Config
+from w2s.pipeline.flops import training_flops
 from w2s.pipeline.plan import Task
 from w2s.pipeline.steps import Pipeline, Step
 from w2s.tracking.history import read_history
@@ -48,7 +49,12 @@ class Run:
         """Training samples."""
         return self.config.train.steps * self.config.train.global_batch if self.config.stage != "eval" else 0
 
-    @property
+    @cached_property
+    def flops(self) -> float:
+        """Model FLOPs of its training, the teacher's included."""
+        return training_flops(self.config)
+
+    @cached_property
     def training_seconds(self) -> float:
         """Seconds of its training steps, without the start, evaluations and checkpoints."""
         lines = [line for line in self.history if "seconds_per_step" in line]
