@@ -7,6 +7,7 @@ import pytest
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
+from stages.clip import ContrastiveStage
 from tests.stages.conftest import Run
 from tests.stages.layouts import Steps, run_alone, run_layouts
 from tests.stages.runs import QUIET, history, records, result, run_stage
@@ -14,7 +15,9 @@ from w2s.checkpoint.store import latest
 from w2s.config.load import load
 from w2s.config.sections import ParallelConfig
 from w2s.megatron import groups
+from w2s.megatron.groups import Ranks
 from w2s.megatron.stored import StoredTensors
+from w2s.trainer import open_stream
 
 FP8 = "precision.fp8=emulated"
 SCRATCH = {"mim": [], "clip": ["init.vision=none"]}
@@ -162,3 +165,14 @@ def test_named_layers_stay_without_fp8(base: list[str]) -> None:
 def test_a_rehearsal_refuses_what_a_gpu_would(base: list[str], w2s: Run) -> None:
     code, _, error = w2s("stage", "mim", *base, *QUIET, FP8, "train.global_batch=8", "train.micro_batch=8")
     assert code == 2 and error.startswith("error: train.micro_batch=8 makes 8 x 17 tokens for 1 rank")
+
+
+def test_a_text_tower_in_the_other_towers_pass_is_told_of_its_new_weights(base: list[str], alone: Ranks) -> None:
+    config = load("clip", [*base, *QUIET, "init.vision=none"])
+    stage = ContrastiveStage(config, alone)
+    (text,) = stage.text.parts
+    linear = text.blocks.layers[0].mlp.linear_fc1
+    text.config.fp8 = "hybrid"  # no FP8 without Transformer Engine, but Megatron tells its linears as if
+    linear.is_first_microbatch = False
+    stage.step(open_stream(config, stage.spec, rank=0, size=1, position=None).next())
+    assert linear.is_first_microbatch
