@@ -14,9 +14,9 @@ from PIL import Image
 
 from tests.stages.conftest import Run
 from tests.stages.runs import history, records, result, run_in_process, run_stage
-from w2s import pipeline
 from w2s.config.load import load, to_yaml
 from w2s.config.sections import Config
+from w2s.pipeline import run as pipeline
 
 STEPS = ("mim", "clip", "scratch", "eval", "eval_scratch")
 
