@@ -239,6 +239,44 @@ def encode(
 
 
 @app.command()
+def plan(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="STAGE... OVERRIDES", help="mim, clip or both, then key=value.")
+    ],
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")],
+    card: Annotated[str, typer.Option(help="Their kind: a100-40, a100-80, h100, h200 or b200.")] = "h100",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples of a step; without it the configuration's, or the nearest legal.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=0, help="Layouts that are shown; 0 shows all.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="Write the fastest layout as a file for hardware=FILE.")] = None,
+    simulate: Annotated[int | None, typer.Option(min=8, help="Plan on 8, 16, ... up to this many GPUs too.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell which layouts of a stage fit on GPUs and how fast they should be; no GPU is needed."""
+    with _one_line(debug):
+        import json
+
+        from w2s.planning import hardware_file, report, scaling
+        from w2s.planning.cards import card as card_of
+        from w2s.planning.plan import find_plans
+        from w2s.planning.request import request
+
+        asked = request(arguments, gpus, card, batch)
+        found = {
+            stage: find_plans(asked.config(stage, gpus), card_of(card), gpus, asked.fixed) for stage in asked.stages
+        }
+        curves = {stage: scaling.simulate(asked, stage, simulate) for stage in asked.stages} if simulate else {}
+        if out:
+            hardware_file.write(out, asked, [plans.fitting[0] for plans in found.values()])
+        if as_json:
+            print(json.dumps(report.document(asked, card_of(card), found, curves, top), indent=2))
+        else:
+            report.print_report(asked, card_of(card), found, curves, top)
+
+
+@app.command()
 def doctor(debug: Debug = False) -> None:
     """Show what this machine can do, and what each missing piece would bring."""
     with _one_line(debug):

@@ -1,0 +1,175 @@
+"""What the planner found, as tables and as one JSON document."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+
+from w2s.planning.cards import Card
+from w2s.planning.duration import WORDS
+from w2s.planning.plan import Plan, Plans
+from w2s.planning.request import Request
+from w2s.planning.scaling import BEND, Scaling
+from w2s.tracking.tables import Cell, Table
+
+_GIB = 2**30
+_WARNING = "predicted, not measured: no plan has been compared with a run on GPUs yet"
+
+
+def document(request: Request, card: Card, found: dict[str, Plans], scaling: dict[str, Scaling], top: int) -> Any:
+    """Return everything as JSON takes it.
+
+    Args:
+        request: what was asked for.
+        card: the GPUs.
+        found: the plans of each stage.
+        scaling: the simulation of each stage, if one was asked for.
+        top: how many layouts are given; 0 gives all.
+    """
+    return {
+        "command": request.command,
+        "note": _WARNING,
+        "gpus": request.gpus,
+        "card": asdict(card),
+        "usable_gib": card.usable_bytes / _GIB,
+        "stages": {stage: _stage(plans, top) for stage, plans in found.items()},
+        "scaling": {stage: _scaling(points) for stage, points in scaling.items()},
+    }
+
+
+def print_report(request: Request, card: Card, found: dict[str, Plans], scaling: dict[str, Scaling], top: int) -> None:
+    """Print the layouts of each stage, the fastest first, and what its fastest needs."""
+    console = Console(highlight=False)
+    for stage, plans in found.items():
+        best = plans.fitting[0]
+        train = best.config.train
+        console.print(
+            f"{best.config.model.name} {stage} on {request.gpus} x {card.name}: {train.steps:,} steps of "
+            f"{train.global_batch:,} samples; {len(plans.fitting):,} of {plans.legal:,} layouts fit into "
+            f"{card.usable_bytes / _GIB:.1f} GiB"
+        )
+        console.print(_layouts(plans, top).to_rich())
+        console.print(_parts(best).to_rich())
+        console.print(bottleneck(best))
+    for stage, points in scaling.items():
+        console.print(_scaling_table(stage, points).to_rich())
+        console.print(_bend(points))
+    console.print(_WARNING)
+
+
+def bottleneck(plan: Plan) -> str:
+    """Say in a line what the step spends its time on."""
+    parts = sorted(asdict(plan.time).items(), key=lambda part: -part[1])
+    words = [f"{WORDS[name]} {100 * seconds / plan.seconds:.0f} %" for name, seconds in parts[:4] if seconds]
+    return f"bottleneck: {words[0]} of the step; then {', '.join(words[1:])}"
+
+
+def _stage(plans: Plans, top: int) -> dict[str, Any]:
+    best = plans.fitting[0]
+    return {
+        "model": best.config.model.name,
+        "teacher": best.config.teacher.name if best.config.stage == "mim" else None,
+        "global_batch": best.config.train.global_batch,
+        "steps": best.config.train.steps,
+        "model_tflop_per_sample": best.flops.model / 1e12,
+        "layouts_legal": plans.legal,
+        "layouts_fitting": len(plans.fitting),
+        "bottleneck": bottleneck(best),
+        "layouts": [_plan(plan) for plan in _shown(plans, top)],
+    }
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    parallel = plan.config.parallel
+    return {
+        "tensor": parallel.tensor,
+        "sequence": parallel.sequence,
+        "pipeline": parallel.pipeline,
+        "virtual_pipeline": parallel.virtual_pipeline,
+        "data": plan.gpus // (parallel.tensor * parallel.pipeline),
+        "micro_batch": plan.config.train.micro_batch,
+        "recompute": parallel.recompute,
+        "recompute_layers": parallel.recompute_layers,
+        "seconds_per_step": plan.seconds,
+        "samples_per_second": plan.samples_per_second,
+        "mfu": plan.mfu,
+        "hfu": plan.hfu,
+        "days": plan.days,
+        "gpu_hours": plan.gpu_hours,
+        "bottleneck": plan.time.bottleneck,
+        "seconds": asdict(plan.time),
+        "gib": {name: count / _GIB for name, count in asdict(plan.memory).items()},
+        "total_gib": plan.memory.total / _GIB,
+    }
+
+
+def _scaling(scaling: Scaling) -> dict[str, Any]:
+    return {
+        "bend": scaling.bend,
+        "reason": scaling.reason,
+        "points": [
+            {"gpus": point.gpus, "efficiency": point.efficiency, "plan": point.plan and _plan(point.plan)}
+            for point in scaling.points
+        ],
+    }
+
+
+_COLUMNS = ("layout", "micro", "recompute", "GiB", "s/step", "MFU %", "days")
+
+
+def _layouts(plans: Plans, top: int) -> Table:
+    return Table("", [*_COLUMNS, "GPU hours"], [[*_cells(plan), round(plan.gpu_hours)] for plan in _shown(plans, top)])
+
+
+def _shown(plans: Plans, top: int) -> list[Plan]:
+    return plans.fitting[: top or None]
+
+
+def _cells(plan: Plan) -> list[Cell]:
+    parallel = plan.config.parallel
+    sizes = {
+        "TP": parallel.tensor,
+        "PP": parallel.pipeline,
+        "VPP": parallel.virtual_pipeline,
+        "DP": plan.gpus // (parallel.tensor * parallel.pipeline),
+    }
+    layout = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one GPU"
+    return [
+        layout.replace(" ", "+SP ", 1) if parallel.sequence else layout,
+        plan.config.train.micro_batch,
+        parallel.recompute + (f" {parallel.recompute_layers}" if parallel.recompute_layers else ""),
+        round(plan.memory.total / _GIB, 1),
+        plan.seconds,
+        round(100 * plan.mfu, 1),
+        plan.days,
+    ]
+
+
+def _parts(plan: Plan) -> Table:
+    """Memory and time of a plan side by side."""
+    memory = [(name, count / _GIB) for name, count in asdict(plan.memory).items() if count]
+    time = sorted(((WORDS[name], s) for name, s in asdict(plan.time).items() if s), key=lambda part: -part[1])
+    length = max(len(memory), len(time))
+    left = [*memory, *[(None, None)] * (length - len(memory))]
+    right = [*time, *[(None, None)] * (length - len(time))]
+    rows: list[list[Cell]] = [
+        [name, gib, part, seconds and 1e3 * seconds, seconds and round(100 * seconds / plan.seconds, 1)]
+        for (name, gib), (part, seconds) in zip(left, right, strict=True)
+    ]
+    return Table("the fastest layout", ["memory of a GPU", "GiB", "time of a step", "ms", "%"], rows)
+
+
+def _scaling_table(stage: str, scaling: Scaling) -> Table:
+    rows: list[list[Cell]] = []
+    for point in scaling.points:
+        cells = _cells(point.plan) if point.plan else ["does not fit", *[None] * (len(_COLUMNS) - 1)]
+        efficiency = None if point.efficiency is None else round(100 * point.efficiency, 1)
+        rows.append([point.gpus, efficiency, *cells])
+    return Table(f"{stage} on more GPUs", ["GPUs", "efficiency %", *_COLUMNS], rows)
+
+
+def _bend(scaling: Scaling) -> str:
+    grown = f"; what grew most is {WORDS[scaling.reason]}" if scaling.reason else ""
+    if scaling.bend is None:
+        return f"a GPU gives at least {100 * BEND:.0f} % of what it gives on the fewest, everywhere{grown}"
+    return f"scaling bends at {scaling.bend} GPUs, where a GPU gives less than {100 * BEND:.0f} %{grown}"

@@ -1,0 +1,74 @@
+"""What the command line asks the planner for."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from w2s.config.load import STAGES, load
+from w2s.config.sections import Config, TrainConfig
+from w2s.errors import UserError
+
+ON_GPUS = ("precision.compute=bf16", "teacher.precision=bf16", "hardware.device=cuda")
+"""Settings that are planned with unless the command line has others."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Stages to be planned, with the same model, on the same GPUs."""
+
+    stages: tuple[str, ...]
+    overrides: tuple[str, ...]
+    gpus: int
+    card: str
+    batch: int | None
+    """Samples of a step over all GPUs; None takes the configuration's, or the nearest that the GPUs can share."""
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        """Keys that the command line gives a value."""
+        return frozenset(override.partition("=")[0] for override in self.overrides)
+
+    def config(self, stage: str, gpus: int) -> Config:
+        """Return the configuration of a stage on a number of GPUs.
+
+        Raises:
+            ConfigError: the overrides do not make one.
+        """
+        config = load(stage, [*ON_GPUS, *self.overrides])
+        return replace(config, train=_for_gpus(config.train, self.batch, gpus))
+
+    @property
+    def command(self) -> str:
+        """The command line, as it is repeated."""
+        batch = [] if self.batch is None else [f"--batch {self.batch}"]
+        words = ["w2s plan", *self.stages, *self.overrides, f"--gpus {self.gpus}", f"--card {self.card}", *batch]
+        return " ".join(words)
+
+
+def request(arguments: Sequence[str], gpus: int, card: str, batch: int | None) -> Request:
+    """Return what is asked for.
+
+    Args:
+        arguments: one or more stages, then overrides.
+        gpus: how many there are.
+        card: their name in cards.yaml.
+        batch: samples of a step over all GPUs; None takes the configuration's.
+
+    Raises:
+        UserError: there is no stage among the arguments, or one that is not trained.
+    """
+    stages = tuple(argument for argument in arguments if "=" not in argument)
+    unknown = [stage for stage in stages if stage not in STAGES or stage == "eval"]
+    if unknown or not stages:
+        named = f"stage {unknown[0]} is not one that is planned" if unknown else "w2s plan asks for no stage"
+        raise UserError(f"{named}: use mim, clip, or both, as in `w2s plan mim model=eva_18b`")
+    return Request(stages, tuple(argument for argument in arguments if "=" in argument), gpus, card, batch)
+
+
+def _for_gpus(train: TrainConfig, batch: int | None, gpus: int) -> TrainConfig:
+    """The same number of samples in batches of another size, in whole steps."""
+    size = batch or max(1, round(train.global_batch / gpus)) * gpus
+    if size == train.global_batch:
+        return train
+    samples = train.steps * train.global_batch
+    return replace(train, global_batch=size, steps=math.ceil(samples / size))
