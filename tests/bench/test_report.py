@@ -69,6 +69,21 @@ def test_two_ranks_that_split_the_towers(bench_step: Command) -> None:
     assert row["ours"]["hardware_tflops"] / row["ours"]["model_tflops"] == pytest.approx(4 / 3, rel=0.05)
 
 
+@pytest.mark.gpu
+def test_shares_of_a_gpus_peak_beside_the_compiled_peer(bench_step: Command) -> None:
+    overrides = ("model=eva_s", "hardware.device=cuda", "precision.compute=bf16", "teacher.source=timm:test_vit")
+    sizes = ("--layers", "2", "--micro-batch", "16", "--steps", "3", "--rounds", "1")
+    code, out, error = bench_step("mim", *overrides, "teacher.image_size=64", *sizes, "--vs", "timm", "--json")
+    assert code == 0, error
+    report = json.loads(out)
+    (row,) = report["rows"]
+    for side in (row["ours"], row["peer"]):
+        assert sum(side["parts"].values()) == pytest.approx(side["milliseconds"])
+        assert 0 < side["memory_gib"] < 10  # the weights of two small layers and 16 images: far from a card's memory
+        if report["bf16_peak_tflops"]:
+            assert 0 < side["mfu"] <= side["hfu"] < side["towers_mfu"] < 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

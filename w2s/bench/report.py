@@ -97,6 +97,8 @@ def bench_step(
         raise ConfigError("w2s bench step measures training: use stage mim or clip, not eval")
     if is_rank():
         raise ConfigError("w2s bench step starts its ranks itself: use --nproc in the place of torchrun or srun")
+    if config.parallel.cuda_graphs and len(micro_batches) > 1:
+        raise ConfigError("--micro-batch takes one size with parallel.cuda_graphs=true: graphs are captured for one")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         small = reduced(config, layers, folder)

@@ -138,8 +138,9 @@ def _run_ours(job: Job) -> None:
             rows = _measure_rows(subject, job, marks, ranks.device, ranks.reader, ranks.world_size)
         memories = ranks.gather([row.memory_gib for row in rows])
         rows = [replace(row, memory_gib=max(most)) for row, most in zip(rows, zip(*memories, strict=True), strict=True)]
+        found = _found(subject, ranks.device, rows)
         if ranks.main:
-            _write(job, subject, ranks.device, rows)
+            _write(job, found)
 
 
 def _run_peer(job: Job) -> None:
@@ -155,15 +156,16 @@ def _run_peer(job: Job) -> None:
         compiled=peer.compiled,
         tower_flops=peer.forward_flops(),
     )
-    _write(job, subject, device, _measure_rows(subject, job, marks, device, reader=0, world_size=1))
+    _write(job, _found(subject, device, _measure_rows(subject, job, marks, device, reader=0, world_size=1)))
 
 
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _write(job: Job, subject: _Subject, device: torch.device, rows: list[Row]) -> None:
-    found = Measured(
+def _found(subject: _Subject, device: torch.device, rows: list[Row]) -> Measured:
+    """Every rank calls: a teacher may be split over them."""
+    return Measured(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         compiled=subject.compiled,
         parameters=subject.parameters,
@@ -172,6 +174,9 @@ def _write(job: Job, subject: _Subject, device: torch.device, rows: list[Row]) -
         tower_flops=subject.tower_flops,
         rows=rows,
     )
+
+
+def _write(job: Job, found: Measured) -> None:
     job.out.write_text(json.dumps(asdict(found)), encoding="utf-8")
 
 
