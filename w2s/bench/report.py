@@ -107,7 +107,7 @@ def bench_step(
             check(each, ranks, ranks)
             if peer:
                 check_peer(each, peer, ranks)
-        if data == "real":
+        if data == "real" and config.data.builtin != "none":
             ensure_builtin(config.data)
         job = Job(small, tuple(micro_batches), data, steps, folder / "measured.json")
         turns = [
