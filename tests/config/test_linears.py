@@ -184,6 +184,15 @@ def test_cards_that_are_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_a_card_without_fp8_rehearses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, AMPERE, True)
+    rehearsal = [*ON_GPU, "precision.fp8=emulated"]
+    assert refusal("mim", 8, *rehearsal) == (
+        "precision.fp8=emulated on NVIDIA A100, which has no FP8: use hardware=cpu for a rehearsal"
+    )
+    assert accepts("mim", 8, *rehearsal, "hardware.device=cpu")
+
+
 def test_a_cpu_rehearses_and_no_more() -> None:
     assert accepts("mim", 1, *BIG, "train.micro_batch=16", "precision.fp8=emulated")
     assert refusal("mim", 1, *BIG, "precision.linear=te") == (

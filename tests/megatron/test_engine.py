@@ -4,13 +4,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from w2s.errors import MissingPackageError
 from w2s.megatron import engine
+from w2s.megatron.formats import block_scale, current_scale
 
 REPORT = """
 import sys, torch
@@ -18,6 +22,7 @@ torch.cuda.is_available = lambda: {gpu}
 import w2s.megatron.tower
 from w2s.errors import W2SError
 from w2s.megatron import engine
+from w2s.megatron.formats import block_scale, current_scale
 from megatron.core import fp8_utils
 try:
     engine.require()
@@ -83,3 +88,54 @@ def test_without_it_nothing_is_imported() -> None:
     assert engine.problem() is None and not [name for name in sys.modules if name.startswith("transformer_engine")]
     with pytest.raises(MissingPackageError, match="Transformer Engine is not installed: pip install"):
         engine.require()
+
+
+class Linear(nn.Linear):
+    """What is read of Transformer Engine's linear (release 2.12)."""
+
+    parallel_mode, sequence_parallel, tp_size, tp_group = "column", False, 2, None
+
+    def __init__(self) -> None:
+        super().__init__(256, 128, bias=False)
+        scales = {"scaling_fwd": torch.tensor([2.0, 3.0, 5.0]), "scaling_bwd": torch.tensor([7.0, 11.0])}
+        self.fp8_meta = {name: SimpleNamespace(scale=scale) for name, scale in scales.items()}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return super().forward(x), None
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_what_it_rounds_is_looked_at_with_the_scales_of_its_recipe(recipe: str) -> None:
+    linear, seen = Linear(), {}
+
+    def record(kind: str, tensor: Tensor, scale: Tensor, dtype: torch.dtype, copies: int) -> None:
+        seen[kind] = (tensor.clone(), scale, dtype, copies)
+
+    x, gradient = torch.randn(48, 1, 256), torch.randn(48, 1, 128)
+    (handle,) = engine.tell(linear, SimpleNamespace(fp8="hybrid", fp8_recipe=recipe), record)
+    linear(x.requires_grad_())[0].backward(gradient)
+    handle.remove()
+    linear(2 * x)
+    matrices = {"input": x.view(48, 256), "weight": linear.weight, "gradient": gradient.view(48, 128)}
+    assert seen.keys() == matrices.keys()
+    delayed = {"input": 2.0, "weight": 3.0, "gradient": 7.0}
+    for kind, (tensor, scale, dtype, copies) in seen.items():
+        assert torch.equal(tensor, matrices[kind])
+        assert dtype == (torch.float8_e5m2 if kind == "gradient" else torch.float8_e4m3fn)
+        assert copies == (2 if kind == "input" else 1)  # every rank of a column-parallel linear has the whole input
+        expected: dict[str, Any] = {
+            "delayed": torch.tensor(delayed[kind]),
+            "tensorwise": current_scale(tensor, dtype, None),
+            "blockwise": block_scale(tensor, dtype, rows=128 if kind == "weight" else 1),
+        }
+        assert torch.equal(scale, expected[recipe])
+
+
+def test_fp8_weights_forget_what_they_were_made_with() -> None:
+    linear = Linear()
+    weight: Any = linear.weight
+    weight.get_high_precision_init_val, weight.clear_high_precision_init_val = Mock(), Mock()
+    clear = weight.clear_high_precision_init_val
+    engine.forget_first_values(linear)
+    clear.assert_called_once()
+    assert not hasattr(weight, "get_high_precision_init_val")  # Megatron asks whoever has it

@@ -74,6 +74,8 @@ def check_linears(config: Config) -> None:
     choice = choose_linears(precision, config.hardware)
     if precision.linear == "te":
         _check_engine(precision, config.hardware)
+    if precision.fp8 == "emulated":
+        _check_rehearsal(config.hardware)
     if precision.fp8 in ("delayed", "tensorwise", "blockwise") and config.stage != "eval":
         _check_recipe(precision, choice)
 
@@ -129,6 +131,12 @@ def _check_engine(precision: PrecisionConfig, hardware: HardwareConfig) -> None:
         raise MissingPackageError(
             f"precision.linear=te, but Transformer Engine is not installed: {_INSTALL}, or use precision.linear=local"
         )
+
+
+def _check_rehearsal(hardware: HardwareConfig) -> None:
+    card = host.card() if hardware.device != "cpu" else None
+    if card is not None and card.capability < (8, 9):
+        raise ConfigError(f"precision.fp8=emulated on {card.name}, which has no FP8: use hardware=cpu for a rehearsal")
 
 
 def _check_recipe(precision: PrecisionConfig, choice: LinearChoice) -> None:

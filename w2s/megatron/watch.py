@@ -36,7 +36,8 @@ def tally(tensor: Tensor, scale: Tensor, dtype: torch.dtype, copies: int) -> Ten
     beyond = scaled > form.max * (1 + form.eps / 3.5)
     nonzero = magnitudes > 0
     lost = nonzero & (scaled <= form.smallest_normal * form.eps / 2)
-    counts = torch.stack([torch.ones_like(nonzero).sum(), beyond.sum(), nonzero.sum(), lost.sum()])
+    total = torch.full_like(nonzero.sum(), nonzero.numel())
+    counts = torch.stack([total, beyond.sum(), nonzero.sum(), lost.sum()])
     return torch.cat([magnitudes.amax()[None].double(), counts.double() / copies])
 
 
