@@ -264,6 +264,8 @@ def plan(
         from w2s.planning.request import request
 
         asked = request(arguments, gpus, card, batch)
+        if out:
+            hardware_file.check_name(out)
         found = {
             stage: find_plans(asked.config(stage, gpus), card_of(card), gpus, asked.fixed) for stage in asked.stages
         }

@@ -17,14 +17,22 @@ WORKERS = 8
 """Reading processes of a GPU."""
 
 
+def check_name(path: Path) -> None:
+    """Refuse a file that `hardware=` would not take.
+
+    Raises:
+        UserError: its name does not end in .yaml.
+    """
+    if path.suffix != ".yaml":
+        raise UserError(f"--out {path} must end in .yaml, as hardware=FILE wants it: use {path.with_suffix('.yaml')}")
+
+
 def write(path: Path, request: Request, plans: Sequence[Plan]) -> None:
     """Write the best plan of each stage.
 
     Raises:
-        UserError: the file cannot be written, or could not be taken for `hardware=`.
+        UserError: the file cannot be written.
     """
-    if path.suffix != ".yaml":
-        raise UserError(f"--out {path} must end in .yaml: hardware={path}.yaml then takes it")
     try:
         path.write_text(text(path.stem, request, plans), encoding="utf-8")
     except OSError as error:
