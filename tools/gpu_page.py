@@ -160,9 +160,10 @@ def _steps(stage: str, reports: dict[str, dict[str, Any]]) -> str:
     columns = ["micro-batch", "", "ms", "samples/s", "TFLOP/s", "MFU", "HFU", "towers' MFU", "GiB", "ratio to the peer"]
     rows = []
     for report in (report for report in reports.values() if report["stage"] == stage):
+        peer = f"{report['peer']}, {report['precision']['compute']}{', compiled' * report['peer_compiled']}"
         for row in report["rows"]:
             sides = [("ours", f"w2s, {precision(report)}", row["ratio"])]
-            sides += [("peer", f"{report['peer']}, {report['precision']['compute']}", None)] if report["peer"] else []
+            sides += [("peer", peer, None)] if report["peer"] else []
             rows += [_step(row["micro_batch"], title, row[side], ratio) for side, title, ratio in sides]
     title = {"mim": "Masked stage", "clip": "Contrastive stage, half of the patches"}[stage]
     return f"### {title}\n\n{table(columns, rows)}" if rows else f"### {title}\n\nNothing was measured.\n"

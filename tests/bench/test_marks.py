@@ -51,6 +51,17 @@ def test_steps_are_read_once_and_nothing_counts_between_them(clock: Clock) -> No
     assert marks.read() == []
 
 
+def test_a_step_that_failed_leaves_nothing_open(clock: Clock) -> None:
+    marks = Marks(torch.device("cpu"))
+    with pytest.raises(RuntimeError), marks.step():
+        marks.begin("forward")
+        raise RuntimeError
+    marks.read()
+    with marks.step():
+        clock.seconds += 0.001
+    assert marks.read() == [pytest.approx({REST: 1})]
+
+
 @pytest.mark.gpu
 def test_events_on_a_gpu_see_what_the_host_does_not_wait_for() -> None:
     device = torch.device("cuda")

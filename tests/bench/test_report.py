@@ -118,7 +118,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [Line(64, 64, speed(800, 0.5056), speed(1200, 0.3), 1.5, (1.5,)), Line(128, 128, None, None)]
     report = Report(
         "mim", "eva_18b", {"vision": 4}, {"vision": 48}, "teacher", 2264.0, "NVIDIA H100 80GB HBM3", 989.0, 1, {}, {},
-        "synthetic", 10, "timm", 1, {}, rows,
+        "synthetic", 10, "timm", True, 1, {}, rows,
     )  # fmt: skip
     print_report(report)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]

@@ -33,6 +33,7 @@ class Marks:
     def step(self) -> Iterator[None]:
         """A step; nothing is measured outside of one."""
         self._steps.append([])
+        self._open = [REST]  # a step that failed has left parts open
         self._in_step = True
         self._mark()
         try:

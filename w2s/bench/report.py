@@ -59,6 +59,8 @@ class Report:
     steps: int
     """Steps of which the median is taken, after a few that are not measured."""
     peer: str | None
+    peer_compiled: bool
+    """Whether torch.compile has been over the peer's model, as on a GPU."""
     rounds: int
     """Turns of ours and the peer's, each in a process of its own."""
     versions: dict[str, str]
@@ -132,6 +134,7 @@ def bench_step(
         data=data,
         steps=steps,
         peer=peer,
+        peer_compiled=first_peer is not None and first_peer.compiled,
         rounds=len(turns),
         versions={package: version(package) for package in PACKAGES},
         rows=[_line(each, number, turns, ranks) for number, each in enumerate(batches)],
