@@ -117,13 +117,17 @@ def test_the_account_says_what_came_from_where(built: Path) -> None:
 def test_a_source_that_is_missing_is_left_out_with_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    use(monkeypatch, tuxpaint=missing, noto=missing)
+    use(monkeypatch, tuxpaint=missing, noto=missing, fluent=lambda _: ("fluent-package 2.0", iter(())))
     folder = ensure_builtin(DataConfig(builtin="showcase", cache=str(tmp_path)))
     assert folder == tmp_path / NAME
     lines = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    reasons = {
+        "Noto Color Emoji": "no network",
+        "Fluent Emoji": "fluent-package 2.0 has no pictures where they used to be",
+        "Tux Paint stamps": "no network",
+    }
     assert lines == [
-        f"{folder} is without {title} (no network): it is not the full data set"
-        for title in ("Noto Color Emoji", "Tux Paint stamps")
+        f"{folder} is without {title} ({reason}): it is not the full data set" for title, reason in reasons.items()
     ]
     account = json.loads((folder / "sources.json").read_text())
     assert account["noto"] == account["tuxpaint"] == {"left_out": "no network"}

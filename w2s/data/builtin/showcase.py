@@ -1,7 +1,6 @@
 """The built-in data set `showcase`: drawings by several artists to train on, others to test on."""
 
 import json
-import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +16,6 @@ from w2s.data.builtin.pictures import Drawing, is_blank, on_white, png, within
 from w2s.data.builtin.shards import Pair, write_folder
 from w2s.data.builtin.splits import allowed, is_held_out, split_tuning
 from w2s.data.builtin.tuxpaint import tuxpaint
-
-logger = logging.getLogger(__name__)
 
 NAME = "showcase-1"
 """Folder below the cache; the number grows when the contents change."""
@@ -42,7 +39,8 @@ class Source:
 
 def _open_noto(scratch: Path) -> Opened:
     fetched = fetch_deb("fonts-noto-color-emoji", scratch)
-    return fetched.label, noto(next(fetched.folder.rglob("NotoColorEmoji.ttf")))
+    fonts = fetched.folder.rglob("NotoColorEmoji.ttf")
+    return fetched.label, (drawing for font in fonts for drawing in noto(font))
 
 
 def _open_fluent(scratch: Path) -> Opened:
@@ -89,7 +87,7 @@ def build(folder: Path) -> None:
     check_installed("showcase", MODULES)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         pairs, origins = _collect(Path(scratch))
-    folders = split(pairs)
+    folders = _split(pairs)
     for name, members in folders.items():
         if members:
             write_folder(folder / name, members, sorted({pair.name for pair in members}))
@@ -103,7 +101,7 @@ def left_out(folder: Path) -> dict[str, str]:
     return {SOURCES[name].title: entry["left_out"] for name, entry in account.items() if "left_out" in entry}
 
 
-def split(pairs: Mapping[str, Sequence[Pair]]) -> dict[str, list[Pair]]:
+def _split(pairs: Mapping[str, Sequence[Pair]]) -> dict[str, list[Pair]]:
     """Sort the pairs of the sources into the folders of the data set."""
     emoji = [pair for source in ("twemoji", "noto", "fluent") for pair in pairs[source]]
     names = {pair.name for pair in (*emoji, *pairs["openmoji"])}
@@ -124,11 +122,12 @@ def _collect(scratch: Path) -> tuple[dict[str, list[Pair]], dict[str, str | Sour
     origins: dict[str, str | SourceMissing] = {}
     for name, source in SOURCES.items():
         try:
-            origins[name], drawings = source.open(scratch)
+            package, drawings = source.open(scratch)
         except SourceMissing as missing:
             origins[name] = missing
             continue
         pairs[name] = list(_pairs(name, drawings))
+        origins[name] = package if pairs[name] else SourceMissing(f"{package} has no pictures where they used to be")
     return pairs, origins
 
 
