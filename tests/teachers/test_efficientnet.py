@@ -3,13 +3,14 @@
 import sys
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from w2s.config.sections import TeacherConfig
 from w2s.errors import CheckpointError, MissingPackageError
 from w2s.teachers.build import build_teacher
-from w2s.teachers.efficientnet import SIZES, load_in_order
+from w2s.teachers.efficientnet import SIZES, fold_norms, load_in_order
 
 # efficientnet-lite-pytorch 0.1.0, EfficientNet.from_pretrained(...).extract_features(image) for the image below.
 GOLDEN_CHANNELS = [2, 7, 17, 54, 71]
@@ -67,3 +68,18 @@ def test_load_in_order_checks_shapes_and_kinds():
         load_in_order(model, dict(zip(names, [values[1], *values[1:]], strict=True)), "the-package")
     with pytest.raises(CheckpointError, match="3 tensors, not 4"):
         load_in_order(model, dict(zip(names[:3], values[:3], strict=True)), "the-package")
+
+
+def test_folded_norms_give_the_same_features():
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.normal_(norm.weight, 1.0, 0.1)
+        nn.init.normal_(norm.bias, 0.5, 0.1)
+        nn.init.normal_(norm.running_mean, 0.0, 0.1)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    images = torch.rand(2, 3, 64, 64)
+    before = model.forward_features(images)
+    fold_norms(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert before.std() > 0.01
+    torch.testing.assert_close(model.forward_features(images), before, rtol=0, atol=1e-4 * before.abs().max().item())

@@ -84,7 +84,9 @@ class _Runner:
                 trials = [self._run(trial, values) for trial in self.plan.trials(task.step)]
                 chosen = choices[task.step.name] = Chosen(task.step, choice, trials)
                 values[task.step.name] = chosen.value
-                self.console.print(f"{task.step.name}: {choice.key}={chosen.value} has the best {choice.by}")
+                self.console.print(
+                    f"{task.step.name}: {choice.key}={chosen.value} has the best {choice.by}", soft_wrap=True
+                )
             runs.append(self._run(task, values))
         return Results(self.plan.pipeline, runs), list(choices.values())
 
@@ -92,9 +94,9 @@ class _Runner:
         config = self.plan.config(task, chosen)
         folder = run_folder(config)
         if is_finished(folder):
-            self.console.print(f"{task.name}: finished before, in {folder}")
+            self.console.print(f"{task.name}: finished before, in {folder}", soft_wrap=True)
         else:
-            self.console.print(f"{task.name}: w2s stage {config.stage}, in {folder}")
+            self.console.print(f"{task.name}: w2s stage {config.stage}, in {folder}", soft_wrap=True)
             child = replace(config.tracking, parent_run=self.parent_run)
             launch(run_stage, replace(config, tracking=child), self.ranks)
         return Run(task, config)
