@@ -29,7 +29,7 @@ LOSS_READS = 20
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by part."""
+    """Seconds of a step by part; `WORDS` says what each is."""
 
     products: float = 0.0
     attention: float = 0.0
