@@ -19,6 +19,9 @@ CURVES = {
 }
 """Metrics whose curves are drawn, by stage."""
 
+BASELINES = dict.fromkeys(("test/masked_cosine", "test/unmasked_cosine"), "test/constant_cosine")
+"""What is drawn dotted beside a metric, in the colour of its curve."""
+
 _DPI = 130
 _PANEL = 4.2, 3.1
 """Inches of a panel."""
@@ -81,6 +84,8 @@ def _curves(results: Results, stage: str, label: str, place: Place) -> Figure | 
             places, lows, means, highs = zip(*curve, strict=True)
             panel.plot(places, means, color=colours[name], linewidth=1.4, label=name)
             panel.fill_between(places, lows, highs, color=colours[name], alpha=0.15, linewidth=0)
+            if metric in BASELINES and (constant := _curve(results.named(name), BASELINES[metric], place)):
+                panel.plot(*list(zip(*constant, strict=True))[::2], color=colours[name], linewidth=1.0, linestyle=":")
         panel.set_title(metric, fontsize=10, loc="left")
         panel.set_xlabel(label, fontsize=8)
         panel.legend(fontsize=8, frameon=False)
