@@ -11,8 +11,12 @@ from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.errors import ConfigError, UserError
 from w2s.planning.cards import card
+from w2s.planning.memory import rank_memory
 from w2s.planning.plan import Plan, find_plans
 from w2s.planning.report import bottleneck
+from w2s.planning.states import States
+from w2s.planning.teacher import planned_teacher
+from w2s.planning.towers import planned_towers
 
 BF16 = ["precision.compute=bf16", "teacher.precision=bf16", "data=shards", "data.train=shards"]
 MIM = ["model=eva_18b", "teacher=eva02_clip_e_plus"]
@@ -73,6 +77,16 @@ def test_states_are_shared_out_by_every_kind_of_parallelism() -> None:
     assert narrow.memory.gradients * 2 == whole.memory.gradients
 
 
+def test_a_sharded_teacher_is_split_by_the_layout_and_not_by_the_configuration() -> None:
+    teacher = planned_teacher(eva_18b("mim"))
+    sizes = {}
+    for tensor in (1, 4):
+        keys = ["teacher.source=w2s:e_plus", "teacher.sharded=true", f"parallel.tensor={tensor}"]
+        config = eva_18b("mim", *keys, "train.micro_batch=1")
+        sizes[tensor] = rank_memory(config, planned_towers(config, teacher.width), teacher, States(), 256, 0).teacher
+    assert sizes[1] - sizes[4] == teacher.weights * 3 / 4
+
+
 def test_recomputing_costs_time_and_saves_memory() -> None:
     none, selective, full = (
         one(recompute=name, tensor=1, sequence=False, pipeline=8, micro_batch=4)
@@ -116,5 +130,15 @@ def test_what_cannot_be_is_refused_with_the_fix() -> None:
         find_plans(eva_18b("mim", "precision.compute=fp32"), card("h100"), 256)
     with pytest.raises(ConfigError, match=r"use train.global_batch=256"):
         find_plans(eva_18b("mim", "train.global_batch=300"), card("h100"), 256)
+    with pytest.raises(UserError, match=r"precision.linear=local: use precision.linear=auto"):
+        find_plans(eva_18b("mim", "precision.fp8=tensorwise", "precision.linear=local"), card("h100"), 256)
+    with pytest.raises(UserError, match=r"hardware.device=cpu is not planned"):
+        find_plans(eva_18b("mim", "hardware.device=cpu"), card("h100"), 256)
+    with pytest.raises(UserError, match=r"parallel.cuda_graphs=true is not planned"):
+        find_plans(eva_18b("mim", "parallel.cuda_graphs=true"), card("h100"), 256)
+    with pytest.raises(ConfigError, match=r"fp8_bf16_last=1 with precision.fp8=delayed"):
+        find_plans(eva_18b("mim", "precision.fp8=delayed", "precision.fp8_bf16_last=1"), card("h100"), 256)
+    with pytest.raises(ConfigError, match=r"train.micro_batch=7 does not divide the 16 samples.*=4"):
+        find_plans(eva_18b("mim", "train.micro_batch=7"), card("h100"), 256, {"train.micro_batch"})
     with pytest.raises(ConfigError, match=r"use parallel.tensor=1, 2, 4, 5, 10 or 20"):
         find_plans(eva_18b("clip", "parallel.tensor=8"), card("h100"), 256, {"parallel.tensor"})

@@ -2,9 +2,9 @@
 
 import torch
 
-from w2s.config.layout import check_micro_batches, check_ranks, check_towers, model_parallel_size
+from w2s.config.layout import check_micro_batches, check_ranks, check_towers
 from w2s.config.linears import check_fp8_layout, check_linears
-from w2s.config.sections import ClipConfig, Config, HardwareConfig, OptimConfig, TrainConfig
+from w2s.config.sections import ClipConfig, Config, HardwareConfig, OptimConfig
 from w2s.errors import ConfigError
 
 _INTERVALS = {
@@ -49,27 +49,11 @@ def check(config: Config, world_size: int, local_size: int) -> None:
         _check_interval(config, key, interval)
     _check_device(config.hardware, local_size)
     check_ranks(config, world_size)
-    _check_teacher(config)
     check_linears(config)
     if config.stage == "eval":
         _check_eval(config)
     else:
         _check_training(config, world_size)
-
-
-def _check_teacher(config: Config) -> None:
-    if not config.teacher.sharded:
-        return
-    if not config.teacher.source.startswith("w2s:"):
-        raise ConfigError(
-            f"teacher.sharded=true with teacher.source={config.teacher.source}: only w2s:RUN can be split, "
-            "use teacher.sharded=false"
-        )
-    if config.parallel.pipeline > 1:
-        raise ConfigError(
-            f"teacher.sharded=true with parallel.pipeline={config.parallel.pipeline}: a teacher is split over "
-            "tensor-parallel ranks alone, use parallel.pipeline=1 or teacher.sharded=false"
-        )
 
 
 def _check_training(config: Config, world_size: int) -> None:
@@ -79,7 +63,6 @@ def _check_training(config: Config, world_size: int) -> None:
         raise ConfigError(f"eval.sets is for w2s stage eval: {config.stage} is measured on eval.shards alone")
     _check_optimizer(config)
     check_towers(config)
-    _check_batch(config.train, world_size // model_parallel_size(config.parallel))
     check_micro_batches(config, world_size)
     check_fp8_layout(config, world_size)
     _check_phases(config)
@@ -183,26 +166,6 @@ def _check_trust_ratio(optim: OptimConfig) -> None:
     if not 0 < low <= high:
         raise ConfigError(
             f"optim.trust_ratio=[{low:g}, {high:g}] must be two rising numbers above 0, such as [0.01, 10]"
-        )
-
-
-def _check_batch(train: TrainConfig, replicas: int) -> None:
-    """Every data-parallel rank's share of the global batch must be one micro-batch or a whole number of them."""
-    batch, micro = train.global_batch, train.micro_batch
-    if batch % replicas:
-        below, above = batch // replicas * replicas, -(-batch // replicas) * replicas
-        choice = f"{below} or {above}" if below else f"{above}"
-        raise ConfigError(
-            f"train.global_batch={batch} is not divisible by {replicas} data-parallel ranks: "
-            f"use train.global_batch={choice}"
-        )
-    share = batch // replicas
-    if share > micro and share % micro:
-        legal = next(size for size in range(micro, 0, -1) if share % size == 0)
-        raise ConfigError(
-            f"train.micro_batch={micro} does not divide the {share} samples of a rank (train.global_batch={batch} on "
-            f"{replicas} data-parallel rank{'s' * (replicas > 1)}): use train.micro_batch={legal}, another divisor of "
-            f"{share}, or anything above"
         )
 
 

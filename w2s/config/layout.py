@@ -2,7 +2,7 @@
 
 import math
 
-from w2s.config.sections import Config, ParallelConfig
+from w2s.config.sections import Config, ParallelConfig, TrainConfig
 from w2s.errors import ConfigError
 
 
@@ -19,6 +19,7 @@ def check_ranks(config: Config, world_size: int) -> None:
     """
     _check_sizes(config.parallel, world_size)
     _check_options(config, world_size // model_parallel_size(config.parallel))
+    _check_sharded_teacher(config)
 
 
 def check_towers(config: Config) -> None:
@@ -34,13 +35,14 @@ def check_towers(config: Config) -> None:
 
 
 def check_micro_batches(config: Config, world_size: int) -> None:
-    """Refuse a batch that the readers cannot share, that does not fill the pipeline, or whose rows do not divide.
+    """Refuse a batch that ranks or micro-batches do not divide, that does not fill the pipeline, or whose rows do not.
 
     Raises:
         ConfigError: with the key, its value and the legal ones.
     """
     parallel, train = config.parallel, config.train
     size = model_parallel_size(parallel)
+    _check_batch(train, world_size // size)
     if train.global_batch % world_size:
         legal = max(1, train.global_batch // world_size) * world_size
         raise ConfigError(
@@ -60,6 +62,26 @@ def check_micro_batches(config: Config, world_size: int) -> None:
         )
     if parallel.sequence:
         _check_rows(config, micro, share)
+
+
+def _check_batch(train: TrainConfig, replicas: int) -> None:
+    """Every data-parallel rank's share of the global batch must be one micro-batch or a whole number of them."""
+    batch, micro = train.global_batch, train.micro_batch
+    if batch % replicas:
+        below, above = batch // replicas * replicas, -(-batch // replicas) * replicas
+        choice = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"train.global_batch={batch} is not divisible by {replicas} data-parallel ranks: "
+            f"use train.global_batch={choice}"
+        )
+    share = batch // replicas
+    if share > micro and share % micro:
+        legal = next(size for size in range(micro, 0, -1) if share % size == 0)
+        raise ConfigError(
+            f"train.micro_batch={micro} does not divide the {share} samples of a rank (train.global_batch={batch} on "
+            f"{replicas} data-parallel rank{'s' * (replicas > 1)}): use train.micro_batch={legal}, another divisor of "
+            f"{share}, or anything above"
+        )
 
 
 def _fills(count: int, parallel: ParallelConfig) -> bool:
@@ -113,6 +135,21 @@ def _check_options(config: Config, replicas: int) -> None:
         raise ConfigError(f"parallel.recompute_layers={parallel.recompute_layers} must be 0 (all layers) or more")
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise ConfigError("parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true: set both")
+
+
+def _check_sharded_teacher(config: Config) -> None:
+    if not config.teacher.sharded:
+        return
+    if not config.teacher.source.startswith("w2s:"):
+        raise ConfigError(
+            f"teacher.sharded=true with teacher.source={config.teacher.source}: only w2s:RUN can be split, "
+            "use teacher.sharded=false"
+        )
+    if config.parallel.pipeline > 1:
+        raise ConfigError(
+            f"teacher.sharded=true with parallel.pipeline={config.parallel.pipeline}: a teacher is split over "
+            "tensor-parallel ranks alone, use parallel.pipeline=1 or teacher.sharded=false"
+        )
 
 
 def tower_names(config: Config) -> list[str]:

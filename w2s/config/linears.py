@@ -70,7 +70,7 @@ def check_linears(config: Config) -> None:
         MissingPackageError: Transformer Engine is asked for and not installed.
     """
     precision = config.precision
-    _check_useless(precision)
+    check_useless(precision)
     choice = choose_linears(precision, config.hardware)
     if precision.linear == "te":
         _check_engine(precision, config.hardware)
@@ -94,8 +94,12 @@ def check_fp8_layout(config: Config, world_size: int) -> None:
     _check_rows(config, world_size)
 
 
-def _check_useless(precision: PrecisionConfig) -> None:
-    """Refuse keys that would do nothing."""
+def check_useless(precision: PrecisionConfig) -> None:
+    """Refuse keys of FP8 that would do nothing.
+
+    Raises:
+        ConfigError: with the key, its value and the fix.
+    """
     recipe, defaults = precision.fp8, PrecisionConfig()
     only_delayed = ("fp8_history", "fp8_margin")
     for name in (
@@ -149,12 +153,6 @@ def _check_recipe(precision: PrecisionConfig, choice: LinearChoice) -> None:
         raise ConfigError(f"{asked} needs Hopper or a newer card, this is {card.name}: {_REHEARSE}")
     if precision.compute == "fp32":
         raise ConfigError(f"{asked} with precision.compute=fp32: use precision.compute=bf16")
-    kept = [name for name in ("fp8_bf16_first", "fp8_bf16_last", "fp8_bf16_layers") if getattr(precision, name)]
-    if precision.fp8 == "delayed" and kept:
-        raise ConfigError(
-            f"precision.{kept[0]}={_shown(getattr(precision, kept[0]))} with {asked}, whose one FP8 context spans all "
-            "layers: use precision.fp8=tensorwise, or leave it out"
-        )
 
 
 def _check_widths(config: Config, name: str) -> None:
@@ -173,6 +171,12 @@ def _check_widths(config: Config, name: str) -> None:
 
 def _check_layers(config: Config) -> None:
     precision, towers = config.precision, tower_names(config)
+    kept = [name for name in ("fp8_bf16_first", "fp8_bf16_last", "fp8_bf16_layers") if getattr(precision, name)]
+    if precision.fp8 == "delayed" and kept:
+        raise ConfigError(
+            f"precision.{kept[0]}={_shown(getattr(precision, kept[0]))} with precision.fp8=delayed, whose one FP8 "
+            "context spans all layers: use precision.fp8=tensorwise, or leave it out"
+        )
     shallow = min(getattr(config.model, name).layers for name in towers)
     if precision.fp8_bf16_first + precision.fp8_bf16_last >= shallow:
         raise ConfigError(

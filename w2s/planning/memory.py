@@ -69,7 +69,7 @@ def rank_memory(
         gradients=states.gradients,
         optimizer=states.optimizer,
         activations=max(kept) if passes(config, world_size) == 2 else sum(kept),
-        teacher=teacher.weights + samples * teacher.working if teacher else 0,
+        teacher=_teacher(config, teacher, samples) if teacher else 0,
         loss=_loss(config, share(config, world_size)) if config.stage == "clip" and _is_last(config, stage) else 0,
         buffers=_batch(config, teacher, world_size) + max(backward, _update(config, states)),
     )
@@ -139,6 +139,11 @@ def sample_bytes(config: Config, teacher: PlannedTeacher | None) -> int:
     """A sample as the ranks of a model-parallel group exchange it: pixels, and the targets of the masked stage."""
     vision, predicted = config.model.vision, config.mim.masked_patches or config.model.vision.patches
     return 3 * vision.image_size**2 + (_FP32 * predicted * teacher.width if teacher else 0)
+
+
+def _teacher(config: Config, teacher: PlannedTeacher, samples: int) -> int:
+    """Its weights are whole on every rank unless `teacher.sharded` splits them among tensor-parallel ranks."""
+    return teacher.weights // (config.parallel.tensor if config.teacher.sharded else 1) + samples * teacher.working
 
 
 def _loss(config: Config, own: int) -> int:

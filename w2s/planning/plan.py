@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from w2s.config.linears import check_useless
 from w2s.config.sections import Config
 from w2s.errors import UserError
 from w2s.planning.cards import Card
@@ -84,7 +85,7 @@ def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (
         ConfigError: no layout is legal.
         UserError: none fits, or the card cannot do what is asked for.
     """
-    _check_precision(config, card)
+    _check_settings(config, card)
     teacher = planned_teacher(config) if config.stage == "mim" else None
     search = _Search(config, card, gpus, teacher, Layouts(config, gpus, fixed))
     found = sorted(search.run(), key=lambda plan: plan.seconds)
@@ -99,12 +100,20 @@ def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (
     return Plans(found, search.legal)
 
 
-def _check_precision(config: Config, card: Card) -> None:
+def _check_settings(config: Config, card: Card) -> None:
+    """Refuse what the planner does not model, and what no layout could run."""
+    check_useless(config.precision)
     fp8 = config.precision.fp8
     if fp8 == "emulated":
         raise UserError("precision.fp8=emulated is a rehearsal, not to be planned: use precision.fp8=tensorwise")
     if fp8 != "none" and not card.fp8_tflops:
         raise UserError(f"precision.fp8={fp8} on {card.name}, which has no FP8: use precision.fp8=none")
+    if fp8 != "none" and config.precision.linear == "local":
+        raise UserError(f"precision.fp8={fp8} with precision.linear=local: use precision.linear=auto")
+    if config.hardware.device == "cpu":
+        raise UserError("hardware.device=cpu is not planned: leave it out, a plan is for GPUs")
+    if config.parallel.cuda_graphs:
+        raise UserError("parallel.cuda_graphs=true is not planned: leave it out")
     if config.precision.compute != "bf16":
         raise UserError(f"precision.compute={config.precision.compute} is not planned: use precision.compute=bf16")
 

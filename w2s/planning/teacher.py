@@ -13,7 +13,7 @@ _MAPS = 16
 
 @dataclass(frozen=True)
 class PlannedTeacher:
-    """A teacher; its weights are whole on every rank unless `teacher.sharded` splits them."""
+    """A teacher, in one piece."""
 
     width: int
     """Channels of a feature."""
@@ -41,8 +41,7 @@ def planned_teacher(config: Config) -> PlannedTeacher:
     if kind == "eva":
         return _eva(named_model(rest.partition("@")[0]), teacher)
     if kind == "w2s":
-        planned = _eva(_model_of_run(rest, Path(config.run.root).expanduser()), teacher)
-        return replace(planned, weights=planned.weights // config.parallel.tensor) if teacher.sharded else planned
+        return _eva(_model_of_run(rest, Path(config.run.root).expanduser()), teacher)
     return _counted(config)
 
 
