@@ -1,3 +1,4 @@
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -68,6 +69,8 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # A handler of an earlier test writes to that test's standard output, which is closed.
+    monkeypatch.setattr(logging.getLogger("w2s"), "handlers", [])
 
 
 @pytest.fixture(scope="module")

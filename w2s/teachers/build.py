@@ -103,11 +103,13 @@ def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelCon
     if not name:
         raise _no_teacher(config.source, kind)
     file = _weights_file(path, kind, name)
+    if kind == "eva":
+        network: PatchNetwork = eva_vit(name, file, image_size=size, precision=config.precision)
+    else:
+        network = (timm_model if kind == "timm" else open_clip_model)(name, file, image_size=size)
     if file is None:
         logger.warning("the teacher's weights are random: give a file with teacher.source=%s@FILE", config.source)
-    if kind == "eva":
-        return eva_vit(name, file, image_size=size, precision=config.precision)
-    return (timm_model if kind == "timm" else open_clip_model)(name, file, image_size=size)
+    return network
 
 
 def _run(config: TeacherConfig, name: str, root: Path, parallel: ParallelConfig) -> PatchNetwork:
