@@ -93,10 +93,19 @@ def counted(config: Config) -> tuple[float, MaskedStage | ContrastiveStage]:
 
 
 @pytest.mark.parametrize(
-    "recompute", [["none"], ["selective"], ["full"], ["full", "parallel.recompute_layers=1"]], ids=" ".join
+    ("stage", "micro", "recompute"),
+    [
+        ("mim", 4, ["full"]),
+        ("mim", 12, ["selective"]),
+        ("mim", 12, ["full", "parallel.recompute_layers=1"]),
+        ("clip", 4, ["none"]),
+        ("clip", 4, ["full", "parallel.recompute_layers=1"]),
+        ("clip", 12, ["none"]),
+        ("clip", 12, ["selective"]),
+        ("clip", 12, ["full"]),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("micro", [4, 12])
-@pytest.mark.parametrize("stage", ["mim", "clip"])
 def test_the_formulas_give_what_the_counter_counts(shards: str, stage: str, micro: int, recompute: list[str]) -> None:
     """Two towers of three layers; in the contrastive stage a micro-batch of 4 makes two passes, one of 12 one."""
     layers = ["model.vision.layers=3", "model.text.layers=3"]
