@@ -140,5 +140,7 @@ def test_what_cannot_be_is_refused_with_the_fix() -> None:
         find_plans(eva_18b("mim", "precision.fp8=delayed", "precision.fp8_bf16_last=1"), card("h100"), 256)
     with pytest.raises(ConfigError, match=r"train.micro_batch=7 does not divide the 16 samples.*=4"):
         find_plans(eva_18b("mim", "train.micro_batch=7"), card("h100"), 256, {"train.micro_batch"})
+    with pytest.raises(ConfigError, match=r"a multiple of 5 ranks, there are 256: use 255 or 260 "):
+        find_plans(eva_18b("mim", "parallel.pipeline=5"), card("h100"), 256, {"parallel.pipeline"})
     with pytest.raises(ConfigError, match=r"use parallel.tensor=1, 2, 4, 5, 10 or 20"):
         find_plans(eva_18b("clip", "parallel.tensor=8"), card("h100"), 256, {"parallel.tensor"})

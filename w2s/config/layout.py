@@ -96,7 +96,9 @@ def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
     size = model_parallel_size(parallel)
     if world_size % size:
         needs = f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} needs a multiple of {size}"
-        raise ConfigError(f"{needs} ranks, there are {world_size}: use --nproc {size}, or smaller sizes")
+        below = world_size // size * size
+        fix = f"use {below} or {below + size} (--nproc, --gpus)" if below else f"use {size} (--nproc, --gpus)"
+        raise ConfigError(f"{needs} ranks, there are {world_size}: {fix}, or smaller sizes")
 
 
 def _check_options(config: Config, replicas: int) -> None:
