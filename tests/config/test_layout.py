@@ -128,6 +128,7 @@ def test_layers_in_fp8_have_nothing_to_forget() -> None:
         "parallel.recompute=selective does nothing with precision.fp8=emulated in all layers: leave it out"
     )
     assert accepts("mim", 1, *options, "precision.fp8_bf16_last=1")
+    assert accepts("eval", 1, "hardware=cpu", *options)  # which takes no FP8
 
 
 def test_what_serves_training_alone_passes_in_an_evaluation() -> None:

@@ -2,7 +2,7 @@
 
 import math
 
-from w2s.config.sections import Config, ParallelConfig, PrecisionConfig, TrainConfig
+from w2s.config.sections import Config, ParallelConfig, TrainConfig
 from w2s.errors import ConfigError
 
 
@@ -117,7 +117,7 @@ def _check_options(config: Config, replicas: int) -> None:
         ),
         # Linears in FP8 keep their own rounded input, of which there is nothing to forget.
         "parallel.recompute=selective": (
-            parallel.recompute == "selective" and _all_in_fp8(config.precision),
+            parallel.recompute == "selective" and _all_in_fp8(config),
             f"precision.fp8={config.precision.fp8} in all layers",
         ),
         "parallel.overlap_grad_reduce=true": (
@@ -157,9 +157,10 @@ def _check_sharded_teacher(config: Config) -> None:
         )
 
 
-def _all_in_fp8(precision: PrecisionConfig) -> bool:
+def _all_in_fp8(config: Config) -> bool:
+    precision = config.precision
     kept = precision.fp8_bf16_first or precision.fp8_bf16_last or precision.fp8_bf16_layers
-    return precision.fp8 != "none" and not kept
+    return config.stage != "eval" and precision.fp8 != "none" and not kept
 
 
 def tower_names(config: Config) -> list[str]:
