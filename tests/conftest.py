@@ -3,10 +3,16 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from w2s.config.sections import HardwareConfig, ParallelConfig
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
 
 
 @pytest.fixture(scope="module")

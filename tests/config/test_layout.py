@@ -122,6 +122,15 @@ def test_what_would_do_nothing(override: str, reason: str) -> None:
     assert refusal("mim", 1, override) == f"{option} does nothing with {reason}: leave it out"
 
 
+def test_layers_in_fp8_have_nothing_to_forget() -> None:
+    options = ["parallel.recompute=selective", "precision.fp8=emulated"]
+    assert refusal("mim", 1, *options) == (
+        "parallel.recompute=selective does nothing with precision.fp8=emulated in all layers: leave it out"
+    )
+    assert accepts("mim", 1, *options, "precision.fp8_bf16_last=1")
+    assert accepts("eval", 1, "hardware=cpu", *options)  # which takes no FP8
+
+
 def test_what_serves_training_alone_passes_in_an_evaluation() -> None:
     """`w2s run` gives its overrides to all steps."""
     assert accepts("eval", 2, "hardware=cpu", "parallel.recompute=full", "parallel.overlap_grad_reduce=true")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
 from w2s import host
@@ -38,7 +39,9 @@ IMAGES, TARGET = 16, 64
 ROWS = IMAGES * (1 + SHAPE.patches)
 RECIPES = ("delayed", "tensorwise", "blockwise")
 BF16 = 2e-2
-"""Relative: bfloat16 rounds to 2^-9; the products of three layers, summed in another order, add up to some of these."""
+"""Relative, of gradients: on a CPU they are 0.8 % off float32's, so two orders of summing differ by less than this."""
+TRAINED_BF16 = 0.1
+"""The same after three steps: on a CPU bfloat16 is 4 % off float32 by then, and emulated FP8 27 % off bfloat16."""
 
 
 @pytest.fixture
@@ -118,10 +121,10 @@ def test_each_recipe_trains(alone: Ranks, recipe: str) -> None:
         for _ in range(3):
             passes(tower)
             optimizer.step(1.0)
-    # The delayed recipe's history has filled; FP8 ran, as its error is above bfloat16's, and it is right.
+    # The delayed recipe's history has filled; FP8 ran, as its error is above any of bfloat16, and it is right.
     ours, theirs = passes(rounded), passes(plain)
     assert ours == pytest.approx(theirs, rel=0.02)
-    assert 1e-3 < worst(gradients(rounded), gradients(plain)) < 0.5
+    assert TRAINED_BF16 < worst(gradients(rounded), gradients(plain)) < 0.5
 
 
 def test_emulated_fp8_is_the_tensorwise_recipe(alone: Ranks) -> None:
@@ -147,7 +150,8 @@ def test_named_layers_stay_in_bf16(alone: Ranks) -> None:
     everything = student(te("tensorwise", frozenset(range(SHAPE.layers))))
     plain = student(te())
     assert passes(everything) == passes(plain)
-    assert worst(gradients(everything), gradients(plain)) == 0
+    # the backward passes of attention on a GPU may add up in any order; FP8 would be 11 % off
+    assert worst(gradients(everything), gradients(plain)) < BF16
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -177,6 +181,7 @@ def test_the_watch_sees_what_is_rounded(alone: Ranks, recipe: str) -> None:
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
 def test_primary_weights_in_fp8_train(alone: Ranks, recipe: str) -> None:
     primary, rounded = student(te(recipe, fp8_primary_weights=True)), student(te(recipe))
+    assert [sum(map(is_float8tensor, tower.parts[0].parameters())) for tower in (primary, rounded)] == [12, 0]
     for tower in (primary, rounded):
         optimizer = Optimizer({"vision": tower}, OptimConfig(lr=1e-3), torch.bfloat16)
         for _ in range(3):

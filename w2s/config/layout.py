@@ -117,6 +117,11 @@ def _check_options(config: Config, replicas: int) -> None:
             parallel.recompute_layers and parallel.recompute != "full",
             f"parallel.recompute={parallel.recompute}",
         ),
+        # Linears in FP8 keep their own rounded input, of which there is nothing to forget.
+        "parallel.recompute=selective": (
+            parallel.recompute == "selective" and _all_in_fp8(config),
+            f"precision.fp8={config.precision.fp8} in all layers",
+        ),
         "parallel.overlap_grad_reduce=true": (
             parallel.overlap_grad_reduce and replicas == 1,
             "one data-parallel rank",
@@ -152,6 +157,12 @@ def _check_sharded_teacher(config: Config) -> None:
             f"teacher.sharded=true with parallel.pipeline={config.parallel.pipeline}: a teacher is split over "
             "tensor-parallel ranks alone, use parallel.pipeline=1 or teacher.sharded=false"
         )
+
+
+def _all_in_fp8(config: Config) -> bool:
+    precision = config.precision
+    kept = precision.fp8_bf16_first or precision.fp8_bf16_last or precision.fp8_bf16_layers
+    return config.stage != "eval" and precision.fp8 != "none" and not kept
 
 
 def tower_names(config: Config) -> list[str]:
