@@ -120,7 +120,7 @@ def _check_options(config: Config, replicas: int) -> None:
         # Linears in FP8 keep their own rounded input, of which there is nothing to forget.
         "parallel.recompute=selective": (
             parallel.recompute == "selective" and _all_in_fp8(config),
-            f"precision.fp8={config.precision.fp8} in all layers",
+            f"precision.fp8={config.precision.fp8} in all layers (none or full does)",
         ),
         "parallel.overlap_grad_reduce=true": (
             parallel.overlap_grad_reduce and replicas == 1,
