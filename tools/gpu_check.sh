@@ -33,13 +33,17 @@ python=(${on[@]+"${on[@]}"} python3)
 
 # part NAME SECONDS COMMAND...: one that fails or takes too long does not stop the others.
 part() {
-    local name=$1 budget=$2 left=$((deadline - SECONDS))
+    local name=$1 budget=$2 left=$((deadline - SECONDS)) begun=$SECONDS code
     shift 2
     if [ "$wanted" != "  " ] && [[ "$wanted" != *" $name "* ]]; then return; fi
     echo "$name" >&2
     if [ "$left" -ge 15 ]; then
-        timeout -k 5 "$((budget < left ? budget : left))" "$@" >"$results/$name.json" 2>"$results/$name.log"
-        echo $? >"$results/$name.rc"
+        if [ "$left" -lt "$budget" ]; then budget=$left; fi
+        timeout -k 5 "$budget" "$@" >"$results/$name.json" 2>"$results/$name.log"
+        code=$?
+        # 137 is also the code of a rank that was killed, as for memory.
+        if [ "$code" -ne 0 ] && [ "$((SECONDS - begun))" -ge "$budget" ]; then code=124; fi
+        echo "$code" >"$results/$name.rc"
     else
         echo "no time was left" | tee "$results/$name.log" >&2
         echo 124 >"$results/$name.rc"

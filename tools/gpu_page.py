@@ -25,7 +25,7 @@ dense BF16 peak, in FP8 too; "towers" are the forward and backward passes of wha
 GOALS = f"""The goals: {STACK_MFU:.0%} MFU in BF16 for the student's stack, FP8 at least {FP8_GAIN} x of BF16, and
 {PEER_RATIO} x the samples per second of the compiled peer (timm for the masked stage, open_clip for the contrastive).
 """
-NOTHING = "**Not yet run on a GPU**: no figure stands here before it was measured.\n"
+NOTHING = "**Not yet run on a GPU**: no figure stands here before one was measured.\n"
 REHEARSAL = "**A rehearsal on a CPU with tiny sizes**: its figures say nothing about a card.\n"
 COMMAND = """One command writes this page, in at most 10 minutes, on a machine with a Hopper GPU where w2s is installed,
 or on a bare one with the wheels in `.te/` (no network is needed):
@@ -52,7 +52,9 @@ class Part:
         if self.code == 0:
             return "done"
         reason = self.log[-1] if self.log else "no word"
-        return "ran out of its time" if self.code in (124, 137) else f"exit code {self.code}: {reason}"
+        if self.code == 124:
+            return reason if reason == "no time was left" else "ran out of its time"
+        return f"exit code {self.code}: {reason}"
 
 
 def read_parts(results: Path) -> list[Part]:
@@ -73,9 +75,7 @@ def _read_part(path: Path) -> Part:
 def page(results: Path | None) -> str:
     """The whole page."""
     if results is None:
-        return "\n".join(
-            [HEAD, "**Not yet run on a GPU**: no figure stands here before one was measured.\n", GOALS, COMMAND]
-        )
+        return "\n".join([HEAD, NOTHING, GOALS, COMMAND])
     parts = read_parts(results)
     reports = {part.name: part.report for part in parts if part.report}
     machine = json.loads((results / "machine.json").read_text(encoding="utf-8"))
@@ -180,8 +180,8 @@ def _step(micro_batch: int, title: str, speed: dict[str, Any] | None, ratio: flo
 def _endings(parts: list[Part]) -> str:
     rows = []
     for part in parts:
-        summary = part.log[-1] if part.name == "tests" and part.log else ""
-        rows.append([part.name, summary or part.ending])
+        counted = part.name == "tests" and part.code in (0, 1) and part.log  # pytest's last line
+        rows.append([part.name, part.log[-1] if counted else part.ending])
         rows += [["", line] for line in part.log if part.name == "tests" and line.startswith(("FAILED", "ERROR"))]
     return table(["part", "how it ended"], rows)
 

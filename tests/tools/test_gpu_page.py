@@ -76,6 +76,16 @@ def test_what_failed_is_told(results: Path) -> None:
     assert "| tests | 1 failed, 22 passed in 90.00s |\n|  | FAILED tests/x.py::test_y - AssertionError |" in page
 
 
+def test_what_ran_out_of_time_is_told_from_what_was_killed(results: Path) -> None:
+    leave(results, "tests", None, 124, "..F..\n")
+    leave(results, "clip_bf16", None, 137, "error: rank 0 was killed by SIGKILL: see the system's log\n")
+    leave(results, "clip_delayed", None, 124, "no time was left\n")
+    page = PAGE["page"](results)
+    assert "| tests | ran out of its time |" in page
+    assert "| clip_bf16 | exit code 137: error: rank 0 was killed by SIGKILL: see the system's log |" in page
+    assert "| clip_delayed | no time was left |" in page
+
+
 def test_fp8_is_compared_with_the_same_batch_only() -> None:
     reports = {
         "plain": asdict(report("mim", [Line(64, 64, speed(100, 0.5))])),
