@@ -199,7 +199,7 @@ def _cause(failures: list[_Failure], end: SignalException | ChildFailedError) ->
         return errors[0].error()
     if isinstance(end, SignalException):
         name, number = end.sigval.name, end.sigval
-        nothing = StopRun(f"stopped by {name}, nothing new was saved: repeat the command to go on", number)
+        nothing = StopRun(f"stopped by {name}, nothing new was saved: repeat the command", number)
         return stops[0].error() if stops else nothing
     rank, found = end.get_first_failure()
     if found.exitcode < 0:

@@ -125,7 +125,8 @@ def test_what_would_do_nothing(override: str, reason: str) -> None:
 def test_layers_in_fp8_have_nothing_to_forget() -> None:
     options = ["parallel.recompute=selective", "precision.fp8=emulated"]
     assert refusal("mim", 1, *options) == (
-        "parallel.recompute=selective does nothing with precision.fp8=emulated in all layers (none or full does): leave it out"
+        "parallel.recompute=selective does nothing with precision.fp8=emulated in all layers (none or full does): "
+        "leave it out"
     )
     assert accepts("mim", 1, *options, "precision.fp8_bf16_last=1")
     assert accepts("eval", 1, "hardware=cpu", *options)  # which takes no FP8
