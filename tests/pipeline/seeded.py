@@ -6,7 +6,7 @@ _STEPS = """
 title: Seeds
 experiment: seeds
 seeds: {seeds}
-overrides: [model=tiny, data=shards, data.train=train, eval.shards=tune, 'teacher.source=timm:test_vit']
+overrides: [model=tiny, data=shards, data.train=train, eval.shards=tune, 'teacher.source=eva:eva_tiny']
 steps:
   - {{name: masked, stage: mim, overrides: [train.steps=40]}}
   - name: masked_clip
