@@ -1,6 +1,5 @@
 """What a backend tells Megatron, and what a checkpoint keeps of the scales of one backend for another."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from tests.distributed import run_ranks
 from tests.megatron.spawn import SHAPE, TARGET_WIDTH
-from w2s.config.sections import HardwareConfig, OptimConfig, ParallelConfig, PrecisionConfig
+from w2s.config.sections import OptimConfig, ParallelConfig, PrecisionConfig
 from w2s.megatron import engine, groups, state
 from w2s.megatron.backend import Linears, without_fp8
 from w2s.megatron.groups import Ranks
@@ -26,12 +25,6 @@ from w2s.towers.masked import MaskedStudent
 from w2s.towers.vision import vision_stack
 
 EMULATED = PrecisionConfig(fp8="emulated")
-
-
-@pytest.fixture
-def alone() -> Iterator[Ranks]:
-    with groups.start(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
-        yield ranks
 
 
 def student(parallel: ParallelConfig, linears: Linears) -> ShardedTower[MaskedStudent]:

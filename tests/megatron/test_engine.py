@@ -22,7 +22,6 @@ torch.cuda.is_available = lambda: {gpu}
 import w2s.megatron.tower
 from w2s.errors import W2SError
 from w2s.megatron import engine
-from w2s.megatron.formats import block_scale, current_scale
 from megatron.core import fp8_utils
 try:
     engine.require()

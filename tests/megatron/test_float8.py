@@ -1,15 +1,13 @@
 """The linears of emulated FP8 beside float64, and the counts of what rounding does."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from w2s.config.sections import HardwareConfig, ParallelConfig, VisionConfig
+from w2s.config.sections import ParallelConfig, VisionConfig
 from w2s.errors import ConfigError
-from w2s.megatron import groups
 from w2s.megatron.backend import LOCAL
 from w2s.megatron.float8 import column_linear, emulated_linears, row_linear, weights_stay
 from w2s.megatron.formats import FORWARD, GRADIENTS, block_scale, current_scale, quantize
@@ -19,12 +17,7 @@ from w2s.towers.vision import vision_stack
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 ROWS, IN, OUT = 48, 64, 32
-
-
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    with groups.start(ParallelConfig(), HardwareConfig(device="cpu")):
-        yield
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def linear(kind: str, fp8_format: str, dtype: torch.dtype = torch.float32, out: int = OUT) -> torch.nn.Module:

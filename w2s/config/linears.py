@@ -12,7 +12,7 @@ from w2s.errors import ConfigError, MissingPackageError
 
 _REHEARSE = "use precision.fp8=emulated for a rehearsal, or precision.fp8=none"
 _INSTALL = "pip install 'w2s[gpu]'"
-_ALIGNMENT = 16
+ALIGNMENT = 16
 """FP8 products want rows, width and MLP width of a rank in multiples of this (cuBLAS; TE's backward pass for rows)."""
 _BLOCK = 128
 """Side of a block of the blockwise recipe."""
@@ -159,13 +159,13 @@ def _check_widths(config: Config, name: str) -> None:
     tower, tensor = getattr(config.model, name), config.parallel.tensor
     for field in ("width", "mlp_width"):
         value = getattr(tower, field)
-        if value % (tensor * _ALIGNMENT):
+        if value % (tensor * ALIGNMENT):
             each = f" on each of parallel.tensor={tensor} ranks" if tensor > 1 else ""
-            smaller = [size for size in range(1, tensor) if value % (size * _ALIGNMENT) == 0]
-            fix = f"use parallel.tensor={listed(smaller)}" if smaller else f"use a multiple of {tensor * _ALIGNMENT}"
+            smaller = [size for size in range(1, tensor) if value % (size * ALIGNMENT) == 0]
+            fix = f"use parallel.tensor={listed(smaller)}" if smaller else f"use a multiple of {tensor * ALIGNMENT}"
             raise ConfigError(
                 f"model.{name}.{field}={value} makes {value / tensor:g} columns{each}, FP8 needs a multiple of "
-                f"{_ALIGNMENT}: {fix}, or precision.fp8=none"
+                f"{ALIGNMENT}: {fix}, or precision.fp8=none"
             )
 
 
@@ -198,7 +198,7 @@ def _check_rows(config: Config, world_size: int) -> None:
     share = train.global_batch // (world_size // model_parallel_size(parallel))
     micro, ranks = min(train.micro_batch, share), parallel.tensor if parallel.sequence else 1
     blocks = recipe == "blockwise" and parallel.sequence
-    unit = _BLOCK if blocks else _ALIGNMENT
+    unit = _BLOCK if blocks else ALIGNMENT
     for tokens in sequence_lengths(config):
         if micro * tokens % (ranks * unit):
             legal = [n for n in divisors(share) if n * tokens % (ranks * unit) == 0]

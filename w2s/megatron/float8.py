@@ -17,11 +17,9 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from w2s.config.linears import ALIGNMENT
 from w2s.errors import ConfigError
 from w2s.megatron.formats import FORWARD, GRADIENTS, Float8, Record, current_scale, quantize
-
-ALIGNMENT = 16
-"""A GPU multiplies in FP8 only what has rows and columns in multiples of this."""
 
 
 def multiply(a: Float8, b: Float8, dtype: torch.dtype) -> Tensor:
