@@ -86,6 +86,9 @@ def test_the_linear_layers_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("w2s.host.card", lambda: HOPPER)
     monkeypatch.setattr("w2s.host.transformer_engine_installed", lambda: True)
     assert finding("linear layers", tmp_path).value == "Transformer Engine's: NVIDIA H100 with Transformer Engine"
+    monkeypatch.setattr(engine, "_problems", ["libcudart.so: not found"])
+    broken = finding("linear layers", tmp_path)
+    assert (broken.value, broken.state) == ("Transformer Engine's, which cannot be loaded", "broken")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -109,6 +109,9 @@ def _transformer_engine() -> Finding:
 def _linears() -> Finding:
     choice = choose_linears(PrecisionConfig(), HardwareConfig())
     name = {"te": "Transformer Engine's", "local": "Megatron-Core's own"}[choice.backend]
+    if choice.backend == "te" and engine.problem() is not None:
+        note = "a run stops at its start; Megatron-Core's own: precision.linear=local"
+        return Finding("linear layers", f"{name}, which cannot be loaded", note, "broken")
     return Finding("linear layers", f"{name}: {choice.reason}")
 
 

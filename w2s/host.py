@@ -33,7 +33,7 @@ class Card:
     """CUDA's compute capability."""
 
     @property
-    def hopper(self) -> bool:
+    def hopper_or_newer(self) -> bool:
         """Whether it is an NVIDIA Hopper or newer, which has FP8 tensor cores that Transformer Engine's recipes use."""
         return self.capability >= (9, 0)
 

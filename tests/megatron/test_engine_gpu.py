@@ -30,7 +30,7 @@ from w2s.towers.masked import MaskedStudent
 CARD = host.card()
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(CARD is None or not CARD.hopper, reason="needs Hopper or a newer card"),
+    pytest.mark.skipif(CARD is None or not CARD.hopper_or_newer, reason="needs Hopper or a newer card"),
     pytest.mark.skipif(not host.transformer_engine_installed(), reason="needs Transformer Engine"),
 ]
 

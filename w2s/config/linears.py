@@ -39,7 +39,7 @@ def choose_linears(precision: PrecisionConfig, hardware: HardwareConfig) -> Line
     card = host.card()
     if card is None:
         return LinearChoice("local", "there is no GPU")
-    if not card.hopper:
+    if not card.hopper_or_newer:
         return LinearChoice("local", f"{card.name} is older than Hopper")
     if not host.transformer_engine_installed():
         return LinearChoice("local", f"Transformer Engine is not installed ({_INSTALL})")
@@ -70,7 +70,7 @@ def check_linears(config: Config) -> None:
         MissingPackageError: Transformer Engine is asked for and not installed.
     """
     precision = config.precision
-    check_useless(precision)
+    check_useless_fp8(precision)
     choice = choose_linears(precision, config.hardware)
     if precision.linear == "te":
         _check_engine(precision, config.hardware)
@@ -94,7 +94,7 @@ def check_fp8_layout(config: Config, world_size: int) -> None:
     _check_rows(config, world_size)
 
 
-def check_useless(precision: PrecisionConfig) -> None:
+def check_useless_fp8(precision: PrecisionConfig) -> None:
     """Refuse keys of FP8 that would do nothing.
 
     Raises:
@@ -149,7 +149,7 @@ def _check_recipe(precision: PrecisionConfig, choice: LinearChoice) -> None:
     if choice.backend != "te":
         raise ConfigError(f"{asked} needs Transformer Engine's linears, these are local ({choice.reason}): {_REHEARSE}")
     card = host.card()
-    if card is not None and not card.hopper:
+    if card is not None and not card.hopper_or_newer:
         raise ConfigError(f"{asked} needs Hopper or a newer card, this is {card.name}: {_REHEARSE}")
     if precision.compute == "fp32":
         raise ConfigError(f"{asked} with precision.compute=fp32: use precision.compute=bf16")

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from w2s.config.linears import check_useless
+from w2s.config.linears import check_useless_fp8
 from w2s.config.sections import Config
 from w2s.errors import UserError
 from w2s.planning.cards import Card
@@ -102,7 +102,7 @@ def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (
 
 def _check_settings(config: Config, card: Card) -> None:
     """Refuse what the planner does not model, and what no layout could run."""
-    check_useless(config.precision)
+    check_useless_fp8(config.precision)
     fp8 = config.precision.fp8
     if fp8 == "emulated":
         raise UserError("precision.fp8=emulated is a rehearsal, not to be planned: use precision.fp8=tensorwise")
