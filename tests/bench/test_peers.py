@@ -19,6 +19,7 @@ from w2s.config.sections import Config, ParallelConfig
 from w2s.errors import ConfigError, W2SError
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import assign, global_name
+from w2s.planning.teacher import planned_teacher
 from w2s.towers.build import build_clip
 from w2s.towers.masked import MaskedStudent, masked_places
 
@@ -30,8 +31,8 @@ def config_of(stage: str, kind: str) -> Config:
     return replace(config, model=model_of(kind))
 
 
-def found(parameters: int, width: int, flops: float) -> Measured:
-    return Measured("cpu", False, parameters, width, 0.0, flops, [])
+def found(parameters: int, flops: float) -> Measured:
+    return Measured("cpu", False, parameters, flops, [])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,14 +52,15 @@ def test_timms_student_predicts_what_ours_does(alone: Ranks, kind: str) -> None:
 def test_timm_trains_and_computes_as_much_as_we_do(alone: Ranks, kind: str) -> None:
     config = config_of("mim", kind)
     peer = TimmMasked(config, CPU)
-    width = peer.teacher.width if peer.teacher else 0
-    ours = MaskedStudent(config.model.vision, width, ParallelConfig(), torch.float32)
+    teacher = planned_teacher(config)
+    assert teacher.width == peer.teacher.width
+    ours = MaskedStudent(config.model.vision, teacher.width, ParallelConfig(), torch.float32)
     size = sum(parameter.numel() for parameter in ours.parameters())
     theirs = sum(parameter.numel() for parameter in peer.model.parameters())
-    check_equal(config, found(size, width, 0.0), found(theirs, width, peer.forward_flops()))
-    for other in (found(theirs + 1, width, peer.forward_flops()), found(theirs, width, 1.02 * peer.forward_flops())):
+    check_equal(config, teacher, found(size, 0.0), found(theirs, peer.forward_flops()))
+    for other in (found(theirs + 1, peer.forward_flops()), found(theirs, 1.02 * peer.forward_flops())):
         with pytest.raises(W2SError, match="the peer's towers are not ours"):
-            check_equal(config, found(size, width, 0.0), other)
+            check_equal(config, teacher, found(size, 0.0), other)
 
 
 def test_timm_predicts_every_patch_where_nothing_is_masked() -> None:
@@ -80,7 +82,7 @@ def test_open_clip_trains_and_computes_as_much_as_we_do(alone: Ranks, kind: str)
     towers = build_clip(config, torch.float32, CPU)
     size = sum(parameter.numel() for tower in towers for parameter in tower.parts[0].parameters())
     theirs = sum(parameter.numel() for parameter in open_clip_model(config, CPU).parameters())
-    check_equal(config, found(size, 0, 0.0), found(theirs, 0, OpenClip(config, CPU).forward_flops()))
+    check_equal(config, None, found(size, 0.0), found(theirs, OpenClip(config, CPU).forward_flops()))
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,17 @@
 import pytest
 
 from w2s.bench.speed import bf16_peak, speed
-from w2s.bench.step import Measured, Row
+from w2s.bench.step import Row
 from w2s.config.load import load
+from w2s.planning.teacher import PlannedTeacher
 
 TEACHER = 2.264e12
 """EVA02-CLIP-E+'s forward pass, field_notes.md C.2."""
 
 
-def measured(device: str, parts: dict[str, float]) -> tuple[Measured, Row]:
+def measured(device: str, parts: dict[str, float]) -> tuple[PlannedTeacher, str, Row]:
     row = Row(16, 16, parts, memory_gib=60.0)
-    return Measured(device, False, 0, 1024, TEACHER, 0.0, [row]), row
+    return PlannedTeacher(width=1024, image_size=224, weights=0, working=0, flops=TEACHER), device, row
 
 
 def test_eva_18b_at_half_of_an_h100() -> None:

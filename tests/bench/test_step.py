@@ -20,7 +20,7 @@ def test_what_does_not_fit_is_a_row_without_figures(tmp_path: Path) -> None:
         if len(batch) > 8:
             raise torch.OutOfMemoryError("too large")
 
-    subject, job = _Subject(step, sample_spec(config), 0, None), Job(config, (4, 16, 8), "synthetic", 2, tmp_path / "x")
+    subject, job = _Subject(step, sample_spec(config), 0), Job(config, (4, 16, 8), "synthetic", 2, tmp_path / "x")
     rows = _measure_rows(subject, job, Marks(CPU), CPU, reader=0, world_size=1)
     assert [(row.micro_batch, row.global_batch, bool(row.parts)) for row in rows] == [
         (4, 4, True),

@@ -18,6 +18,7 @@ from w2s.data.builtin.registry import ensure_builtin
 from w2s.errors import ConfigError, W2SError
 from w2s.launch import is_rank
 from w2s.planning.flops import image_flops, seen_tokens, student_flops, text_flops
+from w2s.planning.teacher import PlannedTeacher, planned_teacher
 
 PACKAGES = ("w2s", "torch", "megatron-core", "timm", "open_clip_torch")
 
@@ -111,6 +112,7 @@ def bench_step(
                 check_peer(each, peer, ranks)
         if data == "real" and config.data.builtin != "none":
             ensure_builtin(config.data)
+        teacher = planned_teacher(small) if small.stage == "mim" else None
         job = Job(small, tuple(micro_batches), data, steps, folder / "measured.json")
         turns = [
             (measure(job, ranks), measure(replace(job, peer=True), 1) if peer else None)
@@ -118,14 +120,14 @@ def bench_step(
         ]
     first, first_peer = turns[0]
     if first_peer is not None:
-        check_equal(small, first, first_peer)
+        check_equal(small, teacher, first, first_peer)
     return Report(
         stage=config.stage,
         model=config.model.name,
         layers=_layers(small),
         full_layers=_layers(config),
         teacher=config.teacher.name if config.stage == "mim" else "none",
-        teacher_gflop=first.teacher_flops / 1e9,
+        teacher_gflop=teacher.flops / 1e9 if teacher else 0.0,
         device=first.device,
         bf16_peak_tflops=bf16_peak(first.device),
         ranks=ranks,
@@ -137,11 +139,11 @@ def bench_step(
         peer_compiled=first_peer is not None and first_peer.compiled,
         rounds=len(turns),
         versions={package: version(package) for package in PACKAGES},
-        rows=[_line(each, number, turns, ranks) for number, each in enumerate(batches)],
+        rows=[_line(each, teacher, number, turns, ranks) for number, each in enumerate(batches)],
     )
 
 
-def check_equal(config: Config, ours: Measured, peer: Measured) -> None:
+def check_equal(config: Config, teacher: PlannedTeacher | None, ours: Measured, peer: Measured) -> None:
     """Refuse to compare towers that are not the same: parameters must be equal, and FLOPs of a forward pass to 1 %.
 
     Ours come from formulas, the peer's are counted while its model runs.
@@ -149,8 +151,8 @@ def check_equal(config: Config, ours: Measured, peer: Measured) -> None:
     Raises:
         W2SError: with both numbers.
     """
-    if config.stage == "mim":
-        flops = student_flops(config, ours.target_width).forward
+    if teacher:
+        flops = student_flops(config, teacher.width).forward
     else:
         image, text = image_flops(config), text_flops(config.model.text, config.model.embed_dim)
         # The peer embeds the patches too that it drops afterwards.
@@ -168,7 +170,13 @@ def _layers(config: Config) -> dict[str, int]:
     return towers if config.stage == "mim" else towers | {"text": config.model.text.layers}
 
 
-def _line(config: Config, number: int, turns: Sequence[tuple[Measured, Measured | None]], ranks: int) -> Line:
+def _line(
+    config: Config,
+    teacher: PlannedTeacher | None,
+    number: int,
+    turns: Sequence[tuple[Measured, Measured | None]],
+    ranks: int,
+) -> Line:
     """The medians of a batch over all turns."""
     ours = [found.rows[number] for found, _ in turns]
     peers = [found.rows[number] for _, found in turns if found is not None]
@@ -180,8 +188,8 @@ def _line(config: Config, number: int, turns: Sequence[tuple[Measured, Measured 
     return Line(
         micro_batch=config.train.micro_batch,
         global_batch=config.train.global_batch,
-        ours=speed(config, own, _median(ours), ranks),
-        peer=speed(alone, theirs, _median(peers), 1) if theirs else None,
+        ours=speed(config, teacher, own.device, _median(ours), ranks),
+        peer=speed(alone, teacher, theirs.device, _median(peers), 1) if theirs else None,
         ratio=median(ratios) if ratios else None,
         ratios=tuple(ratios),
     )

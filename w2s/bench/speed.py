@@ -3,10 +3,11 @@
 import re
 from dataclasses import dataclass
 
-from w2s.bench.step import Measured, Row
+from w2s.bench.step import Row
 from w2s.config.sections import Config
 from w2s.planning.cards import cards
 from w2s.planning.flops import stage_flops
+from w2s.planning.teacher import PlannedTeacher
 
 _TOWERS = ("student", "vision", "text")
 
@@ -36,12 +37,13 @@ class Speed:
     """Milliseconds by part."""
 
 
-def speed(config: Config, measured: Measured, row: Row, world_size: int) -> Speed | None:
+def speed(config: Config, teacher: PlannedTeacher | None, device: str, row: Row, world_size: int) -> Speed | None:
     """Work out the figures of a row.
 
     Args:
         config: the stage with the batch of the row.
-        measured: what the row is part of.
+        teacher: that of the masked stage.
+        device: name of the card, or `cpu`.
         row: the median step.
         world_size: ranks in all.
 
@@ -51,12 +53,13 @@ def speed(config: Config, measured: Measured, row: Row, world_size: int) -> Spee
     if not row.parts:
         return None
     seconds = row.milliseconds / 1e3
-    flops = stage_flops(config, world_size, target_width=measured.target_width, teacher=measured.teacher_flops)
+    width, teacher_flops = (teacher.width, teacher.flops) if teacher else (0, 0.0)
+    flops = stage_flops(config, world_size, target_width=width, teacher=teacher_flops)
     per_rank = row.global_batch / world_size / 1e12
     towers = sum(part.model for name, part in flops.parts.items() if name in _TOWERS)
     passes = (row.parts["forward"] + row.parts["backward"]) / 1e3
     model, hardware = per_rank * flops.model / seconds, per_rank * flops.hardware / seconds
-    alone, peak = per_rank * towers / passes, bf16_peak(measured.device)
+    alone, peak = per_rank * towers / passes, bf16_peak(device)
     return Speed(
         milliseconds=row.milliseconds,
         samples_per_second=row.global_batch / seconds,

@@ -11,12 +11,10 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stages import clip, mim
 from w2s.bench.marks import Marks
 from w2s.bench.parts import marked
-from w2s.bench.peers.base import forward_flops
 from w2s.bench.peers.clip import OpenClip
 from w2s.bench.peers.masked import TimmMasked
 from w2s.bench.synthetic import synthetic_batch
@@ -26,7 +24,6 @@ from w2s.data.sample import SampleSpec
 from w2s.host import keep_freed_memory
 from w2s.launch import launch
 from w2s.megatron import groups
-from w2s.teachers.base import Teacher
 from w2s.tracking.meters import peak_memory_gib
 from w2s.trainer import open_stream, train_step
 
@@ -78,10 +75,6 @@ class Measured:
     """Whether torch.compile has been over the model."""
     parameters: int
     """Numbers that a rank trains."""
-    target_width: int
-    """Channels of the teacher's features; 0 without a teacher."""
-    teacher_flops: float
-    """Operations of the teacher's forward pass for one image."""
     tower_flops: float
     """Operations of a sample's forward pass through the peer's towers, counted there; 0 for ours."""
     rows: list[Row]
@@ -94,7 +87,6 @@ class _Subject:
     step: Callable[[Batch], object]
     spec: SampleSpec
     parameters: int
-    teacher: Teacher | None
     compiled: bool = False
     tower_flops: float = 0.0
 
@@ -132,15 +124,13 @@ def _run_ours(job: Job) -> None:
             step=lambda batch: train_step(stage, batch, factor=1.0),
             spec=stage.spec,
             parameters=sum(_size(part) for tower in stage.towers.values() for part in tower.parts),
-            teacher=getattr(stage, "teacher", None),
         )
         with marked(stage, marks):
             rows = _measure_rows(subject, job, marks, ranks.device, ranks.reader, ranks.world_size)
         memories = ranks.gather([row.memory_gib for row in rows])
         rows = [replace(row, memory_gib=max(most)) for row, most in zip(rows, zip(*memories, strict=True), strict=True)]
-        found = _found(subject, ranks.device, rows)
         if ranks.main:
-            _write(job, found)
+            _write(job, _found(subject, ranks.device, rows))
 
 
 def _run_peer(job: Job) -> None:
@@ -152,7 +142,6 @@ def _run_peer(job: Job) -> None:
         step=lambda batch: peer.step(batch, marks),
         spec=peer.spec,
         parameters=_size(peer.model),
-        teacher=peer.teacher,
         compiled=peer.compiled,
         tower_flops=peer.forward_flops(),
     )
@@ -164,13 +153,10 @@ def _size(module: nn.Module) -> int:
 
 
 def _found(subject: _Subject, device: torch.device, rows: list[Row]) -> Measured:
-    """Every rank calls: a teacher may be split over them."""
     return Measured(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         compiled=subject.compiled,
         parameters=subject.parameters,
-        target_width=subject.teacher.width if subject.teacher else 0,
-        teacher_flops=_teacher_flops(subject.teacher, device) if subject.teacher else 0.0,
         tower_flops=subject.tower_flops,
         rows=rows,
     )
@@ -178,13 +164,6 @@ def _found(subject: _Subject, device: torch.device, rows: list[Row]) -> Measured
 
 def _write(job: Job, found: Measured) -> None:
     job.out.write_text(json.dumps(asdict(found)), encoding="utf-8")
-
-
-def _teacher_flops(teacher: Teacher, device: torch.device) -> float:
-    images = torch.zeros(1, 3, teacher.image_size, teacher.image_size, device=device)
-    # Attention as plain products, which the counter knows on every device.
-    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
-        return forward_flops(teacher, images)
 
 
 def _measure_rows(

@@ -103,7 +103,7 @@ def evaluate_knn(
         for every test set `top1`, `top5`, `chance_top1` and `coverage`, fractions of 1.
 
     Raises:
-        DataError: the neighbours have no classes, or none in common with a test set.
+        DataError: the neighbours have no classes, or none in common with any test set.
     """
     if neighbours.labels is None:
         raise DataError("eval.knn_shards has several captions an image and no classes: k-NN needs class numbers")

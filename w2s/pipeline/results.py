@@ -1,4 +1,4 @@
-"""What the runs of a pipeline have left behind: results, history, and which steps an arm is made of."""
+"""What the runs of a pipeline have left behind: results and history, and what their training took."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -10,7 +10,6 @@ from w2s.bench.marks import Marks
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.sample import SampleSpec
-from w2s.teachers.base import Teacher
 
 
 class Peer(ABC):
@@ -19,7 +18,6 @@ class Peer(ABC):
     Args:
         config: the stage.
         model: what is trained, on the device where it is trained.
-        teacher: the teacher of the masked stage.
         spec: what the stage wants of a sample.
         device: that device.
 
@@ -27,10 +25,8 @@ class Peer(ABC):
         compiled: whether the model goes through torch.compile.
     """
 
-    def __init__(
-        self, config: Config, model: nn.Module, teacher: Teacher | None, spec: SampleSpec, device: torch.device
-    ) -> None:
-        self.config, self.model, self.teacher, self.spec, self.device = config, model, teacher, spec, device
+    def __init__(self, config: Config, model: nn.Module, spec: SampleSpec, device: torch.device) -> None:
+        self.config, self.model, self.spec, self.device = config, model, spec, device
         self.compiled = device.type == "cuda"
         if self.compiled:
             model.compile()

@@ -27,7 +27,7 @@ class OpenClip(Peer):
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        super().__init__(config, open_clip_model(config, device), None, sample_spec(config), device)
+        super().__init__(config, open_clip_model(config, device), sample_spec(config), device)
         self.criterion = ClipLoss()
 
     def loss(self, micro: Batch, marks: Marks) -> Tensor:

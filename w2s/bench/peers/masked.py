@@ -47,9 +47,9 @@ class TimmMasked(Peer):
 
     def __init__(self, config: Config, device: torch.device) -> None:
         compiled = replace(config.teacher, compile=device.type == "cuda")
-        self.frozen = build_teacher(compiled, grid=config.model.vision.grid, device=device)
-        student = TimmStudent(config.model, self.frozen.width, device)
-        super().__init__(config, student, self.frozen, sample_spec(config, self.frozen.image_size), device)
+        self.teacher = build_teacher(compiled, grid=config.model.vision.grid, device=device)
+        student = TimmStudent(config.model, self.teacher.width, device)
+        super().__init__(config, student, sample_spec(config, self.teacher.image_size), device)
 
     def loss(self, micro: Batch, marks: Marks) -> Tensor:
         """Return the negative masked cosine."""
@@ -57,7 +57,7 @@ class TimmMasked(Peer):
         masks = given(micro.masks) if masked else micro.images.new_zeros(len(micro), patches, dtype=torch.bool)
         places = masked_places(masks, masked) if masked else everywhere(masks)
         with marks.part("teacher"):
-            features = self.frozen(normalize(given(micro.teacher_images), self.frozen.mean, self.frozen.std))
+            features = self.teacher(normalize(given(micro.teacher_images), self.teacher.mean, self.teacher.std))
         images = normalize(micro.images, MEAN, STD)
         with marks.part("forward"), self.autocast():
             predictions = self.model(images, masks, places)
@@ -69,4 +69,4 @@ class TimmMasked(Peer):
         images = torch.empty(1, 3, vision.image_size, vision.image_size, device=meta)
         masks = torch.empty(1, vision.patches, dtype=torch.bool, device=meta)
         places = torch.empty(1, masked or vision.patches, dtype=torch.int64, device=meta)
-        return forward_flops(TimmStudent(self.config.model, self.frozen.width, meta), images, masks, places)
+        return forward_flops(TimmStudent(self.config.model, self.teacher.width, meta), images, masks, places)
