@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from w2s.config.sections import Config
-from w2s.planning.activations import local_rows, recomputed_layers
+from w2s.planning.activations import local_rows
 from w2s.planning.cards import Card
-from w2s.planning.flops import loss_flops, micro_batches, passes, share
+from w2s.planning.flops import loss_flops, micro_batches, passes, recomputed_layers, share
 from w2s.planning.layers import Work, layer_time
 from w2s.planning.memory import fp8_share, sample_bytes
 from w2s.planning.roofline import exchange, message, moving

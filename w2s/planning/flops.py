@@ -143,12 +143,14 @@ def micro_batches(config: Config, world_size: int) -> int:
     return samples // min(config.train.micro_batch, samples)
 
 
+def recomputed_layers(parallel: ParallelConfig, layers: int) -> int:
+    """Layers of a chunk that the backward pass computes again."""
+    return min(parallel.recompute_layers or layers, layers) if parallel.recompute == "full" else 0
+
+
 def recomputed_fraction(parallel: ParallelConfig, split: list[int]) -> float:
     """Fraction of a tower's layers that the backward pass computes again; `selective` recomputes no product."""
-    if parallel.recompute != "full":
-        return 0.0
-    most = parallel.recompute_layers or max(split)
-    return sum(min(most, layers) for layers in split) / sum(split)
+    return sum(recomputed_layers(parallel, layers) for layers in split) / sum(split)
 
 
 def seen_tokens(config: Config) -> int:
