@@ -7,6 +7,7 @@ sums of their largest tensors.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from w2s.config.layout import model_parallel_size
 from w2s.config.linears import bf16_layers
 from w2s.config.sections import Config
 from w2s.planning.activations import Types, in_flight, local_rows, peak
@@ -126,8 +127,7 @@ def _update(config: Config, states: States) -> int:
 
 def _batch(config: Config, teacher: PlannedTeacher | None, world_size: int) -> int:
     """The samples of a model-parallel group: three times while its ranks exchange them, which read a share each."""
-    parallel, own = config.parallel, 0
-    alone = parallel.tensor * parallel.pipeline == 1
+    own, alone = 0, model_parallel_size(config.parallel) == 1
     if teacher:
         # The teacher's images, and its features of all patches before those at the masked ones are picked.
         features = _FP32 * config.model.vision.patches * teacher.width
