@@ -107,7 +107,7 @@ def step_time(
         products=work.products,
         attention=work.attention,
         elementwise=work.elementwise,
-        launches=work.waiting,
+        launches=work.launches,
         tensor=work.tensor,
         recomputation=count * sum(turn.recomputed for turn in turns),
         second_pass=sum((count + turn.idle) * turn.forward for turn in turns) if again else 0.0,
