@@ -8,6 +8,7 @@ import pytest
 
 from w2s import cli
 from w2s.config.load import load
+from w2s.planning.request import request
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -55,6 +56,11 @@ def test_a_batch_is_made_legal_and_one_that_is_given_is_not(
     assert stage["steps"] * stage["global_batch"] >= before.steps * before.global_batch
     assert run(monkeypatch, "mim", *SMALL, *layout, "--gpus", "24", "--batch", "100") == 2
     assert "use train.global_batch=96" in capsys.readouterr().err
+
+
+def test_a_command_in_a_file_can_be_pasted_into_a_shell() -> None:
+    command = request(["mim", "model=eva_18b", "parallel.vision_split=[1,4]"], 8, "h100", 96).command
+    assert command == "w2s plan mim model=eva_18b 'parallel.vision_split=[1,4]' --gpus 8 --card h100 --batch 96"
 
 
 def test_how_a_stage_scales(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

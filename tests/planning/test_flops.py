@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stages.clip import ContrastiveStage
 from stages.mim import MaskedStage
+from tests.planning.measured import SMALL
 from tests.stages.shapes import write_shapes
 from w2s.config.load import load, named_model
 from w2s.config.sections import Config
@@ -30,17 +31,7 @@ from w2s.planning.flops import (
 )
 
 BATCH = 12
-SMALL = [
-    "model=tiny",
-    "data=shards",
-    "data.lanes=2",
-    "data.workers=0",
-    "data.shuffle=8",
-    "eval.shards=",
-    "eval.knn_shards=",
-    f"train.global_batch={BATCH}",
-    "train.steps=100",
-]
+CONFIG = [*SMALL, f"train.global_batch={BATCH}"]
 
 
 def flash(query: list[int], key: list[int], value: list[int], *rest: object, **options: object) -> int:
@@ -111,7 +102,7 @@ def test_the_formulas_give_what_the_counter_counts(shards: str, stage: str, micr
     layers = ["model.vision.layers=3", "model.text.layers=3"]
     cut = [f"train.micro_batch={micro}", f"parallel.recompute={recompute[0]}", *recompute[1:]]
     teacher = ["teacher.source=efficientnet_lite0"]
-    config = load(stage, [*SMALL, *layers, *cut, *teacher, f"data.train={shards}"])
+    config = load(stage, [*CONFIG, *layers, *cut, *teacher, f"data.train={shards}"])
     total, built = counted(config)
     target_width, seen = 0, 0.0
     if isinstance(built, MaskedStage):
@@ -125,7 +116,7 @@ def test_the_formulas_give_what_the_counter_counts(shards: str, stage: str, micr
 
 def test_an_unmasked_student_predicts_all_patches(shards: str) -> None:
     teacher = ["teacher.source=efficientnet_lite0", "train.micro_batch=12", "mim.masked_patches=0"]
-    config = load("mim", [*SMALL, *teacher, f"data.train={shards}"])
+    config = load("mim", [*CONFIG, *teacher, f"data.train={shards}"])
     total, built = counted(config)
     assert isinstance(built, MaskedStage)
     one = torch.zeros(1, 3, built.teacher.image_size, built.teacher.image_size)

@@ -25,6 +25,15 @@ def test_an_eva_teacher_is_worked_out_as_its_network_is(name: str, precision: st
     assert (planned.width, planned.image_size) == (network.width, network.image_size)
 
 
+def test_an_eva_teacher_sees_images_of_the_size_that_is_given() -> None:
+    config = load("mim", ["teacher.source=eva:eva_s@none", "teacher.image_size=448"])
+    planned, network = planned_teacher(config), without_weights(config.teacher, grid=32)
+    with FlopCounterMode(display=False) as counter:
+        network(torch.empty(1, 3, 448, 448, device="meta"))
+    assert planned.image_size == network.image_size == 448
+    assert planned.flops == counter.get_total_flops()
+
+
 def test_any_other_network_is_counted() -> None:
     """EfficientNet-Lite0 for 16 x 16 patches: 4.0 GFLOP an image and 5 million parameters (README), in float32."""
     planned = planned_teacher(load("mim", ["teacher=efficientnet_lite0", "model.vision.image_size=256"]))

@@ -18,6 +18,7 @@ from w2s.bench.parts import marked
 from w2s.bench.peers.clip import OpenClip
 from w2s.bench.peers.masked import TimmMasked
 from w2s.bench.synthetic import synthetic_batch
+from w2s.config.layout import model_parallel_size
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.sample import SampleSpec
@@ -104,7 +105,7 @@ def measure(job: Job, ranks: int) -> Measured:
 
 def with_batch(config: Config, micro_batch: int, world_size: int) -> Config:
     """Return a configuration whose global batch is one micro-batch a data-parallel rank."""
-    replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    replicas = world_size // model_parallel_size(config.parallel)
     return replace(config, train=replace(config.train, micro_batch=micro_batch, global_batch=micro_batch * replicas))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from w2s.config.sections import ParallelConfig
+from w2s.planning.flops import recomputed_layers
 from w2s.planning.towers import PlannedTower
 
 _STATISTIC = 4
@@ -97,11 +98,6 @@ def _chunk(parallel: ParallelConfig, layers: int, whole: int, entry: int) -> int
     """What a micro-batch keeps in a chunk's layers: all of a layer, or what goes into it."""
     again = recomputed_layers(parallel, layers)
     return again * entry + (layers - again) * whole
-
-
-def recomputed_layers(parallel: ParallelConfig, layers: int) -> int:
-    """Layers of a chunk that the backward pass computes again."""
-    return min(parallel.recompute_layers or layers, layers) if parallel.recompute == "full" else 0
 
 
 def _layer(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int) -> int:

@@ -8,10 +8,11 @@ the overlap options are on. Reading and decoding images is taken to be hidden.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from w2s.config.layout import model_parallel_size
 from w2s.config.sections import Config
-from w2s.planning.activations import local_rows, recomputed_layers
+from w2s.planning.activations import local_rows
 from w2s.planning.cards import Card
-from w2s.planning.flops import loss_flops, micro_batches, passes, share
+from w2s.planning.flops import loss_flops, micro_batches, passes, recomputed_layers, share
 from w2s.planning.layers import Work, layer_time
 from w2s.planning.memory import fp8_share, sample_bytes
 from w2s.planning.roofline import exchange, message, moving
@@ -106,7 +107,7 @@ def step_time(
         products=work.products,
         attention=work.attention,
         elementwise=work.elementwise,
-        launches=work.waiting,
+        launches=work.launches,
         tensor=work.tensor,
         recomputation=count * sum(turn.recomputed for turn in turns),
         second_pass=sum((count + turn.idle) * turn.forward for turn in turns) if again else 0.0,
@@ -167,7 +168,7 @@ def _gradient_bytes(config: Config) -> int:
 def _data(config: Config, card: Card, states: States, turns: Sequence[_Turns], world_size: int) -> float:
     """What nothing hides of the reduce-scatter of gradients and the all-gather of weights."""
     parallel = config.parallel
-    size = world_size // (parallel.tensor * parallel.pipeline)
+    size = world_size // model_parallel_size(parallel)
     gathered = states.weights
     if config.precision.fp8_primary_weights:
         gathered = gathered // 2
@@ -194,7 +195,7 @@ def _loss(config: Config, card: Card, world_size: int) -> float:
     products = samples * loss_flops(config).hardware / (card.fp32_tflops * 1e12 * card.estimates.fp32)
     tiles = moving(card, LOSS_READS * _FP32 * samples * config.train.global_batch)
     features = _FP32 * config.train.global_batch * config.model.embed_dim
-    size = world_size // (parallel.tensor * parallel.pipeline)
+    size = world_size // model_parallel_size(parallel)
     return products + tiles + 2 * exchange(card, features, size, parallel.tensor)
 
 
@@ -202,4 +203,4 @@ def _batch(config: Config, card: Card, teacher: PlannedTeacher | None, world_siz
     """What the ranks of a model-parallel group give each other of the samples that each has read."""
     parallel, sent = config.parallel, share(config, world_size) * sample_bytes(config, teacher)
     stride = 1 if parallel.pipeline == 1 else world_size // parallel.pipeline
-    return exchange(card, sent, parallel.tensor * parallel.pipeline, stride)
+    return exchange(card, sent, model_parallel_size(parallel), stride)

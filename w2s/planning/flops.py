@@ -143,12 +143,14 @@ def micro_batches(config: Config, world_size: int) -> int:
     return samples // min(config.train.micro_batch, samples)
 
 
+def recomputed_layers(parallel: ParallelConfig, layers: int) -> int:
+    """Layers of a chunk that the backward pass computes again."""
+    return min(parallel.recompute_layers or layers, layers) if parallel.recompute == "full" else 0
+
+
 def recomputed_fraction(parallel: ParallelConfig, split: list[int]) -> float:
     """Fraction of a tower's layers that the backward pass computes again; `selective` recomputes no product."""
-    if parallel.recompute != "full":
-        return 0.0
-    most = parallel.recompute_layers or max(split)
-    return sum(min(most, layers) for layers in split) / sum(split)
+    return sum(recomputed_layers(parallel, layers) for layers in split) / sum(split)
 
 
 def seen_tokens(config: Config) -> int:
@@ -160,10 +162,15 @@ def seen_tokens(config: Config) -> int:
     return 1 + kept_patches(patches, config.clip.patch_dropout if first is None else first)
 
 
+def predicted_patches(config: Config) -> int:
+    """Patches of an image whose features the masked stage's student predicts: the masked ones, or all if none is."""
+    return config.mim.masked_patches or config.model.vision.patches
+
+
 def student_flops(config: Config, target_width: int) -> TowerFlops:
     """Operations of an image's forward pass through the masked stage's student."""
-    predicted = config.mim.masked_patches or config.model.vision.patches
-    return vision_flops(config.model.vision, tokens=seen_tokens(config), head_tokens=predicted, head_width=target_width)
+    tokens, predicted = seen_tokens(config), predicted_patches(config)
+    return vision_flops(config.model.vision, tokens=tokens, head_tokens=predicted, head_width=target_width)
 
 
 def image_flops(config: Config) -> TowerFlops:

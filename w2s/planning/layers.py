@@ -23,13 +23,13 @@ class Work:
     """Norms, activations, residuals, and rounding to FP8."""
     tensor: float = 0.0
     """Communication among tensor-parallel ranks that nothing hides."""
-    waiting: float = 0.0
-    """For kernels to be launched, where they are too short."""
+    launches: float = 0.0
+    """Waiting for kernels to be launched, where they are too short."""
 
     @property
     def total(self) -> float:
         """All kinds."""
-        return self.products + self.attention + self.elementwise + self.tensor + self.waiting
+        return self.products + self.attention + self.elementwise + self.tensor + self.launches
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -37,7 +37,7 @@ class Work:
             self.attention + other.attention,
             self.elementwise + other.elementwise,
             self.tensor + other.tensor,
-            self.waiting + other.waiting,
+            self.launches + other.launches,
         )
 
     def __mul__(self, times: float) -> "Work":
@@ -46,7 +46,7 @@ class Work:
             self.attention * times,
             self.elementwise * times,
             self.tensor * times,
-            self.waiting * times,
+            self.launches * times,
         )
 
 
@@ -74,7 +74,7 @@ def layer_time(card: Card, tower: PlannedTower, parallel: ParallelConfig, sample
 
 
 def _launched(card: Card, work: Work, kernels: int) -> Work:
-    return work + Work(waiting=max(0.0, kernels * card.launch - work.total))
+    return work + Work(launches=max(0.0, kernels * card.launch - work.total))
 
 
 class _Sizes:

@@ -9,6 +9,7 @@ from w2s.config.linears import check_fp8_layout
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
 from w2s.planning.cards import GPUS_PER_NODE
+from w2s.planning.flops import share
 
 
 class Layouts:
@@ -49,11 +50,9 @@ class Layouts:
 
     def batches(self, split: Config) -> Iterator[Config]:
         """Micro-batches of a split, with and without sequence parallelism."""
-        parallel = split.parallel
-        share = split.train.global_batch * parallel.tensor * parallel.pipeline // self.world_size
-        for micro in self._choices("train.micro_batch", divisors(share)):
+        for micro in self._choices("train.micro_batch", divisors(share(split, self.world_size))):
             sized = replace(split, train=replace(split.train, micro_batch=micro))
-            for sequence in self._choices("parallel.sequence", [False, True] if parallel.tensor > 1 else [False]):
+            for sequence in self._choices("parallel.sequence", [False, True] if split.parallel.tensor > 1 else [False]):
                 config = self._parallel(sized, sequence=sequence)
                 checks = (check_ranks, check_micro_batches, check_fp8_layout)
                 if all(self._legal(check, config, self.world_size) for check in checks):

@@ -7,10 +7,11 @@ sums of their largest tensors.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from w2s.config.layout import model_parallel_size
 from w2s.config.linears import bf16_layers
 from w2s.config.sections import Config
 from w2s.planning.activations import Types, in_flight, local_rows, peak
-from w2s.planning.flops import micro_batches, passes, share
+from w2s.planning.flops import micro_batches, passes, predicted_patches, share
 from w2s.planning.states import States
 from w2s.planning.teacher import PlannedTeacher
 from w2s.planning.towers import PlannedTower
@@ -126,8 +127,7 @@ def _update(config: Config, states: States) -> int:
 
 def _batch(config: Config, teacher: PlannedTeacher | None, world_size: int) -> int:
     """The samples of a model-parallel group: three times while its ranks exchange them, which read a share each."""
-    parallel, own = config.parallel, 0
-    alone = parallel.tensor * parallel.pipeline == 1
+    own, alone = 0, model_parallel_size(config.parallel) == 1
     if teacher:
         # The teacher's images, and its features of all patches before those at the masked ones are picked.
         features = _FP32 * config.model.vision.patches * teacher.width
@@ -137,8 +137,8 @@ def _batch(config: Config, teacher: PlannedTeacher | None, world_size: int) -> i
 
 def sample_bytes(config: Config, teacher: PlannedTeacher | None) -> int:
     """A sample as the ranks of a model-parallel group exchange it: pixels, and the targets of the masked stage."""
-    vision, predicted = config.model.vision, config.mim.masked_patches or config.model.vision.patches
-    return 3 * vision.image_size**2 + (_FP32 * predicted * teacher.width if teacher else 0)
+    targets = _FP32 * predicted_patches(config) * teacher.width if teacher else 0
+    return 3 * config.model.vision.image_size**2 + targets
 
 
 def _teacher(config: Config, teacher: PlannedTeacher, samples: int) -> int:

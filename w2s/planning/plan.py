@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from w2s.config.layout import model_parallel_size
 from w2s.config.linears import check_useless_fp8
 from w2s.config.sections import Config
 from w2s.errors import UserError
@@ -30,6 +31,11 @@ class Plan:
     flops: StageFlops
     peak: float
     """FLOP/s of all GPUs: the dense BF16 peak."""
+
+    @property
+    def data_size(self) -> int:
+        """Data-parallel ranks."""
+        return self.gpus // model_parallel_size(self.config.parallel)
 
     @property
     def seconds(self) -> float:
@@ -194,7 +200,7 @@ class _SplitStage:
     def __init__(self, split: Config, target_width: int, gpus: int) -> None:
         self.towers = planned_towers(split, target_width)
         parallel = split.parallel
-        last, size = parallel.pipeline - 1, gpus // (parallel.tensor * parallel.pipeline)
+        last, size = parallel.pipeline - 1, gpus // model_parallel_size(parallel)
         self.states = {
             rank: rank_states(self.towers, parallel, split.precision, data_size=size, data_rank=0, stage=rank)
             for rank in sorted({0, min(1, last), last})

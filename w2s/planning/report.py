@@ -86,7 +86,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "sequence": parallel.sequence,
         "pipeline": parallel.pipeline,
         "virtual_pipeline": parallel.virtual_pipeline,
-        "data": plan.gpus // (parallel.tensor * parallel.pipeline),
+        "data": plan.data_size,
         "micro_batch": plan.config.train.micro_batch,
         "recompute": parallel.recompute,
         "recompute_layers": parallel.recompute_layers,
@@ -131,7 +131,7 @@ def _cells(plan: Plan) -> list[Cell]:
         "TP": parallel.tensor,
         "PP": parallel.pipeline,
         "VPP": parallel.virtual_pipeline,
-        "DP": plan.gpus // (parallel.tensor * parallel.pipeline),
+        "DP": plan.data_size,
     }
     layout = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one GPU"
     return [

@@ -1,6 +1,7 @@
 """What the command line asks the planner for."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -39,10 +40,10 @@ class Request:
 
     @property
     def command(self) -> str:
-        """The command line, as it is repeated."""
-        batch = [] if self.batch is None else [f"--batch {self.batch}"]
-        words = ["w2s plan", *self.stages, *self.overrides, f"--gpus {self.gpus}", f"--card {self.card}", *batch]
-        return " ".join(words)
+        """The command line, quoted for a shell."""
+        batch = [] if self.batch is None else ["--batch", str(self.batch)]
+        options = ["--gpus", str(self.gpus), "--card", self.card, *batch]
+        return shlex.join(["w2s", "plan", *self.stages, *self.overrides, *options])
 
 
 def request(arguments: Sequence[str], gpus: int, card: str, batch: int | None) -> Request:

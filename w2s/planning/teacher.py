@@ -30,7 +30,7 @@ class PlannedTeacher:
 def planned_teacher(config: Config) -> PlannedTeacher:
     """Return the teacher of a masked stage.
 
-    EVA towers are worked out; any other network is built without memory for its weights, which takes seconds.
+    EVA towers are worked out; any other network is built, which takes seconds.
 
     Raises:
         ConfigError: the source or the model is unknown.

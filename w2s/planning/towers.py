@@ -5,7 +5,7 @@ from typing import Literal
 
 from w2s.config.sections import Config
 from w2s.megatron.split import text_layers, vision_layers
-from w2s.planning.flops import TowerFlops, image_flops, seen_tokens, student_flops, text_flops
+from w2s.planning.flops import TowerFlops, image_flops, predicted_patches, seen_tokens, student_flops, text_flops
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,8 @@ def planned_towers(config: Config, target_width: int) -> tuple[PlannedTower, ...
 def _student(config: Config, target_width: int) -> PlannedTower:
     width = config.model.vision.width
     flops = student_flops(config, target_width)
-    predicted = config.mim.masked_patches or config.model.vision.patches
     mask_token, head = (width,), (width * target_width, target_width)
-    return _vision(config, flops, mask_token, head, head_tokens=predicted, head_width=target_width)
+    return _vision(config, flops, mask_token, head, head_tokens=predicted_patches(config), head_width=target_width)
 
 
 def _image_tower(config: Config) -> PlannedTower:

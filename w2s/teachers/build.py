@@ -62,14 +62,14 @@ def build_teacher(
 
 
 def without_weights(config: TeacherConfig, *, grid: int) -> PatchNetwork:
-    """The network of a teacher on the meta device, in evaluation mode; a run of ours is none that could be read so.
+    """The network of a teacher on the meta device, in evaluation mode, for every source but `w2s:RUN`.
 
     Args:
         config: the teacher's section.
         grid: the student's patches along one side.
 
     Raises:
-        ConfigError: the source or the model is unknown.
+        ConfigError: the source or the model is unknown, or the source is a run.
         CheckpointError: a folder of transformers that does not exist.
     """
     kind, _, rest = config.source.partition(":")
@@ -79,7 +79,7 @@ def without_weights(config: TeacherConfig, *, grid: int) -> PatchNetwork:
     elif kind == "hf" and rest:
         network = hugging_face_vit(Path(rest).expanduser(), image_size=config.image_size)
     elif kind == "eva" and name:
-        network = eva_without_weights(named_model(name))
+        network = eva_without_weights(named_model(name), image_size=config.image_size)
     elif kind in ("timm", "open_clip") and name:
         with torch.device("meta"):
             network = (timm_model if kind == "timm" else open_clip_model)(name, None, image_size=config.image_size)

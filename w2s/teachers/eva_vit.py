@@ -51,9 +51,9 @@ def w2s_run(checkpoint: Path, *, image_size: int, precision: Precision) -> TimmT
     return _network(open_released(checkpoint), model_from(read_meta(checkpoint).config), image_size, precision)
 
 
-def without_weights(model: ModelConfig) -> TimmTokens:
+def without_weights(model: ModelConfig, *, image_size: int) -> TimmTokens:
     """The network of a CLIP's vision tower, on the meta device."""
-    return _wrapped(eva_tower(model, has_head=True), image_size=0)
+    return _wrapped(eva_tower(model, has_head=True), image_size)
 
 
 def eva_tower(model: ModelConfig, *, has_head: bool, device: torch.device | str = "meta") -> Eva:
