@@ -12,6 +12,7 @@ from w2s.checkpoint.store import read_meta
 from w2s.config.layout import check_towers
 from w2s.config.load import model_from
 from w2s.config.sections import Config
+from w2s.data.builtin.registry import without_left_out
 from w2s.errors import ConfigError
 from w2s.evaluation.dataset import EvalSet
 from w2s.evaluation.evaluate import of_sets
@@ -39,6 +40,7 @@ def run(config: Config) -> None:
             raise ConfigError("init.checkpoint=none leaves nothing to evaluate: give a clip run, or latest")
         folder = open_run(config, ranks)
         prepare_data(config, ranks)
+        config.eval.sets = without_left_out(config.data, config.eval.sets)
         trained = read_meta(checkpoint).config
         config = replace(config, model=model_from(trained), clip=replace(config.clip, loss=trained["clip"]["loss"]))
         check_towers(config)

@@ -18,7 +18,7 @@ from torch import Tensor
 from w2s.checkpoint import store
 from w2s.checkpoint.find import is_finished
 from w2s.checkpoint.handover import Handover
-from w2s.config.naming import difference, flatten, run_folder
+from w2s.config.naming import difference, run_folder
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.builtin.registry import ensure_builtin
@@ -311,14 +311,13 @@ def training_inputs(config: Config, sources: Sequence[Source]) -> list[DataInput
 
 def test_inputs(config: Config) -> list[DataInput]:
     """Describe the sets that a stage is measured on."""
-    keys = {"eval.shards": "evaluation", "eval.knn_shards": "neighbours"}
-    keys |= {f"eval.sets.{name}": f"evaluation {name}" for name in config.eval.sets}
-    return [data_input(config, key, context) for key, context in keys.items() if flatten(asdict(config))[key]]
+    contexts = {"eval.shards": "evaluation", "eval.knn_shards": "neighbours"}
+    contexts |= {f"eval.sets.{name}": f"evaluation {name}" for name in config.eval.sets}
+    return [_data_input(config, key, shards, contexts[key]) for key, shards in config.eval.by_key.items()]
 
 
-def data_input(config: Config, key: str, context: str) -> DataInput:
+def _data_input(config: Config, key: str, source: str, context: str) -> DataInput:
     """Describe the shards of a configuration key for MLflow: the digest is over their names and sizes in bytes."""
-    source = flatten(asdict(config))[key]
     digest = shards_digest(list_shards(source, key, allow_pipe=config.data.allow_pipe))
     return DataInput(f"{config.data.name} {context}", source, digest, context)
 

@@ -493,6 +493,14 @@ class EvalConfig:
         """Test shards by the name of their set: `sets`, or `shards` under the empty name; nothing without both."""
         return self.sets or ({"": self.shards} if self.shards else {})
 
+    @property
+    def by_key(self) -> dict[str, str]:
+        """All shards that an evaluation reads, by the configuration key that names them."""
+        single = {"eval.shards": self.shards, "eval.knn_shards": self.knn_shards}
+        return {key: shards for key, shards in single.items() if shards} | {
+            f"eval.sets.{name}": shards for name, shards in self.sets.items()
+        }
+
 
 @dataclass(kw_only=True)
 class TrackingConfig:

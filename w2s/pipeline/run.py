@@ -14,6 +14,7 @@ from w2s.pipeline.choose import Chosen
 from w2s.pipeline.pictures import draw
 from w2s.pipeline.plan import Plan, Task
 from w2s.pipeline.results import Results, Run
+from w2s.pipeline.sources import check_data
 from w2s.pipeline.steps import load_pipeline
 from w2s.pipeline.tables import tables
 from w2s.tracking.files import write_text
@@ -37,12 +38,14 @@ def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool
 
     Raises:
         ConfigError: for a pipeline or an override that cannot be.
+        DataError: for shards that a step would not find.
         W2SError: from the step that failed.
     """
     plan = Plan(load_pipeline(name), overrides, fresh=fresh)
     configs = plan.configs()
     for config in configs:
         check(config, ranks, ranks)
+    check_data(configs)
     console = Console()
     with parent_run(configs[0].tracking, plan.folder, tags={"w2s.pipeline": name}) as parent:
         results, choices = _Runner(plan, ranks, parent.run_id or "", console).run()

@@ -47,6 +47,14 @@ def test_a_package_that_is_not_there(tmp_path: Path, tools: Path) -> None:
         fetch_npm("@a/pictures", "1.0", tmp_path / "scratch")
 
 
+def test_lists_that_cannot_be_had_are_the_reason_for_each_package(tmp_path: Path, tools: Path) -> None:
+    script(tools, "apt-get", 'for last; do :; done; [ "$last" != update ] || { echo "E: no mirror" >&2; exit 100; }')
+    folder = scratch(tmp_path)
+    for package in ("pictures", "more"):
+        with pytest.raises(SourceMissing, match=r"^apt-get -qq update failed: E: no mirror$"):
+            fetch_deb(package, folder)
+
+
 def test_a_deb_is_unpacked_and_the_lists_are_fetched_once(tmp_path: Path, tools: Path) -> None:
     log = tmp_path / "log"
     script(tools, "apt-get", f'for last; do :; done; echo "$last" >> {log}; [ "$last" = update ] || touch "$last.deb"')

@@ -8,7 +8,7 @@ import pytest
 
 from w2s.config.sections import DataConfig
 from w2s.data.builtin import registry
-from w2s.data.builtin.registry import Builtin, ensure_builtin
+from w2s.data.builtin.registry import Builtin, ensure_builtin, without_left_out
 from w2s.errors import ConfigError, DataError
 
 Use = Callable[[Callable[[Path], None]], None]
@@ -101,3 +101,17 @@ def test_data_that_is_not_built(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^data=shards is not built from packages: there are emoji, showcase$"):
         ensure_builtin(DataConfig(name="shards", builtin="none", cache=str(tmp_path / "cache")))
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("marker", ["whole", "lacks"])
+def test_a_test_set_goes_only_with_a_source_that_was_left_out(
+    tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch, marker: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    use(write(marker))
+    cached = data(Path("~/cache"))
+    (ensure_builtin(cached) / "openmoji").mkdir()
+    sets = {"openmoji": "~/cache/set-1/openmoji", "stamps": "~/cache/set-1/stamps", "own": "elsewhere/{0..3}.tar"}
+    left = without_left_out(cached, sets)
+    assert left == ({name: sets[name] for name in ("openmoji", "own")} if marker == "lacks" else sets)
+    assert without_left_out(DataConfig(), sets) == sets

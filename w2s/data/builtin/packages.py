@@ -67,16 +67,24 @@ def fetch_deb(package: str, scratch: Path) -> Fetched:
     place, lists = scratch.absolute() / package, scratch.absolute() / "apt"
     apt = ["apt-get", f"-oDir::State={lists}", f"-oDir::Cache={lists}", "-oAPT::Sandbox::User=root", "-qq"]
     if not lists.is_dir():
-        for name in ("lists/partial", "archives/partial"):
-            (lists / name).mkdir(parents=True)
-        (lists / "status").touch()
-        _run([*apt, "update"], scratch)
+        _update(apt, lists)
     place.mkdir()
     _run([*apt, "download", package], place)
     file = next(place.glob("*.deb"))
     _run(["dpkg-deb", "-x", str(file), str(place)], place)
     version = _run(["dpkg-deb", "-f", str(file), "Version"], place).strip()
     return Fetched(place, f"{package} {version}")
+
+
+def _update(apt: list[str], lists: Path) -> None:
+    """Fetch apt's lists, or leave no folder: the next package then says why, too."""
+    for name in ("lists/partial", "archives/partial"):
+        (lists / name).mkdir(parents=True)
+    try:
+        _run([*apt, "update"], lists)
+    except SourceMissing:
+        shutil.rmtree(lists)
+        raise
 
 
 def fetch_npm(package: str, version: str, scratch: Path) -> Fetched:

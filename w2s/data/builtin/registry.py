@@ -65,6 +65,23 @@ def ensure_builtin(data: DataConfig, renew: bool = False) -> Path:
     return target
 
 
+def without_left_out(data: DataConfig, sets: Mapping[str, str]) -> dict[str, str]:
+    """Return test sets without those that the built-in data set lacks as their source was left out.
+
+    Args:
+        data: names the data set, which is built, and the cache.
+        sets: shards by name.
+    """
+    if data.builtin == "none":
+        return dict(sets)
+    builtin = BUILTINS[data.builtin]
+    folder = Path(data.cache).expanduser() / builtin.folder
+    if not builtin.left_out(folder):
+        return dict(sets)
+    places = {name: Path(shards).expanduser() for name, shards in sets.items()}
+    return {name: sets[name] for name, place in places.items() if place.parent != folder or place.is_dir()}
+
+
 def _build(builtin: Builtin, target: Path, replace: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{builtin.folder}.") as scratch:
