@@ -14,7 +14,7 @@ from w2s.pipeline.run import run_pipeline
 from w2s.pipeline.steps import load_pipeline
 from w2s.tracking.store import connect
 
-ARMS = ["masked", "scratch", "scratch_long", "unmasked", "cycle", "scratch_large"]
+ARMS = ["masked", "scratch", "scratch_long", "unmasked", "cycle"]
 FIRST = ["masked_mim", "unmasked_mim", "cycle_mim"]
 SMALL = [
     "hardware=cpu",
@@ -109,7 +109,7 @@ def test_only_evaluations_look_at_the_test_sets(report: Path) -> None:
 
 def test_every_arm_had_as_many_trials_on_the_held_out_slice(report: Path) -> None:
     _, _, *found = rows(report, "choices")
-    trials = [f"{arm}_clip" for arm in ("masked", "scratch", "scratch_long", "unmasked", "cycle", "scratch_large")]
+    trials = [f"{arm}_clip" for arm in ARMS]
     assert [row[0] for row in found] == [arm for arm in trials for _ in range(2)]
     assert {row[2] for row in found} == {"retrieval/image_to_text_recall_at_10"}
     assert sum(row[-1] == "chosen" for row in found) == len(trials)
