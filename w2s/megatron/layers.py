@@ -46,10 +46,11 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         _mark_sequence_parallel(self, config)
 
-    def forward(self, rows: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """Return norm(rows); with a bias and a residual, as in a post-norm layer, residual + norm(rows + bias)."""
-        if bias is None or residual is None:
+    def forward(self, rows: Tensor, added: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return norm(rows); with (bias, residual) as in a post-norm layer, residual + norm(rows + bias)."""
+        if added is None:
             return super().forward(rows)
+        bias, residual = added
         return add_rms_norm(rows, bias, residual, self.weight, self.eps)
 
 
@@ -60,10 +61,11 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         _mark_sequence_parallel(self, config)
 
-    def forward(self, rows: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """Return norm(rows); with a bias and a residual, as in a post-norm layer, residual + norm(rows + bias)."""
-        if bias is None or residual is None:
+    def forward(self, rows: Tensor, added: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return norm(rows); with (bias, residual) as in a post-norm layer, residual + norm(rows + bias)."""
+        if added is None:
             return super().forward(rows)
+        bias, residual = added
         return residual + super().forward(rows + bias)
 
 
@@ -116,7 +118,8 @@ class PostNormAdd(nn.Module):
         return self._add
 
     def _add(self, branch_and_bias: tuple[Tensor, Tensor], residual: Tensor, dropout: float) -> Tensor:
-        return self.norm(*branch_and_bias, residual)  # by calling the module: Megatron waits for weights in its hooks
+        branch, bias = branch_and_bias
+        return self.norm(branch, (bias, residual))  # by calling the module: Megatron waits for weights in its hooks
 
 
 class GeluMLP(MLP):
