@@ -1,9 +1,11 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.pipeline.launcher import overrides
+from tests.pipeline.launcher import Launcher, by_stage, overrides
 from w2s.errors import DataError
+from w2s.pipeline import run
 from w2s.pipeline.run import run_pipeline
 
 PIPELINE = """\
@@ -27,3 +29,19 @@ def test_shards_that_any_step_lacks_are_named_before_the_first_one(tmp_path: Pat
     with pytest.raises(DataError, match=f"^{key}=.*{lacking} has no shards"):
         run_pipeline(str(tmp_path / "two.yaml"), overrides(tmp_path / "runs"), ranks=1, fresh=False)
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_has_finished_needs_its_shards_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {name: tmp_path / name for name in ("train", "far")}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "0.tar").touch()
+    (tmp_path / "two.yaml").write_text(PIPELINE.format(**folders))
+    launcher = Launcher(by_stage)
+    monkeypatch.setattr(run, "launch", launcher)
+    reports = []
+    for _ in range(2):
+        reports.append(run_pipeline(str(tmp_path / "two.yaml"), overrides(tmp_path / "runs"), ranks=1, fresh=False))
+        shutil.rmtree(folders["far"], ignore_errors=True)
+    assert reports[0] == reports[1]
+    assert launcher.steps == ["clip", "eval"]

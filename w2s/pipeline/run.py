@@ -45,7 +45,7 @@ def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool
     configs = plan.configs()
     for config in configs:
         check(config, ranks, ranks)
-    check_data(configs)
+    check_data([config for config in configs if not is_finished(run_folder(config))])
     console = Console()
     with parent_run(configs[0].tracking, plan.folder, tags={"w2s.pipeline": name}) as parent:
         results, choices = _Runner(plan, ranks, parent.run_id or "", console).run()
