@@ -18,6 +18,6 @@ def test_a_masked_stage_pays_for_its_teacher() -> None:
 
 def test_equal_compute_is_equal_to_half_a_step() -> None:
     config, other = load("clip", ["model=tiny"]), load("mim", MIM)
-    steps = steps_of_equal_compute(config, [other, other])
+    steps = steps_of_equal_compute(config, 2 * training_flops(other))
     one = training_flops(config) / config.train.steps
     assert abs(steps * one - 2 * training_flops(other)) <= one / 2

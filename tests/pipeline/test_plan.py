@@ -70,11 +70,6 @@ def test_a_mistake_in_an_override(override: str, message: str, tmp_path: Path) -
         ("title: t\non_stage: {mum: []}\nsteps: [{name: a, stage: mim}]\n", "no stage mum: did you mean mim?"),
         ("title: t\nsteps: [{name: a, stage: clip, compute_of: [a]}]\n", "compute_of=['a'] are no earlier steps"),
         (
-            "title: t\nsteps: [{name: a, stage: clip}, {name: b, stage: mim, overrides: ['teacher.source=w2s:{a}']},"
-            " {name: c, stage: clip, compute_of: [b]}]\n",
-            "c: compute_of=['b']: the cost of a teacher that is a step is not known",
-        ),
-        (
             "title: t\nsteps: [{name: a, stage: mim, choose: {key: optim.lr, among: [1], by: x}}]\n",
             "choose.among=['1']: give at least two candidates",
         ),

@@ -101,10 +101,6 @@ def references(step: Step) -> set[str]:
     return {name for override in step.overrides for name in REFERENCE.findall(override)}
 
 
-def _taught_by_a_step(step: Step) -> bool:
-    return any(each.startswith("teacher.source=") and REFERENCE.search(each) for each in step.overrides)
-
-
 def _mistakes(pipeline: Pipeline) -> Iterator[str]:
     names = [step.name for step in pipeline.steps]
     if not names or len(set(names)) < len(names):
@@ -120,11 +116,6 @@ def _mistakes(pipeline: Pipeline) -> Iterator[str]:
         later = [other for other in step.compute_of if other not in names[:number]]
         if later:
             yield f"{step.name}: compute_of={later} are no earlier steps: move {step.name} behind them"
-        counted = [other for other in pipeline.steps if other.name in step.compute_of]
-        if taught := [other.name for other in counted if _taught_by_a_step(other)]:
-            yield (
-                f"{step.name}: compute_of={taught}: the cost of a teacher that is a step is not known: give train.steps"
-            )
         if step.stage == "eval" and (step.choose or step.compute_of):
             yield f"{step.name}: an evaluation trains nothing: leave out choose and compute_of"
         if step.choose:

@@ -27,10 +27,14 @@ class PlannedTeacher:
     """Operations of its forward pass for one image."""
 
 
-def planned_teacher(config: Config) -> PlannedTeacher:
+def planned_teacher(config: Config, model: ModelConfig | None = None) -> PlannedTeacher:
     """Return the teacher of a masked stage.
 
     EVA towers are worked out; any other network is built, which takes seconds.
+
+    Args:
+        config: the masked stage.
+        model: that of a teacher `w2s:RUN` whose run is still to come; without it the run says it.
 
     Raises:
         ConfigError: the source or the model is unknown.
@@ -41,7 +45,7 @@ def planned_teacher(config: Config) -> PlannedTeacher:
     if kind == "eva":
         return _eva(named_model(rest.partition("@")[0]), teacher)
     if kind == "w2s":
-        return _eva(_model_of_run(rest, Path(config.run.root).expanduser()), teacher)
+        return _eva(model or _model_of_run(rest, Path(config.run.root).expanduser()), teacher)
     return _counted(config)
 
 
