@@ -142,6 +142,27 @@ def test_compute_of_gives_as_many_steps_as_the_flops_of_the_others_pay_for(tmp_p
     assert abs(training_flops(long) - paid) <= training_flops(long) / long.train.steps / 2
 
 
+_TAUGHT = """
+title: taught
+seeds: [3]
+overrides: [data=shards, data.train=train, eval.shards=tune, train.steps=40]
+steps:
+  - {name: weak, stage: clip, overrides: [model=eva_tiny, init.vision=none]}
+  - {name: masked, stage: mim, overrides: [model=tiny, 'teacher.source=w2s:{weak}']}
+  - {name: long, stage: clip, overrides: [model=tiny, init.vision=none], compute_of: [masked]}
+"""
+
+
+def test_a_teacher_that_is_still_to_be_trained_costs_what_one_of_its_model_costs(tmp_path: Path) -> None:
+    path = tmp_path / "taught.yaml"
+    path.write_text(_TAUGHT)
+
+    def steps(*more: str) -> int:
+        return configs_of(overrides(tmp_path, *more), str(path))["long-seed3"].train.steps
+
+    assert steps() == steps("masked:teacher.source=eva:eva_tiny@none") != steps("masked:teacher.source=eva:eva_s@none")
+
+
 def test_the_seeds_and_the_candidates_belong_to_the_name_of_the_group(tmp_path: Path) -> None:
     def group(**changes: str) -> str:
         configs = configs_of(overrides(tmp_path), write_seeded(tmp_path, **changes))
