@@ -9,7 +9,7 @@ from pathlib import Path
 from w2s.config.fields import nearest
 from w2s.config.load import load
 from w2s.config.naming import digest
-from w2s.config.sections import Config, ModelConfig
+from w2s.config.sections import Config
 from w2s.errors import ConfigError
 from w2s.pipeline.flops import steps_of_equal_compute, training_flops
 from w2s.pipeline.steps import REFERENCE, Choice, Pipeline, Step
@@ -108,8 +108,7 @@ class Plan:
         config.tracking.experiment = self.pipeline.experiment
         if step.compute_of:
             others = [Task(self._steps[name], task.seed) for name in step.compute_of]
-            flops = sum(training_flops(self.config(other, chosen), self._teacher_model(other)) for other in others)
-            config.train.steps = steps_of_equal_compute(config, flops)
+            config.train.steps = steps_of_equal_compute(config, sum(self._flops(other, chosen) for other in others))
         if choice is not None and task.trial is not None:
             _shorten(config, choice.share)
         return config
@@ -119,11 +118,13 @@ class Plan:
         trials = [trial for step in self.pipeline.steps for trial in self.trials(step)]
         return [self.config(task, {}) for task in [*self.tasks(), *trials]]
 
-    def _teacher_model(self, task: Task) -> ModelConfig | None:
-        """The model of a run's teacher, if that is a run of an earlier step, which may be still to come."""
-        sources = [each for each in self._overrides(task.step) if each.startswith("teacher.source=")]
-        teacher = REFERENCE.search(sources[-1]) if sources else None
-        return self.config(Task(self._steps[teacher[1]], task.seed), {}).model if teacher else None
+    def _flops(self, task: Task, chosen: Chosen) -> float:
+        """Model FLOPs of a run, whose teacher may be a run of an earlier step that is still to come."""
+        config = self.config(task, chosen)
+        folders = self._folders_before(task)
+        teachers = [name for name, folder in folders.items() if config.teacher.source == f"w2s:{folder}"]
+        models = [self.config(Task(self._steps[name], task.seed), chosen).model for name in teachers]
+        return training_flops(config, *models)
 
     def _overrides(self, step: Step) -> list[str]:
         common = [*self.pipeline.overrides, *self.pipeline.on_stage.get(step.stage, [])]
