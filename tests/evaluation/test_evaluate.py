@@ -56,7 +56,11 @@ def test_a_perfect_clip():
         "zero_shot/mean_per_class": 1,
         "zero_shot/chance_top1": 1 / 3,
         "zero_shot/chance_top5": 1,
-        **{f"retrieval/{way}_recall_at_{k}": 1 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)},
+        **{
+            f"retrieval/{way}_recall_at_{k}": 1
+            for way in ("image_to_text", "text_to_image", "mean")
+            for k in (1, 5, 10)
+        },
     }
     assert result.zero_shot.predictions.tolist() == [0, 2, 0, 1]
 

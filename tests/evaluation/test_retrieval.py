@@ -38,6 +38,7 @@ def test_against_sorting(block, monkeypatch):
         backward = by_sorting(features, images, lambda i, j: texts[i] in captions[j].splitlines(), k)
         assert result[f"image_to_text_recall_at_{k}"] == pytest.approx(forward)
         assert result[f"text_to_image_recall_at_{k}"] == pytest.approx(backward)
+        assert result[f"mean_recall_at_{k}"] == pytest.approx((forward + backward) / 2)
     assert 0 < result["image_to_text_recall_at_1"] < result["image_to_text_recall_at_10"]
 
 

@@ -43,7 +43,7 @@ def retrieval(
         text_numbers: caption numbers of the texts, int64 [m, 1].
 
     Returns:
-        `image_to_text_recall_at_K` and `text_to_image_recall_at_K`, fractions of 1.
+        `image_to_text_recall_at_K`, `text_to_image_recall_at_K` and `mean_recall_at_K` of both ways, fractions of 1.
     """
     images, texts = F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
     image_numbers, text_numbers = image_numbers.to(images.device), text_numbers.to(images.device)
@@ -51,7 +51,13 @@ def retrieval(
         "image_to_text": _ranks(images, texts, image_numbers, text_numbers),
         "text_to_image": _ranks(texts, images, text_numbers, image_numbers),
     }
-    return {f"{way}_recall_at_{k}": (rank < k).double().mean().item() for way, rank in ranks.items() for k in RECALL_AT}
+    found = {way: [(rank < k).double().mean().item() for k in RECALL_AT] for way, rank in ranks.items()}
+    found["mean"] = [sum(both) / len(found) for both in zip(*found.values(), strict=True)]
+    return {
+        f"{way}_recall_at_{k}": value
+        for way, values in found.items()
+        for k, value in zip(RECALL_AT, values, strict=True)
+    }
 
 
 def _ranks(queries: Tensor, gallery: Tensor, query_numbers: Tensor, gallery_numbers: Tensor) -> Tensor:
