@@ -60,7 +60,7 @@ class ContrastiveStage:
             data_parallel(tower, config.parallel, config.precision) for tower in build_clip(config, dtype, ranks.device)
         )
         self.towers: Towers = {"vision": self.vision, "text": self.text}
-        self.optimizer = Optimizer(self.towers, config.optim, dtype)
+        self.optimizer = Optimizer(self.towers, config.optim, dtype, config.init.scratch)
         self.probe = ClipProbe(config, ranks)
         self.spec = sample_spec(config)
 

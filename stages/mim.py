@@ -67,7 +67,7 @@ class MaskedStage:
         student = build_student(config, self.teacher.width, dtype, ranks.device)
         self.student = data_parallel(student, config.parallel, config.precision)
         self.towers: Towers = {"vision": self.student}
-        self.optimizer = Optimizer(self.towers, config.optim, dtype)
+        self.optimizer = Optimizer(self.towers, config.optim, dtype, config.init.scratch)
         self.probe = Probe(config, ranks)
         self.spec = sample_spec(config, self.teacher.image_size)
 

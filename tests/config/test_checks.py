@@ -63,6 +63,7 @@ def test_the_named_batch_passes() -> None:
         ("optim.warmup=600", "optim.warmup=600 must be less than train.steps=240: use optim.warmup=24"),
         ("optim.betas=[0.9,1.0]", "optim.betas=[0.9, 1.0] must lie in [0, 1)"),
         ("optim.trust_ratio=[0.01,10]", "optim.trust_ratio=[0.01, 10] does nothing with optim.name=adamw"),
+        ("optim.trust_1d=never", "optim.trust_1d=never does nothing with optim.name=adamw"),
         ("data.train=", "data.train is empty"),
     ],
 )

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from w2s.config.load import load
 from w2s.config.sections import OptimConfig
-from w2s.optim.groups import is_decayed, layer_id, parameter_groups, peak_lr
+from w2s.optim.groups import has_trust_ratio, is_decayed, layer_id, parameter_groups, peak_lr
 
 OPTIM = OptimConfig(
     lr=5e-4, vision_lr=4e-4, text_lr=4e-5, vision_layer_decay=0.9, text_layer_decay=0.75, weight_decay=0.1
@@ -56,6 +57,23 @@ def test_a_tower_without_a_rate_of_its_own_takes_the_common_one() -> None:
 )
 def test_weight_decay(name: str, shape: tuple[int, ...], decayed: bool) -> None:
     assert is_decayed(name, nn.Parameter(torch.zeros(shape))) is decayed
+
+
+@pytest.mark.parametrize(
+    ("trust_1d", "tower", "shape", "rescaled"),
+    [
+        ("auto", "text", (4,), False),
+        ("auto", "vision", (4,), True),
+        ("auto", "text", (), True),  # logit_scale, which starts above zero
+        ("auto", "text", (7, 4), True),
+        ("always", "text", (4,), True),
+        ("never", "vision", (4,), False),
+        ("never", "vision", (1, 1, 4), True),
+    ],
+)
+def test_trust_ratio(trust_1d: str, tower: str, shape: tuple[int, ...], rescaled: bool) -> None:
+    scratch = load("clip", ["init.vision=weights.safetensors"]).init.scratch
+    assert has_trust_ratio(tower, nn.Parameter(torch.zeros(shape)), trust_1d, scratch) is rescaled
 
 
 def test_groups_hold_every_trained_parameter_once() -> None:

@@ -15,6 +15,8 @@ SIZES = (30.0, 0.01, 1.0)
 """Size of the entries of each tensor: far above the updates', far below, and like them."""
 
 Bounds = tuple[float, float] | None
+Exempt = tuple[int, ...]
+"""Numbers of the tensors without a trust ratio."""
 
 
 def start() -> list[Tensor]:
@@ -27,7 +29,7 @@ def gradients(step: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-def definition(decay: float, bounds: Bounds) -> list[Tensor]:
+def definition(decay: float, bounds: Bounds, exempt: Exempt = ()) -> list[Tensor]:
     """All tensors after `STEPS` steps (You et al. 2020, algorithm 2), the ratio clamped as DeepSpeed does."""
     finished = []
     for number, first in enumerate(start()):
@@ -38,16 +40,20 @@ def definition(decay: float, bounds: Bounds) -> list[Tensor]:
             v = BETAS[1] * v + (1 - BETAS[1]) * g * g
             update = (m / (1 - BETAS[0] ** step)) / ((v / (1 - BETAS[1] ** step)).sqrt() + EPS) + decay * weight
             ratio = float(weight.norm() / update.norm())
-            weight = weight - LR * (ratio if bounds is None else min(max(ratio, bounds[0]), bounds[1])) * update
+            ratio = ratio if bounds is None else min(max(ratio, bounds[0]), bounds[1])
+            weight = weight - LR * (1.0 if number in exempt else ratio) * update
         finished.append(weight)
     return finished
 
 
-def whole(decay: float, bounds: Bounds) -> list[Tensor]:
+def whole(decay: float, bounds: Bounds, exempt: Exempt = ()) -> list[Tensor]:
     """Two parameter groups of whole tensors."""
     weights = [torch.nn.Parameter(weight) for weight in start()]
     groups = [{"params": weights[:1]}, {"params": weights[1:]}]
     optimizer = Lamb(groups, lr=LR, betas=BETAS, eps=EPS, weight_decay=decay, trust_ratio=bounds)
+    if exempt:
+        numbers = {weight: number for number, weight in enumerate(weights)}
+        optimizer.share(numbers, len(weights), lambda sums: sums, exempt)
     for step in range(1, STEPS + 1):
         for weight, gradient in zip(weights, gradients(step), strict=True):
             weight.grad = gradient
@@ -55,7 +61,7 @@ def whole(decay: float, bounds: Bounds) -> list[Tensor]:
     return [weight.detach() for weight in weights]
 
 
-def sliced(decay: float, bounds: Bounds) -> list[Tensor]:
+def sliced(decay: float, bounds: Bounds, exempt: Exempt) -> list[Tensor]:
     """This rank's part of one flat buffer of all tensors, as Megatron's distributed optimizer cuts it."""
     rank, size = dist.get_rank(), dist.get_world_size()
     numbers = torch.cat([torch.full((weight.numel(),), number) for number, weight in enumerate(start())])
@@ -71,7 +77,7 @@ def sliced(decay: float, bounds: Bounds) -> list[Tensor]:
 
     slices = [torch.nn.Parameter(piece) for piece in cut(start())]
     optimizer = Lamb(slices, lr=LR, betas=BETAS, eps=EPS, weight_decay=decay, trust_ratio=bounds)
-    optimizer.share(dict(zip(slices, numbers[own].unique().tolist(), strict=True)), len(SHAPES), add_up)
+    optimizer.share(dict(zip(slices, numbers[own].unique().tolist(), strict=True)), len(SHAPES), add_up, exempt)
     for step in range(1, STEPS + 1):
         for piece, gradient in zip(slices, cut(gradients(step)), strict=True):
             piece.grad = gradient
@@ -85,12 +91,16 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
         torch.testing.assert_close(value.double(), reference, rtol=1e-5, atol=1e-6 * float(reference.abs().max()))
 
 
-DECAYS_AND_BOUNDS = [(decay, bounds) for decay in (0.0, 0.1) for bounds in (None, (0.05, 10.0))]
+CASES: list[tuple[float, Bounds, Exempt]] = [
+    *((decay, bounds, ()) for decay in (0.0, 0.1) for bounds in (None, (0.05, 10.0))),
+    (0.0, None, (1,)),
+    (0.1, (0.05, 10.0), (0, 1)),
+]
 
 
-@pytest.mark.parametrize(("decay", "bounds"), DECAYS_AND_BOUNDS)
-def test_equals_the_definition(decay: float, bounds: Bounds) -> None:
-    assert_close(whole(decay, bounds), definition(decay, bounds))
+@pytest.mark.parametrize(("decay", "bounds", "exempt"), CASES)
+def test_equals_the_definition(decay: float, bounds: Bounds, exempt: Exempt) -> None:
+    assert_close(whole(decay, bounds, exempt), definition(decay, bounds, exempt))
 
 
 def test_both_bounds_act() -> None:
@@ -100,16 +110,28 @@ def test_both_bounds_act() -> None:
 
 
 def all_slices() -> list[list[Tensor]]:
-    return [sliced(decay, bounds) for decay, bounds in DECAYS_AND_BOUNDS]
+    return [sliced(*case) for case in CASES]
 
 
 def test_slices_over_ranks_are_whole_tensors() -> None:
     parts = run_ranks(all_slices, 2)
-    for case, (decay, bounds) in enumerate(DECAYS_AND_BOUNDS):
-        ours = torch.cat([piece for part in parts for piece in part[case]])
+    for number, case in enumerate(CASES):
+        ours = torch.cat([piece for part in parts for piece in part[number]])
         pieces = ours.split([torch.Size(shape).numel() for shape in SHAPES])
         shaped = [piece.view(shape) for piece, shape in zip(pieces, SHAPES, strict=True)]
-        assert_close(shaped, definition(decay, bounds))
+        assert_close(shaped, definition(*case))
+
+
+def test_a_tensor_without_a_ratio_moves_as_adamws() -> None:
+    plain, rescaled = whole(0.0, None, (0, 1, 2)), whole(0.0, None, (1,))
+    weights = [torch.nn.Parameter(weight) for weight in start()]
+    adamw = torch.optim.AdamW(weights, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
+    for step in range(1, STEPS + 1):
+        for weight, gradient in zip(weights, gradients(step), strict=True):
+            weight.grad = gradient
+        adamw.step()
+    assert_close(plain, [weight.detach().double() for weight in weights])
+    assert [torch.equal(*tensors) for tensors in zip(plain, rescaled, strict=True)] == [False, True, False]
 
 
 def one_step(first: Tensor, bounds: Bounds = None) -> Tensor:

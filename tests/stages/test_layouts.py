@@ -127,11 +127,13 @@ def test_no_image_is_taught_twice(whole: dict[str, Steps], common: list[str]) ->
     assert steps.teacher_images == 8, "the ranks of a model-parallel group share the images"
 
 
-def test_sharded_lamb_is_lamb(common: list[str]) -> None:
+@pytest.mark.parametrize("trust_1d", ["always", "never"])
+def test_sharded_lamb_is_lamb(common: list[str], trust_1d: str) -> None:
     """Weights after five steps, at weight decay 0, with layer decay and a rate a tower."""
     lamb = [
         *case("clip", common)[1],
         "optim.name=lamb",
+        f"optim.trust_1d={trust_1d}",
         "optim.lr=1e-3",
         "optim.text_lr=3e-4",
         # K's bias has no effect: its gradient is rounding error, which LAMB would blow up to the size of the others.
@@ -140,7 +142,7 @@ def test_sharded_lamb_is_lamb(common: list[str]) -> None:
         "optim.clip_grad=0.1",
     ]
     layouts = {"data": ["train.micro_batch=8"], "tensor": [TENSOR], "pipeline": [PIPELINE, "train.micro_batch=8"]}
-    adam = ("clip", [*lamb, "optim.name=adamw"])
+    adam = ("clip", [*lamb, "optim.name=adamw", "optim.trust_1d=auto"])
     alone, other = run_layouts(1, {"alone": ("clip", lamb), "adam": adam}, STEPS).values()
     split = run_layouts(2, {name: ("clip", [*lamb, *changes]) for name, changes in layouts.items()}, STEPS)
     for name, steps in split.items():

@@ -155,6 +155,11 @@ def _check_optimizer(config: Config) -> None:
 
 
 def _check_trust_ratio(optim: OptimConfig) -> None:
+    if optim.name != "lamb" and optim.trust_1d != "auto":
+        raise ConfigError(
+            f"optim.trust_1d={optim.trust_1d} does nothing with optim.name={optim.name}: "
+            "use optim.name=lamb or optim.trust_1d=auto"
+        )
     if optim.trust_ratio is None:
         return
     low, high = optim.trust_ratio

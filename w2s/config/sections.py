@@ -316,7 +316,7 @@ class OptimConfig:
     """Optimizer, learning rates and schedule."""
 
     name: Literal["adamw", "lamb"] = "adamw"
-    """AdamW or LAMB (trust ratio on every tensor with at least one non-zero weight, at weight decay 0 too)."""
+    """AdamW or LAMB (trust ratio on every tensor that is not all zero, at weight decay 0 too; but see `trust_1d`)."""
     lr: float = 1e-3
     """Peak learning rate of what belongs to no tower (logit scale), and of a tower whose own rate is null."""
     vision_lr: float | None = None
@@ -339,6 +339,11 @@ class OptimConfig:
     """Decoupled weight decay; none on 1-D tensors, positions, CLS and the logit scale."""
     trust_ratio: tuple[float, float] | None = None
     """LAMB: bounds of the trust ratio (DeepSpeed: [0.01, 10]); null leaves it free."""
+    trust_1d: Literal["auto", "always", "never"] = "auto"
+    """LAMB: whether the trust ratio acts on 1-D tensors (biases, norms); what starts at zero hardly moves with it.
+
+    `auto` leaves them out of it in a tower that starts from scratch (init.vision or init.text is none).
+    """
     clip_grad: float = 3.0
     """Largest global gradient norm; 0 does not clip."""
 
@@ -453,6 +458,11 @@ class InitConfig:
     """The model to evaluate: a run's path, its name, its MLflow run id, or `latest` (newest finished clip run)."""
     post_norm: float = 1.0
     """Initial weight of the branch norms of a post-norm tower that starts from scratch (0 in EVA-01's masked stage)."""
+
+    @property
+    def scratch(self) -> set[str]:
+        """Towers whose weights are drawn from the seed."""
+        return {tower for tower in ("vision", "text") if getattr(self, tower) == "none"}
 
 
 @dataclass(kw_only=True)

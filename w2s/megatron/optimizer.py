@@ -1,7 +1,7 @@
 """Megatron's distributed optimizer around AdamW or LAMB, for towers split in any way."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from w2s.megatron import compat
 from w2s.megatron.gradients import global_norm
 from w2s.megatron.initialize import global_name
 from w2s.megatron.sharded import ShardedTower
-from w2s.optim.groups import parameter_groups
+from w2s.optim.groups import has_trust_ratio, parameter_groups
 from w2s.optim.lamb import Lamb
 
 Towers = Mapping[str, ShardedTower[Any]]
@@ -33,12 +33,14 @@ class Optimizer:
         towers: the towers, wrapped for data parallelism.
         config: the optimizer's settings.
         dtype: type of the weights.
+        scratch: names of the towers that start from scratch.
     """
 
-    def __init__(self, towers: Towers, config: OptimConfig, dtype: torch.dtype) -> None:
+    def __init__(self, towers: Towers, config: OptimConfig, dtype: torch.dtype, scratch: Collection[str] = ()) -> None:
         wrapped = [chunk for tower in towers.values() for chunk in tower.chunks]
         self.chunks = [chunk for chunk in wrapped if isinstance(chunk, DistributedDataParallel)]
-        groups = parameter_groups(_named_parameters(towers), config, _on_any_stage)
+        parameters = _named_parameters(towers)
+        groups = parameter_groups(parameters, config, _on_any_stage)
         for group in groups:
             # Megatron tells the groups of a checkpoint apart by these.
             group.update(
@@ -56,7 +58,8 @@ class Optimizer:
         inner = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
         self.sharded = _distribute(inner, self.chunks, config, dtype)
         if isinstance(inner, Lamb):
-            _share_slices(inner, self.sharded, self.chunks)
+            exempt = {p for tower, _, _, p in parameters if not has_trust_ratio(tower, p, config.trust_1d, scratch)}
+            _share_slices(inner, self.sharded, self.chunks, exempt)
 
     def zero_grad(self) -> None:
         """Clear all gradients."""
@@ -188,8 +191,16 @@ def _empty_state(inner: torch.optim.Optimizer, config: Any = None) -> None:
                 inner.state[parameter]["step"] = torch.zeros((), device=parameter.device)
 
 
-def _share_slices(lamb: Lamb, sharded: DistributedOptimizer, chunks: list[DistributedDataParallel]) -> None:
-    """Tell LAMB which weight each of this rank's slices belongs to, and how norms add up over the ranks."""
+def _share_slices(
+    lamb: Lamb,
+    sharded: DistributedOptimizer,
+    chunks: list[DistributedDataParallel],
+    exempt: Collection[torch.nn.Parameter],
+) -> None:
+    """Tell LAMB which weight each of this rank's slices belongs to, and how norms add up over the ranks.
+
+    The weights of `exempt` have no trust ratio.
+    """
     weights = [parameter for chunk in chunks for parameter in chunk.module.parameters()]
     number = {parameter: index for index, parameter in enumerate(weights)}
     slices = {}
@@ -210,4 +221,4 @@ def _share_slices(lamb: Lamb, sharded: DistributedOptimizer, chunks: list[Distri
         dist.all_reduce(summed, group=parallel_state.get_tensor_model_parallel_group())
         return torch.where(split.to(squares.device, non_blocking=True), summed, squares)
 
-    lamb.share(slices, len(weights), add_up)
+    lamb.share(slices, len(weights), add_up, {number[weight] for weight in exempt})

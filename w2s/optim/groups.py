@@ -1,7 +1,7 @@
 """Parameter groups: learning rate by tower and layer, weight decay by kind of parameter."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -39,6 +39,21 @@ def peak_lr(tower: str, name: str, layers: int, optim: OptimConfig) -> float:
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: not to 1-D tensors, positions, CLS and the logit scale."""
     return parameter.ndim > 1 and not name.startswith(NEVER_DECAYED)
+
+
+def has_trust_ratio(tower: str, parameter: nn.Parameter, trust_1d: str, scratch: Collection[str]) -> bool:
+    """Whether LAMB rescales a parameter: 1-D tensors as `optim.trust_1d` says, all others always.
+
+    A bias starts at zero, and a ratio of the norms lets it grow by a fraction of the little that it has. (The LAMB of
+    baaivision/EVA, shinji/training/lamb.py, has no ratio on whatever has no weight decay.)
+
+    Args:
+        tower: the tower's name.
+        parameter: the whole weight, or a tensor-parallel part of it.
+        trust_1d: `always`, `never`, or `auto`: not in the towers of `scratch`.
+        scratch: towers that start from scratch.
+    """
+    return parameter.ndim != 1 or trust_1d == "always" or (trust_1d == "auto" and tower not in scratch)
 
 
 Kind = tuple[float, bool, bool]

@@ -1,6 +1,6 @@
 """LAMB (You et al. 2020) for tensors that may be cut into slices over many ranks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ class Lamb(torch.optim.AdamW):
     """AdamW's update, rescaled for every whole tensor to the norm of its weights, at weight decay 0 too.
 
     The norms are those of whole tensors: `share` tells which tensor a slice belongs to and how the sums of squares of
-    all ranks are added up. Without it every parameter is whole. The state has AdamW's names.
+    all ranks are added up, and which tensors are not rescaled. Without it every parameter is a whole tensor, and is
+    rescaled. The state has AdamW's names.
 
     Args:
         params: parameters or groups of them, as torch's optimizers take them.
@@ -24,15 +25,23 @@ class Lamb(torch.optim.AdamW):
         super().__init__(params, **settings)
         self._bounds = trust_ratio
 
-    def share(self, tensor_of: Mapping[Tensor, int], count: int, add_up: Callable[[Tensor], Tensor]) -> None:
+    def share(
+        self,
+        tensor_of: Mapping[Tensor, int],
+        count: int,
+        add_up: Callable[[Tensor], Tensor],
+        exempt: Collection[int] = (),
+    ) -> None:
         """Say how parameters make up tensors.
 
         Args:
             tensor_of: for each parameter (a slice) the number of its tensor.
             count: how many tensors there are.
             add_up: takes [2, count] sums of squares of this rank's slices, returns those of whole tensors.
+            exempt: numbers of the tensors whose ratio is 1, whatever the bounds.
         """
         self._tensor_of, self._count, self._add_up = dict(tensor_of), count, add_up
+        self._adapted = torch.tensor([number not in exempt for number in range(count)])
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -87,7 +96,8 @@ class Lamb(torch.optim.AdamW):
         ratios = weights / steps
         if self._bounds is not None:
             ratios.clamp_(*self._bounds)
-        return torch.where((weights > 0) & (steps > 0), ratios, 1.0)[numbers].unbind()
+        adapted = (weights > 0) & (steps > 0) & self._adapted.to(device, non_blocking=True)
+        return torch.where(adapted, ratios, 1.0)[numbers].unbind()
 
 
 def _one_minus_power(base: float, exponent: Tensor) -> Tensor:
