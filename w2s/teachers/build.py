@@ -9,7 +9,7 @@ import torch
 from w2s.checkpoint.find import find_any
 from w2s.config.load import named_model
 from w2s.config.sections import ParallelConfig, TeacherConfig
-from w2s.errors import CheckpointError, ConfigError
+from w2s.errors import ConfigError
 from w2s.teachers.base import PatchNetwork, Teacher
 from w2s.teachers.efficientnet import SIZES, EfficientNetLite
 from w2s.teachers.eva_vit import eva_vit, w2s_run
@@ -18,6 +18,7 @@ from w2s.teachers.hugging_face import hugging_face_vit
 from w2s.teachers.open_clip_vit import open_clip_model
 from w2s.teachers.sharded_run import ShardedRun
 from w2s.teachers.timm_vit import timm_model
+from w2s.teachers.weights import weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelCon
     name, _, path = rest.partition("@")
     if not name:
         raise _no_teacher(config.source, kind)
-    file = _weights_file(path, kind, name)
+    file = weights_file(path, kind, name)
     if kind == "eva":
         network: PatchNetwork = eva_vit(name, file, image_size=size, precision=config.precision)
     else:
@@ -120,16 +121,6 @@ def _run(config: TeacherConfig, name: str, root: Path, parallel: ParallelConfig)
     if config.sharded:
         return ShardedRun(checkpoint, parallel, image_size=config.image_size, precision=config.precision)
     return w2s_run(checkpoint, image_size=config.image_size, precision=config.precision)
-
-
-def _weights_file(path: str, kind: str, name: str) -> Path | None:
-    file = Path(path).expanduser() if path else None
-    if file is not None and not file.exists():
-        raise CheckpointError(
-            f"teacher weights {path} do not exist (from {Path.cwd()}): download them and give their path with "
-            f"teacher.source={kind}:{name}@FILE"
-        )
-    return file
 
 
 def _no_teacher(source: str, kind: str) -> ConfigError:

@@ -17,6 +17,21 @@ def unknown_model(library: str, name: str, known: Sequence[str]) -> ConfigError:
     return ConfigError(f"teacher.source: {library} has no model {name}, the nearest are {', '.join(near)}")
 
 
+def weights_file(path: str, kind: str, name: str) -> Path | None:
+    """The file of `teacher.source=KIND:NAME@PATH`; None where no path is given.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    file = Path(path).expanduser() if path else None
+    if file is not None and not file.exists():
+        raise CheckpointError(
+            f"teacher weights {path} do not exist (from {Path.cwd()}): download them and give their path with "
+            f"teacher.source={kind}:{name}@FILE"
+        )
+    return file
+
+
 @contextmanager
 def reading(file: Path | None, name: str) -> Iterator[None]:
     """Turn what loaders raise over a damaged file or another model's file into one line.
