@@ -52,7 +52,7 @@ def _next_block(
             if 0 < block.size - np.count_nonzero(block) <= missing:
                 return block
     most = max(1, grid - 1)
-    return np.rot90(_place(rng, mask, min(height, most), min(width, most)), rng.integers(4))
+    return np.rot90(_place(rng, mask, min(height, most), min(width, most)), int(rng.integers(4)))
 
 
 def _draw_size(rng: np.random.Generator, min_block: int, missing: int, block_aspect: float) -> tuple[int, int]:
