@@ -21,13 +21,13 @@ from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.schedule import Loss, Reported, forward_backward, infer
 from w2s.megatron.sharded import data_parallel
-from w2s.objectives.masked import constant_cosine, masked_cosine_loss, masked_cosines
+from w2s.objectives.masked import LOSSES, constant_cosine, masked_cosines
 from w2s.precision import compute_dtype
 from w2s.probe import Probe, patch_features, teacher_features
 from w2s.teachers.build import build_teacher
 from w2s.teachers.targets import TargetNorm
 from w2s.towers.build import build_student
-from w2s.towers.masked import MaskedStudent, at_places, everywhere, masked_places
+from w2s.towers.masked import MaskedStudent, at_places, everywhere, places_to_predict, put_at_places
 from w2s.towers.vision import MEAN, STD
 from w2s.tracking.pictures import features_picture, masked_picture
 from w2s.tracking.tracker import Tracker
@@ -70,9 +70,10 @@ class MaskedStage:
         self.optimizer = Optimizer(self.towers, config.optim, dtype, config.init.scratch)
         self.probe = Probe(config, ranks)
         self.spec = sample_spec(config, self.teacher.image_size)
+        self.tokens = 1 + config.mim.seen(vision.patches)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One step: the teacher sees whole images, the student masked ones, and predicts the targets at the masks.
+        """One step: the teacher sees whole images, the student masked ones, and predicts targets at some patches.
 
         Args:
             batch: this rank's share of the samples of its model-parallel group. The teacher sees no others here; one
@@ -85,13 +86,13 @@ class MaskedStage:
             predictions = student(normalize(micro.images, MEAN, STD), masks, self._places(masks))
 
             def loss(predictions: Tensor) -> tuple[Tensor, Reported]:
-                value = masked_cosine_loss(predictions, targets)
-                return value, {"loss": value.detach(), "constant_cosine": constant_cosine(targets.flatten(0, 1))}
+                value = LOSSES[self.config.mim.loss](predictions, targets)
+                return value, {"loss": value.detach(), **self._cosines(predictions.detach(), targets)}
 
             return predictions, loss
 
         micro_batches = whole.split(self.config.train.micro_batch)
-        rows = len(micro_batches[0]) * (1 + self.config.model.vision.patches)
+        rows = len(micro_batches[0]) * self.tokens
         reports = forward_backward(self.student, micro_batches, forward, rows)
         means = {name: torch.stack([report[name] for report in reports]).mean() for name in (reports or [{}])[0]}
         return {**means, "teacher_images_per_rank": torch.tensor(float(len(batch)))}
@@ -113,9 +114,18 @@ class MaskedStage:
         return torch.zeros(len(batch), self.config.model.vision.patches, dtype=torch.bool, device=batch.images.device)
 
     def _places(self, masks: Tensor) -> Tensor:
-        """The patches to predict, the masked ones or, where nothing is masked, all: int64 [n, k]."""
-        masked = self.config.mim.masked_patches
-        return masked_places(masks, masked) if masked else everywhere(masks)
+        """The patches to predict: int64 [n, k]."""
+        return places_to_predict(masks, self.config.mim)
+
+    def _cosines(self, predictions: Tensor, targets: Tensor) -> Reported:
+        """Cosine of predictions and targets [n, k, d], where that is not the loss, and the best constant's."""
+        found = {} if self.config.mim.loss == "cosine" else {"cosine": masked_cosines(predictions, targets).mean()}
+        return found | {"constant_cosine": constant_cosine(targets.flatten(0, 1))}
+
+    @property
+    def _kind(self) -> str:
+        """Which patches are predicted, as the names of the metrics say it."""
+        return self.config.mim.predict if self.config.mim.masked_patches else "unmasked"
 
     def begin(self) -> Handover | None:
         """Take over the vision tower that `init.vision` names."""
@@ -133,10 +143,10 @@ class MaskedStage:
         self.target_norm.load_state_dict(extra)
 
     def evaluate(self) -> dict[str, float]:
-        """Masked cosine on the test images beside that of the best constant prediction, and k-NN of the features."""
+        """Cosine on the test images beside that of the best constant prediction, and k-NN of the features."""
         if not self.config.eval.shards:
             return {}
-        return self._masked_cosine("test", self.probe.test_set) | self.probe.of_tower(self.student)
+        return self._cosine("test", self.probe.test_set) | self.probe.of_tower(self.student)
 
     def finish(self, tracker: Tracker) -> dict[str, float]:
         """Measure the finished student and its baselines, and draw what it has learnt."""
@@ -144,13 +154,13 @@ class MaskedStage:
             return {}
         metrics = self.evaluate() | self.probe.baselines()
         if self.config.eval.knn_shards:
-            metrics |= self._masked_cosine("neighbours", self.probe.neighbours)
+            metrics |= self._cosine("neighbours", self.probe.neighbours)
         tracker.results(metrics, "masked stage")
         if self.config.tracking.pictures:
             self._draw(tracker)
         return metrics
 
-    def _masked_cosine(self, name: str, images: ImagesOfSize) -> dict[str, float]:
+    def _cosine(self, name: str, images: ImagesOfSize) -> dict[str, float]:
         count = len(images(self.config.model.vision.image_size).images)
         norm = self._norm_for_tests()
 
@@ -163,19 +173,23 @@ class MaskedStage:
 
         size = self.config.eval.batch_size
         mean = encode_all(measure, torch.arange(count), size, self.ranks.data_group).mean(0)
-        kind = "masked" if self.config.mim.masked_patches else "unmasked"
-        return {f"{name}/{kind}_cosine": mean[0].item(), f"{name}/constant_cosine": mean[1:].norm().item()}
+        return {f"{name}/{self._kind}_cosine": mean[0].item(), f"{name}/constant_cosine": mean[1:].norm().item()}
 
     @torch.no_grad()
     def _predict(self, numbers: Tensor, images: ImagesOfSize, norm: TargetNorm) -> tuple[Tensor, Tensor, Tensor]:
-        """Predictions and targets [n, patches, teacher width] and masks of some images, at all their patches."""
+        """Predictions and targets [n, patches, teacher width] and masks of some images, at all their patches.
+
+        Predictions are NaN at patches that the student does not see.
+        """
         vision, device = self.config.model.vision, self.ranks.device
         drawn = [draw_mask(self.spec, 0, number) for number in numbers.tolist()]
         masks = torch.from_numpy(np.stack(drawn)).to(device)
         seen = normalize(images(vision.image_size).images[numbers].to(device), MEAN, STD)
-        predictions = infer(self.student, (seen, masks, everywhere(masks)), MaskedStudent.__call__, 1 + vision.patches)
+        places = self._places(masks) if self.config.mim.predict == "visible" else everywhere(masks)
+        predicted = infer(self.student, (seen, masks, places), MaskedStudent.__call__, self.tokens).float()
+        predictions = put_at_places(predicted, places, vision.patches)
         targets = self._teach_together(images(self.teacher.image_size).images[numbers], self.ranks.model_group)
-        return predictions.float(), norm(targets, update=False), masks
+        return predictions, norm(targets, update=False), masks
 
     def _teach_together(self, images: Tensor, group: dist.ProcessGroup) -> Tensor:
         """The teacher's features of images that all ranks of `group` have; each computes those of a share."""
@@ -200,5 +214,5 @@ class MaskedStage:
         predictions, targets, masks = self._predict(numbers, self.probe.test_set, self.target_norm)
         shown, cosines = images[numbers], masked_cosines(predictions, targets)
         student = patch_features(self.student, shown)
-        tracker.picture("masked", lambda path: masked_picture(path, shown, masks, cosines))
+        tracker.picture("masked", lambda path: masked_picture(path, shown, masks, cosines, self._kind))
         tracker.picture("features", lambda path: features_picture(path, shown, student, targets))

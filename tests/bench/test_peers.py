@@ -1,6 +1,7 @@
 """The peers' towers are ours: the same outputs with the same weights, parameters and FLOPs."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from w2s.errors import ConfigError, W2SError
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import assign, global_name
 from w2s.planning.teacher import planned_teacher
-from w2s.towers.build import build_clip
+from w2s.towers.build import build_clip, build_student
 from w2s.towers.masked import MaskedStudent, masked_places
 
 CPU = torch.device("cpu")
@@ -35,10 +36,12 @@ def found(parameters: int, flops: float) -> Measured:
     return Measured("cpu", False, parameters, flops, [])
 
 
+@pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_timms_student_predicts_what_ours_does(alone: Ranks, kind: str) -> None:
+def test_timms_student_predicts_what_ours_does(alone: Ranks, kind: str, drops: bool) -> None:
     model = model_of(kind)
-    ours, peer = MaskedStudent(model.vision, 24, ParallelConfig(), torch.float32), TimmStudent(model, 24, CPU)
+    ours = MaskedStudent(model.vision, 24, ParallelConfig(), torch.float32, drops_masked=drops)
+    peer = TimmStudent(model, 24, CPU, drops)
     state = {name.removeprefix("trunk."): value for name, value in peer.state_dict().items()}
     names = [global_name(ours, name) for name, _ in ours.named_parameters()]
     assign(ours, from_eva(state, names, VISION_NAMES, model.vision.heads))
@@ -48,13 +51,17 @@ def test_timms_student_predicts_what_ours_does(alone: Ranks, kind: str) -> None:
     torch.testing.assert_close(peer(*inputs), ours(*inputs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("predict", ["masked", "visible", "all"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_timm_trains_and_computes_as_much_as_we_do(alone: Ranks, kind: str) -> None:
+def test_timm_trains_and_computes_as_much_as_we_do(
+    alone: Ranks, kind: str, predict: Literal["masked", "visible", "all"]
+) -> None:
     config = config_of("mim", kind)
+    config.mim.predict = predict
     peer = TimmMasked(config, CPU)
     teacher = planned_teacher(config)
     assert teacher.width == peer.teacher.width
-    ours = MaskedStudent(config.model.vision, teacher.width, ParallelConfig(), torch.float32)
+    (ours,) = build_student(config, teacher.width, torch.float32, CPU).parts
     size = sum(parameter.numel() for parameter in ours.parameters())
     theirs = sum(parameter.numel() for parameter in peer.model.parameters())
     check_equal(config, teacher, found(size, 0.0), found(theirs, peer.forward_flops()))

@@ -30,6 +30,8 @@ MIM = {
     "pipeline": [*BF16, *PIPELINE],
     "pipeline, full": [*PIPELINE, *FULL, *PRE_NORM],
     "virtual": VIRTUAL,
+    "visible": ["mim.predict=visible"],
+    "all": ["mim.predict=all", *BF16, *PIPELINE],
 }
 CLIP = {
     "data": [*BF16, *PRE_NORM],

@@ -114,8 +114,9 @@ def test_the_formulas_give_what_the_counter_counts(shards: str, stage: str, micr
     assert total - seen == pytest.approx(expected.hardware - seen, rel=2e-5)
 
 
-def test_an_unmasked_student_predicts_all_patches(shards: str) -> None:
-    teacher = ["teacher.source=efficientnet_lite0", "train.micro_batch=12", "mim.masked_patches=0"]
+@pytest.mark.parametrize("mim", [["masked_patches=0"], ["predict=visible"], ["predict=all", "loss=mse"]], ids=str)
+def test_what_is_neither_seen_nor_predicted_costs_nothing(shards: str, mim: list[str]) -> None:
+    teacher = ["teacher.source=efficientnet_lite0", "train.micro_batch=12", *(f"mim.{option}" for option in mim)]
     config = load("mim", [*CONFIG, *teacher, f"data.train={shards}"])
     total, built = counted(config)
     assert isinstance(built, MaskedStage)
@@ -148,6 +149,10 @@ def test_eva_18b_costs_what_was_worked_out_by_hand() -> None:
     assert student_flops(mim, teacher.embed_dim).head / 1e12 == pytest.approx(0.001, abs=5e-4)
     masked = stage_flops(mim, 256, target_width=teacher.embed_dim, teacher=seen)
     assert masked.model / 1e12 == pytest.approx(29.63, abs=5e-3)
+    half = load("mim", ["model=eva_18b", "teacher=eva02_clip_e_plus", "mim.predict=visible", "mim.masked_patches=128"])
+    halved = stage_flops(half, 256, target_width=teacher.embed_dim, teacher=seen)
+    assert halved.model / 1e12 == pytest.approx(15.95, abs=5e-3)
+    assert halved.model / masked.model == pytest.approx(0.54, abs=5e-3)
     assert stage_flops(clip, 256).model / 1e12 == pytest.approx(13.98, abs=5e-3)
     assert stage_flops(whole, 256).model / 1e12 == pytest.approx(27.66, abs=5e-3)
     # Logits at 108k: twice 0.00033 in a loss that computes those of either direction, once here.

@@ -35,7 +35,12 @@ SIGMOID = ["clip.loss=sigmoid", "clip.learn_logit_scale=false", "clip.logit_scal
 
 @pytest.mark.parametrize(
     ("stage", "world_size", "cases"),
-    [("mim", 2, {**TWO, "buckets": BUCKETS}), ("clip", 2, TWO), ("mim", 3, THREE), ("clip", 3, THREE)],
+    [
+        ("mim", 2, {**TWO, "buckets": BUCKETS, "visible": [*BF16, "mim.predict=visible"]}),
+        ("clip", 2, TWO),
+        ("mim", 3, THREE),
+        ("clip", 3, THREE),
+    ],
     ids=["mim 2", "clip 2", "mim 3", "clip 3"],
 )
 def test_states_are_megatrons_to_the_byte(

@@ -121,8 +121,46 @@ def test_without_masks_the_student_sees_whole_images_and_predicts_all_patches(al
     assert stage.step(batch)["loss"].item() == pytest.approx(by_hand, rel=0, abs=1e-6)  # sums in another order
 
 
-def test_the_measures_of_an_unmasked_student_say_so(base: list[str]) -> None:
-    overrides = [*base, "run.name=unmasked", "tracking.enabled=false", "train.steps=2", "mim.masked_patches=0"]
+def test_a_student_that_predicts_what_it_sees_sees_nothing_else(alone: Ranks, config: Config) -> None:
+    """By hand; and the pixels of the masked patches may be anything."""
+    stage = MaskedStage(replace(config, mim=replace(config.mim, predict="visible", loss="mse")), alone)
+    batch = next(batches(config, stage))
+    masks, teacher = given(batch.masks), stage.teacher
+    features = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std))
+    targets = copy.deepcopy(stage.target_norm)(features, update=True)[~masks].view(16, 10, -1)
+    visible = torch.stack([(~mask).nonzero().flatten() for mask in masks])
+    (student,) = stage.student.parts
+    with torch.no_grad():
+        tokens = student.encode(normalize(batch.images, MEAN, STD), kept=visible)
+        by_hand = F.mse_loss(student.lm_head(tokens[:, 1:]), targets).item()
+    hidden = F.interpolate(masks.view(16, 1, 4, 4).float(), size=batch.images.shape[-2:]).bool()
+    batch.images = torch.where(hidden, 255 - batch.images, batch.images)
+    metrics = stage.step(batch)
+    assert metrics["loss"].item() == pytest.approx(by_hand, rel=1e-6)  # sums in another order
+    assert -1 < metrics["cosine"].item() < 1
+    assert "vision.mask_token" not in {name for name, _ in student.named_parameters()}
+
+
+def test_predicting_all_is_the_mean_of_masked_and_visible(alone: Ranks, config: Config) -> None:
+    stage = MaskedStage(replace(config, mim=replace(config.mim, predict="all")), alone)
+    masked = MaskedStage(config, alone)
+    batch = next(batches(config, stage))
+    (student,), masks, teacher = masked.student.parts, given(batch.masks), stage.teacher
+    features = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std))
+    targets = copy.deepcopy(stage.target_norm)(features, update=True)
+    with torch.no_grad():
+        predictions = student(normalize(batch.images, MEAN, STD), masks, torch.arange(16).expand(16, -1))
+    cosines = F.cosine_similarity(predictions, targets, dim=-1)
+    assert stage.step(batch)["loss"].item() == pytest.approx(-cosines.mean().item(), abs=1e-6)
+    assert masked.step(batch)["loss"].item() == pytest.approx(-cosines[masks].mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [("masked_patches=0", "unmasked"), ("predict=visible", "visible"), ("predict=all", "all")],
+)
+def test_the_measures_say_of_which_patches_they_are(base: list[str], options: str, kind: str) -> None:
+    overrides = [*base, f"run.name={kind}", "tracking.enabled=false", "train.steps=2", f"mim.{options}"]
     metrics = result(run_stage("mim", overrides))["metrics"]
-    assert -1 < metrics["test/unmasked_cosine"] < 1
+    assert -1 < metrics[f"test/{kind}_cosine"] < 1
     assert "test/masked_cosine" not in metrics

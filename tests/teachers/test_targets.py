@@ -29,6 +29,15 @@ def test_none_returns_the_targets():
     assert norm.state_dict() == {}
 
 
+def test_layernorm_is_over_the_channels_of_each_vector():
+    norm = TargetNorm(4, "layernorm", eps=0.0)
+    targets = batches(1)[0]
+    rows = targets.double()
+    expected = (rows - rows.mean(-1, keepdim=True)) / rows.std(-1, correction=0, keepdim=True)
+    torch.testing.assert_close(norm(targets, update=True).double(), expected, atol=1e-5, rtol=1e-5)
+    assert norm.ready and norm.state_dict() == {}
+
+
 def test_statistics_are_those_of_all_batches_so_far():
     norm = TargetNorm(4, "standardize", eps=0.0)
     seen = []

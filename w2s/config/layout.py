@@ -239,7 +239,7 @@ def sequence_lengths(config: Config) -> list[int]:
     """Return how many tokens a sample has in the towers of a stage, in each phase of the data."""
     patches = config.model.vision.patches
     if config.stage == "mim":
-        return [1 + patches]
+        return [1 + config.mim.seen(patches)]
     own = config.clip.patch_dropout
     phases = {own if phase.patch_dropout is None else phase.patch_dropout for phase in config.data.phases} or {own}
     return [*(1 + kept_patches(patches, dropout) for dropout in sorted(phases)), config.model.text.context_length]

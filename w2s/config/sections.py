@@ -150,8 +150,9 @@ class TeacherConfig:
     """
     image_size: int = 0
     """Side of the teacher's input in pixels; 0 is its own, and for a convolutional net a feature per student patch."""
-    target_norm: Literal["none", "standardize"] = "none"
-    """`none` (the paper's, for CLIP teachers) or per-channel standardisation with running statistics (CNN teachers)."""
+    target_norm: Literal["none", "standardize", "layernorm"] = "none"
+    """`none` (the paper's, for CLIP teachers), per-channel standardisation with running statistics (CNN teachers), or
+    layer norm of each feature vector, without weights (data2vec)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the teacher's forward pass."""
     compile: bool = False
@@ -279,12 +280,26 @@ class MimConfig:
 
     masked_patches: int = 6
     """Patches masked in every image, exactly (EVA: 105 of 256); 0 masks nothing, and all patches are predicted."""
+    predict: Literal["masked", "visible", "all"] = "masked"
+    """Patches that the loss is on: the masked ones (EVA); the visible ones, and then the masked ones do not go through
+    the student at all; or all."""
+    loss: Literal["cosine", "smooth_l1", "mse"] = "cosine"
+    """Between a prediction and its target: minus the cosine (EVA), or the mean over the channels of smooth L1
+    (data2vec) or of the squared error."""
     mask: Literal["block", "uniform"] = "block"
     """Patches are masked in blocks (EVA), or each independently of its neighbours."""
     min_block: int = 2
     """Smallest masked block in patches (EVA: 16)."""
     block_aspect: float = 0.3
     """Blocks have an aspect ratio between this and its inverse (EVA: 0.3)."""
+
+    def seen(self, patches: int) -> int:
+        """Return how many of an image's patches go through the student, masked or not."""
+        return patches - self.masked_patches if self.predict == "visible" else patches
+
+    def predicted(self, patches: int) -> int:
+        """Return on how many of an image's patches the loss is."""
+        return (self.masked_patches or patches) if self.predict == "masked" else self.seen(patches)
 
 
 @dataclass(kw_only=True)

@@ -26,7 +26,7 @@ class Batch:
     captions: torch.Tensor | None = None
     """A hash of each caption's text, so that equal captions can be found: int64 [n], not negative."""
     targets: torch.Tensor | None = None
-    """The teacher's features at the masked patches: [n, masked patches, teacher width]."""
+    """The teacher's features at the patches to predict: [n, k, teacher width]."""
     keys: list[str]
     """The samples' names in their shards; empty in a batch that was gathered from several ranks."""
     indices: torch.Tensor

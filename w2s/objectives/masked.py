@@ -1,4 +1,6 @@
-"""The masked-feature loss: how far the student's predictions point away from the teacher's features."""
+"""The losses of the masked stage: how far the student's predictions are from the teacher's features."""
+
+from collections.abc import Callable, Mapping
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,3 +28,24 @@ def masked_cosine_loss(predictions: Tensor, targets: Tensor) -> Tensor:
         targets: [m, d], the teacher's features there.
     """
     return -masked_cosines(predictions, targets).mean()
+
+
+def smooth_l1_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over patches and channels of e^2 / 2 where the error e is below 1 and |e| - 1/2 elsewhere.
+
+    It is that of data2vec (Baevski et al. 2022, section 3.4) with beta 1; shapes as in `masked_cosine_loss`.
+    """
+    return F.smooth_l1_loss(predictions.float(), targets.float())
+
+
+def mse_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over patches and channels of the squared error; shapes as in `masked_cosine_loss`."""
+    return F.mse_loss(predictions.float(), targets.float())
+
+
+LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": masked_cosine_loss,
+    "smooth_l1": smooth_l1_loss,
+    "mse": mse_loss,
+}
+"""By their names in `mim.loss`."""

@@ -33,6 +33,8 @@ HEADLINES = (
         {"constant": "neighbours/constant_cosine"},
     ),
     Headline("masked cosine, test", "test/masked_cosine", {"constant": "test/constant_cosine"}),
+    Headline("visible cosine, test", "test/visible_cosine", {"constant": "test/constant_cosine"}),
+    Headline("cosine of all patches, test", "test/all_cosine", {"constant": "test/constant_cosine"}),
     Headline("unmasked cosine, test", "test/unmasked_cosine", {"constant": "test/constant_cosine"}),
     Headline(
         "k-NN top-1",

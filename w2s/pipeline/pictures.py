@@ -13,13 +13,16 @@ from w2s.pipeline.results import Results, Run
 from w2s.pipeline.steps import ancestors
 from w2s.tracking.files import writing
 
+COSINES = tuple(f"test/{kind}_cosine" for kind in ("masked", "visible", "all", "unmasked"))
+"""What a masked stage measures of its predictions, by the patches that they are of."""
+
 CURVES = {
-    "mim": ("loss", "test/masked_cosine", "test/unmasked_cosine"),
+    "mim": ("loss", *COSINES),
     "clip": ("loss", "zero_shot/top1", "zero_shot/top5"),
 }
 """Metrics whose curves are drawn, by stage."""
 
-BASELINES = dict.fromkeys(("test/masked_cosine", "test/unmasked_cosine"), "test/constant_cosine")
+BASELINES = dict.fromkeys(COSINES, "test/constant_cosine")
 """What is drawn dotted beside a metric, in the colour of its curve."""
 
 _DPI = 130

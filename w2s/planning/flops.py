@@ -157,20 +157,16 @@ def seen_tokens(config: Config) -> int:
     """Tokens of an image in the vision tower while it trains, in the first phase of the data."""
     patches = config.model.vision.patches
     if config.stage == "mim":
-        return 1 + patches
+        return 1 + config.mim.seen(patches)
     first = config.data.phases[0].patch_dropout if config.data.phases else None
     return 1 + kept_patches(patches, config.clip.patch_dropout if first is None else first)
 
 
-def predicted_patches(config: Config) -> int:
-    """Patches of an image whose features the masked stage's student predicts: the masked ones, or all if none is."""
-    return config.mim.masked_patches or config.model.vision.patches
-
-
 def student_flops(config: Config, target_width: int) -> TowerFlops:
     """Operations of an image's forward pass through the masked stage's student."""
-    tokens, predicted = seen_tokens(config), predicted_patches(config)
-    return vision_flops(config.model.vision, tokens=tokens, head_tokens=predicted, head_width=target_width)
+    vision = config.model.vision
+    predicted = config.mim.predicted(vision.patches)
+    return vision_flops(vision, tokens=seen_tokens(config), head_tokens=predicted, head_width=target_width)
 
 
 def image_flops(config: Config) -> TowerFlops:

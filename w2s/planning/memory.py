@@ -11,7 +11,7 @@ from w2s.config.layout import model_parallel_size
 from w2s.config.linears import bf16_layers
 from w2s.config.sections import Config
 from w2s.planning.activations import Types, in_flight, local_rows, peak
-from w2s.planning.flops import micro_batches, passes, predicted_patches, share
+from w2s.planning.flops import micro_batches, passes, share
 from w2s.planning.states import States
 from w2s.planning.teacher import PlannedTeacher
 from w2s.planning.towers import PlannedTower
@@ -137,7 +137,8 @@ def _batch(config: Config, teacher: PlannedTeacher | None, world_size: int) -> i
 
 def sample_bytes(config: Config, teacher: PlannedTeacher | None) -> int:
     """A sample as the ranks of a model-parallel group exchange it: pixels, and the targets of the masked stage."""
-    targets = _FP32 * predicted_patches(config) * teacher.width if teacher else 0
+    predicted = config.mim.predicted(config.model.vision.patches)
+    targets = _FP32 * predicted * teacher.width if teacher else 0
     return 3 * config.model.vision.image_size**2 + targets
 
 

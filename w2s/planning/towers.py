@@ -5,7 +5,7 @@ from typing import Literal
 
 from w2s.config.sections import Config
 from w2s.megatron.split import text_layers, vision_layers
-from w2s.planning.flops import TowerFlops, image_flops, predicted_patches, seen_tokens, student_flops, text_flops
+from w2s.planning.flops import TowerFlops, image_flops, seen_tokens, student_flops, text_flops
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,11 @@ def planned_towers(config: Config, target_width: int) -> tuple[PlannedTower, ...
 
 
 def _student(config: Config, target_width: int) -> PlannedTower:
-    width = config.model.vision.width
+    width, predicted = config.model.vision.width, config.mim.predicted(config.model.vision.patches)
     flops = student_flops(config, target_width)
-    mask_token, head = (width,), (width * target_width, target_width)
-    return _vision(config, flops, mask_token, head, head_tokens=predicted_patches(config), head_width=target_width)
+    mask_token = () if config.mim.predict == "visible" else (width,)
+    head = (width * target_width, target_width)
+    return _vision(config, flops, mask_token, head, head_tokens=predicted, head_width=target_width)
 
 
 def _image_tower(config: Config) -> PlannedTower:

@@ -4,14 +4,16 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class TargetNorm(nn.Module):
-    """Targets as they are (`none`), or standardised per channel with the statistics of all batches so far.
+    """Targets as they are (`none`), standardised (`standardize`), or each through a layer norm (`layernorm`).
 
-    Statistics are float64 buffers, merged with the parallel update of Chan, Golub and LeVeque (1983): part of
-    `state_dict()`, so a resumed run goes on with the same bits, and equal on all ranks.
+    The layer norm has no weights (data2vec, Baevski et al. 2022, section 3.3). Standardisation is per channel with the
+    statistics of all batches so far: float64 buffers, merged with the parallel update of Chan, Golub and LeVeque
+    (1983). They are part of `state_dict()`, so a resumed run goes on with the same bits, and equal on all ranks.
 
     Attributes:
         mean: running mean [D].
@@ -23,7 +25,7 @@ class TargetNorm(nn.Module):
     deviations: Tensor
     count: Tensor
 
-    def __init__(self, width: int, kind: Literal["none", "standardize"], eps: float = 1e-6) -> None:
+    def __init__(self, width: int, kind: Literal["none", "standardize", "layernorm"], eps: float = 1e-6) -> None:
         """Normalise targets of `width` channels; `eps` is added to the variance."""
         super().__init__()
         self.kind = kind
@@ -35,8 +37,8 @@ class TargetNorm(nn.Module):
 
     @property
     def ready(self) -> bool:
-        """Whether targets can be normalised without an update: always for `none`, else after the first one."""
-        return self.kind == "none" or bool(self.count)
+        """Whether targets can be normalised without an update: `standardize` needs a first one."""
+        return self.kind != "standardize" or bool(self.count)
 
     @torch.no_grad()
     def forward(self, targets: Tensor, group: dist.ProcessGroup | None = None, *, update: bool) -> Tensor:
@@ -52,6 +54,8 @@ class TargetNorm(nn.Module):
         """
         if self.kind == "none":
             return targets
+        if self.kind == "layernorm":
+            return F.layer_norm(targets, targets.shape[-1:], eps=self.eps)
         if update:
             self._update(targets.flatten(0, 1), group)
         elif not self.ready:

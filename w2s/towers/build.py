@@ -16,9 +16,10 @@ def build_student(
 ) -> ShardedTower[MaskedStudent]:
     """Return the masked stage's student: `config.model.vision` with a head of `target_width` channels."""
     vision, linears = config.model.vision, linears_of(config, "vision")
+    drops_masked = config.mim.predict == "visible"
 
     def chunk(number: int) -> MaskedStudent:
-        student = MaskedStudent(vision, target_width, config.parallel, dtype, number, linears)
+        student = MaskedStudent(vision, target_width, config.parallel, dtype, number, linears, drops_masked)
         fill(student, vision_rule(vision, config.init.post_norm), config.run.seed)
         return student
 

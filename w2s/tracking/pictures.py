@@ -42,7 +42,7 @@ class ClassExamples:
     predictions: Sequence[str]
 
 
-def masked_picture(path: Path, images: Tensor, masks: Tensor, cosines: Tensor) -> None:
+def masked_picture(path: Path, images: Tensor, masks: Tensor, cosines: Tensor, kind: str = "masked") -> None:
     """Draws images, the same with the masked patches in grey, and the cosine of prediction and target per patch.
 
     Masked patches have a frame on the heat map; where there are too many for frames, the seen ones are pale.
@@ -51,7 +51,8 @@ def masked_picture(path: Path, images: Tensor, masks: Tensor, cosines: Tensor) -
         path: PNG to write.
         images: uint8 [n, 3, S, S].
         masks: bool [n, P], true where a patch was masked; P is a square number, row by row.
-        cosines: float [n, P].
+        cosines: float [n, P], NaN where there is no prediction.
+        kind: whose mean is written below an image: of the `masked` patches, or of all that there are, under this name.
 
     Raises:
         UserError: the file cannot be written.
@@ -70,8 +71,8 @@ def masked_picture(path: Path, images: Tensor, masks: Tensor, cosines: Tensor) -
         if roomy:
             _mark_masked(axes[2][column], mask.numpy())
             _write_values(axes[2][column], cosine, middle=(low + high) / 2)
-        at_masked = cosines[column][masks[column]]
-        axes[2][column].set_xlabel(f"masked {at_masked.mean():.2f}", fontsize=8, color=_INK)
+        counted = cosines[column][masks[column]] if kind == "masked" else cosines[column]
+        axes[2][column].set_xlabel(f"{kind} {counted.nanmean():.2f}", fontsize=8, color=_INK)
     _add_bar(figure, low, high)
     _save(figure, path)
 
@@ -233,14 +234,16 @@ def _mark_masked(axes: Axes, mask: NDArray[np.bool_]) -> None:
 
 
 def _write_values(axes: Axes, values: NDArray[np.generic], middle: float) -> None:
-    for (row, column), value in np.ndenumerate(values):
+    for row, column in np.argwhere(~np.isnan(values)):
+        value = values[row, column]
         text = f"{value:.2f}".replace("0.", ".", 1)
         colour = "black" if value > middle else "white"
         axes.text(column, row, text, ha="center", va="center", fontsize=5.5, color=colour)
 
 
 def _limits(values: Tensor) -> tuple[float, float]:
-    """A range in tenths that holds all values."""
+    """A range in tenths that holds all values that are numbers."""
+    values = values[~values.isnan()]
     low = float(np.floor(values.min().item() * 10) / 10)
     high = float(np.ceil(values.max().item() * 10) / 10)
     return low, max(high, low + 0.1)

@@ -10,30 +10,36 @@ from w2s.bench.marks import Marks
 from w2s.bench.peers.base import Peer, forward_flops
 from w2s.config.sections import Config, ModelConfig
 from w2s.data.batch import Batch, given, normalize
-from w2s.objectives.masked import masked_cosine_loss
+from w2s.objectives.masked import LOSSES
 from w2s.teachers.build import build_teacher
 from w2s.teachers.eva_vit import eva_tower
-from w2s.towers.masked import at_places, everywhere, masked_places
+from w2s.towers.masked import at_places, places_to_predict
 from w2s.towers.vision import MEAN, STD
 
 
 class TimmStudent(nn.Module):
-    """timm's tower with a mask token, and a head on the masked patches."""
+    """timm's tower with a mask token, or dropping what is masked, and a head on the patches to predict."""
 
-    def __init__(self, model: ModelConfig, target_width: int, device: torch.device) -> None:
+    def __init__(self, model: ModelConfig, target_width: int, device: torch.device, drops_masked: bool = False) -> None:
         super().__init__()
+        self.drops_masked = drops_masked
         self.trunk = eva_tower(model, has_head=False, device=device)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, model.vision.width, device=device))
+        if not drops_masked:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, model.vision.width, device=device))
         self.lm_head = nn.Linear(model.vision.width, target_width, device=device)
 
     def forward(self, images: Tensor, masks: Tensor, places: Tensor) -> Tensor:
         """Predict the teacher's features at some patches, as `MaskedStudent` does: [n, k, teacher width]."""
         patches = self.trunk.patch_embed(images)
-        patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        if not self.drops_masked:
+            patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
         tokens, _ = self.trunk._pos_embed(patches)
+        if self.drops_masked:
+            tokens = torch.cat([tokens[:, :1], at_places(tokens[:, 1:], places)], dim=1)
         for block in self.trunk.blocks:
             tokens = block(tokens)
-        predictions: Tensor = self.lm_head(at_places(self.trunk.norm(tokens)[:, 1:], places))
+        features = self.trunk.norm(tokens)[:, 1:]
+        predictions: Tensor = self.lm_head(features if self.drops_masked else at_places(features, places))
         return predictions
 
 
@@ -48,25 +54,26 @@ class TimmMasked(Peer):
     def __init__(self, config: Config, device: torch.device) -> None:
         compiled = replace(config.teacher, compile=device.type == "cuda")
         self.teacher = build_teacher(compiled, grid=config.model.vision.grid, device=device)
-        student = TimmStudent(config.model, self.teacher.width, device)
+        student = TimmStudent(config.model, self.teacher.width, device, config.mim.predict == "visible")
         super().__init__(config, student, sample_spec(config, self.teacher.image_size), device)
 
     def loss(self, micro: Batch, marks: Marks) -> Tensor:
-        """Return the negative masked cosine."""
+        """Return the loss of the features."""
         masked, patches = self.config.mim.masked_patches, self.config.model.vision.patches
         masks = given(micro.masks) if masked else micro.images.new_zeros(len(micro), patches, dtype=torch.bool)
-        places = masked_places(masks, masked) if masked else everywhere(masks)
+        places = places_to_predict(masks, self.config.mim)
         with marks.part("teacher"):
             features = self.teacher(normalize(given(micro.teacher_images), self.teacher.mean, self.teacher.std))
         images = normalize(micro.images, MEAN, STD)
         with marks.part("forward"), self.autocast():
             predictions = self.model(images, masks, places)
-        return masked_cosine_loss(predictions.flatten(0, 1), at_places(features, places).flatten(0, 1))
+        return LOSSES[self.config.mim.loss](predictions, at_places(features, places))
 
     def forward_flops(self) -> float:
         """Count the operations of the student for one image."""
-        meta, vision, masked = torch.device("meta"), self.config.model.vision, self.config.mim.masked_patches
+        meta, vision, mim = torch.device("meta"), self.config.model.vision, self.config.mim
         images = torch.empty(1, 3, vision.image_size, vision.image_size, device=meta)
         masks = torch.empty(1, vision.patches, dtype=torch.bool, device=meta)
-        places = torch.empty(1, masked or vision.patches, dtype=torch.int64, device=meta)
-        return forward_flops(TimmStudent(self.config.model, self.teacher.width, meta), images, masks, places)
+        places = torch.empty(1, mim.predicted(vision.patches), dtype=torch.int64, device=meta)
+        student = TimmStudent(self.config.model, self.teacher.width, meta, mim.predict == "visible")
+        return forward_flops(student, images, masks, places)
