@@ -92,12 +92,12 @@ def test_what_happens_when(alone: Ranks, options: list[str], tmp_path: Path) -> 
 
 
 def test_the_learning_rate_warms_up_and_falls(alone: Ranks, options: list[str], tmp_path: Path) -> None:
-    config = load("mim", [*options, "train.log_every=1", "optim.lr=0.1", "optim.min_lr=0"])
+    config = load("mim", [*options, "train.log_every=1", "optim.lr=0.1", "optim.min_lr=0", "optim.warmup=3"])
     Trainer(Counting(config), config, tmp_path / "run", alone).train()
     rates = [line["lr"] for line in read_history(tmp_path / "run") if "lr" in line]
-    assert rates[:3] == pytest.approx([0.05, 0.1, 0.1])
-    assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert rates[-1] == pytest.approx(0.1 * (1 + torch.tensor(torch.pi * 4 / 5).cos().item()) / 2)
+    assert rates[:4] == pytest.approx([0.0, 0.05, 0.1, 0.1])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1 * (1 + torch.tensor(torch.pi * 3 / 4).cos().item()) / 2)
 
 
 def test_a_restored_run_goes_on_where_it_was(alone: Ranks, options: list[str], tmp_path: Path) -> None:

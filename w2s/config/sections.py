@@ -345,7 +345,10 @@ class OptimConfig:
     min_lr: float = 0.0
     """Learning rate at the end of the cosine, as a fraction of the peak."""
     warmup: int = 10
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up."""
+    warmup_from: Literal["zero", "step"] = "step"
+    """The first rate: one step's share of the peak (EVA-CLIP: step i from 0 has (i + 1) / warmup of it), or zero (EVA's
+    masked stage: i / (warmup - 1))."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Decay of the first and second moments."""
     eps: float = 1e-6
