@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,15 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.checkpoint.peers import masked_stage, released, text_tower, timm_tower
+from tests.data.shard_files import smooth_photo
 from tests.distributed import run_ranks
 from tests.stages.shapes import write_shapes
 from w2s import cli
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.config.load import named_model
-from w2s.config.sections import ModelConfig
+from w2s.config.sections import ModelConfig, Resize
 from w2s.data.batch import normalize
 from w2s.data.tokens import tokenize
 from w2s.encode import EncodeJob, configured, run
+from w2s.evaluation.dataset import eval_transform
 from w2s.towers.vision import MEAN, STD
 
 TEXTS = ["a red circle", "a dog", "two green squares on a table"]
@@ -98,6 +101,19 @@ def test_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = load_file(out)["image_features"]
     assert features.shape == (24, 16)
     assert (F.cosine_similarity(features[:1], features[1:]) < 1 - 1e-6).all()
+
+
+def test_pictures_are_squashed_where_that_is_wanted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "wide").mkdir()
+    photo = smooth_photo(40, 80)
+    Image.fromarray(photo).save(folder / "wide" / "0.png")
+    asked = [str(folder / "clip"), "--images", str(folder / "wide" / "*"), "--out", str(folder / "wide.safetensors")]
+    tower, pixels = timm_tower(named_model("tiny")), torch.from_numpy(photo).permute(2, 0, 1)
+    for how in get_args(Resize):
+        assert encode(monkeypatch, *asked, f"eval.resize={how}") == 0
+        with torch.no_grad():
+            features = tower(normalize(eval_transform(pixels, 32, how)[None], MEAN, STD))
+        assert_close(load_file(folder / "wide.safetensors")["image_features"], features)
 
 
 def on_two_ranks(folder: Path) -> None:

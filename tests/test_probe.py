@@ -1,14 +1,17 @@
 """k-NN of a vision tower on drawn shapes, beside its baselines."""
 
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from tests.data.shard_files import encode, smooth_photo, write_shard
 from tests.stages.shapes import NAMES, write_shapes
 from w2s.config.load import load
-from w2s.config.sections import Config, ParallelConfig
+from w2s.config.sections import Config, ParallelConfig, Resize
+from w2s.evaluation.dataset import eval_transform
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import fill
 from w2s.megatron.sharded import ShardedTower, shard
@@ -87,6 +90,16 @@ def test_a_set_is_read_once(alone: Ranks, config: Config, monkeypatch: pytest.Mo
     assert probe.test_set(16).images.shape == (len(NAMES), 3, 16, 16)
     monkeypatch.setattr("w2s.probe.load_eval_set", None)
     assert probe.test_set(32).class_names == NAMES
+
+
+def test_test_images_and_neighbours_are_squashed_alike(alone: Ranks, config: Config, tmp_path: Path) -> None:
+    photo = smooth_photo(40, 80)
+    write_shard(tmp_path / "wide.tar", [("a", {"png": encode(photo), "txt": b"waves"})])
+    pixels = torch.from_numpy(photo).permute(2, 0, 1)
+    for how in get_args(Resize):
+        probe = Probe(load_with(config, "resize", how, shards=str(tmp_path), knn_shards=str(tmp_path)), alone)
+        for images in (probe.test_set(32).images, probe.neighbours(32).images):
+            assert torch.equal(images[0], eval_transform(pixels, 32, how))
 
 
 def load_with(config: Config, key: str, value: Any, **others: Any) -> Config:

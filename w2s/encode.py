@@ -18,7 +18,7 @@ from w2s.checkpoint.released import open_released
 from w2s.checkpoint.store import read_meta
 from w2s.config.layout import check_ranks, check_towers
 from w2s.config.load import load, model_from, named_model
-from w2s.config.sections import Config
+from w2s.config.sections import Config, Resize
 from w2s.data.bad import BadSample
 from w2s.data.batch import normalize
 from w2s.data.decode import decode_image
@@ -144,7 +144,7 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]
 
 def _all_images(job: EncodeJob, encode: Encode, ranks: Ranks) -> tuple[list[str], Tensor]:
     """Names and features of all images; a rank decodes only those that it encodes."""
-    size = job.config.model.vision.image_size
+    size, how = job.config.model.vision.image_size, job.config.eval.resize
     source = _image_files(job.images, job.config.data.image_key)
     names: list[str] = []
     features: list[Tensor] = []
@@ -152,7 +152,7 @@ def _all_images(job: EncodeJob, encode: Encode, ranks: Ranks) -> tuple[list[str]
         names += [name for name, _ in files]
 
         def see(numbers: Tensor, files: list[tuple[str, bytes]] = files) -> Tensor:
-            pixels = [_pixels(name, data, size) for name, data in (files[number] for number in numbers.tolist())]
+            pixels = [_pixels(name, data, size, how) for name, data in (files[number] for number in numbers.tolist())]
             return encode(torch.stack(pixels)).float()
 
         numbers = torch.arange(len(files))
@@ -182,10 +182,10 @@ def _image_files(source: str, image_key: str) -> Iterator[tuple[str, bytes]]:
             yield f"{shard_name(path)}/{sample.key}", data
 
 
-def _pixels(name: str, data: bytes, size: int) -> Tensor:
+def _pixels(name: str, data: bytes, size: int, how: Resize) -> Tensor:
     """An image as uint8 [3, size, size] after CLIP's test transform."""
     try:
-        return eval_transform(torch.from_numpy(decode_image(data)).permute(2, 0, 1), size)
+        return eval_transform(torch.from_numpy(decode_image(data)).permute(2, 0, 1), size, how)
     except BadSample as error:
         raise DataError(f"--images: {name}: {error}, leave it out") from error
 

@@ -110,6 +110,7 @@ class Probe:
             self._sets[option, image_size] = load_eval_set(
                 shards,
                 image_size,
+                how=self.config.eval.resize,
                 image_key=self.config.data.image_key,
                 caption_key=self.config.data.caption_key,
                 class_key=self.config.eval.class_key,

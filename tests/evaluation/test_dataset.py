@@ -4,10 +4,10 @@ import io
 import tarfile
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
-from torchvision import transforms
 
 from w2s.errors import DataError
 from w2s.evaluation.dataset import eval_transform, load_eval_set
@@ -31,8 +31,8 @@ def write_shard(path, samples):
                 tar.addfile(member, io.BytesIO(data))
 
 
-def load(folder, size=16):
-    return load_eval_set(str(folder), size, image_key="jpg;png", caption_key="txt", class_key="cls")
+def load(folder, size=16, how="crop"):
+    return load_eval_set(str(folder), size, how=how, image_key="jpg;png", caption_key="txt", class_key="cls")
 
 
 def test_order_labels_and_names(tmp_path):
@@ -85,19 +85,29 @@ def test_several_captions_are_no_class(tmp_path):
     assert data.labels is None
 
 
-def test_transform_is_clips():
-    rows, columns = np.mgrid[0:97, 0:150]
+@pytest.mark.parametrize(("how", "peers"), [("crop", "shortest"), ("squash", "squash")])
+@pytest.mark.parametrize("size", [(97, 150), (150, 97), (20, 31), (32, 32)])
+def test_transform_is_open_clips(size, how, peers):
+    rows, columns = np.mgrid[0 : size[0], 0 : size[1]]
     photo = np.stack([rows * 2, columns, 127 + 100 * np.sin(rows / 9) * np.cos(columns / 7)], -1).astype(np.uint8)
-    reference = transforms.Compose(
-        [
-            transforms.Resize(32, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(32),
-            transforms.PILToTensor(),
-        ]
-    )(Image.fromarray(photo))
-    ours = eval_transform(torch.from_numpy(photo).permute(2, 0, 1), 32)
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    transform = open_clip.image_transform(32, is_train=False, resize_mode=peers, interpolation="bicubic", **plain)
+    reference = (255 * transform(Image.fromarray(photo))).round()
+    ours = eval_transform(torch.from_numpy(photo).permute(2, 0, 1), 32, how)
     # Pillow and torch round the filter's weights in different places
     assert (ours.int() - reference.int()).abs().max() <= 2
+
+
+def test_a_set_is_cropped_or_squashed(tmp_path):
+    """A picture with a red left and a blue right quarter: a crop of its middle shows neither."""
+    picture = np.zeros((20, 40, 3), dtype=np.uint8)
+    picture[:, :10, 0] = picture[:, 30:, 2] = 200
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    write_shard(tmp_path / "0.tar", [("a", {"png": stream.getvalue(), "txt": "flag"})])
+    cropped, squashed = (load(tmp_path, 20, how).images[0].int() for how in ("crop", "squash"))
+    assert cropped.max() == 0
+    assert squashed[0, :, :4].min() > 190 and squashed[2, :, -4:].min() > 190 and squashed[:, :, 7:13].max() < 10
 
 
 @pytest.mark.parametrize(

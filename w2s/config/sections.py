@@ -6,6 +6,8 @@ from typing import Literal
 
 from w2s.errors import ConfigError
 
+Resize = Literal["crop", "squash"]
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -498,6 +500,8 @@ class EvalConfig:
 
     `own` is the file zeroshot_classification_templates.txt beside classnames.txt: a prompt a line, {c} for the name.
     """
+    resize: Resize = "crop"
+    """Make a test image square by a centre `crop`, or `squash` the whole of it (the papers, for retrieval)."""
     batch_size: int = 256
     """Images or texts of one forward pass."""
     retrieval: bool = True

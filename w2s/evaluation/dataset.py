@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
+from w2s.config.sections import Resize
 from w2s.data.bad import BadSample
 from w2s.data.captions import draw_caption
 from w2s.data.counter import Purpose, generator
@@ -45,6 +46,7 @@ def load_eval_set(
     shards: str,
     image_size: int,
     *,
+    how: Resize,
     image_key: str,
     caption_key: str,
     class_key: str,
@@ -52,14 +54,14 @@ def load_eval_set(
 ) -> EvalSet:
     """Read a test set, in the order of its shards and samples.
 
-    Images get CLIP's test transform: the shorter side to `image_size` pixels, then a centre crop. Class numbers come
-    with names in `classnames.txt` beside the shards or in the folder above; without class numbers the distinct
-    captions are the classes, in alphabetical order. Prompts are in `zeroshot_classification_templates.txt`, in the
-    same places as the names.
+    Class numbers come with names in `classnames.txt` beside the shards or in the folder above; without class numbers
+    the distinct captions are the classes, in alphabetical order. Prompts are in
+    `zeroshot_classification_templates.txt`, in the same places as the names.
 
     Args:
         shards: what `list_shards` takes.
         image_size: side of the images in pixels, S.
+        how: how an image becomes square, see `eval_transform`.
         image_key: extensions of the image, separated by `;`.
         caption_key: where the caption is: extensions or `json.KEY`, separated by `;`; the first that is there.
         class_key: extension of the class number.
@@ -72,7 +74,7 @@ def load_eval_set(
     paths = list_shards(shards, option)
     images, captions, numbers, keys = [], [], [], []
     for sample in (sample for path in paths for sample in read_shard(path)):
-        images.append(_image(sample, image_size, image_key))
+        images.append(_image(sample, image_size, how, image_key))
         captions.append(_caption(sample, caption_key))
         numbers.append(_class_number(sample, class_key))
         keys.append(sample.key)
@@ -83,13 +85,23 @@ def load_eval_set(
     return EvalSet(torch.stack(images), texts, labels, names, keys, _prompts(folder))
 
 
-def eval_transform(pixels: Tensor, image_size: int) -> Tensor:
-    """CLIP's test transform of uint8 [3, height, width]: antialiased bicubic resize and centre crop to a square."""
-    resized = resize(pixels, [image_size], interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return center_crop(resized, [image_size, image_size])
+def eval_transform(pixels: Tensor, image_size: int, how: Resize) -> Tensor:
+    """CLIP's test transform of an image to a square: an antialiased bicubic resize.
+
+    Args:
+        pixels: uint8 [3, height, width].
+        image_size: side of the square in pixels, S.
+        how: `crop` resizes the shorter side to S and takes the centre, `squash` both sides (EVA-CLIP-18B, section 7).
+
+    Returns:
+        uint8 [3, S, S].
+    """
+    square = [image_size, image_size]
+    size = square if how == "squash" else [image_size]
+    return center_crop(resize(pixels, size, interpolation=InterpolationMode.BICUBIC, antialias=True), square)
 
 
-def _image(sample: RawSample, image_size: int, image_key: str) -> Tensor:
+def _image(sample: RawSample, image_size: int, how: Resize, image_key: str) -> Tensor:
     data = find_image(sample.files, image_key)
     if data is None:
         reason = sample.damage or f"no image .{image_key}"
@@ -98,7 +110,7 @@ def _image(sample: RawSample, image_size: int, image_key: str) -> Tensor:
         pixels = torch.from_numpy(decode_image(data)).permute(2, 0, 1)
     except BadSample as error:
         raise DataError(f"{sample.shard}: {sample.key}: {error}, repair the test set") from error
-    return eval_transform(pixels, image_size)
+    return eval_transform(pixels, image_size, how)
 
 
 def _caption(sample: RawSample, caption_key: str) -> str | None:
