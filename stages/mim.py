@@ -101,7 +101,7 @@ class MaskedStage:
         """Exchange the images at the teacher's size for its features of them, at the patches to predict."""
         images, masks = given(batch.teacher_images), self._masks(batch)
         parts = images.split(self.config.train.micro_batch)
-        features = torch.cat([teacher_features(self.teacher, part) for part in parts])
+        features = torch.cat([teacher_features(self.teacher, part).patches for part in parts])
         targets = self.target_norm(features, self.ranks.world_group, update=True)
         return dataclasses.replace(
             batch, teacher_images=None, masks=masks, targets=at_places(targets, self._places(masks))
@@ -194,9 +194,11 @@ class MaskedStage:
     def _teach_together(self, images: Tensor, group: dist.ProcessGroup) -> Tensor:
         """The teacher's features of images that all ranks of `group` have; each computes those of a share."""
         share = math.ceil(len(images) / dist.get_world_size(group))
-        return encode_all(lambda part: teacher_features(self.teacher, part).flatten(1), images, share, group).unflatten(
-            1, (-1, self.teacher.width)
-        )
+
+        def teach(part: Tensor) -> Tensor:
+            return teacher_features(self.teacher, part).patches.flatten(1)
+
+        return encode_all(teach, images, share, group).unflatten(1, (-1, self.teacher.width))
 
     def _norm_for_tests(self) -> TargetNorm:
         """The running statistics; before the first step, those of some of the images that k-NN looks among."""

@@ -16,7 +16,7 @@ from w2s.evaluation.evaluate import ClipResult, evaluate_clip, evaluate_knn, of_
 from w2s.megatron.groups import Ranks
 from w2s.megatron.schedule import infer
 from w2s.megatron.sharded import ShardedTower
-from w2s.teachers.base import Teacher
+from w2s.teachers.base import Features, Teacher
 from w2s.teachers.build import build_teacher
 from w2s.towers.build import build_student
 from w2s.towers.clip import ImageTower, TextTower
@@ -31,10 +31,10 @@ def patch_features(tower: ShardedTower[Any], images: Tensor) -> Tensor:
     return infer(tower, (seen,), lambda chunk, images: chunk.patch_tokens(images), tokens).float()
 
 
-def teacher_features(teacher: Teacher, images: Tensor) -> Tensor:
-    """Return the teacher's patch features: uint8 [n, 3, T, T] to [n, patches, teacher width]."""
+def teacher_features(teacher: Teacher, images: Tensor) -> Features:
+    """Return the teacher's features of uint8 images [n, 3, T, T]."""
     device = next(teacher.parameters()).device
-    features: Tensor = teacher(normalize(images.to(device), teacher.mean, teacher.std))
+    features: Features = teacher(normalize(images.to(device), teacher.mean, teacher.std))
     return features
 
 
@@ -84,7 +84,7 @@ class Probe:
             "knn_random", lambda images: patch_features(random, images).mean(1), vision.image_size
         ) | self._knn(
             "knn_teacher",
-            lambda images: teacher.pooled(teacher_features(teacher, images)),
+            lambda images: teacher.pooled(teacher_features(teacher, images).patches),
             teacher.image_size,
             self.ranks.world_group,
         )

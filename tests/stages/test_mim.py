@@ -50,7 +50,7 @@ def test_the_loss_is_minus_the_masked_cosine(alone: Ranks, config: Config) -> No
     batch = next(batches(config, stage))
     images, masks = normalize(batch.images, MEAN, STD), given(batch.masks)
     teacher = stage.teacher
-    features = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std)).double()
+    features = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std)).patches.double()
     flat = features.flatten(0, 1)
     targets = (features - flat.mean(0)) / (flat.var(0, correction=0) + EPS).sqrt()
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_the_logged_loss_is_that_of_the_step_and_the_checkpoint_has_the_statisti
     first = [next(stream) for _ in range(4)]
     assert history(root / "by-hand", "loss")[0] == fresh.step(first[0])["loss"].item()
 
-    seen = torch.cat([teacher_features(fresh.teacher, given(batch.teacher_images)) for batch in first])
+    seen = torch.cat([teacher_features(fresh.teacher, given(batch.teacher_images)).patches for batch in first])
     seen = seen.flatten(0, 1).double()
     again = MaskedStage(config, alone)
     checkpoint = root / "by-hand" / "checkpoints" / "step-00000004"
@@ -112,7 +112,7 @@ def test_without_masks_the_student_sees_whole_images_and_predicts_all_patches(al
     batch = next(batches(config, stage))
     assert batch.masks is None
     teacher = stage.teacher
-    features = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std))
+    features = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std)).patches
     targets = copy.deepcopy(stage.target_norm)(features, update=True)
     with torch.no_grad():
         (student,) = stage.student.parts

@@ -28,11 +28,13 @@ def test_features_are_those_of_the_published_code():
     teacher = build_teacher(TeacherConfig(), grid=2, device="cpu")
     ramp = torch.linspace(-1, 1, 64)
     image = torch.stack([ramp[:, None] * ramp, ramp[:, None] - ramp, ramp[:, None] + 0 * ramp])
-    features = teacher(image[None])[0]
+    features = teacher(image[None]).patches[0]
     assert (teacher.image_size, teacher.width, teacher.mean[0]) == (64, 1280, 127 / 255)
     # the golden values have four decimals; sums of 1280 channels gather the rounding of other kernels
     torch.testing.assert_close(features[:, GOLDEN_CHANNELS], torch.tensor(GOLDEN), atol=2e-4, rtol=0)
     torch.testing.assert_close(features.sum(1), torch.tensor(GOLDEN_SUMS), atol=0.02, rtol=0)
+    torch.testing.assert_close(teacher(image[None]).summary[0], features.mean(0), atol=1e-5, rtol=1e-5)
+    assert teacher.summary_width == 1280
 
 
 def test_the_larger_one_sees_what_the_smaller_one_sees():
@@ -44,7 +46,7 @@ def test_the_larger_one_sees_what_the_smaller_one_sees():
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     # with the weights in the right places, activations after ReLU6 are sparse and of the order of one in both
     for teacher in (small, large):
-        features = teacher(images)
+        features = teacher(images).patches
         assert 0.05 < float((features > 0).float().mean()) < 0.7
         assert 0.02 < float(features.mean()) < 1.5
 

@@ -43,7 +43,9 @@ def test_a_released_file_gives_the_projected_patch_tokens(model: ModelConfig, tm
         teacher = build(f"eva:small@{tmp_path / name}")
         assert (teacher.width, teacher.image_size, teacher.network.grid) == (16, 32, 4)
         # timm on both sides; another attention kernel may sum in another order
-        torch.testing.assert_close(teacher(images(model)), targets(model), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(teacher(images(model)).patches, targets(model), atol=1e-5, rtol=1e-5)
+        summary = teacher(images(model)).summary
+        torch.testing.assert_close(summary, timm_tower(model)(images(model)), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -52,7 +54,7 @@ def test_a_run_of_ours_by_name_and_by_path(model: ModelConfig, tmp_path: Path) -
     import_checkpoint(tmp_path / "clip.pt", model, tmp_path / "runs" / "start")
     for source in ("w2s:start", f"w2s:{tmp_path / 'runs' / 'start'}"):
         teacher = build(source, root=tmp_path / "runs")
-        torch.testing.assert_close(teacher(images(model)), targets(model), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(teacher(images(model)).patches, targets(model), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -63,9 +65,25 @@ def test_a_masked_run_gives_its_tokens_without_a_projection(tmp_path: Path) -> N
     torch.save({**student, **masked_stage()}, tmp_path / "mim.pt")
     import_checkpoint(tmp_path / "mim.pt", model, tmp_path / "mim")
     teacher = build(f"w2s:{tmp_path / 'mim'}")
-    assert teacher.width == 32
-    expected = tower.forward_features(images(model))[:, 1:]
-    torch.testing.assert_close(teacher(images(model)), expected, atol=1e-5, rtol=1e-5)
+    assert (teacher.width, teacher.summary_width) == (32, 32)
+    expected, features = tower.forward_features(images(model)), teacher(images(model))
+    torch.testing.assert_close(features.patches, expected[:, 1:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features.summary, expected[:, 0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_masked_run_with_a_summary_head_projects_its_summary_alone(tmp_path: Path) -> None:
+    model = model_of("18b")
+    tower = timm_tower(model)
+    visual = {f"visual.{name}": value for name, value in {**tower.state_dict(), **masked_stage()}.items()}
+    torch.save(visual, tmp_path / "mim.pt")
+    import_checkpoint(tmp_path / "mim.pt", model, tmp_path / "mim")
+    teacher = build(f"w2s:{tmp_path / 'mim'}")
+    assert (teacher.width, teacher.summary_width) == (32, 16)
+    features = teacher(images(model))
+    patches = tower.forward_features(images(model))[:, 1:]
+    torch.testing.assert_close(features.patches, patches, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features.summary, tower(images(model)), atol=1e-5, rtol=1e-5)
 
 
 def test_weights_stay_in_the_file_or_in_half_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +96,7 @@ def test_weights_stay_in_the_file_or_in_half_the_memory(tmp_path: Path, monkeypa
     assert block.norm1.weight.dtype == torch.float32
     with torch.no_grad():
         # bfloat16 has eight bits: a few roundings through two layers
-        torch.testing.assert_close(teacher(images(model)), targets(model), atol=0.1, rtol=0.1)
+        torch.testing.assert_close(teacher(images(model)).patches, targets(model), atol=0.1, rtol=0.1)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
@@ -86,7 +104,7 @@ def test_another_size_resamples_the_positions(model: ModelConfig, tmp_path: Path
     save_file(released(model), tmp_path / "clip.safetensors")
     teacher = build(f"eva:small@{tmp_path / 'clip.safetensors'}", image_size=48)
     assert (teacher.image_size, teacher.network.grid) == (48, 6)
-    assert teacher(torch.randn(1, 3, 48, 48)).shape == (1, 16, 16)
+    assert teacher(torch.randn(1, 3, 48, 48)).patches.shape == (1, 16, 16)
 
 
 def test_what_is_no_such_teacher(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from w2s.config.sections import TeacherConfig
 from w2s.errors import CheckpointError, ConfigError
@@ -73,21 +73,48 @@ def test_features_are_the_models_own(tmp_path: Path, kind: str, width: int) -> N
     teacher = build(tmp_path)
     assert (teacher.width, teacher.image_size, teacher.network.grid) == (width, 32, 4)
     # the same library on both sides
-    torch.testing.assert_close(teacher(images), features_of(kind, model, images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(teacher(images).patches, features_of(kind, model, images), atol=1e-5, rtol=1e-5)
     larger = build(tmp_path, image_size=48)
     assert larger.network.grid == 6
-    assert larger(torch.randn(1, 3, 48, 48)).shape == (1, 16, width)
+    assert larger(torch.randn(1, 3, 48, 48)).patches.shape == (1, 16, width)
 
 
-def test_clips_last_patch_token_goes_the_way_of_its_class_token(tmp_path: Path) -> None:
-    model, images = save("clip", tmp_path), torch.randn(2, 3, 32, 32)
-    projection = model.visual_projection
-    assert isinstance(projection, nn.Linear) and projection.bias is None
-    pooled = model.get_image_features(images)
-    pooled = getattr(pooled, "pooler_output", pooled)
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "dinov2_with_registers"])
+@torch.no_grad()
+def test_the_summary_is_the_models_own_embedding(tmp_path: Path, kind: str) -> None:
+    model, images = save(kind, tmp_path), torch.randn(2, 3, 32, 32)
     teacher = build(tmp_path)
-    tokens = teacher.network.tokens(images).last_hidden_state
-    torch.testing.assert_close(teacher.network.project(tokens)[:, 0], pooled, atol=1e-5, rtol=1e-5)
+    pooled = model(images) if "dino" in kind else model.get_image_features(images)
+    expected = getattr(pooled, "pooler_output", pooled)  # a tensor before transformers 5
+    # the same library on both sides
+    torch.testing.assert_close(teacher(images).summary, expected, atol=1e-5, rtol=1e-5)
+    assert teacher.summary_width == expected.shape[1]
+
+
+@torch.no_grad()
+def test_a_siglip_without_its_head_has_the_mean_as_its_summary(tmp_path: Path) -> None:
+    config = transformers.SiglipVisionConfig(**VISION, vision_use_head=False)
+    transformers.SiglipVisionModel(config).save_pretrained(tmp_path)
+    features = build(tmp_path)(torch.randn(2, 3, 32, 32))
+    torch.testing.assert_close(features.summary, features.patches.mean(1))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "dinov2_with_registers"])
+@torch.no_grad()
+def test_tokens_after_a_layer_are_what_the_next_one_reads(tmp_path: Path, kind: str) -> None:
+    save(kind, tmp_path)
+    teacher, images = build(tmp_path), torch.randn(2, 3, 32, 32)
+    read: list[Tensor] = []
+    encoder = teacher.network.tokens.encoder
+    second = (encoder.layer if "dino" in kind else encoder.layers)[1]
+    second.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    last, first = teacher(images, [1, 0]).layers
+    assert torch.equal(first, read[0][:, teacher.network.prefix :])
+    if kind == "clip":
+        tokens = teacher.network.norm(last)
+        torch.testing.assert_close(teacher.network.projection(tokens), teacher(images).patches)
+    assert last.shape == first.shape == (2, 16, teacher.network.layer_width)
+    assert not torch.equal(first, last)
 
 
 def test_the_folders_own_mean_and_std(tmp_path: Path) -> None:

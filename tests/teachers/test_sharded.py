@@ -3,20 +3,20 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tests.checkpoint.peers import images, model_of, released, timm_tower
 from tests.distributed import run_ranks
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.config.sections import ParallelConfig, TeacherConfig
 from w2s.megatron import groups
+from w2s.teachers.base import Features
 from w2s.teachers.build import build_teacher
 
 COUNTS = (3, 1)
 """Images of each rank."""
 
 
-def teach(checkpoint: Path) -> tuple[int, Tensor]:
+def teach(checkpoint: Path) -> tuple[int, Features]:
     """Parameters that this rank holds, and the features of its images."""
     parallel = ParallelConfig(tensor=2)
     with groups.split(parallel, torch.device("cpu")) as ranks:
@@ -33,9 +33,10 @@ def test_ranks_with_different_numbers_of_images_share_the_tower(tmp_path: Path) 
     (held, first), (_, second) = run_ranks(teach, 2, tmp_path / "clip")
     tower = timm_tower(model)
     with torch.no_grad():
-        patches = tower.head(tower.forward_features(images(model, sum(COUNTS))))[:, 1:]
-    maps = patches.mT.unflatten(2, (4, 4))
+        tokens = tower.head(tower.forward_features(images(model, sum(COUNTS))))
+    maps = tokens[:, 1:].mT.unflatten(2, (4, 4))
     expected = torch.nn.functional.interpolate(maps, (2, 2), mode="bicubic", antialias=True).flatten(2).mT
     # float32 sums over 64 products, halved over two ranks
-    torch.testing.assert_close(torch.cat([first, second]), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([first.patches, second.patches]), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([first.summary, second.summary]), tokens[:, 0], atol=1e-5, rtol=1e-5)
     assert held < 0.75 * sum(parameter.numel() for parameter in tower.parameters())

@@ -7,9 +7,11 @@ import torch
 from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 from timm.models.eva import Eva, checkpoint_filter_fn
+from torch import nn
 
 from w2s.config.sections import TeacherConfig
 from w2s.errors import CheckpointError, ConfigError
+from w2s.teachers.base import Teacher
 from w2s.teachers.build import build_teacher
 from w2s.teachers.open_clip_vit import OpenClipTokens
 from w2s.teachers.timm_vit import TimmTokens
@@ -52,7 +54,7 @@ def test_timm_eva_applies_its_head_to_each_patch_token():
     tokens = model.forward_features(images)
     # timm's own head takes the first token: hand it every patch token in that place
     expected = torch.stack([model.forward_head(tokens[:, place:]) for place in range(1, 17)], 1)
-    torch.testing.assert_close(teacher(images), expected)
+    torch.testing.assert_close(teacher(images).patches, expected)
     assert (teacher.width, teacher.grid, teacher.image_size) == (12, 4, 32)
 
 
@@ -60,9 +62,11 @@ def test_timm_eva_applies_its_head_to_each_patch_token():
 def test_open_clip_norms_and_projects_each_patch_token():
     model, images = small_open_clip(), torch.randn(2, 3, 32, 32)
     teacher = OpenClipTokens(model, mean=[0.5] * 3, std=[0.5] * 3)
-    features = teacher(images)
+    features = teacher(images).patches
     model.output_tokens = True
-    torch.testing.assert_close(features, model(images)[1] @ model.proj)
+    pooled, tokens = model(images)
+    torch.testing.assert_close(features, tokens @ model.proj)
+    torch.testing.assert_close(teacher(images).summary, pooled)
     assert (teacher.width, teacher.grid, teacher.image_size) == (12, 4, 32)
 
 
@@ -75,8 +79,9 @@ def test_open_clip_wrapper_of_timm(wrapper, tmp_path):
     trunk, images = clip.visual.trunk, torch.randn(2, 3, 160, 160)
     tokens = trunk.forward_features(images)
     expected = torch.stack([trunk.forward_head(tokens[:, place:]) for place in range(1, 101)], 1)
-    torch.testing.assert_close(teacher(images), expected)
-    assert teacher.width == 24
+    torch.testing.assert_close(teacher(images).patches, expected)
+    torch.testing.assert_close(teacher(images).summary, clip.encode_image(images))
+    assert (teacher.width, teacher.summary_width) == (24, 24)
 
 
 def test_classifier_of_a_timm_model_is_left_out(tmp_path):
@@ -85,14 +90,16 @@ def test_classifier_of_a_timm_model_is_left_out(tmp_path):
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
     teacher = build(f"timm:test_vit@{tmp_path / 'vit.safetensors'}", grid=10)
     images = torch.randn(1, 3, 160, 160)
-    torch.testing.assert_close(teacher(images), model.forward_features(images)[:, 1:].detach())
+    tokens = model.forward_features(images).detach()
+    torch.testing.assert_close(teacher(images).patches, tokens[:, 1:])
+    torch.testing.assert_close(teacher(images).summary, model.forward_head(tokens, pre_logits=True).detach())
     assert teacher.width == model.num_features == 64
 
 
 def test_another_size_may_give_a_feature_per_student_patch():
     teacher = build("timm:test_vit", grid=3, image_size=48)
     assert teacher.network.grid == 3
-    assert teacher(torch.randn(1, 3, 48, 48)).shape == (1, 9, 64)
+    assert teacher(torch.randn(1, 3, 48, 48)).patches.shape == (1, 9, 64)
 
 
 def test_by_itself_a_teacher_sees_its_own_size_and_is_resampled_onto_the_student_grid(caplog):
@@ -102,9 +109,9 @@ def test_by_itself_a_teacher_sees_its_own_size_and_is_resampled_onto_the_student
     assert teacher.network.grid == 10
     assert "sees 160 px: its 10x10 features are resampled onto the student's 3x3 patches" in caplog.text
     images = torch.randn(1, 3, 160, 160)
-    whole = teacher.network(images).unflatten(1, (10, 10)).movedim(-1, 1)
+    whole = teacher.network(images).patches.unflatten(1, (10, 10)).movedim(-1, 1)
     expected = torch.nn.functional.interpolate(whole, (3, 3), mode="bicubic", antialias=True).flatten(2).mT
-    torch.testing.assert_close(teacher(images), expected.detach())
+    torch.testing.assert_close(teacher(images).patches, expected.detach())
 
 
 def test_positions_of_a_file_are_resampled(tmp_path):
@@ -116,7 +123,7 @@ def test_positions_of_a_file_are_resampled(tmp_path):
     assert teacher.image_size == 128
     assert torch.equal(teacher.network.visual.positional_embedding[0], clip.visual.positional_embedding[0])
     assert torch.equal(teacher.network.visual.conv1.weight, clip.visual.conv1.weight)
-    assert teacher(torch.randn(1, 3, 128, 128)).shape == (1, 16, 384)
+    assert teacher(torch.randn(1, 3, 128, 128)).patches.shape == (1, 16, 384)
 
 
 @pytest.mark.parametrize(("name", "grid"), [("test_resnet", 5), ("test_mambaout", 5), ("mixer_s32_224", 7)])
@@ -130,7 +137,47 @@ def test_any_other_timm_model_gives_its_last_map(name, grid, tmp_path):
     assert (teacher.network.grid, teacher.width) == (grid, model.num_features)
     maps = model.forward_features(images)  # [n, c, h, w], [n, h, w, c] or [n, tokens, c]
     expected = {"test_resnet": lambda: maps.flatten(2).mT, "test_mambaout": lambda: maps.flatten(1, 2)}
-    torch.testing.assert_close(teacher(images), expected.get(name, lambda: maps)())
+    torch.testing.assert_close(teacher(images).patches, expected.get(name, lambda: maps)())
+    summary = model.forward_head(maps, pre_logits=True)
+    torch.testing.assert_close(teacher(images).summary, summary)
+    assert teacher.summary_width == summary.shape[1]
+    with pytest.raises(ConfigError, match="the layers of this teacher give no tokens, choose a vision transformer"):
+        teacher.check_layers([0], "mim.layers")
+
+
+@torch.no_grad()
+def test_attention_pools_the_tokens_of_a_siglip_before_its_projection(wrapper, monkeypatch, tmp_path):
+    vision = {"timm_model_name": "vit_pwee_patch16_reg1_gap_256", "timm_pool": "map", "image_size": 256}
+    config = {**WRAPPER, "vision_cfg": {**WRAPPER["vision_cfg"], **vision}}
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: {**config, "vision_cfg": {**config["vision_cfg"]}})
+    clip = open_clip.CLIP(24, config["vision_cfg"], {"context_length": 4, "vocab_size": 9, "layers": 1}).eval()
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    teacher, images = build(f"open_clip:wrapper@{tmp_path / 'clip.pt'}", grid=16), torch.randn(2, 3, 256, 256)
+    torch.testing.assert_close(teacher(images).summary, clip.encode_image(images))
+    assert (teacher.width, teacher.summary_width) == (clip.visual.trunk.num_features, 24)
+
+
+@pytest.mark.parametrize("kind", ["timm", "open_clip", "eva"])
+@torch.no_grad()
+def test_tokens_after_a_layer_are_what_the_next_one_reads(kind):
+    trunk = (
+        small_open_clip() if kind == "open_clip" else small_eva() if kind == "eva" else timm.create_model("test_vit")
+    )
+    wrap = OpenClipTokens(trunk, mean=[0.5] * 3, std=[0.5] * 3) if kind == "open_clip" else None
+    network = wrap or TimmTokens(trunk, nn.Identity(), mean=[0.5] * 3, std=[0.5] * 3)
+    teacher = Teacher(network, grid=network.grid)
+    teacher.check_layers([0, 1], "mim.layers")
+    read = []
+    blocks = trunk.transformer.resblocks if kind == "open_clip" else trunk.blocks
+    blocks[1].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    images = torch.randn(2, 3, network.image_size, network.image_size)
+    plain, asked = teacher(images), teacher(images, [1, 0])
+    for with_layers, without in zip(asked[:2], plain[:2], strict=True):
+        assert torch.equal(with_layers, without)
+    assert torch.equal(asked.layers[1], read[-1][:, 1:])
+    assert asked.layers[0].shape == (2, network.grid**2, network.layer_width)
+    with pytest.raises(ConfigError, match=f"mim.layers: the teacher has no layer {network.depth}, its layers are 0 to"):
+        teacher.check_layers([network.depth], "mim.layers")
 
 
 def test_an_image_size_that_does_not_suit_a_model():

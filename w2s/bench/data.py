@@ -235,7 +235,7 @@ def _teacher_cosine(shards: Shards, wanted: SampleSpec) -> dict[str, float] | st
     for index, sample in _samples(shards):
         views = [make_views(sample, replace(wanted, half_scale=half), SEED, index).image for half in (False, True)]
         with torch.no_grad():
-            whole, half = teacher(normalize(torch.stack(views), teacher.mean, teacher.std))
+            whole, half = teacher(normalize(torch.stack(views), teacher.mean, teacher.std)).patches
         # A patch without any feature has no direction.
         cosines.append(torch.cosine_similarity(whole, half, dim=-1)[whole.norm(dim=-1) > 0])
     joined = torch.cat(cosines)

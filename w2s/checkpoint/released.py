@@ -80,6 +80,11 @@ class Released:
         """Whether there is a tensor of our name `name`."""
         return released_name(name) in self.meta
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether a masked stage wrote it: it still has the head that predicts the teacher's features."""
+        return "visual.lm_head.weight" in self.meta
+
     def has(self, tower: str) -> bool:
         """Whether there are tensors of a tower (`visual` or `text`)."""
         return any(name.startswith(f"{tower}.") for name in self.meta)

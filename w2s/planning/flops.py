@@ -109,9 +109,9 @@ def _layer(tokens: int, width: int, mlp_width: int) -> tuple[float, float]:
 
 
 def teacher_flops(vision: VisionConfig, embed_dim: int) -> float:
-    """Operations of an image's forward pass through an EVA tower as teacher, whose head sees every patch token."""
-    patches = vision.patches
-    return vision_flops(vision, tokens=1 + patches, head_tokens=patches, head_width=embed_dim).forward
+    """Operations of an image's forward pass through an EVA tower as teacher, whose head sees every token."""
+    tokens = 1 + vision.patches
+    return vision_flops(vision, tokens=tokens, head_tokens=tokens, head_width=embed_dim).forward
 
 
 def loss_flops(config: Config) -> Flops:

@@ -1,1 +1,1 @@
-"""Frozen teachers: images in, patch features on the student's grid out."""
+"""Frozen teachers: images in, patch features on the student's grid and a summary out."""

@@ -1,9 +1,9 @@
-"""The one interface of all teachers: images in, patch features on the student's grid out."""
+"""The one interface of all teachers: images in, patch features on the student's grid and a summary out."""
 
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,37 +17,71 @@ RGB = tuple[float, float, float]
 Precision = Literal["fp32", "bf16"]
 
 
+class Features(NamedTuple):
+    """What one forward pass of a teacher makes of n images, row by row and without CLS where it is of patches."""
+
+    patches: Tensor
+    """The features that a student regresses: [n, P, D]."""
+    summary: Tensor
+    """One vector an image: a CLIP's image embedding, not normalised; elsewhere the pooled feature: [n, E]."""
+    layers: tuple[Tensor, ...] = ()
+    """Patch tokens after the layers that were asked for, in that order, without a norm: [n, P, layer width] each."""
+
+
 class PatchNetwork(nn.Module, ABC):
     """What a teacher is made of: a network from images to patch features on a grid of its own.
 
     Attributes:
         width: channels of a feature, D.
+        summary_width: channels of the summary, E.
+        depth: transformer layers whose tokens can be asked for; 0 where there are none.
+        layer_width: channels of their tokens.
         grid: features along one side.
         image_size: side of the input in pixels, T.
         mean, std: what the input must be normalised with, in units of 0..1 RGB.
     """
 
-    def __init__(self, *, width: int, grid: int, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        *,
+        width: int,
+        summary_width: int,
+        grid: int,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        depth: int = 0,
+        layer_width: int = 0,
+    ) -> None:
         super().__init__()
         self.width = width
+        self.summary_width = summary_width
+        self.depth = depth
+        self.layer_width = layer_width
         self.grid = grid
         self.image_size = image_size
         self.mean = _rgb(mean)
         self.std = _rgb(std)
 
     @abstractmethod
-    def forward(self, images: Tensor) -> Tensor:
-        """Features of normalised images [n, 3, T, T]: [n, grid * grid, D], row by row, without CLS."""
+    def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
+        """Features of normalised images [n, 3, T, T] on the network's own grid, P = grid * grid.
+
+        Args:
+            images: the images.
+            layers: numbers of transformer layers, from 0, each below `depth`.
+        """
 
 
 class Teacher(nn.Module):
-    """A frozen vision model whose patch features are the targets of the masked stage.
+    """A frozen vision model whose features are what a student learns from.
 
     It stays in evaluation mode and has no gradients. Features of another grid are resampled bicubically onto the
     student's. They are the model's own: normalising targets is the business of `w2s.teachers.targets`.
 
     Attributes:
         width: channels of a feature, D.
+        summary_width: channels of the summary, E.
         image_size: side of the input in pixels, T.
         mean, std: what the input must be normalised with, in units of 0..1 RGB.
     """
@@ -61,6 +95,7 @@ class Teacher(nn.Module):
         self.grid = grid
         self.precision = precision
         self.width = network.width
+        self.summary_width = network.summary_width
         self.image_size = network.image_size
         self.mean = network.mean
         self.std = network.std
@@ -82,11 +117,34 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Features of normalised float images [n, 3, T, T]: float32 [n, grid * grid, D], row by row, without CLS."""
+    def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
+        """Features of normalised float images [n, 3, T, T], in float32 and on the student's grid.
+
+        Args:
+            images: the images.
+            layers: numbers of transformer layers, from 0, that `check_layers` lets pass.
+        """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            features = self.network(images)
-        return resample(features.float(), self.network.grid, self.grid)
+            own = self.network(images, layers)
+        patches, *after = (resample(each.float(), self.network.grid, self.grid) for each in (own.patches, *own.layers))
+        return Features(patches, own.summary.float(), tuple(after))
+
+    def check_layers(self, layers: Sequence[int], key: str) -> None:
+        """Refuse layers that this teacher has not, or whose tokens it does not give.
+
+        Args:
+            layers: their numbers, from 0.
+            key: the configuration key that names them, for the message.
+
+        Raises:
+            ConfigError: with the numbers that there are.
+        """
+        depth = self.network.depth
+        if layers and not depth:
+            raise ConfigError(f"{key}: the layers of this teacher give no tokens, choose a vision transformer")
+        for layer in layers:
+            if not 0 <= layer < depth:
+                raise ConfigError(f"{key}: the teacher has no layer {layer}, its layers are 0 to {depth - 1}")
 
     @staticmethod
     def pooled(features: Tensor) -> Tensor:

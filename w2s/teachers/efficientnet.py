@@ -3,6 +3,7 @@
 They are vision teachers, not CLIPs: a 1280-channel map, a feature for every 32 x 32 pixels, stands in for tokens.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from w2s.errors import CheckpointError, MissingPackageError
-from w2s.teachers.base import PatchNetwork, check_image_size
+from w2s.teachers.base import Features, PatchNetwork, check_image_size
 
 SIZES = {"efficientnet_lite0": 0, "efficientnet_lite2": 2}
 """The sizes by `teacher.source`."""
@@ -21,7 +22,7 @@ STRIDE = 32
 
 
 class EfficientNetLite(PatchNetwork):
-    """The map after the last convolution, its norm and ReLU6: [n, (T / 32) ** 2, 1280]."""
+    """The map after the last convolution, its norm and ReLU6: [n, (T / 32) ** 2, 1280]; the summary is its mean."""
 
     def __init__(self, source: str, *, image_size: int, grid: int) -> None:
         """Load the package's weights.
@@ -38,17 +39,18 @@ class EfficientNetLite(PatchNetwork):
         """
         size = image_size or STRIDE * grid
         check_image_size(size, STRIDE)
-        super().__init__(width=1280, grid=size // STRIDE, image_size=size, mean=[127 / 255] * 3, std=[128 / 255] * 3)
+        mean, std = [127 / 255] * 3, [128 / 255] * 3
+        super().__init__(width=1280, summary_width=1280, grid=size // STRIDE, image_size=size, mean=mean, std=std)
         self.model = timm.create_model(f"tf_{source}", pretrained=False)
         file = _weights_file(source)
         load_in_order(self.model, torch.load(file, map_location="cpu", weights_only=True), _package(source))
         fold_norms(self.model.eval())
         self.model.to(memory_format=torch.channels_last)  # depthwise convolutions run nearly twice as fast
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features of normalised images, row by row."""
+    def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
+        """Features of normalised images, row by row, and their mean."""
         maps: Tensor = self.model.forward_features(images.contiguous(memory_format=torch.channels_last))
-        return maps.flatten(2).transpose(1, 2)
+        return Features(maps.flatten(2).transpose(1, 2), maps.mean((2, 3)))
 
 
 def fold_norms(model: nn.Module) -> None:

@@ -45,6 +45,8 @@ def eva_vit(name: str, file: Path | None, *, image_size: int, precision: Precisi
 def w2s_run(checkpoint: Path, *, image_size: int, precision: Precision) -> TimmTokens:
     """The vision tower of a checkpoint of ours: of a clip run with its projection, of a masked run without.
 
+    A masked run with a summary target has trained the projection on class tokens alone: its summary goes through it.
+
     Raises:
         CheckpointError: the checkpoint is damaged or has no vision tower.
     """
@@ -91,13 +93,13 @@ def _network(released: Released, model: ModelConfig, image_size: int, precision:
     for module in tower.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.zeros_like(buffer, device="cpu"), persistent=False)  # K's bias
-    return _wrapped(tower, image_size)
+    return _wrapped(tower, image_size, masked=released.is_masked)
 
 
-def _wrapped(tower: Eva, image_size: int) -> TimmTokens:
+def _wrapped(tower: Eva, image_size: int, masked: bool = False) -> TimmTokens:
     if image_size:
         resize_input(tower, image_size)
-    return TimmTokens(tower, tower.head, mean=MEAN, std=STD)
+    return TimmTokens(tower, nn.Identity() if masked else tower.head, projection=tower.head, mean=MEAN, std=STD)
 
 
 def _weights(tower: Eva, released: Released, precision: Precision) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """Vision towers of Hugging Face transformers as teachers, from a folder on disk: CLIP, SigLIP and DINOv2.
 
 A feature is a patch token after the final norm, and after the projection where the model projects single tokens
-(CLIP); SigLIP's attention pooling and DINOv2's lack of a head leave the tokens as they are.
+(CLIP); SigLIP's attention pooling and DINOv2's lack of a head leave the tokens as they are. The summary is the model's
+own pooled output, through the projection where it has one: `get_image_features` of a CLIP or SigLIP.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from w2s.errors import CheckpointError, ConfigError, MissingPackageError
-from w2s.teachers.base import PatchNetwork, check_image_size
+from w2s.teachers.base import Features, PatchNetwork, check_image_size
 from w2s.teachers.weights import reading
 
 CLASSES = {
@@ -31,16 +32,17 @@ HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
 class HuggingFaceTokens(PatchNetwork):
-    """Patch tokens of a transformers model after its final norm, each through `project`."""
+    """Patch tokens of a transformers model after its final norm, each through the projection."""
 
     def __init__(
         self,
         tokens: nn.Module,
-        project: nn.Module,
+        norm: nn.Module,
+        projection: nn.Module,
         *,
         prefix: int,
         width: int,
-        patch: int,
+        config: Any,
         image_size: int,
         normalisation: dict[str, list[float]],
         options: dict[str, Any],
@@ -48,25 +50,39 @@ class HuggingFaceTokens(PatchNetwork):
         """Wrap a model.
 
         Args:
-            tokens: gives `last_hidden_state`.
-            project: the norm and the projection that it leaves out.
+            tokens: gives `last_hidden_state` and `pooler_output`.
+            norm: the final norm, where `last_hidden_state` lacks it.
+            projection: the projection that both lack.
             prefix: tokens before the patches' (CLS, registers).
             width: channels of a feature.
-            patch: side of a patch in pixels.
+            config: the configuration of the vision tower.
             image_size: side of the input in pixels.
             normalisation: the folder's `image_mean` and `image_std`.
             options: further arguments of each call.
         """
         mean, std = normalisation["image_mean"], normalisation["image_std"]
-        super().__init__(width=width, grid=image_size // patch, image_size=image_size, mean=mean, std=std)
-        self.tokens, self.project = tokens, project
+        super().__init__(
+            width=width,
+            summary_width=width,
+            grid=image_size // config.patch_size,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            depth=config.num_hidden_layers,
+            layer_width=config.hidden_size,
+        )
+        self.tokens, self.norm, self.projection = tokens, norm, projection
         self.prefix, self.options = prefix, options
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
         """Features of normalised images, row by row, without CLS and register tokens."""
-        tokens = self.tokens(images, **self.options).last_hidden_state[:, self.prefix :]
-        features: Tensor = self.project(tokens)
-        return features
+        outputs = self.tokens(images, output_hidden_states=bool(layers), **self.options)
+        tokens, pooled = outputs.last_hidden_state[:, self.prefix :], outputs.pooler_output
+        patches = self.projection(self.norm(tokens))
+        # A SigLIP without its head pools nothing.
+        summary = patches.mean(1) if pooled is None else self.projection(pooled)
+        # The first hidden states are the embeddings.
+        return Features(patches, summary, tuple(outputs.hidden_states[1 + layer][:, self.prefix :] for layer in layers))
 
 
 def hugging_face_vit(folder: Path, *, image_size: int) -> HuggingFaceTokens:
@@ -104,15 +120,15 @@ def _wrap(model: Any, kind: str, folder: Path, image_size: int) -> HuggingFaceTo
     check_image_size(size, config.patch_size)
     resized = {"interpolate_pos_encoding": True} if size != config.image_size and "dino" not in kind else {}
     wrap: Callable[..., HuggingFaceTokens] = HuggingFaceTokens
-    common = {"patch": config.patch_size, "image_size": size, "options": resized}
+    common = {"config": config, "image_size": size, "options": resized}
     if kind.startswith("clip"):
         tower, head = model.vision_model, model.visual_projection
-        project, width = nn.Sequential(tower.post_layernorm, head), head.out_features
-        return wrap(tower, project, prefix=1, width=width, normalisation=_normalisation(folder, CLIP), **common)
+        own = _normalisation(folder, CLIP)
+        return wrap(tower, tower.post_layernorm, head, prefix=1, width=head.out_features, normalisation=own, **common)
     prefix = 0 if kind.startswith("siglip") else 1 + getattr(config, "num_register_tokens", 0)
-    usual = HALF if kind.startswith("siglip") else IMAGENET
-    normalisation = _normalisation(folder, usual)
-    return wrap(model, nn.Identity(), prefix=prefix, width=config.hidden_size, normalisation=normalisation, **common)
+    own = _normalisation(folder, HALF if kind.startswith("siglip") else IMAGENET)
+    none = nn.Identity()
+    return wrap(model, none, none, prefix=prefix, width=config.hidden_size, normalisation=own, **common)
 
 
 def _normalisation(folder: Path, usual: dict[str, list[float]]) -> dict[str, list[float]]:

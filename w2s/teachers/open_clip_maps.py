@@ -1,16 +1,18 @@
 """Vision towers of open_clip that are no ViT as teachers: a feature is a place of the last feature map, projected.
 
-The tower's own head is applied to each place as if it were the whole map: a mean over the map is the place itself.
+The tower's own head is applied to each place as if it were the whole map: a mean over the map is the place itself. The
+summary is `encode_image`.
 """
 
 from collections.abc import Sequence
 
+import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from w2s.teachers.base import PatchNetwork, check_image_size
-from w2s.teachers.timm_vit import rows, side_of_map
+from w2s.teachers.base import Features, PatchNetwork, check_image_size, resample
+from w2s.teachers.timm_vit import rows, sizes_of
 
 RESNET_STRIDE = 32
 
@@ -34,14 +36,18 @@ class OpenClipMaps(PatchNetwork):
             ConfigError: the image size does not suit the model.
         """
         size = image_size or visual.image_size[0]
-        grid = side_of_map(visual.trunk.eval(), name, size)
-        super().__init__(width=width, grid=grid, image_size=size, mean=mean, std=std)
+        grid, _ = sizes_of(visual.trunk, visual.trunk.forward_head, name, size)
+        super().__init__(width=width, summary_width=width, grid=grid, image_size=size, mean=mean, std=std)
         self.visual = visual
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
         """Features of normalised images, row by row."""
+        maps = self.visual.trunk.forward_features(images)
+        return Features(self._places(maps), self.visual.head(self.visual.trunk.forward_head(maps)))
+
+    def _places(self, maps: Tensor) -> Tensor:
         trunk = self.visual.trunk
-        places = rows(trunk, images)
+        places = rows(trunk, maps)
         alone = places.flatten(0, 1)
         if hasattr(trunk, "num_prefix_tokens"):
             # whether the head takes the first token or the mean of the patches
@@ -73,13 +79,21 @@ class OpenClipResNet(PatchNetwork):
         """
         size = image_size or visual.image_size
         check_image_size(size, RESNET_STRIDE)
-        super().__init__(width=visual.output_dim, grid=size // RESNET_STRIDE, image_size=size, mean=mean, std=std)
+        width, grid = visual.output_dim, size // RESNET_STRIDE
+        super().__init__(width=width, summary_width=width, grid=grid, image_size=size, mean=mean, std=std)
         self.visual = visual
+        _resize_pool(visual, grid)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
         """Features of normalised images, row by row."""
-        outputs = self.visual.forward_intermediates(images, indices=1, intermediates_only=True)
+        outputs = self.visual.forward_intermediates(images, indices=1)
         places = outputs["image_intermediates"][0].flatten(2).transpose(1, 2)
         pool = self.visual.attnpool
-        features: Tensor = pool.c_proj(pool.v_proj(places))
-        return features
+        return Features(pool.c_proj(pool.v_proj(places)), outputs["image_features"])
+
+
+def _resize_pool(visual: ModifiedResNet, grid: int) -> None:
+    """Resample the attention pool's positions, that of the mean first, for a map of `grid` x `grid` places."""
+    own = visual.attnpool.positional_embedding.detach()
+    places = resample(own[None, 1:], visual.image_size // RESNET_STRIDE, grid)[0]
+    visual.attnpool.positional_embedding = nn.Parameter(torch.cat([own[:1], places]))

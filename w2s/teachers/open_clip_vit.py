@@ -1,7 +1,7 @@
 """Vision towers of open_clip as teachers, with weights from a local file or random ones.
 
-A feature is a patch token after the final norm and the projection into the space shared with text. Towers that are
-no ViT are in `w2s.teachers.open_clip_maps`.
+A feature is a patch token after the final norm and the projection into the space shared with text, the summary is
+`encode_image`. Towers that are no ViT are in `w2s.teachers.open_clip_maps`.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 
 from w2s.errors import ConfigError
-from w2s.teachers.base import PatchNetwork, check_image_size
+from w2s.teachers.base import Features, PatchNetwork, check_image_size
 from w2s.teachers.open_clip_maps import OpenClipMaps, OpenClipResNet
 from w2s.teachers.timm_vit import TimmTokens, resize_input
 from w2s.teachers.weights import reading, unknown_model
@@ -33,16 +33,26 @@ class OpenClipTokens(PatchNetwork):
     def __init__(self, visual: VisionTransformer, *, mean: Sequence[float], std: Sequence[float]) -> None:
         """Wrap the vision tower of an open_clip model."""
         size, patches = visual.image_size[0], visual.grid_size[0]
-        super().__init__(width=visual.output_dim, grid=patches, image_size=size, mean=mean, std=std)
+        super().__init__(
+            width=visual.output_dim,
+            summary_width=visual.output_dim,
+            grid=patches,
+            image_size=size,
+            mean=mean,
+            std=std,
+            depth=visual.transformer.layers,
+            layer_width=visual.transformer.width,
+        )
         self.visual = visual
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
         """Features of normalised images, row by row, without CLS."""
-        outputs = self.visual.forward_intermediates(
-            images, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
-        )
-        tokens: Tensor = outputs["image_intermediates"][0]
-        return tokens @ self.visual.proj
+        last = self.depth - 1
+        wanted = sorted({*layers, last})
+        outputs = self.visual.forward_intermediates(images, indices=wanted, output_fmt="NLC")
+        found = dict(zip(wanted, outputs["image_intermediates"], strict=True))
+        patches = self.visual.ln_post(found[last]) @ self.visual.proj
+        return Features(patches, outputs["image_features"], tuple(found[layer] for layer in layers))
 
 
 def open_clip_model(name: str, file: Path | None, *, image_size: int) -> PatchNetwork:
@@ -76,7 +86,10 @@ def _wrapped(model: open_clip.CLIP, name: str, image_size: int) -> PatchNetwork:
         return OpenClipTokens(visual, mean=mean, std=std)
     if isinstance(visual.trunk, Eva | TimmVisionTransformer):
         resize_input(visual.trunk, image_size)
-        return TimmTokens(visual.trunk, _projection(visual), mean=mean, std=std)
+        projection = nn.Sequential(visual.trunk.head, visual.head)
+        # Where attention pools the tokens first, single ones do not go through the projection.
+        head = projection if visual.trunk.attn_pool is None else nn.Identity()
+        return TimmTokens(visual.trunk, head, projection=projection, mean=mean, std=std)
     width = open_clip.get_model_config(name)["embed_dim"]
     return OpenClipMaps(visual, name, image_size=image_size, width=width, mean=mean, std=std)
 
@@ -102,13 +115,6 @@ def _load_visual(model: open_clip.CLIP, file: Path) -> None:
     state = {key: value for key, value in load_state_dict(str(file)).items() if key.startswith("visual.")}
     resize_pos_embed(state, model)
     model.visual.load_state_dict({key.removeprefix("visual."): value for key, value in state.items()})
-
-
-def _projection(visual: TimmModel) -> nn.Module:
-    """The part of the head that acts on single tokens: none where attention pools them first."""
-    if visual.trunk.attn_pool is not None:
-        return nn.Identity()
-    return nn.Sequential(visual.trunk.head, visual.head)
 
 
 def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:

@@ -1,24 +1,28 @@
 """A run of ours as a teacher that is too big for one GPU: split over the tensor-parallel ranks, as it was trained."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2s.checkpoint.handover import hand_over
+from w2s.checkpoint.released import open_released
 from w2s.checkpoint.store import read_meta
 from w2s.config.load import model_from
 from w2s.config.sections import ParallelConfig
 from w2s.megatron.sharded import ShardedTower
 from w2s.megatron.together import Together
-from w2s.teachers.base import PatchNetwork, Precision, check_image_size
+from w2s.teachers.base import Features, PatchNetwork, Precision, check_image_size
 from w2s.towers.clip import ImageTower
 from w2s.towers.vision import MEAN, STD
 
 
 class ShardedRun(PatchNetwork):
-    """Patch tokens of our vision tower, through its projection if it has one: `head(norm(tokens))`.
+    """Patch tokens of our vision tower: `head(norm(tokens))` of a clip run, `norm(tokens)` of a masked run.
+
+    The summary is the class token, through the projection if there is one.
 
     The ranks of a tensor-parallel group call it together, each with images of its own.
     """
@@ -43,15 +47,27 @@ class ShardedRun(PatchNetwork):
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         tower = ImageTower(vision, model.embed_dim, alone, dtype)
         handover = hand_over(ShardedTower([tower], [tower]), "vision", checkpoint)
-        width = vision.width if handover.new else model.embed_dim
-        super().__init__(width=width, grid=vision.grid, image_size=size, mean=MEAN, std=STD)
-        self.tower, self.has_head = tower, not handover.new
+        projects, masked = not handover.new, open_released(checkpoint).is_masked
+        super().__init__(
+            width=model.embed_dim if projects and not masked else vision.width,
+            summary_width=model.embed_dim if projects else vision.width,
+            grid=vision.grid,
+            image_size=size,
+            mean=MEAN,
+            std=STD,
+        )
+        self.tower = tower
+        self.projection = tower.head if projects else nn.Identity()
+        self.head = nn.Identity() if masked else self.projection
         self.together = Together()
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
         """Features of this rank's normalised images, row by row, without CLS."""
-        return self.together(self._features, images)
+        joined = self.together(self._features, images)
+        patches, summary = joined.split([self.grid**2 * self.width, self.summary_width], dim=1)
+        return Features(patches.unflatten(1, (-1, self.width)), summary)
 
     def _features(self, images: Tensor) -> Tensor:
-        tokens = self.tower.patch_tokens(images)
-        return self.tower.head(tokens) if self.has_head else tokens
+        """Patch features and summary of each image in one row, as the group returns one tensor."""
+        tokens = self.tower.encode(images)
+        return torch.cat([self.head(tokens[:, 1:]).flatten(1), self.projection(tokens[:, 0])], dim=1)

@@ -2,10 +2,13 @@
 
 A feature of a ViT is `head(norm(token))` of a patch token, as EVA's targets are: after the final norm, and after the
 projection into the shared space where the model has one. Of any other model it is a place of the last feature map.
+The summary is what timm's own head makes of all of them: pooled, and through the projection where there is one.
 """
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from w2s.errors import ConfigError
-from w2s.teachers.base import PatchNetwork, check_image_size
+from w2s.teachers.base import Features, PatchNetwork, check_image_size
 from w2s.teachers.weights import reading, unknown_model
 
 
@@ -24,61 +27,111 @@ class TimmTokens(PatchNetwork):
     """Patch tokens of a timm ViT: `head(fc_norm(tokens))`, where `tokens` are after the final norm."""
 
     def __init__(
-        self, trunk: Eva | VisionTransformer, head: nn.Module, *, mean: Sequence[float], std: Sequence[float]
+        self,
+        trunk: Eva | VisionTransformer,
+        head: nn.Module,
+        *,
+        projection: nn.Module | None = None,
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> None:
-        """Wrap `trunk`; `head` is applied to each of its tokens."""
-        size, patches = trunk.patch_embed.img_size[0], trunk.patch_embed.grid_size[0]
-        widths = [layer.out_features for layer in head.modules() if isinstance(layer, nn.Linear)]
-        width = widths[-1] if widths else trunk.num_features
-        super().__init__(width=width, grid=patches, image_size=size, mean=mean, std=std)
-        self.trunk = trunk
-        self.head = head
+        """Wrap `trunk`.
 
-    def forward(self, images: Tensor) -> Tensor:
+        Args:
+            trunk: the model.
+            head: what each of its patch tokens goes through.
+            projection: what its pooled feature goes through; None for `head`.
+            mean, std: what the input must be normalised with.
+        """
+        projection = head if projection is None else projection
+        super().__init__(
+            width=_width(trunk, head),
+            summary_width=_width(trunk, projection),
+            grid=trunk.patch_embed.grid_size[0],
+            image_size=trunk.patch_embed.img_size[0],
+            mean=mean,
+            std=std,
+            depth=len(trunk.blocks),
+            layer_width=trunk.embed_dim,
+        )
+        self.trunk = trunk
+        self.head, self.projection = head, projection
+
+    def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
         """Features of normalised images, row by row, without CLS and register tokens."""
-        tokens = self.trunk.forward_features(images)[:, self.trunk.num_prefix_tokens :]
-        features: Tensor = self.head(self.trunk.fc_norm(tokens))
-        return features
+        tokens, after = self._tokens(images, layers)
+        patches = self.head(self.trunk.fc_norm(tokens[:, self.trunk.num_prefix_tokens :]))
+        return Features(patches, self.projection(self.trunk.forward_head(tokens, pre_logits=True)), after)
+
+    def _tokens(self, images: Tensor, layers: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All tokens after the final norm, and patch tokens after some layers."""
+        if not layers:
+            return self.trunk.forward_features(images), ()
+        wanted = sorted(set(layers))
+        tokens, taken = self.trunk.forward_intermediates(images, indices=wanted, output_fmt="NLC")
+        found = dict(zip(wanted, taken, strict=True))
+        return tokens, tuple(found[layer] for layer in layers)
+
+
+def _width(trunk: Eva | VisionTransformer, head: nn.Module) -> int:
+    """Channels after a head, which may be none."""
+    widths = [layer.out_features for layer in head.modules() if isinstance(layer, nn.Linear)]
+    return widths[-1] if widths else trunk.num_features
 
 
 class TimmMaps(PatchNetwork):
     """The last feature map of any other timm model, convolutional or not, before pooling and classifier."""
 
-    def __init__(self, trunk: Any, *, grid: int, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Wrap `trunk`, which makes `grid` x `grid` features of an image of `image_size` pixels."""
-        super().__init__(width=trunk.num_features, grid=grid, image_size=image_size, mean=mean, std=std)
-        self.trunk = trunk
+    def __init__(self, trunk: Any, name: str, *, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Wrap the model `name` for images of `image_size` pixels.
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features of normalised images, row by row."""
-        return rows(self.trunk, images)
+        Raises:
+            ConfigError: it does not take that size, or makes no square map of it.
+        """
+        pool = pooling(trunk)
+        grid, summary_width = sizes_of(trunk, pool, name, image_size)
+        width = trunk.num_features
+        super().__init__(width=width, summary_width=summary_width, grid=grid, image_size=image_size, mean=mean, std=std)
+        self.trunk, self.pool = trunk, pool
+
+    def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
+        """Features of normalised images, row by row, and what timm's head pools them to."""
+        features = self.trunk.forward_features(images)
+        return Features(rows(self.trunk, features), self.pool(features))
 
 
-def rows(trunk: Any, images: Tensor) -> Tensor:
+def pooling(trunk: Any) -> Callable[[Tensor], Tensor]:
+    """What makes one vector an image of a model's last features: its head up to the classifier, or else a mean."""
+    if "pre_logits" in inspect.signature(trunk.forward_head).parameters:
+        return partial(trunk.forward_head, pre_logits=True)
+    return lambda features: rows(trunk, features).mean(1)
+
+
+def rows(trunk: Any, features: Tensor) -> Tensor:
     """The last features of a model as [n, places, width], from a map of either order or from tokens."""
-    features: Tensor = trunk.forward_features(images)
     if features.ndim == 3:
         return features[:, getattr(trunk, "num_prefix_tokens", 0) :]
     channels = 3 if getattr(trunk, "output_fmt", "NCHW") == "NHWC" else 1
     return features.movedim(channels, 1).flatten(2).transpose(1, 2)
 
 
-def side_of_map(trunk: Any, name: str, image_size: int) -> int:
-    """Features along one side of what a model makes of an image, seen on an empty one.
+def sizes_of(trunk: Any, pool: Callable[[Tensor], Tensor], name: str, image_size: int) -> tuple[int, int]:
+    """Features along one side of what a model makes of an image, and width of its summary, seen on an empty one.
 
     Raises:
         ConfigError: it does not take that size, or makes no square map of it.
     """
     try:
         with torch.no_grad():
-            places = rows(trunk, torch.zeros(1, 3, image_size, image_size)).shape[1]
+            features = trunk.eval().forward_features(torch.zeros(1, 3, image_size, image_size))
+            places, summary_width = rows(trunk, features).shape[1], pool(features).shape[1]
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(f"teacher.image_size={image_size} does not suit {name}: {reason}") from error
     side = math.isqrt(places)
     if side**2 != places:
         raise ConfigError(f"teacher.source: {name} makes {places} features, no square map: choose another model")
-    return side
+    return side, summary_width
 
 
 def timm_model(name: str, file: Path | None, *, image_size: int) -> PatchNetwork:
@@ -107,7 +160,7 @@ def timm_model(name: str, file: Path | None, *, image_size: int) -> PatchNetwork
     mean, std = settings["mean"], settings["std"]
     if not isinstance(trunk, Eva | VisionTransformer):
         size = image_size or settings["input_size"][-1]
-        return TimmMaps(trunk, grid=side_of_map(trunk.eval(), name, size), image_size=size, mean=mean, std=std)
+        return TimmMaps(trunk, name, image_size=size, mean=mean, std=std)
     is_projection = "_clip_" in architecture and "_ft_" not in (settings["tag"] or "")
     resize_input(trunk, image_size)
     return TimmTokens(trunk, trunk.head if is_projection else nn.Identity(), mean=mean, std=std)

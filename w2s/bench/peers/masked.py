@@ -63,7 +63,8 @@ class TimmMasked(Peer):
         masks = given(micro.masks) if masked else micro.images.new_zeros(len(micro), patches, dtype=torch.bool)
         places = places_to_predict(masks, self.config.mim)
         with marks.part("teacher"):
-            features = self.teacher(normalize(given(micro.teacher_images), self.teacher.mean, self.teacher.std))
+            seen = normalize(given(micro.teacher_images), self.teacher.mean, self.teacher.std)
+            features = self.teacher(seen).patches
         images = normalize(micro.images, MEAN, STD)
         with marks.part("forward"), self.autocast():
             predictions = self.model(images, masks, places)
