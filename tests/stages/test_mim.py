@@ -126,7 +126,7 @@ def test_a_student_that_predicts_what_it_sees_sees_nothing_else(alone: Ranks, co
     stage = MaskedStage(replace(config, mim=replace(config.mim, predict="visible", loss="mse")), alone)
     batch = next(batches(config, stage))
     masks, teacher = given(batch.masks), stage.teacher
-    features = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std))
+    features = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std)).patches
     targets = copy.deepcopy(stage.target_norm)(features, update=True)[~masks].view(16, 10, -1)
     visible = torch.stack([(~mask).nonzero().flatten() for mask in masks])
     (student,) = stage.student.parts
@@ -146,7 +146,7 @@ def test_predicting_all_is_the_mean_of_masked_and_visible(alone: Ranks, config: 
     masked = MaskedStage(config, alone)
     batch = next(batches(config, stage))
     (student,), masks, teacher = masked.student.parts, given(batch.masks), stage.teacher
-    features = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std))
+    features = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std)).patches
     targets = copy.deepcopy(stage.target_norm)(features, update=True)
     with torch.no_grad():
         predictions = student(normalize(batch.images, MEAN, STD), masks, torch.arange(16).expand(16, -1))
