@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from w2s.checkpoint import store
+from w2s.checkpoint.continued import find_continued, with_its_start
 from w2s.checkpoint.find import is_finished
-from w2s.checkpoint.handover import Handover
+from w2s.checkpoint.handover import Handover, check_shapes
 from w2s.config.naming import difference, run_folder
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
@@ -111,20 +112,30 @@ class Trainer:
         """Take up the run where it stands; return step, parent checkpoint, hand-over and position in the data.
 
         1. This run's own newest checkpoint, if it has one: weights, optimizer, data position.
-        2. Else the weights that `init` names; a new optimizer.
-        3. Else the weights drawn from the seed.
+        2. Else all that of the checkpoint that `init.checkpoint` names.
+        3. Else the weights that `init` names; a new optimizer.
+        4. Else the weights drawn from the seed.
         """
-        checkpoint = store.latest(self.run)
-        if checkpoint is not None:
-            meta = store.read_meta(checkpoint)
-            self._refuse_another_run(meta)
-            self.stage.load_extra_state(state.load(checkpoint, self.stage.towers, self.stage.optimizer, meta.step))
+        own = store.latest(self.run)
+        if own is not None:
+            self._refuse_another_run(store.read_meta(own))
+            meta = self._take_up(own)
             return meta.step, meta.parent, None, dict(meta.data)
+        other = find_continued(self.config)
+        if other is not None:
+            check_shapes(self.stage.towers, other)
+            meta = self._take_up(other)
+            return meta.step, str(other), None, dict(meta.data)
         handover = self.stage.begin()
         if handover is None:
             return 0, None, None, None
         self.stage.optimizer.reload_weights()
         return 0, handover.parent, handover, None
+
+    def _take_up(self, checkpoint: Path) -> store.Meta:
+        meta = store.read_meta(checkpoint)
+        self.stage.load_extra_state(state.load(checkpoint, self.stage.towers, self.stage.optimizer, meta.step))
+        return meta
 
     def _refuse_another_run(self, meta: store.Meta) -> None:
         found = difference(self.config, meta.config)
@@ -141,7 +152,7 @@ class Trainer:
             StopRun: SIGTERM or Ctrl-C came; the state is saved.
             W2SError: the loss or the gradient norm is no longer a number.
         """
-        train = self.config.train
+        train, keep = self.config.train, self.config.checkpoint
         meter = StepMeter(self.ranks.device)
         if self.handover is not None:
             self.tracker.table("handover", ["", "tensors", "names"], self.handover.rows(), self.handover.title)
@@ -154,7 +165,7 @@ class Trainer:
         with stop_when_ready() as signals, closing(self.stream):
             while self.step < train.steps:
                 step = self.step + 1
-                saved = step % self.config.checkpoint.every == 0 or step == train.steps
+                saved = step % keep.every == 0 or step in keep.keep_at or step == train.steps
                 logs = saved or step % train.log_every == 0  # what is no longer a number is never saved
                 with self.watch.looking() if logs else nullcontext():
                     metrics = self._step()
@@ -212,7 +223,7 @@ class Trainer:
             return state.save(folder, self.stage.towers, self.stage.optimizer, extra, background)
 
         self._finish_saving()
-        self._saving = store.Saving(self.run, meta, write, self.config.checkpoint.keep, self.ranks)
+        self._saving = store.Saving(self.run, meta, write, self.config.checkpoint, self.ranks)
         if not self.config.checkpoint.async_save:
             self._finish_saving()
 
@@ -282,9 +293,12 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
     with stop_at_once(), groups.start(config.parallel, config.hardware) as ranks:
         run = open_run(config, ranks)
         prepare_data(config, ranks)
+        config = with_its_start(config, run)
         trainer = Trainer(build(config, ranks), config, run, ranks)
         with tracked(trainer.tracker):
             trainer.tracker.message(f"run folder: {run}")
+            if trainer.step and trainer.parent:
+                trainer.tracker.message(f"goes on at step {trainer.step}, begun from {trainer.parent}")
             trainer.tracker.inputs([*training_inputs(config, trainer.stream.sources), *test_inputs(config)])
             trainer.train()
             metrics = trainer.stage.finish(trainer.tracker)

@@ -9,7 +9,7 @@ import torch
 from tests.megatron.spawn import SHAPE, make_student
 from w2s.checkpoint.handover import Handover, hand_over, load_all
 from w2s.checkpoint.store import Meta, Saving
-from w2s.config.sections import ModelConfig, OptimConfig, ParallelConfig, VisionConfig
+from w2s.config.sections import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig, VisionConfig
 from w2s.errors import CheckpointError
 from w2s.megatron import state
 from w2s.megatron.groups import Ranks
@@ -29,10 +29,13 @@ def checkpoint(alone: Ranks, tmp_path: Path) -> Path:
     optimizer.step(1.0)
     model = {"model": asdict(ModelConfig(name="small", vision=SHAPE))}
     known = Meta(stage="mim", step=1, samples=8, config=model, data={}, parent=None, mlflow_run_id=None, versions={})
-    saving = Saving(
-        tmp_path, known, lambda folder: state.save(folder, {"vision": student}, optimizer, {}), keep=1, ranks=alone
-    )
-    return saving.finish()
+    return Saving(
+        tmp_path,
+        known,
+        lambda folder: state.save(folder, {"vision": student}, optimizer, {}),
+        CheckpointConfig(),
+        ranks=alone,
+    ).finish()
 
 
 def image_tower(shape: VisionConfig) -> ShardedTower[ImageTower]:

@@ -2,13 +2,15 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from w2s.checkpoint.find import find
-from w2s.checkpoint.store import Meta, Saving, latest, read_meta
+from w2s.checkpoint.store import Meta, Saving, kept_steps, latest, read_meta
+from w2s.config.sections import CheckpointConfig
 from w2s.errors import CheckpointError
 from w2s.megatron.groups import Ranks
 
@@ -30,8 +32,8 @@ class Written:
         """Nothing is left to do."""
 
 
-def save(run: Path, meta: Meta, keep: int, ranks: Ranks) -> Path:
-    return Saving(run, meta, Written, keep, ranks).finish()
+def save(run: Path, meta: Meta, keep: int, ranks: Ranks, keep_at: Sequence[int] = ()) -> Path:
+    return Saving(run, meta, Written, CheckpointConfig(keep=keep, keep_at=list(keep_at)), ranks).finish()
 
 
 def finish(run: Path, stage: str = "mim") -> None:
@@ -48,6 +50,15 @@ def test_the_newest_are_kept(alone: Ranks, tmp_path: Path) -> None:
     assert sorted(path.name for path in found.parent.iterdir()) == ["latest", "step-00000002", "step-00000010"]
 
 
+def test_chosen_steps_stay(alone: Ranks, tmp_path: Path) -> None:
+    for step in (2, 4, 6, 7):
+        save(tmp_path, meta(step), keep=1, ranks=alone, keep_at=[4, 9])
+    names = {path.name for path in tmp_path.glob("checkpoints/step-*")}
+    assert names == {"step-00000004", "step-00000007"}
+    assert kept_steps(7, CheckpointConfig(every=2, keep=1, keep_at=[4, 9])) == {4, 7}
+    assert kept_steps(8, CheckpointConfig(every=2, keep=3)) == {4, 6, 8}
+
+
 def test_a_write_that_fails_leaves_the_one_before(alone: Ranks, tmp_path: Path) -> None:
     save(tmp_path, meta(1), keep=1, ranks=alone)
 
@@ -55,7 +66,7 @@ def test_a_write_that_fails_leaves_the_one_before(alone: Ranks, tmp_path: Path) 
         def finish(self) -> None:
             raise OSError("disk full")
 
-    saving = Saving(tmp_path, meta(2), Failing, keep=1, ranks=alone)
+    saving = Saving(tmp_path, meta(2), Failing, CheckpointConfig(keep=1), ranks=alone)
     with pytest.raises(OSError, match="disk full"):
         saving.finish()
     found = latest(tmp_path)
@@ -67,7 +78,7 @@ def test_a_write_that_fails_leaves_the_one_before(alone: Ranks, tmp_path: Path) 
 
 def test_a_checkpoint_is_the_latest_only_when_it_is_finished(alone: Ranks, tmp_path: Path) -> None:
     first = save(tmp_path, meta(1), keep=2, ranks=alone)
-    saving = Saving(tmp_path, meta(2), Written, keep=2, ranks=alone)
+    saving = Saving(tmp_path, meta(2), Written, CheckpointConfig(keep=2), ranks=alone)
     assert saving.written
     assert latest(tmp_path) == first
     assert saving.finish() == latest(tmp_path) != first

@@ -23,6 +23,24 @@ def accepts(stage: str, *overrides: str, world_size: int = 1) -> bool:
     return True
 
 
+def test_a_cool_down_belongs_to_a_constant_rate() -> None:
+    assert refusal("mim", "optim.cooldown=0.1") == (
+        "optim.cooldown=0.1 does nothing with optim.schedule=cosine: use optim.schedule=constant"
+    )
+    constant = ["optim.schedule=constant", "train.steps=100"]
+    assert accepts("mim", *constant, "optim.cooldown=0.9", "optim.warmup=10")
+    assert "begins before the end of optim.warmup=11" in refusal(
+        "mim", *constant, "optim.cooldown=0.9", "optim.warmup=11"
+    )
+
+
+def test_a_checkpoint_to_go_on_from_brings_all_weights() -> None:
+    assert accepts("clip", "init.checkpoint=trunk")
+    assert refusal("clip", "init.checkpoint=trunk", "init.vision=other") == (
+        "init.vision=other does nothing with init.checkpoint=trunk, which brings all weights: leave one of them out"
+    )
+
+
 @pytest.mark.parametrize("stage", ["mim", "clip", "eval"])
 def test_the_defaults_pass(stage: str) -> None:
     assert accepts(stage)

@@ -168,6 +168,15 @@ def load_all(towers: Towers, checkpoint: Path) -> None:
     Raises:
         CheckpointError: the checkpoint's towers have other shapes, or lack something.
     """
+    state.load_weights(checkpoint, towers, check_shapes(towers, checkpoint))
+
+
+def check_shapes(towers: Towers, checkpoint: Path) -> Shapes:
+    """Refuse a checkpoint of other weights than those of the towers, whose shapes are returned; every rank calls.
+
+    Raises:
+        CheckpointError: the checkpoint's towers have other shapes, or lack something.
+    """
     own, saved = state.tower_shapes(towers), state.saved_shapes(checkpoint)
     missing, surplus = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     misfits = sorted(key for key in own.keys() & saved.keys() if own[key] != saved[key])
@@ -178,4 +187,4 @@ def load_all(towers: Towers, checkpoint: Path) -> None:
         raise _another_model(checkpoint, f"it has no {missing[0]}")
     if surplus:
         raise _another_model(checkpoint, f"this model has no {surplus[0]}")
-    state.load_weights(checkpoint, towers, own)
+    return own

@@ -13,10 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from w2s.config.sections import CheckpointConfig
 from w2s.errors import CheckpointError
 from w2s.megatron.groups import Ranks
 
 FORMAT = 1
+STEP_NAME = re.compile(r"step-(\d+)")
+"""Name of the folder of a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,18 @@ class Meta:
 def checkpoints_of(run: Path) -> Path:
     """Return the folder of a run's checkpoints."""
     return run / "checkpoints"
+
+
+def step_name(step: int) -> str:
+    """Return the name of the folder of a checkpoint."""
+    return f"step-{step:08d}"
+
+
+def kept_steps(steps: int, config: CheckpointConfig) -> set[int]:
+    """Return the steps whose checkpoints a run of `steps` steps leaves behind."""
+    chosen = {step for step in config.keep_at if step <= steps}
+    saved = sorted({*range(config.every, steps, config.every), *chosen, steps})
+    return {*saved[-config.keep :], *chosen}
 
 
 def latest(run: Path) -> Path | None:
@@ -98,14 +113,16 @@ class Saving:
         run: the run's folder.
         meta: what goes into meta.json.
         write: begins to write this rank's tensors into an existing empty folder.
-        keep: newest checkpoints that stay.
+        keep: what stays beside it.
         ranks: this process among all.
     """
 
-    def __init__(self, run: Path, meta: Meta, write: Callable[[Path], Unfinished], keep: int, ranks: Ranks) -> None:
+    def __init__(
+        self, run: Path, meta: Meta, write: Callable[[Path], Unfinished], keep: CheckpointConfig, ranks: Ranks
+    ) -> None:
         self._meta, self._keep, self._ranks = meta, keep, ranks
         self._folder = checkpoints_of(run)
-        self._final = self._folder / f"step-{meta.step:08d}"
+        self._final = self._folder / step_name(meta.step)
         self._scratch = self._folder / f".{self._final.name}.partial"
         if ranks.main:
             shutil.rmtree(self._scratch, ignore_errors=True)
@@ -138,7 +155,9 @@ def _point(folder: Path, checkpoint: Path) -> None:
     os.replace(scratch, folder / "latest")
 
 
-def _prune(folder: Path, keep: int) -> None:
-    whole = sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name))
-    for path in [*whole[:-keep], *folder.glob(".step-*.partial")]:
+def _prune(folder: Path, keep: CheckpointConfig) -> None:
+    whole = sorted(path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name))
+    kept = {step_name(step) for step in keep.keep_at}
+    old = [path for path in whole[: -keep.keep] if path.name not in kept]
+    for path in [*old, *folder.glob(".step-*.partial")]:
         shutil.rmtree(path)

@@ -4,7 +4,7 @@ import torch
 
 from w2s.config.layout import check_micro_batches, check_ranks, check_towers
 from w2s.config.linears import check_fp8_layout, check_linears
-from w2s.config.sections import ClipConfig, Config, HardwareConfig, OptimConfig
+from w2s.config.sections import ClipConfig, Config, HardwareConfig, InitConfig, OptimConfig
 from w2s.errors import ConfigError
 
 _INTERVALS = {
@@ -18,6 +18,7 @@ _INTERVALS = {
     "optim.text_lr": "(0, inf)",
     "optim.vision_layer_decay": "(0, 1]",
     "optim.text_layer_decay": "(0, 1]",
+    "optim.cooldown": "[0, 1]",
     "optim.min_lr": "[0, 1]",
     "optim.warmup": "[0, inf)",
     "optim.eps": "(0, inf)",
@@ -67,6 +68,7 @@ def _check_training(config: Config, world_size: int) -> None:
     check_fp8_layout(config, world_size)
     _check_phases(config)
     _check_graphs(config)
+    _check_continued(config.init)
     if config.stage == "mim":
         _check_masks(config)
         if config.init.text != "none":
@@ -83,6 +85,17 @@ def _check_logits(clip: ClipConfig) -> None:
         )
     if clip.loss == "softmax" and clip.logit_bias != ClipConfig().logit_bias:
         raise ConfigError(f"clip.logit_bias={clip.logit_bias:g} does nothing with clip.loss=softmax: leave it out")
+
+
+def _check_continued(init: InitConfig) -> None:
+    """A checkpoint that is gone on from has all towers; `latest` is what a stage takes without being told."""
+    towers = {"init.vision": init.vision in ("none", "latest"), "init.text": init.text == "none"}
+    for key, unset in towers.items():
+        if init.checkpoint != "none" and not unset:
+            raise ConfigError(
+                f"{key}={getattr(init, key.removeprefix('init.'))} does nothing with "
+                f"init.checkpoint={init.checkpoint}, which brings all weights: leave one of them out"
+            )
 
 
 def _check_phases(config: Config) -> None:
@@ -147,10 +160,22 @@ def _check_optimizer(config: Config) -> None:
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ConfigError(f"optim.betas={list(config.optim.betas)} must lie in [0, 1), such as [0.9, 0.98]")
     _check_trust_ratio(config.optim)
-    warmup, steps = config.optim.warmup, config.train.steps
-    if warmup >= steps:
+    _check_schedule(config.optim, config.train.steps)
+
+
+def _check_schedule(optim: OptimConfig, steps: int) -> None:
+    if optim.warmup >= steps:
         raise ConfigError(
-            f"optim.warmup={warmup} must be less than train.steps={steps}: use optim.warmup={steps // 10}"
+            f"optim.warmup={optim.warmup} must be less than train.steps={steps}: use optim.warmup={steps // 10}"
+        )
+    if optim.schedule == "cosine" and optim.cooldown != OptimConfig().cooldown:
+        raise ConfigError(
+            f"optim.cooldown={optim.cooldown:g} does nothing with optim.schedule=cosine: use optim.schedule=constant"
+        )
+    if optim.schedule == "constant" and optim.cooldown_start(steps) < optim.warmup:
+        raise ConfigError(
+            f"optim.cooldown={optim.cooldown:g} of train.steps={steps} begins before the end of "
+            f"optim.warmup={optim.warmup}: lower one of them"
         )
 
 

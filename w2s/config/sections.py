@@ -344,8 +344,13 @@ class OptimConfig:
     """Factor on the learning rate per layer down from the vision tower's head."""
     text_layer_decay: float = 1.0
     """Factor on the learning rate per layer down from the text tower's projection."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: a cosine down to `min_lr`, or the peak rate up to a cool-down, so that runs of several lengths
+    can share their first part."""
+    cooldown: float = 0.2
+    """With `schedule=constant`, the last part of train.steps in which the rate falls to `min_lr`, as a fraction."""
     min_lr: float = 0.0
-    """Learning rate at the end of the cosine, as a fraction of the peak."""
+    """Learning rate at the end of the schedule, as a fraction of the peak."""
     warmup: int = 10
     """Steps of linear warm-up."""
     warmup_from: Literal["zero", "step"] = "step"
@@ -366,6 +371,10 @@ class OptimConfig:
     """
     clip_grad: float = 3.0
     """Largest global gradient norm; 0 does not clip."""
+
+    def cooldown_start(self, steps: int) -> int:
+        """Return the step of `steps` from which a constant rate falls: up to there it is that of any longer run."""
+        return steps - round(self.cooldown * steps)
 
 
 @dataclass(kw_only=True)
@@ -456,11 +465,14 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_at: list[int] = field(default_factory=list)
+    """Steps that are saved, and kept whatever comes after: where other runs go on from (`init.checkpoint`)."""
     async_save: bool = False
     """Write in the background while training goes on; `latest` moves when all ranks have written."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "checkpoint", ("every", "keep"))
+        _require(min(self.keep_at, default=1) >= 1, f"checkpoint.keep_at={self.keep_at} must be steps, counted from 1")
 
 
 @dataclass(kw_only=True)
@@ -475,7 +487,8 @@ class InitConfig:
     projections: Literal["keep", "fresh"] = "keep"
     """`keep` takes heads and logit scale along where they fit, `fresh` draws them anew (as EVA's released code)."""
     checkpoint: str = "none"
-    """The model to evaluate: a run's path, its name, its MLflow run id, or `latest` (newest finished clip run)."""
+    """A run's path, its name, its MLflow run id, `latest` (the newest finished one), or the path of one of its
+    checkpoints: the model to evaluate, or the state that a training goes on from (weights, optimizer, step, data)."""
     post_norm: float = 1.0
     """Initial weight of the branch norms of a post-norm tower that starts from scratch (0 in EVA-01's masked stage)."""
 

@@ -98,7 +98,19 @@ class Optimizer:
         """Make the moments of every slice, so that a checkpoint has a place to go to before the first step."""
         _empty_state(self.sharded.optimizer)
 
-    def set_step(self, step: int) -> None:
+    def load(self, saved: dict[str, Any], step: int) -> None:
+        """Take up moments and master weights as they were after `step` updates.
+
+        Rates, decays and betas stay this run's own, which may go on from a run that had others.
+        """
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.sharded.param_groups]
+        saved["optimizer"]["param_groups"] = [{**settings, "step": step} for settings in own]
+        self.sharded.load_state_dict(saved)
+        for group, settings in zip(self.sharded.param_groups, own, strict=True):
+            group.update(settings)  # Megatron tells groups apart by some settings alone
+        self._set_step(step)
+
+    def _set_step(self, step: int) -> None:
         """Say how many updates were made (for the bias correction): Megatron keeps it only for some optimizers."""
         for parameter, state in self.sharded.optimizer.state.items():
             state["step"] = torch.full((), float(step), device=parameter.device)  # each its own: they are counted up

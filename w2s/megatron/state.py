@@ -47,8 +47,7 @@ def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[
     wanted = optimizer.sharded.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
     state = _load({**_known(weights, folder), "optimizer": wanted}, folder)
     _into_towers(towers, state)
-    optimizer.sharded.load_state_dict(state["optimizer"])
-    optimizer.set_step(step)
+    optimizer.load(state["optimizer"], step)
     extra: dict[str, Tensor] = state["extra"]
     return extra
 

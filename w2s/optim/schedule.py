@@ -9,9 +9,19 @@ def lr_factor(step: int, steps: int, optim: OptimConfig) -> float:
     """Return the fraction of the peak learning rate at `step` (from 0) of `steps`.
 
     Linear warm-up, then a cosine down to `optim.min_lr` (baaivision/EVA: EVA-CLIP-18B/shinji/training/scheduler.py, and
-    EVA-01/eva/utils.py, whose warm-up begins at zero).
+    EVA-01/eva/utils.py, whose warm-up begins at zero), or the peak up to a cool-down of the form 1 - sqrt (Hägele et al.
+    2024, arXiv 2405.18392, section 3).
     """
     if step < optim.warmup:
         return step / max(1, optim.warmup - 1) if optim.warmup_from == "zero" else (step + 1) / optim.warmup
-    progress = (step - optim.warmup) / max(1, steps - optim.warmup)
-    return optim.min_lr + (1 - optim.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    if optim.schedule == "constant":
+        fall = _one_minus_root(step, steps, optim)
+    else:
+        progress = (step - optim.warmup) / max(1, steps - optim.warmup)
+        fall = (1 + math.cos(math.pi * progress)) / 2
+    return optim.min_lr + (1 - optim.min_lr) * fall
+
+
+def _one_minus_root(step: int, steps: int, optim: OptimConfig) -> float:
+    start = optim.cooldown_start(steps)
+    return 1.0 if step <= start else 1 - math.sqrt((step - start) / (steps - start))

@@ -25,10 +25,18 @@ def of_run(run: Run) -> Cost:
 
 
 def of_chain(results: Results, step: Step) -> list[Cost]:
-    """For each seed, the cost of all training that a step builds on, its own and its teachers' included."""
-    steps = [each for each in ancestors(results.pipeline, step) if each.stage != "eval"]
-    by_seed = zip(*([of_run(run) for run in results.of(each)] for each in steps), strict=True)
-    return [_sum(costs) for costs in by_seed]
+    """For each seed, the cost of all training that a step builds on, its own and its teachers' included.
+
+    Of a run whose checkpoint in the middle is taken, what came before that checkpoint counts.
+    """
+    by_seed = zip(*(results.of(each) for each in ancestors(results.pipeline, step)), strict=True)
+    return [_sum([of_run(run) for run in used(runs)]) for runs in by_seed]
+
+
+def used(runs: Sequence[Run]) -> list[Run]:
+    """The trainings among runs that build on each other, in their order, each as far as the later ones take it."""
+    cut = [run.used_by(runs[number + 1 :]) for number, run in enumerate(runs)]
+    return [run for run in cut if run.config.stage != "eval"]
 
 
 def _sum(costs: Sequence[Cost]) -> Cost:

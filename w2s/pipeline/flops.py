@@ -5,19 +5,20 @@ from w2s.planning.flops import stage_flops
 from w2s.planning.teacher import planned_teacher
 
 
-def training_flops(config: Config, teacher_model: ModelConfig | None = None) -> float:
+def training_flops(config: Config, teacher_model: ModelConfig | None = None, begins_at: int = 0) -> float:
     """Model FLOPs of the whole training of a stage: what is computed twice counts once (`w2s/planning/flops.py`).
 
     Args:
         config: the stage.
         teacher_model: of a masked stage whose teacher is a run that is still to come, that run's model.
+        begins_at: steps of another run that this one goes on from, and that are not its own.
     """
     if config.stage == "mim":
         teacher = planned_teacher(config, teacher_model)
         sample = stage_flops(config, 1, target_width=teacher.width, teacher=teacher.flops).model
     else:
         sample = stage_flops(config, 1).model
-    return sample * config.train.steps * config.train.global_batch
+    return sample * (config.train.steps - begins_at) * config.train.global_batch
 
 
 def steps_of_equal_compute(config: Config, flops: float) -> int:

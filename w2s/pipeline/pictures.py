@@ -8,6 +8,7 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from w2s.pipeline.cost import used
 from w2s.pipeline.headlines import Reading, readings
 from w2s.pipeline.results import Results, Run
 from w2s.pipeline.steps import ancestors
@@ -63,9 +64,10 @@ def _compute(results: Results) -> Place:
     """Where a run stands in TFLOP, those of all that it builds on before it."""
 
     def place(run: Run, seen: int) -> float:
-        before = [step for step in ancestors(results.pipeline, run.task.step) if step.name != run.task.step.name]
-        same_seed = [other for step in before for other in results.of(step) if other.task.seed == run.task.seed]
-        return (sum(other.flops for other in same_seed) + run.flops * seen / run.samples) / 1e12
+        chain = ancestors(results.pipeline, run.task.step)
+        same_seed = [other for step in chain for other in results.of(step) if other.task.seed == run.task.seed]
+        own = seen - run.begins_at * run.config.train.global_batch
+        return (sum(other.flops for other in used(same_seed)[:-1]) + run.flops * own / run.samples) / 1e12
 
     return place
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from w2s.checkpoint.continued import find_continued
+from w2s.checkpoint.store import STEP_NAME, checkpoints_of, kept_steps, read_meta
 from w2s.config.fields import nearest
 from w2s.config.load import load
 from w2s.config.naming import digest
@@ -108,23 +110,63 @@ class Plan:
         config.tracking.experiment = self.pipeline.experiment
         if step.compute_of:
             others = [Task(self._steps[name], task.seed) for name in step.compute_of]
-            config.train.steps = steps_of_equal_compute(config, sum(self._flops(other, chosen) for other in others))
+            paid = steps_of_equal_compute(config, sum(self._flops(other, chosen) for other in others))
+            config.train.steps = self.begins_at(task, config, chosen) + paid
         if choice is not None and task.trial is not None:
-            _shorten(config, choice.share)
+            _shorten(config, choice.share, self.begins_at(task, config, chosen))
         return config
+
+    def begins_at(self, task: Task, config: Config, chosen: Chosen) -> int:
+        """The steps that are done when a run begins: those of the checkpoint that it goes on from.
+
+        Args:
+            task: the run.
+            config: its configuration.
+            chosen: what steps have chosen so far.
+
+        Raises:
+            CheckpointError: no earlier step and no run has that checkpoint.
+        """
+        if config.stage == "eval" or config.init.checkpoint == "none":
+            return 0
+        named = STEP_NAME.fullmatch(Path(config.init.checkpoint).name)
+        if named:
+            return int(named[1])
+        for name, folder in self._folders_before(task).items():
+            if config.init.checkpoint == str(folder):
+                return self.config(Task(self._steps[name], task.seed), chosen).train.steps
+        checkpoint = find_continued(config)
+        return 0 if checkpoint is None else read_meta(checkpoint).step
 
     def configs(self) -> list[Config]:
         """Every run's configuration as far as it is known before anything has run, the trials' last."""
         trials = [trial for step in self.pipeline.steps for trial in self.trials(step)]
-        return [self.config(task, {}) for task in [*self.tasks(), *trials]]
+        configs = []
+        for task in [*self.tasks(), *trials]:
+            configs.append(self.config(task, {}))
+            self._check_checkpoint(task, configs[-1])
+        return configs
+
+    def _check_checkpoint(self, task: Task, config: Config) -> None:
+        """Refuse a checkpoint in the middle of an earlier step that will not be there, before hours have passed."""
+        path = Path(config.init.checkpoint)
+        named = STEP_NAME.fullmatch(path.name)
+        for name, folder in self._folders_before(task).items():
+            if named and path.parent == checkpoints_of(folder):
+                other = self.config(Task(self._steps[name], task.seed), {})
+                if int(named[1]) not in kept_steps(other.train.steps, other.checkpoint):
+                    raise ConfigError(
+                        f"{task.step.name}: {name} does not keep a checkpoint of step {int(named[1])}: "
+                        f"give it checkpoint.keep_at=[{int(named[1])}]"
+                    )
 
     def _flops(self, task: Task, chosen: Chosen) -> float:
         """Model FLOPs of a run, whose teacher may be a run of an earlier step that is still to come."""
         config = self.config(task, chosen)
         folders = self._folders_before(task)
         teachers = [name for name, folder in folders.items() if config.teacher.source == f"w2s:{folder}"]
-        models = [self.config(Task(self._steps[name], task.seed), chosen).model for name in teachers]
-        return training_flops(config, *models)
+        models = (self.config(Task(self._steps[name], task.seed), chosen).model for name in teachers)
+        return training_flops(config, next(iter(models), None), self.begins_at(task, config, chosen))
 
     def _overrides(self, step: Step) -> list[str]:
         common = [*self.pipeline.overrides, *self.pipeline.on_stage.get(step.stage, [])]
@@ -143,9 +185,9 @@ class Plan:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
-def _shorten(config: Config, share: float) -> None:
-    """Shorten a training to a share of its steps."""
-    config.train.steps = max(1, round(share * config.train.steps))
+def _shorten(config: Config, share: float, begins_at: int) -> None:
+    """Shorten a training, of which `begins_at` steps are done already, to a share of its steps."""
+    config.train.steps = begins_at + max(1, round(share * (config.train.steps - begins_at)))
     config.optim.warmup = min(round(share * config.optim.warmup), config.train.steps - 1)
 
 

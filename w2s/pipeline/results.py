@@ -1,13 +1,15 @@
 """What the runs of a pipeline have left behind: results and history, and what their training took."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from w2s.config.naming import run_folder
+from w2s.checkpoint.store import STEP_NAME
+from w2s.config.naming import flatten, run_folder
 from w2s.config.sections import Config
 from w2s.pipeline.flops import training_flops
 from w2s.pipeline.plan import Task
@@ -21,6 +23,8 @@ class Run:
 
     task: Task
     config: Config
+    begins_at: int = 0
+    """Steps of another run that it goes on from; its cost is that of the steps after them."""
 
     @property
     def folder(self) -> Path:
@@ -47,19 +51,36 @@ class Run:
     @property
     def samples(self) -> int:
         """Training samples."""
-        return self.config.train.steps * self.config.train.global_batch if self.config.stage != "eval" else 0
+        steps = self.config.train.steps - self.begins_at
+        return steps * self.config.train.global_batch if self.config.stage != "eval" else 0
 
     @cached_property
     def flops(self) -> float:
         """Model FLOPs of its training, the teacher's included."""
-        return training_flops(self.config)
+        return training_flops(self.config, begins_at=self.begins_at)
 
     @cached_property
     def training_seconds(self) -> float:
         """Seconds of its training steps, without the start, evaluations and checkpoints."""
         lines = [line for line in self.history if "seconds_per_step" in line]
-        before = [0, *(line["step"] for line in lines)]
-        return sum(line["seconds_per_step"] * (line["step"] - step) for line, step in zip(lines, before, strict=False))
+        before, last = [self.begins_at, *(line["step"] for line in lines)], self.config.train.steps
+        return sum(
+            line["seconds_per_step"] * (min(line["step"], last) - step)
+            for line, step in zip(lines, before, strict=False)
+            if step < last
+        )
+
+    def up_to(self, step: int) -> "Run":
+        """The run as if it had ended at a step."""
+        train = replace(self.config.train, steps=step)
+        return replace(self, config=replace(self.config, train=train))
+
+    def used_by(self, others: Iterable["Run"]) -> "Run":
+        """The run up to the last of its checkpoints that some of the others take, if they do not take its end."""
+        own = re.compile(rf"{re.escape(str(self.folder.absolute()))}(/checkpoints/{STEP_NAME.pattern})?(?![\w-])")
+        values = [text for other in others for text in flatten(asdict(other.config)).values() if isinstance(text, str)]
+        steps = [int(found[2] or self.config.train.steps) for text in values for found in own.finditer(text)]
+        return self.up_to(max(steps)) if steps else self
 
 
 @dataclass(frozen=True)

@@ -102,4 +102,4 @@ class _Runner:
             self.console.print(f"{task.name}: w2s stage {config.stage}, in {folder}", soft_wrap=True)
             child = replace(config.tracking, parent_run=self.parent_run)
             launch(run_stage, replace(config, tracking=child), self.ranks)
-        return Run(task, config)
+        return Run(task, config, self.plan.begins_at(task, config, chosen))
