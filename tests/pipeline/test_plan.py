@@ -3,12 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.launcher import overrides
+from tests.pipeline.launcher import Launcher, by_stage, overrides
 from tests.pipeline.seeded import write_seeded
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
+from w2s.pipeline.cost import of_chain
 from w2s.pipeline.flops import training_flops
+from w2s.pipeline.pictures import _compute
 from w2s.pipeline.plan import Plan
+from w2s.pipeline.results import Results, Run
 from w2s.pipeline.steps import load_pipeline
 
 STEPS = ["mim", "clip", "scratch", "eval", "eval_scratch"]
@@ -174,3 +177,59 @@ def test_the_seeds_and_the_candidates_belong_to_the_name_of_the_group(tmp_path: 
 def test_a_pipeline_with_seeds_sets_the_seed_itself(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`w2s run` sets run\.seed itself"):
         configs_of(overrides(tmp_path, "run.seed=7"), write_seeded(tmp_path))
+
+
+_TRUNK = """
+title: A trunk and its branches
+seeds: [3, 5]
+overrides: [model=tiny, data=shards, data.train=train, eval.shards=tune, optim.schedule=constant]
+on_stage: {{clip: [init.vision=none, train.global_batch=256]}}
+steps:
+  - name: trunk
+    stage: clip
+    overrides: [optim.cooldown=0, train.steps=90, checkpoint.every=50, 'checkpoint.keep_at=[40]']
+  - name: branch
+    stage: clip
+    overrides: ['init.checkpoint={{trunk}}/checkpoints/step-{step:08d}', train.steps=50]
+  - {{name: longer, stage: clip, overrides: ['init.checkpoint={{trunk}}'], compute_of: [branch]}}
+  - {{name: eval_branch, stage: eval, overrides: ['init.checkpoint={{branch}}']}}
+  - {{name: eval_longer, stage: eval, overrides: ['init.checkpoint={{longer}}']}}
+"""
+
+
+def trunk_plan(folder: Path, step: int = 40) -> Plan:
+    path = folder / "trunk.yaml"
+    path.write_text(_TRUNK.format(step=step))
+    return Plan(load_pipeline(str(path)), overrides(folder), fresh=False)
+
+
+def test_a_branch_pays_for_its_own_steps(tmp_path: Path) -> None:
+    configs = {config.run.name: config for config in trunk_plan(tmp_path).configs()}
+    trunk, branch = configs["trunk-seed3"], configs["branch-seed3"]
+    own = training_flops(branch, begins_at=40)
+    assert own == pytest.approx(training_flops(trunk) * 10 / 90)
+    assert configs["longer-seed3"].train.steps == 90 + 10
+    assert Path(branch.init.checkpoint).parent.parent.name == "trunk-seed3"
+
+
+def test_a_chain_with_a_branch_has_the_trunk_up_to_there(tmp_path: Path) -> None:
+    plan = trunk_plan(tmp_path)
+    runs = []
+    for task in plan.tasks():
+        config = plan.config(task, {})
+        runs.append(Run(task, config, plan.begins_at(task, config, {})))
+        Launcher(by_stage)(None, config, 1)
+    results = Results(plan.pipeline, runs)
+    steps = {step.name: step for step in plan.pipeline.steps}
+    per_step = training_flops(runs[0].config) / 90
+    for name, count in (("eval_branch", 50), ("eval_longer", 100)):
+        for cost in of_chain(results, steps[name]):
+            assert (cost.samples, cost.seconds) == (256 * count, 0.25 * count), name
+            assert cost.flops == pytest.approx(per_step * count), name
+    (place,) = (_compute(results)(run, 256 * 45) for run in results.named("branch")[:1])
+    assert place == pytest.approx(per_step * 45 / 1e12)
+
+
+def test_a_checkpoint_that_will_not_be_kept_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"branch: trunk does not keep a checkpoint of step 41: .*keep_at=\[41\]"):
+        trunk_plan(tmp_path, step=41).configs()
