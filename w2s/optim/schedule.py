@@ -9,8 +9,8 @@ def lr_factor(step: int, steps: int, optim: OptimConfig) -> float:
     """Return the fraction of the peak learning rate at `step` (from 0) of `steps`.
 
     Linear warm-up, then a cosine down to `optim.min_lr` (baaivision/EVA: EVA-CLIP-18B/shinji/training/scheduler.py, and
-    EVA-01/eva/utils.py, whose warm-up begins at zero), or the peak up to a cool-down of the form 1 - sqrt (Hägele et al.
-    2024, arXiv 2405.18392, section 3).
+    EVA-01/eva/utils.py, whose warm-up begins at zero), or the peak up to a cool-down of the form 1 - sqrt (Hägele et
+    al. 2024, arXiv 2405.18392, section 3).
     """
     if step < optim.warmup:
         return step / max(1, optim.warmup - 1) if optim.warmup_from == "zero" else (step + 1) / optim.warmup
