@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2s.checkpoint.handover import Handover, take_over
 from w2s.config.sections import Config
@@ -19,9 +19,11 @@ from w2s.evaluation.dataset import EvalSet
 from w2s.evaluation.encode import encode_all
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
-from w2s.megatron.schedule import Loss, Reported, forward_backward, infer
+from w2s.megatron.schedule import Loss, Reported, forward_backward, infer, means
 from w2s.megatron.sharded import data_parallel
+from w2s.objectives.layers import LayerLosses
 from w2s.objectives.masked import LOSSES, constant_cosine, masked_cosines
+from w2s.optim.schedule import falling_weight
 from w2s.precision import compute_dtype
 from w2s.probe import Probe, patch_features, teacher_features
 from w2s.teachers.build import build_teacher
@@ -64,12 +66,17 @@ class MaskedStage:
             config.teacher, grid=vision.grid, device=ranks.device, root=config.run.root, parallel=config.parallel
         )
         self.target_norm = TargetNorm(self.teacher.width, config.teacher.target_norm).to(ranks.device)
-        student = build_student(config, self.teacher.width, dtype, ranks.device)
+        self.teacher.check_layers([pair.teacher for pair in config.mim.layers], "mim.layers")
+        layers, width = [pair.student for pair in config.mim.layers], self.teacher.layer_width
+        norms = [TargetNorm(width, config.teacher.target_norm) for _ in layers]
+        self.layer_norms = nn.ModuleList(norms).to(ranks.device)
+        student = build_student(config, self.teacher.width, dtype, ranks.device, dict.fromkeys(layers, width))
         self.student = data_parallel(student, config.parallel, config.precision)
         self.towers: Towers = {"vision": self.student}
         self.optimizer = Optimizer(self.towers, config.optim, dtype, config.init.scratch)
         self.probe = Probe(config, ranks)
         self.spec = sample_spec(config, self.teacher.image_size)
+        self.widths = [self.teacher.width] + [width] * len(self.layer_norms)
         self.tokens = 1 + config.mim.seen(vision.patches)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
@@ -80,10 +87,14 @@ class MaskedStage:
                 gather gives the group's images and targets to all its ranks.
         """
         whole = gather_batch(self._teach(batch.to(self.ranks.device)), self.ranks.model_group)
+        micro_batches = whole.split(self.config.train.micro_batch)
+        learn = LayerLosses(self.config.mim, self._layers_weight(batch) / len(micro_batches))
 
         def forward(student: MaskedStudent, micro: Batch) -> tuple[Tensor, Loss]:
-            masks, targets = given(micro.masks), given(micro.targets)
-            predictions = student(normalize(micro.images, MEAN, STD), masks, self._places(masks))
+            masks = given(micro.masks)
+            targets, *layers = given(micro.targets).split(self.widths, dim=-1)
+            images = normalize(micro.images, MEAN, STD)
+            predictions = student(images, masks, self._places(masks), learn.of(layers))
 
             def loss(predictions: Tensor) -> tuple[Tensor, Reported]:
                 value = LOSSES[self.config.mim.loss](predictions, targets)
@@ -91,21 +102,25 @@ class MaskedStage:
 
             return predictions, loss
 
-        micro_batches = whole.split(self.config.train.micro_batch)
         rows = len(micro_batches[0]) * self.tokens
         reports = forward_backward(self.student, micro_batches, forward, rows)
-        means = {name: torch.stack([report[name] for report in reports]).mean() for name in (reports or [{}])[0]}
-        return {**means, "teacher_images_per_rank": torch.tensor(float(len(batch)))}
+        return {**means(reports), **means(learn.reports), "teacher_images_per_rank": torch.tensor(float(len(batch)))}
 
     def _teach(self, batch: Batch) -> Batch:
         """Exchange the images at the teacher's size for its features of them, at the patches to predict."""
         images, masks = given(batch.teacher_images), self._masks(batch)
-        parts = images.split(self.config.train.micro_batch)
-        features = torch.cat([teacher_features(self.teacher, part).patches for part in parts])
-        targets = self.target_norm(features, self.ranks.world_group, update=True)
-        return dataclasses.replace(
-            batch, teacher_images=None, masks=masks, targets=at_places(targets, self._places(masks))
-        )
+        layers, places = [pair.teacher for pair in self.config.mim.layers], self._places(masks)
+        own = [teacher_features(self.teacher, part, layers) for part in images.split(self.config.train.micro_batch)]
+        features = [torch.cat(parts) for parts in zip(*((each.patches, *each.layers) for each in own), strict=True)]
+        norms = zip((self.target_norm, *self.layer_norms), features, strict=True)
+        targets = [at_places(norm(each, self.ranks.world_group, update=True), places) for norm, each in norms]
+        return dataclasses.replace(batch, teacher_images=None, masks=masks, targets=torch.cat(targets, dim=-1))
+
+    def _layers_weight(self, batch: Batch) -> float:
+        """The weight of the losses of single layers at the step that the samples are of."""
+        mim, train = self.config.mim, self.config.train
+        step = int(batch.indices.numpy()[0]) // train.global_batch  # of a batch on the host
+        return mim.layers_weight * falling_weight(step, train.steps, mim.layers_until)
 
     def _masks(self, batch: Batch) -> Tensor:
         """The masks of a batch, empty ones where nothing is masked: bool [n, patches]."""
@@ -136,11 +151,13 @@ class MaskedStage:
 
     def extra_state(self) -> dict[str, Tensor]:
         """The statistics of the targets."""
-        return self.target_norm.state_dict()
+        return self.target_norm.state_dict() | self.layer_norms.state_dict(prefix="layers.")
 
     def load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
         """Take back the statistics of the targets."""
-        self.target_norm.load_state_dict(extra)
+        of_layers = {name: value for name, value in extra.items() if name.startswith("layers.")}
+        self.target_norm.load_state_dict({name: value for name, value in extra.items() if name not in of_layers})
+        self.layer_norms.load_state_dict({name.removeprefix("layers."): value for name, value in of_layers.items()})
 
     def evaluate(self) -> dict[str, float]:
         """Cosine on the test images beside that of the best constant prediction, and k-NN of the features."""

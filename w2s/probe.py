@@ -1,5 +1,6 @@
 """What is measured of a vision tower whatever it was trained for: k-NN of its features, beside two baselines."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,10 +32,10 @@ def patch_features(tower: ShardedTower[Any], images: Tensor) -> Tensor:
     return infer(tower, (seen,), lambda chunk, images: chunk.patch_tokens(images), tokens).float()
 
 
-def teacher_features(teacher: Teacher, images: Tensor) -> Features:
-    """Return the teacher's features of uint8 images [n, 3, T, T]."""
+def teacher_features(teacher: Teacher, images: Tensor, layers: Sequence[int] = ()) -> Features:
+    """Return the teacher's features of uint8 images [n, 3, T, T], and those after some of its layers."""
     device = next(teacher.parameters()).device
-    features: Features = teacher(normalize(images.to(device), teacher.mean, teacher.std))
+    features: Features = teacher(normalize(images.to(device), teacher.mean, teacher.std), layers)
     return features
 
 

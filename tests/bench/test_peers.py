@@ -96,6 +96,7 @@ def test_open_clip_trains_and_computes_as_much_as_we_do(alone: Ranks, kind: str)
     ("stage", "peer", "ranks", "overrides", "message"),
     [
         ("mim", "open_clip", 1, [], "--vs open_clip does not run stage mim: use --vs timm"),
+        ("mim", "timm", 1, ["mim.layers=[{student: 0, teacher: 1}]"], "leave mim.layers out"),
         ("clip", "open_clip", 2, [], "--vs open_clip runs on one rank, not on --nproc 2"),
         ("clip", "open_clip", 1, ["train.micro_batch=8"], "train.micro_batch=8 is less than train.global_batch=256"),
         ("clip", "open_clip", 1, ["clip.loss=sigmoid"], "not clip.loss=sigmoid"),

@@ -5,7 +5,7 @@ import pytest
 
 from w2s.config.load import load
 from w2s.config.sections import OptimConfig
-from w2s.optim.schedule import lr_factor
+from w2s.optim.schedule import falling_weight, lr_factor
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
@@ -49,3 +49,8 @@ def test_lengths_share_their_first_part() -> None:
     for steps in (50, 100):
         begun = range(round(0.8 * steps) + 1)
         assert [lr_factor(step, steps, optim) for step in begun] == [lr_factor(step, 1000, trunk) for step in begun]
+
+
+def test_a_weight_falls_to_nothing_at_a_share_of_the_steps() -> None:
+    assert [falling_weight(step, 8, until=0.5) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert falling_weight(7, 8, until=None) == 1.0

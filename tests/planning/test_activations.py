@@ -11,6 +11,7 @@ from w2s.planning.activations import Types, in_flight, peak
 from w2s.planning.towers import planned_towers
 
 TARGET_WIDTH = 1280
+VIT_WIDTHS = 64, 64
 DEEP = [
     "model.vision.layers=8", "model.vision.width=64", "model.vision.mlp_width=256",
     "model.text.layers=8", "model.text.width=64", "model.text.mlp_width=256",
@@ -21,6 +22,7 @@ PRE_NORM = ["model.vision.norm_placement=pre", "model.vision.norm=layernorm", "m
 FULL, SELECTIVE = ["parallel.recompute=full"], ["parallel.recompute=selective"]
 TENSOR, SEQUENCE = ["parallel.tensor=2"], ["parallel.tensor=2", "parallel.sequence=true"]
 PIPELINE, VIRTUAL = ["parallel.pipeline=2"], ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
+LAYERS = [f"mim.layers={[{'student': layer, 'teacher': 3} for layer in (0, 2, 3, 6)]}", "teacher.source=timm:test_vit"]
 MIM = {
     "data": [],
     "data, full": FULL,
@@ -32,6 +34,8 @@ MIM = {
     "virtual": VIRTUAL,
     "visible": ["mim.predict=visible"],
     "all": ["mim.predict=all", *BF16, *PIPELINE],
+    "layers": [*BF16, *PIPELINE, *LAYERS],
+    "layers, sequence, full": [*SEQUENCE, *FULL, *LAYERS, "mim.predict=all"],
 }
 CLIP = {
     "data": [*BF16, *PRE_NORM],
@@ -61,7 +65,7 @@ def test_kept_bytes_are_those_that_autograd_keeps(tmp_path: Path, stage: str, ca
                     micro_batches=config.train.global_batch // place.data_size // config.train.micro_batch,
                     stage=place.stage,
                 )
-                for tower in planned_towers(config, TARGET_WIDTH)
+                for tower in planned_towers(config, *(VIT_WIDTHS if config.mim.layers else (TARGET_WIDTH, 0)))
             )
             # What is left out: places of the chosen patches, masks, small sums of the loss. 6 % were seen.
             assert planned == pytest.approx(found, rel=0.1), (name, place)

@@ -114,15 +114,23 @@ def test_the_formulas_give_what_the_counter_counts(shards: str, stage: str, micr
     assert total - seen == pytest.approx(expected.hardware - seen, rel=2e-5)
 
 
-@pytest.mark.parametrize("mim", [["masked_patches=0"], ["predict=visible"], ["predict=all", "loss=mse"]], ids=str)
+LAYERS = "layers=[{student: 0, teacher: 3}, {student: 1, teacher: 5}]"
+
+
+@pytest.mark.parametrize(
+    "mim",
+    [["masked_patches=0"], ["predict=visible"], ["predict=all", "loss=mse"], ["predict=visible", LAYERS]],
+    ids=str,
+)
 def test_what_is_neither_seen_nor_predicted_costs_nothing(shards: str, mim: list[str]) -> None:
-    teacher = ["teacher.source=efficientnet_lite0", "train.micro_batch=12", *(f"mim.{option}" for option in mim)]
-    config = load("mim", [*CONFIG, *teacher, f"data.train={shards}"])
+    teacher = "timm:test_vit" if LAYERS in mim else "efficientnet_lite0"
+    options = [f"teacher.source={teacher}", "train.micro_batch=12", *(f"mim.{option}" for option in mim)]
+    config = load("mim", [*CONFIG, *options, f"data.train={shards}"])
     total, built = counted(config)
     assert isinstance(built, MaskedStage)
     one = torch.zeros(1, 3, built.teacher.image_size, built.teacher.image_size)
     seen = operations(partial(built.teacher, one))
-    expected = stage_flops(config, 1, target_width=built.teacher.width)
+    expected = stage_flops(config, 1, target_width=built.teacher.width, layer_width=built.teacher.layer_width)
     assert total - seen == pytest.approx(expected.hardware, rel=2e-5)  # as above
 
 

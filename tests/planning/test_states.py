@@ -28,6 +28,12 @@ TWO = {
     "pipeline": [*PRE_NORM, "parallel.pipeline=2", "parallel.vision_split=[1,4]"],
     "virtual pipeline": [*BF16, "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
 }  # fmt: skip
+VIT_WIDTHS = 64, 64
+"""Channels of the features of timm's test_vit, and of its layers."""
+LAYERS = [
+    "mim.layers=[{student: 0, teacher: 3}, {student: 1, teacher: 1}, {student: 4, teacher: 5}]",
+    "teacher.source=timm:test_vit", "parallel.pipeline=2", "parallel.vision_split=[2,3]", *BF16,
+]  # fmt: skip
 THREE = {"data": BF16, "pipeline": ["parallel.pipeline=3"]}
 """Three ranks make buckets end at a multiple of 384."""
 SIGMOID = ["clip.loss=sigmoid", "clip.learn_logit_scale=false", "clip.logit_scale=10"]
@@ -36,7 +42,7 @@ SIGMOID = ["clip.loss=sigmoid", "clip.learn_logit_scale=false", "clip.logit_scal
 @pytest.mark.parametrize(
     ("stage", "world_size", "cases"),
     [
-        ("mim", 2, {**TWO, "buckets": BUCKETS, "visible": [*BF16, "mim.predict=visible"]}),
+        ("mim", 2, {**TWO, "buckets": BUCKETS, "visible": [*BF16, "mim.predict=visible"], "layers": LAYERS}),
         ("clip", 2, TWO),
         ("mim", 3, THREE),
         ("clip", 3, THREE),
@@ -51,7 +57,7 @@ def test_states_are_megatrons_to_the_byte(
     overrides = {name: [*common, *case] for name, case in cases.items()}
     for name, ranks in on_ranks(world_size, allocated, stage, overrides).items():
         config = load(stage, overrides[name])
-        towers = planned_towers(config, TARGET_WIDTH)
+        towers = planned_towers(config, *(VIT_WIDTHS if config.mim.layers else (TARGET_WIDTH, 0)))
         for place, found in ranks:
             planned = rank_states(
                 towers,

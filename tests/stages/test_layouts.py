@@ -49,9 +49,12 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
 }
 
 
+LAYERS = "mim.layers=[{student: 0, teacher: 3}, {student: 1, teacher: 1}, {student: 3, teacher: 5, weight: 0.5}]"
+"""In the middle of a pipeline stage, at the end of an early one and of the last one, in turn with the layout."""
+
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "mim": ("mim", []),
-    "visible": ("mim", ["mim.predict=visible", "mim.loss=mse"]),
+    "layers": ("mim", ["mim.predict=visible", "mim.loss=mse", LAYERS, "mim.layers_weight=1"]),
     "all": ("mim", ["mim.predict=all", "mim.loss=smooth_l1", "teacher.target_norm=layernorm"]),
     "clip": ("clip", ["init.vision=none"]),
     "sigmoid": ("clip", ["init.vision=none", "clip.loss=sigmoid", "clip.logit_scale=10"]),
@@ -59,7 +62,17 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
 """Stage and overrides of what is compared."""
 
 ONLY = {
-    "visible": ("accumulation", "data, overlapped", "tensor and sequence", "virtual pipeline, recomputed"),
+    "layers": (
+        "accumulation",
+        "full recompute",
+        "recompute of one layer",
+        "data, overlapped",
+        "tensor and sequence",
+        "pipeline",
+        "virtual pipeline, recomputed",
+        "tensor, sequence, virtual pipeline",
+        "tensor, pipeline, data",
+    ),
     "all": ("accumulation", "data", "pipeline"),
     "sigmoid": ("accumulation", "data", "pipeline"),
 }

@@ -1,6 +1,9 @@
 """The masked stage: what a step computes, and what its checkpoint keeps."""
 
 import copy
+import os
+import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +14,13 @@ import torch.nn.functional as F
 
 from stages.mim import MaskedStage
 from tests.stages.runs import QUIET, history, result, run_stage
+from w2s.checkpoint.exporting import export_checkpoint
+from w2s.checkpoint.importing import import_checkpoint
 from w2s.config.load import load
-from w2s.config.sections import Config, HardwareConfig, ParallelConfig
+from w2s.config.sections import Config, HardwareConfig, LayerPairConfig, ParallelConfig
 from w2s.data.batch import Batch, given, normalize
 from w2s.data.stream import Stream
+from w2s.errors import ConfigError, StopRun
 from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
 from w2s.probe import teacher_features
@@ -164,3 +170,75 @@ def test_the_measures_say_of_which_patches_they_are(base: list[str], options: st
     metrics = result(run_stage("mim", overrides))["metrics"]
     assert -1 < metrics[f"test/{kind}_cosine"] < 1
     assert "test/masked_cosine" not in metrics
+
+
+def test_single_layers_learn_single_layers_of_the_teacher(alone: Ranks, config: Config) -> None:
+    """Loss, weights and gradients by hand, at the third of four steps, in two micro-batches."""
+    layers = [LayerPairConfig(student=1, teacher=5), LayerPairConfig(student=0, teacher=3, weight=0.5)]
+    changed = replace(config, mim=replace(config.mim, layers=layers, layers_weight=0.2, loss="smooth_l1"))
+    stage = MaskedStage(replace(changed, train=replace(config.train, micro_batch=8)), alone)
+    stream = batches(config, stage)
+    batch = [next(stream) for _ in range(3)][2]
+    masks, teacher, (student,) = given(batch.masks), stage.teacher, stage.student.parts
+    found = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std), [5, 3])
+    norms = copy.deepcopy([stage.target_norm, *stage.layer_norms])
+    features = [found.patches, *found.layers]
+    targets = [norm(each, update=True)[masks].view(16, 6, -1) for norm, each in zip(norms, features, strict=True)]
+
+    outputs = []
+    hooks = [each.register_forward_hook(lambda _, __, out: outputs.append(out[0])) for each in student.blocks.layers]
+    tokens = student.encode(normalize(batch.images, MEAN, STD), masks)
+    for hook in hooks:
+        hook.remove()
+    first, second = (rows.view(16, 17, -1)[:, 1:][masks].view(16, 6, -1) for rows in outputs)
+    heads = student.layer_heads
+    losses = [
+        F.smooth_l1_loss(student.lm_head(tokens[:, 1:][masks].view(16, 6, -1)), targets[0]),
+        F.smooth_l1_loss(heads["1"](second), targets[1]),
+        F.smooth_l1_loss(heads["0"](first), targets[2]),
+    ]
+    by_hand = losses[0] + 0.2 * (1 - 2 / 4) * (losses[1] + 0.5 * losses[2])
+    parameters = dict(student.named_parameters())
+    gradients = dict(zip(parameters, torch.autograd.grad(by_hand, list(parameters.values())), strict=True))
+
+    stage.optimizer.zero_grad()
+    metrics = stage.step(batch)
+    for name, expected in zip(("loss", "layers/1", "layers/0"), losses, strict=True):
+        assert metrics[name].item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in parameters.items():
+        theirs = gradients[name]
+        assert (parameter.main_grad - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
+
+
+def test_layers_that_learn_go_on_where_they_were_stopped(
+    base: list[str], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: the statistics of their targets, their heads and their weight, which falls over the steps."""
+    layers = ["mim.layers=[{student: 0, teacher: 3}]", "mim.layers_until=0.75", "teacher.target_norm=standardize"]
+    options = [*base, *QUIET, *layers, "mim.predict=visible", "mim.loss=mse"]
+    whole = run_stage("mim", [*options, "run.name=layers-whole"])
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedStage, "after_update", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(StopRun):
+            run_stage("mim", [*options, "run.name=layers-broken"])
+    run_stage("mim", [*options, "run.name=layers-broken"])
+    for name in ("loss", "layers/0", "grad_norm"):
+        assert history(root / "layers-broken", name) == history(whole, name), name
+    # The heads serve this stage alone.
+    again = load("mim", [*base, "init.vision=layers-whole"])
+    with groups.start(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
+        handover = MaskedStage(again, ranks).begin()
+    assert handover is not None
+    assert {name for name in handover.dropped if "layer_heads" in name} == {
+        f"vision.layer_heads.0.{name}" for name in ("norm.weight", "linear.weight", "linear.bias")
+    }
+    export_checkpoint(handover.source, "eva", root / "exported")
+    for source in (handover.source, root / "exported" / "tiny.pt"):
+        assert not any("layer_heads" in name for name in import_checkpoint(source, again.model, root / "new").loaded)
+        shutil.rmtree(root / "new")
+
+
+def test_a_teacher_without_such_a_layer_is_refused(alone: Ranks, config: Config) -> None:
+    layers = [LayerPairConfig(student=0, teacher=99)]
+    with pytest.raises(ConfigError, match=r"mim\.layers: the teacher has no layer 99"):
+        MaskedStage(replace(config, mim=replace(config.mim, layers=layers)), alone)

@@ -68,6 +68,7 @@ def train(configs: list[Config], root: Path) -> list[int]:
 ONE_RANK = {
     "mim": ("mim", []),
     "mim, standardised targets, recomputed": ("mim", ["teacher.target_norm=standardize", "parallel.recompute=full"]),
+    "mim, layers": ("mim", ["mim.predict=visible", "mim.layers=[{student: 0, teacher: 3}]"]),
     "mim in emulated FP8": ("mim", ["precision.compute=bf16", "precision.fp8=emulated"]),
     "clip in one pass": ("clip", ["optim.name=lamb", "parallel.recompute=selective"]),
     "clip in two passes": ("clip", ["train.micro_batch=4", "clip.equal_captions=positives", "precision.compute=bf16"]),

@@ -63,7 +63,8 @@ def _write_eva(released: Released, model: ModelConfig, folder: Path, final: Path
             f"{released.path} was trained with the sigmoid loss, whose bias EVA-CLIP's code does not have: "
             "use --format open_clip"
         )
-    write_pt(folder / f"{model.name}.pt", released.meta, released.read)
+    names = {name: tensor for name, tensor in released.meta.items() if not name.startswith("visual.layer_heads.")}
+    write_pt(folder / f"{model.name}.pt", names, released.read)
     _write_json(folder / f"{model.name}.json", eva_config(model))
 
 
@@ -112,7 +113,7 @@ def _write_renamed(
 
 
 def _of_masked_stage(name: str) -> bool:
-    return name.startswith(("visual.lm_head.", "visual.mask_token"))
+    return name.startswith(("visual.lm_head.", "visual.layer_heads.", "visual.mask_token"))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

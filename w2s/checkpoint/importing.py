@@ -19,6 +19,8 @@ from w2s.megatron import groups
 from w2s.megatron.stored import write_tensors
 from w2s.towers.shapes import model_shapes
 
+OWN_HEADS = "vision.layer_heads.*"
+"""What is of use to the masked run alone that it is from, and is not imported."""
 PREFIXES = {"vision": "visual", "text": "text"}
 
 
@@ -41,7 +43,7 @@ def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: S
     with groups.start(ParallelConfig(), HardwareConfig(device="cpu")):
         shapes = model_shapes(model, _target_width(released), "logit_bias" in released.meta)
     found = fit(released, _wanted(released, shapes), {"vision": model.vision.heads, "text": model.text.heads})
-    refuse_gaps(found, allowed, model.name)
+    refuse_gaps(found, [*allowed, OWN_HEADS], model.name)
     meta = {
         name: torch.empty(shapes[name], dtype=released.meta[released_name(name)].dtype, device="meta")
         for name in found.taken

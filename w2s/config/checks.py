@@ -10,6 +10,8 @@ from w2s.errors import ConfigError
 _INTERVALS = {
     "mim.min_block": "[1, inf)",
     "mim.block_aspect": "(0, 1]",
+    "mim.layers_weight": "(0, inf)",
+    "mim.layers_until": "(0, 1]",
     "clip.patch_dropout": "[0, 1)",
     "clip.logit_scale": "(0, inf)",
     "clip.tile": "[1, inf)",
@@ -71,6 +73,7 @@ def _check_training(config: Config, world_size: int) -> None:
     _check_continued(config.init)
     if config.stage == "mim":
         _check_masks(config)
+        _check_layers(config)
         if config.init.text != "none":
             raise ConfigError(f"init.text={config.init.text}: the masked stage has no text tower, leave init.text out")
     else:
@@ -126,6 +129,7 @@ def _check_graphs(config: Config) -> None:
         "precision.fp8=none": config.precision.fp8 != "none",
         "parallel.overlap_param_gather=false": parallel.overlap_param_gather,
         "one patch_dropout in all data.phases": len(dropouts) > 1,
+        "mim.layers=[]": config.stage == "mim" and bool(config.mim.layers),
         "hardware=auto on a machine with a GPU": config.hardware.device == "cpu" or not torch.cuda.device_count(),
     }
     needed = [fix for fix, is_needed in fixes.items() if is_needed]
@@ -211,6 +215,15 @@ def _check_masks(config: Config) -> None:
             f"mim.min_block={config.mim.min_block} is more than mim.masked_patches={masked}: "
             f"use mim.min_block={max(1, masked // 4)}"
         )
+
+
+def _check_layers(config: Config) -> None:
+    chosen, layers = [pair.student for pair in config.mim.layers], config.model.vision.layers
+    for layer in chosen:
+        if layer >= layers:
+            raise ConfigError(f"mim.layers: the student has no layer {layer}, its layers are 0 to {layers - 1}")
+        if chosen.count(layer) > 1:
+            raise ConfigError(f"mim.layers: student={layer} is given twice, a layer has one head: choose another layer")
 
 
 def _check_device(hardware: HardwareConfig, local_size: int) -> None:

@@ -277,6 +277,24 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
+class LayerPairConfig:
+    """A layer of the student that learns the patch tokens after a layer of the teacher; both are counted from 0."""
+
+    student: int = -1
+    """Layer of the student."""
+    teacher: int = -1
+    """Layer of the teacher."""
+    weight: float = 1.0
+    """Weight of its loss among those of all pairs."""
+
+    def __post_init__(self) -> None:
+        for name in ("student", "teacher"):
+            value = getattr(self, name)
+            _require(value >= 0, f"mim.layers: {name}={value} is no layer: give one, counted from 0")
+        _require(self.weight > 0, f"mim.layers: weight={self.weight} must be above 0")
+
+
+@dataclass(kw_only=True)
 class MimConfig:
     """The masked stage."""
 
@@ -294,6 +312,13 @@ class MimConfig:
     """Smallest masked block in patches (EVA: 16)."""
     block_aspect: float = 0.3
     """Blocks have an aspect ratio between this and its inverse (EVA: 0.3)."""
+    layers: list[LayerPairConfig] = field(default_factory=list)
+    """Layers of the student that learn from layers of the teacher too, each by a head of its own that later stages
+    drop: [{student: 2, teacher: 11}]."""
+    layers_weight: float = 0.1
+    """Weight of the sum of the losses of `layers` beside that of the last layer (LET: about 0.1)."""
+    layers_until: float | None = 1.0
+    """Fraction of the steps at which `layers_weight` has fallen to 0, linearly (LET); null does not let it fall."""
 
     def seen(self, patches: int) -> int:
         """Return how many of an image's patches go through the student, masked or not."""

@@ -42,6 +42,12 @@ def forward_backward(
     return _run(tower, micro_batches, forward, rows, forward_only=False)
 
 
+def means(reports: Sequence[Reported]) -> Reported:
+    """Return the mean over the micro-batches of each thing that they reported."""
+    names = dict.fromkeys(name for report in reports for name in report)
+    return {name: torch.stack([report[name] for report in reports if name in report]).mean() for name in names}
+
+
 def begin_pass(tower: ShardedTower[Any]) -> None:
     """Tell a model that takes part in another's pass that its weights are new, as `forward_backward` tells its own.
 

@@ -1,5 +1,6 @@
 """The transformer layers of a tower, as many of them as a chunk of this pipeline stage holds, over packed rows."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from w2s.megatron.backend import LOCAL, Linears
 from w2s.megatron.graphs import LayerGraphs
 from w2s.megatron.layers import layer_spec, mark_split_weights
 from w2s.megatron.split import pipeline_layout
+from w2s.megatron.taps import Tap, tapped, tie
 
 
 @dataclass(frozen=True)
@@ -155,13 +157,22 @@ class Tower(MegatronModule):
         """Take the activations of the pipeline stage before this one."""
         self.blocks.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
 
-    def run_layers(self, embedded: Tensor | None, images: int, tokens: int) -> Tensor:
+    @property
+    def layer_numbers(self) -> list[int]:
+        """The layers of this chunk, counted from 0 over all pipeline stages."""
+        return [layer.layer_number - 1 for layer in self.blocks.layers]
+
+    def run_layers(
+        self, embedded: Tensor | None, images: int, tokens: int, taps: Mapping[int, Tap] | None = None
+    ) -> Tensor:
         """Run this chunk's layers.
 
         Args:
             embedded: [images, tokens, width] in the first chunk, None in the others.
             images: sequences in the batch.
             tokens: tokens of a sequence.
+            taps: losses of the tokens after layers of this chunk, by the layer's number; the schedule divides none of
+                them by the number of micro-batches.
 
         Returns:
             [images, tokens, width] in the last chunk, packed rows [rows, 1, width] elsewhere.
@@ -174,10 +185,18 @@ class Tower(MegatronModule):
         packing = torch.ones(1, 1, dtype=torch.bool, device=next(self.parameters()).device).expand(images, tokens)
         if self.graphs is not None and rows is not None and torch.is_grad_enabled():  # else sizes vary
             rows = self.graphs(rows, packing)
+        elif taps:
+            with tapped(self.blocks, taps) as after:
+                rows = self.blocks(rows, attention_mask=packing)
+            after[self.layer_numbers[-1]] = rows
+            losses = [tap(self._whole(after[number], images, tokens)) for number, tap in taps.items()]
+            rows = tie(rows, torch.stack(losses).sum())
         else:
             rows = self.blocks(rows, attention_mask=packing)
-        if not self.last:
-            return rows
+        return self._whole(rows, images, tokens) if self.last else rows
+
+    def _whole(self, rows: Tensor, images: int, tokens: int) -> Tensor:
+        """Gather packed rows: [images, tokens, width] on every tensor-parallel rank."""
         if self.config.sequence_parallel:
             # Every tensor-parallel rank computes the same head: its gradient is whole already, not a part to be summed.
             rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False)

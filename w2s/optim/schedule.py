@@ -1,4 +1,4 @@
-"""The learning rate over the steps."""
+"""The learning rate over the steps, and weights of losses that fall."""
 
 import math
 
@@ -25,3 +25,14 @@ def lr_factor(step: int, steps: int, optim: OptimConfig) -> float:
 def _one_minus_root(step: int, steps: int, optim: OptimConfig) -> float:
     start = optim.cooldown_start(steps)
     return 1.0 if step <= start else 1 - math.sqrt((step - start) / (steps - start))
+
+
+def falling_weight(step: int, steps: int, until: float | None) -> float:
+    """Return what is left at `step` (from 0) of `steps` of a weight that falls linearly from 1.
+
+    Args:
+        step: the step.
+        steps: all of them.
+        until: fraction of the steps after which nothing is left; None leaves all of it.
+    """
+    return 1.0 if until is None else max(0.0, 1 - step / (until * steps))

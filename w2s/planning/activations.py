@@ -52,7 +52,10 @@ def peak(
     """
     virtual = range(stage, len(tower.split), parallel.pipeline)
     whole, entry = _layer(tower, parallel, types, samples), _input(tower, parallel, types, samples)
-    chunks = [_chunk(parallel, tower.split[number], whole, entry) for number in virtual]
+    head = _head(tower, types, samples, tower.layer_width)
+    chunks = [
+        _chunk(parallel, tower.split[number], whole, entry) + tower.layer_heads_of(number) * head for number in virtual
+    ]
     if stage == 0:
         chunks[0] += samples * tower.embedding_elements * types.value
     tail = _after_layers(tower, types, samples) if stage == parallel.pipeline - 1 else 0
@@ -126,10 +129,18 @@ def _norm(tower: PlannedTower, types: Types, rows: int) -> int:
 
 
 def _after_layers(tower: PlannedTower, types: Types, samples: int) -> int:
-    """What norm, head and masked loss keep of a micro-batch; every tensor-parallel rank has all rows there."""
+    """What the norm and the head after the last layer keep of a micro-batch."""
+    if tower.head_tokens > 1:
+        return _head(tower, types, samples, tower.head_width)
+    normed = samples * tower.normed_tokens
+    return _norm(tower, types, normed) + normed * tower.width * types.value
+
+
+def _head(tower: PlannedTower, types: Types, samples: int, width: int) -> int:
+    """What norm, head and masked loss keep of a micro-batch; every tensor-parallel rank has all rows there.
+
+    It is the norm's input and output, the head's input, and its output and the targets in float32.
+    """
     normed, heads = samples * tower.normed_tokens, samples * tower.head_tokens
     kept = _norm(tower, types, normed) + normed * tower.width * types.value
-    if tower.head_tokens == 1:
-        return kept
-    # The head's input, and its output and the targets in float32.
-    return kept + heads * (tower.width * types.value + 2 * 4 * tower.head_width)
+    return kept + heads * (tower.width * types.value + 2 * 4 * width)

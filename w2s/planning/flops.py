@@ -26,7 +26,7 @@ class TowerFlops:
     attention: float
     """Scores and weighted sums of all layers."""
     head: float
-    """The projection after the layers."""
+    """The projections after the layers, and after single ones."""
 
     @property
     def forward(self) -> float:
@@ -162,11 +162,17 @@ def seen_tokens(config: Config) -> int:
     return 1 + kept_patches(patches, config.clip.patch_dropout if first is None else first)
 
 
-def student_flops(config: Config, target_width: int) -> TowerFlops:
-    """Operations of an image's forward pass through the masked stage's student."""
+def student_flops(config: Config, target_width: int, layer_width: int = 0) -> TowerFlops:
+    """Operations of an image's forward pass through the masked stage's student.
+
+    Args:
+        config: the masked stage.
+        target_width: channels of the teacher's features.
+        layer_width: channels of the teacher's layers, which `mim.layers` predicts.
+    """
     vision = config.model.vision
-    predicted = config.mim.predicted(vision.patches)
-    return vision_flops(vision, tokens=seen_tokens(config), head_tokens=predicted, head_width=target_width)
+    predicted, width = config.mim.predicted(vision.patches), target_width + len(config.mim.layers) * layer_width
+    return vision_flops(vision, tokens=seen_tokens(config), head_tokens=predicted, head_width=width)
 
 
 def image_flops(config: Config) -> TowerFlops:
@@ -175,13 +181,16 @@ def image_flops(config: Config) -> TowerFlops:
     return vision_flops(model.vision, tokens=seen_tokens(config), head_tokens=1, head_width=model.embed_dim)
 
 
-def stage_flops(config: Config, world_size: int, *, target_width: int = 0, teacher: float = 0.0) -> StageFlops:
+def stage_flops(
+    config: Config, world_size: int, *, target_width: int = 0, layer_width: int = 0, teacher: float = 0.0
+) -> StageFlops:
     """Operations of a training step for one sample.
 
     Args:
         config: the masked or the contrastive stage.
         world_size: ranks in all.
         target_width: channels of the teacher's features (masked stage).
+        layer_width: channels of the teacher's layers (masked stage with `mim.layers`).
         teacher: operations of the teacher's forward pass for one image (masked stage).
     """
     parallel, model, times = config.parallel, config.model, passes(config, world_size)
@@ -191,13 +200,13 @@ def stage_flops(config: Config, world_size: int, *, target_width: int = 0, teach
         return Flops(tower.model, tower.hardware(recomputed_fraction(parallel, split), times))
 
     if config.stage == "mim":
-        student = trained(student_flops(config, target_width), vision_layers(model.vision, target_width, parallel))
+        split = vision_layers(model.vision, target_width, parallel)
+        student = trained(student_flops(config, target_width, layer_width), split)
         return StageFlops({"student": student, "teacher": Flops(teacher, teacher)})
-    split = vision_layers(model.vision, width, parallel), text_layers(model.text, width, parallel)
     return StageFlops(
         {
-            "vision": trained(image_flops(config), split[0]),
-            "text": trained(text_flops(model.text, width), split[1]),
+            "vision": trained(image_flops(config), vision_layers(model.vision, width, parallel)),
+            "text": trained(text_flops(model.text, width), text_layers(model.text, width, parallel)),
             "loss": loss_flops(config),
         }
     )

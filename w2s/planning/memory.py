@@ -129,8 +129,8 @@ def _batch(config: Config, teacher: PlannedTeacher | None, world_size: int) -> i
     """The samples of a model-parallel group: three times while its ranks exchange them, which read a share each."""
     own, alone = 0, model_parallel_size(config.parallel) == 1
     if teacher:
-        # The teacher's images, and its features of all patches before those at the masked ones are picked.
-        features = _FP32 * config.model.vision.patches * teacher.width
+        # The teacher's images, and its features of all patches before those to predict are picked.
+        features = _FP32 * config.model.vision.patches * _target_width(config, teacher)
         own = config.train.global_batch // world_size * (features + 3 * teacher.image_size**2)
     return (1 if alone else 3) * share(config, world_size) * sample_bytes(config, teacher) + own
 
@@ -138,8 +138,13 @@ def _batch(config: Config, teacher: PlannedTeacher | None, world_size: int) -> i
 def sample_bytes(config: Config, teacher: PlannedTeacher | None) -> int:
     """A sample as the ranks of a model-parallel group exchange it: pixels, and the targets of the masked stage."""
     predicted = config.mim.predicted(config.model.vision.patches)
-    targets = _FP32 * predicted * teacher.width if teacher else 0
+    targets = _FP32 * predicted * _target_width(config, teacher) if teacher else 0
     return 3 * config.model.vision.image_size**2 + targets
+
+
+def _target_width(config: Config, teacher: PlannedTeacher) -> int:
+    """Channels of all targets of a patch."""
+    return teacher.width + len(config.mim.layers) * teacher.layer_width
 
 
 def _teacher(config: Config, teacher: PlannedTeacher, samples: int) -> int:

@@ -127,13 +127,13 @@ def _check_settings(config: Config, card: Card) -> None:
 class _Search:
     def __init__(self, config: Config, card: Card, gpus: int, teacher: PlannedTeacher | None, layouts: Layouts) -> None:
         self.card, self.gpus, self.teacher, self.layouts = card, gpus, teacher, layouts
-        self.target_width = teacher.width if teacher else 0
+        self.widths = (teacher.width, teacher.layer_width) if teacher else (0, 0)
         self.legal, self.least = 0, float("inf")
 
     def run(self) -> Iterator[Plan]:
         """Go through all layouts and give those that fit."""
         for split in self.layouts.splits():
-            stage = _SplitStage(split, self.target_width, self.gpus)
+            stage = _SplitStage(split, self.widths, self.gpus)
             for batch in self.layouts.batches(split):
                 yield from self._recomputes(batch, stage)
 
@@ -181,7 +181,8 @@ class _Search:
             flops=stage_flops(
                 config,
                 self.gpus,
-                target_width=self.target_width,
+                target_width=self.widths[0],
+                layer_width=self.widths[1],
                 teacher=self.teacher.flops if self.teacher else 0.0,
             ),
             peak=self.gpus * self.card.bf16_tflops * 1e12,
@@ -197,8 +198,8 @@ class _SplitStage:
             first ones keep most micro-batches, the last has the loss.
     """
 
-    def __init__(self, split: Config, target_width: int, gpus: int) -> None:
-        self.towers = planned_towers(split, target_width)
+    def __init__(self, split: Config, widths: tuple[int, int], gpus: int) -> None:
+        self.towers = planned_towers(split, *widths)
         parallel = split.parallel
         last, size = parallel.pipeline - 1, gpus // model_parallel_size(parallel)
         self.states = {

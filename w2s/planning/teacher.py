@@ -17,6 +17,8 @@ class PlannedTeacher:
 
     width: int
     """Channels of a feature."""
+    layer_width: int
+    """Channels of the tokens after a layer; 0 where there are no layers to ask for."""
     image_size: int
     """Side of its input in pixels."""
     weights: int
@@ -55,6 +57,7 @@ def _eva(model: ModelConfig, teacher: TeacherConfig) -> PlannedTeacher:
     tokens = 1 + vision.patches
     return PlannedTeacher(
         width=model.embed_dim,
+        layer_width=vision.width,
         image_size=vision.image_size,
         weights=_eva_bytes(vision, model.embed_dim, narrow),
         # The MLP's hidden activations before and after the GELU, and three of the residual stream's in float32.
@@ -98,6 +101,7 @@ def _counted(config: Config) -> PlannedTeacher:
     tensors = [*frozen.parameters(), *frozen.buffers()]
     return PlannedTeacher(
         width=network.width,
+        layer_width=network.layer_width,
         image_size=side,
         weights=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         working=_MAPS * 3 * side**2 * 4,

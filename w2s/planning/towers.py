@@ -1,6 +1,6 @@
 """The towers of a stage as the planner sees them: sizes of what a pipeline stage holds, without building it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from w2s.config.sections import Config
@@ -46,6 +46,10 @@ class PlannedTower:
     """Channels that the head gives."""
     flops: TowerFlops
     """Operations of a sample's forward pass."""
+    layer_heads: tuple[int, ...] = ()
+    """Layers that have a head of their own after them."""
+    layer_width: int = 0
+    """Channels that such a head gives."""
 
     @property
     def layers(self) -> int:
@@ -72,7 +76,14 @@ class PlannedTower:
         own = (self.own_first if is_first else ()) + (self.own_last if is_last else ())
         scalars = (1,) * self.scalars if is_last and with_scalars else ()
         layers = self._layer(tensor) * self.split[stage]
-        return own + scalars + layers + (self.first if is_first else ()) + (self.last if is_last else ())
+        head = (self.width,) * self.norm_vectors + (self.width * self.layer_width, self.layer_width)
+        heads = head * self.layer_heads_of(stage)
+        return own + scalars + layers + (self.first if is_first else ()) + (self.last if is_last else ()) + heads
+
+    def layer_heads_of(self, stage: int) -> int:
+        """Heads after single layers of a chunk, given its pipeline stage, virtual ones counted."""
+        before = sum(self.split[:stage])
+        return sum(before <= layer < before + self.split[stage] for layer in self.layer_heads)
 
     def _layer(self, tensor: int) -> tuple[int, ...]:
         width, hidden = self.width, self.mlp_width // tensor
@@ -83,22 +94,27 @@ class PlannedTower:
         return attention + norm + mlp + norm if self.post_norm else norm + attention + norm + mlp
 
 
-def planned_towers(config: Config, target_width: int) -> tuple[PlannedTower, ...]:
+def planned_towers(config: Config, target_width: int, layer_width: int = 0) -> tuple[PlannedTower, ...]:
     """Return the towers of a training stage.
 
     Args:
         config: the stage.
         target_width: channels of the teacher's features (masked stage).
+        layer_width: channels of the teacher's layers (masked stage with `mim.layers`).
     """
-    return (_student(config, target_width),) if config.stage == "mim" else (_image_tower(config), _text_tower(config))
+    if config.stage == "mim":
+        return (_student(config, target_width, layer_width),)
+    return _image_tower(config), _text_tower(config)
 
 
-def _student(config: Config, target_width: int) -> PlannedTower:
+def _student(config: Config, target_width: int, layer_width: int) -> PlannedTower:
     width, predicted = config.model.vision.width, config.mim.predicted(config.model.vision.patches)
-    flops = student_flops(config, target_width)
+    flops = student_flops(config, target_width, layer_width)
     mask_token = () if config.mim.predict == "visible" else (width,)
     head = (width * target_width, target_width)
-    return _vision(config, flops, mask_token, head, head_tokens=predicted, head_width=target_width)
+    tower = _vision(config, flops, mask_token, head, head_tokens=predicted, head_width=target_width)
+    layers = tuple(pair.student for pair in config.mim.layers)
+    return replace(tower, layer_heads=layers, layer_width=layer_width)
 
 
 def _image_tower(config: Config) -> PlannedTower:

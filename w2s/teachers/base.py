@@ -82,6 +82,7 @@ class Teacher(nn.Module):
     Attributes:
         width: channels of a feature, D.
         summary_width: channels of the summary, E.
+        layer_width: channels of the tokens after a layer; 0 where there are no layers to ask for.
         image_size: side of the input in pixels, T.
         mean, std: what the input must be normalised with, in units of 0..1 RGB.
     """
@@ -96,6 +97,7 @@ class Teacher(nn.Module):
         self.precision = precision
         self.width = network.width
         self.summary_width = network.summary_width
+        self.layer_width = network.layer_width
         self.image_size = network.image_size
         self.mean = network.mean
         self.std = network.std

@@ -1,5 +1,7 @@
 """The towers of a stage with weights drawn from the seed: this rank's chunks of them."""
 
+from collections.abc import Mapping
+
 import torch
 
 from w2s.config.sections import Config
@@ -12,14 +14,28 @@ from w2s.towers.masked import MaskedStudent
 
 
 def build_student(
-    config: Config, target_width: int, dtype: torch.dtype, device: torch.device
+    config: Config,
+    target_width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    layer_widths: Mapping[int, int] | None = None,
 ) -> ShardedTower[MaskedStudent]:
-    """Return the masked stage's student: `config.model.vision` with a head of `target_width` channels."""
+    """Return the masked stage's student: `config.model.vision` with a head of `target_width` channels.
+
+    Args:
+        config: the stage.
+        target_width: channels of the teacher's features.
+        dtype: type of the weights.
+        device: where they live.
+        layer_widths: channels that heads after single layers have, by the layer's number.
+    """
     vision, linears = config.model.vision, linears_of(config, "vision")
     drops_masked = config.mim.predict == "visible"
 
     def chunk(number: int) -> MaskedStudent:
-        student = MaskedStudent(vision, target_width, config.parallel, dtype, number, linears, drops_masked)
+        student = MaskedStudent(
+            vision, target_width, config.parallel, dtype, number, linears, drops_masked, layer_widths
+        )
         fill(student, vision_rule(vision, config.init.post_norm), config.run.seed)
         return student
 

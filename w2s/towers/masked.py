@@ -1,11 +1,19 @@
 """The student of the masked stage: a vision tower that predicts the teacher's features at masked patches."""
 
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 
 from w2s.config.sections import MimConfig, ParallelConfig, VisionConfig
 from w2s.megatron.backend import LOCAL, Linears
-from w2s.towers.vision import VisionTower
+from w2s.megatron.taps import Tap
+from w2s.towers.norms import make_norm
+from w2s.towers.vision import NORM_EPS, VisionTower
+
+LayerLoss = Callable[[int, Tensor], Tensor]
+"""Takes the number of a layer and what its head predicts [n, k, width], returns a loss: a float32 scalar."""
 
 
 class MaskedStudent(VisionTower):
@@ -24,30 +32,60 @@ class MaskedStudent(VisionTower):
         chunk: int = 0,
         linears: Linears = LOCAL,
         drops_masked: bool = False,
+        layer_widths: Mapping[int, int] | None = None,
     ) -> None:
+        """Build a chunk.
+
+        Args:
+            shape: the configuration of the tower.
+            target_width: channels of the teacher's features.
+            parallel: how the tower is split.
+            dtype: type of the weights.
+            chunk: number of the chunk on this pipeline stage.
+            linears: what multiplies in the layers.
+            drops_masked: leave masked patches out.
+            layer_widths: channels to predict after some layers, by the layer's number over all pipeline stages.
+        """
         super().__init__(shape, target_width, parallel, dtype, chunk, linears)
         self.drops_masked = drops_masked
         if self.first and not drops_masked:
             self.mask_token = nn.Parameter(torch.empty(1, 1, shape.width, dtype=dtype))
         if self.last:
             self.lm_head = nn.Linear(shape.width, target_width, dtype=dtype)
+        own = {number: width for number, width in (layer_widths or {}).items() if number in self.layer_numbers}
+        self.layer_heads = nn.ModuleDict({str(number): LayerHead(shape, width, dtype) for number, width in own.items()})
 
-    def forward(self, images: Tensor, masks: Tensor, places: Tensor) -> Tensor:
+    def forward(self, images: Tensor, masks: Tensor, places: Tensor, layer_loss: LayerLoss | None = None) -> Tensor:
         """Predict the teacher's features at some patches.
 
         Args:
             images: [n, 3, side, side], normalised.
             masks: bool [n, patches], True at masked patches.
             places: int64 [n, k], the patches to predict; where the masked ones are dropped, all others.
+            layer_loss: what the predictions after single layers go into; without it none are made.
 
         Returns:
             [n, k, teacher width] in the last chunk, packed rows elsewhere.
         """
-        if self.drops_masked:
-            tokens = self.encode(images, kept=places)
-            return self.lm_head(tokens[:, 1:]) if self.last else tokens
-        tokens = self.encode(images, masks)
-        return self.lm_head(at_places(tokens[:, 1:], places)) if self.last else tokens
+
+        def chosen(tokens: Tensor) -> Tensor:
+            return tokens[:, 1:] if self.drops_masked else at_places(tokens[:, 1:], places)
+
+        def tap(number: str, head: nn.Module, learn: LayerLoss) -> Tap:
+            return lambda tokens: learn(int(number), head(chosen(tokens)))
+
+        taps = {int(number): tap(number, head, layer_loss) for number, head in self.layer_heads.items() if layer_loss}
+        seen: dict[str, Tensor] = {"kept": places} if self.drops_masked else {"masks": masks}
+        tokens = self.encode(images, **seen, taps=taps)
+        return self.lm_head(chosen(tokens)) if self.last else tokens
+
+
+class LayerHead(nn.Sequential):
+    """From the patch tokens after a layer to the features of a layer of the teacher: a norm and a linear."""
+
+    def __init__(self, shape: VisionConfig, target_width: int, dtype: torch.dtype) -> None:
+        norm = make_norm(shape.norm, shape.width, NORM_EPS, dtype)
+        super().__init__(OrderedDict(norm=norm, linear=nn.Linear(shape.width, target_width, dtype=dtype)))
 
 
 def masked_places(masks: Tensor, count: int) -> Tensor:

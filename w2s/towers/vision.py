@@ -1,11 +1,14 @@
 """The EVA vision transformer: patch embedding, CLS token, learned positions, layers, final norm."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from w2s.config.sections import ParallelConfig, VisionConfig
 from w2s.megatron.backend import LOCAL, Linears
 from w2s.megatron.split import vision_layers
+from w2s.megatron.taps import Tap
 from w2s.megatron.tower import StackShape, Tower
 from w2s.towers.norms import make_norm
 from w2s.towers.patches import PatchEmbedding
@@ -64,20 +67,27 @@ class VisionTower(Tower):
         if self.last:
             self.norm = make_norm(shape.norm, shape.width, NORM_EPS, dtype)
 
-    def encode(self, images: Tensor, masks: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+    def encode(
+        self,
+        images: Tensor,
+        masks: Tensor | None = None,
+        kept: Tensor | None = None,
+        taps: Mapping[int, Tap] | None = None,
+    ) -> Tensor:
         """Run the tower up to its final norm, or up to the end of this chunk.
 
         Args:
             images: [n, 3, side, side], normalised.
             masks: bool [n, patches], True where the mask token takes a patch's place; None masks nothing.
             kept: int64 [n, k], the patches that patch dropout keeps; None keeps all.
+            taps: losses of the tokens [n, 1 + patches (or k), width] after layers of this chunk, by the layer's number.
 
         Returns:
             Tokens [n, 1 + patches (or k), width] with CLS first in the last chunk, packed rows elsewhere.
         """
         embedded = self._embed(images, masks, kept) if self.first else None
         patches = self.shape.patches if kept is None else kept.shape[1]
-        tokens = self.run_layers(embedded, len(images), 1 + patches)
+        tokens = self.run_layers(embedded, len(images), 1 + patches, taps)
         return self.norm(tokens) if self.last else tokens
 
     def patch_tokens(self, images: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ def check_peer(config: Config, peer: str, ranks: int) -> None:
     if ranks > 1:
         raise ConfigError(f"--vs {peer} runs on one rank, not on --nproc {ranks}: leave --nproc out")
     if config.stage == "mim":
+        if config.mim.layers:
+            raise ConfigError(f"--vs {peer} predicts after the last layer alone: leave mim.layers out")
         return
     if config.train.global_batch > config.train.micro_batch:
         raise ConfigError(
