@@ -10,8 +10,9 @@ from w2s.pipeline.cost import of_chain
 from w2s.pipeline.flops import training_flops
 from w2s.pipeline.plan import Plan
 from w2s.pipeline.results import Results, Run
+from w2s.pipeline.spread import spread
 from w2s.pipeline.steps import load_pipeline
-from w2s.pipeline.tables import arms, by_label, chosen, differences, spread
+from w2s.pipeline.tables import arms, by_label, chosen, differences
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What training costs: samples, seconds and floating-point operations, of a run and of all that it builds on."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from w2s.pipeline.results import Results, Run
@@ -24,12 +24,17 @@ def of_run(run: Run) -> Cost:
     return Cost(run.samples, run.training_seconds, run.flops)
 
 
-def of_chain(results: Results, step: Step) -> list[Cost]:
+def of_chain(results: Results, step: Step, without: Collection[str] = ()) -> list[Cost]:
     """For each seed, the cost of all training that a step builds on, its own and its teachers' included.
 
     Of a run whose checkpoint in the middle is taken, what came before that checkpoint counts.
+
+    Args:
+        results: of all runs.
+        step: the step.
+        without: names of steps whose training does not count, nor that of what only they build on.
     """
-    by_seed = zip(*(results.of(each) for each in ancestors(results.pipeline, step)), strict=True)
+    by_seed = zip(*(results.of(each) for each in ancestors(results.pipeline, step, without)), strict=True)
     return [_sum([of_run(run) for run in used(runs)]) for runs in by_seed]
 
 

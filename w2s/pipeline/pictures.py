@@ -8,6 +8,7 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from w2s.pipeline.comparison import LEDGERS, Point, points
 from w2s.pipeline.cost import used
 from w2s.pipeline.headlines import Reading, readings
 from w2s.pipeline.results import Results, Run
@@ -50,6 +51,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "contrastive_by_samples": _curves(results, "clip", *samples),
         "contrastive_by_compute": _curves(results, "clip", *compute),
         "results": _dots(results),
+        "by_compute": _by_compute(results),
     }
     paths = []
     for name, figure in pictures.items():
@@ -105,6 +107,29 @@ def _curve(runs: Sequence[Run], metric: str, place: Place) -> list[tuple[float, 
     common = [seen for seen in values[0] if all(seen in other for other in values)]
     by_place = {place(runs[0], seen): [each[seen] for each in values] for seen in common}
     return [(where, min(each), mean(each), max(each)) for where, each in by_place.items()]
+
+
+def _by_compute(results: Results) -> Figure | None:
+    """A panel for each ledger: what each training reaches over what it costs; trainings of one arm are joined."""
+    compare = results.pipeline.compare
+    if compare is None:
+        return None
+    arms: dict[str, list[Point]] = {}
+    for point in points(results, compare):
+        arms.setdefault(point.arm, []).append(point)
+    figure, axes = _panels(len(LEDGERS))
+    for ledger, (panel, title) in enumerate(zip(axes, LEDGERS, strict=True)):
+        for number, (arm, found) in enumerate(arms.items()):
+            cost = [point.flops[ledger] / 1e12 for point in found]
+            colour = "0.2" if arm == compare.baseline else f"C{number % 10}"
+            panel.plot(cost, [mean(point.values) for point in found], "o-", markersize=3, label=arm, color=colour)
+            for where, point in zip(cost, found, strict=True):
+                panel.plot([where] * len(point.values), point.values, ".", markersize=2.5, alpha=0.5, color=colour)
+        panel.set_title(title, fontsize=10, loc="left")
+        panel.set_xlabel("training compute, TFLOP", fontsize=8)
+        panel.set_ylabel(compare.metric, fontsize=8)
+        panel.legend(fontsize=8, frameon=False)
+    return figure
 
 
 def _dots(results: Results) -> Figure | None:

@@ -14,7 +14,7 @@ from w2s.config.naming import digest
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
 from w2s.pipeline.flops import steps_of_equal_compute, training_flops
-from w2s.pipeline.steps import REFERENCE, Choice, Pipeline, Step
+from w2s.pipeline.steps import REFERENCE, Budgets, Choice, Pipeline, Step
 
 _OWN_KEYS = ("run.name", "run.group", "tracking.parent_run")
 
@@ -98,12 +98,14 @@ class Plan:
             task: the run.
             chosen: what steps have chosen so far; the first candidate stands for what is not chosen yet.
         """
-        step, choice = task.step, self.choice(task.step)
+        step = task.step
+        choosing = self._steps[step.trunk] if step.trunk else step
+        choice = self.choice(choosing)
         overrides = [_fill(each, self._folders_before(task)) for each in self._overrides(step)]
         if task.seed is not None:
             overrides.append(f"run.seed={task.seed}")
         if choice is not None:
-            value = choice.among[task.trial] if task.trial is not None else chosen.get(step.name, choice.among[0])
+            value = choice.among[task.trial] if task.trial is not None else chosen.get(choosing.name, choice.among[0])
             overrides.append(f"{choice.key}={value}")
         config = load(step.stage, overrides)
         config.run.group, config.run.name = self.group, task.name
@@ -113,7 +115,7 @@ class Plan:
             paid = steps_of_equal_compute(config, sum(self._flops(other, chosen) for other in others))
             config.train.steps = self.begins_at(task, config, chosen) + paid
         if choice is not None and task.trial is not None:
-            _shorten(config, choice.share, self.begins_at(task, config, chosen))
+            _shorten(config, choice.share, self.begins_at(task, config, chosen), step.budgets)
         return config
 
     def begins_at(self, task: Task, config: Config, chosen: Chosen) -> int:
@@ -185,10 +187,17 @@ class Plan:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
-def _shorten(config: Config, share: float, begins_at: int) -> None:
-    """Shorten a training, of which `begins_at` steps are done already, to a share of its steps."""
-    config.train.steps = begins_at + max(1, round(share * (config.train.steps - begins_at)))
+def _shorten(config: Config, share: float, begins_at: int, budgets: Budgets | None) -> None:
+    """Shorten a training, of which `begins_at` steps are done already, to a share of its steps.
+
+    Of a trunk, to a share of its longest length, with a cool-down.
+    """
+    whole = budgets.steps[-1] if budgets else config.train.steps
+    config.train.steps = begins_at + max(1, round(share * (whole - begins_at)))
     config.optim.warmup = min(round(share * config.optim.warmup), config.train.steps - 1)
+    if budgets:
+        config.optim.cooldown = budgets.cooldown
+        config.checkpoint.keep_at = []
 
 
 def _overrides_of(step: Step, pipeline: Pipeline, overrides: Sequence[str]) -> list[str]:

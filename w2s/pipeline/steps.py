@@ -1,8 +1,8 @@
 """What a file of `configs/run` says: steps in order, seeds that each is repeated with, and what a step chooses."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from omegaconf import OmegaConf
@@ -31,6 +31,20 @@ class Choice:
 
 
 @dataclass(kw_only=True)
+class Budgets:
+    """Lengths that one training is read out at: a trunk at a constant rate, and from it a cool-down to each length."""
+
+    steps: list[int]
+    """The lengths, in steps from the first one, rising; each becomes a step of its own, called STEP_LENGTH."""
+    cooldown: float = 0.2
+    """Their optim.cooldown: the share of each length in which the learning rate falls."""
+
+    def start(self, length: int) -> int:
+        """Where on the trunk the cool-down to a length begins, in steps (`w2s.optim.schedule.cooldown_start`)."""
+        return length - round(self.cooldown * length)
+
+
+@dataclass(kw_only=True)
 class Step:
     """One stage of a pipeline."""
 
@@ -44,8 +58,24 @@ class Step:
     """Earlier steps whose training compute this one has in all: train.steps is as many as their FLOPs pay for."""
     choose: Choice | None = None
     """A value that trials choose; one that the command line gives is not chosen."""
+    budgets: Budgets | None = None
+    """Lengths that this training is read out at: the step itself is their trunk."""
+    trunk: str = ""
+    """The step that this one branches off, whose choice it shares; set for each length of `budgets`."""
     beside: list[str] = field(default_factory=list)
     """Steps whose figures stand beside this one's in the tables."""
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """Trainings of different length compared by a metric and by what they cost, in two ledgers."""
+
+    metric: str
+    """Metric in the results of training runs, the greater the better."""
+    baseline: str
+    """Step with `budgets` that each other training is compared with, at no less compute."""
+    exists: list[str] = field(default_factory=list)
+    """Steps whose training one ledger does not count, as if they had been there before: teachers."""
 
 
 @dataclass(kw_only=True)
@@ -62,6 +92,8 @@ class Pipeline:
     """Overrides of every step, before its own."""
     on_stage: dict[str, list[str]] = field(default_factory=dict)
     """Further overrides of every step of a stage, by the stage's name."""
+    compare: Comparison | None = None
+    """What the trainings are compared by, over their compute."""
     steps: list[Step]
     """What is run, in this order; of several seeds, evaluations come after all training."""
 
@@ -83,12 +115,42 @@ def load_pipeline(name: str) -> Pipeline:
         raise ConfigError(f"run/{name}: {error.full_key}: {reason}; see configs/run/default.yaml") from error
     for mistake in _mistakes(pipeline):
         raise ConfigError(f"run/{name}: {mistake}")
-    return pipeline
+    return read_out(pipeline)
 
 
-def ancestors(pipeline: Pipeline, step: Step) -> list[Step]:
-    """The steps whose results go into a step, in their order; the step itself is the last."""
-    named = {other.name: other for other in pipeline.steps}
+def read_out(pipeline: Pipeline) -> Pipeline:
+    """Put the steps of their lengths behind the steps that have budgets."""
+    return replace(pipeline, steps=[each for step in pipeline.steps for each in _read_out(step)])
+
+
+def _read_out(step: Step) -> Iterator[Step]:
+    budgets = step.budgets
+    if budgets is None:
+        yield step
+        return
+    starts = [budgets.start(length) for length in budgets.steps]
+    schedule = ["optim.schedule=constant"]
+    trunk = [f"train.steps={starts[-1]}", f"checkpoint.keep_at={starts}", "optim.cooldown=0"]
+    yield replace(step, overrides=[*step.overrides, *schedule, *trunk])
+    for length, start in zip(budgets.steps, starts, strict=True):
+        branch = [
+            f"init.checkpoint={{{step.name}}}/checkpoints/step-{start:08d}",
+            f"train.steps={length}",
+            f"optim.cooldown={budgets.cooldown}",
+        ]
+        own = [*step.overrides, *schedule, *branch]
+        yield Step(name=f"{step.name}_{length}", stage=step.stage, overrides=own, trunk=step.name)
+
+
+def ancestors(pipeline: Pipeline, step: Step, without: Collection[str] = ()) -> list[Step]:
+    """The steps whose results go into a step, in their order; the step itself is the last.
+
+    Args:
+        pipeline: all steps.
+        step: the step.
+        without: names of steps that are left out, with their lengths and with what only they build on.
+    """
+    named = {other.name: other for other in pipeline.steps if not {other.name, other.trunk} & set(without)}
     wanted = {step.name}
     for other in reversed(pipeline.steps):
         if other.name in wanted:
@@ -103,6 +165,7 @@ def references(step: Step) -> set[str]:
 
 def _mistakes(pipeline: Pipeline) -> Iterator[str]:
     names = [step.name for step in pipeline.steps]
+    lengths = [f"{step.name}_{length}" for step in pipeline.steps if step.budgets for length in step.budgets.steps]
     if not names or len(set(names)) < len(names):
         yield f"steps are named {names}: give at least one, each with a name of its own"
     if len(set(pipeline.seeds)) < len(pipeline.seeds):
@@ -111,15 +174,20 @@ def _mistakes(pipeline: Pipeline) -> Iterator[str]:
         yield f"on_stage: there is no stage {stage}: did you mean {nearest(stage, STAGES)}?"
     for number, step in enumerate(pipeline.steps):
         for other in [*step.compute_of, *step.beside]:
-            if other not in names:
-                yield f"{step.name}: there is no step {other}: did you mean {nearest(other, names)}?"
-        later = [other for other in step.compute_of if other not in names[:number]]
+            if other not in (known := [*names, *lengths]):
+                yield f"{step.name}: there is no step {other}: did you mean {nearest(other, known)}?"
+        later = [other for other in step.compute_of if other in names[number:]]
         if later:
             yield f"{step.name}: compute_of={later} are no earlier steps: move {step.name} behind them"
-        if step.stage == "eval" and (step.choose or step.compute_of):
-            yield f"{step.name}: an evaluation trains nothing: leave out choose and compute_of"
+        if step.stage == "eval" and (step.choose or step.compute_of or step.budgets):
+            yield f"{step.name}: an evaluation trains nothing: leave out choose, compute_of and budgets"
+        if step.trunk:
+            yield f"{step.name}: trunk is set by budgets alone: leave it out"
+        if step.budgets:
+            yield from _mistakes_of_budgets(step.name, step.budgets)
         if step.choose:
             yield from _mistakes_of_choice(step.name, step.choose)
+    yield from _mistakes_of_comparison(pipeline)
 
 
 def _mistakes_of_choice(name: str, choice: Choice) -> Iterator[str]:
@@ -127,3 +195,21 @@ def _mistakes_of_choice(name: str, choice: Choice) -> Iterator[str]:
         yield f"{name}: choose.among={choice.among}: give at least two candidates, each once"
     if not 0 < choice.share <= 1:
         yield f"{name}: choose.share={choice.share} must be in (0, 1]"
+
+
+def _mistakes_of_budgets(name: str, budgets: Budgets) -> Iterator[str]:
+    if not budgets.steps or budgets.steps != sorted(set(budgets.steps)) or budgets.steps[0] < 2:
+        yield f"{name}: budgets.steps={budgets.steps}: give rising lengths of at least 2 steps"
+    if not 0 < budgets.cooldown < 1:
+        yield f"{name}: budgets.cooldown={budgets.cooldown} must be between 0 and 1"
+
+
+def _mistakes_of_comparison(pipeline: Pipeline) -> Iterator[str]:
+    compare = pipeline.compare
+    if compare is None:
+        return
+    for other in [compare.baseline, *compare.exists]:
+        if other not in (names := [step.name for step in pipeline.steps]):
+            yield f"compare: there is no step {other}: did you mean {nearest(other, names)}?"
+    if not any(step.name == compare.baseline and step.budgets for step in pipeline.steps):
+        yield f"compare.baseline={compare.baseline} has no budgets: give the step some, or another step"

@@ -1,12 +1,14 @@
 """The tables of a finished pipeline: figures over the seeds, paired differences, what it cost, what was chosen."""
 
 from collections.abc import Sequence
-from statistics import mean, stdev
+from statistics import mean
 
 from w2s.pipeline.choose import Chosen
+from w2s.pipeline.comparison import comparison
 from w2s.pipeline.cost import Cost, of_chain, of_run
 from w2s.pipeline.headlines import readings
 from w2s.pipeline.results import Results, Run
+from w2s.pipeline.spread import by_seed, spread
 from w2s.pipeline.steps import Step
 from w2s.tracking.tables import Cell, Table
 
@@ -22,6 +24,8 @@ def tables(results: Results, choices: Sequence[Chosen]) -> dict[str, Table]:
         "training": summary(results, training),
         "cost": costs(results),
     }
+    if results.pipeline.compare:
+        shown["comparison"] = comparison(results, results.pipeline.compare)
     return shown | ({"choices": chosen(choices)} if choices else {})
 
 
@@ -97,16 +101,9 @@ def by_label(runs: Sequence[Run]) -> dict[str, list[float]]:
     return {label: [values[label] for values in found] for label in found[0]}
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and, of several values, their standard deviation."""
-    if not values:
-        return ""
-    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
-
-
 def _paired(values: Sequence[float]) -> list[Cell]:
     above = sum(value > 0 for value in values)
-    return [spread(values), f"{above} of {len(values)}", ", ".join(f"{value:+.4f}" for value in values)]
+    return [spread(values), f"{above} of {len(values)}", by_seed(values)]
 
 
 def _baselines(runs: Sequence[Run], label: str) -> list[str]:
