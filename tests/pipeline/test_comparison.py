@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.launcher import Launcher, overrides
+from tests.pipeline.lengths import write_lengths
+from w2s.config.sections import Config
+from w2s.pipeline.comparison import comparison, points, rival
+from w2s.pipeline.flops import training_flops
+from w2s.pipeline.pictures import draw
+from w2s.pipeline.plan import Plan
+from w2s.pipeline.results import Results, Run
+from w2s.pipeline.steps import Comparison, load_pipeline
+
+
+def measure(config: Config) -> dict[str, float]:
+    """Recall as the arm and the length have it, a hundredth of the seed more; the masked stage has none."""
+    if config.stage == "mim":
+        return {}
+    arm = {"start": 0.5, "scratch": 0.2, "weak": 0.1}[config.run.name.partition("-")[0].partition("_")[0]]
+    return {"retrieval/mean_recall_at_10": arm + config.train.steps / 1000 + config.run.seed / 100}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    plan = Plan(load_pipeline(write_lengths(tmp_path)), overrides(tmp_path), fresh=False)
+    runs = [Run(task, plan.config(task, {})) for task in plan.tasks() if task.step.stage != "eval"]
+    write = Launcher(measure)
+    for run in runs:
+        write(None, run.config, 1)
+    return Results(plan.pipeline, runs)
+
+
+@pytest.fixture
+def compare(results: Results) -> Comparison:
+    assert results.pipeline.compare is not None
+    return results.pipeline.compare
+
+
+def test_a_length_costs_its_part_of_the_trunk_and_its_cool_down(results: Results, compare: Comparison) -> None:
+    found = {point.step.name: point.flops for point in points(results, compare)}
+    step = {
+        name: training_flops(results.named(name)[0].config) / results.named(name)[0].config.train.steps
+        for name in ("weak", "masked", "start", "scratch")
+    }
+    for length in (20, 40, 80):
+        assert found[f"scratch_{length}"] == pytest.approx((length * step["scratch"],) * 2)
+    own = 10 * step["masked"] + 20 * step["start"]
+    assert found["start_20"] == pytest.approx((own, own + 20 * step["weak"]))
+
+
+def test_the_rival_costs_no_less(results: Results, compare: Comparison) -> None:
+    found = points(results, compare)
+    baseline = [point for point in found if point.arm == "scratch"]
+    (start,) = [point for point in found if point.step.name == "start_20"]
+    for ledger in (0, 1):
+        other = rival(start, baseline, ledger)
+        assert other is not None
+        shorter = [point for point in baseline if point.flops[ledger] < other.flops[ledger]]
+        assert other.flops[ledger] >= start.flops[ledger]
+        assert all(point.flops[ledger] < start.flops[ledger] for point in shorter)
+
+
+def test_what_it_is_ahead_by_is_paired(results: Results, compare: Comparison) -> None:
+    rows = {row[0]: row for row in comparison(results, compare).rows}
+    assert set(rows) == {"weak_10", "weak_20", "start_10", "start_20", "scratch_20", "scratch_40", "scratch_80"}
+    row = rows["start_10"]
+    length = int(str(row[3]).rpartition("_")[2])
+    assert row[1] == "0.5500 ± 0.0141"  # 0.5 + 0.01 + 0.03 or 0.05
+    assert row[5] == ", ".join([f"{0.3 + (10 - length) / 1000:+.4f}"] * 2)
+    assert rows["scratch_80"][3:6] == ["", "", ""]
+
+
+def test_all_arms_are_in_one_picture(results: Results, tmp_path: Path) -> None:
+    assert "by_compute.png" in {path.name for path in draw(results, tmp_path / "pictures")}
