@@ -6,7 +6,6 @@ from tests.pipeline.launcher import overrides
 from tests.pipeline.lengths import STEPS, write_lengths
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
-from w2s.optim.schedule import cooldown_start
 from w2s.pipeline.plan import Plan, Task
 from w2s.pipeline.steps import load_pipeline
 
@@ -24,18 +23,18 @@ def test_each_length_is_a_step_behind_its_trunk(plan: Plan) -> None:
     names = [step.name for step in plan.pipeline.steps]
     assert names == [
         *("weak", "weak_10", "weak_20", "masked", "start", "start_10", "start_20"),
-        *("scratch", "scratch_20", "scratch_40", "scratch_80", "eval"),
+        *("scratch", "scratch_20", "scratch_80", "scratch_320", "eval"),
     ]
 
 
 def test_a_trunk_is_saved_where_the_cool_downs_begin(plan: Plan) -> None:
     configs = configs_of(plan)
     trunk = configs["scratch-seed3"]
-    assert (trunk.optim.schedule, trunk.optim.cooldown, trunk.train.steps) == ("constant", 0, 64)
-    assert trunk.checkpoint.keep_at == [16, 32, 64]
-    for length in (20, 40, 80):
+    assert (trunk.optim.schedule, trunk.optim.cooldown, trunk.train.steps) == ("constant", 0, 256)
+    assert trunk.checkpoint.keep_at == [16, 64, 256]
+    for length in (20, 80, 320):
         branch = configs[f"scratch_{length}-seed3"]
-        start = cooldown_start(branch.train.steps, branch.optim)
+        start = branch.optim.cooldown_start(branch.train.steps)
         assert branch.train.steps == length
         assert start in trunk.checkpoint.keep_at
         folder = plan.folder.absolute() / "scratch-seed3" / "checkpoints" / f"step-{start:08d}"
@@ -60,20 +59,20 @@ def test_a_trial_of_a_trunk_cools_down(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("[10, 20]}}", "[20, 10]}}", "weak: budgets.steps=[20, 10]: give rising lengths of at least 2 steps"),
+        ("[10, 20]}", "[20, 10]}", "weak: budgets.steps=[20, 10]: give rising lengths of at least 2 steps"),
         ("cooldown: 0.5", "cooldown: 1.5", "start: budgets.cooldown=1.5 must be between 0 and 1"),
         ("baseline: scratch", "baseline: scrach", "compare: there is no step scrach: did you mean scratch?"),
         ("baseline: scratch", "baseline: masked", "compare.baseline=masked has no budgets"),
         ("[weak]", "[week]", "compare: there is no step week: did you mean weak?"),
-        ("name: masked,", "name: masked, trunk: weak,", "masked: trunk and start are set by budgets alone"),
+        ("name: masked\n", "name: masked\n    trunk: weak\n", "masked: trunk is set by budgets alone"),
         ("{start_20}']}", "{start_20}'], budgets: {steps: [4]}}", "eval: an evaluation trains nothing"),
     ],
 )
 def test_a_mistake_is_named(old: str, new: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
-    text = STEPS.replace(old.replace("}}", "}"), new.replace("}}", "}"), 1)
+    text = STEPS.replace(old, new, 1)
     assert text != STEPS
     path.write_text(text)
-    with pytest.raises(ConfigError, match="^run/") as caught:
+    with pytest.raises(ConfigError, match=r"^run/") as caught:
         load_pipeline(str(path))
     assert message in str(caught.value)

@@ -24,7 +24,8 @@ def measure(config: Config) -> dict[str, float]:
 @pytest.fixture
 def results(tmp_path: Path) -> Results:
     plan = Plan(load_pipeline(write_lengths(tmp_path)), overrides(tmp_path), fresh=False)
-    runs = [Run(task, plan.config(task, {})) for task in plan.tasks() if task.step.stage != "eval"]
+    configs = [(task, plan.config(task, {})) for task in plan.tasks() if task.step.stage != "eval"]
+    runs = [Run(task, config, plan.begins_at(task, config, {})) for task, config in configs]
     write = Launcher(measure)
     for run in runs:
         write(None, run.config, 1)
@@ -43,7 +44,7 @@ def test_a_length_costs_its_part_of_the_trunk_and_its_cool_down(results: Results
         name: training_flops(results.named(name)[0].config) / results.named(name)[0].config.train.steps
         for name in ("weak", "masked", "start", "scratch")
     }
-    for length in (20, 40, 80):
+    for length in (20, 80, 320):
         assert found[f"scratch_{length}"] == pytest.approx((length * step["scratch"],) * 2)
     own = 10 * step["masked"] + 20 * step["start"]
     assert found["start_20"] == pytest.approx((own, own + 20 * step["weak"]))
@@ -63,12 +64,12 @@ def test_the_rival_costs_no_less(results: Results, compare: Comparison) -> None:
 
 def test_what_it_is_ahead_by_is_paired(results: Results, compare: Comparison) -> None:
     rows = {row[0]: row for row in comparison(results, compare).rows}
-    assert set(rows) == {"weak_10", "weak_20", "start_10", "start_20", "scratch_20", "scratch_40", "scratch_80"}
+    assert set(rows) == {"weak_10", "weak_20", "start_10", "start_20", "scratch_20", "scratch_80", "scratch_320"}
     row = rows["start_10"]
     length = int(str(row[3]).rpartition("_")[2])
     assert row[1] == "0.5500 ± 0.0141"  # 0.5 + 0.01 + 0.03 or 0.05
     assert row[5] == ", ".join([f"{0.3 + (10 - length) / 1000:+.4f}"] * 2)
-    assert rows["scratch_80"][3:6] == ["", "", ""]
+    assert rows["scratch_320"][3:6] == ["", "", ""]
 
 
 def test_all_arms_are_in_one_picture(results: Results, tmp_path: Path) -> None:

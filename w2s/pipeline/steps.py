@@ -40,7 +40,7 @@ class Budgets:
     """Their optim.cooldown: the share of each length in which the learning rate falls."""
 
     def start(self, length: int) -> int:
-        """Where on the trunk the cool-down to a length begins, in steps (`w2s.optim.schedule.cooldown_start`)."""
+        """Where on the trunk the cool-down to a length begins, in steps (`OptimConfig.cooldown_start`)."""
         return length - round(self.cooldown * length)
 
 
