@@ -23,6 +23,17 @@ def accepts(stage: str, *overrides: str, world_size: int = 1) -> bool:
     return True
 
 
+def test_what_is_frozen_for_no_steps_or_is_not_there() -> None:
+    assert accepts("clip", "optim.text_frozen_steps=5", "optim.text_frozen_layers=4")
+    assert refusal("clip", "optim.vision_frozen_layers=1") == (
+        "optim.vision_frozen_layers=1 does nothing without optim.vision_frozen_steps: set both"
+    )
+    assert "must lie between 0 (the embeddings) and model.text.layers=4: leave it out" in refusal(
+        "clip", "optim.text_frozen_steps=5", "optim.text_frozen_layers=5"
+    )
+    assert "has no text tower" in refusal("mim", "optim.text_frozen_steps=5")
+
+
 def test_a_cool_down_belongs_to_a_constant_rate() -> None:
     assert refusal("mim", "optim.cooldown=0.1") == (
         "optim.cooldown=0.1 does nothing with optim.schedule=cosine: use optim.schedule=constant"

@@ -6,7 +6,7 @@ from torch import nn
 
 from w2s.config.load import load
 from w2s.config.sections import OptimConfig
-from w2s.optim.groups import has_trust_ratio, is_decayed, layer_id, parameter_groups, peak_lr
+from w2s.optim.groups import frozen_steps, has_trust_ratio, is_decayed, layer_id, parameter_groups, peak_lr
 
 OPTIM = OptimConfig(
     lr=5e-4, vision_lr=4e-4, text_lr=4e-5, vision_layer_decay=0.9, text_layer_decay=0.75, weight_decay=0.1
@@ -36,6 +36,15 @@ def test_learning_rates_of_eva_18b() -> None:
     assert peak_lr("vision", "head.weight", 48, OPTIM) == pytest.approx(4e-4)
     assert peak_lr("text", "token_embedding", 32, OPTIM) == pytest.approx(4e-5 * 0.75**33)
     assert peak_lr("text", "logit_scale", 32, OPTIM) == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize(("lowest", "frozen"), [(0, 1), (1, 2), (2, 3), (None, 4)])
+def test_the_lowest_layers_are_frozen_with_the_embeddings(lowest: int | None, frozen: int) -> None:
+    optim = OptimConfig(text_frozen_steps=7, text_frozen_layers=lowest)
+    upwards = ["token_embedding", "blocks.0.mlp.linear_fc1.weight", "blocks.1.input_layernorm.bias", "ln_final.weight"]
+    steps = [frozen_steps("text", name, 2, optim) for name in [*upwards, "logit_scale"]]
+    assert steps == [7] * frozen + [0] * (5 - frozen), "the logit scale always moves"
+    assert frozen_steps("vision", "pos_embed", 2, optim) == 0
 
 
 def test_a_tower_without_a_rate_of_its_own_takes_the_common_one() -> None:
@@ -84,7 +93,7 @@ def test_groups_hold_every_trained_parameter_once() -> None:
         ("vision", "blocks.1.mlp.linear_fc1.weight", 2, nn.Parameter(torch.zeros(2, 2))),
         ("text", "logit_scale", 2, frozen),
     ]
-    groups = parameter_groups(parameters, OPTIM, lambda kinds: kinds | {(0.0, True, False)})
+    groups = parameter_groups(parameters, OPTIM, lambda kinds: kinds | {(0.0, True, False, 0)})
     assert [(group["peak_lr"], group["weight_decay"], len(group["params"])) for group in groups] == [
         (0.0, 0.1, 0),  # what only another pipeline stage has
         (pytest.approx(4e-4 * 0.9), 0.1, 1),

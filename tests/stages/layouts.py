@@ -110,5 +110,5 @@ def _join(everyone: list[dict[str, Any]]) -> Steps:
         losses=[log["loss"] for log in logs],
         gradients=join_pieces([each["gradients"] for each in everyone]),
         weights=join_pieces([each["weights"] for each in everyone]),
-        teacher_images=logs[0].get("teacher_images_per_rank", 0.0),
+        teacher_images=(logs or [{}])[0].get("teacher_images_per_rank", 0.0),
     )

@@ -72,6 +72,7 @@ ONE_RANK = {
     "mim in emulated FP8": ("mim", ["precision.compute=bf16", "precision.fp8=emulated"]),
     "clip in one pass": ("clip", ["optim.name=lamb", "parallel.recompute=selective"]),
     "clip in two passes": ("clip", ["train.micro_batch=4", "clip.equal_captions=positives", "precision.compute=bf16"]),
+    "clip, frozen at first": ("clip", ["optim.vision_frozen_steps=2", "optim.name=lamb"]),
     "sigmoid": ("clip", ["clip.loss=sigmoid", "clip.logit_scale=10", "optim.clip_grad=0"]),
 }
 TWO_RANKS = {

@@ -2,7 +2,7 @@
 
 import torch
 
-from w2s.config.layout import check_micro_batches, check_ranks, check_towers
+from w2s.config.layout import check_micro_batches, check_ranks, check_towers, tower_names
 from w2s.config.linears import check_fp8_layout, check_linears
 from w2s.config.sections import ClipConfig, Config, HardwareConfig, InitConfig, OptimConfig
 from w2s.errors import ConfigError
@@ -20,6 +20,8 @@ _INTERVALS = {
     "optim.text_lr": "(0, inf)",
     "optim.vision_layer_decay": "(0, 1]",
     "optim.text_layer_decay": "(0, 1]",
+    "optim.vision_frozen_steps": "[0, inf)",
+    "optim.text_frozen_steps": "[0, inf)",
     "optim.cooldown": "[0, 1]",
     "optim.min_lr": "[0, 1]",
     "optim.warmup": "[0, inf)",
@@ -165,6 +167,24 @@ def _check_optimizer(config: Config) -> None:
         raise ConfigError(f"optim.betas={list(config.optim.betas)} must lie in [0, 1), such as [0.9, 0.98]")
     _check_trust_ratio(config.optim)
     _check_schedule(config.optim, config.train.steps)
+    for name in ("vision", "text"):
+        _check_frozen(config, name)
+
+
+def _check_frozen(config: Config, name: str) -> None:
+    steps, lowest = (getattr(config.optim, f"{name}_frozen_{what}") for what in ("steps", "layers"))
+    layers = getattr(config.model, name).layers
+    if steps and name not in tower_names(config):
+        raise ConfigError(f"optim.{name}_frozen_steps={steps}: the masked stage has no text tower, leave it out")
+    if lowest is not None and not steps:
+        raise ConfigError(
+            f"optim.{name}_frozen_layers={lowest} does nothing without optim.{name}_frozen_steps: set both"
+        )
+    if lowest is not None and not 0 <= lowest <= layers:
+        raise ConfigError(
+            f"optim.{name}_frozen_layers={lowest} must lie between 0 (the embeddings) and "
+            f"model.{name}.layers={layers}: leave it out to freeze the whole tower"
+        )
 
 
 def _check_schedule(optim: OptimConfig, steps: int) -> None:

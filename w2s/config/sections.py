@@ -369,6 +369,14 @@ class OptimConfig:
     """Factor on the learning rate per layer down from the vision tower's head."""
     text_layer_decay: float = 1.0
     """Factor on the learning rate per layer down from the text tower's projection."""
+    vision_frozen_steps: int = 0
+    """First steps in which the vision tower does not move, as far as `vision_frozen_layers` says."""
+    vision_frozen_layers: int | None = None
+    """How many of the lowest layers are frozen, with the embeddings below them: 0 for these alone, null for all."""
+    text_frozen_steps: int = 0
+    """First steps in which the text tower does not move; the logit scale does."""
+    text_frozen_layers: int | None = None
+    """As `vision_frozen_layers`."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: a cosine down to `min_lr`, or the peak rate up to a cool-down, so that runs of several lengths
     can share their first part."""

@@ -45,6 +45,7 @@ class Optimizer:
             # Megatron tells the groups of a checkpoint apart by these.
             group.update(
                 lr=group["peak_lr"],
+                frozen=False,
                 lr_mult=group["peak_lr"],
                 wd_mult=float(group["weight_decay"] > 0),
                 max_lr=group["peak_lr"],
@@ -55,8 +56,10 @@ class Optimizer:
             )
         lamb, adamw = partial(Lamb, trust_ratio=config.trust_ratio), partial(torch.optim.AdamW, fused=True)
         kind = lamb if config.name == "lamb" else adamw
+        self.updates = 0
         inner = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
         self.sharded = _distribute(inner, self.chunks, config, dtype)
+        self._settings = [{key: group[key] for key in group if key != "params"} for group in self.sharded.param_groups]
         if isinstance(inner, Lamb):
             exempt = {p for tower, _, _, p in parameters if not has_trust_ratio(tower, p, config.trust_1d, scratch)}
             _share_slices(inner, self.sharded, self.chunks, exempt)
@@ -70,7 +73,8 @@ class Optimizer:
     def step(self, lr_factor: float) -> Tensor:
         """Clip, update and gather the weights; nothing is read back from a GPU.
 
-        Gradients that are no numbers make weights that are none: whoever reads the norm has to look.
+        Gradients that are no numbers make weights that are none: whoever reads the norm has to look. What is frozen has
+        a rate of 0 and no part in the norm; its moments follow its gradients, so that its first step is not cold.
 
         Args:
             lr_factor: fraction of the peak learning rates.
@@ -79,7 +83,9 @@ class Optimizer:
             The global gradient norm before clipping, a scalar.
         """
         for group in self.sharded.param_groups:
-            group["lr"] = group["peak_lr"] * lr_factor
+            group["frozen"] = self.updates < group["frozen_steps"]
+            group["lr"] = 0.0 if group["frozen"] else group["peak_lr"] * lr_factor
+        self.updates += 1
         _, grad_norm, _ = self.sharded.step()
         return grad_norm
 
@@ -103,15 +109,15 @@ class Optimizer:
 
         Rates, decays and betas stay this run's own, which may go on from a run that had others.
         """
-        own = [{key: value for key, value in group.items() if key != "params"} for group in self.sharded.param_groups]
-        saved["optimizer"]["param_groups"] = [{**settings, "step": step} for settings in own]
+        saved["optimizer"]["param_groups"] = [{**settings, "step": step} for settings in self._settings]
         self.sharded.load_state_dict(saved)
-        for group, settings in zip(self.sharded.param_groups, own, strict=True):
-            group.update(settings)  # Megatron tells groups apart by some settings alone
+        for group, settings in zip(self.sharded.param_groups, self._settings, strict=True):
+            group.update(settings)  # Megatron tells groups apart by some settings alone, and mixes up the rest
         self._set_step(step)
 
     def _set_step(self, step: int) -> None:
         """Say how many updates were made (for the bias correction): Megatron keeps it only for some optimizers."""
+        self.updates = step
         for parameter, state in self.sharded.optimizer.state.items():
             state["step"] = torch.full((), float(step), device=parameter.device)  # each its own: they are counted up
 
@@ -121,16 +127,21 @@ class Optimizer:
 
 
 class _DistributedOptimizer(DistributedOptimizer):
-    """Megatron's distributed optimizer, but for two things.
+    """Megatron's distributed optimizer, but for three things.
 
-    Its reshardable checkpoints forget that torch's AdamW keeps a `step`, and it waits for the gradient norm.
+    Its reshardable checkpoints forget that torch's AdamW keeps a `step`, it waits for the gradient norm, and it
+    knows no groups that are frozen for a while.
     """
+
+    def get_parameters(self) -> list[torch.nn.Parameter]:
+        """Return what moves: the norm of the gradients is over these."""
+        return [parameter for group in self.param_groups if not group["frozen"] for parameter in group["params"]]
 
     def clip_grad_norm(self, clip_grad: float) -> Tensor:
         """Scale the gradients so that their global norm is at most `clip_grad`; return the norm before that."""
         norm = global_norm(compat.gradients_for_norm(self), self.grad_stats_parallel_group, self.device)
         if clip_grad < math.inf:
-            clip_grads_with_norm_(self.get_parameters(), clip_grad, norm)
+            clip_grads_with_norm_(super().get_parameters(), clip_grad, norm)
         return norm
 
     def _set_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:

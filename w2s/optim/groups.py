@@ -1,4 +1,4 @@
-"""Parameter groups: learning rate by tower and layer, weight decay by kind of parameter."""
+"""Parameter groups: learning rate and frozen steps by tower and layer, weight decay by kind of parameter."""
 
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -56,8 +56,18 @@ def has_trust_ratio(tower: str, parameter: nn.Parameter, trust_1d: str, scratch:
     return parameter.ndim != 1 or trust_1d == "always" or (trust_1d == "auto" and tower not in scratch)
 
 
-Kind = tuple[float, bool, bool]
-"""Peak learning rate of a group, whether weight decay applies, whether it holds the scalars of the loss.
+def frozen_steps(tower: str, name: str, layers: int, optim: OptimConfig) -> int:
+    """Return the first steps in which a parameter does not move."""
+    steps, lowest = {
+        "vision": (optim.vision_frozen_steps, optim.vision_frozen_layers),
+        "text": (optim.text_frozen_steps, optim.text_frozen_layers),
+    }[tower]
+    is_frozen = name not in SCALARS and (lowest is None or layer_id(name, layers) <= lowest)
+    return steps if is_frozen else 0
+
+
+Kind = tuple[float, bool, bool, int]
+"""Peak learning rate of a group, whether weight decay applies, whether it holds the scalars of the loss, frozen steps.
 
 The scalars are apart because Megatron takes all weights of a group to be of one type.
 """
@@ -68,7 +78,7 @@ def parameter_groups(
     optim: OptimConfig,
     everywhere: Callable[[set[Kind]], set[Kind]],
 ) -> list[dict[str, Any]]:
-    """Sort parameters into groups of one peak learning rate and one weight decay.
+    """Sort parameters into groups of one peak learning rate, one weight decay and one number of frozen steps.
 
     Args:
         parameters: (tower, global name, layers of the tower, parameter); those that a rank holds.
@@ -76,12 +86,18 @@ def parameter_groups(
         everywhere: takes the kinds of groups that this rank has, returns those that any rank has.
 
     Returns:
-        Groups with `params`, `peak_lr`, `weight_decay` and `scalars`, the same on every rank, some perhaps empty.
+        Groups with `params`, `peak_lr`, `weight_decay`, `scalars` and `frozen_steps`, the same on every rank, some
+        perhaps empty.
     """
     groups: dict[Kind, list[nn.Parameter]] = {}
     for tower, name, layers, parameter in parameters:
         if parameter.requires_grad:
-            kind = peak_lr(tower, name, layers, optim), is_decayed(name, parameter), name in SCALARS
+            kind = (
+                peak_lr(tower, name, layers, optim),
+                is_decayed(name, parameter),
+                name in SCALARS,
+                frozen_steps(tower, name, layers, optim),
+            )
             groups.setdefault(kind, []).append(parameter)
     return [
         {
@@ -89,6 +105,7 @@ def parameter_groups(
             "peak_lr": kind[0],
             "weight_decay": optim.weight_decay * kind[1],
             "scalars": kind[2],
+            "frozen_steps": kind[3],
         }
         for kind in sorted(everywhere(set(groups)))
     ]
