@@ -34,6 +34,14 @@ def test_what_is_frozen_for_no_steps_or_is_not_there() -> None:
     assert "has no text tower" in refusal("mim", "optim.text_frozen_steps=5")
 
 
+def test_only_a_finished_tower_grows() -> None:
+    assert accepts("mim", "init.vision=run", "init.grow=stack")
+    assert refusal("clip", "init.vision=none", "init.grow=stack") == (
+        "init.grow=stack needs a finished tower: name one with init.vision or init.text, or leave it out"
+    )
+    assert "init.grow_width=copy needs a finished" in refusal("clip", "init.checkpoint=run", "init.grow_width=copy")
+
+
 def test_a_cool_down_belongs_to_a_constant_rate() -> None:
     assert refusal("mim", "optim.cooldown=0.1") == (
         "optim.cooldown=0.1 does nothing with optim.schedule=cosine: use optim.schedule=constant"

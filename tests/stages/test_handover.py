@@ -88,6 +88,19 @@ def test_a_start_by_path_by_name_and_by_mlflow_id(chain: Chain, base: list[str])
     assert len(set(first_losses.values())) == 3
 
 
+@pytest.mark.parametrize(("stage", "own"), [("clip", ["init.text=clip"]), ("mim", [])])
+def test_a_finished_tower_grows(chain: Chain, base: list[str], stage: str, own: list[str]) -> None:
+    wider = ["width=64", "heads=4", "mlp_width=128", "layers=3"]
+    options = [*base, *QUIET, *own, "train.steps=2", *(f"model.vision.{change}" for change in wider)]
+    grown = ["init.vision=clip", "init.grow=interleave", "init.grow_width=split", f"run.name=grown-{stage}"]
+    run = run_stage(stage, [*options, *grown])
+    assert parent(run) == str(chain.clip / "checkpoints" / "step-00000004")
+    table = json.loads((run / "tables" / "handover.json").read_text())
+    assert table["rows"][1][0] == "grown"
+    assert "vision.patch_embed.weight" in table["rows"][1][2]
+    assert not any("vision." in row[2] for row in table["rows"] if row[0] == "loaded")
+
+
 @pytest.mark.parametrize(
     ("stage", "override", "line"),
     [

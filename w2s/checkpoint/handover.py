@@ -8,6 +8,7 @@ from typing import Any, Literal
 from w2s.checkpoint.eva_format import released_name
 from w2s.checkpoint.find import find
 from w2s.checkpoint.fit import OPTIONAL, PROJECTIONS, STAGE_ONLY, Fit, fit, summary
+from w2s.checkpoint.growth import NO_GROWTH, Grown, Growth, Size
 from w2s.checkpoint.released import Released, open_released
 from w2s.checkpoint.store import read_meta
 from w2s.config.sections import Config
@@ -30,6 +31,7 @@ class Handover:
         loaded: tensors taken over.
         dropped: tensors of the checkpoint that this stage has no use for.
         new: tensors of this stage that start afresh.
+        grown: tensors taken over for a deeper or wider tower.
         resized: tensors taken over and resampled for another image or patch size.
         also: the text tower's checkpoint, if it is another one.
     """
@@ -38,6 +40,7 @@ class Handover:
     loaded: list[str]
     dropped: list[str]
     new: list[str]
+    grown: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     also: Path | None = None
 
@@ -55,6 +58,7 @@ class Handover:
         """Return the table's rows: what happened, how many tensors, which."""
         return [
             ["loaded", str(len(self.loaded)), summary(self.loaded)],
+            *([["grown", str(len(self.grown)), summary(self.grown)]] if self.grown else []),
             *([["resized", str(len(self.resized)), ", ".join(self.resized)]] if self.resized else []),
             ["dropped", str(len(self.dropped)), summary(self.dropped)],
             ["new", str(len(self.new)), ", ".join(self.new)],
@@ -67,6 +71,7 @@ class Handover:
             loaded=self.loaded + other.loaded,
             dropped=self.dropped + other.dropped,
             new=self.new + other.new,
+            grown=self.grown + other.grown,
             resized=self.resized + other.resized,
             also=None if other.source == self.source else other.source,
         )
@@ -82,12 +87,19 @@ def take_over(towers: Towers, config: Config) -> Handover | None:
     for name, what, stage in (("vision", config.init.vision, "mim"), ("text", config.init.text, "clip")):
         checkpoint = find(what, root, key=f"init.{name}", stage=stage) if name in towers else None
         if checkpoint is not None:
-            one = hand_over(towers[name], name, checkpoint, config.init.projections)
+            growth = Growth(config.init.grow, config.init.grow_width, config.run.seed)
+            one = hand_over(towers[name], name, checkpoint, config.init.projections, growth)
             handover = one if handover is None else handover + one
     return handover
 
 
-def hand_over(tower: ShardedTower[Any], name: str, checkpoint: Path, projections: Projections = "keep") -> Handover:
+def hand_over(
+    tower: ShardedTower[Any],
+    name: str,
+    checkpoint: Path,
+    projections: Projections = "keep",
+    growth: Growth = NO_GROWTH,
+) -> Handover:
     """Load the weights of tower `name` from a checkpoint of an earlier stage or from other people's weights.
 
     Every rank calls, and reads its own slices alone. Optimizer state and FP8 state stay behind.
@@ -97,26 +109,44 @@ def hand_over(tower: ShardedTower[Any], name: str, checkpoint: Path, projections
         name: `vision` or `text`.
         checkpoint: a folder with meta.json, a weights file, an index, or a folder of weights.
         projections: whether heads and logit scale that fit are taken along.
+        growth: how the checkpoint's tower becomes deeper or wider, if it is smaller.
 
     Raises:
         CheckpointError: the checkpoint's tower has other shapes, or lacks something.
     """
     own, towers = state.tower_shapes({name: tower}), {name: tower}
     source = open_released(checkpoint)
+    if growth:
+        source = _grown(source, tower, name, growth)
     taken = fit(source, _wanted(own, source, projections), {name: tower.parts[0].config.num_attention_heads})
     _check(taken, name)
-    if source.format == "w2s":
+    if source.format == "w2s" and not growth:
         state.load_weights(checkpoint, towers, taken.loaded)
         copy_slices(towers, taken.read, taken.resized)
     else:
         copy_slices(towers, taken.read, taken.taken)
+    changed = source.changed if isinstance(source, Grown) else set()
+    grown = {ours for ours in taken.loaded if released_name(ours) in changed}
     return Handover(
         source=checkpoint,
-        loaded=sorted(taken.loaded),
+        loaded=sorted(set(taken.loaded) - grown),
         dropped=sorted(source.origin(other) for other in _of_tower(taken, name)),
         new=sorted(own.keys() - set(taken.taken)),
+        grown=sorted(grown),
         resized=sorted(taken.resized),
     )
+
+
+def _grown(source: Released, tower: ShardedTower[Any], name: str, growth: Growth) -> Grown:
+    part = tower.parts[0]
+    size = Size(
+        layers=part.config.num_layers,
+        width=part.config.hidden_size,
+        heads=part.config.num_attention_heads,
+        mlp_width=part.config.ffn_hidden_size,
+    )
+    post_norm = name == "vision" and part.shape.norm_placement == "post"
+    return Grown(source, {"vision": "visual", "text": "text"}[name], size, post_norm, growth)
 
 
 def _wanted(own: Shapes, source: Released, projections: Projections) -> Shapes:

@@ -44,6 +44,7 @@ class Released:
     Attributes:
         format: who wrote them: `eva`, `mim`, `open_clip`, `timm`, `text`, `hf` or `w2s`.
         path: where they come from, for messages.
+        heads: attention heads by released prefix, `visual` and `text`, as far as the checkpoint says.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Released:
         format: str,
         path: Path,
         change: Callable[[str, Tensor], Tensor],
+        heads: Mapping[str, int] | None = None,
     ) -> None:
         """Rename `tensors`.
 
@@ -62,9 +64,10 @@ class Released:
             format: who wrote it.
             path: where it comes from.
             change: makes the released layout out of a tensor and its name there.
+            heads: attention heads by released prefix, where they are known.
         """
         self._tensors, self._origins, self._change = tensors, origins, change
-        self.format, self.path = format, path
+        self.format, self.path, self.heads = format, path, dict(heads or {})
         self.meta = {name: tensors.meta[origin] for name, origin in origins.items()}
 
     def read(self, name: str) -> Tensor:
@@ -120,7 +123,8 @@ def _of_run(checkpoint: Path) -> Released:
     names = [name for name in stored.meta if name.startswith(("vision.", "text."))]
     if not names:
         raise CheckpointError(f"{checkpoint} holds no tower: use another checkpoint")
-    return Released(stored, {released_name(name): name for name in names}, "w2s", checkpoint, separated)
+    prefixed = {"visual": model.vision.heads, "text": model.text.heads}
+    return Released(stored, {released_name(name): name for name in names}, "w2s", checkpoint, separated, prefixed)
 
 
 def _released(name: str) -> str:

@@ -73,6 +73,7 @@ def _check_training(config: Config, world_size: int) -> None:
     _check_phases(config)
     _check_graphs(config)
     _check_continued(config.init)
+    _check_growth(config.init)
     if config.stage == "mim":
         _check_masks(config)
         _check_layers(config)
@@ -100,6 +101,14 @@ def _check_continued(init: InitConfig) -> None:
             raise ConfigError(
                 f"{key}={getattr(init, key.removeprefix('init.'))} does nothing with "
                 f"init.checkpoint={init.checkpoint}, which brings all weights: leave one of them out"
+            )
+
+
+def _check_growth(init: InitConfig) -> None:
+    for key, how in (("init.grow", init.grow), ("init.grow_width", init.grow_width)):
+        if how != "none" and (init.checkpoint != "none" or init.vision == init.text == "none"):
+            raise ConfigError(
+                f"{key}={how} needs a finished tower: name one with init.vision or init.text, or leave it out"
             )
 
 

@@ -51,11 +51,15 @@ def _draw(parameter: nn.Parameter, init: Init, counter: str) -> Tensor:
         shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()  # type: ignore[attr-defined]
     if init.kind == "constant":
         return torch.full(shape, init.value)
-    digest = hashlib.sha256(counter.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     if init.kind == "normal":
-        return torch.randn(shape, generator=generator) * init.value
-    return (torch.rand(shape, generator=generator) * 2 - 1) * init.value
+        return torch.randn(shape, generator=generator(counter)) * init.value
+    return (torch.rand(shape, generator=generator(counter)) * 2 - 1) * init.value
+
+
+def generator(counter: str) -> torch.Generator:
+    """Return a source of random numbers that depend on `counter`, such as seed and name of a tensor, alone."""
+    digest = hashlib.sha256(counter.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _slice(full: Tensor, parameter: nn.Parameter) -> Tensor:
