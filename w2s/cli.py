@@ -246,7 +246,10 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")],
     card: Annotated[str, typer.Option(help="Their kind: a100-40, a100-80, h100, h200 or b200.")] = "h100",
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Samples of a step; without it the configuration's, or the nearest legal.")
+        list[str] | None,
+        typer.Option(
+            metavar="[STAGE=]N", help="Samples of a step; without it the configuration's, or the nearest legal."
+        ),
     ] = None,
     top: Annotated[int, typer.Option(min=0, help="Layouts that are shown; 0 shows all.")] = 10,
     out: Annotated[Path | None, typer.Option(help="Write the fastest layout as a file for hardware=FILE.")] = None,
@@ -263,7 +266,7 @@ def plan(
         from w2s.planning.plan import find_plans
         from w2s.planning.request import request
 
-        asked = request(arguments, gpus, card, batch)
+        asked = request(arguments, gpus, card, batch or [])
         if out:
             hardware_file.check_name(out)
         found = {

@@ -70,6 +70,24 @@ def test_published_models_cost_what_the_released_ones_do(alone: Ranks, name: str
     assert caption == pytest.approx(expected_caption, abs=0.0051)
 
 
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_models_start_as_the_released_ones(name: str) -> None:
+    """The masked stage as EVA-01's code starts (0.015 for g, 0.02 else), the text tower as EVA-CLIP's does."""
+    clip = load("clip", [f"model={name}"])
+    assert (clip.init.std, clip.init.truncated, clip.init.text_mlp_bias) == (0.02, False, "uniform")
+    if name != "eva_8b_448":  # fine-tuned, without a masked stage
+        mim = load("mim", [f"model={name}"])
+        assert (mim.init.std, mim.init.truncated) == (0.015 if name.startswith("eva01") else 0.02, True)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_models_have_the_released_moments(name: str) -> None:
+    """The released commands of EVA-01 and EVA-02 name none and get the code's own; the paper of EVA-18B has its own."""
+    optim = load("clip", [f"model={name}"]).optim
+    code = name.startswith(("eva01", "eva02"))
+    assert (optim.betas, optim.eps) == (((0.9, 0.999), 1e-8) if code else ((0.9, 0.95), 1e-6))
+
+
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("stage", ["mim", "clip", "eval"])
 def test_every_model_makes_a_configuration_of_every_stage(name: str, stage: str) -> None:

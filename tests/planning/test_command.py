@@ -8,6 +8,7 @@ import pytest
 
 from w2s import cli
 from w2s.config.load import load
+from w2s.errors import UserError
 from w2s.planning.request import request
 
 
@@ -59,8 +60,17 @@ def test_a_batch_is_made_legal_and_one_that_is_given_is_not(
 
 
 def test_a_command_in_a_file_can_be_pasted_into_a_shell() -> None:
-    command = request(["mim", "model=eva_18b", "parallel.vision_split=[1,4]"], 8, "h100", 96).command
-    assert command == "w2s plan mim model=eva_18b 'parallel.vision_split=[1,4]' --gpus 8 --card h100 --batch 96"
+    command = request(["mim", "model=eva_18b", "parallel.vision_split=[1,4]"], 8, "h100", ["96"]).command
+    assert command == "w2s plan mim model=eva_18b 'parallel.vision_split=[1,4]' --gpus 8 --card h100 --batch mim=96"
+
+
+def test_a_batch_is_that_of_every_stage_or_of_one() -> None:
+    asked = request(["mim", "clip", "model=eva_18b"], 360, "h100", ["3600", "clip=108000"])
+    train = {stage: asked.config(stage, 360).train for stage in asked.stages}
+    assert [(part.global_batch, part.steps) for part in train.values()] == [(3600, 1_666_667), (108_000, 55_557)]
+    for wrong in ("eval=3600", "clip=0", "many"):
+        with pytest.raises(UserError, match=f"--batch {wrong} is no batch of mim or clip: use 4096, or mim=4096"):
+            request(["mim", "clip"], 8, "h100", [wrong])
 
 
 def test_how_a_stage_scales(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,8 @@ def made_by(name: str) -> Request:
     words = shlex.split(content(name).splitlines()[1].removeprefix("#"))[2:]
     options = dict(pairwise(words))
     arguments = words[: words.index("--gpus")]
-    return request(arguments, int(options["--gpus"]), options["--card"], None)
+    batches = [size for option, size in pairwise(words) if option == "--batch"]
+    return request(arguments, int(options["--gpus"]), options["--card"], batches)
 
 
 @pytest.mark.parametrize("name", NAMES)

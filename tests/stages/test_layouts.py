@@ -101,6 +101,8 @@ def common(material: Material) -> list[str]:
         "optim.lr=1e-4",
         "optim.vision_layer_decay=0.8",
         "init.post_norm=0.5",
+        "init.truncated=true",
+        "init.text_mlp_bias=uniform",
     ]
 
 

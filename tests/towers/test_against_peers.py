@@ -139,6 +139,31 @@ def test_text_tower_starts_as_clips(alone: Ranks) -> None:
     assert float(tower.blocks.layers[0].input_layernorm.weight.min()) == 1.0
 
 
+def test_a_truncated_start_is_eva_01s(alone: Ranks) -> None:
+    shape = VisionConfig(image_size=32, patch_size=8, layers=2, width=128, heads=2, mlp_width=256)
+    tower = ImageTower(shape, EMBED, ParallelConfig(), torch.float32)
+    fill(tower, vision_rule(shape, post_norm=0.0, std=0.015, truncated=True), seed=0)
+    weights = dict(tower.named_parameters())
+    # A normal cut at one standard deviation has 0.5396 of its own; the second layer is divided by sqrt(2 * 2).
+    ends = {"patch_embed.weight": 0.015, "pos_embed": 0.015, "blocks.layers.1.mlp.linear_fc2.weight": 0.0075}
+    for name, end in ends.items():
+        assert 0.95 * end < float(weights[name].abs().max()) <= end
+        assert float(weights[name].std()) == pytest.approx(0.5396 * end, rel=0.03)
+    assert not weights["patch_embed.bias"].any()
+
+
+def test_mlp_biases_of_a_text_tower_start_as_torchs(alone: Ranks) -> None:
+    shape = TextConfig(vocab_size=50, layers=1, width=256, heads=2, mlp_width=1024)
+    tower = TextTower(shape, EMBED, ParallelConfig(), torch.float32)
+    fill(tower, text_rule(shape, logit_scale=1.0, logit_bias=0.0, mlp_bias="uniform"), seed=0)
+    layer = tower.blocks.layers[0]
+    for bias, width in ((layer.mlp.linear_fc1.bias, 256), (layer.mlp.linear_fc2.bias, 1024)):
+        theirs = torch.nn.Linear(width, len(bias)).bias
+        assert float(bias.std()) == pytest.approx(float(theirs.std()), rel=0.1)
+        assert 0.9 * width**-0.5 < float(bias.abs().max()) <= width**-0.5
+    assert not layer.self_attention.linear_qkv.bias.any()
+
+
 def test_logit_scale_stays_float32_in_a_bfloat16_tower(alone: Ranks) -> None:
     tower = TextTower(TextConfig(vocab_size=50), EMBED, ParallelConfig(), torch.bfloat16)
     assert tower.logit_scale.dtype == torch.float32

@@ -28,6 +28,7 @@ _INTERVALS = {
     "optim.eps": "(0, inf)",
     "optim.weight_decay": "[0, inf)",
     "optim.clip_grad": "[0, inf)",
+    "init.std": "(0, inf)",
     "teacher.batch_size": "[1, inf)",
     "teacher.image_size": "[0, inf)",
     "train.eval_every": "[0, inf)",

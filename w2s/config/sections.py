@@ -528,6 +528,12 @@ class InitConfig:
     checkpoints: the model to evaluate, or the state that a training goes on from (weights, optimizer, step, data)."""
     post_norm: float = 1.0
     """Initial weight of the branch norms of a post-norm tower that starts from scratch (0 in EVA-01's masked stage)."""
+    std: float = 0.02
+    """Standard deviation of the normal that a vision tower's weights are drawn from."""
+    truncated: bool = False
+    """Cut that normal at one standard deviation, and draw the patch embedding from it too (EVA-01's masked stage)."""
+    text_mlp_bias: Literal["zero", "uniform"] = "zero"
+    """Biases of a text tower's MLPs: zero, or uniform in 1 / sqrt(inputs) on both sides of it (EVA-CLIP)."""
 
     @property
     def scratch(self) -> set[str]:

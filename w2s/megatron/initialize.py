@@ -16,9 +16,10 @@ from w2s.megatron.tower import Tower
 
 @dataclass(frozen=True)
 class Init:
-    """How a tensor starts: `normal` with a standard deviation, `uniform` within a bound, or a `constant`."""
+    """How a tensor starts: `normal` with a standard deviation, `truncated` (normal, cut at one standard deviation),
+    `uniform` within a bound, or a `constant`."""
 
-    kind: Literal["normal", "uniform", "constant"]
+    kind: Literal["normal", "truncated", "uniform", "constant"]
     value: float
 
 
@@ -53,6 +54,8 @@ def _draw(parameter: nn.Parameter, init: Init, counter: str) -> Tensor:
         return torch.full(shape, init.value)
     if init.kind == "normal":
         return torch.randn(shape, generator=generator(counter)) * init.value
+    if init.kind == "truncated":
+        return nn.init.trunc_normal_(torch.empty(shape), a=-1, b=1, generator=generator(counter)) * init.value
     return (torch.rand(shape, generator=generator(counter)) * 2 - 1) * init.value
 
 

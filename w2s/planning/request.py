@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from w2s.config.load import STAGES, load
@@ -21,8 +21,8 @@ class Request:
     overrides: tuple[str, ...]
     gpus: int
     card: str
-    batch: int | None
-    """Samples of a step over all GPUs; None takes the configuration's, or the nearest that the GPUs can share."""
+    batches: Mapping[str, int]
+    """Samples of a stage's step over all GPUs; without one the configuration's, or the nearest that they can share."""
 
     @property
     def fixed(self) -> frozenset[str]:
@@ -36,34 +36,45 @@ class Request:
             ConfigError: the overrides do not make one.
         """
         config = load(stage, [*ON_GPUS, *self.overrides])
-        return replace(config, train=_for_gpus(config.train, self.batch, gpus))
+        return replace(config, train=_for_gpus(config.train, self.batches.get(stage), gpus))
 
     @property
     def command(self) -> str:
         """The command line, quoted for a shell."""
-        batch = [] if self.batch is None else ["--batch", str(self.batch)]
-        options = ["--gpus", str(self.gpus), "--card", self.card, *batch]
+        batches = [word for stage, size in self.batches.items() for word in ("--batch", f"{stage}={size}")]
+        options = ["--gpus", str(self.gpus), "--card", self.card, *batches]
         return shlex.join(["w2s", "plan", *self.stages, *self.overrides, *options])
 
 
-def request(arguments: Sequence[str], gpus: int, card: str, batch: int | None) -> Request:
+def request(arguments: Sequence[str], gpus: int, card: str, batches: Sequence[str] = ()) -> Request:
     """Return what is asked for.
 
     Args:
         arguments: one or more stages, then overrides.
         gpus: how many there are.
         card: their name in cards.yaml.
-        batch: samples of a step over all GPUs; None takes the configuration's.
+        batches: samples of a step over all GPUs, `N` for every stage or `STAGE=N` for one.
 
     Raises:
-        UserError: there is no stage among the arguments, or one that is not trained.
+        UserError: there is no stage among the arguments, or one that is not trained; a batch is no number.
     """
     stages = tuple(argument for argument in arguments if "=" not in argument)
     unknown = [stage for stage in stages if stage not in STAGES or stage == "eval"]
     if unknown or not stages:
         named = f"stage {unknown[0]} is not one that is planned" if unknown else "w2s plan asks for no stage"
         raise UserError(f"{named}: use mim, clip, or both, as in `w2s plan mim model=eva_18b`")
-    return Request(stages, tuple(argument for argument in arguments if "=" in argument), gpus, card, batch)
+    overrides = tuple(argument for argument in arguments if "=" in argument)
+    return Request(stages, overrides, gpus, card, _by_stage(batches, stages))
+
+
+def _by_stage(batches: Sequence[str], stages: tuple[str, ...]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for given in batches:
+        stage, _, size = given.rpartition("=")
+        if stage not in ("", *stages) or not size.isdecimal() or int(size) < 1:
+            raise UserError(f"--batch {given} is no batch of {' or '.join(stages)}: use 4096, or {stages[0]}=4096")
+        found |= dict.fromkeys([stage] if stage else stages, int(size))
+    return found
 
 
 def _for_gpus(train: TrainConfig, batch: int | None, gpus: int) -> TrainConfig:

@@ -1,12 +1,12 @@
 """The towers of a stage with weights drawn from the seed: this rank's chunks of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from w2s.config.sections import Config
 from w2s.megatron.backend import linears_of
-from w2s.megatron.initialize import fill
+from w2s.megatron.initialize import Init, fill
 from w2s.megatron.sharded import ShardedTower, shard
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.initial import text_rule, vision_rule
@@ -36,7 +36,7 @@ def build_student(
         student = MaskedStudent(
             vision, target_width, config.parallel, dtype, number, linears, drops_masked, layer_widths
         )
-        fill(student, vision_rule(vision, config.init.post_norm), config.run.seed)
+        fill(student, _vision_start(config), config.run.seed)
         return student
 
     return shard(chunk, config.parallel, device)
@@ -51,15 +51,20 @@ def build_clip(
 
     def vision_chunk(number: int) -> ImageTower:
         tower = ImageTower(model.vision, model.embed_dim, config.parallel, dtype, number, seeing)
-        fill(tower, vision_rule(model.vision, config.init.post_norm), seed)
+        fill(tower, _vision_start(config), seed)
         return tower
 
     def text_chunk(number: int) -> TextTower:
         has_bias = config.clip.loss == "sigmoid"
         tower = TextTower(model.text, model.embed_dim, config.parallel, dtype, number, has_bias, reading)
-        fill(tower, text_rule(model.text, config.clip.logit_scale, config.clip.logit_bias), seed)
+        scalars = config.clip.logit_scale, config.clip.logit_bias
+        fill(tower, text_rule(model.text, *scalars, config.init.text_mlp_bias), seed)
         if tower.last:
             tower.logit_scale.requires_grad_(config.clip.learn_logit_scale)
         return tower
 
     return shard(vision_chunk, config.parallel, device), shard(text_chunk, config.parallel, device)
+
+
+def _vision_start(config: Config) -> Callable[[str], Init]:
+    return vision_rule(config.model.vision, config.init.post_norm, config.init.std, config.init.truncated)

@@ -11,22 +11,30 @@ ONE = Init("constant", 1.0)
 ZERO = Init("constant", 0.0)
 
 
-def vision_rule(shape: VisionConfig, post_norm: float) -> Callable[[str], Init]:
+def vision_rule(
+    shape: VisionConfig, post_norm: float, std: float = 0.02, truncated: bool = False
+) -> Callable[[str], Init]:
     """Return the start of each parameter of a vision tower, by its global name.
 
-    Normal with std 0.02, the output projections divided by sqrt(2 * layer) (baaivision/EVA,
-    shinji/eva_clip/eva_vit_model.py); torch's default for the patch embedding. The head starts at 1 / sqrt(width), as
-    CLIP's projections do: EVA's 2e-5 gives it a gradient that dominates the global norm.
+    Normal, the output projections divided by sqrt(2 * layer); torch's default for the patch embedding (baaivision/EVA,
+    EVA-CLIP-18B/shinji/eva_clip/eva_vit_model.py). Truncated, the patch embedding is as the rest
+    (EVA-01/eva/modeling_pretrain.py). The head starts at 1 / sqrt(width), as CLIP's projections do: EVA's 2e-5 gives it
+    a gradient that dominates the global norm.
 
     Args:
         shape: the tower's configuration.
         post_norm: weight of the branch norms of a post-norm tower.
+        std: standard deviation of the normal.
+        truncated: whether the normal is cut at one standard deviation.
     """
     patch_bound = 1 / math.sqrt(3 * shape.patch_size**2)
 
+    def drawn(std: float) -> Init:
+        return Init("truncated" if truncated else "normal", std)
+
     def rule(name: str) -> Init:
         layer = re.match(r"blocks\.(\d+)\.", name)
-        if name.startswith("patch_embed"):
+        if name.startswith("patch_embed") and not truncated:
             return Init("uniform", patch_bound)
         if name.endswith("bias"):
             return ZERO
@@ -37,24 +45,34 @@ def vision_rule(shape: VisionConfig, post_norm: float) -> Callable[[str], Init]:
         if name.startswith("head"):
             return Init("normal", shape.width**-0.5)
         if layer and name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-            return Init("normal", 0.02 / math.sqrt(2 * (int(layer[1]) + 1)))
-        return Init("normal", 0.02)
+            return drawn(std / math.sqrt(2 * (int(layer[1]) + 1)))
+        return drawn(std)
 
     return rule
 
 
-def text_rule(shape: TextConfig, logit_scale: float, logit_bias: float) -> Callable[[str], Init]:
+def text_rule(
+    shape: TextConfig, logit_scale: float, logit_bias: float, mlp_bias: str = "zero"
+) -> Callable[[str], Init]:
     """Return the start of each parameter of a text tower, by its global name.
 
-    Source: CLIP's initialisation as in baaivision/EVA, shinji/eva_clip/transformer.py.
+    Source: CLIP's initialisation as in baaivision/EVA, shinji/eva_clip/transformer.py, which leaves the biases of the
+    MLPs at torch's uniform ones.
 
     Args:
         shape: the tower's configuration.
         logit_scale: scale of the logits; its logarithm is the parameter.
         logit_bias: bias of the logits, where the tower has one.
+        mlp_bias: biases of the MLPs, `zero` or `uniform` within 1 / sqrt(inputs).
     """
     width = shape.width**-0.5
+    uniform = {
+        "linear_fc1.bias": Init("uniform", width),
+        "linear_fc2.bias": Init("uniform", shape.mlp_width**-0.5),
+    }
     starts = {
+        **(uniform if mlp_bias == "uniform" else {}),
+        ".bias": ZERO,
         "token_embedding": Init("normal", 0.02),
         "positional_embedding": Init("normal", 0.01),
         "text_projection": Init("normal", width),
@@ -67,8 +85,6 @@ def text_rule(shape: TextConfig, logit_scale: float, logit_bias: float) -> Calla
     }
 
     def rule(name: str) -> Init:
-        if name.endswith(".bias"):
-            return ZERO
         return next((start for ending, start in starts.items() if name.endswith(ending)), ONE)
 
     return rule
