@@ -16,7 +16,7 @@ from stages.mim import MaskedStage
 from tests.planning.measured import SMALL
 from tests.stages.shapes import write_shapes
 from w2s.config.load import load, named_model
-from w2s.config.sections import Config
+from w2s.config.sections import Config, HardwareConfig, ParallelConfig
 from w2s.data.stream import Stream
 from w2s.megatron import groups
 from w2s.planning.flops import (
@@ -29,6 +29,7 @@ from w2s.planning.flops import (
     teacher_flops,
     text_flops,
 )
+from w2s.towers.masked import MaskedStudent
 
 BATCH = 12
 CONFIG = [*SMALL, f"train.global_batch={BATCH}"]
@@ -165,6 +166,30 @@ def test_eva_18b_costs_what_was_worked_out_by_hand() -> None:
     assert stage_flops(whole, 256).model / 1e12 == pytest.approx(27.66, abs=5e-3)
     # Logits at 108k: twice 0.00033 in a loss that computes those of either direction, once here.
     assert loss_flops(clip).model / 3e12 == pytest.approx(0.0007 / 2, abs=5e-5)
+
+
+def trained(student: MaskedStudent, *inputs: torch.Tensor) -> None:
+    student(*inputs).float().sum().backward()
+
+
+def test_half_of_eva_18bs_tokens_by_the_counter() -> None:
+    """Its student forward and backward, without its weights; the teacher sees whole images in both."""
+    model, teacher = named_model("eva_18b").vision, named_model("eva02_e_plus")
+    seen = teacher_flops(teacher.vision, teacher.embed_dim)
+    totals = []
+    for options in ([], ["mim.predict=visible", "mim.masked_patches=128"]):
+        config = load("mim", ["model=eva_18b", "teacher=eva02_clip_e_plus", *options])
+        with groups.start(ParallelConfig(), HardwareConfig(device="cpu")), torch.device("meta"):
+            student = MaskedStudent(
+                model, teacher.embed_dim, ParallelConfig(), torch.bfloat16, drops_masked=bool(options)
+            )
+            images, masks = torch.empty(1, 3, 224, 224), torch.empty(1, model.patches, dtype=torch.bool)
+            places = torch.empty(1, config.mim.predicted(model.patches), dtype=torch.int64)
+            counted = operations(partial(trained, student, images, masks, places))
+        totals.append(counted + seen)
+        planned = stage_flops(config, 1, target_width=teacher.embed_dim, teacher=seen)
+        assert totals[-1] == pytest.approx(planned.model, rel=1e-9)
+    assert totals[1] / totals[0] == pytest.approx(0.54, abs=5e-3)
 
 
 def test_full_recompute_and_two_passes_cost_a_third_each() -> None:
