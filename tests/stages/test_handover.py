@@ -54,7 +54,7 @@ def test_eval_measures_what_clip_measured_at_its_end(chain: Chain) -> None:
     clip, measured = result(chain.clip), result(chain.eval)
     assert (clip["stage"], measured["stage"]) == ("clip", "eval")
     shared = {name for name in clip["metrics"] if name.startswith(("zero_shot/", "retrieval/"))}
-    assert len(shared) == 11
+    assert len(shared) == 14
     assert {name: measured["metrics"][name] for name in shared} == {name: clip["metrics"][name] for name in shared}
     assert measured["metrics"]["zero_shot/chance_top1"] == pytest.approx(1 / 24)
     assert {"knn/top1", "knn_random/top1", "knn_teacher/top1"} <= measured["metrics"].keys()
