@@ -41,8 +41,8 @@ def sample_spec(config: Config) -> SampleSpec:
 
 
 def see(tower: ImageTower, batch: Batch) -> Tensor:
-    """Features of a batch's images, seen through patch dropout: [n, embed_dim]."""
-    return tower(normalize(batch.images, MEAN, STD), batch.kept)
+    """Features of a batch's images, seen through patch dropout and drop path: [n, embed_dim]."""
+    return tower(normalize(batch.images, MEAN, STD), batch.kept, batch.branches)
 
 
 def read(tower: TextTower, batch: Batch) -> Tensor:

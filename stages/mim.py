@@ -94,7 +94,7 @@ class MaskedStage:
             masks = given(micro.masks)
             targets, *layers = given(micro.targets).split(self.widths, dim=-1)
             images = normalize(micro.images, MEAN, STD)
-            predictions = student(images, masks, self._places(masks), learn.of(layers))
+            predictions = student(images, masks, self._places(masks), learn.of(layers), micro.branches)
 
             def loss(predictions: Tensor) -> tuple[Tensor, Reported]:
                 value = LOSSES[self.config.mim.loss](predictions, targets)

@@ -15,8 +15,9 @@ from w2s.trainer import open_stream
 @pytest.mark.parametrize("stage", ["mim", "clip"])
 def test_noise_has_the_form_of_samples(stage: str, tmp_path: Path) -> None:
     shards = write_shapes(tmp_path / "shapes", shards=2, seed=0)
-    overrides = ["model=tiny", f"data.train={shards}", "data.builtin=none", "data.lanes=2", "data.workers=0"]
-    config = load(stage, [*overrides, "train.global_batch=8"])
+    overrides = ["model=tiny", "model.vision.drop_path=0.5", f"data.train={shards}", "data.builtin=none"]
+    overrides += ["data.lanes=2", "data.workers=0", "train.global_batch=8"]
+    config = load(stage, overrides)
     spec = mim.sample_spec(config, teacher_size=64) if stage == "mim" else clip.sample_spec(config)
     with closing(open_stream(config, spec, rank=0, size=1)) as stream:
         real = stream.next()
@@ -27,7 +28,8 @@ def test_noise_has_the_form_of_samples(stage: str, tmp_path: Path) -> None:
             assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), field.name
         else:
             assert type(ours) is type(theirs), field.name
-    # Masks and kept patches are those of the first samples of a run, and the end token is the largest number.
+    # What is drawn is that of the first samples of a run, and the end token is the largest number.
     assert noise.masks is None or torch.equal(noise.masks, real.masks)
     assert noise.kept is None or torch.equal(noise.kept, real.kept)
+    assert torch.equal(noise.branches, real.branches)
     assert noise.tokens is None or torch.equal(noise.tokens.max(dim=1).values, real.tokens.max(dim=1).values)

@@ -176,5 +176,6 @@ def test_cuda_graphs_name_all_that_they_need(monkeypatch: pytest.MonkeyPatch) ->
     split = ["parallel.pipeline=2", "train.micro_batch=32"]
     assert "needs parallel.pipeline=1: " in refusal("mim", graphs, *split, world_size=2)
     assert "needs parallel.tensor=1: " in refusal("mim", graphs, "parallel.tensor=2", world_size=2)
+    assert "needs model.vision.drop_path=0: " in refusal("mim", graphs, "model.vision.drop_path=0.1")
     phases = "data.phases=[{samples: 64, patch_dropout: 0.5}, {patch_dropout: 0}]"
     assert "needs one patch_dropout in all data.phases: " in refusal("clip", graphs, phases)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from w2s.config.load import load
+from w2s.config.load import STAGES, load
 from w2s.config.sections import ModelConfig, ParallelConfig
 from w2s.megatron.groups import Ranks
 from w2s.towers.clip import ImageTower, TextTower
@@ -58,6 +58,12 @@ def test_published_models_have_the_released_parameters(alone: Ranks, name: str) 
     assert (count(vision), count(text), count(vision) + count(text) + 1) == PARAMETERS[name]
 
 
+def test_drop_path_is_evas() -> None:
+    rates = {(name, stage): load(stage, [f"model={name}"]).model.vision.drop_path for name in ZOO for stage in STAGES}
+    used = {key: rate for key, rate in rates.items() if rate}
+    assert used == {("eva01_g", "mim"): 0.1, ("eva01_g_plus", "mim"): 0.1, ("eva01_g", "clip"): 0.4}
+
+
 @pytest.mark.parametrize("name", COST)
 def test_published_models_cost_what_the_released_ones_do(alone: Ranks, name: str) -> None:
     model = load("clip", [f"model={name}"]).model
@@ -89,7 +95,7 @@ def test_published_models_have_the_released_moments(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("stage", ["mim", "clip", "eval"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_model_makes_a_configuration_of_every_stage(name: str, stage: str) -> None:
     config = load(stage, [f"model={name}"])
     assert config.model.name == name

@@ -17,7 +17,15 @@ from w2s.data.sample import SampleSpec, crop_box, draw_mask, make_views, resize
 from w2s.data.tar import RawSample
 
 SPEC = SampleSpec(
-    image_size=64, grid=4, teacher_size=128, masked_patches=6, min_block=2, kept_patches=8, context_length=8
+    image_size=64,
+    grid=4,
+    teacher_size=128,
+    masked_patches=6,
+    min_block=2,
+    kept_patches=8,
+    layers=12,
+    drop_path=0.5,
+    context_length=8,
 )
 RATIO = (3 / 4, 4 / 3)
 
@@ -63,17 +71,19 @@ def test_everything_random_depends_on_seed_and_index() -> None:
         views = make_views(photo(), SPEC, seed, index)
         assert views.mask is not None
         assert views.kept is not None
-        return views.image.numpy().tobytes(), views.mask.tobytes(), views.kept.tobytes()
+        assert views.branches is not None
+        drawn = views.image.numpy(), views.mask, views.kept, views.branches
+        return tuple(array.tobytes() for array in drawn)
 
     assert fingerprint(1, 7) == fingerprint(1, 7)
     others = [fingerprint(seed, index) for seed in (0, 1) for index in range(8)]
-    assert [len({other[field] for other in others}) for field in range(3)] == [16, 16, 16]
+    assert [len({other[field] for other in others}) for field in range(4)] == [16, 16, 16, 16]
 
 
 def test_only_what_is_asked_for_is_made() -> None:
     views = make_views(raw(png=encode(noise(0))), SampleSpec(image_size=32, grid=4), 0, 0)
     assert views.image.shape == (3, 32, 32)
-    assert (views.teacher_image, views.mask, views.kept, views.caption) == (None, None, None, None)
+    assert (views.teacher_image, views.mask, views.kept, views.branches, views.caption) == (None,) * 5
 
 
 def test_boxes_follow_torchvisions_rule() -> None:

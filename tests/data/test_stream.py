@@ -40,6 +40,8 @@ SPEC = SampleSpec(
     masked_patches=6,
     min_block=2,
     kept_patches=8,
+    layers=3,
+    drop_path=0.5,
     context_length=8,
     image_key="png",
 )
@@ -70,7 +72,7 @@ def open_stream(folder: Path, rank: int = 0, size: int = 1, position: Any = None
 
 
 def same(one: Batch, other: Batch) -> bool:
-    tensors = ("images", "teacher_images", "masks", "kept", "tokens", "captions", "indices")
+    tensors = ("images", "teacher_images", "masks", "kept", "branches", "tokens", "captions", "indices")
     return one.keys == other.keys and all(torch.equal(getattr(one, t), getattr(other, t)) for t in tensors)
 
 
@@ -110,6 +112,7 @@ def test_a_batch_has_the_shapes_and_types_it_promises(whole: list[Batch]) -> Non
         "teacher_images": (torch.uint8, (16, 3, 24, 24)),
         "masks": (torch.bool, (16, 16)),
         "kept": (torch.int64, (16, 8)),
+        "branches": (torch.float32, (16, 3, 2)),
         "tokens": (torch.int64, (16, 8)),
         "captions": (torch.int64, (16,)),
         "indices": (torch.int64, (16,)),

@@ -18,6 +18,7 @@ RELATIVE = 1e-5
 some hundred rows in another order differ by a few of these a layer, and five steps pass them on."""
 
 TENSOR, SEQUENCE, PIPELINE = "parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"
+DROP_PATH = "model.vision.drop_path=0.4"
 VIRTUAL = "parallel.virtual_pipeline=2"
 SPLITS = ["parallel.vision_split=[1,3]", "parallel.text_split=[3,1]"]
 OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
@@ -57,10 +58,21 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "layers": ("mim", ["mim.predict=visible", "mim.loss=mse", LAYERS, "mim.layers_weight=1"]),
     "all": ("mim", ["mim.predict=all", "mim.loss=smooth_l1", "teacher.target_norm=layernorm"]),
     "clip": ("clip", ["init.vision=none"]),
+    "mim, drop path": ("mim", [DROP_PATH]),
+    "clip, drop path": ("clip", ["init.vision=none", DROP_PATH, "model.vision.norm_placement=pre"]),
     "sigmoid": ("clip", ["init.vision=none", "clip.loss=sigmoid", "clip.logit_scale=10"]),
 }
 """Stage and overrides of what is compared."""
 
+DROPPED = (
+    "accumulation",
+    "full recompute",
+    "selective recompute",
+    "data",
+    "tensor and sequence",
+    "virtual pipeline, recomputed",
+    "tensor, sequence, virtual pipeline",
+)
 ONLY = {
     "layers": (
         "accumulation",
@@ -75,6 +87,8 @@ ONLY = {
     ),
     "all": ("accumulation", "data", "pipeline"),
     "sigmoid": ("accumulation", "data", "pipeline"),
+    "mim, drop path": DROPPED,
+    "clip, drop path": DROPPED,
 }
 """Where some variants are compared; the others are everywhere."""
 

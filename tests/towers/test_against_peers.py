@@ -62,9 +62,8 @@ def image_tower(shape: VisionConfig) -> ImageTower:
     return tower
 
 
-@pytest.mark.parametrize("placement", ["post", "pre"])
-@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
-def test_vision_tower_is_timms_eva(alone: Ranks, placement: Any, norm: Any) -> None:
+def tower_and_peer(placement: Any, norm: Any, drop_path: float = 0.0) -> tuple[ImageTower, Eva]:
+    """Our tower and timm's, with the same weights."""
     # EVA-18B: heads of 128, MLP of 5 x width, patches of 14; EVA02-E's bias on Q and V goes with the layer norm.
     bias = norm == "layernorm"
     shape = VisionConfig(
@@ -74,7 +73,7 @@ def test_vision_tower_is_timms_eva(alone: Ranks, placement: Any, norm: Any) -> N
     peer = Eva(
         img_size=56, patch_size=14, embed_dim=256, depth=3, num_heads=2, mlp_ratio=5, qkv_bias=bias,
         use_post_norm=placement == "post", norm_layer=partial(RmsNorm if norm == "rmsnorm" else nn.LayerNorm, eps=1e-6),
-        num_classes=EMBED, global_pool="token", use_abs_pos_emb=True,
+        num_classes=EMBED, global_pool="token", use_abs_pos_emb=True, drop_path_rate=drop_path,
     )  # fmt: skip
     if not bias:
         peer.head.bias = None
@@ -84,8 +83,38 @@ def test_vision_tower_is_timms_eva(alone: Ranks, placement: Any, norm: Any) -> N
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
     tower = image_tower(shape)
     copy_from(tower, peer, VISION_NAMES)
+    return tower, peer
+
+
+@pytest.mark.parametrize("placement", ["post", "pre"])
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_vision_tower_is_timms_eva(alone: Ranks, placement: Any, norm: Any) -> None:
+    tower, peer = tower_and_peer(placement, norm)
     images = torch.randn(4, 3, 56, 56, generator=torch.Generator().manual_seed(1))
     assert_same(tower, tower(images), peer, peer.eval()(images), VISION_NAMES)
+
+
+@pytest.mark.parametrize("placement", ["post", "pre"])
+def test_drop_path_is_timms(alone: Ranks, placement: Any) -> None:
+    """timm draws, and ours scales its branches as timm's layers are seen to do."""
+    tower, peer = tower_and_peer(placement, "rmsnorm", drop_path=0.6)
+    branches = torch.ones(8, 3, 2)
+
+    def note(place: tuple[int, int], inputs: Tensor, output: Tensor) -> None:
+        branches[:, *place] = (output * inputs).sum((1, 2)) / inputs.square().sum((1, 2))
+
+    for layer, block in enumerate(peer.blocks[1:], 1):  # the first has a probability of 0
+        for branch, dropping in enumerate((block.drop_path1, block.drop_path2)):
+            dropping.register_forward_hook(
+                lambda _, inputs, output, place=(layer, branch): note(place, inputs[0].detach(), output.detach())
+            )
+    images = torch.randn(8, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(3)
+    theirs = peer.train()(images)
+    assert {round(scale, 4) for scale in branches.flatten().tolist()} == {0, 1, round(1 / 0.7, 4), round(1 / 0.4, 4)}
+    branches = torch.where(branches > 0.5, 1 / (1 - torch.linspace(0, 0.6, 3)[:, None]), 0)
+    assert_same(tower, tower(images, branches=branches), peer, theirs, VISION_NAMES)
+    assert_close("without", tower(images), peer.eval()(images))
 
 
 def test_text_tower_is_open_clips(alone: Ranks) -> None:

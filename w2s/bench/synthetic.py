@@ -1,10 +1,10 @@
-"""A batch of noise: the fields, the shapes, the masks and the kept patches of real samples, without reading any."""
+"""A batch of noise: the fields, the shapes and the drawn numbers of real samples, without reading any."""
 
 import numpy as np
 import torch
 
 from w2s.data.batch import Batch
-from w2s.data.sample import SampleSpec, draw_kept, draw_mask
+from w2s.data.sample import SampleSpec, draw_branches, draw_kept, draw_mask
 
 
 def synthetic_batch(spec: SampleSpec, size: int, vocabulary: int, seed: int = 0) -> Batch:
@@ -20,11 +20,13 @@ def synthetic_batch(spec: SampleSpec, size: int, vocabulary: int, seed: int = 0)
     indices = range(size)
     masks = np.stack([draw_mask(spec, seed, index) for index in indices]) if spec.masked_patches else None
     kept = np.stack([draw_kept(spec, seed, index) for index in indices]) if spec.kept_patches else None
+    branches = np.stack([draw_branches(spec, seed, index) for index in indices]) if spec.drop_path else None
     batch = Batch(
         images=_pixels(size, spec.image_size, noise),
         teacher_images=_pixels(size, spec.teacher_size, noise) if spec.teacher_size else None,
         masks=None if masks is None else torch.from_numpy(masks),
         kept=None if kept is None else torch.from_numpy(kept),
+        branches=None if branches is None else torch.from_numpy(branches),
         tokens=_tokens(size, spec.context_length, vocabulary, noise) if spec.context_length else None,
         captions=torch.arange(size) if spec.context_length else None,
         keys=[f"noise-{index}" for index in indices],

@@ -140,6 +140,7 @@ def _check_graphs(config: Config) -> None:
         "parallel.recompute=none or selective": parallel.recompute == "full",
         "precision.fp8=none": config.precision.fp8 != "none",
         "parallel.overlap_param_gather=false": parallel.overlap_param_gather,
+        "model.vision.drop_path=0": config.model.vision.drop_path > 0,
         "one patch_dropout in all data.phases": len(dropouts) > 1,
         "mim.layers=[]": config.stage == "mim" and bool(config.mim.layers),
         "hardware=auto on a machine with a GPU": config.hardware.device == "cpu" or not torch.cuda.device_count(),

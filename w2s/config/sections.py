@@ -74,9 +74,12 @@ class VisionConfig:
     """`post` norms the branch output before it is added (EVA-18B, EVA02-E), `pre` norms the branch input (EVA-8B)."""
     qkv_bias: bool = False
     """Bias on Q and V (never on K) and on the projection head."""
+    drop_path: float = 0.0
+    """Probability that training leaves out a branch of the last layer, rising linearly from 0 in the first (EVA-01)."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "model.vision", ("image_size", "patch_size", "layers", "width", "heads", "mlp_width"))
+        _require(0 <= self.drop_path < 1, f"model.vision.drop_path={self.drop_path} must be in [0, 1)")
         _require(
             self.image_size % self.patch_size == 0,
             f"model.vision.image_size={self.image_size} is not a multiple of patch_size={self.patch_size}: "

@@ -21,6 +21,8 @@ class Batch:
     """True where a patch is masked: bool [n, patches]."""
     kept: torch.Tensor | None = None
     """Patches that patch dropout keeps, ascending: int64 [n, kept]."""
+    branches: torch.Tensor | None = None
+    """What drop path multiplies the branches of the vision tower with: float32 [n, layers, 2], attention and MLP."""
     tokens: torch.Tensor | None = None
     """Tokenized captions: int64 [n, context length]."""
     captions: torch.Tensor | None = None

@@ -16,6 +16,7 @@ class Purpose(IntEnum):
     SOURCE = 5
     CAPTION = 6
     SOURCE_SEED = 7
+    BRANCHES = 8
 
 
 def generator(seed: int, purpose: Purpose, first: int, second: int = 0) -> np.random.Generator:

@@ -153,11 +153,13 @@ def _collate(views: list[Views], spec: SampleSpec) -> Batch:
     teacher = [view.teacher_image for view in views if view.teacher_image is not None]
     masks = [view.mask for view in views if view.mask is not None]
     kept = [view.kept for view in views if view.kept is not None]
+    branches = [view.branches for view in views if view.branches is not None]
     return Batch(
         images=torch.stack([view.image for view in views]),
         teacher_images=torch.stack(teacher) if teacher else None,
         masks=torch.from_numpy(np.stack(masks)) if masks else None,
         kept=torch.from_numpy(np.stack(kept)) if kept else None,
+        branches=torch.from_numpy(np.stack(branches)) if branches else None,
         tokens=tokenize(captions, spec.context_length) if captions else None,
         captions=torch.tensor([caption_hash(caption) for caption in captions]) if captions else None,
         keys=[view.key for view in views],

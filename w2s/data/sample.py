@@ -14,6 +14,7 @@ from w2s.data.bad import BadSample
 from w2s.data.captions import draw_caption
 from w2s.data.counter import Purpose, generator
 from w2s.data.decode import decode_crop
+from w2s.data.drop_path import branch_scales
 from w2s.data.masks import block_mask, kept_patches, uniform_mask
 from w2s.data.tar import RawSample, caption_file, find_image
 
@@ -38,6 +39,10 @@ class SampleSpec:
     """Mask patches anywhere instead of in blocks."""
     kept_patches: int = 0
     """Patches that patch dropout keeps; 0 keeps all and lists none."""
+    layers: int = 0
+    """Layers of the student."""
+    drop_path: float = 0.0
+    """Probability that drop path leaves out a branch of the last layer; 0 scales no branches."""
     context_length: int = 0
     """Tokens of a caption; 0 reads no captions."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -62,6 +67,8 @@ class SampleSpec:
         return cls(
             image_size=vision.image_size,
             grid=vision.grid,
+            layers=vision.layers,
+            drop_path=vision.drop_path,
             crop_scale=data.crop_scale,
             crop_ratio=data.crop_ratio,
             flip=data.flip,
@@ -89,11 +96,12 @@ class Views:
     teacher_image: torch.Tensor | None
     mask: NDArray[np.bool_] | None
     kept: NDArray[np.int64] | None
+    branches: NDArray[np.float32] | None
     caption: str | None
 
 
 def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views:
-    """Decode a sample and draw its crop, flip, mask and kept patches.
+    """Decode a sample and draw its crop, flip, mask, kept patches and branch scales.
 
     The student's and the teacher's view show the same crop with the same flip.
 
@@ -130,6 +138,7 @@ def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views
         teacher_image=views[1] if spec.teacher_size else None,
         mask=draw_mask(spec, seed, index) if spec.masked_patches else None,
         kept=draw_kept(spec, seed, index) if spec.kept_patches else None,
+        branches=draw_branches(spec, seed, index) if spec.drop_path else None,
         caption=caption,
     )
 
@@ -145,6 +154,11 @@ def draw_mask(spec: SampleSpec, seed: int, index: int) -> NDArray[np.bool_]:
 def draw_kept(spec: SampleSpec, seed: int, index: int) -> NDArray[np.int64]:
     """Draw the patches of a sample that patch dropout keeps, ascending: int64 [kept_patches]."""
     return kept_patches(generator(seed, Purpose.PATCHES, index), spec.grid**2, spec.kept_patches)
+
+
+def draw_branches(spec: SampleSpec, seed: int, index: int) -> NDArray[np.float32]:
+    """Draw the scales of a sample's branches under drop path: float32 [layers, 2]."""
+    return branch_scales(generator(seed, Purpose.BRANCHES, index), spec.layers, spec.drop_path)
 
 
 def crop_box(

@@ -1,4 +1,4 @@
-"""What a transformer layer is made of: norms, packed attention, the post-norm residual and the Q and V bias."""
+"""What a transformer layer is made of: norms, packed attention, residual adds and the Q and V bias."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -106,8 +105,33 @@ def _kernel(query: Tensor) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
 
+class PreNormAdd(nn.Module):
+    """residual + branch + bias, in the place of Megatron's bias-dropout-add (EVA-8B, the text tower).
+
+    Attributes:
+        scale: [rows, 1, 1], what drop path multiplies the branch with; None where it leaves nothing out.
+    """
+
+    scale: Tensor | None = None
+
+    def forward(self, training: bool, fused: bool) -> Any:
+        """Return the function that Megatron calls with (branch, bias), residual and dropout."""
+        return self._add
+
+    def _add(self, branch_and_bias: tuple[Tensor, Tensor], residual: Tensor, dropout: float) -> Tensor:
+        branch, bias = branch_and_bias
+        branch = branch + bias
+        return residual + (branch if self.scale is None else self.scale * branch)
+
+
 class PostNormAdd(nn.Module):
-    """residual + norm(branch + bias), in the place of Megatron's bias-dropout-add (EVA-18B, EVA02-E)."""
+    """residual + norm(branch + bias), in the same place (EVA-18B, EVA02-E).
+
+    Attributes:
+        scale: as in `PreNormAdd`.
+    """
+
+    scale: Tensor | None = None
 
     def __init__(self, config: TransformerConfig, norm: type[nn.Module]) -> None:
         super().__init__()
@@ -119,7 +143,25 @@ class PostNormAdd(nn.Module):
 
     def _add(self, branch_and_bias: tuple[Tensor, Tensor], residual: Tensor, dropout: float) -> Tensor:
         branch, bias = branch_and_bias
-        return self.norm(branch, (bias, residual))  # by calling the module: Megatron waits for weights in its hooks
+        # By calling the module: Megatron waits for weights in its hooks.
+        if self.scale is None:
+            return self.norm(branch, (bias, residual))
+        return residual + self.scale * self.norm(branch + bias)
+
+
+class Layer(TransformerLayer):
+    """Megatron's layer, whose branches drop path may scale.
+
+    The scales come as `context_mask` [rows, layers, 2], which Megatron hands on to every layer, again where it computes
+    one twice, and which nothing else uses without cross-attention.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what Megatron's layer returns: the rows and no context."""
+        scales = kwargs.get("context_mask")
+        for branch, add in enumerate((self.self_attn_bda, self.mlp_bda)):
+            add.scale = None if scales is None else scales[:, self.layer_number - 1, branch, None, None]
+        return super().forward(*args, **kwargs)
 
 
 class GeluMLP(MLP):
@@ -249,9 +291,9 @@ def layer_spec(
         submodules = TransformerLayerSubmodules(
             input_layernorm=NORMS[norm],
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=PreNormAdd,
             pre_mlp_layernorm=NORMS[norm],
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=PreNormAdd,
         )
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+    return ModuleSpec(module=Layer, submodules=submodules)

@@ -163,7 +163,12 @@ class Tower(MegatronModule):
         return [layer.layer_number - 1 for layer in self.blocks.layers]
 
     def run_layers(
-        self, embedded: Tensor | None, images: int, tokens: int, taps: Mapping[int, Tap] | None = None
+        self,
+        embedded: Tensor | None,
+        images: int,
+        tokens: int,
+        taps: Mapping[int, Tap] | None = None,
+        branches: Tensor | None = None,
     ) -> Tensor:
         """Run this chunk's layers.
 
@@ -173,6 +178,7 @@ class Tower(MegatronModule):
             tokens: tokens of a sequence.
             taps: losses of the tokens after layers of this chunk, by the layer's number; the schedule divides none of
                 them by the number of micro-batches.
+            branches: [images, layers of the tower, 2], what drop path multiplies the branches with; None is 1.
 
         Returns:
             [images, tokens, width] in the last chunk, packed rows [rows, 1, width] elsewhere.
@@ -183,16 +189,17 @@ class Tower(MegatronModule):
             if self.config.sequence_parallel:
                 rows = scatter_to_sequence_parallel_region(rows)
         packing = torch.ones(1, 1, dtype=torch.bool, device=next(self.parameters()).device).expand(images, tokens)
+        scales = self._scales(branches, tokens)
         if self.graphs is not None and rows is not None and torch.is_grad_enabled():  # else sizes vary
             rows = self.graphs(rows, packing)
         elif taps:
             with tapped(self.blocks, taps) as after:
-                rows = self.blocks(rows, attention_mask=packing)
+                rows = self.blocks(rows, attention_mask=packing, context_mask=scales)
             after[self.layer_numbers[-1]] = rows
             losses = [tap(self._whole(after[number], images, tokens)) for number, tap in taps.items()]
             rows = tie(rows, torch.stack(losses).sum())
         else:
-            rows = self.blocks(rows, attention_mask=packing)
+            rows = self.blocks(rows, attention_mask=packing, context_mask=scales)
         return self._whole(rows, images, tokens) if self.last else rows
 
     def _whole(self, rows: Tensor, images: int, tokens: int) -> Tensor:
@@ -201,3 +208,10 @@ class Tower(MegatronModule):
             # Every tensor-parallel rank computes the same head: its gradient is whole already, not a part to be summed.
             rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False)
         return rows.view(images, tokens, -1)
+
+    def _scales(self, branches: Tensor | None, tokens: int) -> Tensor | None:
+        """The scales of the branches for every row that this rank has: [rows, layers of the tower, 2]."""
+        if branches is None:
+            return None
+        scales = branches.to(self.config.params_dtype).repeat_interleave(tokens, dim=0)
+        return scatter_to_sequence_parallel_region(scales) if self.config.sequence_parallel else scales

@@ -29,17 +29,18 @@ class ImageTower(VisionTower):
         if self.last:
             self.head = nn.Linear(shape.width, embed_dim, bias=shape.qkv_bias, dtype=dtype)
 
-    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, kept: Tensor | None = None, branches: Tensor | None = None) -> Tensor:
         """Embed images.
 
         Args:
             images: [n, 3, side, side], normalised.
             kept: int64 [n, k], the patches that patch dropout keeps; None keeps all.
+            branches: [n, layers, 2], what drop path multiplies the layers' branches with; None leaves none out.
 
         Returns:
             [n, embed_dim], not normalised, in the last chunk; packed rows elsewhere.
         """
-        tokens = self.encode(images, kept=kept)
+        tokens = self.encode(images, kept=kept, branches=branches)
         return self.head(tokens[:, 0]) if self.last else tokens
 
 

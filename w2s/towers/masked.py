@@ -55,7 +55,14 @@ class MaskedStudent(VisionTower):
         own = {number: width for number, width in (layer_widths or {}).items() if number in self.layer_numbers}
         self.layer_heads = nn.ModuleDict({str(number): LayerHead(shape, width, dtype) for number, width in own.items()})
 
-    def forward(self, images: Tensor, masks: Tensor, places: Tensor, layer_loss: LayerLoss | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        masks: Tensor,
+        places: Tensor,
+        layer_loss: LayerLoss | None = None,
+        branches: Tensor | None = None,
+    ) -> Tensor:
         """Predict the teacher's features at some patches.
 
         Args:
@@ -63,6 +70,7 @@ class MaskedStudent(VisionTower):
             masks: bool [n, patches], True at masked patches.
             places: int64 [n, k], the patches to predict; where the masked ones are dropped, all others.
             layer_loss: what the predictions after single layers go into; without it none are made.
+            branches: [n, layers, 2], what drop path multiplies the layers' branches with; None leaves none out.
 
         Returns:
             [n, k, teacher width] in the last chunk, packed rows elsewhere.
@@ -76,7 +84,7 @@ class MaskedStudent(VisionTower):
 
         taps = {int(number): tap(number, head, layer_loss) for number, head in self.layer_heads.items() if layer_loss}
         seen: dict[str, Tensor] = {"kept": places} if self.drops_masked else {"masks": masks}
-        tokens = self.encode(images, **seen, taps=taps)
+        tokens = self.encode(images, **seen, taps=taps, branches=branches)
         return self.lm_head(chosen(tokens)) if self.last else tokens
 
 

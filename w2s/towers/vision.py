@@ -73,6 +73,7 @@ class VisionTower(Tower):
         masks: Tensor | None = None,
         kept: Tensor | None = None,
         taps: Mapping[int, Tap] | None = None,
+        branches: Tensor | None = None,
     ) -> Tensor:
         """Run the tower up to its final norm, or up to the end of this chunk.
 
@@ -81,13 +82,14 @@ class VisionTower(Tower):
             masks: bool [n, patches], True where the mask token takes a patch's place; None masks nothing.
             kept: int64 [n, k], the patches that patch dropout keeps; None keeps all.
             taps: losses of the tokens [n, 1 + patches (or k), width] after layers of this chunk, by the layer's number.
+            branches: [n, layers, 2], what drop path multiplies the layers' branches with; None leaves none out.
 
         Returns:
             Tokens [n, 1 + patches (or k), width] with CLS first in the last chunk, packed rows elsewhere.
         """
         embedded = self._embed(images, masks, kept) if self.first else None
         patches = self.shape.patches if kept is None else kept.shape[1]
-        tokens = self.run_layers(embedded, len(images), 1 + patches, taps)
+        tokens = self.run_layers(embedded, len(images), 1 + patches, taps, branches)
         return self.norm(tokens) if self.last else tokens
 
     def patch_tokens(self, images: Tensor) -> Tensor:
