@@ -111,7 +111,7 @@ class Grown(Released):
             CheckpointError: heads of another width.
         """
         self._source, self._tower, self._growth, self._post_norm = source, tower, growth, post_norm
-        self.format, self.path = source.format, source.path
+        self.format, self.path, self.heads = source.format, source.path, source.heads | {tower: size.heads}
         before = _size_of(source, tower, size)
         self._layers = layer_sources(before.layers, size.layers, growth.depth)
         self._maps = {} if growth.width == "none" else _maps(before, size)
