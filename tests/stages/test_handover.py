@@ -88,11 +88,12 @@ def test_a_start_by_path_by_name_and_by_mlflow_id(chain: Chain, base: list[str])
     assert len(set(first_losses.values())) == 3
 
 
-@pytest.mark.parametrize(("stage", "own"), [("clip", ["init.text=clip"]), ("mim", [])])
-def test_a_finished_tower_grows(chain: Chain, base: list[str], stage: str, own: list[str]) -> None:
+@pytest.mark.parametrize("stage", ["clip", "mim"])
+def test_a_finished_tower_grows(chain: Chain, base: list[str], stage: str, tmp_path: Path) -> None:
     wider = ["width=64", "heads=4", "mlp_width=128", "layers=3"]
-    options = [*base, *QUIET, *own, "train.steps=2", *(f"model.vision.{change}" for change in wider)]
-    grown = ["init.vision=clip", "init.grow=interleave", "init.grow_width=split", f"run.name=grown-{stage}"]
+    options = [*base, *QUIET, "train.steps=2", *(f"model.vision.{change}" for change in wider)]
+    options += [f"init.text={chain.clip}"] if stage == "clip" else []
+    grown = [f"init.vision={chain.clip}", "init.grow=interleave", "init.grow_width=split", f"run.root={tmp_path}"]
     run = run_stage(stage, [*options, *grown])
     assert parent(run) == str(chain.clip / "checkpoints" / "step-00000004")
     table = json.loads((run / "tables" / "handover.json").read_text())
