@@ -21,6 +21,7 @@ from w2s.objectives.contrastive import contrastive_loss
 from w2s.objectives.sigmoid import sigmoid_loss
 from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe
+from w2s.teachers.text import text_weights
 from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.vision import MEAN, STD
@@ -156,7 +157,8 @@ class ContrastiveStage:
 
     def begin(self) -> Handover | None:
         """Take over the towers that `init.vision` and `init.text` name."""
-        return take_over(self.towers, self.config)
+        from_teacher = self.config.init.text == "teacher"
+        return take_over(self.towers, self.config, text_weights(self.config) if from_teacher else None)
 
     @torch.no_grad()
     def after_update(self) -> None:

@@ -17,19 +17,22 @@ from w2s.data.batch import Batch, gather_batch, given, normalize
 from w2s.data.sample import SampleSpec, draw_mask
 from w2s.evaluation.dataset import EvalSet
 from w2s.evaluation.encode import encode_all
+from w2s.evaluation.evaluate import under
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.schedule import Loss, Reported, forward_backward, infer, means
 from w2s.megatron.sharded import data_parallel
 from w2s.objectives.layers import LayerLosses
 from w2s.objectives.masked import LOSSES, constant_cosine, masked_cosines
+from w2s.objectives.summary import summary_loss
 from w2s.optim.schedule import falling_weight
 from w2s.precision import compute_dtype
 from w2s.probe import Probe, patch_features, teacher_features
+from w2s.teachers.base import Features, Teacher
 from w2s.teachers.build import build_teacher
 from w2s.teachers.targets import TargetNorm
 from w2s.towers.build import build_student
-from w2s.towers.masked import MaskedStudent, at_places, everywhere, places_to_predict, put_at_places
+from w2s.towers.masked import MaskedStudent, Outputs, at_places, everywhere, places_to_predict, put_at_places
 from w2s.towers.vision import MEAN, STD
 from w2s.tracking.pictures import features_picture, masked_picture
 from w2s.tracking.tracker import Tracker
@@ -70,7 +73,10 @@ class MaskedStage:
         layers, width = [pair.student for pair in config.mim.layers], self.teacher.layer_width
         norms = [TargetNorm(width, config.teacher.target_norm) for _ in layers]
         self.layer_norms = nn.ModuleList(norms).to(ranks.device)
-        student = build_student(config, self.teacher.width, dtype, ranks.device, dict.fromkeys(layers, width))
+        self.summary_width = config.mim.summary_width(self.teacher.width, self.teacher.summary_width)
+        student = build_student(
+            config, self.teacher.width, dtype, ranks.device, dict.fromkeys(layers, width), self.summary_width
+        )
         self.student = data_parallel(student, config.parallel, config.precision)
         self.towers: Towers = {"vision": self.student}
         self.optimizer = Optimizer(self.towers, config.optim, dtype, config.init.scratch)
@@ -92,13 +98,14 @@ class MaskedStage:
 
         def forward(student: MaskedStudent, micro: Batch) -> tuple[Tensor, Loss]:
             masks = given(micro.masks)
-            targets, *layers = given(micro.targets).split(self.widths, dim=-1)
+            patches, *layers = given(micro.targets).split(self.widths, dim=-1)
+            targets = Outputs(patches, micro.summaries)
             images = normalize(micro.images, MEAN, STD)
             predictions = student(images, masks, self._places(masks), learn.of(layers), micro.branches)
 
-            def loss(predictions: Tensor) -> tuple[Tensor, Reported]:
-                value = LOSSES[self.config.mim.loss](predictions, targets)
-                return value, {"loss": value.detach(), **self._cosines(predictions.detach(), targets)}
+            def loss(predictions: Outputs) -> tuple[Tensor, Reported]:
+                value = self._loss(predictions, targets)
+                return value, {"loss": value.detach(), **self._cosines(predictions, targets)}
 
             return predictions, loss
 
@@ -110,11 +117,26 @@ class MaskedStage:
         """Exchange the images at the teacher's size for its features of them, at the patches to predict."""
         images, masks = given(batch.teacher_images), self._masks(batch)
         layers, places = [pair.teacher for pair in self.config.mim.layers], self._places(masks)
-        own = [teacher_features(self.teacher, part, layers) for part in images.split(self.config.train.micro_batch)]
-        features = [torch.cat(parts) for parts in zip(*((each.patches, *each.layers) for each in own), strict=True)]
-        norms = zip((self.target_norm, *self.layer_norms), features, strict=True)
+        parts = images.split(self.config.train.micro_batch)
+        features = Features.join([teacher_features(self.teacher, part, layers) for part in parts])
+        norms = zip((self.target_norm, *self.layer_norms), (features.patches, *features.layers), strict=True)
         targets = [at_places(norm(each, self.ranks.world_group, update=True), places) for norm, each in norms]
-        return dataclasses.replace(batch, teacher_images=None, masks=masks, targets=torch.cat(targets, dim=-1))
+        joined, summaries = torch.cat(targets, dim=-1), self._summary(features)
+        return dataclasses.replace(batch, teacher_images=None, masks=masks, targets=joined, summaries=summaries)
+
+    def _summary(self, features: Features) -> Tensor | None:
+        """The summary target, if there is one."""
+        if not self.summary_width:
+            return None
+        return features.summary if self.config.mim.summary == "cls" else Teacher.pooled(features.patches)
+
+    def _loss(self, predictions: Outputs, targets: Outputs) -> Tensor:
+        """The loss at the patches and, where it has a weight, that of the summary."""
+        mim = self.config.mim
+        loss = LOSSES[mim.loss](predictions.patches, targets.patches)
+        if predictions.summary is None:
+            return loss
+        return loss + mim.summary_weight * summary_loss(predictions.summary, given(targets.summary))
 
     def _layers_weight(self, batch: Batch) -> float:
         """The weight of the losses of single layers at the step that the samples are of."""
@@ -132,10 +154,17 @@ class MaskedStage:
         """The patches to predict: int64 [n, k]."""
         return places_to_predict(masks, self.config.mim)
 
-    def _cosines(self, predictions: Tensor, targets: Tensor) -> Reported:
-        """Cosine of predictions and targets [n, k, d], where that is not the loss, and the best constant's."""
-        found = {} if self.config.mim.loss == "cosine" else {"cosine": masked_cosines(predictions, targets).mean()}
-        return found | {"constant_cosine": constant_cosine(targets.flatten(0, 1))}
+    @torch.no_grad()
+    def _cosines(self, predictions: Outputs, targets: Outputs) -> Reported:
+        """Cosine of predictions and targets, where that is not the loss, and the best constant's; of summaries too."""
+        found = {"constant_cosine": constant_cosine(targets.patches.flatten(0, 1))}
+        if self.config.mim.loss != "cosine" or self.summary_width:
+            found["cosine"] = masked_cosines(predictions.patches, targets.patches).mean()
+        if predictions.summary is not None:
+            summaries = given(targets.summary)
+            found["summary_cosine"] = masked_cosines(predictions.summary, summaries).mean()
+            found["summary_constant_cosine"] = constant_cosine(summaries)
+        return found
 
     @property
     def _kind(self) -> str:
@@ -169,7 +198,7 @@ class MaskedStage:
         """Measure the finished student and its baselines, and draw what it has learnt."""
         if not self.config.eval.shards:
             return {}
-        metrics = self.evaluate() | self.probe.baselines()
+        metrics = self.evaluate() | self.probe.as_clip(self.student, self.teacher) | self.probe.baselines()
         if self.config.eval.knn_shards:
             metrics |= self._cosine("neighbours", self.probe.neighbours)
         tracker.results(metrics, "masked stage")
@@ -182,19 +211,26 @@ class MaskedStage:
         norm = self._norm_for_tests()
 
         def measure(numbers: Tensor) -> Tensor:
-            """Mean cosine and mean direction of the targets at an image's places: [n, 1 + teacher width]."""
+            """Cosine and direction of the targets, first the mean of an image's places, then the summary's if any."""
             predictions, targets, masks = self._predict(numbers, images, norm)
-            predictions, targets = (at_places(each, self._places(masks)) for each in (predictions, targets))
-            cosines = masked_cosines(predictions, targets).mean(1, keepdim=True)
-            return torch.cat([cosines, F.normalize(targets, dim=-1).mean(1)], dim=1)
+            at = [at_places(each.patches, self._places(masks)) for each in (predictions, targets)]
+            columns = [masked_cosines(*at).mean(1, keepdim=True), F.normalize(at[1], dim=-1).mean(1)]
+            if predictions.summary is not None and targets.summary is not None:
+                columns += [masked_cosines(predictions.summary, targets.summary)[:, None]]
+                columns += [F.normalize(targets.summary, dim=-1)]
+            return torch.cat(columns, dim=1)
 
         size = self.config.eval.batch_size
         mean = encode_all(measure, torch.arange(count), size, self.ranks.data_group).mean(0)
-        return {f"{name}/{self._kind}_cosine": mean[0].item(), f"{name}/constant_cosine": mean[1:].norm().item()}
+        patches, summary = mean.split([1 + self.teacher.width, len(mean) - 1 - self.teacher.width])
+        found = {f"{self._kind}_cosine": patches[0].item(), "constant_cosine": patches[1:].norm().item()}
+        if self.summary_width:
+            found |= {"summary_cosine": summary[0].item(), "summary_constant_cosine": summary[1:].norm().item()}
+        return under(name, found)
 
     @torch.no_grad()
-    def _predict(self, numbers: Tensor, images: ImagesOfSize, norm: TargetNorm) -> tuple[Tensor, Tensor, Tensor]:
-        """Predictions and targets [n, patches, teacher width] and masks of some images, at all their patches.
+    def _predict(self, numbers: Tensor, images: ImagesOfSize, norm: TargetNorm) -> tuple[Outputs, Outputs, Tensor]:
+        """Predictions, targets and masks [n, patches] of some images, at all their patches.
 
         Predictions are NaN at patches that the student does not see.
         """
@@ -203,19 +239,24 @@ class MaskedStage:
         masks = torch.from_numpy(np.stack(drawn)).to(device)
         seen = normalize(images(vision.image_size).images[numbers].to(device), MEAN, STD)
         places = self._places(masks) if self.config.mim.predict == "visible" else everywhere(masks)
-        predicted = infer(self.student, (seen, masks, places), MaskedStudent.__call__, self.tokens).float()
-        predictions = put_at_places(predicted, places, vision.patches)
+        rows = infer(self.student, (seen, masks, places), MaskedStudent.predict, self.tokens).float()
+        predicted = Outputs.from_rows(rows, self.teacher.width, self.summary_width)
         targets = self._teach_together(images(self.teacher.image_size).images[numbers], self.ranks.model_group)
-        return predictions, norm(targets, update=False), masks
+        return (
+            predicted._replace(patches=put_at_places(predicted.patches, places, vision.patches)),
+            targets._replace(patches=norm(targets.patches, update=False)),
+            masks,
+        )
 
-    def _teach_together(self, images: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def _teach_together(self, images: Tensor, group: dist.ProcessGroup) -> Outputs:
         """The teacher's features of images that all ranks of `group` have; each computes those of a share."""
         share = math.ceil(len(images) / dist.get_world_size(group))
 
         def teach(part: Tensor) -> Tensor:
-            return teacher_features(self.teacher, part).patches.flatten(1)
+            features = teacher_features(self.teacher, part)
+            return Outputs(features.patches, self._summary(features)).rows()
 
-        return encode_all(teach, images, share, group).unflatten(1, (-1, self.teacher.width))
+        return Outputs.from_rows(encode_all(teach, images, share, group), self.teacher.width, self.summary_width)
 
     def _norm_for_tests(self) -> TargetNorm:
         """The running statistics; before the first step, those of some of the images that k-NN looks among."""
@@ -224,14 +265,14 @@ class MaskedStage:
             known = self.probe.neighbours if self.config.eval.knn_shards else self.probe.test_set
             images = known(self.teacher.image_size).images
             some = images[:: max(1, len(images) // self.config.eval.batch_size)]
-            norm(self._teach_together(some, self.ranks.world_group), update=True)
+            norm(self._teach_together(some, self.ranks.world_group).patches, update=True)
         return norm
 
     def _draw(self, tracker: Tracker) -> None:
         images = self.probe.test_set(self.config.model.vision.image_size).images
         numbers = torch.linspace(0, len(images) - 1, self.config.tracking.pictures).long().unique()
         predictions, targets, masks = self._predict(numbers, self.probe.test_set, self.target_norm)
-        shown, cosines = images[numbers], masked_cosines(predictions, targets)
+        shown, cosines = images[numbers], masked_cosines(predictions.patches, targets.patches)
         student = patch_features(self.student, shown)
         tracker.picture("masked", lambda path: masked_picture(path, shown, masks, cosines, self._kind))
-        tracker.picture("features", lambda path: features_picture(path, shown, student, targets))
+        tracker.picture("features", lambda path: features_picture(path, shown, student, targets.patches))

@@ -119,11 +119,11 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]
     """The two towers as functions (a masked run has no text tower), and in words what the features of an image are."""
     config, dtype = job.config, compute_dtype(job.config.precision)
     source, tokens = open_released(job.checkpoint), 1 + job.config.model.vision.patches
+    if not source.has("visual"):
+        raise CheckpointError(f"{job.checkpoint} is a text tower alone: encode with a whole CLIP")
+    if job.texts is not None and not source.has("text"):
+        raise CheckpointError(f"{job.checkpoint} has no text tower: leave --texts out, or encode with a clip run")
     if "visual.head.weight" not in source.meta:
-        if not source.has("visual"):
-            raise CheckpointError(f"{job.checkpoint} is a text tower alone: encode with a whole CLIP")
-        if job.texts is not None:
-            raise CheckpointError(f"{job.checkpoint} has no text tower: leave --texts out, or encode with a clip run")
         student = build_student(config, 1, dtype, ranks.device)
         hand_over(student, "vision", job.checkpoint)
         return lambda images: patch_features(student, images).mean(1), None, "mean of the normed patch tokens"

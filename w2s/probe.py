@@ -1,5 +1,6 @@
 """What is measured of a vision tower whatever it was trained for: k-NN of its features, beside two baselines."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from w2s.config.sections import Config, PrecisionConfig
 from w2s.data.batch import normalize
 from w2s.data.tokens import tokenize
+from w2s.errors import ConfigError
 from w2s.evaluation.dataset import EvalSet, load_eval_set
 from w2s.evaluation.encode import Encoder
 from w2s.evaluation.evaluate import ClipResult, evaluate_clip, evaluate_knn, of_sets, under
@@ -19,9 +21,13 @@ from w2s.megatron.schedule import infer
 from w2s.megatron.sharded import ShardedTower
 from w2s.teachers.base import Features, Teacher
 from w2s.teachers.build import build_teacher
+from w2s.teachers.text import build_text_teacher
 from w2s.towers.build import build_student
 from w2s.towers.clip import ImageTower, TextTower
+from w2s.towers.masked import MaskedStudent
 from w2s.towers.vision import MEAN, STD
+
+logger = logging.getLogger(__name__)
 
 
 def patch_features(tower: ShardedTower[Any], images: Tensor) -> Tensor:
@@ -91,6 +97,47 @@ class Probe:
         )
         return {name: value for name, value in measured.items() if name.endswith(("/top1", "/top5"))}
 
+    def as_clip(self, student: ShardedTower[MaskedStudent], teacher: Teacher) -> dict[str, float]:
+        """Measure a student with its teacher's text tower as a CLIP, and the teacher's own under `teacher/`.
+
+        Nothing without a summary target in the space that the teacher shares with text, or without a text tower.
+        """
+        config, device = self.config, self.ranks.device
+        shares_space = config.mim.summary == "cls" and config.model.embed_dim == teacher.summary_width
+        if not (config.mim.summary_weight and shares_space):
+            return {}
+        try:
+            text = build_text_teacher(
+                config.teacher, context_length=config.model.text.context_length, device=device, root=config.run.root
+            )
+        except ConfigError as error:
+            logger.info("the student is not measured as a CLIP: %s", error)
+            return {}
+
+        def see(images: Tensor) -> Tensor:
+            seen = normalize(images.to(device), MEAN, STD)
+            return infer(student, (seen,), MaskedStudent.embed, 1 + config.model.vision.patches)
+
+        def show(images: Tensor) -> Tensor:
+            return teacher_features(teacher, images).summary
+
+        size, group = config.model.vision.image_size, self.ranks.world_group
+        ours = self._clip(see, text, self.test_set(size), self.ranks.data_group)
+        theirs = self._clip(show, text, self.test_set(teacher.image_size), group)
+        return ours.metrics | under("teacher", theirs.metrics)
+
+    def _clip(self, encode_image: Encoder, encode_text: Encoder, test: EvalSet, group: dist.ProcessGroup) -> ClipResult:
+        """Classify and retrieve test images by their texts; the ranks of `group` share the work."""
+        device, length = self.ranks.device, self.config.model.text.context_length
+        return evaluate_clip(
+            self.config.eval,
+            test,
+            encode_image=encode_image,
+            encode_text=lambda texts: encode_text(texts.to(device)),
+            tokenize=lambda texts: tokenize(texts, length),
+            group=group,
+        )
+
     def _knn(
         self, title: str, encode: Encoder, image_size: int, group: dist.ProcessGroup | None = None
     ) -> dict[str, float]:
@@ -128,13 +175,9 @@ class ClipProbe(Probe):
         """Classify and retrieve the test images of `eval.shards`, or of a set of `eval.sets`, by their texts."""
         device, length = self.ranks.device, self.config.model.text.context_length
         tokens = 1 + self.config.model.vision.patches
-        return evaluate_clip(
-            self.config.eval,
+        return self._clip(
+            lambda images: infer(vision, (normalize(images.to(device), MEAN, STD),), ImageTower.__call__, tokens),
+            lambda texts: infer(text, (texts,), TextTower.__call__, length),
             self.test_set(self.config.model.vision.image_size, name),
-            encode_image=lambda images: infer(
-                vision, (normalize(images.to(device), MEAN, STD),), ImageTower.__call__, tokens
-            ),
-            encode_text=lambda texts: infer(text, (texts.to(device),), TextTower.__call__, length),
-            tokenize=lambda texts: tokenize(texts, length),
-            group=self.ranks.data_group,
+            self.ranks.data_group,
         )

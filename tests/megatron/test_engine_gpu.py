@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from w2s.megatron.schedule import Loss, Reported, forward_backward, infer
 from w2s.megatron.sharded import ShardedTower, data_parallel, shard
 from w2s.megatron.watch import Float8Watch
 from w2s.towers.initial import vision_rule
-from w2s.towers.masked import MaskedStudent
+from w2s.towers.masked import MaskedStudent, Outputs
 
 CARD = host.card()
 pytestmark = [
@@ -81,9 +82,9 @@ def passes(tower: ShardedTower[MaskedStudent], count: int = 1) -> float:
     """Some passes forward and backward without a step; the loss of the last."""
     targets = torch.randn(IMAGES, SHAPE.patches, TARGET, generator=torch.Generator().manual_seed(2)).cuda()
 
-    def forward(part: MaskedStudent, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Loss]:
-        def loss(predictions: Tensor) -> tuple[Tensor, Reported]:
-            value = (predictions.float() - targets).square().mean()
+    def forward(part: MaskedStudent, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Any, Loss]:
+        def loss(predictions: Outputs) -> tuple[Tensor, Reported]:
+            value = (predictions.patches.float() - targets).square().mean()
             return value, {"loss": value.detach()}
 
         return part(*batch), loss
@@ -158,7 +159,7 @@ def test_named_layers_stay_in_bf16(alone: Ranks) -> None:
 def test_evaluation_is_in_bf16(alone: Ranks, recipe: str) -> None:
     rounded, plain = student(te(recipe)), student(te())
     passes(rounded)  # FP8 has been at work before
-    outputs = [infer(tower, inputs(), MaskedStudent.__call__, 1 + SHAPE.patches) for tower in (rounded, plain)]
+    outputs = [infer(tower, inputs(), MaskedStudent.predict, 1 + SHAPE.patches) for tower in (rounded, plain)]
     assert torch.equal(*outputs)
 
 

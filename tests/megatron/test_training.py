@@ -17,7 +17,7 @@ from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer
 from w2s.megatron.schedule import Loss, Reported, forward_backward, forward_only
 from w2s.objectives.masked import masked_cosine_loss
-from w2s.towers.masked import MaskedStudent, at_places, masked_places
+from w2s.towers.masked import MaskedStudent, Outputs, at_places, masked_places
 
 RELATIVE = 1e-5
 """Float32 sums in another order: 1e-7 a sum, grown over five steps of an optimizer that divides by small roots."""
@@ -54,11 +54,11 @@ class Run:
         return {name: value.detach().clone() for name, value in self.tower.named_parameters()}
 
 
-def masked_forward(student: MaskedStudent, part: dict[str, Tensor]) -> tuple[Tensor, Loss]:
+def masked_forward(student: MaskedStudent, part: dict[str, Tensor]) -> tuple[Any, Loss]:
     places = masked_places(part["masks"], int(part["masks"][0].sum()))
 
-    def loss(predictions: Tensor) -> tuple[Tensor, Reported]:
-        value = masked_cosine_loss(predictions, at_places(part["targets"], places))
+    def loss(predictions: Outputs) -> tuple[Tensor, Reported]:
+        value = masked_cosine_loss(predictions.patches, at_places(part["targets"], places))
         return value, {"loss": value.detach()}
 
     return student(part["images"], part["masks"], places), loss
@@ -118,7 +118,7 @@ def test_forward_only_gives_outputs_and_no_gradients(alone: Ranks) -> None:
 
     def predict(student: MaskedStudent, images: Tensor) -> Tensor:
         places = torch.tensor([3, 9]).expand(len(images), -1)
-        return student(images, torch.zeros(len(images), 16, dtype=torch.bool), places)
+        return student.predict(images, torch.zeros(len(images), 16, dtype=torch.bool), places)
 
     outputs = forward_only(run.student, list(run.batch["images"].split(4)), predict, 4 * (1 + SHAPE.patches))
     torch.testing.assert_close(torch.cat(outputs), predict(run.tower, run.batch["images"]))

@@ -28,7 +28,7 @@ from w2s.megatron.tower import Tower
 from w2s.objectives.contrastive import contrastive_loss
 from w2s.objectives.masked import masked_cosine_loss
 from w2s.towers.clip import ImageTower, TextTower
-from w2s.towers.masked import MaskedStudent
+from w2s.towers.masked import MaskedStudent, Outputs
 
 FOLDER = Path(os.environ.get("W2S_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
 FILES = sorted(FOLDER.glob("*.safetensors"))
@@ -116,7 +116,7 @@ def send_back(
             by_scalars = [by * getattr(chunk, name) for name, by in scalars.items()]
             return (output * gradient).sum() + sum(by_scalars), {}
 
-        return chunk(*inputs), loss
+        return call(chunk, *inputs), loss
 
     forward_backward(tower, [inputs], forward, len(inputs[0]) * tokens)
     return {
@@ -127,7 +127,8 @@ def send_back(
 
 
 def call(chunk: Any, *inputs: Tensor) -> Tensor:
-    return chunk(*inputs)
+    output = chunk(*inputs)
+    return output.patches if isinstance(output, Outputs) else output
 
 
 def patch_targets(chunk: Any, images: Tensor) -> Tensor:

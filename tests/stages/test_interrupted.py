@@ -39,8 +39,11 @@ def test_interrupted_runs_give_the_numbers_of_one_that_was_not(
 ) -> None:
     """Bit for bit: loss, gradient norm and learning rate of every step; also with another number of workers."""
     options = [*base, "eval.shards=", "eval.knn_shards=", f"train.steps={STEPS}", f"checkpoint.every={EVERY}"]
-    own = {"mim": ["teacher.target_norm=standardize"], "clip": ["init.vision=none", "checkpoint.async_save=true"]}
     options.append("model.vision.drop_path=0.3")
+    own = {
+        "mim": ["teacher.target_norm=standardize", "mim.summary_weight=0.5"],
+        "clip": ["init.vision=none", "checkpoint.async_save=true"],
+    }
     options += own[stage]
     whole = run_stage(stage, [*options, f"run.name={stage}-whole", "tracking.enabled=false"])
     run, again = root / f"{stage}-broken", [*options, f"run.name={stage}-broken"]

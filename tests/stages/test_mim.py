@@ -24,6 +24,7 @@ from w2s.errors import ConfigError, StopRun
 from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
 from w2s.probe import teacher_features
+from w2s.towers.build import build_clip
 from w2s.towers.vision import MEAN, STD
 from w2s.trainer import Trainer
 
@@ -61,7 +62,7 @@ def test_the_loss_is_minus_the_masked_cosine(alone: Ranks, config: Config) -> No
     targets = (features - flat.mean(0)) / (flat.var(0, correction=0) + EPS).sqrt()
     with torch.no_grad():
         (student,) = stage.student.parts
-        predictions = student(images, masks, torch.arange(masks.shape[1]).expand(16, -1))
+        predictions = student(images, masks, torch.arange(masks.shape[1]).expand(16, -1)).patches
     cosines = F.cosine_similarity(predictions.double(), targets, dim=-1)
     by_hand = -sum(cosines[image][masks[image]].mean().item() for image in range(16)) / 16
     assert stage.step(batch)["loss"].item() == pytest.approx(by_hand, rel=0, abs=1e-6)  # float32 against float64
@@ -92,12 +93,13 @@ def test_the_logged_loss_is_that_of_the_step_and_the_checkpoint_has_the_statisti
 
 
 def test_the_final_measures_stand_beside_their_baselines(base: list[str]) -> None:
-    metrics = result(run_stage("mim", [*base, "run.name=measured", "tracking.enabled=false", "train.steps=2"]))[
-        "metrics"
-    ]
+    options = [*base, "run.name=measured", "tracking.enabled=false", "train.steps=2", "mim.summary_weight=1"]
+    metrics = result(run_stage("mim", options))["metrics"]
     for images in ("test", "neighbours"):
-        assert 0 < metrics[f"{images}/constant_cosine"] < 1
-        assert -1 < metrics[f"{images}/masked_cosine"] < 1
+        for kind in ("masked", "summary"):
+            assert -1 < metrics[f"{images}/{kind}_cosine"] < 1
+        for kind in ("constant", "summary_constant"):
+            assert 0 < metrics[f"{images}/{kind}_cosine"] < 1
     assert metrics["knn/chance_top1"] == pytest.approx(1 / 24)
     assert metrics["knn/coverage"] == 1.0
     assert {"knn/top1", "knn/top5", "knn_random/top1", "knn_teacher/top1"} <= metrics.keys()
@@ -155,10 +157,54 @@ def test_predicting_all_is_the_mean_of_masked_and_visible(alone: Ranks, config: 
     features = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std)).patches
     targets = copy.deepcopy(stage.target_norm)(features, update=True)
     with torch.no_grad():
-        predictions = student(normalize(batch.images, MEAN, STD), masks, torch.arange(16).expand(16, -1))
+        predictions = student(normalize(batch.images, MEAN, STD), masks, torch.arange(16).expand(16, -1)).patches
     cosines = F.cosine_similarity(predictions, targets, dim=-1)
     assert stage.step(batch)["loss"].item() == pytest.approx(-cosines.mean().item(), abs=1e-6)
     assert masked.step(batch)["loss"].item() == pytest.approx(-cosines[masks].mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("summary", ["cls", "pooled"])
+def test_the_summary_loss_is_added(alone: Ranks, config: Config, summary: str) -> None:
+    """By hand: the class token of the masked image, through the head and the linear to the target's width."""
+    plain = MaskedStage(config, alone)
+    stage = MaskedStage(replace(config, mim=replace(config.mim, summary_weight=0.25, summary=summary)), alone)
+    batch = next(batches(config, stage))
+    images, masks, teacher = normalize(batch.images, MEAN, STD), given(batch.masks), stage.teacher
+    features = teacher(normalize(given(batch.teacher_images), teacher.mean, teacher.std))
+    target = features.summary if summary == "cls" else features.patches.mean(1)
+    (student,) = stage.student.parts
+    with torch.no_grad():
+        cls = student.encode(images, masks)[:, 0].double()
+    embedded = cls @ student.head.weight.double().T @ student.summary_proj.weight.double().T
+    cosine = F.cosine_similarity(embedded, target.double(), dim=-1).mean().item()
+    metrics, without = stage.step(batch), plain.step(batch)
+    assert metrics["summary_cosine"].item() == pytest.approx(cosine, abs=1e-6)  # float32 against float64
+    assert metrics["loss"].item() == pytest.approx(without["loss"].item() - 0.25 * cosine, abs=1e-6)
+    assert metrics["cosine"].item() == pytest.approx(-without["loss"].item(), abs=1e-6)
+    assert metrics["summary_constant_cosine"].item() == pytest.approx(
+        F.normalize(target, dim=-1).mean(0).norm().item(), abs=1e-6
+    )
+
+
+def test_without_a_weight_there_is_no_head_and_with_one_of_the_targets_width_no_other(
+    alone: Ranks, config: Config
+) -> None:
+    def names(weight: float, embed_dim: int) -> set[str]:
+        model, mim = replace(config.model, embed_dim=embed_dim), replace(config.mim, summary_weight=weight)
+        (student,) = MaskedStage(replace(config, model=model, mim=mim), alone).student.parts
+        return {name for name, _ in student.named_parameters()}
+
+    own = names(0, 64)
+    assert names(1, 64) - own == {"head.weight"}, "the teacher's summary has 64 channels"
+    assert names(1, 32) - own == {"head.weight", "summary_proj.weight"}
+    assert not any(name.startswith(("head", "summary_proj")) for name in own)
+
+
+def test_the_head_starts_as_that_of_the_contrastive_stage(alone: Ranks, config: Config) -> None:
+    mim = replace(config, mim=replace(config.mim, summary_weight=1.0))
+    (student,) = MaskedStage(mim, alone).student.parts
+    vision, _ = build_clip(config, torch.float32, alone.device)
+    assert torch.equal(student.head.weight, vision.parts[0].head.weight)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from w2s.checkpoint.fit import MASKED_STAGE
 from w2s.checkpoint.folder import new_folder
 from w2s.checkpoint.formats import (
     eva_config,
@@ -73,7 +74,7 @@ def _write_released(released: Released, model: ModelConfig, folder: Path, final:
 
 
 def _write_timm(released: Released, model: ModelConfig, folder: Path, final: Path) -> None:
-    names = [name for name in released.meta if name.startswith("visual.") and not _of_masked_stage(name)]
+    names = [name for name in released.meta if name.startswith("visual.") and not name.startswith(MASKED_STAGE)]
     if not names:
         raise CheckpointError(f"{released.path} holds no vision tower, which is all that timm has: use another format")
     features = model.embed_dim if "visual.head.weight" in released.meta else 0
@@ -87,7 +88,7 @@ def _write_open_clip(released: Released, model: ModelConfig, folder: Path, final
             f"{released.path} is not a whole CLIP, which is all that open_clip has: "
             "export a clip run, or use --format timm"
         )
-    names = [name for name in released.meta if not _of_masked_stage(name)]
+    names = [name for name in released.meta if not name.startswith(MASKED_STAGE)]
     has_bias = "logit_bias" in released.meta
     _write_json(folder / "open_clip_config.json", open_clip_config(model, final / "timm", has_bias))
     if named_tower(model.vision) is None:
@@ -110,10 +111,6 @@ def _write_renamed(
         return released.read(origins[name]) if name in origins else torch.zeros_like(meta[name], device="cpu")
 
     write_safetensors(path, meta, read, {"model": model.name})
-
-
-def _of_masked_stage(name: str) -> bool:
-    return name.startswith(("visual.lm_head.", "visual.layer_heads.", "visual.mask_token"))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

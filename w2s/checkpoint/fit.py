@@ -16,19 +16,15 @@ from w2s.errors import CheckpointError
 
 Shape = tuple[int, ...]
 
-STAGE_ONLY = ("vision.lm_head.", "vision.layer_heads.", "vision.mask_token")
+STAGE_ONLY = ("vision.lm_head.", "vision.layer_heads.", "vision.mask_token", "vision.summary_proj.")
 """What serves the masked stage alone."""
 PROJECTIONS = ("vision.head.", "text.text_projection", "text.logit_scale", "text.logit_bias")
 """What a CLIP adds to its two towers."""
-OPTIONAL = (
-    "visual.lm_head.",
-    "visual.layer_heads.",
-    "visual.mask_token",
-    "visual.head.",
-    "text.text_projection",
-    "logit_scale",
-    "logit_bias",
-)
+SCALARS = ("text.logit_scale", "text.logit_bias")
+"""Those of them that belong to the loss."""
+MASKED_STAGE = tuple(name.replace("vision.", "visual.") for name in STAGE_ONLY)
+"""Released names of what serves the masked stage alone."""
+OPTIONAL = (*MASKED_STAGE, "visual.head.", "text.text_projection", "logit_scale", "logit_bias")
 """Released names of both: what another stage may do without."""
 
 

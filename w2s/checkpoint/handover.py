@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from w2s.checkpoint.eva_format import released_name
 from w2s.checkpoint.find import find
-from w2s.checkpoint.fit import OPTIONAL, PROJECTIONS, STAGE_ONLY, Fit, fit, summary
+from w2s.checkpoint.fit import OPTIONAL, PROJECTIONS, SCALARS, STAGE_ONLY, Fit, fit, summary
 from w2s.checkpoint.growth import NO_GROWTH, Grown, Growth, Size
 from w2s.checkpoint.released import Released, open_released
 from w2s.checkpoint.store import read_meta
@@ -77,15 +77,23 @@ class Handover:
         )
 
 
-def take_over(towers: Towers, config: Config) -> Handover | None:
+def take_over(towers: Towers, config: Config, teacher_text: Path | None = None) -> Handover | None:
     """Load the towers that `init.vision` and `init.text` name; nothing for `none`. Every rank calls.
+
+    Args:
+        towers: the stage's towers.
+        config: the stage.
+        teacher_text: what holds the text tower of the teacher, where `init.text` is `teacher`.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it does not fit.
     """
     root, handover = Path(config.run.root).expanduser(), None
     for name, what, stage in (("vision", config.init.vision, "mim"), ("text", config.init.text, "clip")):
-        checkpoint = find(what, root, key=f"init.{name}", stage=stage) if name in towers else None
+        if name not in towers:
+            continue
+        of_teacher = teacher_text if name == "text" else None
+        checkpoint = of_teacher or find(what, root, key=f"init.{name}", stage=stage)
         if checkpoint is not None:
             growth = Growth(config.init.grow, config.init.grow_width, config.run.seed)
             one = hand_over(towers[name], name, checkpoint, config.init.projections, growth)
@@ -150,16 +158,23 @@ def _grown(source: Released, tower: ShardedTower[Any], name: str, growth: Growth
 
 
 def _wanted(own: Shapes, source: Released, projections: Projections) -> Shapes:
-    """Leave out what serves the masked stage alone, and projections that do not fit or are to start afresh."""
-    kept = projections == "keep" and all(
-        source.holds(name) and tuple(source.meta[released_name(name)].shape) == shape
-        for name, shape in own.items()
-        if name.startswith(PROJECTIONS)
-    )
+    """Leave out what serves the masked stage alone, and projections that do not fit or are to start afresh.
+
+    The scalars of the loss are taken together, and with the projection alone.
+    """
+
+    def fits(names: list[str]) -> bool:
+        return all(source.holds(name) and tuple(source.meta[released_name(name)].shape) == own[name] for name in names)
+
+    added = [name for name in own if name.startswith(PROJECTIONS)]
+    scalars, heads = ([name for name in added if name.startswith(SCALARS) == scalar] for scalar in (True, False))
+    kept: set[str] = set()
+    if projections == "keep" and fits(heads):
+        kept = {*heads, *(scalars if fits(scalars) else [])}
     return {
         name: shape
         for name, shape in own.items()
-        if not name.startswith(STAGE_ONLY) and (kept or not name.startswith(PROJECTIONS))
+        if not name.startswith(STAGE_ONLY) and (name in kept or not name.startswith(PROJECTIONS))
     }
 
 

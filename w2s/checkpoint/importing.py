@@ -41,7 +41,8 @@ def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: S
     """
     released = open_released(source)
     with groups.start(ParallelConfig(), HardwareConfig(device="cpu")):
-        shapes = model_shapes(model, _target_width(released), "logit_bias" in released.meta)
+        widths = {"target_width": _channels(released, "lm_head"), "summary_width": _channels(released, "summary_proj")}
+        shapes = model_shapes(model, logit_bias="logit_bias" in released.meta, **widths)
     found = fit(released, _wanted(released, shapes), {"vision": model.vision.heads, "text": model.text.heads})
     refuse_gaps(found, [*allowed, OWN_HEADS], model.name)
     meta = {
@@ -80,9 +81,10 @@ def _wanted(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     }
 
 
-def _target_width(released: Released) -> int | None:
-    head = released.meta.get("visual.lm_head.weight")
-    return None if head is None else head.shape[0]
+def _channels(released: Released, linear: str) -> int:
+    """Channels that a linear of the masked stage gives, 0 where there is none."""
+    weight = released.meta.get(f"visual.{linear}.weight")
+    return 0 if weight is None else weight.shape[0]
 
 
 def _meta(source: Path, model: ModelConfig) -> Meta:

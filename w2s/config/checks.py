@@ -4,7 +4,7 @@ import torch
 
 from w2s.config.layout import check_micro_batches, check_ranks, check_towers, tower_names
 from w2s.config.linears import check_fp8_layout, check_linears
-from w2s.config.sections import ClipConfig, Config, HardwareConfig, InitConfig, OptimConfig
+from w2s.config.sections import ClipConfig, Config, HardwareConfig, InitConfig, MimConfig, OptimConfig
 from w2s.errors import ConfigError
 
 _INTERVALS = {
@@ -12,6 +12,7 @@ _INTERVALS = {
     "mim.block_aspect": "(0, 1]",
     "mim.layers_weight": "(0, inf)",
     "mim.layers_until": "(0, 1]",
+    "mim.summary_weight": "[0, inf)",
     "clip.patch_dropout": "[0, 1)",
     "clip.logit_scale": "(0, inf)",
     "clip.tile": "[1, inf)",
@@ -78,6 +79,7 @@ def _check_training(config: Config, world_size: int) -> None:
     if config.stage == "mim":
         _check_masks(config)
         _check_layers(config)
+        _check_summary(config.mim)
         if config.init.text != "none":
             raise ConfigError(f"init.text={config.init.text}: the masked stage has no text tower, leave init.text out")
     else:
@@ -231,6 +233,13 @@ def _check_trust_ratio(optim: OptimConfig) -> None:
     if not 0 < low <= high:
         raise ConfigError(
             f"optim.trust_ratio=[{low:g}, {high:g}] must be two rising numbers above 0, such as [0.01, 10]"
+        )
+
+
+def _check_summary(mim: MimConfig) -> None:
+    if mim.summary != MimConfig().summary and not mim.summary_weight:
+        raise ConfigError(
+            f"mim.summary={mim.summary} does nothing with mim.summary_weight=0: set a weight or leave it out"
         )
 
 

@@ -323,6 +323,22 @@ class MimConfig:
     layers_until: float | None = 1.0
     """Fraction of the steps at which `layers_weight` has fallen to 0, linearly (LET); null does not let it fall."""
 
+    summary_weight: float = 0.0
+    """Weight of a second loss: minus the cosine of the student's class token, through the projection that its CLIP will
+    have, and the teacher's summary of the image. 0 leaves both out."""
+    summary: Literal["cls", "pooled"] = "cls"
+    """The teacher's summary: its own image embedding (class token or pooled feature of what is no CLIP), or the mean of
+    its patch features."""
+
+    def summary_width(self, width: int, embedding: int) -> int:
+        """Return the channels of the summary target, 0 without one.
+
+        Args:
+            width: channels of the teacher's patch features.
+            embedding: channels of its own image embedding.
+        """
+        return (embedding if self.summary == "cls" else width) if self.summary_weight else 0
+
     def seen(self, patches: int) -> int:
         """Return how many of an image's patches go through the student, masked or not."""
         return patches - self.masked_patches if self.predict == "visible" else patches
@@ -519,7 +535,10 @@ class InitConfig:
     """Vision tower: a run's path, its name, its MLflow run id, `latest` (newest finished mim run), a weights file of
     EVA-CLIP, open_clip or timm, or `none`."""
     text: str = "none"
-    """Text tower of the contrastive stage, named as in `vision`; `latest` is the newest finished clip run."""
+    """Text tower of the contrastive stage, named as in `vision`; `latest` is the newest finished clip run.
+
+    `teacher` takes that of the teacher of the masked run in `vision`, or without one that of teacher.source.
+    """
     grow: Literal["none", "stack", "interleave"] = "none"
     """How towers that are named above become deeper: the whole tower repeated, or each layer in its place."""
     grow_width: Literal["none", "copy", "split"] = "none"

@@ -29,6 +29,8 @@ class Batch:
     """A hash of each caption's text, so that equal captions can be found: int64 [n], not negative."""
     targets: torch.Tensor | None = None
     """The teacher's features at the patches to predict: [n, k, teacher width]."""
+    summaries: torch.Tensor | None = None
+    """The teacher's summary of each image: [n, summary width]."""
     keys: list[str]
     """The samples' names in their shards; empty in a batch that was gathered from several ranks."""
     indices: torch.Tensor

@@ -18,11 +18,12 @@ from w2s.megatron.sharded import ShardedTower
 Reported = dict[str, Tensor]
 """What the loss of a micro-batch tells the caller of the pass."""
 
-Loss = Callable[[Tensor], tuple[Tensor, Reported]]
+Loss = Callable[[Any], tuple[Tensor, Reported]]
 """Takes a micro-batch's output, returns its loss and what to report; called on the last pipeline stage."""
 
-Forward = Callable[[Any, Any], tuple[Tensor, Loss]]
-"""Takes a chunk of the model and a micro-batch, returns the output and the loss that it goes into."""
+Forward = Callable[[Any, Any], tuple[Any, Loss]]
+"""Takes a chunk of the model and a micro-batch, returns the output, packed rows but on the last pipeline stage, and the
+loss that it goes into."""
 
 
 def forward_backward(
@@ -116,11 +117,11 @@ def _from_last_stage(outputs: list[Tensor]) -> Tensor:
 def _run(
     tower: ShardedTower[Any], micro_batches: Sequence[Any], forward: Forward, rows: int, forward_only: bool
 ) -> list[Reported]:
-    def step(batches: Iterator[Any], chunk: nn.Module) -> tuple[Tensor, Loss]:
+    def step(batches: Iterator[Any], chunk: nn.Module) -> tuple[Any, Loss]:
         # The wrapper adds nothing to a forward pass: its hooks sit on the layers.
         output, loss = forward(getattr(chunk, "module", chunk), next(batches))
 
-        def reported_apart(output: Tensor) -> tuple[Tensor, Reported]:
+        def reported_apart(output: Any) -> tuple[Tensor, Reported]:
             value, reported = loss(output)
             # Megatron divides the loss by the number of micro-batches in place.
             return value, {name: tensor.clone() for name, tensor in reported.items()}

@@ -27,6 +27,12 @@ class Features(NamedTuple):
     layers: tuple[Tensor, ...] = ()
     """Patch tokens after the layers that were asked for, in that order, without a norm: [n, P, layer width] each."""
 
+    @classmethod
+    def join(cls, parts: "Sequence[Features]") -> "Features":
+        """Join the features of several batches."""
+        patches, summaries, layers = zip(*parts, strict=True)
+        return cls(torch.cat(patches), torch.cat(summaries), tuple(map(torch.cat, zip(*layers, strict=True))))
+
 
 class PatchNetwork(nn.Module, ABC):
     """What a teacher is made of: a network from images to patch features on a grid of its own.

@@ -13,7 +13,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from w2s.checkpoint.files import open_weights
-from w2s.checkpoint.fit import STAGE_ONLY
+from w2s.checkpoint.fit import MASKED_STAGE
 from w2s.checkpoint.released import Released, open_released, rename
 from w2s.checkpoint.store import read_meta
 from w2s.config.load import model_from, named_model
@@ -105,7 +105,7 @@ def _wrapped(tower: Eva, image_size: int, masked: bool = False) -> TimmTokens:
 def _weights(tower: Eva, released: Released, precision: Precision) -> dict[str, Tensor]:
     """The tower's tensors out of the file's, none of them kept in a wider type than is used."""
     wanted = {f"visual.{name}": value for name, value in tower.state_dict().items()}
-    found = {name for name in released.meta if name.startswith("visual.") and not name.startswith(_MASKED_STAGE)}
+    found = {name for name in released.meta if name.startswith("visual.") and not name.startswith(MASKED_STAGE)}
     missing, surplus = sorted(wanted.keys() - found), sorted(found - wanted.keys())
     misfits = sorted(name for name in wanted.keys() & found if wanted[name].shape != released.meta[name].shape)
     if missing or misfits or surplus:
@@ -114,9 +114,6 @@ def _weights(tower: Eva, released: Released, precision: Precision) -> dict[str, 
             f"teacher weights {released.path} hold another model: {reason}; give the file of this one"
         )
     return {name.removeprefix("visual."): _as_used(name, released.read(name), precision) for name in wanted}
-
-
-_MASKED_STAGE = tuple(name.replace("vision.", "visual.") for name in STAGE_ONLY)
 
 
 def _as_used(name: str, tensor: Tensor, precision: Precision) -> Tensor:

@@ -4,6 +4,7 @@ The network is open_clip's text transformer, a plain module that every rank hold
 byte-pair encoding, which are the student's.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from w2s.checkpoint.files import open_weights
-from w2s.checkpoint.find import find_any
+from w2s.checkpoint.find import find, find_any
 from w2s.checkpoint.formats import text_config
 from w2s.checkpoint.released import Released, open_released, rename
 from w2s.checkpoint.store import read_meta
 from w2s.config.load import model_from, named_model
-from w2s.config.sections import ClipConfig, ModelConfig, TeacherConfig, TextConfig
+from w2s.config.sections import ClipConfig, Config, ModelConfig, TeacherConfig, TextConfig
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import Precision
 from w2s.teachers.weights import unknown_model, weights_file
+
+logger = logging.getLogger(__name__)
 
 SMALLEST_VISION_TOWER = {"image_size": 1, "patch_size": 1, "width": 1, "head_width": 1, "layers": 1}
 """open_clip builds a text tower in a whole CLIP; this is the rest of it."""
@@ -127,8 +130,12 @@ def text_shape(config: TeacherConfig, root: str | Path = "runs") -> TextConfig:
     Raises:
         ConfigError, CheckpointError: as `build_text_teacher`.
     """
+    return _shape(_described(config, Path(root).expanduser()))
+
+
+def _shape(found: "_Described") -> TextConfig:
     with torch.device("meta"):
-        tower = _described(config, Path(root).expanduser()).build()
+        tower = found.build()
     return TextConfig(
         context_length=tower.context_length,
         vocab_size=tower.vocab_size,
@@ -137,6 +144,50 @@ def text_shape(config: TeacherConfig, root: str | Path = "runs") -> TextConfig:
         heads=tower.heads,
         mlp_width=tower.transformer.resblocks[0].mlp.c_fc.out_features,
     )
+
+
+def text_weights(config: Config) -> Path:
+    """What holds the text tower that `init.text=teacher` means: a checkpoint, or a file of other people's weights.
+
+    The teacher is that of the masked run which `init.vision` names, or without one that of `teacher.source`.
+
+    Raises:
+        ConfigError: the teacher has no text tower, or one with another number of heads than `model.text`.
+        CheckpointError: the weights are missing.
+    """
+    teacher, root = _teacher_of(config)
+    try:
+        found = _described(teacher, root)
+    except ConfigError as error:
+        raise ConfigError(f"init.text=teacher: {error}; init.text=none starts the tower afresh") from error
+    if found.released is None:
+        raise ConfigError(
+            f"init.text=teacher: the weights of teacher.source={teacher.source} are random, give its file"
+        )
+    shape = _shape(found)
+    if shape.heads != config.model.text.heads:
+        raise ConfigError(
+            f"init.text=teacher: the text tower of teacher.source={teacher.source} has {shape.heads} heads, "
+            f"use model.text.heads={shape.heads}"
+        )
+    if found.quick_gelu:
+        logger.warning(
+            "the text tower of teacher.source=%s was trained with QuickGELU and computes GELU here: its embeddings "
+            "differ a little until it has trained on", teacher.source
+        )  # fmt: skip
+    return found.released.path
+
+
+def _teacher_of(config: Config) -> tuple[TeacherConfig, Path]:
+    """The teacher of the masked run that `init.vision` names, else the configured one, and the folder of its runs."""
+    root = Path(config.run.root).expanduser()
+    start = find(config.init.vision, root, key="init.vision", stage="mim")
+    if start is not None and (start / "meta.json").is_file():
+        meta = read_meta(start)
+        if meta.stage == "mim":
+            source, own_root = meta.config["teacher"]["source"], Path(meta.config["run"]["root"]).expanduser()
+            return TeacherConfig(source=source), own_root
+    return config.teacher, root
 
 
 @dataclass(frozen=True)

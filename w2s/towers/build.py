@@ -19,6 +19,7 @@ def build_student(
     dtype: torch.dtype,
     device: torch.device,
     layer_widths: Mapping[int, int] | None = None,
+    summary_width: int = 0,
 ) -> ShardedTower[MaskedStudent]:
     """Return the masked stage's student: `config.model.vision` with a head of `target_width` channels.
 
@@ -28,13 +29,23 @@ def build_student(
         dtype: type of the weights.
         device: where they live.
         layer_widths: channels that heads after single layers have, by the layer's number.
+        summary_width: channels of the summary target, 0 for none.
     """
     vision, linears = config.model.vision, linears_of(config, "vision")
     drops_masked = config.mim.predict == "visible"
 
     def chunk(number: int) -> MaskedStudent:
         student = MaskedStudent(
-            vision, target_width, config.parallel, dtype, number, linears, drops_masked, layer_widths
+            vision,
+            target_width,
+            config.parallel,
+            dtype,
+            number,
+            linears,
+            drops_masked,
+            layer_widths,
+            embed_dim=config.model.embed_dim,
+            summary_width=summary_width,
         )
         fill(student, _vision_start(config), config.run.seed)
         return student

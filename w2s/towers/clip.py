@@ -8,7 +8,7 @@ from w2s.megatron.backend import LOCAL, Linears
 from w2s.megatron.split import text_layers
 from w2s.megatron.tower import StackShape, Tower
 from w2s.towers.norms import make_norm
-from w2s.towers.vision import VisionTower
+from w2s.towers.vision import VisionTower, image_head
 
 TEXT_NORM_EPS = 1e-5
 
@@ -27,7 +27,7 @@ class ImageTower(VisionTower):
     ) -> None:
         super().__init__(shape, embed_dim, parallel, dtype, chunk, linears)
         if self.last:
-            self.head = nn.Linear(shape.width, embed_dim, bias=shape.qkv_bias, dtype=dtype)
+            self.head = image_head(shape, embed_dim, dtype)
 
     def forward(self, images: Tensor, kept: Tensor | None = None, branches: Tensor | None = None) -> Tensor:
         """Embed images.

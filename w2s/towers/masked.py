@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,30 @@ from w2s.config.sections import MimConfig, ParallelConfig, VisionConfig
 from w2s.megatron.backend import LOCAL, Linears
 from w2s.megatron.taps import Tap
 from w2s.towers.norms import make_norm
-from w2s.towers.vision import NORM_EPS, VisionTower
+from w2s.towers.vision import NORM_EPS, VisionTower, image_head
 
 LayerLoss = Callable[[int, Tensor], Tensor]
 """Takes the number of a layer and what its head predicts [n, k, width], returns a loss: a float32 scalar."""
+
+
+class Outputs(NamedTuple):
+    """What a student predicts of n images, or what it is to predict."""
+
+    patches: Tensor
+    """Features at k patches: [n, k, d]."""
+    summary: Tensor | None
+    """Embeddings: [n, e]; None in a stage without a summary target."""
+
+    def rows(self) -> Tensor:
+        """Everything of an image in one row: [n, k * d + e]."""
+        flat = self.patches.flatten(1)
+        return flat if self.summary is None else torch.cat([flat, self.summary], dim=1)
+
+    @classmethod
+    def from_rows(cls, rows: Tensor, width: int, summary_width: int) -> "Outputs":
+        """The inverse, for d = `width` and e = `summary_width`, which is 0 without a summary."""
+        patches, summary = rows.split([rows.shape[1] - summary_width, summary_width], dim=1)
+        return cls(patches.unflatten(1, (-1, width)), summary if summary_width else None)
 
 
 class MaskedStudent(VisionTower):
@@ -21,6 +42,9 @@ class MaskedStudent(VisionTower):
 
     Source: baaivision/EVA, EVA-01/eva/modeling_pretrain.py. A student that drops what is masked has no such token, and
     sees the other patches alone, as under patch dropout.
+
+    With a summary target it has the projection of a CLIP's image tower, under the same name, and where the target has
+    another width than that gives, a linear of this stage alone from the one to the other.
     """
 
     def __init__(
@@ -33,6 +57,8 @@ class MaskedStudent(VisionTower):
         linears: Linears = LOCAL,
         drops_masked: bool = False,
         layer_widths: Mapping[int, int] | None = None,
+        embed_dim: int = 0,
+        summary_width: int = 0,
     ) -> None:
         """Build a chunk.
 
@@ -45,13 +71,19 @@ class MaskedStudent(VisionTower):
             linears: what multiplies in the layers.
             drops_masked: leave masked patches out.
             layer_widths: channels to predict after some layers, by the layer's number over all pipeline stages.
+            embed_dim: width of the CLIP's shared space.
+            summary_width: channels of the summary target, 0 for none.
         """
         super().__init__(shape, target_width, parallel, dtype, chunk, linears)
-        self.drops_masked = drops_masked
+        self.drops_masked, self.summary_width = drops_masked, summary_width
         if self.first and not drops_masked:
             self.mask_token = nn.Parameter(torch.empty(1, 1, shape.width, dtype=dtype))
         if self.last:
             self.lm_head = nn.Linear(shape.width, target_width, dtype=dtype)
+        if self.last and summary_width:
+            self.head = image_head(shape, embed_dim, dtype)
+            if summary_width != embed_dim:
+                self.summary_proj = nn.Linear(embed_dim, summary_width, bias=False, dtype=dtype)
         own = {number: width for number, width in (layer_widths or {}).items() if number in self.layer_numbers}
         self.layer_heads = nn.ModuleDict({str(number): LayerHead(shape, width, dtype) for number, width in own.items()})
 
@@ -62,8 +94,8 @@ class MaskedStudent(VisionTower):
         places: Tensor,
         layer_loss: LayerLoss | None = None,
         branches: Tensor | None = None,
-    ) -> Tensor:
-        """Predict the teacher's features at some patches.
+    ) -> Outputs | Tensor:
+        """Predict the teacher's features at some patches, and its summary where that is a target.
 
         Args:
             images: [n, 3, side, side], normalised.
@@ -73,7 +105,7 @@ class MaskedStudent(VisionTower):
             branches: [n, layers, 2], what drop path multiplies the layers' branches with; None leaves none out.
 
         Returns:
-            [n, k, teacher width] in the last chunk, packed rows elsewhere.
+            Predictions in the last chunk, packed rows elsewhere.
         """
 
         def chosen(tokens: Tensor) -> Tensor:
@@ -85,7 +117,23 @@ class MaskedStudent(VisionTower):
         taps = {int(number): tap(number, head, layer_loss) for number, head in self.layer_heads.items() if layer_loss}
         seen: dict[str, Tensor] = {"kept": places} if self.drops_masked else {"masks": masks}
         tokens = self.encode(images, **seen, taps=taps, branches=branches)
-        return self.lm_head(chosen(tokens)) if self.last else tokens
+        if not self.last:
+            return tokens
+        return Outputs(self.lm_head(chosen(tokens)), self._summary(tokens[:, 0]) if self.summary_width else None)
+
+    def predict(self, images: Tensor, masks: Tensor, places: Tensor) -> Tensor:
+        """As `forward`, with everything of an image in one row in the last chunk."""
+        outputs = self(images, masks, places)
+        return outputs.rows() if isinstance(outputs, Outputs) else outputs
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Embed whole images as the CLIP will whose projection this is: [n, embed_dim] in the last chunk."""
+        tokens = self.encode(images)
+        return self.head(tokens[:, 0]) if self.last else tokens
+
+    def _summary(self, cls: Tensor) -> Tensor:
+        embeddings: Tensor = self.head(cls)
+        return self.summary_proj(embeddings) if hasattr(self, "summary_proj") else embeddings
 
 
 class LayerHead(nn.Sequential):

@@ -42,6 +42,11 @@ def vision_stack(config: VisionConfig, head_width: int, parallel: ParallelConfig
     )
 
 
+def image_head(config: VisionConfig, embed_dim: int, dtype: torch.dtype) -> nn.Linear:
+    """Return the projection of the CLS token into the space shared with text."""
+    return nn.Linear(config.width, embed_dim, bias=config.qkv_bias, dtype=dtype)
+
+
 class VisionTower(Tower):
     """Images to normed tokens; the masked student and CLIP's image tower put a head on it.
 
