@@ -75,7 +75,7 @@ def test_fresh_projections_stay_behind(chain: Chain, base: list[str]) -> None:
     fresh = ["init.projections=fresh", "train.steps=2", "run.name=fresh"]
     run = run_stage("clip", [*base, *EVERY, *STUDENT, "init.vision=student", "init.text=teacher", *fresh])
     table = json.loads((run / "tables" / "handover.json").read_text())
-    assert table["rows"][-1][2] == "text.logit_scale, text.text_projection, vision.head.weight"
+    assert table["rows"][-1][2] == "vision.head.weight, text.logit_scale, text.text_projection"
 
 
 @pytest.mark.parametrize(
