@@ -165,7 +165,7 @@ def text_weights(config: Config) -> Path:
             f"init.text=teacher: the weights of teacher.source={teacher.source} are random, give its file"
         )
     shape = _shape(found)
-    if shape.heads != config.model.text.heads:
+    if config.init.grow_width == "none" and shape.heads != config.model.text.heads:
         raise ConfigError(
             f"init.text=teacher: the text tower of teacher.source={teacher.source} has {shape.heads} heads, "
             f"use model.text.heads={shape.heads}"
