@@ -35,6 +35,7 @@ MIM = {
     "visible": ["mim.predict=visible"],
     "all": ["mim.predict=all", *BF16, *PIPELINE],
     "layers": [*BF16, *PIPELINE, *LAYERS],
+    "summary": [*BF16, *PIPELINE, "mim.summary_weight=1"],
     "layers, sequence, full": [*SEQUENCE, *FULL, *LAYERS, "mim.predict=all"],
 }
 CLIP = {
@@ -54,6 +55,7 @@ def test_kept_bytes_are_those_that_autograd_keeps(tmp_path: Path, stage: str, ca
     overrides = {name: [*SMALL, *DEEP, shards, *case] for name, case in cases.items()}
     for name, ranks in on_ranks(2, most_kept, stage, overrides).items():
         config = load(stage, overrides[name])
+        width, layer_width = VIT_WIDTHS if config.mim.layers else (TARGET_WIDTH, 0)
         types = Types(value=2 if config.precision.compute == "bf16" else 4, rms=8)
         for place, found in ranks:
             planned = max(
@@ -65,7 +67,7 @@ def test_kept_bytes_are_those_that_autograd_keeps(tmp_path: Path, stage: str, ca
                     micro_batches=config.train.global_batch // place.data_size // config.train.micro_batch,
                     stage=place.stage,
                 )
-                for tower in planned_towers(config, *(VIT_WIDTHS if config.mim.layers else (TARGET_WIDTH, 0)))
+                for tower in planned_towers(config, width, layer_width, config.mim.summary_width(width, width))
             )
             # What is left out: places of the chosen patches, masks, small sums of the loss. 6 % were seen.
             assert planned == pytest.approx(found, rel=0.1), (name, place)

@@ -120,7 +120,13 @@ LAYERS = "layers=[{student: 0, teacher: 3}, {student: 1, teacher: 5}]"
 
 @pytest.mark.parametrize(
     "mim",
-    [["masked_patches=0"], ["predict=visible"], ["predict=all", "loss=mse"], ["predict=visible", LAYERS]],
+    [
+        ["masked_patches=0"],
+        ["predict=visible"],
+        ["predict=all", "loss=mse"],
+        ["predict=visible", LAYERS],
+        ["summary_weight=1", "summary=pooled"],
+    ],
     ids=str,
 )
 def test_what_is_neither_seen_nor_predicted_costs_nothing(shards: str, mim: list[str]) -> None:
@@ -131,7 +137,8 @@ def test_what_is_neither_seen_nor_predicted_costs_nothing(shards: str, mim: list
     assert isinstance(built, MaskedStage)
     one = torch.zeros(1, 3, built.teacher.image_size, built.teacher.image_size)
     seen = operations(partial(built.teacher, one))
-    expected = stage_flops(config, 1, target_width=built.teacher.width, layer_width=built.teacher.layer_width)
+    widths = {"target_width": built.teacher.width, "layer_width": built.teacher.layer_width}
+    expected = stage_flops(config, 1, **widths, summary_width=built.summary_width)
     assert total - seen == pytest.approx(expected.hardware, rel=2e-5)  # as above
 
 
@@ -169,7 +176,7 @@ def test_eva_18b_costs_what_was_worked_out_by_hand() -> None:
 
 
 def trained(student: MaskedStudent, *inputs: torch.Tensor) -> None:
-    student(*inputs).float().sum().backward()
+    student.predict(*inputs).float().sum().backward()
 
 
 def test_half_of_eva_18bs_tokens_by_the_counter() -> None:

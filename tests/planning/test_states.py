@@ -36,13 +36,18 @@ LAYERS = [
 ]  # fmt: skip
 THREE = {"data": BF16, "pipeline": ["parallel.pipeline=3"]}
 """Three ranks make buckets end at a multiple of 384."""
+SUMMARY = {
+    "summary": [*BF16, "mim.summary_weight=1", "model.vision.qkv_bias=true"],
+    "summary of its own width": ["mim.summary_weight=1", f"model.embed_dim={TARGET_WIDTH}", "parallel.pipeline=2"],
+    "summary and layers": [*LAYERS, "mim.summary_weight=1"],
+}  # fmt: skip
 SIGMOID = ["clip.loss=sigmoid", "clip.learn_logit_scale=false", "clip.logit_scale=10"]
 
 
 @pytest.mark.parametrize(
     ("stage", "world_size", "cases"),
     [
-        ("mim", 2, {**TWO, "buckets": BUCKETS, "visible": [*BF16, "mim.predict=visible"], "layers": LAYERS}),
+        ("mim", 2, {**TWO, "buckets": BUCKETS, "visible": [*BF16, "mim.predict=visible"], "layers": LAYERS, **SUMMARY}),
         ("clip", 2, TWO),
         ("mim", 3, THREE),
         ("clip", 3, THREE),
@@ -57,7 +62,8 @@ def test_states_are_megatrons_to_the_byte(
     overrides = {name: [*common, *case] for name, case in cases.items()}
     for name, ranks in on_ranks(world_size, allocated, stage, overrides).items():
         config = load(stage, overrides[name])
-        towers = planned_towers(config, *(VIT_WIDTHS if config.mim.layers else (TARGET_WIDTH, 0)))
+        width, layer_width = VIT_WIDTHS if config.mim.layers else (TARGET_WIDTH, 0)
+        towers = planned_towers(config, width, layer_width, config.mim.summary_width(width, width))
         for place, found in ranks:
             planned = rank_states(
                 towers,

@@ -53,8 +53,8 @@ def speed(config: Config, teacher: PlannedTeacher | None, device: str, row: Row,
     if not row.parts:
         return None
     seconds = row.milliseconds / 1e3
-    width, layer_width, seen = (teacher.width, teacher.layer_width, teacher.flops) if teacher else (0, 0, 0.0)
-    flops = stage_flops(config, world_size, target_width=width, layer_width=layer_width, teacher=seen)
+    widths, seen = (teacher.widths(config.mim), teacher.flops) if teacher else ({}, 0.0)
+    flops = stage_flops(config, world_size, **widths, teacher=seen)
     per_rank = row.global_batch / world_size / 1e12
     towers = sum(part.model for name, part in flops.parts.items() if name in _TOWERS)
     passes = (row.parts["forward"] + row.parts["backward"]) / 1e3

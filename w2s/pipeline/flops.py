@@ -15,8 +15,7 @@ def training_flops(config: Config, teacher_model: ModelConfig | None = None, beg
     """
     if config.stage == "mim":
         teacher = planned_teacher(config, teacher_model)
-        widths = {"target_width": teacher.width, "layer_width": teacher.layer_width}
-        sample = stage_flops(config, 1, **widths, teacher=teacher.flops).model
+        sample = stage_flops(config, 1, **teacher.widths(config.mim), teacher=teacher.flops).model
     else:
         sample = stage_flops(config, 1).model
     return sample * (config.train.steps - begins_at) * config.train.global_batch

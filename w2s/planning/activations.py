@@ -131,7 +131,9 @@ def _norm(tower: PlannedTower, types: Types, rows: int) -> int:
 def _after_layers(tower: PlannedTower, types: Types, samples: int) -> int:
     """What the norm and the head after the last layer keep of a micro-batch."""
     if tower.head_tokens > 1:
-        return _head(tower, types, samples, tower.head_width)
+        # A summary and its target, in float32 too.
+        summary = samples * 2 * 4 * tower.summary_width
+        return _head(tower, types, samples, tower.head_width) + summary
     normed = samples * tower.normed_tokens
     return _norm(tower, types, normed) + normed * tower.width * types.value
 

@@ -8,7 +8,7 @@ computes again (five products in its backward pass for two in its forward pass),
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from w2s.config.layout import kept_patches, model_parallel_size
 from w2s.config.sections import Config, ParallelConfig, TextConfig, VisionConfig
@@ -162,17 +162,28 @@ def seen_tokens(config: Config) -> int:
     return 1 + kept_patches(patches, config.clip.patch_dropout if first is None else first)
 
 
-def student_flops(config: Config, target_width: int, layer_width: int = 0) -> TowerFlops:
+def student_flops(config: Config, target_width: int, layer_width: int = 0, summary_width: int = 0) -> TowerFlops:
     """Operations of an image's forward pass through the masked stage's student.
 
     Args:
         config: the masked stage.
         target_width: channels of the teacher's features.
         layer_width: channels of the teacher's layers, which `mim.layers` predicts.
+        summary_width: channels of the summary target, 0 for none.
     """
     vision = config.model.vision
     predicted, width = config.mim.predicted(vision.patches), target_width + len(config.mim.layers) * layer_width
-    return vision_flops(vision, tokens=seen_tokens(config), head_tokens=predicted, head_width=width)
+    tower = vision_flops(vision, tokens=seen_tokens(config), head_tokens=predicted, head_width=width)
+    return replace(tower, head=tower.head + 2 * sum(summary_weights(config, summary_width)))
+
+
+def summary_weights(config: Config, summary_width: int) -> tuple[int, ...]:
+    """Weights of the linears that a summary target of some channels needs: those of none, one or two matrices."""
+    embed_dim = config.model.embed_dim
+    projection, to_target = config.model.vision.width * embed_dim, embed_dim * summary_width
+    if not summary_width:
+        return ()
+    return (projection,) if summary_width == embed_dim else (projection, to_target)
 
 
 def image_flops(config: Config) -> TowerFlops:
@@ -182,7 +193,13 @@ def image_flops(config: Config) -> TowerFlops:
 
 
 def stage_flops(
-    config: Config, world_size: int, *, target_width: int = 0, layer_width: int = 0, teacher: float = 0.0
+    config: Config,
+    world_size: int,
+    *,
+    target_width: int = 0,
+    layer_width: int = 0,
+    summary_width: int = 0,
+    teacher: float = 0.0,
 ) -> StageFlops:
     """Operations of a training step for one sample.
 
@@ -191,6 +208,7 @@ def stage_flops(
         world_size: ranks in all.
         target_width: channels of the teacher's features (masked stage).
         layer_width: channels of the teacher's layers (masked stage with `mim.layers`).
+        summary_width: channels of the summary target (masked stage with `mim.summary_weight`).
         teacher: operations of the teacher's forward pass for one image (masked stage).
     """
     parallel, model, times = config.parallel, config.model, passes(config, world_size)
@@ -201,7 +219,7 @@ def stage_flops(
 
     if config.stage == "mim":
         split = vision_layers(model.vision, target_width, parallel)
-        student = trained(student_flops(config, target_width, layer_width), split)
+        student = trained(student_flops(config, target_width, layer_width, summary_width), split)
         return StageFlops({"student": student, "teacher": Flops(teacher, teacher)})
     return StageFlops(
         {

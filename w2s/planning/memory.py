@@ -131,6 +131,7 @@ def _batch(config: Config, teacher: PlannedTeacher | None, world_size: int) -> i
     if teacher:
         # The teacher's images, and its features of all patches before those to predict are picked.
         features = _FP32 * config.model.vision.patches * _target_width(config, teacher)
+        features += _summary(config, teacher)
         own = config.train.global_batch // world_size * (features + 3 * teacher.image_size**2)
     return (1 if alone else 3) * share(config, world_size) * sample_bytes(config, teacher) + own
 
@@ -138,8 +139,13 @@ def _batch(config: Config, teacher: PlannedTeacher | None, world_size: int) -> i
 def sample_bytes(config: Config, teacher: PlannedTeacher | None) -> int:
     """A sample as the ranks of a model-parallel group exchange it: pixels, and the targets of the masked stage."""
     predicted = config.mim.predicted(config.model.vision.patches)
-    targets = _FP32 * predicted * _target_width(config, teacher) if teacher else 0
+    targets = _FP32 * predicted * _target_width(config, teacher) + _summary(config, teacher) if teacher else 0
     return 3 * config.model.vision.image_size**2 + targets
+
+
+def _summary(config: Config, teacher: PlannedTeacher) -> int:
+    """The summary target of an image."""
+    return _FP32 * teacher.widths(config.mim)["summary_width"]
 
 
 def _target_width(config: Config, teacher: PlannedTeacher) -> int:

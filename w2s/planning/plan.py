@@ -127,7 +127,7 @@ def _check_settings(config: Config, card: Card) -> None:
 class _Search:
     def __init__(self, config: Config, card: Card, gpus: int, teacher: PlannedTeacher | None, layouts: Layouts) -> None:
         self.card, self.gpus, self.teacher, self.layouts = card, gpus, teacher, layouts
-        self.widths = (teacher.width, teacher.layer_width) if teacher else (0, 0)
+        self.widths = teacher.widths(config.mim) if teacher else {}
         self.legal, self.least = 0, float("inf")
 
     def run(self) -> Iterator[Plan]:
@@ -181,8 +181,7 @@ class _Search:
             flops=stage_flops(
                 config,
                 self.gpus,
-                target_width=self.widths[0],
-                layer_width=self.widths[1],
+                **self.widths,
                 teacher=self.teacher.flops if self.teacher else 0.0,
             ),
             peak=self.gpus * self.card.bf16_tflops * 1e12,
@@ -198,8 +197,8 @@ class _SplitStage:
             first ones keep most micro-batches, the last has the loss.
     """
 
-    def __init__(self, split: Config, widths: tuple[int, int], gpus: int) -> None:
-        self.towers = planned_towers(split, *widths)
+    def __init__(self, split: Config, widths: dict[str, int], gpus: int) -> None:
+        self.towers = planned_towers(split, **widths)
         parallel = split.parallel
         last, size = parallel.pipeline - 1, gpus // model_parallel_size(parallel)
         self.states = {

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from w2s.config.load import model_from, named_model
-from w2s.config.sections import Config, ModelConfig, TeacherConfig, VisionConfig
+from w2s.config.sections import Config, MimConfig, ModelConfig, TeacherConfig, VisionConfig
 from w2s.planning.flops import teacher_flops
 
 _MAPS = 16
@@ -19,6 +19,8 @@ class PlannedTeacher:
     """Channels of a feature."""
     layer_width: int
     """Channels of the tokens after a layer; 0 where there are no layers to ask for."""
+    summary_width: int
+    """Channels of the image embedding or pooled feature."""
     image_size: int
     """Side of its input in pixels."""
     weights: int
@@ -27,6 +29,14 @@ class PlannedTeacher:
     """Bytes of the largest temporaries of its forward pass, for one image; an estimate."""
     flops: float
     """Operations of its forward pass for one image."""
+
+    def widths(self, mim: MimConfig) -> dict[str, int]:
+        """Channels of the targets of a masked stage, as `stage_flops` and `planned_towers` name them."""
+        return {
+            "target_width": self.width,
+            "layer_width": self.layer_width,
+            "summary_width": mim.summary_width(self.width, self.summary_width),
+        }
 
 
 def planned_teacher(config: Config, model: ModelConfig | None = None) -> PlannedTeacher:
@@ -58,6 +68,7 @@ def _eva(model: ModelConfig, teacher: TeacherConfig) -> PlannedTeacher:
     return PlannedTeacher(
         width=model.embed_dim,
         layer_width=vision.width,
+        summary_width=model.embed_dim,
         image_size=vision.image_size,
         weights=_eva_bytes(vision, model.embed_dim, narrow),
         # The MLP's hidden activations before and after the GELU, and three of the residual stream's in float32.
@@ -102,6 +113,7 @@ def _counted(config: Config) -> PlannedTeacher:
     return PlannedTeacher(
         width=network.width,
         layer_width=network.layer_width,
+        summary_width=network.summary_width,
         image_size=side,
         weights=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         working=_MAPS * 3 * side**2 * 4,

@@ -5,7 +5,7 @@ from typing import Literal
 
 from w2s.config.sections import Config
 from w2s.megatron.split import text_layers, vision_layers
-from w2s.planning.flops import TowerFlops, image_flops, seen_tokens, student_flops, text_flops
+from w2s.planning.flops import TowerFlops, image_flops, seen_tokens, student_flops, summary_weights, text_flops
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class PlannedTower:
     """Layers that have a head of their own after them."""
     layer_width: int = 0
     """Channels that such a head gives."""
+    summary_width: int = 0
+    """Channels of the summary target, 0 for none."""
 
     @property
     def layers(self) -> int:
@@ -94,33 +96,44 @@ class PlannedTower:
         return attention + norm + mlp + norm if self.post_norm else norm + attention + norm + mlp
 
 
-def planned_towers(config: Config, target_width: int, layer_width: int = 0) -> tuple[PlannedTower, ...]:
+def planned_towers(
+    config: Config, target_width: int = 0, layer_width: int = 0, summary_width: int = 0
+) -> tuple[PlannedTower, ...]:
     """Return the towers of a training stage.
 
     Args:
         config: the stage.
         target_width: channels of the teacher's features (masked stage).
         layer_width: channels of the teacher's layers (masked stage with `mim.layers`).
+        summary_width: channels of the summary target (masked stage with `mim.summary_weight`).
     """
     if config.stage == "mim":
-        return (_student(config, target_width, layer_width),)
+        return (_student(config, target_width, layer_width, summary_width),)
     return _image_tower(config), _text_tower(config)
 
 
-def _student(config: Config, target_width: int, layer_width: int) -> PlannedTower:
+def _student(config: Config, target_width: int, layer_width: int, summary_width: int) -> PlannedTower:
     width, predicted = config.model.vision.width, config.mim.predicted(config.model.vision.patches)
-    flops = student_flops(config, target_width, layer_width)
+    flops = student_flops(config, target_width, layer_width, summary_width)
     mask_token = () if config.mim.predict == "visible" else (width,)
-    head = (width * target_width, target_width)
+    head: tuple[int, ...] = (width * target_width, target_width)
+    if summary_width:
+        _, *to_target = summary_weights(config, summary_width)
+        head += (*_image_head(config), *to_target)
     tower = _vision(config, flops, mask_token, head, head_tokens=predicted, head_width=target_width)
     layers = tuple(pair.student for pair in config.mim.layers)
-    return replace(tower, layer_heads=layers, layer_width=layer_width)
+    return replace(tower, layer_heads=layers, layer_width=layer_width, summary_width=summary_width)
 
 
 def _image_tower(config: Config) -> PlannedTower:
+    head = _image_head(config)
+    return _vision(config, image_flops(config), (), head, head_tokens=1, head_width=config.model.embed_dim)
+
+
+def _image_head(config: Config) -> tuple[int, ...]:
+    """Parameters of the projection of the class token."""
     vision, embed = config.model.vision, config.model.embed_dim
-    head = (vision.width * embed, embed) if vision.qkv_bias else (vision.width * embed,)
-    return _vision(config, image_flops(config), (), head, head_tokens=1, head_width=embed)
+    return (vision.width * embed, embed) if vision.qkv_bias else (vision.width * embed,)
 
 
 def _vision(

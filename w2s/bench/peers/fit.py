@@ -20,6 +20,8 @@ def check_peer(config: Config, peer: str, ranks: int) -> None:
     if config.stage == "mim":
         if config.mim.layers:
             raise ConfigError(f"--vs {peer} predicts after the last layer alone: leave mim.layers out")
+        if config.mim.summary_weight:
+            raise ConfigError(f"--vs {peer} has no summary target: leave mim.summary_weight out")
         return
     if config.train.global_batch > config.train.micro_batch:
         raise ConfigError(
