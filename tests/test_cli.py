@@ -79,6 +79,19 @@ def test_print_config_shows_a_gpu_configuration_on_any_machine(w2s: Run) -> None
     assert "device: cuda" in output
 
 
+def test_run_prints_the_configuration_of_every_step(w2s: Run) -> None:
+    overrides = ["model=tiny", "clip:train.steps=77", "hardware=h100"]
+    code, output, error = w2s("run", "default", *overrides, "--print-config")
+    assert (code, error) == (0, "")
+    documents = output.split("---\n")
+    titles = [document.splitlines()[0] for document in documents]
+    assert titles[:3] == ["# mim: w2s stage mim", "# clip: w2s stage clip", "# scratch: w2s stage clip"]
+    printed = [OmegaConf.create(document) for document in documents]
+    assert [config.run.name for config in printed] == ["mim", "clip", "scratch", "eval", "eval_scratch"]
+    assert printed[1].train.steps == 77
+    assert printed[1].init.vision.endswith(f"{printed[0].run.group}/mim")
+
+
 def test_a_stage_runs_in_this_process(w2s: Run, stage: Callable[..., None]) -> None:
     seen: list[Config] = []
     stage(seen.append)

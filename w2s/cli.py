@@ -35,6 +35,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, or model
 Nproc = Annotated[int, typer.Option(min=1, help="Ranks on this machine.")]
 Root = Annotated[str, typer.Option(help="Folder of the runs, where a run is given by its name.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the configuration and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -83,7 +84,7 @@ def stage(
     name: Annotated[str, typer.Argument(metavar="STAGE", help="mim, clip or eval.")],
     overrides: Overrides = None,
     nproc: Nproc = 1,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the configuration and stop.")] = False,
+    print_config: PrintConfig = False,
     debug: Debug = False,
 ) -> None:
     """Run one stage. The same command continues an interrupted run; under torchrun or srun it runs as a rank."""
@@ -128,17 +129,21 @@ def run(
     ] = None,
     nproc: Nproc = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew beside earlier results.")] = False,
+    print_config: PrintConfig = False,
     debug: Debug = False,
 ) -> None:
     """Run a pipeline of stages, such as mim -> clip -> eval. The same command goes on where it was interrupted."""
     with _one_line(debug):
         from w2s.config.load import refuse_expanded_braces
-        from w2s.pipeline.run import run_pipeline
+        from w2s.pipeline.run import pipeline_yaml, run_pipeline
 
         given = arguments or []
         name = given.pop(0) if given and "=" not in given[0] else "default"
         refuse_expanded_braces(given)
-        run_pipeline(name, given, ranks=nproc, fresh=fresh)
+        if print_config:
+            print(pipeline_yaml(name, given), end="")
+        else:
+            run_pipeline(name, given, ranks=nproc, fresh=fresh)
 
 
 def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

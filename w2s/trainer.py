@@ -19,6 +19,7 @@ from w2s.checkpoint import store
 from w2s.checkpoint.continued import find_continued, with_its_start
 from w2s.checkpoint.find import is_finished
 from w2s.checkpoint.handover import Handover, check_shapes
+from w2s.config.checks import doubts
 from w2s.config.naming import difference, run_folder
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
@@ -299,6 +300,8 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
             trainer.tracker.message(f"run folder: {run}")
             if trainer.step and trainer.parent:
                 trainer.tracker.message(f"goes on at step {trainer.step}, begun from {trainer.parent}")
+            for doubt in [] if trainer.step else doubts(config):
+                trainer.tracker.message(f"warning: {doubt}")
             trainer.tracker.inputs([*training_inputs(config, trainer.stream.sources), *test_inputs(config)])
             trainer.train()
             metrics = trainer.stage.finish(trainer.tracker)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from w2s.config.checks import check
+from w2s.config.checks import check, doubts
 from w2s.config.load import load
 from w2s.errors import ConfigError
 
@@ -21,6 +21,17 @@ def accepts(stage: str, *overrides: str, world_size: int = 1) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def test_a_random_text_tower_at_a_rate_for_a_finished_one_is_doubted() -> None:
+    (doubt,) = doubts(load("clip", ["model=eva_18b"]))
+    assert doubt == (
+        "the text tower starts from random weights at optim.text_lr=4e-05, a rate for a finished one beside "
+        "optim.vision_lr=0.0004: name one, such as init.text=teacher, or raise the rate"
+    )
+    for override in ("init.text=teacher", "init.checkpoint=run", "optim.text_lr=4e-4", "optim.vision_lr=1e-4"):
+        assert doubts(load("clip", ["model=eva_18b", override])) == []
+    assert doubts(load("clip")) == doubts(load("mim", ["model=eva_18b"])) == []
 
 
 def test_what_is_frozen_for_no_steps_or_is_not_there() -> None:

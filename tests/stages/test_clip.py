@@ -53,3 +53,11 @@ def test_patch_dropout_keeps_half_of_the_patches(alone: Ranks, options: list[str
         for p in (0, 0.5, 0.9)
     ]
     assert kept == [0, 8, 1]  # 0 stands for all of the 16
+
+
+def test_a_random_text_tower_at_a_rate_for_a_finished_one_is_a_warning(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_stage("clip", [*options, "optim.vision_lr=1e-3", "optim.text_lr=1e-4", "run.name=warned", "train.steps=2"])
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warning.startswith("warning: the text tower starts from random weights at optim.text_lr=0.0001, ")

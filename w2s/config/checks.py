@@ -63,6 +63,21 @@ def check(config: Config, world_size: int, local_size: int) -> None:
         _check_training(config, world_size)
 
 
+def doubts(config: Config) -> list[str]:
+    """What can run, but is hardly meant: a line each.
+
+    A random text tower at a rate for a finished one: EVA's rates for text are a tenth of those for vision.
+    """
+    optim, init = config.optim, config.init
+    text, vision = optim.text_lr or optim.lr, optim.vision_lr or optim.lr
+    if config.stage != "clip" or {init.text, init.checkpoint} != {"none"} or 5 * text > vision:
+        return []
+    return [
+        f"the text tower starts from random weights at optim.text_lr={text:g}, a rate for a finished one beside "
+        f"optim.vision_lr={vision:g}: name one, such as init.text=teacher, or raise the rate"
+    ]
+
+
 def _check_training(config: Config, world_size: int) -> None:
     if not config.data.train and not (config.data.phases and all(phase.train for phase in config.data.phases)):
         raise ConfigError("data.train is empty: give the training shards, such as data.train='shards/{0000..0099}.tar'")

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from w2s.checkpoint.find import is_finished
 from w2s.config.checks import check
+from w2s.config.load import to_yaml
 from w2s.config.naming import run_folder
 from w2s.launch import launch, run_stage
 from w2s.pipeline.choose import Chosen
@@ -64,6 +65,20 @@ def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool
     for warning in parent.warnings():
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
     return report
+
+
+def pipeline_yaml(name: str, overrides: Sequence[str]) -> str:
+    """The configuration of every run, a YAML document each.
+
+    Args:
+        name: as in `run_pipeline`.
+        overrides: as there.
+
+    Raises:
+        ConfigError: for a pipeline or an override that cannot be.
+    """
+    configs = Plan(load_pipeline(name), overrides, fresh=False).configs()
+    return "---\n".join(f"# {config.run.name}: w2s stage {config.stage}\n{to_yaml(config)}" for config in configs)
 
 
 @dataclass(frozen=True)
