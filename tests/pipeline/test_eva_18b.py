@@ -14,6 +14,7 @@ from w2s.checkpoint.store import latest, read_meta
 from w2s.config.checks import check
 from w2s.config.load import named_model
 from w2s.config.sections import Config
+from w2s.pipeline import run
 from w2s.pipeline.plan import Plan
 from w2s.pipeline.run import run_pipeline
 from w2s.pipeline.steps import load_pipeline
@@ -54,8 +55,9 @@ def test_every_step_fits_on_its_gpus(steps: dict[str, Config], name: str) -> Non
     assert plan.config.train.global_batch == config.train.global_batch
 
 
-def test_in_small(tmp_path: Path) -> None:
+def test_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step runs; the text tower is the teacher's at first, and each step begins with what the one before gave."""
+    monkeypatch.setattr(run, "launch", lambda stage, config, ranks: stage(config))  # in this process: sooner
     torch.save(released(named_model("tiny")), tmp_path / "teacher.pt")
     train = write_shapes(tmp_path / "train", shards=4, seed=0)
     write_shapes(tmp_path / "test", shards=1, seed=1)
@@ -72,6 +74,7 @@ def test_in_small(tmp_path: Path) -> None:
             "crop_336:model.vision.image_size=48",
             f"teacher.source=eva:tiny@{tmp_path / 'teacher.pt'}",
             "precision.compute=fp32",
+            "teacher.precision=fp32",
             f"data.train={train}",
             "data.weights=[]",
             f"clip:data.phases=[{{samples: 8, patch_dropout: 0.5}}, {{patch_dropout: 0.0, train: {train}/000000.tar}}]",
@@ -104,7 +107,7 @@ def test_in_small(tmp_path: Path) -> None:
     assert 0 < (ended - started).abs().max() < 0.05 * started.abs().max()
 
 
-def newest(run: Path) -> Path:
-    checkpoint = latest(run)
+def newest(folder: Path) -> Path:
+    checkpoint = latest(folder)
     assert checkpoint is not None
     return checkpoint
