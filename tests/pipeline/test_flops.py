@@ -21,3 +21,12 @@ def test_equal_compute_is_equal_to_half_a_step() -> None:
     steps = steps_of_equal_compute(config, 2 * training_flops(other))
     one = training_flops(config) / config.train.steps
     assert abs(steps * one - 2 * training_flops(other)) <= one / 2
+
+
+def test_a_summary_target_costs_its_two_linears() -> None:
+    """The teacher's summary has 64 channels, the tiny model's shared space another number."""
+    config, more = load("mim", MIM), load("mim", [*MIM, "mim.summary_weight=0.5"])
+    width, embed_dim = config.model.vision.width, config.model.embed_dim
+    assert embed_dim != 64
+    linears = 3 * 2 * (width * embed_dim + embed_dim * 64)
+    assert training_flops(more) - training_flops(config) == pytest.approx(linears * 30 * 64, rel=1e-9)
