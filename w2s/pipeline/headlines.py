@@ -36,6 +36,7 @@ HEADLINES = (
     Headline("visible cosine, test", "test/visible_cosine", {"constant": "test/constant_cosine"}),
     Headline("cosine of all patches, test", "test/all_cosine", {"constant": "test/constant_cosine"}),
     Headline("unmasked cosine, test", "test/unmasked_cosine", {"constant": "test/constant_cosine"}),
+    Headline("summary cosine, test", "test/summary_cosine", {"constant": "test/summary_constant_cosine"}),
     Headline(
         "k-NN top-1",
         "knn/top1",
