@@ -39,7 +39,7 @@ def contrastive_loss(
     """
     with torch.no_grad():
         pairs = Pairs(images, texts, scale, labels, group, tile)
-        rows, columns = _normalisers(pairs)
+        rows, columns = normalisers(pairs)
         gradients = Gradients(pairs)
         for part in pairs.tiles():
             gradients.add(part, _by_logit(part, rows, columns))
@@ -49,7 +49,7 @@ def contrastive_loss(
     return with_gradients(loss, (images, texts, scale), known)
 
 
-def _normalisers(pairs: Pairs) -> tuple[Tensor, Tensor]:
+def normalisers(pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Return the logs of the sums of exponentials, of all and of positives: own rows [2, n], all columns [2, N]."""
     rows = pairs.images.new_full((2, len(pairs.images)), float("-inf"))
     columns = pairs.images.new_full((2, len(pairs.texts)), float("-inf"))
@@ -74,5 +74,10 @@ def _by_logit(tile: Tile, rows: Tensor, columns: Tensor) -> Tensor:
 
 def _softmaxes(tile: Tile, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the sum of a tile's softmaxes over rows and over columns, given the logs of their normalisers."""
-    sum_of_both = (tile.logits - rows[tile.rows, None]).exp_()
-    return sum_of_both.add_((tile.logits - columns[tile.columns]).exp_())
+    by_row, by_column = log_softmaxes(tile, rows, columns)
+    return by_row.exp_().add_(by_column.exp_())
+
+
+def log_softmaxes(tile: Tile, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logs of a tile's softmaxes over rows and over columns, given the logs of their normalisers."""
+    return tile.logits - rows[tile.rows, None], tile.logits - columns[tile.columns]
