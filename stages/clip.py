@@ -13,6 +13,7 @@ from w2s.config.layout import kept_patches
 from w2s.config.sections import Config
 from w2s.data.batch import Batch, gather_batch, given, normalize
 from w2s.data.sample import SampleSpec
+from w2s.distillation import Distillation
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.schedule import Loss, Reported, begin_pass, finish_gradients, forward_backward, forward_only
@@ -34,11 +35,16 @@ def run(config: Config) -> None:
     train_stage(config, ContrastiveStage)
 
 
-def sample_spec(config: Config) -> SampleSpec:
-    """What the stage wants of a sample."""
+def sample_spec(config: Config, teacher_size: int = 0) -> SampleSpec:
+    """What the stage wants of a sample, with a teacher whose input has `teacher_size` pixels a side; 0 for none."""
     patches, dropout = config.model.vision.patches, config.clip.patch_dropout
-    kept = kept_patches(patches, dropout) if dropout else 0
-    return SampleSpec.of(config, kept_patches=kept, context_length=config.model.text.context_length)
+    return SampleSpec.of(
+        config,
+        teacher_size=teacher_size,
+        teacher_samples=config.clip.distill.last_step(config.train) * config.train.global_batch,
+        kept_patches=kept_patches(patches, dropout) if dropout else 0,
+        context_length=config.model.text.context_length,
+    )
 
 
 def see(tower: ImageTower, batch: Batch) -> Tensor:
@@ -63,31 +69,42 @@ class ContrastiveStage:
         self.towers: Towers = {"vision": self.vision, "text": self.text}
         self.optimizer = Optimizer(self.towers, config.optim, dtype, config.init.scratch)
         self.probe = ClipProbe(config, ranks)
-        self.spec = sample_spec(config)
+        self.distillation = Distillation(config, config.taught_by, ranks) if config.taught_by else None
+        self.teacher = self.distillation.teacher if self.distillation else None
+        self.spec = sample_spec(config, self.teacher.image_size if self.teacher else 0)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step: the loss over the global batch, whose features come from one forward pass or from two.
 
         Args:
-            batch: this rank's share of the samples of its model-parallel group.
+            batch: this rank's share of the samples of its model-parallel group. A teacher sees no others here.
         """
-        whole = gather_batch(batch.to(self.ranks.device), self.ranks.model_group)
+        own = batch.to(self.ranks.device)
+        taught = own if self.distillation is None else self.distillation.teach(own)
+        whole = gather_batch(taught, self.ranks.model_group)
         micro_batches = whole.split(self.config.train.micro_batch)
         direct = len(micro_batches) == 1 and self.config.parallel.pipeline == 1 and self.config.clip.two_pass == "auto"
-        loss = self._one_pass(whole) if direct else self._two_passes(whole, micro_batches)
+        losses = self._one_pass(whole) if direct else self._two_passes(whole, micro_batches)
         if self.text.tail is None:
             return {}
-        return {"loss": loss, "logit_scale": self.text.tail.logit_scale.exp()}
+        return {**losses, "logit_scale": self.text.tail.logit_scale.exp()}
 
-    def _loss(self, images: Tensor, texts: Tensor, scalars: Sequence[Tensor], batch: Batch) -> Tensor:
-        """The contrastive loss of the features of a whole batch, over the data-parallel ranks."""
+    def _loss(self, images: Tensor, texts: Tensor, scalars: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Reported]:
+        """The loss of the features of a whole batch, over the data-parallel ranks: contrastive, and distillation's."""
         clip, (logit_scale, *bias) = self.config.clip, scalars
         units = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
         labels = given(batch.captions) if clip.equal_captions == "positives" else None
         loss = sigmoid_loss if clip.loss == "sigmoid" else contrastive_loss
-        return loss(*units, logit_scale.exp(), *bias, group=self.ranks.data_group, labels=labels, tile=clip.tile)
+        scale = logit_scale.exp()
+        value = loss(*units, scale, *bias, group=self.ranks.data_group, labels=labels, tile=clip.tile)
+        reported = {"loss": value.detach()}
+        if self.distillation is not None and self.distillation.on:
+            distance = self.distillation.loss(*units, scale, batch)
+            value = value + self.distillation.weight * distance
+            reported["distill_loss"] = distance.detach()
+        return value, reported
 
-    def _one_pass(self, batch: Batch) -> Tensor:
+    def _one_pass(self, batch: Batch) -> Reported:
         """Forward and backward of both towers at once: the batch of this rank is one micro-batch."""
         (text,) = self.text.parts
 
@@ -95,33 +112,34 @@ class ContrastiveStage:
             images, texts = see(vision, batch), read(text, batch)
 
             def loss(images: Tensor) -> tuple[Tensor, Reported]:
-                value = self._loss(images, texts, text.scalars(), batch)
-                return value, {"loss": value.detach()}
+                return self._loss(images, texts, text.scalars(), batch)
 
             return images, loss
 
         begin_pass(self.text)
-        (report,) = forward_backward(self.vision, [batch], forward, self._rows("vision", batch))
+        (losses,) = forward_backward(self.vision, [batch], forward, self._rows("vision", batch))
         finish_gradients(self.text)
-        return report["loss"]
+        return losses
 
-    def _two_passes(self, batch: Batch, micro_batches: list[Batch]) -> Tensor | None:
+    def _two_passes(self, batch: Batch, micro_batches: list[Batch]) -> Reported:
         """All features first, then the loss and its gradients by them, then each tower again with those gradients."""
         images = forward_only(self.vision, micro_batches, see, self._rows("vision", micro_batches[0]))
         texts = forward_only(self.text, micro_batches, read, self._rows("text", micro_batches[0]))
-        loss, by_images, by_texts, *by_scalars = self._gradients(images, texts, batch)
+        losses, (by_images, by_texts, *by_scalars) = self._gradients(images, texts, batch)
         self._send_back("vision", micro_batches, see, by_images, [])
         self._send_back("text", micro_batches, read, by_texts, by_scalars)
-        return loss
+        return losses
 
-    def _gradients(self, images: list[Tensor], texts: list[Tensor], batch: Batch) -> Sequence[Tensor | None]:
-        """The loss, then its gradients by the features and by its scalars; None where there are no features."""
+    def _gradients(
+        self, images: list[Tensor], texts: list[Tensor], batch: Batch
+    ) -> tuple[Reported, Sequence[Tensor | None]]:
+        """The losses, and the gradients by the features and by their scalars; None where there are no features."""
         if self.text.tail is None:
-            return None, None, None
+            return {}, (None, None)
         scalars = [scalar.detach().clone() for scalar in self.text.tail.scalars()]
         leaves = [leaf.requires_grad_() for leaf in (torch.cat(images), torch.cat(texts), *scalars)]
-        loss = self._loss(leaves[0], leaves[1], leaves[2:], batch)
-        return loss.detach(), *torch.autograd.grad(loss, leaves)
+        loss, losses = self._loss(leaves[0], leaves[1], leaves[2:], batch)
+        return losses, torch.autograd.grad(loss, leaves)
 
     def _send_back(
         self,
@@ -165,17 +183,24 @@ class ContrastiveStage:
         """Keep the logit scale between 1 and its maximum (baaivision/EVA, shinji/training/train.py)."""
         if self.text.tail is not None:
             self.text.tail.logit_scale.clamp_(0, math.log(self.config.clip.logit_scale_max))
+        if self.distillation is not None:
+            self.distillation.steps += 1
 
     def extra_state(self) -> dict[str, Tensor]:
-        """Nothing beside weights and optimizer."""
-        return {}
+        """Whether the teacher has been passed, if there is one."""
+        return {} if self.distillation is None else self.distillation.state()
 
-    def load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
-        """Nothing to take back."""
+    def load_extra_state(self, extra: Mapping[str, Tensor], step: int) -> None:
+        """Take back how far distillation had come."""
+        if self.distillation is not None:
+            self.distillation.load_state(extra, step)
 
     def evaluate(self) -> dict[str, float]:
-        """Zero-shot classification and retrieval on the test images."""
-        return self.probe.measure(self.vision, self.text).metrics if self.config.eval.shards else {}
+        """Zero-shot classification and retrieval on the test images; a teacher that is passed there is let go."""
+        if not self.config.eval.shards:
+            return {}
+        metrics = self.probe.measure(self.vision, self.text).metrics
+        return metrics if self.distillation is None else metrics | self.distillation.judge(metrics, self.probe)
 
     def finish(self, tracker: Tracker) -> dict[str, float]:
         """Measure the finished CLIP."""

@@ -71,8 +71,8 @@ class Stage(Protocol):
     def extra_state(self) -> dict[str, Tensor]:
         """Return what a checkpoint has to hold beside weights and optimizer; equal on all ranks."""
 
-    def load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
-        """Take back what `extra_state` gave."""
+    def load_extra_state(self, extra: Mapping[str, Tensor], step: int) -> None:
+        """Take back what `extra_state` gave after `step` steps."""
 
 
 def open_run(config: Config, ranks: Ranks) -> Path:
@@ -135,7 +135,8 @@ class Trainer:
 
     def _take_up(self, checkpoint: Path) -> store.Meta:
         meta = store.read_meta(checkpoint)
-        self.stage.load_extra_state(state.load(checkpoint, self.stage.towers, self.stage.optimizer, meta.step))
+        extra = state.load(checkpoint, self.stage.towers, self.stage.optimizer, meta.step)
+        self.stage.load_extra_state(extra, meta.step)
         return meta
 
     def _refuse_another_run(self, meta: store.Meta) -> None:
@@ -174,10 +175,11 @@ class Trainer:
                 if logs:
                     self._log(metrics, meter.read())
                 with meter.paused():
-                    if saved:
-                        self._save()
+                    # An evaluation may decide how the stage goes on, which its checkpoint has to know.
                     if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
                         self._evaluate()
+                    if saved:
+                        self._save()
                     self._finish_saving_if_written()
                 self._stop_if_asked(signals, saved)
             self._finish_saving()

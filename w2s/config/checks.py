@@ -1,5 +1,8 @@
 """Checks across sections and against the machine: what a user would get wrong is refused before a run starts."""
 
+from dataclasses import fields
+from operator import attrgetter
+
 import torch
 
 from w2s.config.layout import check_micro_batches, check_ranks, check_towers, tower_names
@@ -16,6 +19,8 @@ _INTERVALS = {
     "clip.patch_dropout": "[0, 1)",
     "clip.logit_scale": "(0, inf)",
     "clip.tile": "[1, inf)",
+    "clip.distill.weight": "(0, inf)",
+    "clip.distill.until": "(0, 1]",
     "optim.lr": "(0, inf)",
     "optim.vision_lr": "(0, inf)",
     "optim.text_lr": "(0, inf)",
@@ -99,6 +104,7 @@ def _check_training(config: Config, world_size: int) -> None:
             raise ConfigError(f"init.text={config.init.text}: the masked stage has no text tower, leave init.text out")
     else:
         _check_logits(config.clip)
+        _check_distillation(config)
 
 
 def _check_logits(clip: ClipConfig) -> None:
@@ -128,6 +134,22 @@ def _check_growth(init: InitConfig) -> None:
             raise ConfigError(
                 f"{key}={how} needs a finished tower: name one with init.vision or init.text, or leave it out"
             )
+
+
+def _check_distillation(config: Config) -> None:
+    distill = config.clip.distill
+    if distill.source == "none":
+        changed = [each.name for each in fields(distill) if getattr(distill, each.name) != each.default]
+        if changed:
+            raise ConfigError(
+                f"clip.distill.{changed[0]} does nothing with clip.distill.source=none: name a teacher, or leave it out"
+            )
+        return
+    if distill.until_better and not (config.eval.shards and config.train.eval_every):
+        raise ConfigError(
+            "clip.distill.until_better=true compares student and teacher while training: give eval.shards and a "
+            "train.eval_every above 0"
+        )
 
 
 def _check_phases(config: Config) -> None:
@@ -179,8 +201,7 @@ def _check_eval(config: Config) -> None:
 
 
 def _check_interval(config: Config, key: str, interval: str) -> None:
-    section, _, name = key.partition(".")
-    value = getattr(getattr(config, section), name)
+    value = attrgetter(key)(config)
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     if value is None:
         return

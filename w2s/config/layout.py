@@ -145,11 +145,12 @@ def _check_options(config: Config, replicas: int) -> None:
 
 
 def _check_sharded_teacher(config: Config) -> None:
-    if not config.teacher.sharded:
+    teacher = config.taught_by or config.teacher
+    if not teacher.sharded:
         return
-    if not config.teacher.source.startswith("w2s:"):
+    if not teacher.source.startswith("w2s:"):
         raise ConfigError(
-            f"teacher.sharded=true with teacher.source={config.teacher.source}: only w2s:RUN can be split, "
+            f"teacher.sharded=true with teacher.source={teacher.source}: only w2s:RUN can be split, "
             "use teacher.sharded=false"
         )
     if config.parallel.pipeline > 1:

@@ -1,7 +1,7 @@
 """The configuration: one typed dataclass per section, a line of documentation under each field."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from w2s.errors import ConfigError
@@ -349,6 +349,47 @@ class MimConfig:
 
 
 @dataclass(kw_only=True)
+class DistillConfig:
+    """Distillation inside the contrastive stage: for some of the steps a finished CLIP teaches the one in training."""
+
+    source: str = "none"
+    """`none`, `teacher` (what `teacher.source` names) or another teacher in the same words, such as `w2s:RUN`.
+
+    Its image size, precision and the rest are those of the section `teacher`.
+    """
+    kind: Literal["feature", "affinity", "both"] = "affinity"
+    """`feature`: embeddings onto the teacher's, which are as wide; `affinity`: the similarities of the batch's images
+    and captions onto the teacher's, of any width."""
+    towers: Literal["image", "text", "both"] = "both"
+    """The student's towers that learn from the teacher; `feature` for one of them needs no other tower of it."""
+    weight: float = 1.0
+    """Factor on the loss of distillation beside the contrastive loss (CLIP-KD: 1 for affinity, about 4 for feature)."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How the weight goes down to 0 over the steps of `until`."""
+    until: float = 1.0
+    """Share of the steps after which the teacher is let go."""
+    until_better: bool = False
+    """Let the teacher go also when the student passes it on `eval.shards`, as seen every `train.eval_every` steps.
+
+    By the mean of both recalls at 10, or without captions by zero-shot top-1. The shards are then no test set any more.
+    """
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The student's towers that learn."""
+        return ("image", "text") if self.towers == "both" else (self.towers,)
+
+    @property
+    def teacher_sides(self) -> tuple[str, ...]:
+        """The teacher's towers that are needed; affinities and a comparison need both."""
+        return ("image", "text") if self.kind != "feature" or self.until_better else self.sides
+
+    def last_step(self, train: TrainConfig) -> int:
+        """Return the step after which the teacher is let go."""
+        return max(1, round(self.until * train.steps))
+
+
+@dataclass(kw_only=True)
 class ClipConfig:
     """The contrastive stage."""
 
@@ -370,6 +411,8 @@ class ClipConfig:
     """Rows and columns of the logits that are in memory at a time."""
     two_pass: Literal["auto", "always"] = "auto"
     """`auto` takes one forward pass where the batch of a rank is one micro-batch; `always` takes the two-pass way."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Distillation from a finished CLIP beside the contrastive loss."""
 
 
 @dataclass(kw_only=True)
@@ -651,3 +694,13 @@ class Config:
     init: InitConfig = field(default_factory=InitConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def taught_by(self) -> TeacherConfig | None:
+        """The teacher that the stage learns from; None where it learns from none."""
+        if self.stage == "mim":
+            return self.teacher
+        source = self.clip.distill.source if self.stage == "clip" else "none"
+        if source == "none":
+            return None
+        return self.teacher if source == "teacher" else replace(self.teacher, source=source, name=source)

@@ -29,6 +29,8 @@ class SampleSpec:
     """Patches along one side of the student's view."""
     teacher_size: int = 0
     """Side of the teacher's view in pixels; 0 makes none."""
+    teacher_samples: int | None = None
+    """Samples of the run, from its first, that have a teacher's view; None for all."""
     masked_patches: int = 0
     """Patches masked in every image; 0 makes no masks."""
     min_block: int = 1
@@ -122,7 +124,8 @@ def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views
     data = find_image(raw.files, spec.image_key)
     if data is None:
         raise BadSample("image is missing")
-    sizes = [spec.image_size, spec.teacher_size] if spec.teacher_size else [spec.image_size]
+    taught = spec.teacher_size > 0 and (spec.teacher_samples is None or index < spec.teacher_samples)
+    sizes = [spec.image_size, spec.teacher_size] if taught else [spec.image_size]
     rng = generator(seed, Purpose.CROP, index)
     crop = decode_crop(
         data,
@@ -135,7 +138,7 @@ def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views
         key=raw.key,
         index=index,
         image=views[0],
-        teacher_image=views[1] if spec.teacher_size else None,
+        teacher_image=views[1] if taught else None,
         mask=draw_mask(spec, seed, index) if spec.masked_patches else None,
         kept=draw_kept(spec, seed, index) if spec.kept_patches else None,
         branches=draw_branches(spec, seed, index) if spec.drop_path else None,

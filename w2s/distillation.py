@@ -1,0 +1,157 @@
+"""Distillation beside the contrastive loss: what a finished CLIP says of a batch, and for how long it is heard."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from w2s.config.sections import Config, TeacherConfig
+from w2s.data.batch import Batch, given
+from w2s.data.tokens import tokenize
+from w2s.errors import ConfigError, DataError
+from w2s.evaluation.evaluate import evaluate_clip, under
+from w2s.megatron.groups import Ranks
+from w2s.objectives.distillation import affinity_loss, feature_loss
+from w2s.probe import Probe
+from w2s.teachers.build import build_teacher
+from w2s.teachers.clip import ClipTeacher
+from w2s.teachers.text import build_text_teacher
+
+SCORES = ("retrieval/mean_recall_at_10", "zero_shot/top1")
+"""What says which of two CLIPs is better: the first of these that the test set gives."""
+
+
+class Distillation:
+    """A teacher that the contrastive stage hears in its first steps.
+
+    Args:
+        config: the contrastive stage.
+        source: the teacher.
+        ranks: this process among all.
+
+    Attributes:
+        teacher: the frozen CLIP.
+        steps: training steps done.
+        passed: whether the student has been seen to be better than the teacher.
+
+    Raises:
+        ConfigError: the teacher lacks a tower that is needed, or its embeddings have another width than the student's.
+    """
+
+    def __init__(self, config: Config, source: TeacherConfig, ranks: Ranks) -> None:
+        self.config, self.settings, self.ranks = config, config.clip.distill, ranks
+        self.teacher = _build(config, source, ranks)
+        self.steps, self.passed = 0, False
+        self._score: float | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether the teacher is heard in the next step."""
+        return not self.passed and self.steps < self.settings.last_step(self.config.train)
+
+    @property
+    def weight(self) -> float:
+        """Factor on the loss in the next step, where the teacher is heard."""
+        share = self.steps / self.settings.last_step(self.config.train)
+        left = {"none": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}
+        return self.settings.weight * left[self.settings.decay]
+
+    def teach(self, batch: Batch) -> Batch:
+        """Exchange this rank's images at the teacher's size for the teacher's embeddings, while it is heard."""
+        if not self.on:
+            return dataclasses.replace(batch, teacher_images=None)
+        parts = [self.teacher(part.teacher_images, part.tokens) for part in batch.split(self.config.train.micro_batch)]
+        images, texts = (None if side[0] is None else torch.cat(side) for side in zip(*parts, strict=True))
+        return dataclasses.replace(batch, teacher_images=None, image_embeddings=images, text_embeddings=texts)
+
+    def loss(self, images: Tensor, texts: Tensor, scale: Tensor, batch: Batch) -> Tensor:
+        """What separates the student's embeddings [n, d], L2-normalised, from the teacher's, over data-parallel ranks.
+
+        Args:
+            images: the student's.
+            texts: the student's.
+            scale: its inverse temperature.
+            batch: what `teach` gave, all of it.
+        """
+        kind, sides = self.settings.kind, self.settings.sides
+        loss = images.new_zeros(())
+        if kind != "affinity":
+            pairs = {"image": (images, batch.image_embeddings), "text": (texts, batch.text_embeddings)}
+            loss = loss + sum(feature_loss(pairs[side][0], given(pairs[side][1])) for side in sides)
+        if kind != "feature":
+            assert self.teacher.text is not None
+            loss = loss + affinity_loss(
+                images if "image" in sides else images.detach(),
+                texts if "text" in sides else texts.detach(),
+                scale,
+                given(batch.image_embeddings),
+                given(batch.text_embeddings),
+                self.teacher.text.logit_scale,
+                group=self.ranks.data_group,
+                tile=self.config.clip.tile,
+            )
+        return loss
+
+    def judge(self, student: Mapping[str, float], probe: Probe) -> dict[str, float]:
+        """Let the teacher go if the student has passed it; every rank calls, and all decide alike.
+
+        Args:
+            student: its metrics on the test set.
+            probe: the test set.
+
+        Returns:
+            The teacher's score there under `teacher/`; nothing where nobody asks, or the teacher is gone already.
+
+        Raises:
+            DataError: the test set has neither captions nor classes.
+        """
+        if not self.settings.until_better or not self.on:
+            return {}
+        name = next((name for name in SCORES if name in student), None)
+        if name is None:
+            raise DataError("clip.distill.until_better=true: eval.shards has nothing to compare, see eval.retrieval")
+        if self._score is None:
+            self._score = self._measure(probe)[name]
+        self.passed = self.ranks.any(student[name] > self._score)
+        return under("teacher", {name: self._score})
+
+    @torch.no_grad()
+    def _measure(self, probe: Probe) -> dict[str, float]:
+        device, length = self.ranks.device, self.config.model.text.context_length
+        return evaluate_clip(
+            self.config.eval,
+            probe.test_set(self.teacher.image_size),
+            encode_image=lambda images: given(self.teacher(images.to(device), None)[0]),
+            encode_text=lambda tokens: given(self.teacher(None, tokens.to(device))[1]),
+            tokenize=lambda texts: tokenize(texts, length),
+            group=self.ranks.world_group,
+        ).metrics
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint has to hold, equal on all ranks."""
+        return {"teacher_passed": torch.tensor(self.passed)}
+
+    def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Take back what `state` gave after so many steps, or what a run without a teacher left."""
+        self.steps = steps
+        self.passed = "teacher_passed" in state and bool(state["teacher_passed"])
+
+
+def _build(config: Config, source: TeacherConfig, ranks: Ranks) -> ClipTeacher:
+    """The towers of a teacher that are needed."""
+    settings, model, root = config.clip.distill, config.model, config.run.root
+    text = vision = None
+    if "text" in settings.teacher_sides:
+        text = build_text_teacher(source, context_length=model.text.context_length, device=ranks.device, root=root)
+    if "image" in settings.teacher_sides:
+        vision = build_teacher(source, grid=model.vision.grid, device=ranks.device, root=root, parallel=config.parallel)
+    teacher = ClipTeacher(vision, text)
+    if settings.kind != "affinity" and any(width != model.embed_dim for width in teacher.widths):
+        raise ConfigError(
+            f"clip.distill.kind={settings.kind}: the teacher's embeddings have {teacher.widths[0]} channels and "
+            f"model.embed_dim={model.embed_dim}: use clip.distill.kind=affinity, or a student with "
+            f"model.embed_dim={teacher.widths[0]}"
+        )
+    return teacher

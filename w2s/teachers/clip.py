@@ -1,0 +1,50 @@
+"""A CLIP as the teacher of another one: its image side and its text side, as far as they are needed."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from w2s.data.batch import normalize
+from w2s.teachers.base import Teacher
+from w2s.teachers.text import TextTeacher
+
+
+class ClipTeacher(nn.Module):
+    """The frozen towers of a CLIP; one of them may be left out.
+
+    Attributes:
+        vision: the image side, or None.
+        text: the text side, or None.
+    """
+
+    def __init__(self, vision: Teacher | None, text: TextTeacher | None) -> None:
+        super().__init__()
+        self.vision, self.text = vision, text
+
+    @property
+    def image_size(self) -> int:
+        """Side of its images in pixels; 0 where it sees none."""
+        return self.vision.image_size if self.vision is not None else 0
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of the embeddings of each side that is there."""
+        vision = [] if self.vision is None else [self.vision.summary_width]
+        return vision if self.text is None else [*vision, self.text.width]
+
+    def forward(self, images: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Embeddings of images and captions; None for what is not given, or has no tower here.
+
+        Args:
+            images: uint8 [n, 3, T, T].
+            tokens: int64 [n, context].
+
+        Returns:
+            float32 [n, d] each, L2-normalised.
+        """
+        seen = read = None
+        if self.vision is not None and images is not None:
+            pixels = normalize(images, self.vision.mean, self.vision.std)
+            seen = F.normalize(self.vision(pixels).summary, dim=-1)
+        if self.text is not None and tokens is not None:
+            read = F.normalize(self.text(tokens), dim=-1)
+        return seen, read
