@@ -29,6 +29,8 @@ class Steps:
 
     losses: list[float]
     """Loss of every step."""
+    distances: list[float]
+    """Loss of distillation in the steps that had a teacher beside the contrastive loss."""
     gradients: dict[str, Tensor]
     """Whole gradients of the first step, by tower and global name."""
     weights: dict[str, Tensor]
@@ -108,6 +110,7 @@ def _join(everyone: list[dict[str, Any]]) -> Steps:
     assert all(each["logs"] == logs for each in everyone), "every rank logs the same"
     return Steps(
         losses=[log["loss"] for log in logs],
+        distances=[log["distill_loss"] for log in logs if "distill_loss" in log],
         gradients=join_pieces([each["gradients"] for each in everyone]),
         weights=join_pieces([each["weights"] for each in everyone]),
         teacher_images=(logs or [{}])[0].get("teacher_images_per_rank", 0.0),

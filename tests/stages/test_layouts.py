@@ -52,6 +52,8 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
 
 LAYERS = "mim.layers=[{student: 0, teacher: 3}, {student: 1, teacher: 1}, {student: 3, teacher: 5, weight: 0.5}]"
 """In the middle of a pipeline stage, at the end of an early one and of the last one, in turn with the layout."""
+TAUGHT = ["clip.distill.source=eva:tiny", "clip.distill.until=0.6", "clip.tile=5"]
+"""A CLIP with random weights teaches the first three steps."""
 
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "mim": ("mim", []),
@@ -63,6 +65,11 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "mim, drop path": ("mim", [DROP_PATH]),
     "clip, drop path": ("clip", ["init.vision=none", DROP_PATH, "model.vision.norm_placement=pre"]),
     "sigmoid": ("clip", ["init.vision=none", "clip.loss=sigmoid", "clip.logit_scale=10"]),
+    "distilled": ("clip", ["init.vision=none", *TAUGHT, "clip.distill.kind=both", "clip.distill.decay=linear"]),
+    "distilled sigmoid": (
+        "clip",
+        ["init.vision=none", "clip.loss=sigmoid", "clip.logit_scale=10", *TAUGHT, "clip.distill.towers=image"],
+    ),
 }
 """Stage and overrides of what is compared."""
 
@@ -92,6 +99,7 @@ ONLY = {
     "sigmoid": ("accumulation", "data", "pipeline"),
     "mim, drop path": DROPPED,
     "clip, drop path": DROPPED,
+    "distilled sigmoid": ("accumulation", "data", "tensor and sequence", "pipeline, data"),
 }
 """Where some variants are compared; the others are everywhere."""
 
@@ -153,6 +161,7 @@ def test_every_layout_gives_the_numbers_of_one_process(whole: dict[str, Steps], 
     for name, steps in run_layouts(ranks, cases, STEPS).items():
         expected = whole[name.partition(":")[0]]
         assert steps.losses == pytest.approx(expected.losses, rel=RELATIVE), name
+        assert steps.distances == pytest.approx(expected.distances, rel=RELATIVE), name
         error, where = relative_error(steps.gradients, expected.gradients)
         assert error < RELATIVE, f"{name}: gradient of {where} is off by {error:.1e}"
 
@@ -162,6 +171,8 @@ def test_layouts_compute_something(whole: dict[str, Steps]) -> None:
     for steps in whole.values():
         assert len(set(steps.losses)) == STEPS
         assert all(float(gradient.abs().max()) > 0 for gradient in steps.gradients.values())
+    for name in ("distilled", "distilled sigmoid"):
+        assert len(set(whole[name].distances)) == 3
 
 
 def test_no_image_is_taught_twice(whole: dict[str, Steps], common: list[str]) -> None:
