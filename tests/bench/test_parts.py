@@ -35,18 +35,19 @@ def steps(stage: MaskedStage | ContrastiveStage, marks: Marks, count: int) -> li
 
 def test_every_part_is_seen_and_nothing_is_left_behind(alone: Ranks) -> None:
     originals = {**vars(ProcessGroup)}, {**vars(Work)}
-    for name in ("mim", "clip"):
-        stage, marks = build(name, alone), Marks(alone.device)
+    taught = ("clip.distill.source=eva:tiny",)
+    for name, overrides in (("mim", ()), ("clip", ()), ("clip", taught)):
+        stage, marks = build(name, alone, *overrides), Marks(alone.device)
         with marked(stage, marks):
             watched = steps(stage, marks, 2)
         (_, parts) = marks.read()
-        wanted = {*PARTS, REST} - {"data"} - ({"teacher"} if name == "clip" else set())
+        wanted = {*PARTS, REST} - {"data"} - ({"teacher"} if stage.teacher is None else set())
         assert parts.keys() == wanted
         assert min(parts.values()) > 0
         # The same numbers as without marks, and the same objects as before.
-        assert watched == steps(build(name, alone), Marks(alone.device), 2)
+        assert watched == steps(build(name, alone, *overrides), Marks(alone.device), 2)
         modules: list[nn.Module] = [part for tower in stage.towers.values() for part in tower.parts]
-        modules += [stage.teacher] if isinstance(stage, MaskedStage) else []
+        modules += [] if stage.teacher is None else [stage.teacher]
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
         assert not vars(stage.optimizer).keys() & {"step", "zero_grad"}
         assert ({**vars(ProcessGroup)}, {**vars(Work)}) == originals

@@ -11,7 +11,7 @@ TEACHER = 2.264e12
 
 def measured(device: str, parts: dict[str, float]) -> tuple[PlannedTeacher, str, Row]:
     row = Row(16, 16, parts, memory_gib=60.0)
-    return PlannedTeacher(width=1024, image_size=224, weights=0, working=0, flops=TEACHER), device, row
+    return PlannedTeacher(1024, 1792, 1024, image_size=224, weights=0, working=0, flops=TEACHER), device, row
 
 
 def test_eva_18b_at_half_of_an_h100() -> None:

@@ -3,6 +3,7 @@ import pytest
 from w2s.config.load import load
 from w2s.pipeline.flops import steps_of_equal_compute, training_flops
 from w2s.planning.flops import stage_flops
+from w2s.planning.teacher import planned_teacher
 
 MIM = ["model=tiny", "teacher.source=timm:test_vit", "teacher.image_size=64", "train.steps=30"]
 
@@ -14,6 +15,19 @@ def test_a_masked_stage_pays_for_its_teacher() -> None:
     layer = 2 * 17 * (4 * 64**2 + 2 * 64 * 192) + 4 * 17**2 * 64
     patches = 2 * 16 * 3 * 16**2 * 64
     assert training_flops(config) == pytest.approx((student + 6 * layer + patches) * 30 * 64, rel=1e-12)
+
+
+def test_a_contrastive_stage_pays_for_its_teacher_while_it_is_heard() -> None:
+    """Forward passes of both towers of `eva_s` for an image and a caption, and the teacher's logits."""
+    keys = ["model=tiny", "clip.distill.source=eva:eva_s@none", "train.steps=40", "train.global_batch=64"]
+    teacher = planned_teacher(load("clip", keys))
+    alone = training_flops(load("clip", [keys[0], *keys[2:]]))
+    more = {until: training_flops(load("clip", [*keys, f"clip.distill.until={until}"])) - alone for until in (1, 0.25)}
+    assert more[1] == pytest.approx(40 * 64 * (teacher.flops + 2 * 64 * teacher.width), rel=1e-9)
+    assert more[0.25] == pytest.approx(more[1] / 4, rel=1e-9)
+    config = load("clip", [*keys, "clip.distill.until=0.25"])
+    assert training_flops(config, begins_at=5) == pytest.approx(alone * 35 / 40 + more[1] * 5 / 40, rel=1e-9)
+    assert steps_of_equal_compute(config, 3 * training_flops(config)) == 120
 
 
 def test_equal_compute_is_equal_to_half_a_step() -> None:

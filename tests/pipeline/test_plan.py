@@ -153,6 +153,12 @@ steps:
   - {name: weak, stage: clip, overrides: [model=eva_tiny, init.vision=none]}
   - {name: masked, stage: mim, overrides: [model=tiny, 'teacher.source=w2s:{weak}']}
   - {name: long, stage: clip, overrides: [model=tiny, init.vision=none], compute_of: [masked]}
+  - {name: distilled, stage: clip, overrides: [model=tiny, init.vision=none, 'clip.distill.source=w2s:{weak}']}
+  - {name: longer, stage: clip, overrides: [model=tiny, init.vision=none], compute_of: [distilled]}
+  - name: distilled_longer
+    stage: clip
+    overrides: [model=tiny, init.vision=none, 'clip.distill.source=w2s:{weak}', clip.distill.until=0.5]
+    compute_of: [distilled]
 """
 
 
@@ -160,10 +166,12 @@ def test_a_teacher_that_is_still_to_be_trained_costs_what_one_of_its_model_costs
     path = tmp_path / "taught.yaml"
     path.write_text(_TAUGHT)
 
-    def steps(*more: str) -> int:
-        return configs_of(overrides(tmp_path, *more), str(path))["long-seed3"].train.steps
+    def steps(name: str, *more: str) -> int:
+        return configs_of(overrides(tmp_path, *more), str(path))[f"{name}-seed3"].train.steps
 
-    assert steps() == steps("masked:teacher.source=eva:eva_tiny@none") != steps("masked:teacher.source=eva:eva_s@none")
+    for name, key in (("long", "masked:teacher.source"), ("longer", "distilled:clip.distill.source")):
+        assert steps(name) == steps(name, f"{key}=eva:eva_tiny@none") != steps(name, f"{key}=eva:eva_s@none")
+    assert 40 < steps("distilled_longer") < steps("longer")
 
 
 def test_the_seeds_and_the_candidates_belong_to_the_name_of_the_group(tmp_path: Path) -> None:

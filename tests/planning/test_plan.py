@@ -146,3 +146,15 @@ def test_what_cannot_be_is_refused_with_the_fix() -> None:
         find_plans(eva_18b("mim", "parallel.pipeline=5"), card("h100"), 256, {"parallel.pipeline"})
     with pytest.raises(ConfigError, match=r"use parallel.tensor=1, 2, 4, 5, 10 or 20"):
         find_plans(eva_18b("clip", "parallel.tensor=8"), card("h100"), 256, {"parallel.tensor"})
+
+
+def test_a_teacher_of_the_contrastive_stage_costs_memory_and_time_while_it_is_heard() -> None:
+    keys = ("clip.distill.source=eva:eva02_e_plus@none", "clip.distill.until=0.25")
+    plain, taught = (one("clip", kind="h200", overrides=more) for more in ((), keys))
+    teacher = planned_teacher(taught.config)
+    assert taught.memory.teacher >= teacher.weights + teacher.text_weights
+    assert taught.time.teacher > 0 == plain.time.teacher
+    assert taught.memory.loss > plain.memory.loss
+    assert taught.flops.model - plain.flops.model >= teacher.flops
+    more = (taught.days - plain.days) / (taught.config.train.steps * (taught.seconds - plain.seconds) / 86_400)
+    assert 0.25 <= more < 0.35, "for a quarter of the steps, beside what the loss and the batch take"

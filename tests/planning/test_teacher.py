@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from w2s.config.load import load
+from w2s.config.sections import TeacherConfig
 from w2s.planning.teacher import planned_teacher
 from w2s.teachers.base import Teacher
 from w2s.teachers.build import without_weights
+from w2s.teachers.text import build_text_teacher
 
 
 @pytest.mark.parametrize("name", ["eva02_e_plus", "eva_18b", "eva_s"])
@@ -32,6 +35,36 @@ def test_an_eva_teacher_sees_images_of_the_size_that_is_given() -> None:
         network(torch.empty(1, 3, 448, 448, device="meta"))
     assert planned.image_size == network.image_size == 448
     assert planned.flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("source", ["eva:tiny@none", "open_clip:ViT-S-32"])
+def test_a_text_tower_is_worked_out_as_its_network_is(source: str) -> None:
+    """As it reads the student's captions, of 16 tokens."""
+    keys = ["clip.distill.kind=feature", "clip.distill.towers=text"]
+    config = load("clip", ["model=tiny", f"clip.distill.source={source}", *keys])
+    planned = planned_teacher(config)
+    teacher = build_text_teacher(TeacherConfig(source=source.partition("@")[0]), context_length=16, device="cpu")
+    # The counter knows no fused attention on a CPU.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        teacher(torch.ones(1, 16, dtype=torch.int64))
+    tensors = [*teacher.parameters(), *teacher.buffers()]
+    assert planned.text_weights == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert planned.flops == counter.get_total_flops()
+    assert (planned.width, planned.image_size, planned.weights) == (teacher.width, 0, 0)
+
+
+def test_a_clip_that_teaches_costs_what_its_towers_cost() -> None:
+    """Both for affinities, and for a comparison; else those that are asked for."""
+
+    def flops(*keys: str) -> float:
+        return planned_teacher(load("clip", ["model=tiny", "clip.distill.source=eva:eva_s@none", *keys])).flops
+
+    feature = "clip.distill.kind=feature"
+    image, text = (flops(feature, f"clip.distill.towers={name}") for name in ("image", "text"))
+    assert image == planned_teacher(load("mim", ["teacher.source=eva:eva_s@none"])).flops
+    assert flops() == flops(feature) == image + text
+    assert flops(feature, "clip.distill.towers=text", "clip.distill.until_better=true") == image + text
+    assert planned_teacher(load("clip", ["model=tiny"])) is None
 
 
 def test_any_other_network_is_counted() -> None:

@@ -73,6 +73,7 @@ ONE_RANK = {
     "clip in one pass": ("clip", ["optim.name=lamb", "parallel.recompute=selective"]),
     "clip in two passes": ("clip", ["train.micro_batch=4", "clip.equal_captions=positives", "precision.compute=bf16"]),
     "clip, frozen at first": ("clip", ["optim.vision_frozen_steps=2", "optim.name=lamb"]),
+    "clip with a teacher": ("clip", ["clip.distill.source=eva:tiny", "clip.distill.until=0.5"]),
     "sigmoid": ("clip", ["clip.loss=sigmoid", "clip.logit_scale=10", "optim.clip_grad=0"]),
 }
 TWO_RANKS = {
@@ -80,6 +81,10 @@ TWO_RANKS = {
     "mim, data": ("mim", ["train.micro_batch=4", "parallel.overlap_grad_reduce=true"]),
     "clip, tensor and sequence": ("clip", ["parallel.tensor=2", "parallel.sequence=true", "optim.name=lamb"]),
     "clip, pipeline": ("clip", ["parallel.pipeline=2", "train.micro_batch=4"]),
+    "clip with a teacher, pipeline": (
+        "clip",
+        ["parallel.pipeline=2", "train.micro_batch=4", "clip.distill.source=eva:tiny", "clip.distill.kind=both"],
+    ),
 }
 
 

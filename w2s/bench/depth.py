@@ -35,7 +35,12 @@ def reduced(config: Config, layers: int | None, folder: Path) -> Config:
     model = replace(
         config.model, vision=replace(vision, layers=layers), text=replace(text, layers=_part(text.layers, fraction))
     )
-    return replace(config, model=model, teacher=_teacher(config.teacher, fraction, folder))
+    teacher = _teacher(config.taught_by or config.teacher, fraction, folder)
+    clip = config.clip
+    if config.stage == "clip" and config.taught_by:
+        # Heard in every step, and shallower as described.
+        clip = replace(clip, distill=replace(clip.distill, source="teacher", until=1.0, until_better=False))
+    return replace(config, model=model, teacher=teacher, clip=clip)
 
 
 def _part(layers: int, fraction: float) -> int:
@@ -53,9 +58,9 @@ def _teacher(teacher: TeacherConfig, fraction: float, folder: Path) -> TeacherCo
 
 
 def _shallower(name: str, fraction: float, folder: Path) -> str:
-    """Describe a model with fewer layers in its vision tower; return the path of the description."""
+    """Describe a model with fewer layers; return the path of the description."""
     model = named_model(name)
-    model.vision.layers = _part(model.vision.layers, fraction)
+    model.vision.layers, model.text.layers = (_part(tower.layers, fraction) for tower in (model.vision, model.text))
     path = folder / f"{Path(name).stem}.yaml"
     path.write_text(yaml.safe_dump({"model": asdict(model)}), encoding="utf-8")
     return str(path)

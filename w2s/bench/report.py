@@ -112,7 +112,7 @@ def bench_step(
                 check_peer(each, peer, ranks)
         if data == "real" and config.data.builtin != "none":
             ensure_builtin(config.data)
-        teacher = planned_teacher(small) if small.stage == "mim" else None
+        teacher = planned_teacher(small)
         job = Job(small, tuple(micro_batches), data, steps, folder / "measured.json")
         turns = [
             (measure(job, ranks), measure(replace(job, peer=True), 1) if peer else None)
@@ -126,7 +126,7 @@ def bench_step(
         model=config.model.name,
         layers=_layers(small),
         full_layers=_layers(config),
-        teacher=config.teacher.name if config.stage == "mim" else "none",
+        teacher=config.taught_by.name if config.taught_by else "none",
         teacher_gflop=teacher.flops / 1e9 if teacher else 0.0,
         device=first.device,
         bf16_peak_tflops=bf16_peak(first.device),

@@ -42,7 +42,7 @@ def speed(config: Config, teacher: PlannedTeacher | None, device: str, row: Row,
 
     Args:
         config: the stage with the batch of the row.
-        teacher: that of the masked stage.
+        teacher: that of the stage, if it has one.
         device: name of the card, or `cpu`.
         row: the median step.
         world_size: ranks in all.

@@ -704,3 +704,10 @@ class Config:
         if source == "none":
             return None
         return self.teacher if source == "teacher" else replace(self.teacher, source=source, name=source)
+
+    @property
+    def taught_steps(self) -> int:
+        """The steps in which the teacher is heard, unless the student passes it before."""
+        if self.taught_by is None:
+            return 0
+        return self.train.steps if self.stage == "mim" else self.clip.distill.last_step(self.train)

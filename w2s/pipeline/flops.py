@@ -8,20 +8,25 @@ from w2s.planning.teacher import planned_teacher
 def training_flops(config: Config, teacher_model: ModelConfig | None = None, begins_at: int = 0) -> float:
     """Model FLOPs of the whole training of a stage: what is computed twice counts once (`w2s/planning/flops.py`).
 
+    A teacher of the contrastive stage counts for the steps in which it is heard, as if the student did not pass it
+    before.
+
     Args:
         config: the stage.
-        teacher_model: of a masked stage whose teacher is a run that is still to come, that run's model.
+        teacher_model: where its teacher is a run that is still to come, that run's model.
         begins_at: steps of another run that this one goes on from, and that are not its own.
     """
-    if config.stage == "mim":
-        teacher = planned_teacher(config, teacher_model)
-        sample = stage_flops(config, 1, **teacher.widths(config.mim), teacher=teacher.flops).model
-    else:
-        sample = stage_flops(config, 1).model
-    return sample * (config.train.steps - begins_at) * config.train.global_batch
+    steps, taught = config.train.steps - begins_at, max(0, config.taught_steps - begins_at)
+    samples = 0.0
+    if taught < steps:
+        samples += (steps - taught) * stage_flops(config, 1).model
+    teacher = planned_teacher(config, teacher_model)
+    if teacher is not None:
+        samples += taught * stage_flops(config, 1, **teacher.widths(config.mim), teacher=teacher.flops).model
+    return samples * config.train.global_batch
 
 
-def steps_of_equal_compute(config: Config, flops: float) -> int:
-    """How many steps of `config`, which has no teacher, take that many model FLOPs."""
-    one_step = training_flops(config) / config.train.steps
+def steps_of_equal_compute(config: Config, flops: float, teacher_model: ModelConfig | None = None) -> int:
+    """How many steps of `config` take that many model FLOPs, with its teacher in the same share of them."""
+    one_step = training_flops(config, teacher_model) / config.train.steps
     return max(1, round(flops / one_step))

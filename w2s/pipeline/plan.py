@@ -11,7 +11,7 @@ from w2s.checkpoint.store import STEP_NAME, checkpoints_of, kept_steps, read_met
 from w2s.config.fields import nearest
 from w2s.config.load import load
 from w2s.config.naming import digest
-from w2s.config.sections import Config
+from w2s.config.sections import Config, ModelConfig
 from w2s.errors import ConfigError
 from w2s.pipeline.flops import steps_of_equal_compute, training_flops
 from w2s.pipeline.steps import REFERENCE, Budgets, Choice, Pipeline, Step
@@ -112,7 +112,8 @@ class Plan:
         config.tracking.experiment = self.pipeline.experiment
         if step.compute_of:
             others = [Task(self._steps[name], task.seed) for name in step.compute_of]
-            paid = steps_of_equal_compute(config, sum(self._flops(other, chosen) for other in others))
+            flops = sum(self._flops(other, chosen) for other in others)
+            paid = steps_of_equal_compute(config, flops, self._teacher_model(task, config, chosen))
             config.train.steps = self.begins_at(task, config, chosen) + paid
         if choice is not None and task.trial is not None:
             _shorten(config, choice.share, self.begins_at(task, config, chosen), step.budgets)
@@ -165,10 +166,14 @@ class Plan:
     def _flops(self, task: Task, chosen: Chosen) -> float:
         """Model FLOPs of a run, whose teacher may be a run of an earlier step that is still to come."""
         config = self.config(task, chosen)
-        folders = self._folders_before(task)
-        teachers = [name for name, folder in folders.items() if config.teacher.source == f"w2s:{folder}"]
+        return training_flops(config, self._teacher_model(task, config, chosen), self.begins_at(task, config, chosen))
+
+    def _teacher_model(self, task: Task, config: Config, chosen: Chosen) -> ModelConfig | None:
+        """The model of the earlier step that teaches a run; None where its teacher is no such step."""
+        source = config.taught_by and config.taught_by.source
+        teachers = (name for name, folder in self._folders_before(task).items() if source == f"w2s:{folder}")
         models = (self.config(Task(self._steps[name], task.seed), chosen).model for name in teachers)
-        return training_flops(config, next(iter(models), None), self.begins_at(task, config, chosen))
+        return next(models, None)
 
     def _overrides(self, step: Step) -> list[str]:
         common = [*self.pipeline.overrides, *self.pipeline.on_stage.get(step.stage, [])]

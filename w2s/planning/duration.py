@@ -93,7 +93,7 @@ def step_time(
         config: the stage of training.
         card: the GPUs.
         towers: the towers of the stage.
-        teacher: the teacher of the masked stage.
+        teacher: its teacher, if it has one.
         states: of the rank that holds most.
         world_size: GPUs in all.
     """
@@ -116,7 +116,7 @@ def step_time(
         accumulation=moving(card, count * elements * (_BF16 + 2 * _gradient_bytes(config)) + states.gradients),
         data=_data(config, card, states, turns, world_size),
         teacher=_teacher(config, card, teacher, world_size) if teacher else 0.0,
-        loss=_loss(config, card, world_size) if config.stage == "clip" else 0.0,
+        loss=_loss(config, card, teacher, world_size) if config.stage == "clip" else 0.0,
         optimizer=moving(card, UPDATE[config.optim.name] * states.optimizer / 12),
         batch=_batch(config, card, teacher, world_size),
     )
@@ -189,10 +189,11 @@ def _teacher(config: Config, card: Card, teacher: PlannedTeacher, world_size: in
     return operations / (card.fp32_tflops * 1e12 * card.estimates.fp32)
 
 
-def _loss(config: Config, card: Card, world_size: int) -> float:
+def _loss(config: Config, card: Card, teacher: PlannedTeacher | None, world_size: int) -> float:
     """Products in float32, passes over the tiles, and the exchange of the captions' features and gradients."""
     samples, parallel = share(config, world_size), config.parallel
-    products = samples * loss_flops(config).hardware / (card.fp32_tflops * 1e12 * card.estimates.fp32)
+    operations = loss_flops(config, teacher.width if teacher else 0).hardware
+    products = samples * operations / (card.fp32_tflops * 1e12 * card.estimates.fp32)
     tiles = moving(card, LOSS_READS * _FP32 * samples * config.train.global_batch)
     features = _FP32 * config.train.global_batch * config.model.embed_dim
     size = world_size // model_parallel_size(parallel)

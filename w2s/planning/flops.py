@@ -62,7 +62,7 @@ class StageFlops:
     """Operations of a training step for one sample of the global batch, by part.
 
     Attributes:
-        parts: `student` and `teacher`, or `vision`, `text` and `loss`.
+        parts: `student` and `teacher`, or `vision`, `text`, `loss` and, if there is one, `teacher`.
     """
 
     parts: Mapping[str, Flops]
@@ -114,14 +114,24 @@ def teacher_flops(vision: VisionConfig, embed_dim: int) -> float:
     return vision_flops(vision, tokens=tokens, head_tokens=tokens, head_width=embed_dim).forward
 
 
-def loss_flops(config: Config) -> Flops:
+def loss_flops(config: Config, teacher_width: int = 0) -> Flops:
     """Operations of the contrastive loss for one pair: its logits with a batch, and the gradients that come back.
 
     Model FLOPs are three products (logits, gradients by images and by captions). The softmax loss computes the logits
-    of a tile twice, the sigmoid loss once.
+    of a tile twice, the sigmoid loss once. A teacher's affinities are one more, of its width: the gradients could be
+    those of both losses at once. The loss of distillation computes its logits and the student's twice, and gradients of
+    its own.
+
+    Args:
+        config: the contrastive stage.
+        teacher_width: channels of a teacher's embeddings; 0 without one.
     """
     product = 2 * config.train.global_batch * config.model.embed_dim
-    return Flops(3 * product, (4 if config.clip.loss == "softmax" else 3) * product)
+    model, hardware = 3 * product, (4 if config.clip.loss == "softmax" else 3) * product
+    if teacher_width and config.clip.distill.kind != "feature":
+        theirs = 2 * config.train.global_batch * teacher_width
+        model, hardware = model + theirs, hardware + 2 * theirs + 4 * product
+    return Flops(model, hardware)
 
 
 def passes(config: Config, world_size: int) -> int:
@@ -206,10 +216,10 @@ def stage_flops(
     Args:
         config: the masked or the contrastive stage.
         world_size: ranks in all.
-        target_width: channels of the teacher's features (masked stage).
+        target_width: channels of the teacher's features or, in the contrastive stage, its embeddings; 0 without one.
         layer_width: channels of the teacher's layers (masked stage with `mim.layers`).
         summary_width: channels of the summary target (masked stage with `mim.summary_weight`).
-        teacher: operations of the teacher's forward pass for one image (masked stage).
+        teacher: operations of the teacher's forward pass for one sample.
     """
     parallel, model, times = config.parallel, config.model, passes(config, world_size)
     width = model.embed_dim
@@ -221,10 +231,9 @@ def stage_flops(
         split = vision_layers(model.vision, target_width, parallel)
         student = trained(student_flops(config, target_width, layer_width, summary_width), split)
         return StageFlops({"student": student, "teacher": Flops(teacher, teacher)})
-    return StageFlops(
-        {
-            "vision": trained(image_flops(config), vision_layers(model.vision, width, parallel)),
-            "text": trained(text_flops(model.text, width), text_layers(model.text, width, parallel)),
-            "loss": loss_flops(config),
-        }
-    )
+    parts = {
+        "vision": trained(image_flops(config), vision_layers(model.vision, width, parallel)),
+        "text": trained(text_flops(model.text, width), text_layers(model.text, width, parallel)),
+        "loss": loss_flops(config, target_width),
+    }
+    return StageFlops(parts | ({"teacher": Flops(teacher, teacher)} if teacher else {}))

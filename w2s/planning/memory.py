@@ -53,7 +53,7 @@ def rank_memory(
     Args:
         config: the stage of training.
         towers: its towers.
-        teacher: the teacher of the masked stage.
+        teacher: its teacher, if it has one.
         states: the rank's.
         world_size: ranks in all.
         stage: rank in the pipeline.
@@ -71,7 +71,7 @@ def rank_memory(
         optimizer=states.optimizer,
         activations=max(kept) if passes(config, world_size) == 2 else sum(kept),
         teacher=_teacher(config, teacher, samples) if teacher else 0,
-        loss=_loss(config, share(config, world_size)) if config.stage == "clip" and _is_last(config, stage) else 0,
+        loss=_loss(config, teacher, share(config, world_size)) if _has_loss(config, stage) else 0,
         buffers=_batch(config, teacher, world_size) + max(backward, _update(config, states)),
     )
 
@@ -86,6 +86,10 @@ def fp8_share(config: Config, tower: PlannedTower) -> float:
     if config.precision.fp8 == "none":
         return 0.0
     return 1 - len(bf16_layers(config.precision, tower.name, tower.layers)) / tower.layers
+
+
+def _has_loss(config: Config, stage: int) -> bool:
+    return config.stage == "clip" and _is_last(config, stage)
 
 
 def _is_last(config: Config, stage: int) -> bool:
@@ -129,17 +133,20 @@ def _batch(config: Config, teacher: PlannedTeacher | None, world_size: int) -> i
     """The samples of a model-parallel group: three times while its ranks exchange them, which read a share each."""
     own, alone = 0, model_parallel_size(config.parallel) == 1
     if teacher:
-        # The teacher's images, and its features of all patches before those to predict are picked.
-        features = _FP32 * config.model.vision.patches * _target_width(config, teacher)
-        features += _summary(config, teacher)
+        # The teacher's images, and in the masked stage its features of all patches before those to predict are picked.
+        patches = config.model.vision.patches if config.stage == "mim" else 0
+        features = _FP32 * patches * _target_width(config, teacher) + _summary(config, teacher)
         own = config.train.global_batch // world_size * (features + 3 * teacher.image_size**2)
     return (1 if alone else 3) * share(config, world_size) * sample_bytes(config, teacher) + own
 
 
 def sample_bytes(config: Config, teacher: PlannedTeacher | None) -> int:
-    """A sample as the ranks of a model-parallel group exchange it: pixels, and the targets of the masked stage."""
-    predicted = config.mim.predicted(config.model.vision.patches)
-    targets = _FP32 * predicted * _target_width(config, teacher) + _summary(config, teacher) if teacher else 0
+    """A sample as the ranks of a model-parallel group exchange it: pixels, and what its teacher says of it.
+
+    That is a feature for each patch to predict, or in the contrastive stage the embeddings of image and caption.
+    """
+    features = config.mim.predicted(config.model.vision.patches) if config.stage == "mim" else 2
+    targets = _FP32 * features * _target_width(config, teacher) + _summary(config, teacher) if teacher else 0
     return 3 * config.model.vision.image_size**2 + targets
 
 
@@ -154,16 +161,20 @@ def _target_width(config: Config, teacher: PlannedTeacher) -> int:
 
 
 def _teacher(config: Config, teacher: PlannedTeacher, samples: int) -> int:
-    """Its weights are whole on every rank unless `teacher.sharded` splits them among tensor-parallel ranks."""
-    return teacher.weights // (config.parallel.tensor if config.teacher.sharded else 1) + samples * teacher.working
+    """Weights are whole on every rank, unless `teacher.sharded` splits the vision tower over tensor-parallel ranks."""
+    vision = teacher.weights // (config.parallel.tensor if config.teacher.sharded else 1)
+    return vision + teacher.text_weights + samples * teacher.working
 
 
-def _loss(config: Config, own: int) -> int:
+def _loss(config: Config, teacher: PlannedTeacher | None, own: int) -> int:
     """The tensors of w2s/objectives/tiles.py, in float32.
 
     Captions of all ranks and their gradient; of this rank's features the bfloat16 originals and four times float32 (as
-    leaves, normalised, and their gradients) for images and captions; three tiles of logits.
+    leaves, normalised, and their gradients) for images and captions; three tiles of logits. Affinities keep gradients
+    of their own and the teacher's captions of all ranks, and have nine tiles at a time.
     """
     width, tile = config.model.embed_dim, min(config.clip.tile, own)
-    everyone = 2 * _FP32 * config.train.global_batch * width
-    return everyone + 2 * own * width * (_BF16 + 4 * _FP32) + 3 * _FP32 * tile * config.clip.tile
+    everyone, tiles, again = 2 * _FP32 * config.train.global_batch * width, 3, 0
+    if teacher and config.clip.distill.kind != "feature":
+        tiles, again = 9, _FP32 * (2 * own * width + config.train.global_batch * (2 * width + teacher.width))
+    return everyone + again + 2 * own * width * (_BF16 + 4 * _FP32) + tiles * _FP32 * tile * config.clip.tile

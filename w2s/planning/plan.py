@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """A step."""
+        """A step; with the teacher, if the stage has one for a part of its steps."""
         return self.time.total
 
     @property
@@ -60,7 +60,8 @@ class Plan:
     @property
     def days(self) -> float:
         """The whole stage, without evaluations, checkpoints and interruptions."""
-        return self.config.train.steps * self.seconds / 86_400
+        taught = self.config.taught_steps / self.config.train.steps
+        return self.config.train.steps * (self.seconds - (1 - taught) * self.time.teacher) / 86_400
 
     @property
     def gpu_hours(self) -> float:
@@ -92,7 +93,7 @@ def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (
         UserError: none fits, or the card cannot do what is asked for.
     """
     _check_settings(config, card)
-    teacher = planned_teacher(config) if config.stage == "mim" else None
+    teacher = planned_teacher(config)
     search = _Search(config, card, gpus, teacher, Layouts(config, gpus, fixed))
     found = sorted(search.run(), key=lambda plan: plan.seconds)
     if not search.legal:

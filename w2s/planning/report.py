@@ -68,7 +68,7 @@ def _stage(plans: Plans, top: int) -> dict[str, Any]:
     best = plans.fitting[0]
     return {
         "model": best.config.model.name,
-        "teacher": best.config.teacher.name if best.config.stage == "mim" else None,
+        "teacher": best.config.taught_by and best.config.taught_by.name,
         "global_batch": best.config.train.global_batch,
         "steps": best.config.train.steps,
         "model_tflop_per_sample": best.flops.model / 1e12,

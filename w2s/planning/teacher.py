@@ -5,7 +5,7 @@ from pathlib import Path
 
 from w2s.config.load import model_from, named_model
 from w2s.config.sections import Config, MimConfig, ModelConfig, TeacherConfig, VisionConfig
-from w2s.planning.flops import teacher_flops
+from w2s.planning.flops import teacher_flops, text_flops
 
 _MAPS = 16
 """Feature maps of the input's size, in float32, that a network which is no EVA tower is taken to need at once."""
@@ -28,10 +28,12 @@ class PlannedTeacher:
     working: int
     """Bytes of the largest temporaries of its forward pass, for one image; an estimate."""
     flops: float
-    """Operations of its forward pass for one image."""
+    """Operations of its forward pass for one image, and its caption where it reads captions."""
+    text_weights: int = 0
+    """Bytes of its text tower, which every rank holds whole."""
 
     def widths(self, mim: MimConfig) -> dict[str, int]:
-        """Channels of the targets of a masked stage, as `stage_flops` and `planned_towers` name them."""
+        """Channels of the targets of a stage, as `stage_flops` and `planned_towers` name them."""
         return {
             "target_width": self.width,
             "layer_width": self.layer_width,
@@ -39,26 +41,65 @@ class PlannedTeacher:
         }
 
 
-def planned_teacher(config: Config, model: ModelConfig | None = None) -> PlannedTeacher:
-    """Return the teacher of a masked stage.
+_NOTHING = PlannedTeacher(width=0, layer_width=0, summary_width=0, image_size=0, weights=0, working=0, flops=0.0)
+
+
+def planned_teacher(config: Config, model: ModelConfig | None = None) -> PlannedTeacher | None:
+    """Return the teacher of a stage, as far as it is needed; None where there is none.
 
     EVA towers are worked out; any other network is built, which takes seconds.
 
     Args:
-        config: the masked stage.
+        config: the stage.
         model: that of a teacher `w2s:RUN` whose run is still to come; without it the run says it.
 
     Raises:
         ConfigError: the source or the model is unknown.
         CheckpointError: a run that does not exist, or is damaged.
     """
-    teacher = config.teacher
+    teacher = config.taught_by
+    if teacher is None:
+        return None
+    if config.stage == "mim":
+        return _image_side(config, teacher, model)
+    sides = config.clip.distill.teacher_sides
+    seen = _image_side(config, teacher, model) if "image" in sides else _NOTHING
+    read = _text_side(config, teacher, model) if "text" in sides else _NOTHING
+    return replace(
+        seen,
+        width=seen.summary_width or read.width,
+        working=max(seen.working, read.working),
+        flops=seen.flops + read.flops,
+        text_weights=read.text_weights,
+    )
+
+
+def _image_side(config: Config, teacher: TeacherConfig, model: ModelConfig | None) -> PlannedTeacher:
     kind, _, rest = teacher.source.partition(":")
     if kind == "eva":
         return _eva(named_model(rest.partition("@")[0]), teacher)
     if kind == "w2s":
         return _eva(model or _model_of_run(rest, Path(config.run.root).expanduser()), teacher)
-    return _counted(config)
+    return _counted(config, teacher)
+
+
+def _text_side(config: Config, teacher: TeacherConfig, model: ModelConfig | None) -> PlannedTeacher:
+    """The text tower, whose weights are float32."""
+    from w2s.teachers.text import text_shape
+
+    if teacher.source.startswith(("eva:", "open_clip:")):
+        teacher = replace(teacher, source=teacher.source.partition("@")[0])  # known without the file
+    text, width = (model.text, model.embed_dim) if model else text_shape(teacher, config.run.root)
+    read = replace(text, context_length=min(text.context_length, config.model.text.context_length))
+    layer = 4 * text.width**2 + 2 * text.width * text.mlp_width + 9 * text.width + text.mlp_width
+    tokens = text.vocab_size + text.context_length
+    return replace(
+        _NOTHING,
+        width=width,
+        working=read.context_length * 4 * (2 * text.mlp_width + 3 * text.width),
+        flops=text_flops(read, width).forward,
+        text_weights=4 * (text.layers * layer + text.width * (tokens + 2 + width) + read.context_length**2 + 1),
+    )
 
 
 def _eva(model: ModelConfig, teacher: TeacherConfig) -> PlannedTeacher:
@@ -96,14 +137,14 @@ def _model_of_run(name: str, root: Path) -> ModelConfig:
     return model_from(read_meta(find_any(name, root, key="teacher.source")).config)
 
 
-def _counted(config: Config) -> PlannedTeacher:
+def _counted(config: Config, teacher: TeacherConfig) -> PlannedTeacher:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from w2s.teachers.base import Teacher
     from w2s.teachers.build import without_weights
 
-    teacher, grid = config.teacher, config.model.vision.grid
+    grid = config.model.vision.grid
     network = without_weights(teacher, grid=grid)
     side = network.image_size
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -124,13 +124,14 @@ def build_text_teacher(
     return teacher.to(device)
 
 
-def text_shape(config: TeacherConfig, root: str | Path = "runs") -> TextConfig:
-    """The shape of the text tower of a teacher; nothing but names and shapes is read.
+def text_shape(config: TeacherConfig, root: str | Path = "runs") -> tuple[TextConfig, int]:
+    """The shape of the text tower of a teacher, and the width of its embeddings; no weights are read.
 
     Raises:
         ConfigError, CheckpointError: as `build_text_teacher`.
     """
-    return _shape(_described(config, Path(root).expanduser()))
+    found = _described(config, Path(root).expanduser())
+    return _shape(found), found.embed_dim
 
 
 def _shape(found: "_Described") -> TextConfig:

@@ -30,5 +30,9 @@ def check_peer(config: Config, peer: str, ranks: int) -> None:
         )
     if config.clip.loss != "softmax":
         raise ConfigError(f"--vs {peer} has the softmax loss, not clip.loss={config.clip.loss}: use clip.loss=softmax")
+    if config.taught_by:
+        raise ConfigError(
+            f"--vs {peer} has no teacher, and clip.distill.source={config.clip.distill.source} names one: leave it out"
+        )
     if config.data.phases:
         raise ConfigError(f"--vs {peer} knows no data.phases: leave them out")
