@@ -29,6 +29,7 @@ from w2s.planning.flops import (
     teacher_flops,
     text_flops,
 )
+from w2s.planning.teacher import planned_teacher
 from w2s.towers.masked import MaskedStudent
 
 BATCH = 12
@@ -140,6 +141,20 @@ def test_what_is_neither_seen_nor_predicted_costs_nothing(shards: str, mim: list
     widths = {"target_width": built.teacher.width, "layer_width": built.teacher.layer_width}
     expected = stage_flops(config, 1, **widths, summary_width=built.summary_width)
     assert total - seen == pytest.approx(expected.hardware, rel=2e-5)  # as above
+
+
+@pytest.mark.parametrize("kind", ["feature", "affinity"])
+def test_a_teacher_beside_the_contrastive_loss(shards: str, kind: str) -> None:
+    """Its towers, and the products of the loss of distillation."""
+    distill = ["clip.distill.source=eva:tiny", f"clip.distill.kind={kind}"]
+    config = load("clip", [*CONFIG, *distill, "train.micro_batch=12", f"data.train={shards}"])
+    total, built = counted(config)
+    teacher = planned_teacher(config)
+    assert built.teacher is not None
+    pixels, captions = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.ones(1, 16, dtype=torch.int64)
+    assert teacher.flops == operations(partial(built.teacher, pixels, captions))
+    expected = stage_flops(config, 1, target_width=teacher.width, teacher=teacher.flops)
+    assert total == pytest.approx(expected.hardware, rel=4e-5)  # two such sums
 
 
 def test_a_teacher_of_evas_kind() -> None:
