@@ -79,9 +79,8 @@ class ContrastiveStage:
         Args:
             batch: this rank's share of the samples of its model-parallel group. A teacher sees no others here.
         """
-        own = batch.to(self.ranks.device)
-        taught = own if self.distillation is None else self.distillation.teach(own)
-        whole = gather_batch(taught, self.ranks.model_group)
+        taught = batch if self.distillation is None else self.distillation.teach(batch)
+        whole = gather_batch(taught.to(self.ranks.device), self.ranks.model_group)
         micro_batches = whole.split(self.config.train.micro_batch)
         direct = len(micro_batches) == 1 and self.config.parallel.pipeline == 1 and self.config.clip.two_pass == "auto"
         losses = self._one_pass(whole) if direct else self._two_passes(whole, micro_batches)
@@ -183,17 +182,15 @@ class ContrastiveStage:
         """Keep the logit scale between 1 and its maximum (baaivision/EVA, shinji/training/train.py)."""
         if self.text.tail is not None:
             self.text.tail.logit_scale.clamp_(0, math.log(self.config.clip.logit_scale_max))
-        if self.distillation is not None:
-            self.distillation.steps += 1
 
     def extra_state(self) -> dict[str, Tensor]:
         """Whether the teacher has been passed, if there is one."""
         return {} if self.distillation is None else self.distillation.state()
 
-    def load_extra_state(self, extra: Mapping[str, Tensor], step: int) -> None:
-        """Take back how far distillation had come."""
+    def load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
+        """Take back whether the teacher had been passed."""
         if self.distillation is not None:
-            self.distillation.load_state(extra, step)
+            self.distillation.load_state(extra)
 
     def evaluate(self) -> dict[str, float]:
         """Zero-shot classification and retrieval on the test images; a teacher that is passed there is let go."""

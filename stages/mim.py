@@ -182,7 +182,7 @@ class MaskedStage:
         """The statistics of the targets."""
         return self.target_norm.state_dict() | self.layer_norms.state_dict(prefix="layers.")
 
-    def load_extra_state(self, extra: Mapping[str, Tensor], step: int) -> None:
+    def load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
         """Take back the statistics of the targets."""
         of_layers = {name: value for name, value in extra.items() if name.startswith("layers.")}
         self.target_norm.load_state_dict({name: value for name, value in extra.items() if name not in of_layers})

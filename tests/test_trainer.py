@@ -62,7 +62,7 @@ class Counting:
     def extra_state(self) -> dict[str, Tensor]:
         return {"seen": torch.tensor(self.seen)}
 
-    def load_extra_state(self, extra: Mapping[str, Tensor], step: int) -> None:
+    def load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
         self.seen = int(extra["seen"])
 
 

@@ -14,6 +14,7 @@ from w2s.errors import ConfigError, DataError
 from w2s.evaluation.evaluate import evaluate_clip, under
 from w2s.megatron.groups import Ranks
 from w2s.objectives.distillation import affinity_loss, feature_loss
+from w2s.optim.schedule import falling_weight
 from w2s.probe import Probe
 from w2s.teachers.build import build_teacher
 from w2s.teachers.clip import ClipTeacher
@@ -33,7 +34,7 @@ class Distillation:
 
     Attributes:
         teacher: the frozen CLIP.
-        steps: training steps done.
+        step: the training step whose batch it has seen last, from 0.
         passed: whether the student has been seen to be better than the teacher.
 
     Raises:
@@ -43,28 +44,36 @@ class Distillation:
     def __init__(self, config: Config, source: TeacherConfig, ranks: Ranks) -> None:
         self.config, self.settings, self.ranks = config, config.clip.distill, ranks
         self.teacher = _build(config, source, ranks)
-        self.steps, self.passed = 0, False
+        self.step, self.passed = 0, False
+        self.last = self.settings.last_step(config.train)
         self._score: float | None = None
 
     @property
     def on(self) -> bool:
-        """Whether the teacher is heard in the next step."""
-        return not self.passed and self.steps < self.settings.last_step(self.config.train)
+        """Whether the teacher is heard in this step."""
+        return not self.passed and self.step < self.last
 
     @property
     def weight(self) -> float:
-        """Factor on the loss in the next step, where the teacher is heard."""
-        share = self.steps / self.settings.last_step(self.config.train)
-        left = {"none": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}
+        """Factor on the loss in this step, where the teacher is heard."""
+        linear = falling_weight(self.step, self.last, 1.0)
+        left = {"none": 1.0, "linear": linear, "cosine": (1 - math.cos(math.pi * linear)) / 2}
         return self.settings.weight * left[self.settings.decay]
 
     def teach(self, batch: Batch) -> Batch:
-        """Exchange this rank's images at the teacher's size for the teacher's embeddings, while it is heard."""
+        """Exchange images at the teacher's size for its embeddings of images and captions, while it is heard.
+
+        Args:
+            batch: this rank's samples of a step, on the host.
+        """
+        train = self.config.train
+        self.step = int(batch.indices.numpy()[0]) // train.global_batch
+        batch = batch.to(self.ranks.device)
         if not self.on:
             return dataclasses.replace(batch, teacher_images=None)
-        parts = [self.teacher(part.teacher_images, part.tokens) for part in batch.split(self.config.train.micro_batch)]
+        parts = [self.teacher(part.teacher_images, part.tokens) for part in batch.split(train.micro_batch)]
         images, texts = (None if side[0] is None else torch.cat(side) for side in zip(*parts, strict=True))
-        return dataclasses.replace(batch, teacher_images=None, image_embeddings=images, text_embeddings=texts)
+        return dataclasses.replace(batch, teacher_images=None, summaries=images, text_summaries=texts)
 
     def loss(self, images: Tensor, texts: Tensor, scale: Tensor, batch: Batch) -> Tensor:
         """What separates the student's embeddings [n, d], L2-normalised, from the teacher's, over data-parallel ranks.
@@ -78,17 +87,16 @@ class Distillation:
         kind, sides = self.settings.kind, self.settings.sides
         loss = images.new_zeros(())
         if kind != "affinity":
-            pairs = {"image": (images, batch.image_embeddings), "text": (texts, batch.text_embeddings)}
+            pairs = {"image": (images, batch.summaries), "text": (texts, batch.text_summaries)}
             loss = loss + sum(feature_loss(pairs[side][0], given(pairs[side][1])) for side in sides)
         if kind != "feature":
-            assert self.teacher.text is not None
             loss = loss + affinity_loss(
                 images if "image" in sides else images.detach(),
                 texts if "text" in sides else texts.detach(),
                 scale,
-                given(batch.image_embeddings),
-                given(batch.text_embeddings),
-                self.teacher.text.logit_scale,
+                given(batch.summaries),
+                given(batch.text_summaries),
+                self.teacher.logit_scale,
                 group=self.ranks.data_group,
                 tile=self.config.clip.tile,
             )
@@ -133,9 +141,8 @@ class Distillation:
         """Return what a checkpoint has to hold, equal on all ranks."""
         return {"teacher_passed": torch.tensor(self.passed)}
 
-    def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
-        """Take back what `state` gave after so many steps, or what a run without a teacher left."""
-        self.steps = steps
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave, or what a run without a teacher left."""
         self.passed = "teacher_passed" in state and bool(state["teacher_passed"])
 
 

@@ -71,8 +71,8 @@ class Stage(Protocol):
     def extra_state(self) -> dict[str, Tensor]:
         """Return what a checkpoint has to hold beside weights and optimizer; equal on all ranks."""
 
-    def load_extra_state(self, extra: Mapping[str, Tensor], step: int) -> None:
-        """Take back what `extra_state` gave after `step` steps."""
+    def load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
+        """Take back what `extra_state` gave."""
 
 
 def open_run(config: Config, ranks: Ranks) -> Path:
@@ -135,8 +135,7 @@ class Trainer:
 
     def _take_up(self, checkpoint: Path) -> store.Meta:
         meta = store.read_meta(checkpoint)
-        extra = state.load(checkpoint, self.stage.towers, self.stage.optimizer, meta.step)
-        self.stage.load_extra_state(extra, meta.step)
+        self.stage.load_extra_state(state.load(checkpoint, self.stage.towers, self.stage.optimizer, meta.step))
         return meta
 
     def _refuse_another_run(self, meta: store.Meta) -> None:

@@ -96,7 +96,7 @@ def weights(options: list[str], ranks: Ranks, *changes: str) -> list[float]:
     assert config.taught_by is not None
     distillation, found = Distillation(config, config.taught_by, ranks), []
     for step in range(8):
-        distillation.steps = step
+        distillation.step = step
         found.append(distillation.weight if distillation.on else 0.0)
     return found
 
@@ -115,7 +115,7 @@ def stopped_after(step: int, patch: pytest.MonkeyPatch, options: list[str]) -> N
 
     def after_update(stage: ContrastiveStage) -> None:
         update(stage)
-        if stage.distillation is not None and stage.distillation.steps == step:
+        if stage.distillation is not None and stage.distillation.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with patch.context() as during:

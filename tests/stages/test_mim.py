@@ -88,7 +88,7 @@ def test_the_logged_loss_is_that_of_the_step_and_the_checkpoint_has_the_statisti
     assert extra["count"].item() == len(seen) == 4 * 16 * 16
     torch.testing.assert_close(extra["mean"], seen.mean(0), rtol=0, atol=1e-6)
     torch.testing.assert_close(extra["deviations"], (seen - seen.mean(0)).square().sum(0), rtol=1e-5, atol=0)
-    again.load_extra_state(extra, 4)
+    again.load_extra_state(extra)
     assert torch.equal(again.target_norm.mean, stage.target_norm.mean)
 
 

@@ -53,7 +53,7 @@ def _go_on(config: Config, before: Path | None, after: Path) -> list[float]:
         if before is None:
             train(range(BEGUN))
         else:
-            stage.load_extra_state(state.load(before, stage.towers, stage.optimizer, step=BEGUN), BEGUN)
+            stage.load_extra_state(state.load(before, stage.towers, stage.optimizer, step=BEGUN))
         state.save(after, stage.towers, stage.optimizer, stage.extra_state()).finish()
         return train(range(BEGUN, BEGUN + NEXT))
 

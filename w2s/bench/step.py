@@ -30,8 +30,6 @@ from w2s.trainer import open_stream, train_step
 
 WARM_UP = 3
 """Steps before those that are measured: kernels are chosen or compiled, buffers and optimizer states made."""
-NO_END = 10**9
-"""Steps of the training, of which some are measured: a teacher that is heard to its end is heard in all of them."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,6 @@ def _run(job: Job) -> None:
 
 def _run_ours(job: Job) -> None:
     config = job.config
-    config.train.steps = NO_END
     with groups.start(config.parallel, config.hardware) as ranks:
         stage = (mim.MaskedStage if config.stage == "mim" else clip.ContrastiveStage)(config, ranks)
         marks = Marks(ranks.device)

@@ -31,10 +31,8 @@ class Batch:
     """The teacher's features at the patches to predict: [n, k, teacher width]."""
     summaries: torch.Tensor | None = None
     """The teacher's summary of each image: [n, summary width]."""
-    image_embeddings: torch.Tensor | None = None
-    """A teaching CLIP's embeddings of the images: [n, d], L2-normalised."""
-    text_embeddings: torch.Tensor | None = None
-    """The same of the captions."""
+    text_summaries: torch.Tensor | None = None
+    """The teacher's embedding of each caption: [n, summary width]."""
     keys: list[str]
     """The samples' names in their shards; empty in a batch that was gathered from several ranks."""
     indices: torch.Tensor

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2s.data.batch import normalize
+from w2s.data.batch import given, normalize
 from w2s.teachers.base import Teacher
 from w2s.teachers.text import TextTeacher
 
@@ -30,6 +30,11 @@ class ClipTeacher(nn.Module):
         """Channels of the embeddings of each side that is there."""
         vision = [] if self.vision is None else [self.vision.summary_width]
         return vision if self.text is None else [*vision, self.text.width]
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """What multiplies its cosines, a scalar; its text side has it."""
+        return given(None if self.text is None else self.text.logit_scale)
 
     def forward(self, images: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Embeddings of images and captions; None for what is not given, or has no tower here.
