@@ -66,8 +66,10 @@ def _backward_marker(marks: Marks) -> Callable[[nn.Module, Any, Any], None]:
         Variable._execution_engine.queue_callback(marks.end)
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(begin)
+        parts = [output] if isinstance(output, Tensor) else list(output or ())
+        trained = [part for part in parts if isinstance(part, Tensor) and part.requires_grad]
+        if trained:
+            trained[0].register_hook(begin)
 
     return hook
 
