@@ -1,4 +1,4 @@
-# make demo    install into .venv, run mim -> clip -> eval, print a table and the path of a report
+# make demo    install into .venv, run weak -> mim -> clip -> eval, print a table and the path of a report
 # make test    install into .venv what the tests need too, run them
 # make check   lint, format, types and layers
 # make showcase-data    install into .venv, build the larger data set of real drawings (apt-get, dpkg-deb and npm are used)

@@ -96,8 +96,8 @@ def test_named_test_sets() -> None:
 
 def test_interpolations_are_resolved_after_the_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("W2S_CACHE", "/from/environment")
-    assert load("mim").data.train == "/from/environment/emoji-1/train"
-    assert load("mim", ["data.cache=/mine"]).eval.shards == "/mine/emoji-1/openmoji"
+    assert load("mim").data.train == "/from/environment/emoji-2/train"
+    assert load("mim", ["data.cache=/mine"]).eval.shards == "/mine/emoji-2/tune"
 
 
 @pytest.mark.parametrize(

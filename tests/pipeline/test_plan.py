@@ -14,7 +14,7 @@ from w2s.pipeline.plan import Plan
 from w2s.pipeline.results import Results, Run
 from w2s.pipeline.steps import load_pipeline
 
-STEPS = ["mim", "clip", "scratch", "eval", "eval_scratch"]
+STEPS = ["weak", "mim", "clip", "scratch", "eval_weak", "eval", "eval_scratch"]
 
 
 def configs_of(given: Sequence[str], name: str = "default") -> dict[str, Config]:
@@ -23,10 +23,20 @@ def configs_of(given: Sequence[str], name: str = "default") -> dict[str, Config]
     return {config.run.name: config for config in plan.configs()}
 
 
-def test_the_baseline_has_the_same_contrastive_budget(tmp_path: Path) -> None:
+def test_the_baseline_has_the_compute_of_both_stages_and_is_tuned_alike(tmp_path: Path) -> None:
     configs = configs_of(overrides(tmp_path))
-    ours, scratch = configs["clip"], configs["scratch"]
-    assert (ours.train, ours.optim, ours.clip, ours.data) == (scratch.train, scratch.optim, scratch.clip, scratch.data)
+    mim, ours, scratch = configs["mim"], configs["clip"], configs["scratch"]
+    assert (ours.model, ours.optim, ours.clip, ours.data) == (scratch.model, scratch.optim, scratch.clip, scratch.data)
+    teacher = configs["weak"].model
+    paid = training_flops(mim, teacher) + training_flops(ours, teacher)
+    # to half a step
+    assert abs(training_flops(scratch) - paid) <= training_flops(scratch) / scratch.train.steps / 2
+
+
+def test_of_the_demo_only_evaluations_look_at_openmoji(tmp_path: Path) -> None:
+    for config in configs_of(overrides(tmp_path)).values():
+        looked_at = {Path(shards).name for shards in config.eval.by_name.values()}
+        assert looked_at == ({"tune", "openmoji"} if config.stage == "eval" else {"tune"})
 
 
 def test_another_configuration_is_another_group(tmp_path: Path) -> None:
@@ -40,7 +50,9 @@ def test_another_configuration_is_another_group(tmp_path: Path) -> None:
 def test_overrides_for_all_steps_and_for_one(tmp_path: Path) -> None:
     given = overrides(tmp_path, "train.steps=70", "mim:train.steps=80", "clip:data.train=a:b")
     configs = configs_of(given)
-    assert [configs[step].train.steps for step in STEPS] == [80, 70, 70, 70, 70]
+    others = [step for step in STEPS if step not in ("mim", "scratch")]
+    assert {configs[step].train.steps for step in others} == {70}
+    assert configs["mim"].train.steps == 80
     assert configs["clip"].data.train == "a:b"
     assert configs["mim"].data.train != "a:b"
 
@@ -48,10 +60,10 @@ def test_overrides_for_all_steps_and_for_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("mm:train.steps=3", "mm:train.steps=3: there is no step mm: did you mean mim? The steps are mim, clip,"),
+        ("mm:train.steps=3", "mm:train.steps=3: there is no step mm: did you mean mim? The steps are weak, mim,"),
         ("run.name=x", "run.name=x: `w2s run` sets run.name itself"),
         ("mim:run.group=x", "mim:run.group=x: `w2s run` sets run.group itself"),
-        ("mim:init.vision={clip}", "init.vision={clip}: there is no earlier step clip: there are none"),
+        ("mim:init.vision={clip}", "init.vision={clip}: there is no earlier step clip: there are weak"),
         ("clip:train.stepz=3", "unknown key train.stepz: did you mean train.steps?"),
     ],
 )

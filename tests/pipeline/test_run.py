@@ -11,7 +11,7 @@ from w2s.errors import ConfigError
 from w2s.launch import RankError
 from w2s.pipeline.run import run_pipeline
 
-STEPS = ["mim", "clip", "scratch", "eval", "eval_scratch"]
+STEPS = ["weak", "mim", "clip", "scratch", "eval_weak", "eval", "eval_scratch"]
 
 
 def test_the_steps_run_in_order_in_one_group(launcher: Launcher, tmp_path: Path) -> None:
@@ -21,7 +21,8 @@ def test_the_steps_run_in_order_in_one_group(launcher: Launcher, tmp_path: Path)
     assert {folder.parent for folder in folders} == {report.parent}
     assert report.parent.name.startswith("run-")
     by_name = dict(zip(STEPS, launcher.configs, strict=True))
-    assert by_name["clip"].init.vision == str(report.parent / "mim")
+    assert by_name["mim"].teacher.source == by_name["clip"].teacher.source == f"w2s:{report.parent / 'weak'}"
+    assert (by_name["clip"].init.vision, by_name["clip"].init.text) == (str(report.parent / "mim"), "teacher")
     assert by_name["scratch"].init.vision == "none"
     assert by_name["eval"].init.checkpoint == str(report.parent / "clip")
     assert by_name["eval_scratch"].init.checkpoint == str(report.parent / "scratch")
@@ -36,7 +37,7 @@ def test_the_table_and_the_report_show_metrics_beside_their_baselines(
     (row,) = [line for line in lines if "masked cosine" in line]
     assert " ".join(row.split()) == "mim masked cosine, test 0.7500 constant 0.2500 61 s 1.5 GiB"
     rows = [line for line in lines if "k-NN top-1" in line]
-    assert len(rows) == 2
+    assert len(rows) == 3
     assert all("teacher 0.6250" in row for row in rows)
     assert lines[-1] == f"report: {report}"
     assert "constant 0.2500" in report.read_text()
@@ -55,12 +56,12 @@ def test_a_repeated_command_goes_on_at_the_step_that_failed(launcher: Launcher, 
     launcher.broken = "scratch"
     with pytest.raises(RankError):
         run_pipeline("default", overrides(tmp_path), ranks=1, fresh=False)
-    assert launcher.steps == STEPS[:3]
+    assert launcher.steps == STEPS[:4]
     launcher.broken = ""
     first = launcher.configs[0].run.group
     launcher.configs.clear()
     run_pipeline("default", overrides(tmp_path), ranks=1, fresh=False)
-    assert launcher.steps == STEPS[2:]
+    assert launcher.steps == STEPS[3:]
     assert {config.run.group for config in launcher.configs} == {first}
 
 
@@ -75,7 +76,7 @@ def test_fresh_starts_a_new_group_which_is_then_the_one_that_goes_on(launcher: L
 
 def test_nothing_starts_when_a_later_step_cannot_run(launcher: Launcher, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"eval\.shards is empty"):
-        run_pipeline("default", overrides(tmp_path, "eval:eval.shards="), ranks=1, fresh=False)
+        run_pipeline("default", overrides(tmp_path, "eval:eval.sets={}"), ranks=1, fresh=False)
     assert launcher.configs == []
 
 

@@ -82,6 +82,7 @@ def test_every_arm_is_measured_on_every_test_set(report: Path) -> None:
         "k-NN top-1",
         "image to text, recall at 5",
         "text to image, recall at 5",
+        "mean recall at 10",
     ]
     sets = ["openmoji", "openmoji_unseen", "tuxpaint"]
     assert values.keys() == {f"{metric}, {name}" for metric in metrics for name in sets}

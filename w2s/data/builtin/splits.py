@@ -1,4 +1,4 @@
-"""Who sees what in the showcase: names held out of training, and drawings held out for choosing settings."""
+"""Who sees what: names held out of training, and drawings held out for choosing settings."""
 
 import hashlib
 import re
@@ -12,6 +12,8 @@ HELD_OUT_NAMES = 0.2
 """Fraction of the emoji names that training never sees."""
 TUNING_PICTURES = 0.15
 """Fraction of the other training pictures that are put aside, where their name has another picture."""
+UNSEEN_PICTURES = 0.12
+"""Fraction of pictures by one artist that are put aside with their names."""
 
 
 def is_held_out(name: str) -> bool:
@@ -54,6 +56,18 @@ def split_tuning(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     tuning = [pair for pair, seen in zip(aside, known, strict=True) if not seen]
     keys = {pair.key for pair in tuning}
     return [pair for pair in pairs if pair.key not in keys], tuning
+
+
+def split_unseen(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Part pictures, one a name, into those to train on and those to look at meanwhile, which have other names.
+
+    A picture is put aside only if none that remains is nearly the same.
+    """
+    aside = [pair for pair in pairs if _draw(f"picture {pair.key}") < UNSEEN_PICTURES]
+    remaining = [pair for pair in pairs if _draw(f"picture {pair.key}") >= UNSEEN_PICTURES]
+    known = nearly_in(aside, remaining)
+    tuning = {pair.key for pair, seen in zip(aside, known, strict=True) if not seen}
+    return [pair for pair in pairs if pair.key not in tuning], [pair for pair in pairs if pair.key in tuning]
 
 
 def _draw(text: str) -> float:
