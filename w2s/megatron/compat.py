@@ -5,12 +5,14 @@ import logging
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 # 0.16 warns of every MLP that is not its own, 0.19 of every wrapper that works out its buffers itself.
 for name in ("transformer.transformer_layer", "distributed.distributed_data_parallel"):
@@ -21,6 +23,11 @@ def replace_rng_tracker(tracker: Any) -> None:
     """Make `tracker` the keeper of Megatron's random states."""
     megatron_random._CUDA_RNG_STATE_TRACKER = tracker
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def process_groups() -> list[ProcessGroup]:
+    """Return the process groups that this rank belongs to, in the order in which they were made."""
+    return list(dist.distributed_c10d._world.pg_map)
 
 
 def begin_save(state: dict[str, Any], folder: str) -> Any:

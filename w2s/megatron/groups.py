@@ -126,8 +126,9 @@ def start(parallel: ParallelConfig, hardware: HardwareConfig) -> Iterator[Ranks]
 
 @contextmanager
 def split(parallel: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
-    """Split the ranks of the process group that this process is in as Megatron does; undo it at the end."""
+    """Split the ranks of the process group that this process is in as Megatron does; end the groups afterwards."""
     cpu.enable()
+    before = compat.process_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -150,6 +151,9 @@ def split(parallel: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
         )
     finally:
         parallel_state.destroy_model_parallel()
+        # Megatron forgets them alone; over gloo each has three threads, which would go on waking up.
+        for group in compat.process_groups()[len(before) :]:
+            dist.destroy_process_group(group)
 
 
 def _all_over_gloo() -> ProcessGroup:
