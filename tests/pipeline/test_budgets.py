@@ -49,6 +49,12 @@ def test_a_length_shares_what_its_trunk_has_chosen(plan: Plan) -> None:
     assert plan.config(tasks["scratch_20-seed5"], chosen).optim.lr != 2e-3
 
 
+def test_an_override_of_a_trunk_is_one_of_its_lengths(tmp_path: Path) -> None:
+    plan = Plan(load_pipeline(write_lengths(tmp_path)), overrides(tmp_path, "start:clip.tile=7"), fresh=False)
+    tiles = {name.partition("-")[0]: config.clip.tile for name, config in configs_of(plan).items()}
+    assert {name for name, tile in tiles.items() if tile == 7} == {"start", "start_10", "start_20"}
+
+
 def test_a_trial_of_a_trunk_cools_down(plan: Plan) -> None:
     (step,) = [step for step in plan.pipeline.steps if step.name == "start"]
     trial = plan.config(Task(step, 3, 1), {})
@@ -60,7 +66,8 @@ def test_a_trial_of_a_trunk_cools_down(plan: Plan) -> None:
     ("old", "new", "message"),
     [
         ("[10, 20]}", "[20, 10]}", "weak: budgets.steps=[20, 10]: give rising lengths of at least 2 steps"),
-        ("cooldown: 0.5", "cooldown: 1.5", "start: budgets.cooldown=1.5 must be between 0 and 1"),
+        ("cooldown: 0.5", "cooldown: 1.5", "start: budgets.cooldown=1.5 of 10 steps is none, or all"),
+        ("cooldown: 0.5", "cooldown: 0.04", "start: budgets.cooldown=0.04 of 10 steps is none, or all"),
         ("baseline: scratch", "baseline: scrach", "compare: there is no step scrach: did you mean scratch?"),
         ("baseline: scratch", "baseline: masked", "compare.baseline=masked has no budgets"),
         ("[weak]", "[week]", "compare: there is no step week: did you mean weak?"),

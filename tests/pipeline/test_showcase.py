@@ -20,7 +20,7 @@ SMALL = [
     "hardware=cpu",
     *(f"model.vision.{size}" for size in ("layers=1", "width=32", "heads=2", "mlp_width=64")),
     *(f"model.text.{size}" for size in ("layers=1", "width=32", "heads=2", "mlp_width=64")),
-    *(f"grown:model.{tower}.layers=2" for tower in ("vision", "text")),
+    *(f"{step}:model.{tower}.layers=2" for step in ("grown", "eval_grown") for tower in ("vision", "text")),
     *(f"{step}:train.steps=2" for step in TAUGHT),
     "train.global_batch=8",
     "train.micro_batch=8",
@@ -39,13 +39,13 @@ def one_seed_and_two_candidates(path: Path) -> str:
             step["choose"] = step["choose"] | {"among": ["1e-3", "2e-3"], "share": 0.5}
         if "budgets" in step:
             lengths = step["budgets"]["steps"]
-            short = [2, 4, 12] if step["name"] == "scratch" else [2, 4]
+            short = [3, 5, 15] if step["name"] == "scratch" else [3, 5]
             step["budgets"] = {"steps": short}
             for other in document["steps"]:
                 for key, values in other.items():
                     if isinstance(values, list):
                         other[key] = [_shorter(each, step["name"], lengths, short) for each in values]
-    document["on_stage"]["mim"] = [_shorter(each, "weak", [800, 1600], [2, 4]) for each in document["on_stage"]["mim"]]
+    document["on_stage"]["mim"] = [_shorter(each, "weak", [800, 1600], [3, 5]) for each in document["on_stage"]["mim"]]
     path.write_text(yaml.safe_dump(document))
     return str(path)
 
@@ -126,18 +126,18 @@ def test_a_teacher_that_exists_is_paid_in_one_ledger(report: Path) -> None:
     header, _, *found = rows(report, "comparison")
     costs = [place for place, name in enumerate(header) if name.startswith("TFLOP")]
     exists, counted = ({row[0]: float(row[place]) for row in found} for place in costs)
-    assert counted["scratch_4"] == exists["scratch_4"]
-    for name in ("masked_4", "summary_4", "distill_4", "both_4", "grown_4"):
-        assert counted[name] - exists[name] == pytest.approx(counted["weak_4"], rel=2e-3)  # four digits are shown
-    assert exists["both_4"] > exists["summary_4"] > exists["scratch_4"]
-    assert exists["distill_4"] > exists["scratch_4"]
+    assert counted["scratch_5"] == exists["scratch_5"]
+    for name in ("masked_5", "summary_5", "distill_5", "both_5", "grown_5"):
+        assert counted[name] - exists[name] == pytest.approx(counted["weak_5"], rel=2e-3)  # four digits are shown
+    assert exists["both_5"] > exists["summary_5"] > exists["scratch_5"]
+    assert exists["distill_5"] > exists["scratch_5"]
 
 
 @pytest.mark.parametrize("arm", ["masked", "summary", "distill", "both"])
 def test_a_student_has_the_teacher_of_its_own_seed(report: Path, arm: str) -> None:
     name = f"{arm}_mim" if f"{arm}_mim" in TAUGHT else arm
     text = (report.parent / f"{name}-seed1" / "config.yaml").read_text()
-    assert f"source: w2s:{report.parent.absolute() / 'weak_4-seed1'}" in text
+    assert f"source: w2s:{report.parent.absolute() / 'weak_5-seed1'}" in text
 
 
 def test_all_runs_are_in_one_experiment_below_one_run(report: Path) -> None:

@@ -220,7 +220,7 @@ def _overrides_of(step: Step, pipeline: Pipeline, overrides: Sequence[str]) -> l
             )
         if rest in own_keys:
             raise ConfigError(f"{override}: `w2s run` sets {rest} itself: leave it out, or change run.root")
-        if target in ("", step.name):
+        if target in ("", step.name, step.trunk):
             own.append(f"{rest}{equals}{value}")
     return own
 

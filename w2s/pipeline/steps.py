@@ -134,6 +134,7 @@ def _read_out(step: Step) -> Iterator[Step]:
     yield replace(step, overrides=[*step.overrides, *schedule, *trunk])
     for length, start in zip(budgets.steps, starts, strict=True):
         branch = [
+            *("init.vision=none", "init.text=none", "init.grow=none", "init.grow_width=none"),  # the trunk has them
             f"init.checkpoint={{{step.name}}}/checkpoints/step-{start:08d}",
             f"train.steps={length}",
             f"optim.cooldown={budgets.cooldown}",
@@ -154,13 +155,14 @@ def ancestors(pipeline: Pipeline, step: Step, without: Collection[str] = ()) -> 
     wanted = {step.name}
     for other in reversed(pipeline.steps):
         if other.name in wanted:
-            wanted |= references(other) & named.keys()
+            wanted |= references(pipeline, other) & named.keys()
     return [other for other in pipeline.steps if other.name in wanted]
 
 
-def references(step: Step) -> set[str]:
-    """Names of the steps whose folders a step's overrides ask for."""
-    return {name for override in step.overrides for name in REFERENCE.findall(override)}
+def references(pipeline: Pipeline, step: Step) -> set[str]:
+    """Names of the steps whose folders a step's overrides ask for, those of its stage and of all steps included."""
+    overrides = [*pipeline.overrides, *pipeline.on_stage.get(step.stage, []), *step.overrides]
+    return {name for override in overrides for name in REFERENCE.findall(override)}
 
 
 def _mistakes(pipeline: Pipeline) -> Iterator[str]:
@@ -200,8 +202,8 @@ def _mistakes_of_choice(name: str, choice: Choice) -> Iterator[str]:
 def _mistakes_of_budgets(name: str, budgets: Budgets) -> Iterator[str]:
     if not budgets.steps or budgets.steps != sorted(set(budgets.steps)) or budgets.steps[0] < 2:
         yield f"{name}: budgets.steps={budgets.steps}: give rising lengths of at least 2 steps"
-    if not 0 < budgets.cooldown < 1:
-        yield f"{name}: budgets.cooldown={budgets.cooldown} must be between 0 and 1"
+    elif not 0 < budgets.start(budgets.steps[0]) < budgets.steps[0]:
+        yield f"{name}: budgets.cooldown={budgets.cooldown} of {budgets.steps[0]} steps is none, or all: use another"
 
 
 def _mistakes_of_comparison(pipeline: Pipeline) -> Iterator[str]:
