@@ -85,11 +85,12 @@ def test_run_prints_the_configuration_of_every_step(w2s: Run) -> None:
     assert (code, error) == (0, "")
     documents = output.split("---\n")
     titles = [document.splitlines()[0] for document in documents]
-    assert titles[:3] == ["# mim: w2s stage mim", "# clip: w2s stage clip", "# scratch: w2s stage clip"]
+    assert titles[:3] == ["# weak: w2s stage clip", "# mim: w2s stage mim", "# clip: w2s stage clip"]
     printed = [OmegaConf.create(document) for document in documents]
-    assert [config.run.name for config in printed] == ["mim", "clip", "scratch", "eval", "eval_scratch"]
-    assert printed[1].train.steps == 77
-    assert printed[1].init.vision.endswith(f"{printed[0].run.group}/mim")
+    steps = ["weak", "mim", "clip", "scratch", "eval_weak", "eval", "eval_scratch"]
+    assert [config.run.name for config in printed] == steps
+    assert printed[2].train.steps == 77
+    assert printed[2].init.vision.endswith(f"{printed[0].run.group}/mim")
 
 
 def test_a_stage_runs_in_this_process(w2s: Run, stage: Callable[..., None]) -> None:

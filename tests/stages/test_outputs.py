@@ -18,12 +18,13 @@ from w2s.config.load import load, to_yaml
 from w2s.config.sections import Config
 from w2s.pipeline import run as pipeline
 
+PIPELINE = str(Path(__file__).with_name("five_steps.yaml"))
 STEPS = ("mim", "clip", "scratch", "eval", "eval_scratch")
 
 
 @pytest.fixture(scope="module")
 def group(base: list[str], root: Path) -> Path:
-    """The folder of a `w2s run` of the default pipeline, its stages in this process."""
+    """The folder of a `w2s run` of the five steps, its stages in this process."""
     launched = []
 
     def launch(function: object, config: Config, ranks: int) -> None:
@@ -32,7 +33,7 @@ def group(base: list[str], root: Path) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "launch", launch)
-        report = pipeline.run_pipeline("default", base, ranks=1, fresh=False)
+        report = pipeline.run_pipeline(PIPELINE, base, ranks=1, fresh=False)
     assert tuple(launched) == STEPS
     return report.parent
 
@@ -116,7 +117,7 @@ def test_a_repeated_pipeline_prints_its_table_and_runs_nothing(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(pipeline, "launch", None)
-    code, output, error = w2s("run", *base)
+    code, output, error = w2s("run", PIPELINE, *base)
     assert (code, error) == (0, "")
     lines = output.splitlines()
     assert [line.split(":")[0] for line in lines if "finished before, in" in line] == list(STEPS)
