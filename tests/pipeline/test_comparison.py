@@ -46,6 +46,7 @@ def test_a_length_costs_its_part_of_the_trunk_and_its_cool_down(results: Results
     }
     for length in (20, 80, 320):
         assert found[f"scratch_{length}"] == pytest.approx((length * step["scratch"],) * 2)
+    assert found["weak_20"] == pytest.approx((0, 20 * step["weak"]))
     own = 10 * step["masked"] + 20 * step["start"]
     assert found["start_20"] == pytest.approx((own, own + 20 * step["weak"]))
 

@@ -65,7 +65,9 @@ def test_of_open_clip_and_openai(
     clip, tokens = open_clip.CLIP(**config).eval(), captions(model)
     clip.load_state_dict(open_clip_model(model).state_dict())
     save_file(clip.state_dict(), tmp_path / "clip.safetensors")
-    check(build(f"open_clip:small@{tmp_path / 'clip.safetensors'}"), clip.encode_text(tokens), tokens)
+    teacher = build(f"open_clip:small@{tmp_path / 'clip.safetensors'}")
+    check(teacher, clip.encode_text(tokens), tokens)
+    assert teacher.width == 16
 
 
 def test_random_weights_are_equal_and_leave_the_generator_alone(model: ModelConfig) -> None:

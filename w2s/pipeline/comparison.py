@@ -35,8 +35,9 @@ def points(results: Results, compare: Comparison) -> list[Point]:
         values = [run.metrics.get(compare.metric) for run in results.of(step)]
         known = [value for value in values if value is not None]
         if step.stage != "eval" and not step.budgets and len(known) == len(values):
-            flops = [of_chain(results, step, without)[0].flops for without in (compare.exists, ())]
-            found.append(Point(step, known, (flops[0], flops[1])))
+            exists = {step.name, step.trunk} & set(compare.exists)
+            beside = 0.0 if exists else of_chain(results, step, compare.exists)[0].flops
+            found.append(Point(step, known, (beside, of_chain(results, step)[0].flops)))
     return found
 
 
