@@ -1,5 +1,6 @@
 """The showcase from end to end on a few images: every arm, one seed, a few steps of each training."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def one_seed_and_two_candidates(path: Path) -> str:
 
 def _shorter(text: str, name: str, lengths: list[int], short: list[int]) -> str:
     for length, other in zip(lengths, short, strict=True):
-        text = text.replace(f"{{{name}_{length}}}", f"{{{name}_{other}}}")
+        text = re.sub(rf"\b{name}_{length}\b", f"{name}_{other}", text)
     return text
 
 
@@ -131,6 +132,8 @@ def test_a_teacher_that_exists_is_paid_in_one_ledger(report: Path) -> None:
         assert counted[name] - exists[name] == pytest.approx(counted["weak_5"], rel=2e-3)  # four digits are shown
     assert exists["both_5"] > exists["summary_5"] > exists["scratch_5"]
     assert exists["distill_5"] > exists["scratch_5"]
+    assert exists["weak_5"] == 0
+    assert exists["weak_on"] == pytest.approx(exists["summary_5"], abs=0.51 * counted["weak_5"] / 5)
 
 
 @pytest.mark.parametrize("arm", ["masked", "summary", "distill", "both"])
