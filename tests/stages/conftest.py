@@ -112,6 +112,22 @@ def base(root: Path, material: Material) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def tiny(material: Material) -> list[str]:
+    """Overrides for the smallest trainings that are not measured: 16 samples a step, the vision tower from scratch."""
+    return [
+        "model=tiny",
+        "hardware=cpu",
+        "data.builtin=none",
+        f"data.train={material.train}",
+        "data.workers=0",
+        "eval.shards=",
+        "train.global_batch=16",
+        "train.micro_batch=16",
+        "init.vision=none",
+    ]
+
+
 @pytest.fixture
 def alone() -> Iterator[Ranks]:
     """One process with Megatron's groups, for one test: the runs of other tests make their own."""

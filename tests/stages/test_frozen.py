@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.stages.conftest import Material
 from tests.stages.layouts import Steps, run_layouts
 from tests.stages.runs import QUIET, history, run_stage
 
@@ -17,18 +16,10 @@ OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=t
 
 
 @pytest.fixture(scope="module")
-def common(material: Material) -> list[str]:
+def common(tiny: list[str]) -> list[str]:
     return [
-        "model=tiny",
-        "hardware=cpu",
-        "data.builtin=none",
-        f"data.train={material.train}",
-        "data.workers=0",
-        "eval.shards=",
+        *tiny,
         "train.steps=20",
-        "train.global_batch=16",
-        "train.micro_batch=16",
-        "init.vision=none",
         "clip.patch_dropout=0.5",
         "optim.lr=1e-3",
         "optim.warmup=1",

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.stages.conftest import Material
 from tests.stages.layouts import STAGES, Steps, run_alone
 from w2s.config.load import load
 from w2s.megatron.groups import Ranks
@@ -13,21 +12,8 @@ STEPS = 12
 
 
 @pytest.fixture
-def start(material: Material) -> list[str]:
-    return [
-        "model=tiny",
-        "hardware=cpu",
-        "data.builtin=none",
-        f"data.train={material.train}",
-        "data.workers=0",
-        "eval.shards=",
-        "train.global_batch=16",
-        "train.micro_batch=16",
-        "train.steps=100",
-        "optim.lr=1e-2",
-        "optim.warmup=4",
-        "init.vision=none",
-    ]
+def start(tiny: list[str]) -> list[str]:
+    return [*tiny, "train.steps=100", "optim.lr=1e-2", "optim.warmup=4"]
 
 
 def weights(ranks: Ranks, overrides: list[str]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from w2s.config.fields import nearest
 from w2s.config.load import STAGES, read_document
+from w2s.config.sections import OptimConfig
 from w2s.errors import ConfigError
 
 REFERENCE = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -40,8 +41,8 @@ class Budgets:
     """Their optim.cooldown: the share of each length in which the learning rate falls."""
 
     def start(self, length: int) -> int:
-        """Where on the trunk the cool-down to a length begins, in steps (`OptimConfig.cooldown_start`)."""
-        return length - round(self.cooldown * length)
+        """Where on the trunk the cool-down to a length begins, in steps."""
+        return OptimConfig(cooldown=self.cooldown).cooldown_start(length)
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,122 @@
+"""The sections of what is trained and of its teacher."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from w2s.config.requirements import require, require_positive
+
+
+@dataclass(kw_only=True)
+class VisionConfig:
+    """Shape of the vision tower (an EVA vision transformer)."""
+
+    image_size: int = 64
+    """Side of the square input in pixels."""
+    patch_size: int = 16
+    """Side of a square patch in pixels."""
+    layers: int = 6
+    """Transformer layers."""
+    width: int = 192
+    """Width of the residual stream."""
+    heads: int = 6
+    """Attention heads."""
+    mlp_width: int = 960
+    """Hidden width of the MLP (EVA-18B: 5 x width)."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Kind of norm, with eps 1e-6."""
+    norm_placement: Literal["post", "pre"] = "post"
+    """`post` norms the branch output before it is added (EVA-18B, EVA02-E), `pre` norms the branch input (EVA-8B)."""
+    qkv_bias: bool = False
+    """Bias on Q and V (never on K) and on the projection head."""
+    drop_path: float = 0.0
+    """Probability that training leaves out a branch of the last layer, rising linearly from 0 in the first (EVA-01)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "model.vision", ("image_size", "patch_size", "layers", "width", "heads", "mlp_width"))
+        require(0 <= self.drop_path < 1, f"model.vision.drop_path={self.drop_path} must be in [0, 1)")
+        require(
+            self.image_size % self.patch_size == 0,
+            f"model.vision.image_size={self.image_size} is not a multiple of patch_size={self.patch_size}: "
+            f"use {self.image_size // self.patch_size * self.patch_size or self.patch_size}",
+        )
+        require(
+            self.width % self.heads == 0,
+            f"model.vision.width={self.width} is not divisible by heads={self.heads}: change one of them",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches in an image."""
+        return self.grid**2
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    """Shape of the text tower (CLIP's causal pre-norm transformer)."""
+
+    context_length: int = 16
+    """Tokens of a caption, start and end tokens included."""
+    vocab_size: int = 49408
+    """Vocabulary of the tokenizer (CLIP's BPE)."""
+    layers: int = 4
+    """Transformer layers."""
+    width: int = 128
+    """Width of the residual stream."""
+    heads: int = 4
+    """Attention heads."""
+    mlp_width: int = 512
+    """Hidden width of the MLP (CLIP: 4 x width)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "model.text", ("context_length", "vocab_size", "layers", "width", "heads", "mlp_width"))
+        require(
+            self.width % self.heads == 0,
+            f"model.text.width={self.width} is not divisible by heads={self.heads}: change one of them",
+        )
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The CLIP that is grown: a vision tower, a text tower and the width that they share."""
+
+    name: str = "custom"
+    """Name of the shape, as in configs/model/NAME.yaml."""
+    embed_dim: int = 128
+    """Width of the shared image-text space."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """The vision tower."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """The text tower."""
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """The frozen teacher of the masked stage."""
+
+    name: str = "custom"
+    """Name of the teacher, as in configs/teacher/NAME.yaml."""
+    source: str = "efficientnet_lite0"
+    """`efficientnet_lite0` or `efficientnet_lite2` (weights from packages), `timm:MODEL[@FILE]`,
+    `open_clip:MODEL[@FILE]`, `hf:FOLDER` (transformers), `eva:MODEL[@FILE]` (a model of configs/model, in the released
+    names) or `w2s:RUN`.
+
+    Without a file the weights are random.
+    """
+    image_size: int = 0
+    """Side of the teacher's input in pixels; 0 is its own, and for a convolutional net a feature per student patch."""
+    target_norm: Literal["none", "standardize", "layernorm"] = "none"
+    """`none` (the paper's, for CLIP teachers), per-channel standardisation with running statistics (CNN teachers), or
+    layer norm of each feature vector, without weights (data2vec)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the teacher's forward pass."""
+    compile: bool = False
+    """Put the teacher through torch.compile."""
+    sharded: bool = False
+    """Split a `w2s:RUN` that is too big for one GPU over the tensor-parallel ranks; else every rank holds it whole."""
+    batch_size: int = 64
+    """Images of one teacher forward in evaluation."""

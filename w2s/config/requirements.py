@@ -1,0 +1,30 @@
+"""What the sections of the configuration require of their values, each in one line of error."""
+
+from w2s.errors import ConfigError
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse with `message` where `condition` does not hold."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_positive(section: object, prefix: str, names: tuple[str, ...]) -> None:
+    """Refuse a number of a section below 1."""
+    for name in names:
+        value = getattr(section, name)
+        require(value >= 1, f"{prefix}.{name}={value} must be at least 1")
+
+
+def require_scale(scale: tuple[float, float], key: str) -> None:
+    """Refuse what is no range of fractions."""
+    low, high = scale
+    require(0 < low <= high <= 1, f"{key}=[{low}, {high}] must be two rising numbers in (0, 1]")
+
+
+def require_probabilities(weights: list[float], key: str) -> None:
+    """Refuse weights that do not sum to 1; none at all are allowed."""
+    total = sum(weights)
+    if weights and (min(weights) <= 0 or abs(total - 1) > 1e-3):
+        fix = [round(weight / total, 4) for weight in weights] if min(weights) > 0 else "only numbers above 0"
+        raise ConfigError(f"{key}={weights} are no probabilities that sum to 1: use {fix}")

@@ -1,0 +1,218 @@
+"""The sections of what a stage of training does."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from w2s.config.requirements import require, require_positive
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Length and batch of a training stage."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    global_batch: int = 64
+    """Samples of one optimizer step over all ranks."""
+    micro_batch: int = 64
+    """Most samples of one forward pass on one data-parallel rank."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 0
+    """Steps between evaluations while training; 0 evaluates only at the end."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "train", ("steps", "global_batch", "micro_batch", "log_every"))
+
+
+@dataclass(kw_only=True)
+class LayerPairConfig:
+    """A layer of the student that learns the patch tokens after a layer of the teacher; both are counted from 0."""
+
+    student: int = -1
+    """Layer of the student."""
+    teacher: int = -1
+    """Layer of the teacher."""
+    weight: float = 1.0
+    """Weight of its loss among those of all pairs."""
+
+    def __post_init__(self) -> None:
+        for name in ("student", "teacher"):
+            value = getattr(self, name)
+            require(value >= 0, f"mim.layers: {name}={value} is no layer: give one, counted from 0")
+        require(self.weight > 0, f"mim.layers: weight={self.weight} must be above 0")
+
+
+@dataclass(kw_only=True)
+class MimConfig:
+    """The masked stage."""
+
+    masked_patches: int = 6
+    """Patches masked in every image, exactly (EVA: 105 of 256); 0 masks nothing, and all patches are predicted."""
+    predict: Literal["masked", "visible", "all"] = "masked"
+    """Patches that the loss is on: the masked ones (EVA); the visible ones, and then the masked ones do not go through
+    the student at all; or all."""
+    loss: Literal["cosine", "smooth_l1", "mse"] = "cosine"
+    """Between a prediction and its target: minus the cosine (EVA), or the mean over the channels of smooth L1
+    (data2vec) or of the squared error."""
+    mask: Literal["block", "uniform"] = "block"
+    """Patches are masked in blocks (EVA), or each independently of its neighbours."""
+    min_block: int = 2
+    """Smallest masked block in patches (EVA: 16)."""
+    block_aspect: float = 0.3
+    """Blocks have an aspect ratio between this and its inverse (EVA: 0.3)."""
+    layers: list[LayerPairConfig] = field(default_factory=list)
+    """Layers of the student that learn from layers of the teacher too, each by a head of its own that later stages
+    drop: [{student: 2, teacher: 11}]."""
+    layers_weight: float = 0.1
+    """Weight of the sum of the losses of `layers` beside that of the last layer (LET: about 0.1)."""
+    layers_until: float | None = 1.0
+    """Fraction of the steps at which `layers_weight` has fallen to 0, linearly (LET); null does not let it fall."""
+
+    summary_weight: float = 0.0
+    """Weight of a second loss: minus the cosine of the student's class token, through the projection that its CLIP will
+    have, and the teacher's summary of the image. 0 leaves both out."""
+    summary: Literal["cls", "pooled"] = "cls"
+    """The teacher's summary: its own image embedding (class token or pooled feature of what is no CLIP), or the mean of
+    its patch features."""
+
+    def summary_width(self, width: int, embedding: int) -> int:
+        """Return the channels of the summary target, 0 without one.
+
+        Args:
+            width: channels of the teacher's patch features.
+            embedding: channels of its own image embedding.
+        """
+        return (embedding if self.summary == "cls" else width) if self.summary_weight else 0
+
+    def seen(self, patches: int) -> int:
+        """Return how many of an image's patches go through the student, masked or not."""
+        return patches - self.masked_patches if self.predict == "visible" else patches
+
+    def predicted(self, patches: int) -> int:
+        """Return on how many of an image's patches the loss is."""
+        return (self.masked_patches or patches) if self.predict == "masked" else self.seen(patches)
+
+
+@dataclass(kw_only=True)
+class DistillConfig:
+    """Distillation inside the contrastive stage: for some of the steps a finished CLIP teaches the one in training."""
+
+    source: str = "none"
+    """`none`, `teacher` (what `teacher.source` names) or another teacher in the same words, such as `w2s:RUN`.
+
+    Its image size, precision and the rest are those of the section `teacher`.
+    """
+    kind: Literal["feature", "affinity", "both"] = "affinity"
+    """`feature`: embeddings onto the teacher's, which are as wide; `affinity`: the similarities of the batch's images
+    and captions onto the teacher's, of any width."""
+    towers: Literal["image", "text", "both"] = "both"
+    """The student's towers that learn from the teacher; `feature` for one of them needs no other tower of it."""
+    weight: float = 1.0
+    """Factor on the loss of distillation beside the contrastive loss (CLIP-KD: 1 for affinity, about 4 for feature)."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How the weight goes down to 0 over the steps of `until`."""
+    until: float = 1.0
+    """Share of the steps after which the teacher is let go."""
+    until_better: bool = False
+    """Let the teacher go also when the student passes it on `eval.shards`, as seen every `train.eval_every` steps.
+
+    By the mean of both recalls at 10, or without captions by zero-shot top-1. The shards are then no test set any more.
+    """
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The student's towers that learn."""
+        return ("image", "text") if self.towers == "both" else (self.towers,)
+
+    @property
+    def teacher_sides(self) -> tuple[str, ...]:
+        """The teacher's towers that are needed; affinities and a comparison need both."""
+        return ("image", "text") if self.kind != "feature" or self.until_better else self.sides
+
+    def last_step(self, train: TrainConfig) -> int:
+        """Return the step after which the teacher is let go."""
+        return max(1, round(self.until * train.steps))
+
+
+@dataclass(kw_only=True)
+class ClipConfig:
+    """The contrastive stage."""
+
+    patch_dropout: float = 0.5
+    """Fraction of patches that the vision tower does not see while training; CLS is always kept."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """CLIP's softmax over the batch, or SigLIP's sigmoid of every pair (which begins at scale 10 and bias -10)."""
+    logit_bias: float = -10.0
+    """Initial bias of the logits of the sigmoid loss; the softmax loss has none."""
+    equal_captions: Literal["negatives", "positives"] = "negatives"
+    """Whether two samples of a batch with the same caption repel each other or count as positives."""
+    logit_scale: float = 1 / 0.07
+    """Initial scale of the logits (inverse temperature)."""
+    logit_scale_max: float = 100.0
+    """The scale is clamped to at most this after each step."""
+    learn_logit_scale: bool = True
+    """Train the scale; `false` keeps it fixed (the paper's text: constant 100)."""
+    tile: int = 1024
+    """Rows and columns of the logits that are in memory at a time."""
+    two_pass: Literal["auto", "always"] = "auto"
+    """`auto` takes one forward pass where the batch of a rank is one micro-batch; `always` takes the two-pass way."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Distillation from a finished CLIP beside the contrastive loss."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Optimizer, learning rates and schedule."""
+
+    name: Literal["adamw", "lamb"] = "adamw"
+    """AdamW or LAMB (trust ratio on every tensor that is not all zero, at weight decay 0 too; but see `trust_1d`)."""
+    lr: float = 1e-3
+    """Peak learning rate of what belongs to no tower (logit scale), and of a tower whose own rate is null."""
+    vision_lr: float | None = None
+    """Peak learning rate of the vision tower; null takes `lr`."""
+    text_lr: float | None = None
+    """Peak learning rate of the text tower; null takes `lr`."""
+    vision_layer_decay: float = 1.0
+    """Factor on the learning rate per layer down from the vision tower's head."""
+    text_layer_decay: float = 1.0
+    """Factor on the learning rate per layer down from the text tower's projection."""
+    vision_frozen_steps: int = 0
+    """First steps in which the vision tower does not move, as far as `vision_frozen_layers` says."""
+    vision_frozen_layers: int | None = None
+    """How many of the lowest layers are frozen, with the embeddings below them: 0 for these alone, null for all."""
+    text_frozen_steps: int = 0
+    """First steps in which the text tower does not move; the logit scale does."""
+    text_frozen_layers: int | None = None
+    """As `vision_frozen_layers`."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: a cosine down to `min_lr`, or the peak rate up to a cool-down, so that runs of several lengths
+    can share their first part."""
+    cooldown: float = 0.2
+    """With `schedule=constant`, the last part of train.steps in which the rate falls to `min_lr`, as a fraction."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule, as a fraction of the peak."""
+    warmup: int = 10
+    """Steps of linear warm-up."""
+    warmup_from: Literal["zero", "step"] = "step"
+    """The first rate: one step's share of the peak (EVA-CLIP: step i from 0 has (i + 1) / warmup of it), or zero (EVA's
+    masked stage: i / (warmup - 1))."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of the first and second moments."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; none on 1-D tensors, positions, CLS and the logit scale."""
+    trust_ratio: tuple[float, float] | None = None
+    """LAMB: bounds of the trust ratio (DeepSpeed: [0.01, 10]); null leaves it free."""
+    trust_1d: Literal["auto", "always", "never"] = "auto"
+    """LAMB: whether the trust ratio acts on 1-D tensors (biases, norms); what starts at zero hardly moves with it.
+
+    `auto` leaves them out of it in a tower that starts from scratch (init.vision or init.text is none).
+    """
+    clip_grad: float = 3.0
+    """Largest global gradient norm; 0 does not clip."""
+
+    def cooldown_start(self, steps: int) -> int:
+        """Return the step of `steps` from which a constant rate falls: up to there it is that of any longer run."""
+        return steps - round(self.cooldown * steps)
