@@ -46,7 +46,7 @@ def one_seed_and_two_candidates(path: Path) -> str:
                 for key, values in other.items():
                     if isinstance(values, list):
                         other[key] = [_shorter(each, step["name"], lengths, short) for each in values]
-    document["on_stage"]["mim"] = [_shorter(each, "weak", [800, 1600], [3, 5]) for each in document["on_stage"]["mim"]]
+    document["on_stage"]["mim"] = [_shorter(each, "weak", [600, 1200], [3, 5]) for each in document["on_stage"]["mim"]]
     path.write_text(yaml.safe_dump(document))
     return str(path)
 
