@@ -67,8 +67,9 @@ def test_layouts_round_alike(small: list[str], whole: dict[str, Steps]) -> None:
             assert difference < 1e-6 and steps.losses == pytest.approx(one.losses, rel=1e-6)
         else:
             # Sums in another order differ by 1e-7; one value in about 1e6 lies as near to where E5M2 rounds the other
-            # way, and moves by a quarter: one among the 8,000 of a gradient is 0.25 / sqrt(8000) of its norm.
-            assert steps.losses[0] == pytest.approx(one.losses[0], rel=1e-5), name
+            # way, and moves by a quarter: one among the 8,000 of a gradient is 0.25 / sqrt(8000) of its norm. The masked
+            # loss is a mean of cosines and may lie near 0: its tolerance is that of cosines, not of itself.
+            assert steps.losses[0] == pytest.approx(one.losses[0], rel=1e-5, abs=1e-5), name
             assert difference < 0.02, name
 
 
@@ -129,7 +130,7 @@ def test_clip_takes_over_what_mim_has_learnt_in_fp8(chain: dict[str, Path], base
 def test_evaluation_is_without_fp8(chain: dict[str, Path]) -> None:
     assert result(chain["eval"])["metrics"] == result(chain["eval in fp8"])["metrics"]
     shared = {name for name in result(chain["clip"])["metrics"] if name.startswith(("zero_shot/", "retrieval/"))}
-    assert len(shared) == 11
+    assert len(shared) == 14
     for name in shared:
         assert result(chain["clip"])["metrics"][name] == result(chain["eval"])["metrics"][name]
 
