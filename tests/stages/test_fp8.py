@@ -66,9 +66,9 @@ def test_layouts_round_alike(small: list[str], whole: dict[str, Steps]) -> None:
             # The same products in the same order.
             assert difference < 1e-6 and steps.losses == pytest.approx(one.losses, rel=1e-6)
         else:
-            # Sums in another order differ by 1e-7; one value in about 1e6 lies as near to where FP8 rounds the other way,
-            # and moves by up to a quarter. That is a little of what FP8 does: it rounds every value. The masked loss is a
-            # mean of cosines and may lie near 0: its tolerance is that of cosines, not of itself.
+            # Sums in another order differ by 1e-7; one value in about 1e6 lies as near to where FP8 rounds the other
+            # way, and moves by up to a quarter. That is a little of what FP8 does: it rounds every value. The masked
+            # loss is a mean of cosines and may lie near 0: its tolerance is that of cosines, not of itself.
             assert steps.losses[0] == pytest.approx(one.losses[0], rel=1e-5, abs=1e-5), name
             assert difference < rounding / 4, name
 
