@@ -68,7 +68,10 @@ def not_split(path: Path, layout: str) -> str | None:
     return uneven[0] if uneven else None
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.slow] if ranks > 1 else []) for name, (ranks, _) in LAYOUTS.items()],
+)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_released_trajectory(path: Path, layout: str) -> None:
     reason = not_split(path, layout)

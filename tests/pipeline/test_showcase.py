@@ -11,6 +11,7 @@ from tests.stages.runs import run_in_process
 from tests.stages.shapes import write_shapes
 from w2s.config.load import read_document
 from w2s.pipeline import run
+from w2s.pipeline.plan import Plan
 from w2s.pipeline.run import run_pipeline
 from w2s.pipeline.steps import load_pipeline
 from w2s.tracking.store import connect
@@ -89,6 +90,7 @@ def rows(report: Path, table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+@pytest.mark.slow
 def test_every_arm_is_measured_on_every_test_set(report: Path) -> None:
     header, _, *found = rows(report, "arms")
     assert header == ["metric", *(f"eval_{arm}" for arm in ARMS), "beside"]
@@ -107,6 +109,7 @@ def test_every_arm_is_measured_on_every_test_set(report: Path) -> None:
     assert any("teacher" in row[-1] and "random" in row[-1] for row in found)
 
 
+@pytest.mark.slow
 def test_only_evaluations_look_at_the_test_sets(report: Path) -> None:
     finished = list(report.parent.glob("*/result.json"))
     configs = {path.parent.name: (path.parent / "config.yaml").read_text() for path in finished}
@@ -116,6 +119,7 @@ def test_only_evaluations_look_at_the_test_sets(report: Path) -> None:
     assert all(path.stat().st_mtime_ns > last_training for path in finished if path.parent.name in looking)
 
 
+@pytest.mark.slow
 def test_every_arm_had_as_many_trials_on_the_held_out_slice(report: Path) -> None:
     _, _, *found = rows(report, "choices")
     assert [row[0] for row in found] == [arm for arm in ARMS if arm != "weak" for _ in range(2)]
@@ -123,6 +127,7 @@ def test_every_arm_had_as_many_trials_on_the_held_out_slice(report: Path) -> Non
     assert sum(row[-1] == "chosen" for row in found) == len(ARMS) - 1
 
 
+@pytest.mark.slow
 def test_a_teacher_that_exists_is_paid_in_one_ledger(report: Path) -> None:
     header, _, *found = rows(report, "comparison")
     costs = [place for place, name in enumerate(header) if name.startswith("TFLOP")]
@@ -136,6 +141,7 @@ def test_a_teacher_that_exists_is_paid_in_one_ledger(report: Path) -> None:
     assert exists["weak_on"] == pytest.approx(exists["summary_5"], abs=0.51 * counted["weak_5"] / 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["masked", "summary", "distill", "both"])
 def test_a_student_has_the_teacher_of_its_own_seed(report: Path, arm: str) -> None:
     name = f"{arm}_mim" if f"{arm}_mim" in TAUGHT else arm
@@ -143,6 +149,7 @@ def test_a_student_has_the_teacher_of_its_own_seed(report: Path, arm: str) -> No
     assert f"source: w2s:{report.parent.absolute() / 'weak_5-seed1'}" in text
 
 
+@pytest.mark.slow
 def test_all_runs_are_in_one_experiment_below_one_run(report: Path) -> None:
     client: MlflowClient = connect(f"sqlite:///{report.parent.parent / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("showcase")
@@ -160,3 +167,14 @@ def test_every_choice_of_the_real_showcase_is_made_alike() -> None:
     assert len(choices) == len(ARMS) - 1
     assert all(choice == choices[0] for choice in choices)
     assert len(pipeline.seeds) == 3
+
+
+def test_the_real_showcase_can_be_planned() -> None:
+    """Every run has a configuration before anything has run, and as many are launched as docs/showcase.md says."""
+    configs = Plan(load_pipeline("showcase"), [], fresh=False).configs()
+    assert len(configs) == 114
+    assert {config.run.seed for config in configs} == {1, 2, 3}
+    steps = {config.run.name: config.train.steps for config in configs}
+    assert (steps["scratch-seed2"], steps["scratch_800-seed2"], steps["summary_mim-seed3"]) == (640, 800, 240)
+    trials = sorted(name for name in steps if "try" in name)
+    assert len(trials) == 18 and all("-seed1-" in name for name in trials)

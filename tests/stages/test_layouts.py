@@ -102,6 +102,15 @@ ONLY = {
     "distilled sigmoid": ("accumulation", "data", "tensor and sequence", "pipeline, data"),
 }
 """Where some variants are compared; the others are everywhere."""
+BRIEF = ONLY | {
+    "layers": ("accumulation", "data, overlapped", "pipeline", "tensor, sequence, virtual pipeline"),
+    "summary": ("accumulation", "data", "tensor and sequence", "virtual pipeline", "tensor, pipeline"),
+    "distilled": ("accumulation", "data, overlapped", "tensor and sequence", "pipeline", "tensor, pipeline"),
+    "distilled sigmoid": ("accumulation", "pipeline, data"),
+    "mim, drop path": ("full recompute", "data", "tensor, sequence, virtual pipeline"),
+    "clip, drop path": ("selective recompute", "tensor and sequence", "virtual pipeline, recomputed"),
+}
+"""The same where minutes count."""
 
 
 @pytest.fixture(scope="module")
@@ -150,13 +159,21 @@ def relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[
     return max((float((ours[n] - value).abs().max() / value.abs().max()), n) for n, value in theirs.items())
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_every_layout_gives_the_numbers_of_one_process(whole: dict[str, Steps], common: list[str], ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "only"),
+    [
+        *(pytest.param(ranks, BRIEF, id=f"{ranks}") for ranks in (1, 2, 4)),
+        *(pytest.param(ranks, ONLY, id=f"{ranks}, all", marks=pytest.mark.slow) for ranks in LAYOUTS),
+    ],
+)
+def test_every_layout_gives_the_numbers_of_one_process(
+    whole: dict[str, Steps], common: list[str], ranks: int, only: dict[str, tuple[str, ...]]
+) -> None:
     cases = {
         f"{variant}: {name}": case(variant, common, changes)
         for name, changes in LAYOUTS[ranks].items()
         for variant in whole
-        if name in ONLY.get(variant, LAYOUTS[ranks])
+        if name in only.get(variant, LAYOUTS[ranks])
     }
     for name, steps in run_layouts(ranks, cases, STEPS).items():
         expected = whole[name.partition(":")[0]]
