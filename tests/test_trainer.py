@@ -20,6 +20,7 @@ from w2s.data.sample import SampleSpec
 from w2s.errors import StopRun, UserError, W2SError
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
+from w2s.megatron.replicas import Odd
 from w2s.tracking.history import read_history
 from w2s.tracking.tracker import Tracker
 from w2s.trainer import Trainer
@@ -35,7 +36,8 @@ class Counting:
         self.seen = 0
         self.indices: list[int] = []
         self.calls: list[str] = []
-        self.wrong_at = self.stop_at = 0
+        self.wrong: range = range(0)
+        self.stop_at = 0
 
     def begin(self) -> Handover | None:
         self.calls.append("begin")
@@ -45,7 +47,8 @@ class Counting:
         self.seen += len(batch)
         self.indices += batch.indices.tolist()
         self.calls.append("step")
-        return {"loss": torch.tensor(float("nan") if self.seen == self.wrong_at else self.seen)}
+        # By the data that were seen, as it is for a bad sample: to go back and on brings others.
+        return {"loss": torch.tensor(float("nan") if max(self.indices) in self.wrong else float(self.seen))}
 
     def after_update(self) -> None:
         self.calls.append("update")
@@ -127,11 +130,82 @@ def test_a_run_does_not_go_on_as_another_one(
         Trainer(Counting(config), other, tmp_path / "run", alone)
 
 
-def test_what_is_no_number_is_not_saved(alone: Ranks, options: list[str], tmp_path: Path) -> None:
+def test_a_bad_step_is_skipped_counted_and_not_saved(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", options)
     trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
-    stage.wrong_at = 20
-    with pytest.raises(W2SError, match=r"loss is nan at step 5: lower optim\.lr"):
+    stage.wrong = range(16, 20)  # the samples of step 5, after which a checkpoint is due
+    trainer.train()
+    lines = read_history(tmp_path / "run")
+    assert [(line["step"], line["loss"], line.get("skipped_steps")) for line in lines[1:]] == [
+        (3, 12, None),
+        (5, None, 1),
+        (6, 24, 1),
+        (7, 28, 1),
+    ]
+    assert sorted(path.name for path in store.checkpoints_of(tmp_path / "run").iterdir()) == ["latest", "step-00000007"]
+    again = Trainer(Counting(config), config, tmp_path / "run", alone)
+    assert (int(again.stage.optimizer.guard.skipped), again.step) == (1, 7)
+
+
+def test_a_run_goes_back_and_passes_over_the_samples_that_led_there(
+    alone: Ranks, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load("mim", [*options, "train.bad_steps=2", "checkpoint.every=3"])
+    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    stage.wrong = range(16, 24)  # steps 5 and 6
+    trainer.train()
+    assert "back at step 3, the samples of steps 4 to 6 are passed over" in capsys.readouterr().out
+    assert stage.indices == list(range(40)), "ten steps of samples for seven, none twice"
+    lines = read_history(tmp_path / "run")
+    assert [(line["step"], line["loss"], line.get("skipped_steps")) for line in lines[1:]] == [
+        (3, 12, None),
+        (6, 24, 2),
+        (7, 28, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("train.rollbacks=1", "the run has gone back 1 times"),
+        ("checkpoint.every=100", "there is no checkpoint"),
+        ("train.bad_steps=100", "the run has gone back 2 times"),
+    ],
+)
+def test_a_run_that_cannot_go_on_ends(alone: Ranks, options: list[str], tmp_path: Path, change: str, why: str) -> None:
+    config = load("mim", [*options, "train.bad_steps=2", "checkpoint.every=3", change])
+    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    stage.wrong = range(12, 1000)
+    with pytest.raises(W2SError, match=rf"was not a number, or a spike, and {why}: lower optim\.lr"):
+        trainer.train()
+    newest = store.latest(tmp_path / "run")
+    assert newest is None or newest.name == "step-00000003", "nothing is saved on bad steps"
+
+
+def test_nothing_is_saved_where_a_signal_follows_a_bad_step(alone: Ranks, options: list[str], tmp_path: Path) -> None:
+    config = load("mim", options)
+    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    stage.wrong, stage.stop_at = range(4, 8), 2
+    with pytest.raises(StopRun, match="stopped by SIGTERM at step 2, not saved as it was skipped"):
         trainer.train()
     assert store.latest(tmp_path / "run") is None
-    assert read_history(tmp_path / "run")[-1]["loss"] is None
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_replicas_that_differ(
+    alone: Ranks,
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mended: bool,
+) -> None:
+    found = iter([[], [Odd("vision.norm.weight", (1,) if mended else (0, 1), mended)]])
+    monkeypatch.setattr("w2s.trainer.mend", lambda *_: next(found, []))
+    config = load("mim", [*options, "train.check_replicas=2", "checkpoint.every=3"])
+    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert f"step 4: vision.norm.weight differs on ranks {[1] if mended else [0, 1]}" in printed
+    assert ("back at step 3, the samples of steps 4 to 4 are passed over" in printed) == (not mended)
+    assert stage.indices == list(range(28 if mended else 32))

@@ -1,7 +1,6 @@
 """The loop that every training stage shares: restore, step, log, evaluate, save, stop."""
 
 import json
-import math
 import signal
 import time
 from collections import Counter
@@ -32,6 +31,7 @@ from w2s.errors import StopRun, UserError, W2SError
 from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
+from w2s.megatron.replicas import mend
 from w2s.megatron.watch import Float8Watch
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
@@ -101,6 +101,7 @@ class Trainer:
         self.stream = open_stream(config, stage.spec, rank=ranks.reader, size=ranks.world_size, position=position)
         self.watch = Float8Watch(stage.towers, ranks)
         self._saving: store.Saving | None = None
+        self._rollbacks = self._undone = 0
         tags = {"w2s.parent_checkpoint": self.parent} if self.parent else {}
         self.tracker = Tracker(config, run, main=ranks.main, resumed_step=self.step, tags=tags)
 
@@ -108,6 +109,11 @@ class Trainer:
     def samples(self) -> int:
         """Samples seen so far over all ranks."""
         return self.step * self.config.train.global_batch
+
+    @property
+    def _skipped_in_a_row(self) -> int:
+        """Steps skipped since the last good one; waits for the device."""
+        return int(self.stage.optimizer.guard.in_a_row)
 
     def _restore(self) -> tuple[int, str | None, Handover | None, dict[str, Any] | None]:
         """Take up the run where it stands; return step, parent checkpoint, hand-over and position in the data.
@@ -151,7 +157,7 @@ class Trainer:
 
         Raises:
             StopRun: SIGTERM or Ctrl-C came; the state is saved.
-            W2SError: the loss or the gradient norm is no longer a number.
+            W2SError: steps are skipped again and again.
         """
         train, keep = self.config.train, self.config.checkpoint
         meter = StepMeter(self.ranks.device)
@@ -167,17 +173,25 @@ class Trainer:
             while self.step < train.steps:
                 step = self.step + 1
                 saved = step % keep.every == 0 or step in keep.keep_at or step == train.steps
-                logs = saved or step % train.log_every == 0  # what is no longer a number is never saved
+                logs = saved or step % train.log_every == 0
                 with self.watch.looking() if logs else nullcontext():
                     metrics = self._step()
                 meter.update(train.global_batch, self.stream.wait_seconds)
                 if logs:
                     self._log(metrics, meter.read())
+                    # A run ends with a good step only.
+                    skipped, most = self._skipped_in_a_row, train.bad_steps if self.step < train.steps else 1
+                    if skipped >= most:
+                        self._go_back(f"loss or gradient norm of the last {skipped} steps was not a number, or a spike")
+                        continue
+                if train.check_replicas and self.step % train.check_replicas == 0 and not self._replicas_agree():
+                    self._go_back("the replicas hold different weights, and no majority of them agrees")
+                    continue
                 with meter.paused():
                     # An evaluation may decide how the stage goes on, which its checkpoint has to know.
                     if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
                         self._evaluate()
-                    if saved:
+                    if saved and not self._skipped_in_a_row:  # else the weights may be what is wrong
                         self._save()
                     self._finish_saving_if_written()
                 self._stop_if_asked(signals, saved)
@@ -192,13 +206,36 @@ class Trainer:
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
         """Average over the ranks: the only place in the loop that waits for the device."""
         averages = self.ranks.mean(metrics) | self.watch.read()
+        skipped = int(self.stage.optimizer.guard.skipped) + self._undone
+        if skipped:
+            averages["skipped_steps"] = skipped
         seen, bad = (sum(self.ranks.gather(counts), Counter()) for counts in (self.stream.seen, self.stream.bad))
         self.tracker.log(self.step, self.samples, {**averages, **figures, **self.stream.metrics(seen, bad)})
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(averages[name]):
-                raise W2SError(
-                    f"{name} is {averages[name]} at step {self.step}: lower optim.lr or lengthen optim.warmup"
-                )
+
+    def _replicas_agree(self) -> bool:
+        """Compare the replicas' weights, mend what can be mended, and return whether they are alike now."""
+        self.stage.optimizer.gather_weights()
+        odd = [each for some in self.ranks.gather(mend(self.stage.towers, self.ranks.data_group)) for each in some]
+        for each in dict.fromkeys(odd):
+            how = "taken from the others" if each.mended else "with no majority"
+            self.tracker.message(f"warning: step {self.step}: {each.weight} differs on ranks {list(each.ranks)}, {how}")
+        return all(each.mended for each in odd)
+
+    def _go_back(self, trouble: str) -> None:
+        """Take up the last checkpoint and leave the data where they are: samples that led here do not come again."""
+        self._finish_saving()
+        newest, trouble = store.latest(self.run), f"step {self.step}: {trouble}"
+        if newest is None or self._rollbacks == self.config.train.rollbacks:
+            why = "there is no checkpoint" if newest is None else f"the run has gone back {self._rollbacks} times"
+            raise W2SError(f"{trouble}, and {why}: lower optim.lr, lengthen optim.warmup or look at the data")
+        self._rollbacks += 1
+        reached, skipped = self.step, int(self.stage.optimizer.guard.skipped)
+        self.stage.optimizer.gather_weights()  # a gathering that is still due would write over what is loaded
+        self.step = self._take_up(newest).step
+        self._undone += skipped - int(self.stage.optimizer.guard.skipped)
+        self.tracker.rewind(self.step)
+        passed = f"the samples of steps {self.step + 1} to {reached} are passed over"
+        self.tracker.message(f"warning: {trouble}; back at step {self.step}, {passed}")
 
     def _evaluate(self) -> None:
         self.stage.optimizer.gather_weights()
@@ -243,14 +280,13 @@ class Trainer:
         # A rank that stopped alone would leave the others waiting.
         if not self.ranks.any(bool(signals)):
             return
-        if not saved:
+        skipped = self._skipped_in_a_row
+        if not saved and not skipped:
             self._save()
         self._finish_saving()
         number = signals[0] if signals else signal.SIGTERM
-        name = signal.Signals(number).name
-        raise StopRun(
-            f"stopped by {name} at step {self.step}, saved in {self.run}: repeat the command to go on", number
-        )
+        name, kept = signal.Signals(number).name, "not saved as it was skipped" if skipped else f"saved in {self.run}"
+        raise StopRun(f"stopped by {name} at step {self.step}, {kept}: repeat the command to go on", number)
 
 
 def train_step(stage: Stage, batch: Batch, factor: float) -> dict[str, Tensor]:
@@ -266,7 +302,7 @@ def train_step(stage: Stage, batch: Batch, factor: float) -> dict[str, Tensor]:
     """
     stage.optimizer.zero_grad()
     metrics = stage.step(batch)
-    grad_norm = stage.optimizer.step(factor)
+    grad_norm = stage.optimizer.step(factor, metrics.get("loss"))
     stage.after_update()
     return {**metrics, "grad_norm": grad_norm, "lr": torch.tensor(stage.optimizer.highest_lr)}
 

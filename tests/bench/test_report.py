@@ -57,6 +57,7 @@ def test_one_json_document_with_the_peer_beside_ours(bench_step: Command, tmp_pa
         assert ours["model_tflops"] / peer["model_tflops"] == pytest.approx(row["ratio"])
 
 
+@pytest.mark.slow
 def test_two_ranks_that_split_the_towers(bench_step: Command) -> None:
     layout = ("--nproc", "2", "parallel.tensor=2", "clip.two_pass=always", "--micro-batch", "4", "--steps", "2")
     code, out, error = bench_step("clip", *TINY, *layout, "--json")

@@ -1,8 +1,11 @@
 """What the configuration says reaches the optimizer."""
 
+import math
+
 import pytest
 import torch
 
+from tests.megatron.spawn import make_student, run_split
 from w2s.config.load import load
 from w2s.config.sections import OptimConfig
 from w2s.megatron.groups import Ranks
@@ -60,3 +63,54 @@ def test_the_bounds_of_the_trust_ratio_reach_lamb(alone: Ranks) -> None:
     # The entries of a first update are 1 and the weight decay, here at most 0.05 x 1; 1e-7 is the rounding of a weight.
     assert 0.9e-5 < longest_step(alone, bounded) < 1.06e-5 + 1e-7
     assert longest_step(alone, lamb) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_skipped_step_leaves_no_trace(alone: Ranks, name: str, dtype: torch.dtype) -> None:
+    """Steps with a gradient or a loss that is no number in between, the first one too, against a run without them."""
+
+    def train(bad: bool) -> tuple[list[torch.Tensor], Optimizer]:
+        config = load("mim", ["model=tiny", f"optim.name={name}"])
+        tower = data_parallel(build_student(config, 8, dtype, alone.device), config.parallel, config.precision)
+        optimizer = Optimizer({"vision": tower}, config.optim, dtype)
+        weights = list(tower.parts[0].parameters())
+
+        def step(seed: int, loss: float = 1.0, value: float | None = None) -> None:
+            optimizer.zero_grad()
+            for number, weight in enumerate(weights):
+                weight.main_grad.normal_(generator=torch.Generator().manual_seed(100 * seed + number))
+            if value is not None:
+                weights[3].main_grad.view(-1)[0] = value
+            optimizer.step(1.0, torch.tensor(loss))
+
+        for seed in range(3):
+            if bad:
+                step(50 + seed, value=(math.nan, math.inf, -math.inf)[seed])
+                step(60 + seed, loss=(math.nan, math.inf, math.nan)[seed])
+            step(seed)
+        return [weight.detach().clone() for weight in weights], optimizer
+
+    (clean, one), (marred, other) = train(bad=False), train(bad=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(marred, clean, strict=True))
+    assert (int(one.guard.skipped), int(other.guard.skipped), int(other.guard.in_a_row)) == (0, 6, 0)
+    states = [list(each.sharded.optimizer.state.values()) for each in (one, other)]
+    for ours, theirs in zip(*states, strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def _step_with_a_bad_rank(ranks: Ranks) -> tuple[bool, int]:
+    tower = make_student()
+    optimizer = Optimizer({"vision": tower}, OptimConfig(), torch.float32)
+    weights = list(tower.parts[0].parameters())
+    before = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        weight.main_grad.fill_(math.nan if ranks.rank == 1 else 1.0)
+    tower.chunks[0].finish_grad_sync()
+    optimizer.step(1.0)
+    unchanged = all(torch.equal(now, then) for now, then in zip(weights, before, strict=True))
+    return unchanged, int(optimizer.guard.skipped)
+
+
+def test_all_ranks_skip_what_one_of_them_cannot_use() -> None:
+    assert run_split(_step_with_a_bad_rank, 2) == [(True, 1)] * 2

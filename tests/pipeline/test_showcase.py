@@ -169,6 +169,7 @@ def test_every_choice_of_the_real_showcase_is_made_alike() -> None:
     assert len(pipeline.seeds) == 3
 
 
+@pytest.mark.slow
 def test_the_real_showcase_can_be_planned() -> None:
     """Every run has a configuration before anything has run, and as many are launched as docs/showcase.md says."""
     configs = Plan(load_pipeline("showcase"), [], fresh=False).configs()

@@ -41,6 +41,7 @@ def test_a_finished_clip_run_teaches_the_next_student(cycle: tuple[Path, list[st
     assert len(history(run, "loss")) == 3
 
 
+@pytest.mark.slow
 def test_the_teacher_may_be_split_over_tensor_parallel_ranks(cycle: tuple[Path, list[str]], root: Path) -> None:
     _, options = cycle
     whole = run_stage("mim", [*options, "run.name=whole"])

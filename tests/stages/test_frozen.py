@@ -38,7 +38,7 @@ def lowest_of_text(name: str) -> bool:
     return name.startswith(("text.token_embedding", "text.positional_embedding", "text.blocks.0."))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("lamb", marks=pytest.mark.slow)])
 def test_what_is_frozen_does_not_move_by_a_bit(common: list[str], optimizer: str) -> None:
     case = ("clip", [*common, f"optim.name={optimizer}", *VISION, *LOWEST])
     start, still, later = (run_layouts(1, {"one": case}, steps)["one"] for steps in (0, FROZEN, FROZEN + 1))

@@ -25,8 +25,9 @@ def status(client: MlflowClient, run: Path) -> str:
 @pytest.mark.parametrize(
     ("stage", "signals", "workers"),
     [
-        ("mim", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], (1, 0)),
+        ("mim", [signal.SIGTERM], (1, 0)),
         ("clip", [signal.SIGKILL], (0, 1)),
+        pytest.param("mim", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], (1, 0), marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_runs_give_the_numbers_of_one_that_was_not(
@@ -106,8 +107,10 @@ def test_a_run_whose_loss_is_no_number_fails(w2s: Run, base: list[str], root: Pa
     options += ["train.log_every=4", "checkpoint.every=3"]
     code, _, error = w2s("stage", "mim", *options)
     assert (code, error.count("\n")) == (1, 1)
-    assert error.startswith("error: loss is nan at step ")
-    assert error.endswith("lower optim.lr or lengthen optim.warmup\n")
+    assert error.startswith(
+        "error: step 4: loss or gradient norm of the last 2 steps was not a number, or a spike, and"
+    )
+    assert error.endswith("there is no checkpoint: lower optim.lr, lengthen optim.warmup or look at the data\n")
     assert status(client, root / "diverged") == "FAILED"
     assert not (root / "diverged" / "result.json").exists()
     assert store.latest(root / "diverged") is None, "what is no number is not saved"

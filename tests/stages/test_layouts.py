@@ -107,6 +107,8 @@ BRIEF = ONLY | {
     "summary": ("accumulation", "data", "tensor and sequence", "virtual pipeline", "tensor, pipeline"),
     "distilled": ("accumulation", "data, overlapped", "tensor and sequence", "pipeline", "tensor, pipeline"),
     "distilled sigmoid": ("accumulation", "pipeline, data"),
+    "all": ("accumulation", "pipeline"),
+    "pooled": ("accumulation", "data"),
     "mim, drop path": ("full recompute", "data", "tensor, sequence, virtual pipeline"),
     "clip, drop path": ("selective recompute", "tensor and sequence", "virtual pipeline, recomputed"),
 }

@@ -20,9 +20,17 @@ class TrainConfig:
     """Steps between log lines."""
     eval_every: int = 0
     """Steps between evaluations while training; 0 evaluates only at the end."""
+    bad_steps: int = 10
+    """After so many skipped steps in a row (see `optim.spike_deviations`) the run goes back to its last checkpoint and
+    passes over the samples that led there; noticed when a log line is due."""
+    rollbacks: int = 2
+    """Most times that a run goes back; then it ends."""
+    check_replicas: int = 1000
+    """Steps between comparisons of the data-parallel replicas' weights: what differs is named and taken from the
+    majority; without one the run goes back to its last checkpoint. 0 never compares."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "train", ("steps", "global_batch", "micro_batch", "log_every"))
+        require_positive(self, "train", ("steps", "global_batch", "micro_batch", "log_every", "bad_steps"))
 
 
 @dataclass(kw_only=True)
@@ -212,6 +220,11 @@ class OptimConfig:
     """
     clip_grad: float = 3.0
     """Largest global gradient norm; 0 does not clip."""
+    spike_deviations: float = 20.0
+    """A step whose gradient norm exceeds the median of the last `spike_window` ones by more than so many of their
+    standard deviations is skipped; 0 skips only those whose norm or loss is not a number."""
+    spike_window: int = 128
+    """Gradient norms that a spike is measured by; nothing is one before half of them are there."""
 
     def cooldown_start(self, steps: int) -> int:
         """Return the step of `steps` from which a constant rate falls: up to there it is that of any longer run."""

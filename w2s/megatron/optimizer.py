@@ -20,6 +20,7 @@ from w2s.megatron.gradients import global_norm
 from w2s.megatron.initialize import global_name
 from w2s.megatron.sharded import ShardedTower
 from w2s.optim.groups import has_trust_ratio, parameter_groups
+from w2s.optim.guard import StepGuard
 from w2s.optim.lamb import Lamb
 
 Towers = Mapping[str, ShardedTower[Any]]
@@ -34,6 +35,9 @@ class Optimizer:
         config: the optimizer's settings.
         dtype: type of the weights.
         scratch: names of the towers that start from scratch.
+
+    Attributes:
+        guard: what judges the steps, and counts those that were skipped.
     """
 
     def __init__(self, towers: Towers, config: OptimConfig, dtype: torch.dtype, scratch: Collection[str] = ()) -> None:
@@ -58,7 +62,8 @@ class Optimizer:
         kind = lamb if config.name == "lamb" else adamw
         self.updates = 0
         inner = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-        self.sharded = _distribute(inner, self.chunks, config, dtype)
+        self.guard = StepGuard(config.spike_window, config.spike_deviations, self.chunks[0].buffers[0].grad_data.device)
+        self.sharded = _distribute(inner, self.chunks, config, dtype, self.guard)
         self._settings = [{key: group[key] for key in group if key != "params"} for group in self.sharded.param_groups]
         if isinstance(inner, Lamb):
             exempt = {p for tower, _, _, p in parameters if not has_trust_ratio(tower, p, config.trust_1d, scratch)}
@@ -70,14 +75,15 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self.sharded.zero_grad()
 
-    def step(self, lr_factor: float) -> Tensor:
+    def step(self, lr_factor: float, loss: Tensor | None = None) -> Tensor:
         """Clip, update and gather the weights; nothing is read back from a GPU.
 
-        Gradients that are no numbers make weights that are none: whoever reads the norm has to look. What is frozen has
-        a rate of 0 and no part in the norm; its moments follow its gradients, so that its first step is not cold.
+        A step that the guard does not take leaves weights and moments as they were, on all ranks. What is frozen has a
+        rate of 0 and no part in the norm; its moments follow its gradients, so that its first step is not cold.
 
         Args:
             lr_factor: fraction of the peak learning rates.
+            loss: the loss, on the ranks that have it: where it is no number the norm is none.
 
         Returns:
             The global gradient norm before clipping, a scalar.
@@ -86,6 +92,7 @@ class Optimizer:
             group["frozen"] = self.updates < group["frozen_steps"]
             group["lr"] = 0.0 if group["frozen"] else group["peak_lr"] * lr_factor
         self.updates += 1
+        self.sharded.loss = loss
         _, grad_norm, _ = self.sharded.step()
         return grad_norm
 
@@ -105,7 +112,7 @@ class Optimizer:
         _empty_state(self.sharded.optimizer)
 
     def load(self, saved: dict[str, Any], step: int) -> None:
-        """Take up moments and master weights as they were after `step` updates.
+        """Take up moments and master weights as they were after `step` steps, of which the guard knows those skipped.
 
         Rates, decays and betas stay this run's own, which may go on from a run that had others.
         """
@@ -113,11 +120,11 @@ class Optimizer:
         self.sharded.load_state_dict(saved)
         for group, settings in zip(self.sharded.param_groups, self._settings, strict=True):
             group.update(settings)  # Megatron tells groups apart by some settings alone, and mixes up the rest
-        self._set_step(step)
+        self.updates = step
+        self._set_step(step - int(self.guard.skipped))
 
     def _set_step(self, step: int) -> None:
         """Say how many updates were made (for the bias correction): Megatron keeps it only for some optimizers."""
-        self.updates = step
         for parameter, state in self.sharded.optimizer.state.items():
             state["step"] = torch.full((), float(step), device=parameter.device)  # each its own: they are counted up
 
@@ -127,11 +134,16 @@ class Optimizer:
 
 
 class _DistributedOptimizer(DistributedOptimizer):
-    """Megatron's distributed optimizer, but for three things.
+    """Megatron's distributed optimizer, but for four things.
 
-    Its reshardable checkpoints forget that torch's AdamW keeps a `step`, it waits for the gradient norm, and it
-    knows no groups that are frozen for a while.
+    Its reshardable checkpoints forget that torch's AdamW keeps a `step`, it waits for the gradient norm, it knows no
+    groups that are frozen for a while, and it skips no step without waiting for the device.
     """
+
+    guard: StepGuard
+    """What judges the steps."""
+    loss: Tensor | None = None
+    """The loss of the step, on the ranks that have it."""
 
     def get_parameters(self) -> list[torch.nn.Parameter]:
         """Return what moves: the norm of the gradients is over these."""
@@ -139,7 +151,8 @@ class _DistributedOptimizer(DistributedOptimizer):
 
     def clip_grad_norm(self, clip_grad: float) -> Tensor:
         """Scale the gradients so that their global norm is at most `clip_grad`; return the norm before that."""
-        norm = global_norm(compat.gradients_for_norm(self), self.grad_stats_parallel_group, self.device)
+        norm = global_norm(compat.gradients_for_norm(self), self.grad_stats_parallel_group, self.device, self.loss)
+        self.optimizer.found_inf = (~self.guard.judge(norm)).float()
         if clip_grad < math.inf:
             clip_grads_with_norm_(super().get_parameters(), clip_grad, norm)
         return norm
@@ -172,6 +185,7 @@ def _distribute(
     chunks: list[DistributedDataParallel],
     config: OptimConfig,
     dtype: torch.dtype,
+    guard: StepGuard,
 ) -> DistributedOptimizer:
     settings = OptimizerConfig(
         optimizer="adam",
@@ -200,6 +214,7 @@ def _distribute(
     # The gradient norm is summed over every rank: each holds its own slices.
     optimizer.grad_stats_parallel_group = dist.group.WORLD
     optimizer.device = chunks[0].buffers[0].grad_data.device
+    optimizer.guard = guard
     optimizer.tp_group = parallel_state.get_tensor_model_parallel_group()
     return optimizer
 

@@ -31,6 +31,7 @@ def save(
     state = {
         **_worth_keeping(weights),
         "optimizer": optimizer.sharded.sharded_state_dict(weights, metadata=_metadata()),
+        "guard": optimizer.guard.state(),
         "extra": dict(extra),
     }
     return Writing(folder, state, background)
@@ -47,6 +48,8 @@ def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[
     wanted = optimizer.sharded.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
     state = _load({**_known(weights, folder), "optimizer": wanted}, folder)
     _into_towers(towers, state)
+    if "guard" in state:  # checkpoints of older releases have none
+        optimizer.guard.load(state["guard"])
     optimizer.load(state["optimizer"], step)
     extra: dict[str, Tensor] = state["extra"]
     return extra

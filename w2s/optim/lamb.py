@@ -19,11 +19,16 @@ class Lamb(torch.optim.AdamW):
         trust_ratio: bounds of the ratio of the norms of a tensor and its update; None leaves it free. Where one of the
             two norms is 0 the ratio is 1, whatever the bounds.
         settings: AdamW's `lr`, `betas`, `eps` and `weight_decay`.
+
+    Attributes:
+        found_inf: 1 where the gradients are not to be used, else 0, as torch's fused optimizers know it: a step then
+            changes nothing, and nothing is read back from a GPU.
     """
 
     def __init__(self, params: Any, *, trust_ratio: tuple[float, float] | None = None, **settings: Any) -> None:
         super().__init__(params, **settings)
         self._bounds = trust_ratio
+        self.found_inf = torch.zeros(())
 
     def share(
         self,
@@ -49,6 +54,8 @@ class Lamb(torch.optim.AdamW):
         slices = [(group["lr"], p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not hasattr(self, "_tensor_of"):
             self.share({p: i for i, (_, p) in enumerate(slices)}, len(slices), lambda sums: sums)
+        for _, p in slices:
+            p.grad.masked_fill_(self.found_inf > 0, 0.0)
         updates = [update for group in self.param_groups for update in self._updates(group)]
         ratios = self._ratios([p for _, p in slices], updates)
         for (lr, p), update, ratio in zip(slices, updates, ratios, strict=True):
@@ -62,10 +69,12 @@ class Lamb(torch.optim.AdamW):
         states, grads = [self._state_of(p) for p in members], [p.grad for p in members]
         means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
-        torch._foreach_add_(steps, 1)
-        unbias1, unbias2 = (_one_minus_power(beta, steps[0]) for beta in (beta1, beta2))  # they take steps together
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
+        taken = 1 - self.found_inf
+        torch._foreach_add_(steps, [taken] * len(steps))  # a tensor that is no list would be read back
+        first = steps[0].clamp(min=1)  # they take steps together; the first may be skipped
+        unbias1, unbias2 = (_one_minus_power(beta, first) for beta in (beta1, beta2))
+        torch._foreach_lerp_(means, grads, [(1 - beta1) * taken] * len(means))
+        torch._foreach_mul_(squares, [torch.where(taken > 0, beta2, 1.0)] * len(squares))
         torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
         updates = torch._foreach_sqrt(squares)
         torch._foreach_div_(updates, unbias2.sqrt())
@@ -97,7 +106,7 @@ class Lamb(torch.optim.AdamW):
         if self._bounds is not None:
             ratios.clamp_(*self._bounds)
         adapted = (weights > 0) & (steps > 0) & self._adapted.to(device, non_blocking=True)
-        return torch.where(adapted, ratios, 1.0)[numbers].unbind()
+        return (torch.where(adapted, ratios, 1.0) * (1 - self.found_inf))[numbers].unbind()
 
 
 def _one_minus_power(base: float, exponent: Tensor) -> Tensor:

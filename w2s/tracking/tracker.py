@@ -65,6 +65,15 @@ class Tracker:
             self._parts.console.log(step, metrics)
             self._parts.mlflow.log(metrics, step, samples)
 
+    def rewind(self, step: int) -> None:
+        """Forgets what was logged after `step`: those steps are done again.
+
+        Raises:
+            UserError: metrics.jsonl cannot be written.
+        """
+        if self._parts:
+            self._parts.history = History(self._run_dir, step)
+
     def message(self, text: str) -> None:
         """Prints a line above the bar."""
         if self._parts:
