@@ -41,8 +41,9 @@ def run(config: Config) -> None:
         folder = open_run(config, ranks)
         prepare_data(config, ranks)
         config.eval.sets = without_left_out(config.data, config.eval.sets)
-        trained = read_meta(checkpoint).config
-        config = replace(config, model=model_from(trained), clip=replace(config.clip, loss=trained["clip"]["loss"]))
+        trained = read_meta(checkpoint)
+        loss = replace(config.clip, loss=trained.setting("clip", "loss"))
+        config = replace(config, model=model_from(trained.config), clip=loss)
         check_towers(config)
         tracker = Tracker(config, folder, main=ranks.main, tags={"w2s.parent_checkpoint": str(checkpoint)})
         with tracked(tracker):

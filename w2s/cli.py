@@ -13,6 +13,7 @@ import typer
 from w2s import __version__
 from w2s.errors import UserError, W2SError
 from w2s.failure import INTERRUPTED, describe
+from w2s.redaction import redact, shown
 from w2s.stopping import stop_at_once
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def main() -> None:
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="w2s", standalone_mode=False))
     except typer.TyperException as error:
-        print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+        print(f"error: {shown(' '.join(error.format_message().split()))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except typer.Abort:
         print("error: interrupted", file=sys.stderr)
@@ -58,7 +59,7 @@ def _one_line(debug: bool) -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         if debug:
-            print(getattr(error, "rank_traceback", "") or traceback.format_exc(), file=sys.stderr, end="")
+            print(getattr(error, "rank_traceback", "") or redact(traceback.format_exc()), file=sys.stderr, end="")
         message, exit_code = describe(error)
         print(f"error: {message}", file=sys.stderr)
         raise typer.Exit(exit_code) from None
@@ -220,7 +221,7 @@ def encode(
     images: Annotated[str, typer.Option(help="Image files or shards: a glob, braces, or a folder of shards.")] = "",
     texts: Annotated[Path | None, typer.Option(help="A file with a text a line.")] = None,
     model: Annotated[str | None, typer.Option(help="What other people's weights are: a name of configs/model.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images or texts of one forward pass.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Images or texts of one forward pass.")] = 64,
     nproc: Nproc = 1,
     root: Root = "runs",
     debug: Debug = False,
@@ -466,7 +467,7 @@ def data_check(
         from w2s.data.shards import list_shards
 
         report = check_shards(list_shards(shards, "SHARDS"), image_key, caption_key or None, workers)
-        print("\n".join(report.lines()))
+        print("\n".join(map(shown, report.lines())))
         if report.bad or report.wrong_sizes:
             raise W2SError(f"{sum(report.bad.values())} of {report.samples} samples are bad: see above")
 
@@ -475,7 +476,7 @@ def data_check(
 def data_show(
     shards: Shards,
     out: Annotated[str, typer.Option(help="PNG file for a sheet of images with their captions.")] = "sheet.png",
-    count: Annotated[int, typer.Option(min=1, help="Images in the sheet.")] = 24,
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Images in the sheet.")] = 24,
     image_key: ImageKey = "jpg;jpeg;png;webp;bmp;gif;tif;tiff",
     caption_key: CaptionKey = "txt",
     debug: Debug = False,
@@ -488,6 +489,6 @@ def data_show(
         from w2s.data.shards import list_shards
 
         found = list_shards(shards, "SHARDS")
-        print("\n".join(describe_shards(found)))
+        print("\n".join(map(shown, describe_shards(found))))
         drawn = draw_sheet(found, image_key, caption_key or None, count, Path(out))
         print(f"{drawn} samples drawn: {out}")

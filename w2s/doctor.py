@@ -19,6 +19,7 @@ from rich.text import Text
 from w2s.config.linears import choose_linears
 from w2s.config.sections import HardwareConfig, PrecisionConfig, RunConfig, TrackingConfig
 from w2s.megatron import engine
+from w2s.redaction import shown
 from w2s.tracking.environment import cards, cores
 from w2s.tracking.store import OPEN_SECONDS, connect, reason, tracking_uri
 from w2s.tracking.worker import Worker
@@ -143,17 +144,18 @@ def _disk(root: Path) -> Finding:
 
 def _mlflow_store(root: Path) -> Finding:
     uri = tracking_uri(TrackingConfig(), root)
+    seen = shown(uri)
     if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return Finding("MLflow store", f"{uri}, made by the first run")
+        return Finding("MLflow store", f"{seen}, made by the first run")
 
     def ask() -> None:
         connect(uri).search_experiments(max_results=1)
 
     problem = _problem(ask)
     if problem is None:
-        return Finding("MLflow store", uri)
+        return Finding("MLflow store", seen)
     note = f"curves of all runs in one place: {problem}; check MLFLOW_TRACKING_URI"
-    return Finding("MLflow store", f"{uri} does not answer", note, "broken")
+    return Finding("MLflow store", f"{seen} does not answer", note, "broken")
 
 
 def _problem(call: Callable[[], None]) -> str | None:

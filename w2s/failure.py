@@ -3,11 +3,12 @@
 import errno
 
 from w2s.errors import W2SError
+from w2s.redaction import shown
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 
 
 def describe(error: BaseException) -> tuple[str, int]:
@@ -18,9 +19,10 @@ def describe(error: BaseException) -> tuple[str, int]:
         return "interrupted", INTERRUPTED
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
         place = error.filename or "the run folder"
-        return f"cannot use {place}: {error.strerror}: free it, or choose another folder with run.root=FOLDER", 2
+        fix = "free it, or choose another folder with run.root=FOLDER"
+        return _one_line(f"cannot use {place}: {error.strerror}: {fix}"), 2
     return _one_line(f"{type(error).__name__}: {error}"), 1
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return shown(" ".join(text.split()))

@@ -24,6 +24,7 @@ from w2s.config.sections import Config
 from w2s.errors import StopRun, W2SError
 from w2s.failure import describe
 from w2s.host import keep_freed_memory
+from w2s.redaction import redact, shown
 from w2s.tracking.files import write_text
 
 _MONITOR_SECONDS = 0.1
@@ -68,7 +69,7 @@ class _Failure:
             exit_code=exit_code,
             expected=expected,
             signal_number=error.signal_number if isinstance(error, StopRun) else 0,
-            traceback="".join(traceback.format_exception(error)),
+            traceback=redact("".join(traceback.format_exception(error))),
         )
 
     def error(self) -> W2SError:
@@ -91,8 +92,15 @@ def show_notes() -> None:
     logger.setLevel(level)
     if not logger.handlers:
         notes = logging.StreamHandler(sys.stdout)
-        notes.setFormatter(logging.Formatter("note: %(message)s"))
+        notes.setFormatter(_Note())
         logger.addHandler(notes)
+
+
+class _Note(logging.Formatter):
+    """A line of its own, as a terminal may show it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"note: {shown(record.getMessage())}"
 
 
 def is_rank() -> bool:

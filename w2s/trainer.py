@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from w2s.checkpoint.continued import find_continued, with_its_start
 from w2s.checkpoint.find import is_finished
 from w2s.checkpoint.handover import Handover, check_shapes
 from w2s.config.checks import doubts
-from w2s.config.naming import difference, run_folder
+from w2s.config.naming import difference, run_folder, written
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.builtin.registry import ensure_builtin
@@ -250,7 +249,7 @@ class Trainer:
             stage=self.config.stage,
             step=self.step,
             samples=self.samples,
-            config=asdict(self.config),
+            config=written(self.config),
             data=data,
             parent=self.parent,
             mlflow_run_id=self.tracker.run_id,

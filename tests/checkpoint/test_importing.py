@@ -251,7 +251,7 @@ def wrong_files(folder: Path, model: ModelConfig) -> dict[str, tuple[Path, str]]
         paths[f"{name}.index.json"].write_text(json.dumps(content))
     messages = {
         "garbage.pt": "cannot be read", "cut.pt": "cannot be read", "garbage.safetensors": "cannot be read",
-        "cut.safetensors": "cannot be read", "old.pt": "PyTorch's old format", "code.pt": "more than tensors",
+        "cut.safetensors": "cannot be read", "old.pt": "PyTorch's old format", "code.pt": "which may run code",
         "number.pt": "holds no tensors", "gap.pt": "1 tensors are missing, such as vision.norm.weight",
         "extra.pt": "1 tensors are unexpected, such as visual.blocks.7.norm1.weight",
         "shape.pt": "is [65, 32] there and [64, 32] here", "notes.txt": "is no weights file",

@@ -101,6 +101,29 @@ def test_a_damaged_checkpoint_is_named(alone: Ranks, tmp_path: Path) -> None:
         latest(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"step": "3"}, {"step": 2**70}, {"step": -1}, {"config": []}, {"parent": 3}, {"more": 1}, {"samples": None}],
+    ids=str,
+)
+def test_a_meta_file_of_other_types_is_named(change: dict[str, Any], alone: Ranks, tmp_path: Path) -> None:
+    path = save(tmp_path, meta(1), keep=1, ranks=alone) / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=r"meta\.json is damaged \(.*\): use another checkpoint"):
+        read_meta(path.parent)
+    for content in ("[]", "3", "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(CheckpointError, match=r"layout version None|is not a w2s checkpoint"):
+            read_meta(path.parent)
+
+
+def test_what_a_configuration_lacks_is_named(alone: Ranks, tmp_path: Path) -> None:
+    found = read_meta(save(tmp_path, meta(1, config={"model": {"name": "tiny"}}), keep=1, ranks=alone))
+    assert found.setting("model", "name") == "tiny"
+    with pytest.raises(CheckpointError, match=r"has no teacher\.source in its meta\.json"):
+        found.setting("teacher", "source")
+
+
 def test_a_run_is_found_by_path_name_mlflow_id_and_age(alone: Ranks, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "group" / "second"
     for number, run in enumerate((first, second), start=1):

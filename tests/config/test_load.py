@@ -8,6 +8,9 @@ from w2s.config.load import GROUPS, STAGES, load, refuse_expanded_braces, to_yam
 from w2s.config.sections import Config, PhaseConfig
 from w2s.errors import ConfigError
 
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+"""Eleven lines that stand for 31 billion values."""
+
 
 def names_of(group: str) -> list[str]:
     folder = files("w2s.configs") / group
@@ -123,6 +126,17 @@ def test_interpolations_are_resolved_after_the_overrides(monkeypatch: pytest.Mon
         ("data.cache=${foo.bar}", "data.cache cannot be resolved: Interpolation key 'foo.bar' not found"),
         ("model.vision.patch_size=0", "model.vision.patch_size=0 must be at least 1"),
         ("hardware=h200", "hardware=h200 does not exist: did you mean hardware=h100? There are auto, cpu, h100,"),
+        ("data.phases=&a [*a]", "data.phases=&a [*a] is not valid YAML: a list or mapping names itself"),
+        (f"data.weights={'[' * 3000}", f"data.weights={'[' * 80} is not valid YAML: "),
+        ("train.steps=99999999999999999999", "train.steps is a number of 67 bits, more than the 64 that there are"),
+        ("checkpoint.keep_at=[1, 99999999999999999999]", "checkpoint.keep_at is a number of 67 bits"),
+        ("data.phases=[{samples: 99999999999999999999}]", "data.phases.samples is a number of 67 bits"),
+        (f"train.steps={'9' * 5000}", f"train.steps={'9' * 80} is not valid YAML: Exceeds the limit"),
+        ("run.name=../x", "run.name=../x is no folder name"),
+        ("run.group=../../x", "run.group=../../x is no folder name"),
+        ("model.name=../../x", "model.name=../../x is no folder name"),
+        ("run.name=a\x1b[2J", "run.name=a\x1b[2J is no folder name"),
+        (f"run.name={'x' * 300}", f"run.name={'x' * 40}... is longer than 180 bytes: shorten it"),
         ("model=/nowhere/x.yaml", "model=/nowhere/x.yaml cannot be read: No such file or directory"),
     ],
 )
@@ -139,6 +153,8 @@ def test_a_mistake_is_one_line(override: str, message: str) -> None:
         ("model: {width: 3}\n", "unknown key model.width: did you mean model.text.width?"),
         ("train: {steps: many}\n", "train.steps=many is not a whole number"),
         ("train: {steps: {a: 1}}\n", "train.steps={'a': 1} is not a whole number"),
+        ("data: &a\n  phases: [*a]\n", "is not valid YAML: a list or mapping names itself, or too many others"),
+        (LAUGHS, "is not valid YAML: a list or mapping names itself, or too many others"),
         ("on_stage: {pretrain: {}}\n", "on_stage takes sections below mim, clip, eval, not {'pretrain': {}}"),
     ],
 )

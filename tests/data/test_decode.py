@@ -1,4 +1,6 @@
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ from PIL import Image, ImageOps
 
 from tests.data.shard_files import bomb, encode, noise, smooth_photo
 from w2s.data.bad import BadSample
-from w2s.data.decode import decode_image
+from w2s.data.decode import FORMATS, MAX_PIXELS, decode_image
 
 
 def by_pillow(data: bytes) -> np.ndarray:
@@ -98,13 +100,46 @@ def test_the_size_limit_holds_for_jpeg_and_below_pillows_own(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     data = encode(smooth_photo(), "JPEG")
-    monkeypatch.setattr("w2s.data.decode.MAX_PIXELS", 400 * 500 - 1)
+    monkeypatch.setattr("w2s.data.decode.MAX_PIXELS", dict.fromkeys(MAX_PIXELS, 400 * 500 - 1))
     for image in (data, encode(smooth_photo())):
         with pytest.raises(BadSample, match="too large"):
             decode_image(image)
-    monkeypatch.setattr("w2s.data.decode.MAX_PIXELS", 400 * 500)
+    monkeypatch.setattr("w2s.data.decode.MAX_PIXELS", dict.fromkeys(MAX_PIXELS, 400 * 500))
     assert decode_image(data).shape == (400, 500, 3)
     assert not recwarn
+
+
+@pytest.mark.parametrize("format", ["PPM", "ICO", "TGA", "PCX", "SGI", "DDS", "PDF", "EPS"])
+def test_only_the_named_decoders_are_used(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the others one starts a program."""
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert format not in FORMATS
+    with pytest.raises(BadSample, match="cannot be decoded"):
+        decode_image(encode(noise(0), format))
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "I;16"])
+def test_a_large_image_is_converted_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(noise(0, 30, 40))
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray(noise(1, 30, 40)[..., 0]))
+    output = io.BytesIO()
+    image = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50) if mode == "I;16" else image
+    image.convert(mode).save(output, "PNG")
+    whole = decode_image(output.getvalue())
+    monkeypatch.setattr("w2s.data.decode._STRIP", 280)
+    assert np.array_equal(decode_image(output.getvalue()), whole)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    data = encode(smooth_photo(), "JPEG", progressive=True)
+    assert decode_image(data).shape == (400, 500, 3)
+    with pytest.raises(BadSample, match="too many scans"):
+        decode_image(data + b"\xff\xda" * 65)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])

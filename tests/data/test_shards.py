@@ -44,6 +44,13 @@ def test_the_home_folder_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPat
         ("a/*.tgz", "no .tar file is there"),
         ("a/{000000..000004}.tar", r"2 of the 5 shards of .* are missing, the first is .*000003.tar"),
         ("a/{000000..", "braces"),
+        (
+            "a/{000000..99999999999}.tar",
+            r"a/{000000..99999999999}.tar stands for more than 2,000,000 shards: name fewer",
+        ),
+        ("a/{0..9999}/{0..9999}.tar", "stands for more than 2,000,000 shards"),
+        ("a/{x" + "{a,b}" * 40 + ",c}.tar", "stands for more than 2,000,000 shards"),
+        (f"a/{{0..{'9' * 5000}}}.tar", "braces"),
         ("blank.txt", "blank.txt has no shards: it has no line with one"),
         ("binary.txt", "binary.txt cannot be read: .*can't decode"),
     ],

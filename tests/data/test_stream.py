@@ -304,6 +304,15 @@ def test_a_position_of_another_order_is_refused(folder: Path) -> None:
         merge_positions([positions[0], positions[1] | {"step": 7}])
 
 
+def test_a_damaged_position_is_refused(folder: Path) -> None:
+    with closing(open_stream(folder)) as stream:
+        position = json.loads(json.dumps(stream.position()))
+    lanes = {**position["lanes"], "0": {"0": {"offset": 3, "place": 4}}}
+    for change in ({"step": "1"}, {"order": []}, {"lanes": []}, {"lanes": lanes}):
+        with pytest.raises(DataError, match="the data position of the checkpoint is damaged: use another checkpoint"):
+            open_stream(folder, position=position | change)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_nobody_foresaw_ends_the_stream_with_a_line(folder: Path, workers: int) -> None:
     """Raised in a worker it would keep the worker, and with it this process, for ever."""

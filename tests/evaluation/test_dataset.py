@@ -116,6 +116,7 @@ def test_a_set_is_cropped_or_squashed(tmp_path):
         ([("a", {"png": b"nothing", "txt": "x"})], "a: image cannot be decoded"),
         ([("a", {"gif": png(), "txt": "x"})], "a: no image .jpg;png"),
         ([("a", {"png": png(), "cls": "1.5"})], "a.cls is '1.5', not a class number"),
+        ([("a", {"png": png(), "cls": "9" * 5000})], "a.cls is '99999999999999999999', not a class number"),
         ([("a", {"png": png(), "txt": b"\xff\xfe"})], "a: caption is not UTF-8, repair"),
         ([("a", {"png": png(), "cls": "0"}), ("b", {"png": png()})], "b has no class number .cls"),
         ([("a", {"png": png()})], "neither class numbers nor captions"),
@@ -129,6 +130,15 @@ def test_bad_sets_are_one_line(tmp_path, samples, message):
     with pytest.raises(DataError) as error:
         load(tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["classnames.txt", "zeroshot_classification_templates.txt"])
+def test_names_and_prompts_are_utf_8(tmp_path, name):
+    write_shard(tmp_path / "0.tar", [("a", {"png": png(), "cls": "0"})])
+    (tmp_path / "classnames.txt").write_text("one\n")
+    (tmp_path / name).write_bytes("caf\xe9 {c}\n".encode("latin-1"))
+    with pytest.raises(DataError, match=rf"{name} is not UTF-8 text: repair it$"):
+        load(tmp_path)
 
 
 def test_missing_names_and_missing_shards(tmp_path):

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from w2s.errors import UserError
+from w2s.tracking.charts import curve_svg
 from w2s.tracking.pictures import (
     ClassExamples,
     classes_picture,
@@ -82,6 +83,14 @@ def test_classes_picture_frames_right_and_wrong(tmp_path: Path) -> None:
     assert share(tmp_path / "c.png", RED) == pytest.approx(3 * share(tmp_path / "c.png", BLUE), rel=0.02)
     good, bad = share(tmp_path / "c.png", (21, 128, 61)), share(tmp_path / "c.png", (185, 28, 28))
     assert good > 2 * bad > 0
+
+
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    """What matplotlib's mathtext would refuse, and a name of a metric that holds the same."""
+    name = r"$\frac{ and $x^_$"
+    classes_picture(tmp_path / "c.png", [ClassExamples(name, 1.0, plain(1, RED), [name])], [])
+    assert share(tmp_path / "c.png", RED) > 0
+    assert r"\frac{ and" in curve_svg("key", name, [0, 1], [1.0, 2.0])
 
 
 def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from w2s.bench.photographs import SHARDS, cut_shards
 from w2s.config.sections import DataConfig, TeacherConfig
 from w2s.data.batch import normalize
 from w2s.data.counter import Purpose, generator
+from w2s.data.decode import open_image
 from w2s.data.sample import SampleSpec, crop_box, make_views
 from w2s.data.shards import list_shards
 from w2s.data.stream import Stream
@@ -162,7 +163,7 @@ def _stream(shards: Shards, wanted: SampleSpec, workers: int) -> Iterator[Stream
 
 def _boxes(shards: Shards, wanted: SampleSpec) -> Boxes:
     """The crop that our stream gives each image, which is known by its size."""
-    sizes = {sample.key: Image.open(io.BytesIO(sample.files["jpg"])).size for _, sample in _samples(shards)}
+    sizes = {sample.key: open_image(io.BytesIO(sample.files["jpg"])).size for _, sample in _samples(shards)}
     boxes = {}
     with _stream(shards, replace(wanted, image_size=8), workers=0) as stream:
         for _ in range(shards.samples // BATCH):
@@ -218,7 +219,7 @@ def _difference(shards: Shards, wanted: SampleSpec) -> float:
     std = torch.tensor(STD).view(3, 1, 1)
     largest = 0.0
     for index, sample in _samples(shards):
-        image = Image.open(io.BytesIO(sample.files["jpg"]))
+        image = open_image(io.BytesIO(sample.files["jpg"]))
         theirs = peer_transform({image.size: _box(image.size, wanted, index)})(image.convert("RGB"))
         ours = normalize(make_views(sample, wanted, SEED, index).image[None], MEAN, STD)[0]
         largest = max(largest, ((ours - theirs) * std).abs().max().item() * 255)

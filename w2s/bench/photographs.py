@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
+from w2s.data.decode import open_image
 from w2s.data.make import EXTENSIONS
 from w2s.errors import DataError
 
@@ -47,7 +48,7 @@ def _pictures(
     # Sizes within 6 % of the wanted ones, each once.
     columns = most_width - round(most_width / 1.06 * 0.94)
     for place, path in enumerate(large):
-        with Image.open(path) as image:
+        with open_image(path) as image:
             whole = image.convert("RGB")
         for number in range(place, count, len(large)):
             size = most_width - number % columns, most_height - number // columns
@@ -55,7 +56,7 @@ def _pictures(
 
 
 def _fits(path: Path, width: int, height: int) -> bool:
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return image.width >= width and image.height >= height
 
 

@@ -35,8 +35,8 @@ def with_its_start(config: Config, run: Path) -> Config:
     meta = read_meta(checkpoint)
     if own is None:
         _check(config, checkpoint, meta)
-    start = meta.config["init"]
-    return replace(config, init=replace(config.init, vision=start["vision"], text=start["text"]))
+    vision, text = (meta.setting("init", tower) for tower in ("vision", "text"))
+    return replace(config, init=replace(config.init, vision=vision, text=text))
 
 
 def _check(config: Config, checkpoint: Path, meta: Meta) -> None:

@@ -15,7 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from w2s.checkpoint.torchscript import read_torchscript
 from w2s.errors import CheckpointError
+from w2s.megatron.unpickling import refused_name
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 WRAPPERS = ("model", "module", "state_dict")
@@ -102,7 +104,8 @@ def reading(path: Path) -> Iterator[None]:
         if "_use_new_zipfile_serialization" in str(error):
             reason = "it has PyTorch's old format, which cannot be mapped: load it and torch.save it again"
         elif "weights_only" in str(error):
-            reason = "it holds more than tensors, which may be harmful: save its state_dict alone"
+            name = refused_name(error) or "more than tensors"
+            reason = f"it holds {name}, which may run code: save its state_dict alone"
         else:
             reason = f"damaged, or cut short? {' '.join(str(error).split())[:160]}"
         raise CheckpointError(f"{path} cannot be read: {reason}") from error
@@ -159,7 +162,7 @@ def _load(path: Path) -> Any:
     except RuntimeError as error:
         if "TorchScript" not in str(error):
             raise
-    return torch.jit.load(path, map_location="cpu").state_dict()
+    return read_torchscript(path)
 
 
 def _tensors_of(content: Any) -> dict[str, Tensor]:

@@ -81,8 +81,11 @@ def _runs(root: Path) -> Iterator[Path]:
 
 
 def _stage_of(run: Path) -> str | None:
-    stage: str | None = json.loads((run / "result.json").read_text(encoding="utf-8")).get("stage")
-    return stage
+    try:
+        content = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return content.get("stage") if isinstance(content, dict) else None
 
 
 def _mlflow_run_id(run: Path) -> str | None:

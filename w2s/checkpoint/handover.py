@@ -200,7 +200,7 @@ def _check(taken: Fit, tower: str) -> None:
 
 def _another_model(checkpoint: Path, reason: str) -> CheckpointError:
     if (checkpoint / "meta.json").is_file():
-        name = read_meta(checkpoint).config["model"]["name"]
+        name = read_meta(checkpoint).setting("model", "name")
         return CheckpointError(
             f"{checkpoint} is of another model (model={name}): {reason}; use model={name} or another checkpoint"
         )

@@ -96,7 +96,7 @@ def _layers(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
 def _of_run(meta: Meta) -> dict[str, str]:
     return {
         "stage": meta.stage,
-        "model": meta.config["model"]["name"],
+        "model": meta.setting("model", "name"),
         "step": f"{meta.step:,}",
         "samples": f"{meta.samples:,}",
         "parent": meta.parent or "none",

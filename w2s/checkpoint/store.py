@@ -11,11 +11,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_origin, get_type_hints
 
 from w2s.config.sections import CheckpointConfig
 from w2s.errors import CheckpointError
 from w2s.megatron.groups import Ranks
+from w2s.redaction import resolved
 
 FORMAT = 1
 STEP_NAME = re.compile(r"step-(\d+)")
@@ -33,7 +34,7 @@ class Meta:
     samples: int
     """Samples seen over all ranks."""
     config: Mapping[str, Any]
-    """The run's configuration."""
+    """The run's configuration, as `w2s.config.naming.written` gives it."""
     data: Mapping[str, Any]
     """Position in the data, merged over the ranks."""
     parent: str | None
@@ -44,6 +45,17 @@ class Meta:
     """Releases of the packages that matter."""
     format: int = FORMAT
     """Version of this layout."""
+
+    def setting(self, section: str, key: str) -> Any:
+        """Return a text of the run's configuration.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        found = self.config[section].get(key) if isinstance(self.config.get(section), Mapping) else None
+        if not isinstance(found, str):
+            raise CheckpointError(f"a checkpoint of {self.stage} has no {section}.{key} in its meta.json: use another")
+        return found
 
 
 def checkpoints_of(run: Path) -> Path:
@@ -83,14 +95,24 @@ def read_meta(checkpoint: Path) -> Meta:
     path = checkpoint / "meta.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint} is not a w2s checkpoint: {path.name} cannot be read") from error
-    if content.get("format") != FORMAT:
+    version = content.get("format") if isinstance(content, dict) else None
+    if version != FORMAT:
         raise CheckpointError(
-            f"{checkpoint} has layout version {content.get('format')}, this w2s reads {FORMAT}: "
-            "use the w2s that wrote it"
+            f"{checkpoint} has layout version {version}, this w2s reads {FORMAT}: use the w2s that wrote it"
         )
-    return Meta(**content)
+    wrong = [name for name, kind in get_type_hints(Meta).items() if not _is(content.get(name), kind)]
+    if wrong or content.keys() != get_type_hints(Meta).keys():
+        raise CheckpointError(f"{path} is damaged ({', '.join(wrong) or 'unknown keys'}): use another checkpoint")
+    return Meta(**{**content, "config": resolved(content["config"])})
+
+
+def _is(value: object, kind: Any) -> bool:
+    """Whether a value of JSON is one of a field of `Meta`."""
+    if get_origin(kind) is Mapping:
+        return isinstance(value, dict)
+    return isinstance(value, kind) and not (kind is int and not 0 <= value < 2**63)
 
 
 class Unfinished(Protocol):

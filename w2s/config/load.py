@@ -5,11 +5,13 @@ Later layers win: the defaults of the dataclasses, `stage/STAGE.yaml`, the chose
 a teacher may set `mim.masked_patches` too.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields, is_dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,10 +22,16 @@ from omegaconf.errors import OmegaConfBaseException
 from w2s.config.fields import FIELDS, SECTIONS, advice, entry_section, expected, is_text, nearest
 from w2s.config.sections import Config, ModelConfig
 from w2s.errors import ConfigError
+from w2s.redaction import hide_variables, redacted
 
 STAGES = ("mim", "clip", "eval")
 GROUPS = ("model", "teacher", "data", "hardware")
 SHARD_KEYS = ("data.train", "eval.shards", "eval.knn_shards")
+
+_MOST_NODES = 100_000
+"""Values of a YAML file, those counted anew that an alias repeats."""
+_UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError)
+"""What the YAML reader and OmegaConf stumble with over text that is no configuration."""
 
 
 def load(stage: str, overrides: Sequence[str] = ()) -> Config:
@@ -37,6 +45,7 @@ def load(stage: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: for an unknown key, group file or stage, a value of the wrong type, or a file that is not YAML.
     """
+    hide_variables(" ".join(overrides))
     choices, assignments = _split(overrides)
     document = _stage_document(stage)
     choices = document.pop("defaults") | choices
@@ -70,10 +79,12 @@ def model_from(saved: Mapping[str, Any]) -> ModelConfig:
         ConfigError: the section has keys that this release does not know, or lacks some.
     """
     try:
-        node = OmegaConf.merge(OmegaConf.structured(ModelConfig), saved["model"])
-    except (KeyError, OmegaConfBaseException) as error:
+        section = saved["model"]
+        if "${" in json.dumps(section):  # a file of somebody's may not ask for variables of this machine
+            raise ValueError("it names variables")
+        return cast(ModelConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), section)))
+    except (LookupError, TypeError, ValueError, ArithmeticError, OmegaConfBaseException) as error:
         raise ConfigError(f"the checkpoint's model section cannot be read: {_first_line(error)}") from error
-    return cast(ModelConfig, OmegaConf.to_object(node))
 
 
 def refuse_expanded_braces(arguments: Sequence[str]) -> None:
@@ -90,8 +101,8 @@ def refuse_expanded_braces(arguments: Sequence[str]) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML, in the order of the sections."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The whole configuration as YAML, in the order of the sections, without credentials."""
+    return OmegaConf.to_yaml(OmegaConf.create(redacted(asdict(config))))
 
 
 def read_document(group: str, name: str) -> dict[str, Any]:
@@ -102,13 +113,15 @@ def read_document(group: str, name: str) -> dict[str, Any]:
     """
     path = Path(name).expanduser() if name.endswith(".yaml") else _find(group, name)
     try:
-        content = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        hide_variables(text)
+        content = OmegaConf.to_container(OmegaConf.create(_unfolded(text)))
     except OSError as error:
         raise ConfigError(f"{group}={name} cannot be read: {error.strerror}") from error
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path} is not valid YAML: {error.problem}{line}") from error
-    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except _UNREADABLE as error:
         raise ConfigError(f"{path} is not valid YAML: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a list: write `key: value` lines")
@@ -160,9 +173,27 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, st
 
 def _value(key: str, text: str) -> Any:
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{key}={text} is not valid YAML: {_first_line(error)}") from error
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={_unfolded(text)}"]))["value"]  # type: ignore[index, call-overload]
+    except _UNREADABLE as error:
+        raise ConfigError(f"{key}={text[:80]} is not valid YAML: {_first_line(error)}") from error
+
+
+def _unfolded(text: str) -> str:
+    """Return YAML as it is, if what its `*names` stand for has an end, and is not too much, when it is written out."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _MOST_NODES  # in case that it is met inside itself
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            pairs = [part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,))]
+            sizes[id(node)] = 1 + sum(map(size, pairs))
+        return sizes[id(node)]
+
+    root = yaml.compose(text) if "*" in text and "&" in text else None
+    if root is not None and size(root) > _MOST_NODES:
+        raise ValueError("a list or mapping names itself, or too many others")
+    return text
 
 
 def _merge(node: DictConfig, document: dict[str, Any], origin: str) -> None:
@@ -221,9 +252,28 @@ def _key_in(section: str) -> str:
 
 def _typed(node: DictConfig) -> Config:
     try:
-        return cast(Config, OmegaConf.to_object(node))
+        config = cast(Config, OmegaConf.to_object(node))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key} cannot be resolved: {_first_line(error)}") from error
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise ConfigError(f"the configuration cannot be resolved: {_first_line(error)}") from error
+    for key in FIELDS:
+        _check_numbers(key, attrgetter(key)(config))
+    return config
+
+
+def _check_numbers(key: str, value: Any) -> None:
+    """Refuse a whole number that no tensor holds."""
+    if isinstance(value, list | tuple):
+        for entry in value:
+            _check_numbers(key, entry)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for name, entry in vars(value).items():
+            _check_numbers(f"{key}.{name}", entry)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(
+            f"{key} is a number of {value.bit_length()} bits, more than the 64 that there are: use another"
+        )
 
 
 def _first_line(error: Exception) -> str:

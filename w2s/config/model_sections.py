@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from w2s.config.requirements import require, require_positive
+from w2s.config.requirements import require, require_folder_name, require_positive
 
 
 @dataclass(kw_only=True)
@@ -92,6 +92,9 @@ class ModelConfig:
     """The vision tower."""
     text: TextConfig = field(default_factory=TextConfig)
     """The text tower."""
+
+    def __post_init__(self) -> None:
+        require_folder_name(self.name, "model.name", "runs and exports are called by it")
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from w2s.config.sections import Config
+from w2s.redaction import identity, redacted
 
 _WITHOUT_EFFECT = frozenset(
     {
@@ -42,20 +43,33 @@ def digest(config: Config) -> str:
     """Eight hexadecimal digits over everything that changes the result of a run.
 
     Left out are the keys of `_WITHOUT_EFFECT`, and in the paths of built-in data the cache folder, so that a run is
-    found again on another layout, with other batches of a forward pass, and after its data has moved.
+    found again on another layout, with other batches of a forward pass, and after its data has moved; and credentials,
+    which change.
     """
-    return hashlib.sha256(json.dumps(_kept(asdict(config)), sort_keys=True).encode()).hexdigest()[:8]
+    kept = _kept(redacted(asdict(config), identity))
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def written(config: Config) -> dict[str, Any]:
+    """A configuration as a checkpoint keeps it: without credentials, and with the digest of what it was with them."""
+    return {**redacted(asdict(config)), "digest": digest(config)}
 
 
 def difference(config: Config, saved: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first key whose value changes the result and is another one in a saved configuration: key, saved, now."""
-    now, then = _kept(asdict(config)), _kept(saved)
+    """The first key whose value changes the result and is another one in what `written` gave: key, saved, now.
+
+    The key is `digest` where only the value of an environment variable is another.
+    """
+    now, then = _kept(written(config)), _kept(redacted(saved))
+    if "digest" not in then:  # of an older release
+        now.pop("digest")
     return next(((key, then.get(key), now.get(key)) for key in now | then if now.get(key) != then.get(key)), None)
 
 
 def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
     """The values that change the result of a run, by key, as JSON has them."""
-    cache = config["data"]["cache"]
+    data = config.get("data")
+    cache = str(data.get("cache", "")) if isinstance(data, Mapping) else ""
     kept = {
         key: value.removeprefix(cache) if isinstance(value, str) else value
         for key, value in flatten(config).items()

@@ -1,12 +1,26 @@
 """What the sections of the configuration require of their values, each in one line of error."""
 
 from w2s.errors import ConfigError
+from w2s.redaction import printable
+
+LONGEST_NAME = 180
+"""Bytes of the name of a folder."""
 
 
 def require(condition: bool, message: str) -> None:
     """Refuse with `message` where `condition` does not hold."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_folder_name(name: str, key: str, fix: str) -> None:
+    """Refuse what is no name of a folder: with slashes or control characters, or too long."""
+    require(
+        name not in ("", ".", "..") and "/" not in name and name == printable(name),
+        f"{key}={name} is no folder name: {fix}",
+    )
+    # File systems take 255 bytes; a number and an ending may come to it.
+    require(len(name.encode()) <= LONGEST_NAME, f"{key}={name[:40]}... is longer than {LONGEST_NAME} bytes: shorten it")
 
 
 def require_positive(section: object, prefix: str, names: tuple[str, ...]) -> None:

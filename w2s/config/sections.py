@@ -9,7 +9,7 @@ from typing import Literal
 
 from w2s.config.data_sections import DataConfig, PhaseConfig
 from w2s.config.model_sections import ModelConfig, TeacherConfig, TextConfig, VisionConfig
-from w2s.config.requirements import require, require_positive
+from w2s.config.requirements import require, require_folder_name, require_positive
 from w2s.config.training_sections import ClipConfig, DistillConfig, LayerPairConfig, MimConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -54,10 +54,9 @@ class RunConfig:
     """Name of the `w2s run` that this stage belongs to; set by `w2s run`."""
 
     def __post_init__(self) -> None:
-        require(
-            self.name not in ("", ".", "..") and "/" not in self.name,
-            f"run.name={self.name} is no folder name: use one without slashes, and run.root for the folder above it",
-        )
+        require_folder_name(self.name, "run.name", "use one without slashes, and run.root for the folder above it")
+        if self.group:
+            require_folder_name(self.group, "run.group", "`w2s run` sets it, leave it out")
 
 
 @dataclass(kw_only=True)

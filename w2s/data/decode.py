@@ -3,6 +3,8 @@
 import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 import simplejpeg
@@ -11,9 +13,26 @@ from PIL import Image, ImageOps
 
 from w2s.data.bad import BadSample
 
-MAX_PIXELS = 100_000_000
-"""Larger images are refused before they are decoded."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""Pillow's decoders that are used; others start programs (EPS runs Ghostscript) or are hardly looked after."""
+MAX_PIXELS = {
+    "baseline": 100_000_000,  # a JPEG in libjpeg-turbo: 3 bytes a pixel
+    "progressive": 40_000_000,  # with its coefficients: up to 12
+    "JPEG": 60_000_000,  # 8: Pillow's pixels have 4, and are turned
+    "PNG": 60_000_000,
+    "GIF": 60_000_000,
+    "BMP": 60_000_000,
+    "TIFF": 40_000_000,  # 12: the strip, its pixels, and the same turned
+    "WEBP": 25_000_000,  # 20: the canvases of an animation too
+}
+"""Larger images are refused before they are decoded, so that none takes more than about 500 MB."""
+MAX_SCANS = 64
+"""A progressive JPEG of more is refused: each scan goes over the whole image, and encoders write about ten."""
 
+_STRIP = 4_000_000
+"""Pixels of a large image that are converted at a time."""
+_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
+_NO_FRAME = (0xC4, 0xC8, 0xCC)
 _ORIENTATION = 0x0112
 _EXIF_MARKER = b"Exif\x00\x00"
 
@@ -41,7 +60,7 @@ def decode_crop(data: bytes, choose: Callable[[int, int], Box], *, half_from: in
             transform of 4 x 4 instead of 8 x 8 coefficients; None never does.
 
     Raises:
-        BadSample: not an image, damaged, truncated, or larger than 100 megapixels.
+        BadSample: none of `FORMATS`, damaged, truncated, or larger than `MAX_PIXELS`.
     """
     if data[:2] == b"\xff\xd8":
         crop = _decode_jpeg(data, choose, half_from)
@@ -56,6 +75,24 @@ def decode_crop(data: bytes, choose: Callable[[int, int], Box], *, half_from: in
     return _cut(pixels, choose(*pixels.shape[:2]))
 
 
+def open_image(file: Path | IO[bytes]) -> Image.Image:
+    """Open an image with one of Pillow's decoders in `FORMATS`; nothing is decoded yet.
+
+    Raises:
+        BadSample: it is larger than `MAX_PIXELS`.
+        OSError: it is none of these formats, or damaged.
+    """
+    with warnings.catch_warnings():
+        # Our own limit is checked right after; Pillow's warning would only repeat it for every worker.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise BadSample("image is too large") from error
+    _check_size(*image.size, MAX_PIXELS.get(image.format or "", MAX_PIXELS["JPEG"]))
+    return image
+
+
 def _cut(pixels: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
     top, left, height, width = box
     return pixels[top : top + height, left : left + width]
@@ -64,7 +101,10 @@ def _cut(pixels: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
 def _decode_jpeg(data: bytes, choose: Callable[[int, int], Box], half_from: int | None) -> NDArray[np.uint8] | None:
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        _check_size(width, height)
+        progressive = _frame(data) in _PROGRESSIVE
+        _check_size(width, height, MAX_PIXELS["progressive" if progressive else "baseline"])
+        if progressive and data.count(b"\xff\xda") > MAX_SCANS:
+            raise BadSample("image has too many scans")
         if _EXIF_MARKER in data and _orientation(data) != 1:
             return None
         box = choose(height, width)
@@ -76,24 +116,35 @@ def _decode_jpeg(data: bytes, choose: Callable[[int, int], Box], half_from: int 
         return None
 
 
+def _frame(data: bytes) -> int:
+    """The marker of a JPEG's frame, which names the kind of its coding; 0 where none is found."""
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
+            return marker
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return 0
+
+
 def _orientation(data: bytes) -> int:
     try:
-        orientation: int = Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1)
+        orientation: int = Image.open(io.BytesIO(data), formats=["JPEG"]).getexif().get(_ORIENTATION, 1)
         return orientation
     except (OSError, SyntaxError) as error:
         raise ValueError("unreadable EXIF data") from error
 
 
 def _decode_any(data: bytes) -> NDArray[np.uint8]:
-    with warnings.catch_warnings():
-        # Our own limit is checked right after; Pillow's warning would only repeat it for every worker.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(data))
-        except Image.DecompressionBombError as error:
-            raise BadSample("image is too large") from error
-    _check_size(*image.size)
-    return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+    image = ImageOps.exif_transpose(open_image(io.BytesIO(data)))
+    rows = max(1, _STRIP // image.width)
+    if rows >= image.height:
+        return np.array(_to_rgb(image))
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = np.asarray(_to_rgb(strip))
+    return pixels
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -106,6 +157,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+def _check_size(width: int, height: int, most: int) -> None:
+    if width * height > most:
         raise BadSample("image is too large")

@@ -18,6 +18,7 @@ from w2s.data.decode import decode_image
 from w2s.data.sizes import known_sizes
 from w2s.data.tar import RawSample, find_image, read_shard
 from w2s.errors import DataError
+from w2s.redaction import printable
 
 _LISTED = 10
 _THUMBNAIL = 224
@@ -122,8 +123,8 @@ def draw_sheet(shards: Sequence[str], image_key: str, caption_key: str | None, c
     for axes, (image, caption) in zip(figure.axes, shown, strict=False):
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         axes.imshow(image)
-        title = "\n".join(textwrap.wrap(caption, 28, max_lines=4, placeholder=" ...")).replace("$", r"\$")
-        axes.set_title(title, fontsize=8)
+        title = "\n".join(printable(line) for line in textwrap.wrap(caption, 28, max_lines=4, placeholder=" ..."))
+        axes.set_title(title, fontsize=8, parse_math=False)
     try:
         figure.savefig(path, format="png")
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,12 @@ import braceexpand
 
 from w2s.data.storage import PIPE, find_remote, is_local
 from w2s.errors import ConfigError, DataError
+from w2s.redaction import SIGNED, without_url_secrets
+
+MAX_SHARDS = 2_000_000
+"""Shards of one pattern."""
+
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 
 
 def split_sources(text: str, option: str = "data.train") -> list[str]:
@@ -49,8 +56,13 @@ def shards_digest(shards: Sequence[str]) -> str:
 
 
 def shard_name(shard: str) -> str:
-    """Return a shard's name without its folder."""
-    return shard.rpartition("/")[2]
+    """Return a shard's name without its folder, and without what a URL is signed with."""
+    return without_secrets(shard).removesuffix(SIGNED).rpartition("/")[2]
+
+
+def without_secrets(shard: str) -> str:
+    """Return a shard's path, or its URL or command without the secrets in it."""
+    return shard if is_local(shard) else without_url_secrets(shard)
 
 
 def _split_list(part: str) -> list[str]:
@@ -64,8 +76,9 @@ def _expand(pattern: str, option: str, allow_pipe: bool) -> list[str]:
     if pattern.startswith(PIPE) and not allow_pipe:
         raise ConfigError(f"{option}={pattern} runs a shell command: set data.allow_pipe=true if you trust it")
     try:
+        _check_number(pattern, option)
         names = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{option}: the braces of '{pattern}' do not match ({error})") from error
     if pattern.startswith(PIPE):
         return names
@@ -74,6 +87,22 @@ def _expand(pattern: str, option: str, allow_pipe: bool) -> list[str]:
     if pattern.endswith(".txt"):
         return _read_list(pattern, option, allow_pipe)
     return _local(pattern, names, option)
+
+
+def _check_number(pattern: str, option: str) -> None:
+    """Refuse braces that stand for more shards than anybody has, before they take memory."""
+    ranges = [(int(first), int(last), int(step or 1) or 1) for first, last, step in _RANGE.findall(pattern)]
+    number = math.prod(abs(last - first) // abs(step) + 1 for first, last, step in ranges)
+    choices: list[int] = []
+    for character in pattern:
+        if character == "{":
+            choices.append(1)
+        elif character == "," and choices:
+            choices[-1] += 1
+        elif character == "}" and choices:
+            number *= choices.pop()
+    if number > MAX_SHARDS:
+        raise DataError(f"{option}={pattern[:80]} stands for more than {MAX_SHARDS:,} shards: name fewer")
 
 
 def _read_list(pattern: str, option: str, allow_pipe: bool) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from w2s.data.shards import shard_name
+from w2s.data.shards import shard_name, without_secrets
 from w2s.data.storage import read_text
 from w2s.data.tar import read_shard
 from w2s.errors import DataError
@@ -54,10 +54,10 @@ def index_shards(shards: Sequence[str], index: Path) -> dict[str, int]:
     missing = [shard for shard in shards if shard not in sizes]
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes |= dict(zip(missing, pool.map(_count, missing), strict=True))
-    path = _index_file(shards, index)
+    path, kept = _index_file(shards, index), {without_secrets(shard): size for shard, size in sizes.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(sizes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot write the index {path} ({error.strerror}): choose another data.index") from error
     return sizes
@@ -65,11 +65,12 @@ def index_shards(shards: Sequence[str], index: Path) -> dict[str, int]:
 
 def read_index(shards: Sequence[str], index: Path) -> dict[str, int]:
     """Return the index of exactly these shards; empty where there is none."""
-    return _read_sizes(str(_index_file(shards, index)), shards)
+    names = {without_secrets(shard): shard for shard in shards}
+    return {names[name]: size for name, size in _read_sizes(str(_index_file(shards, index)), names).items()}
 
 
 def _index_file(shards: Sequence[str], index: Path) -> Path:
-    digest = hashlib.sha256("\n".join(sorted(shards)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\n".join(sorted(map(without_secrets, shards))).encode()).hexdigest()[:16]
     return index.expanduser() / f"{digest}.json"
 
 

@@ -14,6 +14,7 @@ from w2s.data.counter import Purpose, generator
 from w2s.data.sample import SampleSpec
 from w2s.data.shards import list_shards, split_sources
 from w2s.errors import ConfigError
+from w2s.redaction import redact
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def _names(patterns: Sequence[str]) -> dict[str, str]:
     """Name every source by the last folder of its pattern, and by a number where names are equal."""
     names: dict[str, str] = {}
     for pattern in patterns:
-        folders = [part for part in re.split(r"[/,:;]", pattern) if part and not re.search(r"[*?{}\[\]]|\.tar$", part)]
+        folders = [
+            part for part in re.split(r"[/,:;]", redact(pattern)) if part and not re.search(r"[*?{}\[\]]|\.tar$", part)
+        ]
         plain = re.sub(r"[^\w.-]", "_", folders[-1]) if folders else "shards"
         taken = set(names.values())
         numbered = (f"{plain}-{number}" for number in itertools.count(2))

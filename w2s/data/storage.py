@@ -69,7 +69,9 @@ def find_remote(url: str, option: str) -> list[str]:
     """
     filesystem = _filesystem(url, option)
     pattern = f"{url}*.tar" if url.endswith("/") else url
-    if not glob.has_magic(pattern):
+    # What follows the question mark of a web address is no glob.
+    place = pattern.partition("?")[0] if pattern.startswith(("http://", "https://")) else pattern
+    if not glob.has_magic(place):
         return [url]
     try:
         found = [filesystem.unstrip_protocol(path) for path in filesystem.glob(pattern)]

@@ -78,8 +78,8 @@ class Stream:
         for source in self.sources:
             check_source(source.shards, spec.image_key, spec.caption_key if spec.context_length else None)
         self._order = _describe_order(data, self.sources, self._phases, global_batch, seed)
-        self._step = self._first_step = 0 if position is None else position["step"]
         self._lanes = _restore(position, self._order, range(rank, data.lanes, size))
+        self._step = self._first_step = 0 if position is None else position["step"]
         # A worker without samples would have nothing to send, so there are at most as many as a batch has lanes.
         self._workers = min(data.workers, min(data.lanes, global_batch) // size)
         self.bad: Counter[str] = Counter()
@@ -278,16 +278,21 @@ def _describe_shards(shards: Sequence[str]) -> str:
 def _restore(position: Position | None, order: dict[str, Any], lanes: range) -> dict[int, LaneStates]:
     if position is None:
         return {lane: {} for lane in lanes}
-    for key, value in order.items():
-        if position["order"].get(key) != value:
-            raise DataError(
-                f"cannot go on with {key}={value}: the run began with {key}={position['order'].get(key)}, "
-                "keep that or start a new run"
-            )
-    missing = [lane for lane in lanes if str(lane) not in position["lanes"]]
-    if missing:
-        raise DataError(f"the data position has no lane {missing[0]}: merge the positions of all ranks first")
-    return {
-        lane: {int(source): LaneState(**state) for source, state in position["lanes"][str(lane)].items()}
-        for lane in lanes
-    }
+    try:
+        for key, value in order.items():
+            if position["order"].get(key) != value:
+                raise DataError(
+                    f"cannot go on with {key}={value}: the run began with {key}={position['order'].get(key)}, "
+                    "keep that or start a new run"
+                )
+        missing = [lane for lane in lanes if str(lane) not in position["lanes"]]
+        if not isinstance(position["step"], int):
+            raise TypeError("a step is a number")
+        if missing:
+            raise DataError(f"the data position has no lane {missing[0]}: merge the positions of all ranks first")
+        return {
+            lane: {int(source): LaneState(**state) for source, state in position["lanes"][str(lane)].items()}
+            for lane in lanes
+        }
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError("the data position of the checkpoint is damaged: use another checkpoint") from error

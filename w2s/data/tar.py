@@ -18,6 +18,16 @@ WAITS = (0.5, 2.0, 8.0)
 DONE = -1
 """Place in a shard behind which nothing comes."""
 
+MAX_FILE = 256 << 20
+"""Bytes of a file; the sample of a larger one is left out unread."""
+_MAX_SIZE = 1 << 50
+"""Bytes that no disk has."""
+_EXTENDED = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
+)  # fmt: skip
+_MAX_HEADER = 1 << 20
+"""Bytes of a long name or another extended header; a longer one is damage."""
+
 
 @dataclass(frozen=True)
 class RawSample:
@@ -28,7 +38,7 @@ class RawSample:
     files: dict[str, bytes]
     """Contents by lower-case extension."""
     damage: str = ""
-    """Why there are no files; empty for a sound sample."""
+    """Why there are no files, or not all; empty for a sound sample."""
     end: int = DONE
     """Byte of the shard at which the next sample begins."""
 
@@ -81,20 +91,23 @@ def _read_from(shard: str, start: int, wanted: Container[str] | None) -> Iterato
     stream, seekable = open_at(shard, start)
     base = 0 if seekable else start
     with closing(stream), _StrictTar.open(fileobj=stream, mode="r:" if seekable else "r|") as tar:
-        key, files = "", dict[str, bytes]()
+        key, files, damage = "", dict[str, bytes](), ""
         member = tar.first
         while member is not None:
             name, extension = base_plus_ext(member.name) if member.isreg() else ("", "")
             if name:
                 if key and name != key:
-                    yield RawSample(key, shard, files, end=base + member.offset)
-                    files = {}
+                    yield RawSample(key, shard, files, damage, end=base + member.offset)
+                    files, damage = {}, ""
                 key, extension = name, extension.lower()
                 if wanted is None or extension in wanted:
-                    files[extension] = _read(tar, member)
+                    if member.size <= MAX_FILE:
+                        files[extension] = _read(tar, member)
+                    else:
+                        damage = "file is too large"
             member = tar.next()
         if key:
-            yield RawSample(key, shard, files, end=base + tar.offset)
+            yield RawSample(key, shard, files, damage, end=base + tar.offset)
 
 
 def _read(tar: "_StrictTar", member: tarfile.TarInfo) -> bytes:
@@ -105,8 +118,22 @@ def _read(tar: "_StrictTar", member: tarfile.TarInfo) -> bytes:
     return data
 
 
+class _StrictHeader(tarfile.TarInfo):
+    """A header whose size can be. Python's own reads back and forth for ever where it is negative."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictHeader":
+        """Read a header of 512 bytes."""
+        header = super().frombuf(buf, encoding, errors)
+        if not 0 <= header.size < (_MAX_HEADER if header.type in _EXTENDED else _MAX_SIZE):
+            raise tarfile.ReadError(f"a size of {header.size} bytes")
+        return header
+
+
 class _StrictTar(tarfile.TarFile):
     """An archive that ends with its end mark. Python's own takes a broken or missing header for the end."""
+
+    tarinfo = _StrictHeader
 
     @property
     def first(self) -> tarfile.TarInfo | None:
@@ -120,11 +147,15 @@ class _StrictTar(tarfile.TarFile):
 
     def next(self) -> tarfile.TarInfo | None:
         """Return the next member; members that went by are not kept."""
-        self.contents.seek(self.offset)
+        before = self.offset
+        self.contents.seek(before)
         try:
-            return self.tarinfo.fromtarfile(self)
+            member = self.tarinfo.fromtarfile(self)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             return None
+        if not 0 <= member.size < _MAX_SIZE or self.offset <= before:  # an extended header can say so too
+            raise tarfile.ReadError(f"a size of {member.size} bytes")
+        return member
 
 
 def find_image(files: dict[str, bytes], image_key: str) -> bytes | None:

@@ -21,6 +21,9 @@ from w2s.errors import DataError
 CLASS_NAMES = "classnames.txt"
 PROMPTS = "zeroshot_classification_templates.txt"  # both names are CLIP_benchmark's
 
+_DIGITS = 19
+"""Digits of a number that 64 bits hold no more."""
+
 T = TypeVar("T")
 
 
@@ -134,7 +137,7 @@ def _text(sample: RawSample, key: str) -> str | None:
 
 def _class_number(sample: RawSample, key: str) -> int | None:
     text = _text(sample, key)
-    if text is None or text.isdecimal():
+    if text is None or (text.isdecimal() and len(text) < _DIGITS):
         return None if text is None else int(text)
     raise DataError(f"{sample.shard}: {sample.key}.{key} is '{text[:20]}', not a class number: repair the test set")
 
@@ -151,7 +154,7 @@ def _named_classes(numbers: list[int], folder: Path) -> tuple[Tensor, list[str]]
     file = _beside(folder, CLASS_NAMES)
     if file is None:
         raise DataError(f"{folder / CLASS_NAMES} does not exist: write the classes' names into it, one a line")
-    names = file.read_text(encoding="utf-8").splitlines()
+    names = _lines(file)
     if max(numbers) >= len(names):
         raise DataError(f"{file} has {len(names)} names but there is a class number {max(numbers)}: add the names")
     return torch.tensor(numbers), names
@@ -159,11 +162,18 @@ def _named_classes(numbers: list[int], folder: Path) -> tuple[Tensor, list[str]]
 
 def _prompts(folder: Path) -> list[str]:
     file = _beside(folder, PROMPTS)
-    prompts = file.read_text(encoding="utf-8").splitlines() if file else []
+    prompts = _lines(file) if file else []
     wrong = next((prompt for prompt in prompts if "{c}" not in prompt), None)
     if wrong is not None:
         raise DataError(f"{file}: '{wrong}' has no {{c}} in the place of the class name: write it, and no empty line")
     return prompts
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text: repair it") from error
 
 
 def _beside(folder: Path, name: str) -> Path | None:

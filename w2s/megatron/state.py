@@ -7,12 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 
+from w2s.errors import CheckpointError
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.stored import StoredTensors
+from w2s.megatron.unpickling import COMMON, check_common, check_state, read_metadata
 from w2s.megatron.writing import Writing, reporting
 
 
@@ -47,6 +49,8 @@ def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[
     optimizer.prepare_to_load()
     wanted = optimizer.sharded.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
     state = _load({**_known(weights, folder), "optimizer": wanted}, folder)
+    if "extra" not in state:
+        raise CheckpointError(f"{folder / COMMON} is not that of a training: use another checkpoint")
     _into_towers(towers, state)
     if "guard" in state:  # checkpoints of older releases have none
         optimizer.guard.load(state["guard"])
@@ -84,8 +88,24 @@ def tower_shapes(towers: Towers) -> dict[str, tuple[int, ...]]:
 
 
 def _load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
-    with reporting(f"read {folder}", "use another checkpoint"):
-        return dist_checkpointing.load(wanted, str(folder))
+    check_common(folder)
+    try:
+        with reporting(f"read {folder}", "use another checkpoint"):
+            state = dist_checkpointing.load(wanted, str(folder))
+    # A connection to a rank that died is a RuntimeError, and no fault of the files.
+    except (CheckpointingException, LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"cannot read {folder} ({reason}): use another checkpoint") from error
+    _check_states(state, folder)
+    return state
+
+
+def _check_states(state: Mapping[str, Any], folder: Path) -> None:
+    """Refuse scales of FP8 that would run code when Transformer Engine unpickles them."""
+    for parts in state.values():
+        for key, value in parts.items() if isinstance(parts, Mapping) else ():
+            if str(key).endswith("_extra_state"):
+                check_state(value, f"{folder}: {key}")
 
 
 def _metadata() -> dict[str, Any]:
@@ -119,8 +139,7 @@ def _worth_keeping(weights: dict[str, Any]) -> dict[str, Any]:
 
 def _known(weights: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Leave out the scales of FP8 that a checkpoint has not: it was written by other linears."""
-    with reporting(f"read {folder}", "use another checkpoint"):
-        stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    stored = read_metadata(folder).state_dict_metadata
 
     def known(part: Any) -> bool:
         return not isinstance(part, ShardedObject) or part.unique_key in stored

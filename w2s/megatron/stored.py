@@ -10,14 +10,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
+from w2s.megatron.unpickling import COMMON, check_common, read_metadata
 from w2s.megatron.writing import reporting
-
-COMMON = "common.pt"
-"""Megatron's file for what is no tensor; nothing of ours is in it."""
 
 
 class StoredTensors:
@@ -31,14 +29,13 @@ class StoredTensors:
         """Read the names and shapes.
 
         Raises:
-            CheckpointError: the folder's metadata is damaged.
+            CheckpointError: the folder's metadata is damaged, or a file of it would run code.
         """
         self.folder = folder
-        with reporting(f"read {folder}", "use another checkpoint"):
-            known = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+        check_common(folder)  # not needed here, but a checkpoint is refused by all or by none
         self.meta = {
             name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
-            for name, tensor in known.items()
+            for name, tensor in read_metadata(folder).state_dict_metadata.items()
             if isinstance(tensor, TensorStorageMetadata) and not name.startswith("optimizer.")
         }
 
@@ -68,7 +65,7 @@ def write_tensors(folder: Path, meta: Mapping[str, Tensor], read: Callable[[str]
     writer = FileSystemWriter(str(folder))
     with _alone(), reporting(f"write {folder}", "free some space or choose another folder"):
         dcp.save(dict(meta), storage_writer=writer, planner=_OneAtATime(read), no_dist=True)
-    torch.save({}, folder / COMMON)
+    torch.save({}, folder / COMMON)  # Megatron looks for it; nothing of ours is in it
     save_config(CheckpointingConfig("torch_dist"), str(folder))
 
 

@@ -186,7 +186,7 @@ def _teacher_of(config: Config) -> tuple[TeacherConfig, Path]:
     if start is not None and (start / "meta.json").is_file():
         meta = read_meta(start)
         if meta.stage == "mim":
-            source, own_root = meta.config["teacher"]["source"], Path(meta.config["run"]["root"]).expanduser()
+            source, own_root = meta.setting("teacher", "source"), Path(meta.setting("run", "root")).expanduser()
             return TeacherConfig(source=source), own_root
     return config.teacher, root
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from w2s.errors import CheckpointError, ConfigError
+from w2s.megatron.unpickling import refusal, refused_name
 
 
 def unknown_model(library: str, name: str, known: Sequence[str]) -> ConfigError:
@@ -42,6 +43,8 @@ def reading(file: Path | None, name: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        if refused_name(error):
+            raise refusal(f"teacher weights {file}", refused_name(error)) from error
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"teacher weights {file} do not fit {name}, give the file of this model: {reason}"

@@ -35,7 +35,7 @@ def curve_svg(key: str, name: str, steps: Sequence[int], values: Sequence[float 
     axes.plot(
         steps[::stride], heights, color=_LINE, linewidth=1.6, marker="o" if len(heights) < 15 else "", markersize=3
     )
-    axes.set_title(name, fontsize=10, loc="left", color=_INK, weight="bold")
+    axes.set_title(name, fontsize=10, loc="left", color=_INK, weight="bold", parse_math=False)
     axes.set_xlabel("step", fontsize=8, color=_INK, labelpad=1)
     axes.grid(True, color=_INK, alpha=0.12, linewidth=0.6)
     axes.tick_params(colors=_INK, labelsize=8, length=0)

@@ -8,6 +8,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
+from w2s.redaction import shown
+
 _FORMATS = {
     "teacher_images_per_rank": "teacher {:.0f} images/rank",
     "grad_norm": "grad {:.3f}",
@@ -73,9 +75,9 @@ class RunConsole:
             self._move_bar(step, left)
 
     def print(self, content: RenderableType) -> None:
-        """Prints text as it is, without markup or line breaks, or anything that rich can draw."""
+        """Prints a line without markup, line breaks or credentials, or anything that rich can draw."""
         if isinstance(content, str):
-            self._console.print(content, markup=False, soft_wrap=True)
+            self._console.print(shown(content), markup=False, soft_wrap=True)
         else:
             self._console.print(content)
 

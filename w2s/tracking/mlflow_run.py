@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from w2s.config.sections import TrackingConfig
 from w2s.errors import StopRun
+from w2s.redaction import redact
 from w2s.tracking.files import write_text
 from w2s.tracking.store import OPEN_SECONDS, artifact_location, connect, load_mlflow, reason, tracking_uri
 from w2s.tracking.worker import Worker
@@ -81,7 +82,7 @@ class MlflowRun:
 
     def __init__(self, uri: str) -> None:
         self.run_id: str | None = None
-        self._uri = uri
+        self._uri = redact(uri)  # for messages
         self._opened: _Opened | None = None
         self._worker = Worker("mlflow")
         self._warnings: list[str] = []
@@ -112,15 +113,16 @@ class MlflowRun:
             run_id: run to continue; one that the store does not know makes a new run and a warning.
             parent_run_id: run that a new one is a child of.
         """
-        run = cls(tracking_uri(tracking, root))
+        uri = tracking_uri(tracking, root)
+        run = cls(uri)
         if tracking.enabled:
-            run._open(_Request(tracking, root, name, tags, params, run_id, parent_run_id))
+            run._open(uri, _Request(tracking, root, name, tags, params, run_id, parent_run_id))
         return run
 
-    def _open(self, request: _Request) -> None:
+    def _open(self, uri: str, request: _Request) -> None:
         try:
             load_mlflow()  # outside the time limit: a slow disk is no fault of the store
-            self._opened = self._worker.submit(_open_run, self._uri, request).result(OPEN_SECONDS)
+            self._opened = self._worker.submit(_open_run, uri, request).result(OPEN_SECONDS)
         except TimeoutError:
             self._give_up(f"no answer within {OPEN_SECONDS:.0f} s")
         except Exception as error:  # MLflow raises its own, its database's and its HTTP library's errors
@@ -182,7 +184,7 @@ class MlflowRun:
 
             datasets = [
                 DatasetInput(
-                    Dataset(item.name, item.digest, source_type="webdataset", source=json.dumps({"uri": item.source})),
+                    Dataset(item.name, item.digest, "webdataset", json.dumps({"uri": redact(item.source)})),
                     [InputTag("mlflow.data.context", item.context)],
                 )
                 for item in listed

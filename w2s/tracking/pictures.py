@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from w2s.redaction import printable
 from w2s.tracking.files import writing
 
 _DPI = 150
@@ -162,16 +163,18 @@ def _draw_class(figure: Figure, item: ClassExamples, left: float, top: float) ->
     """Draws a class with its upper left corner at (left, top), in inches from the figure's lower left corner."""
     width, height = figure.get_size_inches()
     title = _two_lines(f"{item.name}\u00a0·\u00a0{item.accuracy:.0%}", room=17 * len(item.images))
-    figure.text(left / width, (top - 0.36) / height, title, fontsize=8.5, weight="bold", color=_INK, va="bottom")
+    place = left / width, (top - 0.36) / height
+    figure.text(*place, title, fontsize=8.5, weight="bold", color=_INK, va="bottom", parse_math=False)
     for index, (image, prediction) in enumerate(zip(item.images, item.predictions, strict=True)):
         side = _CELL - 0.1
         box = ((left + index * _CELL) / width, (top - 0.42 - side) / height, side / width, side / height)
         axes = figure.add_axes(box)
         _show(axes, _pixels(image))
         right = prediction == item.name
-        axes.set_xlabel(_two_lines(prediction, room=21), fontsize=7.5, color=_GOOD if right else _BAD, labelpad=3)
+        name, colour = _two_lines(prediction, room=21), _GOOD if right else _BAD
+        axes.set_xlabel(name, fontsize=7.5, color=colour, labelpad=3, parse_math=False)
         for spine in axes.spines.values():
-            spine.set(visible=True, color=_GOOD if right else _BAD, linewidth=1.2)
+            spine.set(visible=True, color=colour, linewidth=1.2)
 
 
 def _grid_figure(rows: Sequence[str], columns: int, *, bar: bool = False) -> tuple[Figure, NDArray[np.object_]]:
@@ -261,7 +264,7 @@ def _side(patches: int) -> int:
 
 
 def _two_lines(text: str, room: int) -> str:
-    return "\n".join(textwrap.wrap(text, room, max_lines=2, placeholder="…"))
+    return "\n".join(textwrap.wrap(printable(text), room, max_lines=2, placeholder="…"))
 
 
 def _save(figure: Figure, path: Path) -> None:

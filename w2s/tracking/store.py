@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from w2s.config.sections import TrackingConfig
+from w2s.redaction import redact
 
 if TYPE_CHECKING:  # importing MLflow takes seconds, and a rank that does not log never needs it
     from mlflow import MlflowClient
@@ -62,4 +63,4 @@ def reason(error: BaseException) -> str:
     while inner := error.__cause__ or error.__context__:
         error = inner
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    return redact(f"{type(error).__name__}: {lines[0]}")[:220]

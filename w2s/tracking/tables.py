@@ -9,6 +9,7 @@ import rich.box
 import rich.table
 from rich.text import Text
 
+from w2s.redaction import redacted, shown
 from w2s.tracking.files import write_text
 
 Cell = str | int | float | None
@@ -30,9 +31,9 @@ class Table:
 
     def to_rich(self) -> rich.table.Table:
         """The table for a terminal."""
-        table = rich.table.Table(title=Text(self.title), title_justify="left", box=rich.box.SIMPLE_HEAD)
+        table = rich.table.Table(title=Text(shown(self.title)), title_justify="left", box=rich.box.SIMPLE_HEAD)
         for index, column in enumerate(self.columns):
-            table.add_column(Text(column), justify="right" if self.is_number(index) else "left")
+            table.add_column(Text(shown(column)), justify="right" if self.is_number(index) else "left")
         for row in self.rows:
             table.add_row(*(Text(cell_text(cell)) for cell in row))
         return table
@@ -54,7 +55,7 @@ class Table:
         Raises:
             UserError: the file cannot be written.
         """
-        write_text(path, json.dumps(asdict(self), indent=1))
+        write_text(path, json.dumps(redacted(asdict(self)), indent=1))
 
     @classmethod
     def load(cls, path: Path) -> "Table":
@@ -63,7 +64,7 @@ class Table:
 
 
 def cell_text(cell: Cell) -> str:
-    """A cell as a person reads it: four significant digits, nothing for None."""
+    """A cell as a person reads it: four significant digits, nothing for None, no control characters."""
     if cell is None:
         return ""
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+    return f"{cell:.4g}" if isinstance(cell, float) else shown(str(cell))

@@ -7,6 +7,7 @@ from pathlib import Path
 from w2s.config.load import to_yaml
 from w2s.config.naming import flatten
 from w2s.config.sections import Config
+from w2s.redaction import redacted
 from w2s.tracking.console import RunConsole
 from w2s.tracking.environment import environment_text, git_sha
 from w2s.tracking.files import make_folder, write_text
@@ -159,7 +160,7 @@ class _Parts:
             Path(config.run.root).expanduser(),
             run_dir.name,
             tags={"w2s.stage": config.stage, **({"w2s.git_sha": sha} if sha else {}), **tags},
-            params=flatten(asdict(config)),
+            params=flatten(redacted(asdict(config))),
             run_id=run_id or stored_run_id(run_dir),
             parent_run_id=config.tracking.parent_run or None,
         )

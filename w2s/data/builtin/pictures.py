@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageStat
 
+from w2s.data.decode import open_image
+
 _MARGIN = 0.04
 _BLANK = 2.0
 """Standard deviation of the grey levels (0 to 255) below which nothing can be made out."""
@@ -35,7 +37,7 @@ def draw_svg(path: Path, width: int) -> Image.Image:
 
     # Without a resolution every drawing whose size is in points or centimetres is refused.
     drawn = bytes(svg_to_bytes(svg_path=str(path), width=width, dpi=96.0, skip_system_fonts=True))
-    return Image.open(io.BytesIO(drawn)).convert("RGBA")
+    return open_image(io.BytesIO(drawn)).convert("RGBA")
 
 
 def on_white(image: Image.Image) -> Image.Image:

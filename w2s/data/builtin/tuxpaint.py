@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-
 from w2s.data.builtin.pictures import Drawing
+from w2s.data.decode import open_image
 
 _VARIANTS = ("_mirror", "_flip")
 
@@ -19,4 +18,4 @@ def tuxpaint(folder: Path) -> Iterator[Drawing]:
             continue
         name = text.read_text(encoding="utf-8").partition("\n")[0].strip()
         if name:
-            yield Drawing(key.as_posix(), name, Image.open(path))
+            yield Drawing(key.as_posix(), name, open_image(path))

@@ -1,0 +1,76 @@
+"""The tensors of a TorchScript archive, without its program: `torch.jit.load` would run parts of it."""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w2s.megatron.unpickling import Unpickler, reading
+
+_TYPES = torch.storage._storage_type_to_dtype_map()
+"""Types of numbers by torch's names of their storages."""
+
+
+class _Object:
+    """Stands for an object of any of the program's classes; its attributes are in its `__dict__`."""
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):  # what else there may be, only the program could take apart
+            self.__dict__.update(state)
+
+
+class _Archive(Unpickler):
+    """Reads `data.pkl`, mapping the tensors' values to the file.
+
+    Args:
+        path: the archive.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._records = torch._C.PyTorchFileReader(str(path))
+        self._bytes = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        super().__init__(self._records.get_record("data.pkl"), str(path))
+
+    def known(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__"):
+            return _Object
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return torch._utils._rebuild_tensor_v2
+        if module == "torch" and name in _TYPES:
+            return _TYPES[name]
+        if module == "torch.jit._pickle":
+            return lambda values, *_: values  # lists of one type
+        return super().known(module, name)
+
+    def persistent_load(self, pid: tuple[str, torch.dtype, str, str, int]) -> torch.TypedStorage:
+        """Return a storage that is mapped to the file."""
+        _, dtype, key, _, numel = pid
+        start = self._records.get_record_offset(f"data/{key}")  # type: ignore[attr-defined]
+        size = numel * dtype.itemsize
+        if not 0 <= size <= self._records.get_record_size(f"data/{key}"):
+            raise pickle.UnpicklingError(f"data/{key} has not {numel} values")
+        return torch.TypedStorage(wrap_storage=self._bytes[start : start + size], dtype=dtype, _internal=True)
+
+
+def read_torchscript(path: Path) -> dict[str, Tensor]:
+    """Return parameters, buffers and other tensors of the archived module by name.
+
+    Raises:
+        CheckpointError: the archive is damaged, or names what is no part of one.
+    """
+    with reading(str(path)):
+        return dict(_tensors(_Archive(path).load(), "", set()))
+
+
+def _tensors(module: object, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(module, _Object) or id(module) in seen:
+        return
+    seen.add(id(module))
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        else:
+            yield from _tensors(value, f"{prefix}{name}.", seen)
