@@ -308,7 +308,7 @@ def test_a_damaged_position_is_refused(folder: Path) -> None:
     with closing(open_stream(folder)) as stream:
         position = json.loads(json.dumps(stream.position()))
     lanes = {**position["lanes"], "0": {"0": {"offset": 3, "place": 4}}}
-    for change in ({"step": "1"}, {"order": []}, {"lanes": []}, {"lanes": lanes}):
+    for change in ({"step": "1"}, {"order": []}, {"lanes": None}, {"lanes": lanes}):
         with pytest.raises(DataError, match="the data position of the checkpoint is damaged: use another checkpoint"):
             open_stream(folder, position=position | change)
 
