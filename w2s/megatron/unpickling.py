@@ -50,6 +50,10 @@ _KNOWN: dict[str, Any] = {
 """What `.metadata` may name, and what stands for it."""
 
 
+_STORAGES = ("torch.storage._load_from_bytes", "megatron.core.safe_globals.safe_load_from_bytes")
+"""What a pickled tensor names for its values: torch's function, or what Megatron-Core 0.19 puts in its place."""
+
+
 class Unpickler(pickle.Unpickler):
     """Knows the classes of the distributed format, and no others.
 
@@ -83,7 +87,7 @@ class _StateUnpickler(Unpickler):
     """Knows what Transformer Engine pickles as the state of a linear: tensors, and its recipes."""
 
     def known(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" == "torch.storage._load_from_bytes":
+        if f"{module}.{name}" in _STORAGES:
             return lambda data: torch.load(io.BytesIO(data), weights_only=True)
         if f"{module}.{name}" == "torch._utils._rebuild_tensor_v2":
             return torch._utils._rebuild_tensor_v2
