@@ -32,6 +32,9 @@ app.add_typer(bench, name="bench")
 data = typer.Typer(help="Make, count, check and show webdataset shards.")
 app.add_typer(data, name="data")
 
+checkpoint = typer.Typer(help="List, verify and prune the checkpoints of a run.")
+app.add_typer(checkpoint, name="checkpoint")
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, or model=NAME for configs/model/NAME.yaml.")]
 Nproc = Annotated[int, typer.Option(min=1, help="Ranks on this machine.")]
 Root = Annotated[str, typer.Option(help="Folder of the runs, where a run is given by its name.")]
@@ -391,6 +394,61 @@ def bench_data(
             print(json.dumps(figures, indent=2))
         else:
             print_table(figures)
+
+
+OneRun = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name below --root.")]
+
+
+@checkpoint.command("list")
+def checkpoint_list(run: OneRun, root: Root = "runs", debug: Debug = False) -> None:
+    """List a run's checkpoints; damage is told from names and sizes alone, as no file is read."""
+    with _one_line(debug):
+        from w2s.checkpoint.find import find_run
+        from w2s.checkpoint.upkeep import COLUMNS, look_at
+
+        path = find_run(run, Path(root).expanduser())
+        _print_table(str(path), COLUMNS, [found.row() for found in look_at(path, quick=True)])
+
+
+@checkpoint.command("verify")
+def checkpoint_verify(run: OneRun, root: Root = "runs", debug: Debug = False) -> None:
+    """Read every file of a run's checkpoints; exit code 1 if one is damaged."""
+    with _one_line(debug):
+        from w2s.checkpoint.find import find_run
+        from w2s.checkpoint.upkeep import COLUMNS, look_at
+
+        path = find_run(run, Path(root).expanduser())
+        checkpoints = look_at(path, quick=False)
+        _print_table(str(path), COLUMNS, [found.row() for found in checkpoints])
+        damaged = [found for found in checkpoints if found.damage]
+        for found in damaged:
+            print(f"{found.path}: {', '.join(found.damage)}")
+        if damaged:
+            raise W2SError(f"{len(damaged)} of {len(checkpoints)} checkpoints of {path} are damaged: see above")
+
+
+@checkpoint.command("prune")
+def checkpoint_prune(
+    run: OneRun,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Whole checkpoints that stay; without it all of them.")
+    ] = None,
+    root: Root = "runs",
+    debug: Debug = False,
+) -> None:
+    """Read a run's checkpoints and remove those that are damaged, and all but the newest whole ones.
+
+    The one that the run goes on from stays, and what checkpoint.keep_at keeps for other runs.
+    """
+    with _one_line(debug):
+        from w2s.checkpoint.find import find_run
+        from w2s.checkpoint.upkeep import prune
+
+        path = find_run(run, Path(root).expanduser())
+        removed = prune(path, keep)
+        for found in removed:
+            print(f"removed {found.path.name}: {found.state}")
+        print(f"{sum(found.bytes for found in removed):,} bytes freed in {path}")
 
 
 Shards = Annotated[str, typer.Argument(help="What data.train takes: a folder, a glob, a brace pattern or a URL.")]

@@ -16,6 +16,7 @@ from w2s.checkpoint.handover import hand_over
 from w2s.checkpoint.inspecting import known_models
 from w2s.checkpoint.released import open_released
 from w2s.checkpoint.store import read_meta
+from w2s.checkpoint.verifying import verify
 from w2s.config.layout import check_ranks, check_towers
 from w2s.config.load import load, model_from, named_model
 from w2s.config.sections import Config, Resize
@@ -118,6 +119,7 @@ def run(job: EncodeJob) -> None:
 def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]:
     """The two towers as functions (a masked run has no text tower), and in words what the features of an image are."""
     config, dtype = job.config, compute_dtype(job.config.precision)
+    verify(job.checkpoint)
     source, tokens = open_released(job.checkpoint), 1 + job.config.model.vision.patches
     if not source.has("visual"):
         raise CheckpointError(f"{job.checkpoint} is a text tower alone: encode with a whole CLIP")

@@ -17,6 +17,7 @@ from w2s.checkpoint import store
 from w2s.checkpoint.continued import find_continued, with_its_start
 from w2s.checkpoint.find import is_finished
 from w2s.checkpoint.handover import Handover, check_shapes
+from w2s.checkpoint.verifying import recover, verify
 from w2s.config.checks import doubts
 from w2s.config.naming import difference, run_folder, written
 from w2s.config.sections import Config
@@ -117,7 +118,7 @@ class Trainer:
     def _restore(self) -> tuple[int, str | None, Handover | None, dict[str, Any] | None]:
         """Take up the run where it stands; return step, parent checkpoint, hand-over and position in the data.
 
-        1. This run's own newest checkpoint, if it has one: weights, optimizer, data position.
+        1. This run's own latest checkpoint, if it has one, as `recover` has left it: weights, optimizer, data position.
         2. Else all that of the checkpoint that `init.checkpoint` names.
         3. Else the weights that `init` names; a new optimizer.
         4. Else the weights drawn from the seed.
@@ -129,6 +130,7 @@ class Trainer:
             return meta.step, meta.parent, None, dict(meta.data)
         other = find_continued(self.config)
         if other is not None:
+            verify(other)
             check_shapes(self.stage.towers, other)
             meta = self._take_up(other)
             return meta.step, str(other), None, dict(meta.data)
@@ -223,6 +225,7 @@ class Trainer:
     def _go_back(self, trouble: str) -> None:
         """Take up the last checkpoint and leave the data where they are: samples that led here do not come again."""
         self._finish_saving()
+        recover(self.run, self.ranks, strict=self.config.checkpoint.strict)
         newest, trouble = store.latest(self.run), f"step {self.step}: {trouble}"
         if newest is None or self._rollbacks == self.config.train.rollbacks:
             why = "there is no checkpoint" if newest is None else f"the run has gone back {self._rollbacks} times"
@@ -329,6 +332,7 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
     started = time.perf_counter()
     with stop_at_once(), groups.start(config.parallel, config.hardware) as ranks:
         run = open_run(config, ranks)
+        recover(run, ranks, strict=config.checkpoint.strict)
         prepare_data(config, ranks)
         config = with_its_start(config, run)
         trainer = Trainer(build(config, ranks), config, run, ranks)

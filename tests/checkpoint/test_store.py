@@ -2,38 +2,17 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.checkpoint.saved import Written, meta, save
 from w2s.checkpoint.find import find
-from w2s.checkpoint.store import Meta, Saving, kept_steps, latest, read_meta
+from w2s.checkpoint.store import Saving, kept_steps, latest, read_meta
+from w2s.checksum import Checksum
 from w2s.config.sections import CheckpointConfig
 from w2s.errors import CheckpointError
 from w2s.megatron.groups import Ranks
-
-
-def meta(step: int, **changes: Any) -> Meta:
-    known = {"config": {"stage": "mim"}, "data": {}, "parent": None, "mlflow_run_id": f"id-{step}", "versions": {}}
-    return Meta(stage="mim", step=step, samples=8 * step, **{**known, **changes})
-
-
-class Written:
-    """A write that is done at once."""
-
-    written = True
-
-    def __init__(self, folder: Path) -> None:
-        (folder / "tensors").write_text("x")
-
-    def finish(self) -> None:
-        """Nothing is left to do."""
-
-
-def save(run: Path, meta: Meta, keep: int, ranks: Ranks, keep_at: Sequence[int] = ()) -> Path:
-    return Saving(run, meta, Written, CheckpointConfig(keep=keep, keep_at=list(keep_at)), ranks).finish()
 
 
 def finish(run: Path, stage: str = "mim") -> None:
@@ -63,7 +42,7 @@ def test_a_write_that_fails_leaves_the_one_before(alone: Ranks, tmp_path: Path) 
     save(tmp_path, meta(1), keep=1, ranks=alone)
 
     class Failing(Written):
-        def finish(self) -> None:
+        def finish(self) -> dict[str, Checksum]:
             raise OSError("disk full")
 
     saving = Saving(tmp_path, meta(2), Failing, CheckpointConfig(keep=1), ranks=alone)
@@ -96,9 +75,15 @@ def test_a_damaged_checkpoint_is_named(alone: Ranks, tmp_path: Path) -> None:
     (path / "meta.json").write_text('{"format": 99}')
     with pytest.raises(CheckpointError, match="layout version 99"):
         read_meta(path)
-    (path / "meta.json").unlink()
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
-        latest(tmp_path)
+    (path / "meta.json").write_text('{"format": 2, "step": 1}')
+    with pytest.raises(CheckpointError, match=r"step-00000001 is damaged: meta\.json has 24 of "):
+        read_meta(path)
+    (path / "meta.json").write_text('{"format": 1, "step": 1}')
+    with pytest.raises(CheckpointError, match="step-00000001 is not a w2s checkpoint"):
+        read_meta(path)
+    (path / "meta.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="layout version None"):
+        read_meta(path)
 
 
 @pytest.mark.parametrize(

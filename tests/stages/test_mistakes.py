@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import sys
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_a_checkpoint_that_cannot_be_written(w2s: Run, base: list[str], root: Pa
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     checkpoints = root / "full" / "checkpoints"
     assert (code, error.count("\n")) == (2, 1)
-    assert error.startswith(f"error: cannot write {checkpoints / '.step-00000002.partial'} (")
+    assert re.match(rf"error: cannot write {checkpoints}/\.step-00000002\.[0-9a-f]{{8}}\.partial \(", error)
     assert error.endswith("): free some space or choose another folder with run.root=FOLDER\n")
     assert not (checkpoints / "latest").exists()
     # With space again the same command starts over, and nothing of the half checkpoint is left.
@@ -114,8 +115,8 @@ def test_a_checkpoint_that_is_damaged(mim: Run, root: Path) -> None:
         path.write_bytes(path.read_bytes()[:1000])
     code, _, error = mim("run.name=next", "init.vision=whole")
     assert (code, error.count("\n")) == (2, 1)
-    assert error.startswith(f"error: cannot read {checkpoint} (")
-    assert error.endswith("): use another checkpoint\n")
+    assert error.startswith(f"error: {checkpoint} is damaged: __0_0.distcp has 1000 of ")
+    assert error.endswith(": use another checkpoint\n")
 
 
 def test_a_file_that_the_system_refuses(w2s: Run, base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from w2s.checkpoint.formats import (
 )
 from w2s.checkpoint.released import Released, open_released
 from w2s.checkpoint.store import read_meta
+from w2s.checkpoint.verifying import verify
 from w2s.checkpoint.writing import write_pt, write_safetensors
 from w2s.config.load import model_from
 from w2s.config.sections import ModelConfig
@@ -49,6 +50,7 @@ def export_checkpoint(checkpoint: Path, format: str, out: Path) -> dict[str, int
         raise ConfigError(f"--format {format} does not exist: use {', '.join(get_args(Format))}")
     if not (checkpoint / "meta.json").is_file():
         raise CheckpointError(f"{checkpoint} is no checkpoint of w2s: make one of it with `w2s import`")
+    verify(checkpoint)
     model, released = model_from(read_meta(checkpoint).config), open_released(checkpoint)
     write: Callable[[Released, ModelConfig, Path, Path], None] = {
         "eva": _write_eva, "open_clip": _write_open_clip, "timm": _write_timm, "safetensors": _write_released

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from w2s.checkpoint.files import holds_weights
-from w2s.checkpoint.store import latest, read_meta
+from w2s.checkpoint.store import all_of, latest, read_meta
 from w2s.errors import CheckpointError
 
 
@@ -52,6 +52,18 @@ def find_any(what: str, root: Path, *, key: str) -> Path:
     return found
 
 
+def find_run(what: str, root: Path) -> Path:
+    """Return the run of that path, or of that name below `root`.
+
+    Raises:
+        CheckpointError: there is none, or it has no checkpoint.
+    """
+    for path in (Path(what).expanduser(), root / what):
+        if all_of(path):
+            return path
+    raise CheckpointError(f"RUN={what} is no run with a checkpoint, nor one below {root}: see `ls {root}`")
+
+
 def is_finished(run: Path) -> bool:
     """Whether a run has come to its end."""
     return (run / "result.json").is_file()
@@ -90,4 +102,7 @@ def _stage_of(run: Path) -> str | None:
 
 def _mlflow_run_id(run: Path) -> str | None:
     checkpoint = latest(run)
-    return read_meta(checkpoint).mlflow_run_id if checkpoint else None
+    try:
+        return read_meta(checkpoint).mlflow_run_id if checkpoint else None
+    except CheckpointError:  # the run that is looked for may be another one
+        return None

@@ -11,6 +11,7 @@ from w2s.checkpoint.fit import OPTIONAL, PROJECTIONS, SCALARS, STAGE_ONLY, Fit, 
 from w2s.checkpoint.growth import NO_GROWTH, Grown, Growth, Size
 from w2s.checkpoint.released import Released, open_released
 from w2s.checkpoint.store import read_meta
+from w2s.checkpoint.verifying import verify
 from w2s.config.sections import Config
 from w2s.errors import CheckpointError
 from w2s.megatron import state
@@ -78,7 +79,7 @@ class Handover:
 
 
 def take_over(towers: Towers, config: Config, teacher_text: Path | None = None) -> Handover | None:
-    """Load the towers that `init.vision` and `init.text` name; nothing for `none`. Every rank calls.
+    """Verify and load the towers that `init.vision` and `init.text` name; nothing for `none`. Every rank calls.
 
     Args:
         towers: the stage's towers.
@@ -86,18 +87,23 @@ def take_over(towers: Towers, config: Config, teacher_text: Path | None = None) 
         teacher_text: what holds the text tower of the teacher, where `init.text` is `teacher`.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it does not fit.
+        CheckpointError: there is no such checkpoint, it is damaged, or it does not fit.
     """
     root, handover = Path(config.run.root).expanduser(), None
+    found: dict[str, Path] = {}
     for name, what, stage in (("vision", config.init.vision, "mim"), ("text", config.init.text, "clip")):
         if name not in towers:
             continue
         of_teacher = teacher_text if name == "text" else None
         checkpoint = of_teacher or find(what, root, key=f"init.{name}", stage=stage)
         if checkpoint is not None:
-            growth = Growth(config.init.grow, config.init.grow_width, config.run.seed)
-            one = hand_over(towers[name], name, checkpoint, config.init.projections, growth)
-            handover = one if handover is None else handover + one
+            found[name] = checkpoint
+    for checkpoint in dict.fromkeys(found.values()):
+        verify(checkpoint)
+    growth = Growth(config.init.grow, config.init.grow_width, config.run.seed)
+    for name, checkpoint in found.items():
+        one = hand_over(towers[name], name, checkpoint, config.init.projections, growth)
+        handover = one if handover is None else handover + one
     return handover
 
 
@@ -208,11 +214,12 @@ def _another_model(checkpoint: Path, reason: str) -> CheckpointError:
 
 
 def load_all(towers: Towers, checkpoint: Path) -> None:
-    """Load every weight of the towers from a finished stage's checkpoint; every rank calls.
+    """Verify a finished stage's checkpoint and load every weight of the towers from it; every rank calls.
 
     Raises:
-        CheckpointError: the checkpoint's towers have other shapes, or lack something.
+        CheckpointError: the checkpoint is damaged, or its towers have other shapes, or lack something.
     """
+    verify(checkpoint)
     state.load_weights(checkpoint, towers, check_shapes(towers, checkpoint))
 
 

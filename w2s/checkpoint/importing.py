@@ -1,6 +1,5 @@
 """`w2s import`: other people's weights as a checkpoint of ours, tensor by tensor."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -12,7 +11,8 @@ from w2s.checkpoint.eva_format import released_name
 from w2s.checkpoint.fit import PROJECTIONS, STAGE_ONLY, Fit, fit, refuse_gaps
 from w2s.checkpoint.folder import new_folder
 from w2s.checkpoint.released import Released, open_released
-from w2s.checkpoint.store import Meta
+from w2s.checkpoint.store import Meta, seal
+from w2s.checkpoint.verifying import verify
 from w2s.config.sections import HardwareConfig, ModelConfig, ParallelConfig
 from w2s.errors import ConfigError
 from w2s.megatron import groups
@@ -39,6 +39,7 @@ def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: S
         CheckpointError: the source is damaged, or holds another model.
         UserError: `out` exists already.
     """
+    verify(source)
     released = open_released(source)
     with groups.start(ParallelConfig(), HardwareConfig(device="cpu")):
         widths = {"target_width": _channels(released, "lm_head"), "summary_width": _channels(released, "summary_proj")}
@@ -51,7 +52,7 @@ def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: S
     }
     with new_folder(out) as folder:
         write_tensors(folder, meta, lambda name: found.read(name).reshape(shapes[name]))
-        (folder / "meta.json").write_text(json.dumps(asdict(_meta(source, model)), indent=1), encoding="utf-8")
+        seal(folder, _meta(source, model), {})
     return found
 
 

@@ -1,7 +1,10 @@
 """Checkpoints of a run on disk: written whole or not at all, the newest few kept.
 
-RUN/checkpoints/step-00000400/   tensors in Megatron's distributed format, and meta.json
-RUN/checkpoints/latest           name of the newest
+RUN/checkpoints/step-00000400/   tensors in Megatron's distributed format, meta.json, and manifest.json over all of it
+RUN/checkpoints/latest           name of the one to go on from
+
+Beside them may stand, until the run clears them: `.step-….partial`, which was being written, `.step-….removed`, which
+was being removed, and `step-….damaged`, which a run that went on from an older one has set aside.
 """
 
 import json
@@ -12,15 +15,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_origin, get_type_hints
+from uuid import uuid4
 
+from w2s.checkpoint.manifest import read_manifest, write_manifest
+from w2s.checksum import Checksum, checksums
 from w2s.config.sections import CheckpointConfig
 from w2s.errors import CheckpointError
 from w2s.megatron.groups import Ranks
 from w2s.redaction import resolved
 
-FORMAT = 1
+FORMAT = 2
+WITHOUT_MANIFEST = 1
+"""Version of the layout that had no manifest.json."""
 STEP_NAME = re.compile(r"step-(\d+)")
 """Name of the folder of a checkpoint."""
+DAMAGED = ".damaged"
+"""What is added to the name of one that is set aside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,22 +85,42 @@ def kept_steps(steps: int, config: CheckpointConfig) -> set[int]:
     return {*saved[-config.keep :], *chosen}
 
 
+def step_of(checkpoint: Path) -> int | None:
+    """Return the step in the name of a run's checkpoint; None for a folder of another name."""
+    named = STEP_NAME.fullmatch(checkpoint.name)
+    return int(named[1]) if named else None
+
+
+def all_of(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, whole or not, the newest last."""
+    folders = [path for path in checkpoints_of(run).glob("step-*") if STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: (len(path.name), path.name))
+
+
+def set_aside_of(run: Path) -> list[Path]:
+    """Return the damaged checkpoints of a run that it has set aside."""
+    return sorted(checkpoints_of(run).glob(f"step-*{DAMAGED}"))
+
+
 def latest(run: Path) -> Path | None:
-    """Return the newest checkpoint of a run, if it has one."""
-    pointer = checkpoints_of(run) / "latest"
-    if not pointer.is_file():
-        return None
-    path = checkpoints_of(run) / pointer.read_text(encoding="utf-8").strip()
-    if not (path / "meta.json").is_file():
-        raise CheckpointError(f"{pointer} names {path.name}, which is not a whole checkpoint: put another name in it")
-    return path
+    """Return the checkpoint that a run goes on from, if it has one: that which `latest` names, else the newest."""
+    found = all_of(run)
+    return next((path for path in found if path.name == named_latest(run)), found[-1] if found else None)
+
+
+def named_latest(run: Path) -> str:
+    """Return what stands in a run's file `latest`; nothing if there is none."""
+    try:
+        return (checkpoints_of(run) / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def read_meta(checkpoint: Path) -> Meta:
-    """Read what is known of a checkpoint.
+    """Read what is known of a checkpoint; of its files this one alone is verified.
 
     Raises:
-        CheckpointError: no checkpoint, or one of another version of this layout.
+        CheckpointError: no checkpoint, a damaged one, or one of another version of this layout.
     """
     path = checkpoint / "meta.json"
     try:
@@ -98,14 +128,26 @@ def read_meta(checkpoint: Path) -> Meta:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint} is not a w2s checkpoint: {path.name} cannot be read") from error
     version = content.get("format") if isinstance(content, dict) else None
-    if version != FORMAT:
+    if version not in (WITHOUT_MANIFEST, FORMAT):
         raise CheckpointError(
-            f"{checkpoint} has layout version {version}, this w2s reads {FORMAT}: use the w2s that wrote it"
+            f"{checkpoint} has layout version {version}, this w2s reads {WITHOUT_MANIFEST} and {FORMAT}: "
+            "use the w2s that wrote it"
         )
     wrong = [name for name, kind in get_type_hints(Meta).items() if not _is(content.get(name), kind)]
     if wrong or content.keys() != get_type_hints(Meta).keys():
         raise CheckpointError(f"{path} is damaged ({', '.join(wrong) or 'unknown keys'}): use another checkpoint")
+    if version == FORMAT:
+        _verify_meta(checkpoint)
     return Meta(**{**content, "config": resolved(content["config"])})
+
+
+def _verify_meta(checkpoint: Path) -> None:
+    try:
+        wrong = read_manifest(checkpoint).damage(checkpoint, ["meta.json"], quick=False)
+    except CheckpointError as error:
+        wrong = [str(error)]
+    if wrong:
+        raise CheckpointError(f"{checkpoint} is damaged: {wrong[0]}: use another checkpoint")
 
 
 def _is(value: object, kind: Any) -> bool:
@@ -122,14 +164,15 @@ class Unfinished(Protocol):
     def written(self) -> bool:
         """Whether this rank has written its own."""
 
-    def finish(self) -> None:
-        """Wait for all ranks; every rank calls."""
+    def finish(self) -> Mapping[str, Checksum]:
+        """Wait for all ranks; return the checksums of the files that this rank has written. Every rank calls."""
 
 
 class Saving:
     """A checkpoint that is written into a temporary folder; `finish` renames it, then points `latest` to it.
 
-    Every rank makes one and finishes it, however long after.
+    Every rank makes one and finishes it, however long after. The manifest, over the checksums that each rank has taken
+    of its own files, is the last thing that is written before.
 
     Args:
         run: the run's folder.
@@ -142,14 +185,13 @@ class Saving:
     def __init__(
         self, run: Path, meta: Meta, write: Callable[[Path], Unfinished], keep: CheckpointConfig, ranks: Ranks
     ) -> None:
-        self._meta, self._keep, self._ranks = meta, keep, ranks
-        self._folder = checkpoints_of(run)
-        self._final = self._folder / step_name(meta.step)
-        self._scratch = self._folder / f".{self._final.name}.partial"
+        self._run, self._meta, self._keep, self._ranks = run, meta, keep, ranks
+        # A writer that outlives its killed run shall not meet that of the next run.
+        name = f".{step_name(meta.step)}.{uuid4().hex[:8]}.partial"
+        scratch = checkpoints_of(run) / name
         if ranks.main:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            self._scratch.mkdir(parents=True)
-        ranks.barrier()
+            scratch.mkdir(parents=True)
+        self._scratch = ranks.share(scratch)
         self._writing = write(self._scratch)
 
     @property
@@ -159,27 +201,82 @@ class Saving:
 
     def finish(self) -> Path:
         """Make it the newest checkpoint, when all ranks have written; return its folder. Every rank calls."""
-        self._writing.finish()
+        files: dict[str, Checksum] = {}
+        for own in self._ranks.gather(self._writing.finish()):
+            files.update(own)
         if self._ranks.main:
-            meta = json.dumps(asdict(self._meta), indent=1)
-            (self._scratch / "meta.json").write_text(meta, encoding="utf-8")
-            shutil.rmtree(self._final, ignore_errors=True)
-            self._scratch.rename(self._final)
-            _point(self._folder, self._final)
-            _prune(self._folder, self._keep)
+            seal(self._scratch, self._meta, files)
+            _place(self._run, self._scratch, self._meta.step)
+            _prune(self._run, self._keep, self._meta.step)
         self._ranks.barrier()
-        return self._final
+        return checkpoints_of(self._run) / step_name(self._meta.step)
 
 
-def _point(folder: Path, checkpoint: Path) -> None:
-    scratch = folder / ".latest.partial"
+def seal(folder: Path, meta: Meta, files: Mapping[str, Checksum]) -> None:
+    """Write meta.json, then the manifest of a folder whose tensors are written.
+
+    Args:
+        folder: the checkpoint.
+        meta: what goes into meta.json.
+        files: checksums that are known already; the other files are read.
+    """
+    (folder / "meta.json").write_text(json.dumps(asdict(meta), indent=1), encoding="utf-8")
+    rest = [path for path in folder.iterdir() if path.name not in files]
+    write_manifest(folder, meta.step, {**files, **checksums(rest)})
+
+
+def point(run: Path, checkpoint: Path) -> None:
+    """Make a checkpoint of a run its latest."""
+    scratch = checkpoints_of(run) / ".latest.partial"
     scratch.write_text(checkpoint.name, encoding="utf-8")
-    os.replace(scratch, folder / "latest")
+    os.replace(scratch, checkpoints_of(run) / "latest")
 
 
-def _prune(folder: Path, keep: CheckpointConfig) -> None:
-    whole = sorted(path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name))
-    kept = {step_name(step) for step in keep.keep_at}
-    old = [path for path in whole[: -keep.keep] if path.name not in kept]
-    for path in [*old, *folder.glob(".step-*.partial")]:
-        shutil.rmtree(path)
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; if this process dies meanwhile, no half of it stands under its name."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def clear(run: Path) -> None:
+    """Remove what dead writers have left; what one had written whole is put in its place."""
+    for path in checkpoints_of(run).glob(".step-*.partial"):
+        step = _step_if_whole(path)
+        if step is None:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            _place(run, path, step)
+    for path in checkpoints_of(run).glob(".step-*.removed"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _step_if_whole(partial: Path) -> int | None:
+    try:
+        manifest = read_manifest(partial)
+    except CheckpointError:
+        return None
+    return None if manifest.damage(partial, list(manifest.files), quick=True) else manifest.step
+
+
+def _place(run: Path, scratch: Path, step: int) -> None:
+    final = checkpoints_of(run) / step_name(step)
+    if final.exists():
+        remove(final)
+    scratch.rename(final)
+    point(run, final)
+
+
+def _prune(run: Path, keep: CheckpointConfig, step: int) -> None:
+    """Remove what is no longer kept, when the checkpoint of `step` is there."""
+
+    def passed(path: Path) -> bool:
+        return int(path.name.removeprefix("step-").removesuffix(DAMAGED)) <= step
+
+    kept = {step_name(chosen) for chosen in keep.keep_at}
+    # Those of later steps are of a run that has gone back since: they are no reason to remove earlier ones.
+    old = [path for path in list(filter(passed, all_of(run)))[: -keep.keep] if path.name not in kept]
+    for path in [*old, *filter(passed, set_aside_of(run))]:
+        remove(path)
+    clear(run)

@@ -151,6 +151,8 @@ class CheckpointConfig:
     """Steps that are saved, and kept whatever comes after: where other runs go on from (`init.checkpoint`)."""
     async_save: bool = False
     """Write in the background while training goes on; `latest` moves when all ranks have written."""
+    strict: bool = False
+    """Stop where the newest checkpoint is damaged, instead of going on from the newest whole one."""
 
     def __post_init__(self) -> None:
         require_positive(self, "checkpoint", ("every", "keep"))

@@ -91,6 +91,19 @@ class Ranks:
         return bool(seen.item())
 
 
+def place() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks; 0 and 1 without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value: T) -> list[T]:
+    """Return the `value` of every rank, in order; this one's alone without a process group."""
+    values = [value] * place()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def world_size() -> int:
     """Return the number of ranks that the launcher started (1 without a launcher)."""
     return int(os.environ.get("WORLD_SIZE", "1"))

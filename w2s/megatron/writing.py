@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint import CheckpointException
 
+from w2s.checksum import Checksum, checksums
 from w2s.errors import CheckpointError, W2SError
 from w2s.megatron import compat
 
@@ -36,7 +37,7 @@ class Writing:
         self._process: Any = None
         # Megatron would start a server process for what its writers report, seconds of imports; after a SIGKILL of
         # this process it would stay for ever.
-        self._results: Any = _Results() if background else queue.Queue()
+        self._results = _Results(folder, background)
         filesystem_async._results_queue = self._results
         with reporting_write(folder):
             self._request: AsyncRequest = compat.begin_save(state, str(folder))
@@ -60,8 +61,11 @@ class Writing:
         """Whether this rank has written its tensors, or failed to."""
         return self._process is None or not self._results.empty() or not self._process.is_alive()
 
-    def finish(self) -> None:
+    def finish(self) -> dict[str, Checksum]:
         """Wait for all ranks and write what is known of all tensors together; every rank calls.
+
+        Returns:
+            The checksums of the files that this rank has written, taken where they were written.
 
         Raises:
             CheckpointError: the files cannot be written.
@@ -74,17 +78,29 @@ class Writing:
                 finalize()
         if self._process is not None:
             self._process.join()
+        return self._results.files
 
 
 class _Results:
-    """What the writing process reports to this one."""
+    """What Megatron's writer reports, with the checksums of this rank's files: from another process or from this one.
 
-    def __init__(self) -> None:
-        self._queue = _processes.SimpleQueue()
+    Attributes:
+        files: the checksums by name, once the report is taken.
+    """
+
+    def __init__(self, folder: Path, background: bool) -> None:
+        self.files: dict[str, Checksum] = {}
+        self._folder = folder
+        self._queue: Any = _processes.SimpleQueue() if background else queue.SimpleQueue()
         self._got: list[Any] = []
 
     def put(self, result: Any) -> None:
-        self._queue.put(result)
+        """Called by the writer when the files are there, and still in the system's memory."""
+        try:
+            files = checksums(self._folder.glob(f"__{dist.get_rank()}_*"))
+        except OSError as error:
+            result, files = error, {}
+        self._queue.put((result, files))
 
     def empty(self) -> bool:
         return not self._got and self._queue.empty()
@@ -98,9 +114,10 @@ class _Results:
                 self._got.append(self._queue.get())
 
     def get_nowait(self) -> Any:
-        if not self._got:
+        if self.empty():
             raise queue.Empty
-        return self._got.pop()
+        result, self.files = self._got.pop() if self._got else self._queue.get()
+        return result
 
 
 @contextmanager

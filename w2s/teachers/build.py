@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from w2s.checkpoint.find import find_any
+from w2s.checkpoint.verifying import verify
 from w2s.config.load import named_model
 from w2s.config.sections import ParallelConfig, TeacherConfig
 from w2s.errors import ConfigError
@@ -118,6 +119,7 @@ def _run(config: TeacherConfig, name: str, root: Path, parallel: ParallelConfig)
     if name in ("latest", "none"):
         raise ConfigError(f"teacher.source={config.source} may be another one tomorrow: give the run's name")
     checkpoint = find_any(name, root, key="teacher.source")
+    verify(checkpoint)
     if config.sharded:
         return ShardedRun(checkpoint, parallel, image_size=config.image_size, precision=config.precision)
     return w2s_run(checkpoint, image_size=config.image_size, precision=config.precision)

@@ -20,6 +20,7 @@ from w2s.checkpoint.find import find, find_any
 from w2s.checkpoint.formats import text_config
 from w2s.checkpoint.released import Released, open_released, rename
 from w2s.checkpoint.store import read_meta
+from w2s.checkpoint.verifying import verify
 from w2s.config.load import model_from, named_model
 from w2s.config.sections import ClipConfig, Config, ModelConfig, TeacherConfig, TextConfig
 from w2s.errors import CheckpointError, ConfigError
@@ -119,6 +120,7 @@ def build_text_teacher(
             torch.manual_seed(0)
             tower, scale = found.build(), torch.tensor(ClipConfig().logit_scale)
     else:
+        verify(found.released.path)
         tower, scale = _loaded(found, found.released)
     teacher = TextTeacher(tower, scale, context_length=context_length, precision=config.precision)
     return teacher.to(device)

@@ -41,7 +41,10 @@ class History:
 
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
-    """Every whole line of a run's metrics.jsonl, oldest first; a killed run may have left half a line at the end."""
+    """Every whole line of a run's metrics.jsonl, oldest first.
+
+    A killed run may have left half a line at the end, and a damaged disk anything.
+    """
     path = run_dir / FILE_NAME
     if not path.is_file():
         return []
@@ -50,8 +53,7 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            break
-        records.append(record)
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records

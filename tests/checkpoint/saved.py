@@ -1,0 +1,34 @@
+"""Checkpoints of a run that hold little: made at once, for tests of what becomes of their files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from w2s.checkpoint.store import Meta, Saving
+from w2s.checksum import Checksum, checksums
+from w2s.config.sections import CheckpointConfig
+from w2s.megatron.groups import Ranks
+
+
+def meta(step: int, **changes: Any) -> Meta:
+    known = {"config": {"stage": "mim"}, "data": {}, "parent": None, "mlflow_run_id": f"id-{step}", "versions": {}}
+    return Meta(stage="mim", step=step, samples=8 * step, **{**known, **changes})
+
+
+class Written:
+    """A write that is done at once: two files that are others at every step."""
+
+    written = True
+
+    def __init__(self, folder: Path) -> None:
+        self.files = [folder / "__0_0.distcp", folder / "__0_1.distcp"]
+        for number, path in enumerate(self.files):
+            path.write_bytes(f"{number} of {folder.name[:14]}\n".encode() * 1000)
+        (folder / ".metadata").write_bytes(b"metadata")
+
+    def finish(self) -> Mapping[str, Checksum]:
+        return checksums(self.files)
+
+
+def save(run: Path, meta: Meta, keep: int, ranks: Ranks, keep_at: Sequence[int] = ()) -> Path:
+    return Saving(run, meta, Written, CheckpointConfig(keep=keep, keep_at=list(keep_at)), ranks).finish()
