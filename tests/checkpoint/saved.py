@@ -1,9 +1,11 @@
 """Checkpoints of a run that hold little: made at once, for tests of what becomes of their files."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from w2s.checkpoint.manifest import NAME, read_manifest, write_manifest
 from w2s.checkpoint.store import Meta, Saving
 from w2s.checksum import Checksum, checksums
 from w2s.config.sections import CheckpointConfig
@@ -28,6 +30,22 @@ class Written:
 
     def finish(self) -> Mapping[str, Checksum]:
         return checksums(self.files)
+
+
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+def seal_again(checkpoint: Path) -> None:
+    """Give a checkpoint whose files somebody has changed a manifest that knows no better."""
+    files = [path for path in checkpoint.iterdir() if path.name != NAME]
+    write_manifest(checkpoint, read_manifest(checkpoint).step, checksums(files))
 
 
 def save(run: Path, meta: Meta, keep: int, ranks: Ranks, keep_at: Sequence[int] = ()) -> Path:

@@ -154,7 +154,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"clip\.pt is no checkpoint of w2s: make one of it with `w2s import`"):
         export_checkpoint(tmp_path / "clip.pt", "eva", tmp_path / "out")
     next((checkpoint).glob("*.distcp")).write_bytes(b"gone")
-    with pytest.raises(CheckpointError, match="cannot read") as error:
+    with pytest.raises(CheckpointError, match=r"is damaged: __0_0\.distcp has 4 of") as error:
         export_checkpoint(checkpoint, "safetensors", tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]

@@ -1,7 +1,6 @@
 """Checkpoints whose files would run code: refused in one line, and nothing has run."""
 
 import io
-import os
 import pickle
 import shutil
 import sys
@@ -17,6 +16,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from tests.checkpoint.peers import released
+from tests.checkpoint.saved import Harmful, seal_again
 from w2s import cli
 from w2s.checkpoint.files import open_weights
 from w2s.checkpoint.importing import import_checkpoint
@@ -24,16 +24,6 @@ from w2s.config.load import load
 from w2s.errors import CheckpointError
 from w2s.megatron import state
 from w2s.megatron.unpickling import check_common, check_state, read_metadata
-
-
-class Harmful:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.mkdir, (str(self.folder),)
 
 
 @pytest.fixture
@@ -63,6 +53,7 @@ def plant(checkpoint: Path, mark: Path, file: str) -> None:
         found = read_metadata(checkpoint)
         found.planner_data = Harmful(mark)
         (checkpoint / file).write_bytes(pickle.dumps(found))
+    seal_again(checkpoint)
 
 
 def test_what_a_checkpoint_of_ours_says_is_read_as_torch_reads_it(checkpoint: Path) -> None:

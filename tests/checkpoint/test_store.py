@@ -70,17 +70,19 @@ def test_a_run_without_checkpoint_has_no_latest(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_named(alone: Ranks, tmp_path: Path) -> None:
     path = save(tmp_path, meta(1), keep=1, ranks=alone)
+    sound = (path / "meta.json").read_text()
     (path / "meta.json").write_text("{")
     with pytest.raises(CheckpointError, match="step-00000001 is not a w2s checkpoint"):
         read_meta(path)
     (path / "meta.json").write_text('{"format": 99}')
     with pytest.raises(CheckpointError, match="layout version 99"):
         read_meta(path)
-    (path / "meta.json").write_text('{"format": 2, "step": 1}')
-    with pytest.raises(CheckpointError, match=r"step-00000001 is damaged: meta\.json has 24 of "):
-        read_meta(path)
-    (path / "meta.json").write_text('{"format": 1, "step": 1}')
-    with pytest.raises(CheckpointError, match="step-00000001 is not a w2s checkpoint"):
+    for version in (1, 2):
+        (path / "meta.json").write_text(f'{{"format": {version}, "step": 1}}')
+        with pytest.raises(CheckpointError, match=r"meta\.json is damaged \(stage, samples"):
+            read_meta(path)
+    (path / "meta.json").write_text(sound.replace('"samples": 8', '"samples": 9'))
+    with pytest.raises(CheckpointError, match=r"step-00000001 is damaged: meta\.json has changed"):
         read_meta(path)
     (path / "meta.json").write_text("[]")
     with pytest.raises(CheckpointError, match="layout version None"):

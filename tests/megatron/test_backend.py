@@ -1,5 +1,6 @@
 """What a backend tells Megatron, and what a checkpoint keeps of the scales of one backend for another."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_every_backend_has_the_same_parameters(alone: Ranks) -> None:
 
 @pytest.fixture
 def scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let local linears keep scales as Transformer Engine's do: nothing before their first pass, then bytes."""
+    """Let local linears keep scales as Transformer Engine's do: nothing before their first pass, then a pickle."""
 
     def get(self: nn.Module) -> Tensor:
         return getattr(self, "history", torch.empty(0, dtype=torch.uint8))
@@ -122,7 +123,7 @@ def save_student(folder: Path, scale: int | None) -> ShardedTower[MaskedStudent]
     optimizer = Optimizer({"vision": tower}, OptimConfig(), torch.float32)
     optimizer.prepare_to_load()
     for linear in linears_in(tower) if scale is not None else ():
-        linear.history = torch.full((4,), scale, dtype=torch.uint8)
+        linear.history = torch.frombuffer(bytearray(pickle.dumps([scale] * 4)), dtype=torch.uint8)
     state.save(folder, {"vision": tower}, optimizer, {}).finish()
     return tower
 
@@ -136,7 +137,7 @@ def load_student(folder: Path) -> ShardedTower[MaskedStudent]:
 
 def test_scales_come_back_in_the_run_that_kept_them(alone: Ranks, scales: None, tmp_path: Path) -> None:
     save_student(tmp_path / "kept", scale=7)
-    histories = [linear.history.tolist() for linear in linears_in(load_student(tmp_path / "kept"))]
+    histories = [pickle.loads(bytes(linear.history)) for linear in linears_in(load_student(tmp_path / "kept"))]
     assert histories == [[7, 7, 7, 7]] * 8  # four linears in each of two layers
 
 

@@ -69,6 +69,7 @@ def test_every_layout_freezes_alike(common: list[str]) -> None:
     assert relative_error(free.weights, alone.weights) > 1e2 * RELATIVE
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_across_the_end_of_freezing(base: list[str]) -> None:
     """Bit for bit, and with the frozen weights' own moments; the norm is that of what moves."""
     options = [*base, *QUIET, "init.vision=none", "optim.name=lamb", "optim.schedule=constant", "optim.cooldown=0"]

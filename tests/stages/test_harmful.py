@@ -1,26 +1,14 @@
 """A run whose checkpoint would run code: nothing takes it up."""
 
-import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from tests.checkpoint.saved import Harmful, seal_again
 from tests.stages.conftest import Run
 from tests.stages.runs import QUIET
 from w2s.checkpoint.store import latest
-
-
-class Harmful:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.mkdir, (str(self.folder),)
 
 
 def test_resume_init_and_teacher_refuse_code(w2s: Run, base: list[str], root: Path, tmp_path: Path) -> None:
@@ -31,12 +19,14 @@ def test_resume_init_and_teacher_refuse_code(w2s: Run, base: list[str], root: Pa
     assert checkpoint is not None
     sound, common = (checkpoint / ".metadata").read_bytes(), checkpoint / "common.pt"
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Harmful(mark)))
+    seal_again(checkpoint)
     for arguments in (["run.name=harmful"], ["init.vision=harmful"], ["teacher.source=w2s:harmful"]):
         code, _, error = w2s(*command, *arguments)
         assert (code, error.count("\n")) == (2, 1)
         assert error.startswith(f"error: {checkpoint}/.metadata names posix.mkdir, which is no part of a checkpoint")
     (checkpoint / ".metadata").write_bytes(sound)
     torch.save(Harmful(mark), common)
+    seal_again(checkpoint)
     for arguments in (["run.name=harmful"], ["init.vision=harmful"], ["teacher.source=w2s:harmful"]):
         code, _, error = w2s(*command, *arguments)
         assert (code, error.count("\n")) == (2, 1)

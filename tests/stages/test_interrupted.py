@@ -25,7 +25,6 @@ def status(client: MlflowClient, run: Path) -> str:
 @pytest.mark.parametrize(
     ("stage", "signals", "workers"),
     [
-        ("mim", [signal.SIGTERM], (1, 0)),
         ("clip", [signal.SIGKILL], (0, 1)),
         pytest.param("mim", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], (1, 0), marks=pytest.mark.slow),
     ],
