@@ -17,6 +17,7 @@ from w2s.errors import ConfigError
 from w2s.evaluation.dataset import EvalSet
 from w2s.evaluation.evaluate import of_sets
 from w2s.evaluation.zero_shot import ClassResult, ZeroShotResult
+from w2s.liveness.beating import watched
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.precision import compute_dtype
@@ -26,19 +27,23 @@ from w2s.towers.build import build_clip
 from w2s.tracking.pictures import ClassExamples, classes_picture
 from w2s.tracking.tables import Cell
 from w2s.tracking.tracker import Tracker
-from w2s.trainer import open_run, prepare_data, test_inputs, tracked, write_result
+from w2s.trainer import STACKS, open_run, prepare_data, test_inputs, tracked, write_result
 
 
 def run(config: Config) -> None:
     """Evaluate the CLIP that `init.checkpoint` names."""
     started = time.perf_counter()
-    with stop_at_once(), groups.start(config.parallel, config.hardware) as ranks:
-        checkpoint = find(
-            config.init.checkpoint, Path(config.run.root).expanduser(), key="init.checkpoint", stage="clip"
-        )
-        if checkpoint is None:
-            raise ConfigError("init.checkpoint=none leaves nothing to evaluate: give a clip run, or latest")
-        folder = open_run(config, ranks)
+    checkpoint = find(config.init.checkpoint, Path(config.run.root).expanduser(), key="init.checkpoint", stage="clip")
+    if checkpoint is None:
+        raise ConfigError("init.checkpoint=none leaves nothing to evaluate: give a clip run, or latest")
+    with (
+        stop_at_once(),
+        groups.start(config.parallel, config.hardware) as ranks,
+        watched(config.hardware, ranks) as pulse,
+        open_run(config, ranks) as folder,
+    ):
+        pulse.report = folder / STACKS
+        pulse.at("evaluating", long=True)
         prepare_data(config, ranks)
         config.eval.sets = without_left_out(config.data, config.eval.sets)
         trained = read_meta(checkpoint)

@@ -154,6 +154,36 @@ def _ignore_the_signal(_: object) -> None:
         signal.pause()
 
 
+def _killed_the_first_time(folder: Path) -> None:
+    if (folder / "killed").exists():
+        (folder / os.environ["RANK"]).write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    elif os.environ["RANK"] == "1":
+        (folder / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        signal.pause()
+
+
+def _mistake(folder: Path) -> None:
+    with (folder / "calls").open("a") as file:
+        file.write("x")
+    raise DataError("shard 000003.tar is missing: fetch it")
+
+
+def test_ranks_are_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    launch(_killed_the_first_time, tmp_path, 2, restarts=1)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
+    assert "note: a rank was killed; all ranks are started again (1 of 1)\n" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_mistake_is_not_made_again(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"shard 000003\.tar is missing") as caught:
+        launch(_mistake, tmp_path, 1, restarts=2)
+    assert caught.value.exit_code == 2
+    assert (tmp_path / "calls").read_text() == "x"
+
+
 def test_srun_with_several_tasks_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     slurm = {
         "SLURM_STEP_NUM_TASKS": "16",

@@ -37,6 +37,9 @@ app.add_typer(checkpoint, name="checkpoint")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, or model=NAME for configs/model/NAME.yaml.")]
 Nproc = Annotated[int, typer.Option(min=1, help="Ranks on this machine.")]
+Restarts = Annotated[
+    int, typer.Option(min=0, help="Times that all ranks are started again, from the last checkpoint, when one fails.")
+]
 Root = Annotated[str, typer.Option(help="Folder of the runs, where a run is given by its name.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the configuration and stop.")]
@@ -88,6 +91,7 @@ def stage(
     name: Annotated[str, typer.Argument(metavar="STAGE", help="mim, clip or eval.")],
     overrides: Overrides = None,
     nproc: Nproc = 1,
+    restarts: Restarts = 0,
     print_config: PrintConfig = False,
     debug: Debug = False,
 ) -> None:
@@ -100,10 +104,10 @@ def stage(
         if print_config:
             print(to_yaml(config), end="")
         else:
-            _start(config, nproc)
+            _start(config, nproc, restarts)
 
 
-def _start(config: "Config", nproc: int) -> None:
+def _start(config: "Config", nproc: int, restarts: int) -> None:
     from w2s.config.checks import check
     from w2s.launch import adopt_slurm, is_rank, launch, run_stage
 
@@ -111,15 +115,17 @@ def _start(config: "Config", nproc: int) -> None:
     if is_rank():
         if nproc > 1:
             raise UserError(f"--nproc {nproc} under torchrun or srun, which start the ranks: leave --nproc out")
+        if restarts:
+            raise UserError(f"--restarts {restarts} under torchrun or srun: use torchrun --max-restarts, or requeue")
         world_size = int(os.environ["WORLD_SIZE"])
         check(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
         run_stage(config)
         return
     check(config, nproc, nproc)
-    if nproc == 1:
+    if nproc == 1 and not restarts:
         run_stage(config)
     else:
-        launch(run_stage, config, nproc)
+        launch(run_stage, config, nproc, restarts)
 
 
 @app.command()

@@ -29,6 +29,7 @@ from w2s.data.tokens import tokenize
 from w2s.errors import CheckpointError, ConfigError, DataError, UserError
 from w2s.evaluation.dataset import eval_transform
 from w2s.evaluation.encode import encode_all
+from w2s.liveness.beating import watched
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.megatron.schedule import infer
@@ -100,7 +101,9 @@ def run(job: EncodeJob) -> None:
         UserError: `job.out` cannot be written.
     """
     _check_out(job.out)
-    with stop_at_once(), groups.start(job.config.parallel, job.config.hardware) as ranks:
+    parallel, hardware = job.config.parallel, job.config.hardware
+    with stop_at_once(), groups.start(parallel, hardware) as ranks, watched(hardware, ranks) as pulse:
+        pulse.at("encoding", long=True)
         vision, text, kind = _encoders(job, ranks)
         found: dict[str, Tensor] = {}
         about = {"checkpoint": str(job.checkpoint), "model": job.config.model.name}

@@ -1,14 +1,31 @@
 """What a user is told of an exception: one line and an exit code."""
 
 import errno
+from dataclasses import dataclass
 
 from w2s.errors import W2SError
 from w2s.redaction import shown
+
+FAILURE_FILE = "W2S_FAILURE_FILE"
+"""Environment variable: where a rank, or its watcher, leaves a `Failure` in JSON for the launcher."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank leaves behind when it fails."""
+
+    message: str
+    exit_code: int
+    expected: bool
+    """Whether it is one of our errors."""
+    signal_number: int
+    """The signal of a StopRun, else 0."""
+    traceback: str
 
 
 def describe(error: BaseException) -> tuple[str, int]:

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,8 +21,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from w2s.config.sections import Config
-from w2s.errors import StopRun, W2SError
-from w2s.failure import describe
+from w2s.errors import StopRun, UserError, W2SError
+from w2s.failure import FAILURE_FILE, Failure, describe
 from w2s.host import keep_freed_memory
 from w2s.redaction import redact, shown
 from w2s.tracking.files import write_text
@@ -48,34 +48,22 @@ class RankError(W2SError):
         self.rank_traceback = rank_traceback
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """What a rank leaves behind when it fails."""
+def _failure(error: BaseException, rank: str) -> Failure:
+    message, exit_code = describe(error)
+    expected = isinstance(error, W2SError)
+    return Failure(
+        message=message if expected else f"rank {rank}: {message}",
+        exit_code=exit_code,
+        expected=expected,
+        signal_number=error.signal_number if isinstance(error, StopRun) else 0,
+        traceback=redact("".join(traceback.format_exception(error))),
+    )
 
-    message: str
-    exit_code: int
-    expected: bool
-    """Whether it is one of our errors."""
-    signal_number: int
-    """The signal of a StopRun, else 0."""
-    traceback: str
 
-    @classmethod
-    def of(cls, error: BaseException, rank: str) -> "_Failure":
-        message, exit_code = describe(error)
-        expected = isinstance(error, W2SError)
-        return cls(
-            message=message if expected else f"rank {rank}: {message}",
-            exit_code=exit_code,
-            expected=expected,
-            signal_number=error.signal_number if isinstance(error, StopRun) else 0,
-            traceback=redact("".join(traceback.format_exception(error))),
-        )
-
-    def error(self) -> W2SError:
-        if self.signal_number:
-            return StopRun(self.message, self.signal_number)
-        return RankError(self.message, self.exit_code, self.traceback)
+def _error(failure: Failure) -> W2SError:
+    if failure.signal_number:
+        return StopRun(failure.message, failure.signal_number)
+    return RankError(failure.message, failure.exit_code, failure.traceback)
 
 
 def run_stage(config: Config) -> None:
@@ -124,7 +112,7 @@ def adopt_slurm() -> None:
     )
 
 
-def launch(function: Callable[[Argument], None], argument: Argument, ranks: int) -> None:
+def launch(function: Callable[[Argument], None], argument: Argument, ranks: int, restarts: int = 0) -> None:
     """Run `function(argument)` in `ranks` new processes and wait for them.
 
     The elastic agent passes SIGTERM and Ctrl-C on to the ranks, which then have 30 s (the environment variable
@@ -134,6 +122,7 @@ def launch(function: Callable[[Argument], None], argument: Argument, ranks: int)
         function: a function of a module, so that a new process can find it.
         argument: can be pickled.
         ranks: how many processes, at least 1.
+        restarts: times that all ranks are started again when one has failed; a user's mistake stays one.
 
     Raises:
         StopRun: the run was asked to stop.
@@ -149,7 +138,7 @@ def launch(function: Callable[[Argument], None], argument: Argument, ranks: int)
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
-            max_restarts=0,  # a repeated command resumes
+            max_restarts=restarts,
             monitor_interval=_MONITOR_SECONDS,
             start_method="spawn",
             logs_specs=DefaultLogsSpecs(log_dir=folder),
@@ -157,21 +146,49 @@ def launch(function: Callable[[Argument], None], argument: Argument, ranks: int)
         try:
             elastic_launch(config, _rank)(function, argument, Path(folder))
         except (SignalException, ChildFailedError) as end:
-            raise _cause(_read_failures(Path(folder)), end) from None
+            raise _cause(_read_failures(_last_attempt(Path(folder))), end) from None
+
+
+def _last_attempt(folder: Path) -> Path:
+    """Where the ranks have left word: each time that they are started they have a folder of their own."""
+    return max(folder.glob("attempt-*"), key=lambda path: int(path.name.partition("-")[2]), default=folder)
 
 
 def _rank(function: Callable[[Argument], None], argument: Argument, folder: Path) -> None:
     """The main function of a rank's process."""
+    rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    path = folder / f"attempt-{attempt}" / f"{rank}.json"
+    path.parent.mkdir(exist_ok=True)
+    os.environ[FAILURE_FILE] = str(path)
     try:
+        if attempt != "0":
+            before, most = folder / f"attempt-{int(attempt) - 1}", os.environ["TORCHELASTIC_MAX_RESTARTS"]
+            _look_back(before, f"{attempt} of {most}")
         function(argument)
     except (Exception, KeyboardInterrupt) as error:
-        rank = os.environ["RANK"]
-        failure = _Failure.of(error, rank)
-        write_text(folder / f"{rank}.json", json.dumps(asdict(failure)))
+        failure = _failure(error, rank)
+        write_text(path, json.dumps(asdict(failure)))
         if not failure.expected:
             # It may be a connection to a rank that a signal killed: let the agent find that one first.
             time.sleep(2 * _MONITOR_SECONDS)
         sys.exit(failure.exit_code)
+
+
+def _look_back(before: Path, restart: str) -> None:
+    """Tell why the ranks are started again.
+
+    Raises:
+        RankError: a user's mistake, which would be the same one again.
+    """
+    failures = [failure for failure in _read_failures(before) if not failure.signal_number]
+    for failure in failures:
+        if failure.exit_code == UserError.exit_code:
+            raise _error(failure)
+    if os.environ["RANK"] == "0":
+        killed = len(failures) < int(os.environ["WORLD_SIZE"])
+        lost = "a rank was killed" if killed else failures[0].message
+        why = next((failure.message for failure in failures if failure.expected), lost)
+        print(f"note: {why}; all ranks are started again ({restart})", flush=True)
 
 
 @contextmanager
@@ -188,13 +205,13 @@ def _own_signals_and_no_log() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _read_failures(folder: Path) -> list[_Failure]:
+def _read_failures(folder: Path) -> list[Failure]:
     """What the ranks have left, the earliest first."""
     paths = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-    return [_Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    return [Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
-def _cause(failures: list[_Failure], end: SignalException | ChildFailedError) -> W2SError:
+def _cause(failures: list[Failure], end: SignalException | ChildFailedError) -> W2SError:
     """Why the ranks ended.
 
     An error of ours never follows from another rank's death. Next comes a request to stop this process, then a rank
@@ -204,15 +221,15 @@ def _cause(failures: list[_Failure], end: SignalException | ChildFailedError) ->
     errors = [failure for failure in failures if failure.expected and not failure.signal_number]
     stops = [failure for failure in failures if failure.signal_number]
     if errors:
-        return errors[0].error()
+        return _error(errors[0])
     if isinstance(end, SignalException):
         name, number = end.sigval.name, end.sigval
         nothing = StopRun(f"stopped by {name}, nothing new was saved: repeat the command", number)
-        return stops[0].error() if stops else nothing
+        return _error(stops[0]) if stops else nothing
     rank, found = end.get_first_failure()
     if found.exitcode < 0:
         message = f"rank {rank} was killed by {found.signal_name()}: see the system's log, often for memory"
         return RankError(message, 128 - found.exitcode)
     if failures:
-        return failures[0].error()
+        return _error(failures[0])
     return RankError(f"rank {rank} ended with exit code {found.exitcode}", found.exitcode)

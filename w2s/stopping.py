@@ -43,6 +43,16 @@ def stop_when_ready() -> Iterator[list[int]]:
 
 
 @contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Let the processes that are started inside inherit that signals which stop the run are blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:

@@ -28,6 +28,9 @@ from w2s.data.shards import list_shards, shards_digest
 from w2s.data.sources import Source
 from w2s.data.stream import Position, Stream, merge_positions
 from w2s.errors import StopRun, UserError, W2SError
+from w2s.liveness.beating import watched
+from w2s.liveness.owner import owned
+from w2s.liveness.pulse import READERS, WRITER, Pulse
 from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
@@ -36,10 +39,12 @@ from w2s.megatron.watch import Float8Watch
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
 from w2s.stopping import stop_at_once, stop_when_ready
-from w2s.tracking.meters import StepMeter, peak_memory_gib
+from w2s.tracking.meters import StepMeter, over_ranks, peak_memory_gib
 from w2s.tracking.mlflow_run import DataInput
 from w2s.tracking.tracker import Tracker
 
+STACKS = "stacks.txt"
+"""File of a run folder with the Python stacks of all ranks, when they stood still."""
 PACKAGES = ("w2s", "torch", "megatron-core")
 
 
@@ -75,8 +80,9 @@ class Stage(Protocol):
         """Take back what `extra_state` gave."""
 
 
-def open_run(config: Config, ranks: Ranks) -> Path:
-    """Return the folder of this run; every rank calls.
+@contextmanager
+def open_run(config: Config, ranks: Ranks) -> Iterator[Path]:
+    """Own the folder of this run, and give it; every rank calls.
 
     A named run is that run. A run without a name is the interrupted one of the same configuration, else a new one.
     """
@@ -89,19 +95,23 @@ def open_run(config: Config, ranks: Ranks) -> Path:
     folder = ranks.share(folder)
     if is_finished(folder):
         raise UserError(f"run.name={config.run.name}: {folder} is finished: choose another name")
-    return folder
+    with owned(folder, ranks):
+        yield folder
 
 
 class Trainer:
     """Trains a stage in a run folder."""
 
-    def __init__(self, stage: Stage, config: Config, run: Path, ranks: Ranks) -> None:
+    def __init__(self, stage: Stage, config: Config, run: Path, ranks: Ranks, pulse: Pulse | None = None) -> None:
         self.stage, self.config, self.run, self.ranks = stage, config, run, ranks
+        self.pulse = pulse or Pulse()
         self.step, self.parent, self.handover, position = self._restore()
         self.stream = open_stream(config, stage.spec, rank=ranks.reader, size=ranks.world_size, position=position)
+        self.pulse.helpers[READERS] = self.stream.reader_pids
         self.watch = Float8Watch(stage.towers, ranks)
         self._saving: store.Saving | None = None
         self._rollbacks = self._undone = 0
+        self._begun_at = self.step
         tags = {"w2s.parent_checkpoint": self.parent} if self.parent else {}
         self.tracker = Tracker(config, run, main=ranks.main, resumed_step=self.step, tags=tags)
 
@@ -171,6 +181,7 @@ class Trainer:
             self._evaluate()
         # Reading processes that nobody ends would hold up the end of a rank that fails.
         with stop_when_ready() as signals, closing(self.stream):
+            self.pulse.signals = signals
             while self.step < train.steps:
                 step = self.step + 1
                 saved = step % keep.every == 0 or step in keep.keep_at or step == train.steps
@@ -199,7 +210,10 @@ class Trainer:
             self._finish_saving()
 
     def _step(self) -> dict[str, Tensor]:
+        self.pulse.at("waiting for samples", self.step + 1, awaits=READERS)
         batch = self.stream.next()
+        # Kernels are compiled in the first step.
+        self.pulse.at("training", self.step + 1, long=self.step == self._begun_at)
         metrics = train_step(self.stage, batch, lr_factor(self.step, self.config.train.steps, self.config.optim))
         self.step += 1
         return metrics
@@ -210,8 +224,10 @@ class Trainer:
         skipped = int(self.stage.optimizer.guard.skipped) + self._undone
         if skipped:
             averages["skipped_steps"] = skipped
-        seen, bad = (sum(self.ranks.gather(counts), Counter()) for counts in (self.stream.seen, self.stream.bad))
-        self.tracker.log(self.step, self.samples, {**averages, **figures, **self.stream.metrics(seen, bad)})
+        everyones, seen, bad = zip(*self.ranks.gather((figures, self.stream.seen, self.stream.bad)), strict=True)
+        compared = over_ranks(everyones, ("seconds_per_step", "data_wait"))
+        read = self.stream.metrics(sum(seen, Counter()), sum(bad, Counter()))
+        self.tracker.log(self.step, self.samples, {**averages, **figures, **compared, **read})
 
     def _replicas_agree(self) -> bool:
         """Compare the replicas' weights, mend what can be mended, and return whether they are alike now."""
@@ -225,6 +241,7 @@ class Trainer:
     def _go_back(self, trouble: str) -> None:
         """Take up the last checkpoint and leave the data where they are: samples that led here do not come again."""
         self._finish_saving()
+        self.pulse.at("going back to a checkpoint", self.step, long=True)
         recover(self.run, self.ranks, strict=self.config.checkpoint.strict)
         newest, trouble = store.latest(self.run), f"step {self.step}: {trouble}"
         if newest is None or self._rollbacks == self.config.train.rollbacks:
@@ -240,6 +257,7 @@ class Trainer:
         self.tracker.message(f"warning: {trouble}; back at step {self.step}, {passed}")
 
     def _evaluate(self) -> None:
+        self.pulse.at("evaluating", self.step, long=True)
         self.stage.optimizer.gather_weights()
         metrics = self.stage.evaluate()
         if metrics:
@@ -261,17 +279,22 @@ class Trainer:
 
         def write(folder: Path) -> Writing:
             extra, background = self.stage.extra_state(), self.config.checkpoint.async_save
-            return state.save(folder, self.stage.towers, self.stage.optimizer, extra, background)
+            writing = state.save(folder, self.stage.towers, self.stage.optimizer, extra, background)
+            self.pulse.helpers[WRITER] = writing.writer_pids
+            return writing
 
         self._finish_saving()
+        self.pulse.at("saving a checkpoint", self.step, long=True)
         self._saving = store.Saving(self.run, meta, write, self.config.checkpoint, self.ranks)
         if not self.config.checkpoint.async_save:
             self._finish_saving()
 
     def _finish_saving(self) -> None:
         if self._saving is not None:
+            self.pulse.at("finishing a checkpoint", self.step, awaits=WRITER, long=True)
             self._saving.finish()
             self._saving = None
+            del self.pulse.helpers[WRITER]
 
     def _finish_saving_if_written(self) -> None:
         # As the others wait in `finish`, no rank may go there alone.
@@ -330,12 +353,17 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
         build: makes the stage, with weights drawn from the seed.
     """
     started = time.perf_counter()
-    with stop_at_once(), groups.start(config.parallel, config.hardware) as ranks:
-        run = open_run(config, ranks)
+    with (
+        stop_at_once(),
+        groups.start(config.parallel, config.hardware) as ranks,
+        watched(config.hardware, ranks) as pulse,
+        open_run(config, ranks) as run,
+    ):
+        pulse.report = run / STACKS
         recover(run, ranks, strict=config.checkpoint.strict)
         prepare_data(config, ranks)
         config = with_its_start(config, run)
-        trainer = Trainer(build(config, ranks), config, run, ranks)
+        trainer = Trainer(build(config, ranks), config, run, ranks, pulse)
         with tracked(trainer.tracker):
             trainer.tracker.message(f"run folder: {run}")
             if trainer.step and trainer.parent:
@@ -344,6 +372,7 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
                 trainer.tracker.message(f"warning: {doubt}")
             trainer.tracker.inputs([*training_inputs(config, trainer.stream.sources), *test_inputs(config)])
             trainer.train()
+            pulse.at("finishing", long=True)
             metrics = trainer.stage.finish(trainer.tracker)
             if metrics:
                 trainer.tracker.log(trainer.step, trainer.samples, metrics)

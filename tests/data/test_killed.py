@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.data.shard_files import write_shards
@@ -94,6 +95,15 @@ def test_a_killed_worker_is_started_again(folder: Path, caplog: pytest.LogCaptur
         seen += [stream.next().keys for _ in range(57)]
     assert seen == expected[:60]
     assert "a reading process died, step" in caplog.text
+
+
+def test_a_stopped_worker_does_not_stay(folder: Path) -> None:
+    with closing(open_stream(folder, 2)) as stream:
+        stream.next()
+        workers = [psutil.Process(pid) for pid in stream.reader_pids()]
+        workers[0].suspend()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_workers_that_die_again_and_again_are_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

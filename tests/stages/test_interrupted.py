@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,19 @@ def test_a_signal_outside_of_the_steps_is_no_failure(
     code, _, error = w2s("stage", "mim", *options)
     assert (code, error) == (128 + number, f"error: stopped by {number.name}: repeat the command to go on\n")
     assert status(client, root / number.name) == "KILLED"
+
+
+def test_a_run_in_the_folder_of_another_one_is_refused(w2s: Run, base: list[str], root: Path) -> None:
+    path = root / "owned" / ".owner"
+    path.parent.mkdir()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        code, _, error = w2s("stage", "mim", *base, *QUIET, "run.name=owned")
+        other.kill()
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith(f"error: {path.parent} is in use by another run: wait for its end")
 
 
 def test_a_finished_run_is_not_run_again(base: list[str], root: Path) -> None:

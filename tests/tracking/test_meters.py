@@ -2,7 +2,7 @@ import psutil
 import pytest
 import torch
 
-from w2s.tracking.meters import StepMeter, peak_memory_gib
+from w2s.tracking.meters import StepMeter, over_ranks, peak_memory_gib
 
 
 class Clock:
@@ -48,3 +48,14 @@ def test_nothing_is_read_without_steps() -> None:
 def test_peak_memory_is_in_gib() -> None:
     resident = psutil.Process().memory_info().rss / 2**30
     assert resident * 0.9 <= peak_memory_gib(torch.device("cpu")) <= psutil.virtual_memory().total / 2**30
+
+
+def test_the_slowest_rank_has_a_number() -> None:
+    figures = [{"data_wait": value, "memory_gib": 1.0} for value in (0.1, 0.2, 0.9, 0.3)]
+    assert over_ranks(figures, ["data_wait"]) == {
+        "ranks/data_wait_min": 0.1,
+        "ranks/data_wait_median": 0.25,
+        "ranks/data_wait_max": 0.9,
+        "ranks/data_wait_slowest": 2.0,
+    }
+    assert over_ranks(figures[:1], ["data_wait"]) == {}

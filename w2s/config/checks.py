@@ -45,7 +45,8 @@ _INTERVALS = {
     "tracking.pictures": "[0, inf)",
     "eval.batch_size": "[1, inf)",
     "eval.knn_k": "[1, inf)",
-    "hardware.timeout": "[1, inf)",
+    "hardware.timeout": "[5, inf)",
+    "hardware.slow_timeout": "[5, inf)",
 }
 """Where a number must lie, in the notation of intervals; null is always allowed."""
 

@@ -136,7 +136,9 @@ class HardwareConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
     timeout: int = 600
-    """Seconds after which a rank that waits for another gives up."""
+    """Seconds without a sign of life of a rank, a reading process or a checkpoint writer after which the run ends."""
+    slow_timeout: int = 1800
+    """The same where one call may take long: at the start, in the first step, while measuring, saving and finishing."""
 
 
 @dataclass(kw_only=True)

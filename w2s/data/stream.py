@@ -28,7 +28,7 @@ from w2s.data.shards import shard_name
 from w2s.data.sizes import count_samples
 from w2s.data.sources import Phase, Source, plan_sources
 from w2s.data.tar import check_source
-from w2s.data.workers import kill_readers, start_reading
+from w2s.data.workers import end_reading, kill_readers, reader_pids, start_reading
 from w2s.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -166,9 +166,14 @@ class Stream:
             for source, weight in zip(self.sources, weights, strict=True)
         ]
 
+    def reader_pids(self) -> list[int]:
+        """Return the ids of the reading processes."""
+        return reader_pids(self._parts)
+
     def close(self) -> None:
         """Stop the workers."""
-        self._parts = iter(())
+        parts, self._parts = self._parts, iter(())
+        end_reading(parts)
         atexit.unregister(self.close)
 
     def _expected_shares(self) -> list[float]:

@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
 import torch
@@ -13,8 +12,7 @@ from torch.utils.data import DataLoader
 
 from w2s.data.reader import Part, PartDataset, ReadPlan
 from w2s.errors import DataError
-
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from w2s.stopping import SIGNALS, signals_blocked
 
 
 def start_reading(plan: ReadPlan, workers: int) -> Iterator[Part | DataError]:
@@ -43,8 +41,22 @@ def start_reading(plan: ReadPlan, workers: int) -> Iterator[Part | DataError]:
     # The server has no such hook, but inherits which signals are blocked. The resource tracker unblocks them when it
     # starts, so it has to run already.
     resource_tracker.ensure_running()
-    with _stop_signals_blocked():
+    with signals_blocked():
         return iter(loader)
+
+
+def reader_pids(parts: Iterator[Part | DataError]) -> list[int]:
+    """Return the ids of the processes of `start_reading`."""
+    return [process.pid for process in getattr(parts, "_workers", ())]
+
+
+def end_reading(parts: Iterator[Part | DataError]) -> None:
+    """End the processes of `start_reading`; a stopped one would not hear that it is asked to."""
+    processes = list(getattr(parts, "_workers", ()))
+    if processes:
+        parts._shutdown_workers()  # type: ignore[attr-defined]
+    for process in processes:
+        process.kill()
 
 
 def kill_readers(parts: Iterator[Part | DataError]) -> None:
@@ -54,7 +66,7 @@ def kill_readers(parts: Iterator[Part | DataError]) -> None:
 
 
 def _live_and_die_with_trainer(_worker: int) -> None:
-    for number in _STOP_SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # The loader's watchdog looks at the parent, which is the server here, and that lives while its children do.
     threading.Thread(target=_exit_after_trainer, daemon=True).start()
@@ -65,12 +77,3 @@ def _exit_after_trainer() -> None:
     if trainer is not None:
         trainer.join()
         os._exit(1)
-
-
-@contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,5 +1,6 @@
 """Process groups: the ranks of a run, and how they are split."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -124,28 +125,38 @@ def start(parallel: ParallelConfig, hardware: HardwareConfig) -> Iterator[Ranks]
     device = local_device(hardware)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=hardware.timeout)
+    # The watchers (w2s/liveness) are quicker and know who stands still; this is for where there are none.
+    timeout = timedelta(seconds=max(hardware.timeout, hardware.slow_timeout))
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        with split(parallel, device) as ranks:
+        with split(parallel, device, timeout) as ranks:
             yield ranks
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def split(parallel: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
-    """Split the ranks of the process group that this process is in as Megatron does; end the groups afterwards."""
+def split(
+    parallel: ParallelConfig, device: torch.device, timeout: timedelta = dist.default_pg_timeout
+) -> Iterator[Ranks]:
+    """Split the ranks of the process group that this process is in as Megatron does; end the groups afterwards.
+
+    Args:
+        parallel: how.
+        device: where the model lives.
+        timeout: after which a rank that waits for another gives up.
+    """
     cpu.enable()
     before = compat.process_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
     )
     compat.replace_rng_tracker(cpu.NoRngTracker())
     try:
@@ -159,7 +170,7 @@ def split(parallel: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
             model_size=dist.get_world_size(parallel_state.get_model_parallel_group()),
             model_group=parallel_state.get_model_parallel_group(),
             world_group=dist.distributed_c10d._get_default_group(),
-            control_group=_all_over_gloo(),
+            control_group=_all_over_gloo(timeout),
             device=device,
         )
     finally:
@@ -169,6 +180,6 @@ def split(parallel: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
             dist.destroy_process_group(group)
 
 
-def _all_over_gloo() -> ProcessGroup:
-    group: Any = dist.new_group(backend="gloo")
+def _all_over_gloo(timeout: timedelta) -> ProcessGroup:
+    group: Any = dist.new_group(backend="gloo", timeout=timeout)
     return group

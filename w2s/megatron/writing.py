@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import queue
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,10 @@ class Writing:
         """Whether this rank has written its tensors, or failed to."""
         return self._process is None or not self._results.empty() or not self._process.is_alive()
 
+    def writer_pids(self) -> list[int]:
+        """Return the id of the process that writes, where there is one."""
+        return [] if self._process is None else [self._process.pid]
+
     def finish(self) -> dict[str, Checksum]:
         """Wait for all ranks and write what is known of all tensors together; every rank calls.
 
@@ -69,16 +74,32 @@ class Writing:
 
         Raises:
             CheckpointError: the files cannot be written.
+            W2SError: a writing process was killed; on every rank.
         """
         if self._process is not None:
             self._results.wait(self._process)
-        dist.barrier()
+        deaths = [""] * dist.get_world_size()
+        dist.all_gather_object(deaths, self._death())
+        for death in filter(None, deaths):
+            raise W2SError(death)
         with reporting_write(self._folder):
             for finalize in self._request.finalize_fns:
                 finalize()
         if self._process is not None:
             self._process.join()
         return self._results.files
+
+    def _death(self) -> str:
+        """How the writing process of this rank died, if it has left no report."""
+        if self._process is None or not self._results.empty():
+            return ""
+        self._process.join()
+        code = self._process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return (
+            f"the process that wrote {self._folder} on rank {dist.get_rank()} {how}: see the system's log, often for "
+            "memory; repeat the command to go on from the checkpoint before"
+        )
 
 
 class _Results:

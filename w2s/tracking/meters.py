@@ -3,8 +3,9 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import median
 
 import torch
 
@@ -69,6 +70,27 @@ class StepMeter:
         }
         self._restart(self._wait)
         return figures
+
+
+def over_ranks(figures: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """Compare ranks.
+
+    Args:
+        figures: what `StepMeter.read` gave on each rank, by rank.
+        names: what to compare.
+
+    Returns:
+        `ranks/NAME_min`, `_median` and `_max`, and in `_slowest` the number of the rank with the maximum; nothing of
+        one rank.
+    """
+    if len(figures) == 1 or not all(figures):
+        return {}
+    compared: dict[str, float] = {}
+    for name in names:
+        values = [each[name] for each in figures]
+        found = {"min": min(values), "median": median(values), "max": max(values), "slowest": values.index(max(values))}
+        compared |= {f"ranks/{name}_{what}": float(value) for what, value in found.items()}
+    return compared
 
 
 def peak_memory_gib(device: torch.device) -> float:

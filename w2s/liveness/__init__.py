@@ -1,0 +1,1 @@
+"""Who owns a run folder, and ranks that stand still or die."""
