@@ -17,17 +17,14 @@ from w2s.errors import ConfigError
 from w2s.evaluation.dataset import EvalSet
 from w2s.evaluation.evaluate import of_sets
 from w2s.evaluation.zero_shot import ClassResult, ZeroShotResult
-from w2s.liveness.beating import watched
-from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe
-from w2s.stopping import stop_at_once
 from w2s.towers.build import build_clip
 from w2s.tracking.pictures import ClassExamples, classes_picture
 from w2s.tracking.tables import Cell
 from w2s.tracking.tracker import Tracker
-from w2s.trainer import STACKS, open_run, prepare_data, test_inputs, tracked, write_result
+from w2s.trainer import open_run, test_inputs, tracked, write_result
 
 
 def run(config: Config) -> None:
@@ -36,15 +33,8 @@ def run(config: Config) -> None:
     checkpoint = find(config.init.checkpoint, Path(config.run.root).expanduser(), key="init.checkpoint", stage="clip")
     if checkpoint is None:
         raise ConfigError("init.checkpoint=none leaves nothing to evaluate: give a clip run, or latest")
-    with (
-        stop_at_once(),
-        groups.start(config.parallel, config.hardware) as ranks,
-        watched(config.hardware, ranks) as pulse,
-        open_run(config, ranks) as folder,
-    ):
-        pulse.report = folder / STACKS
+    with open_run(config) as (ranks, pulse, folder):
         pulse.at("evaluating", long=True)
-        prepare_data(config, ranks)
         config.eval.sets = without_left_out(config.data, config.eval.sets)
         trained = read_meta(checkpoint)
         loss = replace(config.clip, loss=trained.setting("clip", "loss"))

@@ -81,7 +81,21 @@ class Stage(Protocol):
 
 
 @contextmanager
-def open_run(config: Config, ranks: Ranks) -> Iterator[Path]:
+def open_run(config: Config) -> Iterator[tuple[Ranks, Pulse, Path]]:
+    """Be a rank of a run, watched, with its data built: give the ranks, where to note what is done, and its folder."""
+    with (
+        stop_at_once(),
+        groups.start(config.parallel, config.hardware) as ranks,
+        watched(config.hardware, ranks) as pulse,
+        owned_folder(config, ranks) as run,
+    ):
+        pulse.report = run / STACKS
+        prepare_data(config, ranks)
+        yield ranks, pulse, run
+
+
+@contextmanager
+def owned_folder(config: Config, ranks: Ranks) -> Iterator[Path]:
     """Own the folder of this run, and give it; every rank calls.
 
     A named run is that run. A run without a name is the interrupted one of the same configuration, else a new one.
@@ -353,15 +367,8 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
         build: makes the stage, with weights drawn from the seed.
     """
     started = time.perf_counter()
-    with (
-        stop_at_once(),
-        groups.start(config.parallel, config.hardware) as ranks,
-        watched(config.hardware, ranks) as pulse,
-        open_run(config, ranks) as run,
-    ):
-        pulse.report = run / STACKS
+    with open_run(config) as (ranks, pulse, run):
         recover(run, ranks, strict=config.checkpoint.strict)
-        prepare_data(config, ranks)
         config = with_its_start(config, run)
         trainer = Trainer(build(config, ranks), config, run, ranks, pulse)
         with tracked(trainer.tracker):

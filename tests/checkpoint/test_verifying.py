@@ -292,3 +292,6 @@ def test_other_peoples_weights_have_no_manifest(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     verify(tmp_path)
     verify(tmp_path / "model.safetensors")
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
+        verify(tmp_path)

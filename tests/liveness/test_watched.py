@@ -114,7 +114,6 @@ def check(act: Act, folder: Path) -> None:
         run_ranks(watch, 2, folder, act)
     begun = max(float(path.read_text()) for path in folder.glob("*.at"))
     files = sorted(folder.glob("*.json"))
-    print([path.stat().st_mtime - begun for path in files], time.time() - begun)
     assert max(path.stat().st_mtime for path in files) - begun < SECONDS + 10
     told = [json.loads(path.read_text()) for path in files]
     reader = folder / "reader"
@@ -157,5 +156,12 @@ def test_a_stop_signal_for_the_whole_group_leaves_the_watcher_alone(alone: Ranks
         (watcher,) = set(psutil.Process().children()) - before
         for number in (signal.SIGINT, signal.SIGTERM):
             watcher.send_signal(number)
-        time.sleep(0.1)
+        _wait(lambda: _pending(watcher.pid) == {signal.SIGINT, signal.SIGTERM})
         assert watcher.is_running() and watcher.status() != psutil.STATUS_ZOMBIE
+
+
+def _pending(pid: int) -> set[signal.Signals]:
+    """The signals that a process has been sent and has blocked."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("ShdPnd")]
+    mask = int(line.split()[1], 16)
+    return {number for number in signal.Signals if mask >> (number - 1) & 1}

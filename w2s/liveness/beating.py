@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import w2s
 from w2s.config.sections import HardwareConfig
@@ -103,8 +103,8 @@ class _Beating:
                 pass_fds=[setup.board, *([] if setup.listener is None else [setup.listener])],
                 bufsize=0,
             )
-        assert self._watcher.stdin is not None and self._watcher.stdout is not None  # pipes were asked for
-        self._beats, self._commands = self._watcher.stdin, self._watcher.stdout
+        # Pipes were asked for, so they are there.
+        self._beats, self._commands = cast(IO[bytes], self._watcher.stdin), cast(IO[bytes], self._watcher.stdout)
         self._send(asdict(setup))
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
