@@ -1,9 +1,13 @@
 """The loop of the stages around a stage that only counts: what is logged, saved and measured when."""
 
+import errno
+import os
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.sample import SampleSpec
-from w2s.errors import StopRun, UserError, W2SError
+from w2s.errors import CheckpointError, StopRun, UserError, W2SError
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.replicas import Odd
@@ -186,9 +190,85 @@ def test_nothing_is_saved_where_a_signal_follows_a_bad_step(alone: Ranks, option
     config = load("mim", options)
     trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
     stage.wrong, stage.stop_at = range(4, 8), 2
-    with pytest.raises(StopRun, match="stopped by SIGTERM at step 2, not saved as it was skipped"):
+    with pytest.raises(StopRun, match="stopped by SIGTERM at step 2, not saved: it was skipped"):
         trainer.train()
     assert store.latest(tmp_path / "run") is None
+
+
+class FullDisk:
+    """A disk without space after some of a stage's updates, so that a call is refused there."""
+
+    def __init__(self, stage: Counting, after: Container[int], call: str) -> None:
+        self._stage, self._after, self._call = stage, after, call
+        self._genuine, self._trainer = resolve_name(call), os.getpid()
+
+    def __call__(self, *arguments: Any) -> Any:
+        full = self._stage.calls.count("update") in self._after
+        if full and (self._call != FLUSH or os.getpid() != self._trainer):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._genuine(*arguments)
+
+
+BEGIN, FLUSH, SEAL = "os.posix_fallocate", "os.fsync", "w2s.checkpoint.store.seal"
+"""Where a disk can turn out to be full: before the tensors, in the process that writes them, after them."""
+
+
+@pytest.mark.parametrize("call", [BEGIN, FLUSH, SEAL])
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_full_disk_is_outlived(
+    alone: Ranks,
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    call: str,
+    background: str,
+) -> None:
+    every_step = ["checkpoint.every=1", "checkpoint.failures=3", "checkpoint.keep=9"]
+    config = load("mim", [*options, *every_step, f"checkpoint.async_save={background}"])
+    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    monkeypatch.setattr(call, FullDisk(stage, {3, 4, 6}, call))
+    trainer.train()
+    out = " ".join(capsys.readouterr().out.split())
+    refused = re.findall(r"No space left on device\).*?training goes on, (step-\d+) stands \((\d) of at most 3", out)
+    found = [store.step_of(path) for path in store.all_of(tmp_path / "run")]
+    if background == "false":
+        assert found == [1, 2, 5, 7]
+        assert refused == [("step-00000002", "1"), ("step-00000002", "2"), ("step-00000005", "1")]
+    assert found[-1] == 7 and refused
+    assert [path.name for path in store.checkpoints_of(tmp_path / "run").glob(".*")] == []
+    assert [line["step"] for line in read_history(tmp_path / "run")] == list(range(8))
+
+
+@pytest.mark.parametrize(("full_from", "steps", "last"), [(1, 1, None), (3, 5, 2), (7, 7, 6)])
+def test_a_disk_that_stays_full_ends_the_run(
+    alone: Ranks,
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    full_from: int,
+    steps: int,
+    last: int | None,
+) -> None:
+    """At once where no checkpoint stands, after three failures, and where the last step's is missing."""
+    config = load("mim", [*options, "checkpoint.every=1", "checkpoint.failures=3"])
+    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    monkeypatch.setattr(BEGIN, FullDisk(stage, range(full_from, 100), BEGIN))
+    with pytest.raises(CheckpointError, match=r"cannot write .* \(No space left on device\): free some space or"):
+        trainer.train()
+    newest = store.latest(tmp_path / "run")
+    assert (trainer.step, newest and store.step_of(newest)) == (steps, last)
+
+
+def test_a_stop_on_a_full_disk_says_that_nothing_was_saved(
+    alone: Ranks, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load("mim", [*options, "checkpoint.every=2"])
+    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    stage.stop_at = 3
+    monkeypatch.setattr(BEGIN, FullDisk(stage, {3}, BEGIN))
+    with pytest.raises(StopRun, match=r"at step 3, not saved: cannot write .*No space left.*: repeat the command"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("mended", [True, False])

@@ -1,5 +1,8 @@
 """The errors that a user meets: one line that says what was wrong, the value and the fix."""
 
+FREE_SPACE = "free some space or choose another folder with run.root=FOLDER"
+"""What helps where the system refuses to write."""
+
 
 class W2SError(Exception):
     """A failure with a message meant for the user. The command line prints it without a traceback."""

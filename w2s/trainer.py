@@ -27,7 +27,7 @@ from w2s.data.sample import SampleSpec
 from w2s.data.shards import list_shards, shards_digest
 from w2s.data.sources import Source
 from w2s.data.stream import Position, Stream, merge_positions
-from w2s.errors import StopRun, UserError, W2SError
+from w2s.errors import CheckpointError, StopRun, UserError, W2SError
 from w2s.liveness.beating import watched
 from w2s.liveness.owner import owned
 from w2s.liveness.pulse import READERS, WRITER, Pulse
@@ -39,6 +39,7 @@ from w2s.megatron.watch import Float8Watch
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
 from w2s.stopping import stop_at_once, stop_when_ready
+from w2s.tracking.files import write_text
 from w2s.tracking.meters import StepMeter, over_ranks, peak_memory_gib
 from w2s.tracking.mlflow_run import DataInput
 from w2s.tracking.tracker import Tracker
@@ -124,6 +125,7 @@ class Trainer:
         self.pulse.helpers[READERS] = self.stream.reader_pids
         self.watch = Float8Watch(stage.towers, ranks)
         self._saving: store.Saving | None = None
+        self._refused: list[CheckpointError] = []
         self._rollbacks = self._undone = 0
         self._begun_at = self.step
         tags = {"w2s.parent_checkpoint": self.parent} if self.parent else {}
@@ -299,16 +301,32 @@ class Trainer:
 
         self._finish_saving()
         self.pulse.at("saving a checkpoint", self.step, long=True)
-        self._saving = store.Saving(self.run, meta, write, self.config.checkpoint, self.ranks)
+        with self._training_on_if_refused(self.step):
+            self._saving = store.Saving(self.run, meta, write, self.config.checkpoint, self.ranks)
         if not self.config.checkpoint.async_save:
             self._finish_saving()
 
     def _finish_saving(self) -> None:
         if self._saving is not None:
             self.pulse.at("finishing a checkpoint", self.step, awaits=WRITER, long=True)
-            self._saving.finish()
-            self._saving = None
-            del self.pulse.helpers[WRITER]
+            saving, self._saving = self._saving, None
+            with self._training_on_if_refused(saving.step):
+                saving.finish()
+                self._refused = []
+            self.pulse.helpers.pop(WRITER, None)
+
+    @contextmanager
+    def _training_on_if_refused(self, step: int) -> Iterator[None]:
+        """Let the run go on without a step's checkpoint that the system refuses, as long as an older one stands."""
+        try:
+            yield
+        except CheckpointError as error:
+            self._refused.append(error)
+            standing, most = store.latest(self.run), self.config.checkpoint.failures
+            if standing is None or len(self._refused) == most or step == self.config.train.steps:
+                raise
+            count = f"{len(self._refused)} of at most {most} in a row"
+            self.tracker.message(f"warning: {error}; training goes on, {standing.name} stands ({count})")
 
     def _finish_saving_if_written(self) -> None:
         # As the others wait in `finish`, no rank may go there alone.
@@ -324,7 +342,9 @@ class Trainer:
             self._save()
         self._finish_saving()
         number = signals[0] if signals else signal.SIGTERM
-        name, kept = signal.Signals(number).name, "not saved as it was skipped" if skipped else f"saved in {self.run}"
+        name, kept = signal.Signals(number).name, f"saved in {self.run}"
+        if skipped or self._refused:
+            kept = f"not saved: {self._refused[-1] if self._refused else 'it was skipped'}"
         raise StopRun(f"stopped by {name} at step {self.step}, {kept}: repeat the command to go on", number)
 
 
@@ -416,7 +436,11 @@ def _data_input(config: Config, key: str, source: str, context: str) -> DataInpu
 
 
 def write_result(run: Path, config: Config, metrics: Mapping[str, float], started: float, ranks: Ranks) -> None:
-    """Mark a run as finished: result.json holds its stage, metrics, seconds of computing and peak memory in GiB."""
+    """Mark a run as finished: result.json holds its stage, metrics, seconds of computing and peak memory in GiB.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     if ranks.main:
         result = {
             "stage": config.stage,
@@ -424,7 +448,7 @@ def write_result(run: Path, config: Config, metrics: Mapping[str, float], starte
             "seconds": time.perf_counter() - started,
             "peak_memory_gib": peak_memory_gib(ranks.device),
         }
-        (run / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_text(run / "result.json", json.dumps(result, indent=1))
 
 
 @contextmanager

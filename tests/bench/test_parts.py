@@ -2,6 +2,7 @@
 
 from itertools import count
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Work
@@ -64,6 +65,7 @@ def collectives(layout: tuple[str, ...]) -> float:
         return marks.read()[-1]["communication"] / 1e3
 
 
+@pytest.mark.slow
 def test_ranks_that_split_layers_communicate_in_every_one() -> None:
     whole, split = (run_ranks(collectives, 2, layout)[0] for layout in ((), ("parallel.tensor=2",)))
     assert whole >= 2  # gradients out, weights back

@@ -1,18 +1,23 @@
 """Checkpoints on disk: whole or not at all, the newest few kept."""
 
+import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.checkpoint.saved import Written, meta, save
+from tests.distributed import run_ranks
 from w2s.checkpoint.find import find
 from w2s.checkpoint.store import Saving, kept_steps, latest, read_meta
 from w2s.checksum import Checksum
-from w2s.config.sections import CheckpointConfig
+from w2s.config.sections import CheckpointConfig, ParallelConfig
 from w2s.errors import CheckpointError
+from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 
 
@@ -54,6 +59,35 @@ def test_a_write_that_fails_leaves_the_one_before(alone: Ranks, tmp_path: Path) 
     assert read_meta(found).step == 1
     save(tmp_path, meta(3), keep=1, ranks=alone)
     assert not list(found.parent.glob("*.partial")), "what the failed write left is gone"
+
+
+def refused_on(run: Path, call: str) -> tuple[str, list[str]]:
+    """Save where the system refuses a call of the main rank; return the error and what is left."""
+    with groups.split(ParallelConfig(), torch.device("cpu")) as ranks, pytest.MonkeyPatch.context() as patch:
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        if ranks.main:
+            patch.setattr(call, refuse)
+        with pytest.raises(CheckpointError) as error:
+            Saving(run, meta(1), Nothing, CheckpointConfig(), ranks).finish()
+        return str(error.value), [path.name for path in (run / "checkpoints").iterdir()]
+
+
+class Nothing(Written):
+    """A rank that has nothing to write."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = []
+
+
+@pytest.mark.parametrize("call", ["os.posix_fallocate", "w2s.checkpoint.store.seal"])
+def test_what_the_main_rank_is_refused_is_an_error_on_every_rank(tmp_path: Path, call: str) -> None:
+    (error, left), (other, _) = run_ranks(refused_on, 2, tmp_path, call)
+    assert error == other
+    assert re.fullmatch(r"cannot write \S+\.partial \(Disk quota exceeded\): free some space or choose .*", error)
+    assert left == []
 
 
 def test_a_checkpoint_is_the_latest_only_when_it_is_finished(alone: Ranks, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.data.shard_files import write_shards
+from tests.processes import running_after
 from w2s.config.sections import DataConfig
 from w2s.data.sample import SampleSpec
 from w2s.data.stream import Stream
@@ -102,8 +103,7 @@ def test_a_stopped_worker_does_not_stay(folder: Path) -> None:
         stream.next()
         workers = [psutil.Process(pid) for pid in stream.reader_pids()]
         workers[0].suspend()
-    _, alive = psutil.wait_procs(workers, timeout=10)
-    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
+    assert not running_after(workers, 10)
 
 
 def test_workers_that_die_again_and_again_are_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.distributed import RankError, run_ranks
+from tests.processes import running_after, runs
 from w2s.config.sections import HardwareConfig, ParallelConfig
 from w2s.failure import FAILURE_FILE
 from w2s.liveness.beating import watched
@@ -127,7 +128,8 @@ def check(act: Act, folder: Path) -> None:
     assert told
     assert "in watch\n" in (folder / "stacks.txt").read_text(), "the stack of a rank that answers"
     if reader.exists():
-        _wait(lambda: not psutil.pid_exists(int(reader.read_text())))
+        left = [process for process in psutil.process_iter() if process.pid == int(reader.read_text())]
+        assert not running_after(left, SECONDS)
 
 
 def _wait(happens: Callable[[], bool]) -> None:
@@ -137,6 +139,7 @@ def _wait(happens: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_long_phase_is_no_standing_still(tmp_path: Path) -> None:
     run_ranks(watch, 2, tmp_path, evaluate_for_long)
     assert not list(tmp_path.glob("*.json"))
@@ -157,7 +160,7 @@ def test_a_stop_signal_for_the_whole_group_leaves_the_watcher_alone(alone: Ranks
         for number in (signal.SIGINT, signal.SIGTERM):
             watcher.send_signal(number)
         _wait(lambda: _pending(watcher.pid) == {signal.SIGINT, signal.SIGTERM})
-        assert watcher.is_running() and watcher.status() != psutil.STATUS_ZOMBIE
+        assert runs(watcher)
 
 
 def _pending(pid: int) -> set[signal.Signals]:

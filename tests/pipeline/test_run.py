@@ -113,7 +113,10 @@ def test_trials_come_before_the_first_run_of_their_step_and_choose_its_value(
     assert {runs[f"{step}-seed{seed}"].optim.lr for step in steps for seed in (3, 5)} == {2e-3}
 
 
-@pytest.mark.parametrize("broken", ["scratch-seed3-try2", "masked_clip-seed5", "eval_scratch-seed3"])
+LATE = [pytest.param(name, marks=pytest.mark.slow) for name in ("masked_clip-seed5", "eval_scratch-seed3")]
+
+
+@pytest.mark.parametrize("broken", ["scratch-seed3-try2", *LATE])
 def test_what_is_finished_of_seeds_and_trials_is_not_run_again(broken: str, launcher: Launcher, tmp_path: Path) -> None:
     launcher.measure, launcher.broken = learns_best_at_2e_3, broken
     pipeline = write_seeded(tmp_path)

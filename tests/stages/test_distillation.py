@@ -124,7 +124,7 @@ def stopped_after(step: int, patch: pytest.MonkeyPatch, options: list[str]) -> N
             run_stage("clip", options)
 
 
-@pytest.mark.parametrize("step", [2, 3, 4])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_stopped_around_the_switch_goes_on_bit_for_bit(
     options: list[str], root: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:

@@ -52,6 +52,7 @@ def relative_error(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> flo
     return max(float((ours[n] - x).abs().max() / x.abs().max().clamp_min(1e-30)) for n, x in reference.items())
 
 
+@pytest.mark.slow
 def test_every_layout_freezes_alike(common: list[str]) -> None:
     options = [*common, "optim.name=lamb", *VISION, *LOWEST]
     alone, free = run_layouts(

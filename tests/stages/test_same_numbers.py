@@ -29,7 +29,7 @@ def small(base: list[str]) -> list[str]:
     return [*base, *QUIET, "optim.lr=1e-4", "train.steps=3"]
 
 
-@pytest.fixture(scope="module", params=["mim", "clip"])
+@pytest.fixture(scope="module", params=[pytest.param("mim", marks=pytest.mark.slow), "clip"])
 def whole(request: pytest.FixtureRequest, small: list[str]) -> tuple[str, list[float]]:
     """The losses of a stage on one rank in one micro-batch."""
     stage = request.param

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import running_after
 from tests.stages.runs import DEADLINE, records, start_command
 from w2s.checkpoint import store
 from w2s.liveness.verdict import STOP_SECONDS
@@ -52,16 +53,10 @@ def start(
 def end(command: subprocess.Popen[str], processes: list[psutil.Process], within: float = SECONDS + 10) -> str:
     """Wait for the end of a run; return its error. Its ranks and their helpers end in time, and nothing stays."""
     tracked = [each for each in processes if each.pid != command.pid and "resource_tracker" not in str(each.cmdline())]
-    assert not _alive(tracked, within)
+    assert not running_after(tracked, within)
     error = command.communicate(timeout=DEADLINE)[1]
-    assert not _alive(processes, within=10)
+    assert not running_after(processes, 10)
     return next(line for line in error.splitlines() if line.startswith("error"))
-
-
-def _alive(processes: list[psutil.Process], within: float) -> list[psutil.Process]:
-    """The processes that still run then; nobody may have asked for the exit code of others."""
-    _, left = psutil.wait_procs(processes, timeout=within)
-    return [each for each in left if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

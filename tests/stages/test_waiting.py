@@ -88,7 +88,7 @@ TWO_RANKS = {
 }
 
 
-@pytest.mark.parametrize(("ranks", "cases"), [(1, ONE_RANK), (2, TWO_RANKS)])
+@pytest.mark.parametrize(("ranks", "cases"), [pytest.param(1, ONE_RANK, marks=pytest.mark.slow), (2, TWO_RANKS)])
 def test_no_step_waits(base: list[str], tmp_path: Path, ranks: int, cases: dict[str, tuple[str, list[str]]]) -> None:
     quiet = [*base, "eval.shards=", "eval.knn_shards=", "tracking.enabled=false", "train.log_every=2"]
     vision = {"mim": [], "clip": ["init.vision=none"]}

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -15,13 +16,14 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from w2s.config.naming import flatten
 from w2s.config.sections import TrackingConfig
 from w2s.errors import StopRun
-from w2s.tracking.mlflow_run import DataInput, MlflowRun, Status, clean_name, parent_run
+from w2s.tracking.delivery import clean_name
+from w2s.tracking.mlflow_run import DataInput, MlflowRun, Status, parent_run
 from w2s.tracking.store import artifact_location, tracking_uri
 
 QUIET = TrackingConfig(system_metrics=False)
 
 
-def start(root: Path, tracking: TrackingConfig = QUIET, **arguments: str | None) -> MlflowRun:
+def start(root: Path, tracking: TrackingConfig = QUIET, **arguments: Any) -> MlflowRun:
     return MlflowRun.start(tracking, root, "mim", tags={"w2s.stage": "mim"}, params={"train.steps": 40}, **arguments)
 
 
@@ -214,14 +216,30 @@ def test_a_server_that_refuses_is_a_warning(tmp_path: Path) -> None:
     assert len(run.warnings()) == 1
 
 
-def test_a_write_that_fails_is_counted_and_the_next_goes_through(root: Path, client: MlflowClient) -> None:
+def test_what_fails_twice_is_counted_and_the_rest_goes_through(root: Path, client: MlflowClient) -> None:
     run = start(root)
     run.artifact(root / "no such file")
     run.log({"loss": 0.9}, 2, 128)
     run.end("FINISHED")
     (warning,) = run.warnings()
-    assert "that failed: 1 " in warning and "no such file" in warning
+    assert "lacks 0 values of metrics and 1 other things" in warning and "no such file" in warning
     assert client.get_run(str(run.run_id)).data.metrics["loss"] == 0.9
+
+
+def break_store(monkeypatch: pytest.MonkeyPatch, name: str = "log_batch") -> list[int]:
+    """Let a call of the client fail; return a list that grows with every attempt."""
+    tried: list[int] = []
+
+    def fail(*_: object, **__: object) -> None:
+        tried.append(1)
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(MlflowClient, name, fail)
+    return tried
+
+
+def points(client: MlflowClient, run: MlflowRun, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(str(run.run_id), name)]
 
 
 def test_after_a_slow_failure_the_store_is_left_alone_but_learns_the_end(
@@ -230,19 +248,95 @@ def test_after_a_slow_failure_the_store_is_left_alone_but_learns_the_end(
     monkeypatch.setattr("w2s.tracking.mlflow_run._SLOW_SECONDS", 0.0)
     monkeypatch.setattr("w2s.tracking.mlflow_run._PAUSE_FACTOR", 1e9)
     run = start(root)
-    tried: list[int] = []
-
-    def fail(*_: object, **__: object) -> None:
-        tried.append(1)
-        raise ConnectionError("gone")
-
-    monkeypatch.setattr(MlflowClient, "log_batch", fail)
+    tried = break_store(monkeypatch)
     for step in range(20):
         run.log({"loss": 1.0}, step, 64 * step)
     run.end("FINISHED")
-    assert len(tried) == 1
-    assert "that failed: 20 (ConnectionError: gone)" in run.warnings()[0]
-    assert client.get_run(str(run.run_id)).info.status == "FINISHED"
+    assert len(tried) == 2, "the first one, and once more at the end"
+    assert "lacks 40 values of metrics and 0 other things (ConnectionError: gone)" in run.warnings()[0]
+
+
+def test_a_store_that_comes_back_gets_everything_once(
+    root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        tried = break_store(broken, "create_run")
+        run = start(root)
+        run.log({"loss": 3.0}, 1, 64)
+        assert run.run_id is None and tried
+        run._worker.submit(int).result()  # the thread is done with it
+    run.log({"loss": 2.0}, 2, 128)
+    run._worker.submit(int).result()
+    with monkeypatch.context() as broken:
+        break_store(broken)
+        run.log({"loss": 1.0}, 3, 192)
+        run.log({"accuracy": 0.5}, 3, 192)
+        run._worker.submit(int).result()
+    run.end("FINISHED")
+    assert run.warnings() == []
+    assert points(client, run, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert points(client, run, "samples_seen") == [(1, 64.0), (2, 128.0), (3, 192.0)]
+
+
+def test_a_slow_store_takes_what_waits_in_few_calls(
+    root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, log_batch, calls, free = start(root), MlflowClient.log_batch, [], Event()
+
+    def slow(*arguments: Any, **named: Any) -> None:
+        calls.append(1)
+        free.wait()
+        log_batch(*arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", slow)
+    for step in range(600):
+        run.log({"loss": float(step)}, step, 64 * step)
+    free.set()
+    run.end("FINISHED")
+    assert 2 <= len(calls) <= 3, "1,200 values, 1,000 a call"
+    assert points(client, run, "loss") == [(step, float(step)) for step in range(600)]
+
+
+def test_a_continued_run_has_each_step_once_and_what_was_lost(root: Path, client: MlflowClient) -> None:
+    first = start(root)
+    for step in (1, 2, 4):
+        first.log({"loss": float(step)}, step, step)
+    first.end("KILLED")
+    history = [{"step": step, "samples_seen": step, "time": 1.5, "loss": float(step)} for step in (1, 2, 3)]
+    again = start(root, run_id=first.run_id, history=[*history[:2], {**history[2], "bad": None}])
+    for step in (4, 5):
+        again.log({"loss": float(step), "new": 1.0}, step, step)
+    again.end("FINISHED")
+    assert sorted(points(client, again, "loss")) == [(step, float(step)) for step in (1, 2, 3, 4, 5)]
+    assert points(client, again, "new") == [(4, 1.0), (5, 1.0)]
+    assert [point.timestamp for point in client.get_metric_history(str(again.run_id), "loss") if point.step == 3] == [
+        1500
+    ]
+    assert len(points(client, again, "bad")) == 1
+
+
+def test_steps_that_are_done_with_other_samples_are_logged_again(root: Path, client: MlflowClient) -> None:
+    run = start(root)
+    for step in (1, 2, 3):
+        run.log({"loss": 1.0}, step, step)
+    run.rewind(1)
+    for step in (2, 3):
+        run.log({"loss": 2.0}, step, step)
+    run.end("FINISHED")
+    assert sorted(points(client, run, "loss")) == [(1, 1.0), (2, 1.0), (2, 2.0), (3, 1.0), (3, 2.0)]
+
+
+def test_what_the_store_will_never_take_holds_nothing_up(
+    root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("w2s.tracking.delivery.clean_name", str)
+    run = start(root)
+    run.log({"not a name!?": 1.0}, 1, 1)
+    run._worker.submit(int).result()
+    run.log({"loss": 1.0}, 2, 2)
+    run.end("FINISHED")
+    assert "lacks 2 values" in run.warnings()[0]
+    assert points(client, run, "loss") == [(2, 1.0)]
 
 
 def test_where_the_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,5 +131,6 @@ def test_a_folder_that_goes_away_while_training_is_one_line(root: Path, config: 
     tracker = Tracker(config, root / "x", main=True)
     (root / "x" / "metrics.jsonl").unlink()
     (root / "x" / "metrics.jsonl").mkdir()
+    tracker.log(10, 640, {"loss": 1.0})
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
-        tracker.log(10, 640, {"loss": 1.0})
+        tracker.finish("FINISHED")

@@ -3,15 +3,17 @@
 RUN/checkpoints/step-00000400/   tensors in Megatron's distributed format, meta.json, and manifest.json over all of it
 RUN/checkpoints/latest           name of the one to go on from
 
-Beside them may stand, until the run clears them: `.step-….partial`, which was being written, `.step-….removed`, which
-was being removed, and `step-….damaged`, which a run that went on from an older one has set aside.
+Beside them may stand, until the run clears them: `.step-….partial`, which was being written, with `.step-….reserved`,
+`.step-….removed`, which was being removed, and `step-….damaged`, which a run that went on from an older one has set
+aside.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_origin, get_type_hints
@@ -20,7 +22,7 @@ from uuid import uuid4
 from w2s.checkpoint.manifest import read_manifest, write_manifest
 from w2s.checksum import Checksum, checksums
 from w2s.config.sections import CheckpointConfig
-from w2s.errors import CheckpointError
+from w2s.errors import FREE_SPACE, CheckpointError
 from w2s.megatron.groups import Ranks
 from w2s.redaction import resolved
 
@@ -31,6 +33,8 @@ STEP_NAME = re.compile(r"step-(\d+)")
 """Name of the folder of a checkpoint."""
 DAMAGED = ".damaged"
 """What is added to the name of one that is set aside."""
+RESERVED, RESERVED_BYTES = ".reserved", 2**24
+"""File beside a checkpoint that is being written, whose bytes the main rank's small files will take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +168,9 @@ class Unfinished(Protocol):
     def written(self) -> bool:
         """Whether this rank has written its own."""
 
+    def wait(self) -> None:
+        """Wait until this rank has written its own, or has failed to."""
+
     def finish(self) -> Mapping[str, Checksum]:
         """Wait for all ranks; return the checksums of the files that this rank has written. Every rank calls."""
 
@@ -177,22 +184,30 @@ class Saving:
     Args:
         run: the run's folder.
         meta: what goes into meta.json.
-        write: begins to write this rank's tensors into an existing empty folder.
+        write: begins to write this rank's tensors into an existing folder.
         keep: what stays beside it.
         ranks: this process among all.
+
+    Attributes:
+        step: the updates that it holds.
+
+    Raises:
+        CheckpointError: the system refuses to write there; on every rank.
     """
 
     def __init__(
         self, run: Path, meta: Meta, write: Callable[[Path], Unfinished], keep: CheckpointConfig, ranks: Ranks
     ) -> None:
         self._run, self._meta, self._keep, self._ranks = run, meta, keep, ranks
+        self.step = meta.step
         # A writer that outlives its killed run shall not meet that of the next run.
         name = f".{step_name(meta.step)}.{uuid4().hex[:8]}.partial"
-        scratch = checkpoints_of(run) / name
-        if ranks.main:
-            scratch.mkdir(parents=True)
-        self._scratch = ranks.share(scratch)
-        self._writing = write(self._scratch)
+        self._scratch = ranks.share(checkpoints_of(run) / name)
+        # Beside the folder: Megatron wants an empty one.
+        self._reserve = self._scratch.with_suffix(RESERVED)
+        self._on_main(self._begin)
+        with self._clearing():
+            self._writing = write(self._scratch)
 
     @property
     def written(self) -> bool:
@@ -200,16 +215,59 @@ class Saving:
         return self._writing.written
 
     def finish(self) -> Path:
-        """Make it the newest checkpoint, when all ranks have written; return its folder. Every rank calls."""
-        files: dict[str, Checksum] = {}
-        for own in self._ranks.gather(self._writing.finish()):
-            files.update(own)
-        if self._ranks.main:
-            seal(self._scratch, self._meta, files)
-            _place(self._run, self._scratch, self._meta.step)
-            _prune(self._run, self._keep, self._meta.step)
-        self._ranks.barrier()
+        """Make it the newest checkpoint, when all ranks have written; return its folder. Every rank calls.
+
+        Raises:
+            CheckpointError: the system refuses to write there, which leaves nothing behind; on every rank.
+        """
+        self._writing.wait()
+        with self._clearing():
+            self._on_main(self._reserve.unlink)
+            files: dict[str, Checksum] = {}
+            for own in self._ranks.gather(self._writing.finish()):
+                files.update(own)
+            self._on_main(lambda: self._conclude(files))
         return checkpoints_of(self._run) / step_name(self._meta.step)
+
+    def _begin(self) -> None:
+        """Make the folder, and hold back what the small files will take that the main rank alone writes.
+
+        Without it a disk that the tensors fill to the last byte would let the main rank fail where the others wait.
+        """
+        with self._clearing():
+            self._scratch.mkdir(parents=True)
+            with self._reserve.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, 2 * RESERVED_BYTES)
+                file.truncate(RESERVED_BYTES)  # the rest is for what is written before the tensors
+
+    def _conclude(self, files: Mapping[str, Checksum]) -> None:
+        seal(self._scratch, self._meta, files)
+        _place(self._run, self._scratch, self._meta.step)
+        _prune(self._run, self._keep, self._meta.step)
+
+    def _on_main(self, act: Callable[[], None]) -> None:
+        """Let the main rank act; what the system refuses it is an error on every rank."""
+        refused = ""
+        if self._ranks.main:
+            try:
+                act()
+            except OSError as error:
+                why = error.strerror or type(error).__name__
+                refused = f"cannot write {self._scratch} ({why}): {FREE_SPACE}"
+        refused = self._ranks.share(refused)
+        if refused:
+            raise CheckpointError(refused)
+
+    @contextmanager
+    def _clearing(self) -> Iterator[None]:
+        """Leave nothing of a checkpoint that could not be written: it may be what fills the disk."""
+        try:
+            yield
+        except (OSError, CheckpointError):
+            if self._ranks.main:
+                self._reserve.unlink(missing_ok=True)
+                shutil.rmtree(self._scratch, ignore_errors=True)
+            raise
 
 
 def seal(folder: Path, meta: Meta, files: Mapping[str, Checksum]) -> None:
@@ -250,6 +308,8 @@ def clear(run: Path) -> None:
             _place(run, path, step)
     for path in checkpoints_of(run).glob(".step-*.removed"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in checkpoints_of(run).glob(f".step-*{RESERVED}"):
+        path.unlink(missing_ok=True)
 
 
 def _step_if_whole(partial: Path) -> int | None:

@@ -153,11 +153,13 @@ class CheckpointConfig:
     """Steps that are saved, and kept whatever comes after: where other runs go on from (`init.checkpoint`)."""
     async_save: bool = False
     """Write in the background while training goes on; `latest` moves when all ranks have written."""
+    failures: int = 3
+    """Saves in a row that the system may refuse (disk full, quota) before the run ends: it trains on meanwhile."""
     strict: bool = False
     """Stop where the newest checkpoint is damaged, instead of going on from the newest whole one."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "checkpoint", ("every", "keep"))
+        require_positive(self, "checkpoint", ("every", "keep", "failures"))
         require(min(self.keep_at, default=1) >= 1, f"checkpoint.keep_at={self.keep_at} must be steps, counted from 1")
 
 

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint import CheckpointException
 
 from w2s.checksum import Checksum, checksums
-from w2s.errors import CheckpointError, W2SError
+from w2s.errors import FREE_SPACE, CheckpointError, W2SError
 from w2s.megatron import compat
 
 # It logs what it raises as well.
@@ -66,6 +66,11 @@ class Writing:
         """Return the id of the process that writes, where there is one."""
         return [] if self._process is None else [self._process.pid]
 
+    def wait(self) -> None:
+        """Wait until this rank has written its tensors, or its writer has died."""
+        if self._process is not None:
+            self._results.wait(self._process)
+
     def finish(self) -> dict[str, Checksum]:
         """Wait for all ranks and write what is known of all tensors together; every rank calls.
 
@@ -73,18 +78,21 @@ class Writing:
             The checksums of the files that this rank has written, taken where they were written.
 
         Raises:
-            CheckpointError: the files cannot be written.
-            W2SError: a writing process was killed; on every rank.
+            CheckpointError: the files cannot be written; on every rank.
+            W2SError: a writing process was killed, on every rank; what the main rank writes alone is refused, there.
         """
-        if self._process is not None:
-            self._results.wait(self._process)
+        self.wait()
         deaths = [""] * dist.get_world_size()
         dist.all_gather_object(deaths, self._death())
         for death in filter(None, deaths):
             raise W2SError(death)
-        with reporting_write(self._folder):
-            for finalize in self._request.finalize_fns:
-                finalize()
+        try:
+            with reporting_write(self._folder):
+                for finalize in self._request.finalize_fns:
+                    finalize()
+        except OSError as error:
+            # On the main rank only, and the others wait for it: nobody can go on.
+            raise W2SError(f"cannot write {self._folder} ({error.strerror}): {FREE_SPACE}") from error
         if self._process is not None:
             self._process.join()
         return self._results.files
@@ -147,7 +155,8 @@ def reporting(action: str, fix: str) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
-        (cause, _), *_ = error.failures.values()
+        # One rank alone is told what happened where.
+        cause = next((cause for cause, _ in error.failures.values()), "another rank failed")
         if isinstance(cause, W2SError):
             raise cause from error
         raise CheckpointError(f"cannot {action} ({' '.join(str(cause).split())}): {fix}") from error
@@ -155,4 +164,4 @@ def reporting(action: str, fix: str) -> Iterator[None]:
 
 def reporting_write(folder: Path) -> Any:
     """Report what goes wrong while a folder is written."""
-    return reporting(f"write {folder}", "free some space or choose another folder with run.root=FOLDER")
+    return reporting(f"write {folder}", FREE_SPACE)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from w2s.errors import UserError
+from w2s.errors import FREE_SPACE, UserError
 
 
 @contextmanager
@@ -23,9 +23,7 @@ def writing(path: Path) -> Iterator[Path]:
         yield path
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise UserError(
-            f"cannot write {path} ({reason}): free some space or choose another folder with run.root=FOLDER"
-        ) from error
+        raise UserError(f"cannot write {path} ({reason}): {FREE_SPACE}") from error
 
 
 def make_folder(folder: Path) -> None:

@@ -3,16 +3,18 @@
 import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from w2s.errors import UserError
 from w2s.tracking.files import write_text, writing
 
 FILE_NAME = "metrics.jsonl"
 
 
 class History:
-    """Appends to a run's metrics.jsonl.
+    """Appends to a run's metrics.jsonl; lines that the system refuses are kept and written when it takes them again.
 
     Args:
         run_dir: folder of the run.
@@ -27,17 +29,29 @@ class History:
         self._path = run_dir / FILE_NAME
         kept = [record for record in read_history(run_dir) if record["step"] <= resumed_step] if resumed_step else []
         write_text(self._path, "".join(f"{json.dumps(record)}\n" for record in kept))
+        self._size = self._path.stat().st_size
+        self._waiting = b""
 
     def append(self, step: int, samples: int, metrics: dict[str, float]) -> None:
-        """Adds a line; a value that is not finite becomes null, which is what JSON has for it.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Adds a line; a value that is not finite becomes null, which is what JSON has for it."""
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         record = {"step": step, "samples_seen": samples, "time": round(time.time(), 3), **values}
-        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(record)}\n")
+        self._waiting += f"{json.dumps(record)}\n".encode()
+        with suppress(UserError):
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the lines that the system has refused so far.
+
+        Raises:
+            UserError: it refuses them still.
+        """
+        with writing(self._path), self._path.open("r+b") as file:
+            file.truncate(self._size)  # a write that failed may have left half a line
+            file.seek(self._size)
+            file.write(self._waiting)
+            file.flush()
+        self._size, self._waiting = self._size + len(self._waiting), b""
 
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:

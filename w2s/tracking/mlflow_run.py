@@ -2,9 +2,8 @@
 
 import json
 import os
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from w2s.config.sections import TrackingConfig
 from w2s.errors import StopRun
 from w2s.redaction import redact
+from w2s.tracking.delivery import Delivery, Record, history_points
 from w2s.tracking.files import write_text
 from w2s.tracking.store import OPEN_SECONDS, artifact_location, connect, load_mlflow, reason, tracking_uri
 from w2s.tracking.worker import Worker
@@ -51,6 +51,7 @@ class DataInput(NamedTuple):
 class _Request:
     """What is wanted of the store when a run starts."""
 
+    uri: str
     tracking: TrackingConfig
     root: Path
     name: str
@@ -58,6 +59,7 @@ class _Request:
     params: Mapping[str, object]
     run_id: str | None
     parent_run_id: str | None
+    folder: Path | None
 
 
 @dataclass(frozen=True)
@@ -70,23 +72,30 @@ class _Opened:
     lost_run_id: str | None
 
 
+_Call = Callable[[_Opened], object]
+
+
 class MlflowRun:
     """A run of the store, used on the main rank only. `start` makes one.
 
-    All writing happens in a thread of its own, in order. A call that fails is counted and left out, and after a slow
-    failure the store is left alone for a while, so that a server that died does not pile up work; `warnings` tells.
+    All writing happens in a thread of its own, in order. What a call could not bring is brought later, at the latest at
+    the end, and a run that could not be opened is opened later. After a slow failure the store is left alone for a
+    while. `warnings` tells what never arrived.
 
     Attributes:
-        run_id: id of the run, or None when tracking is off or the store did not answer.
+        run_id: id of the run, or None when tracking is off or the store has not answered yet.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, request: _Request | None, history: Sequence[Record]) -> None:
         self.run_id: str | None = None
         self._uri = redact(uri)  # for messages
+        self._request = request
         self._opened: _Opened | None = None
+        self._history: Sequence[Record] | None = history
+        self._delivery = Delivery()
         self._worker = Worker("mlflow")
+        self._undone: list[_Call] = []
         self._warnings: list[str] = []
-        self._failed_calls = 0
         self._last_failure = ""
         self._quiet_until = 0.0
 
@@ -101,8 +110,10 @@ class MlflowRun:
         params: Mapping[str, object],
         run_id: str | None = None,
         parent_run_id: str | None = None,
+        folder: Path | None = None,
+        history: Sequence[Record] = (),
     ) -> "MlflowRun":
-        """Starts a run, or continues the one of MLFLOW_RUN_ID (where that is set) or of `run_id`.
+        """Starts a run, or continues the one of MLFLOW_RUN_ID (where that is set), of `run_id` or of `folder`.
 
         Args:
             tracking: section `tracking` of the configuration; nothing happens unless it is enabled.
@@ -112,64 +123,78 @@ class MlflowRun:
             params: written once in the life of a run.
             run_id: run to continue; one that the store does not know makes a new run and a warning.
             parent_run_id: run that a new one is a child of.
+            folder: run folder, which notes the id, so that a repeated command continues that run.
+            history: what a continued run has logged so far, as its metrics.jsonl has it; what the store lacks is sent.
         """
         uri = tracking_uri(tracking, root)
-        run = cls(uri)
-        if tracking.enabled:
-            run._open(uri, _Request(tracking, root, name, tags, params, run_id, parent_run_id))
+        if not tracking.enabled:
+            return cls(uri, None, history)
+        # Used once, as MLflow itself does it: the children of this run must not find the variable again.
+        wanted = os.environ.pop("MLFLOW_RUN_ID", None) or run_id or (stored_run_id(folder) if folder else None)
+        run = cls(uri, _Request(uri, tracking, root, name, tags, params, wanted, parent_run_id, folder), history)
+        run._begin()
         return run
 
-    def _open(self, uri: str, request: _Request) -> None:
+    def _begin(self) -> None:
         try:
             load_mlflow()  # outside the time limit: a slow disk is no fault of the store
-            self._opened = self._worker.submit(_open_run, uri, request).result(OPEN_SECONDS)
+            self._worker.submit(self._attempt, lambda opened: None).result(OPEN_SECONDS)
         except TimeoutError:
-            self._give_up(f"no answer within {OPEN_SECONDS:.0f} s")
-        except Exception as error:  # MLflow raises its own, its database's and its HTTP library's errors
-            self._give_up(reason(error))
-        else:
-            self.run_id = self._opened.run_id
-            if self._opened.lost_run_id:
-                self._warnings.append(
-                    f"MLflow at {self._uri} does not know run {self._opened.lost_run_id}: went on in run {self.run_id}"
-                )
+            self._last_failure = f"no answer within {OPEN_SECONDS:.0f} s"
 
-    def _give_up(self, why: str) -> None:
-        self._warnings.append(
-            f"MLflow at {self._uri} could not be used ({why}): nothing was logged there, see metrics.jsonl; "
-            "set tracking.uri, or tracking.enabled=false to do without"
-        )
-
-    def _send(self, call: Callable[[_Opened], object]) -> None:
-        if self._opened is not None:
-            self._worker.submit(self._attempt, call, self._opened)
-
-    def _attempt(self, call: Callable[[_Opened], object], opened: _Opened) -> None:
+    def _attempt(self, call: _Call) -> bool:
+        """Make a call in the worker's thread; return whether it went well."""
         begin = time.monotonic()
         if begin < self._quiet_until:
-            self._failed_calls += 1
-            return
+            return False
         try:
-            call(opened)
-        except Exception as error:  # see _open; a failure of the log is no reason to stop training
-            self._failed_calls += 1
+            call(self._opened or self._open())
+        except Exception as error:  # MLflow's own, its database's and its HTTP library's are no reason to stop training
             self._last_failure = reason(error)
             end = time.monotonic()
             if end - begin > _SLOW_SECONDS:
                 self._quiet_until = end + _PAUSE_FACTOR * (end - begin)
+            return False
+        return True
+
+    def _open(self) -> _Opened:
+        if self._request is None:
+            raise RuntimeError("a run that is not tracked is never opened")
+        self._opened = opened = _open_run(self._request)
+        self.run_id = opened.run_id
+        if opened.lost_run_id:
+            self._warnings.append(
+                f"MLflow at {self._uri} does not know run {opened.lost_run_id}: went on in run {self.run_id}"
+            )
+        if self._request.folder is not None:
+            write_text(self._request.folder / _RUN_ID_FILE, f"{self.run_id}\n")
+        return opened
+
+    def _deliver(self, opened: _Opened) -> None:
+        if self._history is not None:
+            self._delivery.compare(opened.client, opened.run_id, history_points(self._history))
+            self._history = None
+        self._delivery.send(opened.client, opened.run_id)
 
     def log(self, metrics: Mapping[str, float], step: int, samples: int) -> None:
         """Logs metrics of a step, and the samples seen until then, without waiting."""
-        now = int(time.time() * 1000)
+        if self._request is not None:
+            self._delivery.add({**metrics, "samples_seen": float(samples)}, step, int(time.time() * 1000))
+            self._worker.submit(self._attempt, self._deliver)
 
-        def write(opened: _Opened) -> None:
-            from mlflow.entities import Metric
+    def rewind(self, step: int) -> None:
+        """Lets metrics of later steps be logged anew, as those steps are done again with other samples."""
+        self._delivery.rewind(step)
 
-            values = {**metrics, "samples_seen": float(samples)}
-            points = [Metric(clean_name(name), value, now, step) for name, value in values.items()]
-            opened.client.log_batch(opened.run_id, metrics=points)
+    def _send(self, call: _Call) -> None:
+        """Make a call later, and once more at the end if it fails."""
 
-        self._send(write)
+        def attempt() -> None:
+            if not self._attempt(call):
+                self._undone.append(call)
+
+        if self._request is not None:
+            self._worker.submit(attempt)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Uploads a file, into a folder of the run's artifacts where one is given, without waiting."""
@@ -195,40 +220,46 @@ class MlflowRun:
 
     def end(self, status: Status) -> None:
         """Writes what is still waiting, then the final status."""
-        if self._opened is None:
+        if self._request is None:
             return
-        if self._opened.monitor is not None:
-            self._worker.submit(self._opened.monitor.finish)
 
-        def close(opened: _Opened) -> None:
+        def close() -> None:
             self._quiet_until = 0.0  # a server that came back should learn how the run ended
-            self._attempt(lambda opened: opened.client.set_terminated(opened.run_id, status), opened)
+            if self._opened is not None and self._opened.monitor is not None:
+                self._opened.monitor.finish()
+            self._attempt(self._deliver)
+            self._undone = [call for call in self._undone if not self._attempt(call)]
+            self._attempt(lambda opened: opened.client.set_terminated(opened.run_id, status))
 
-        closing = self._worker.submit(close, self._opened)
-        self._opened = None
         try:
-            closing.result(_FLUSH_SECONDS)
+            self._worker.submit(close).result(_FLUSH_SECONDS)
         except TimeoutError:
             self._warnings.append(f"MLflow at {self._uri} did not take the end of the log in {_FLUSH_SECONDS:.0f} s")
 
     def warnings(self) -> list[str]:
         """What a person should know at the end: one line each."""
-        if not self._failed_calls:
+        if self._request is None:
+            return []
+        if self._opened is None:
+            return [
+                f"MLflow at {self._uri} could not be used ({self._last_failure}): nothing was logged there, see "
+                "metrics.jsonl; set tracking.uri, or tracking.enabled=false to do without"
+            ]
+        values, others = len(self._delivery) + self._delivery.refused, len(self._undone)
+        if not values + others:
             return list(self._warnings)
-        failures = f"writes to MLflow at {self._uri} that failed: {self._failed_calls} ({self._last_failure})"
-        return [*self._warnings, f"{failures}; its curves may have gaps, metrics.jsonl has everything"]
+        lacks = f"MLflow at {self._uri} lacks {values} values of metrics and {others} other things"
+        return [*self._warnings, f"{lacks} ({self._last_failure}); metrics.jsonl has all values"]
 
 
-def _open_run(uri: str, request: _Request) -> _Opened:
+def _open_run(request: _Request) -> _Opened:
     """Starts or continues a run; runs in the worker's thread."""
-    client = connect(uri)
-    # Used once, as MLflow itself does it: the children of this run must not find the variable again.
-    wanted = os.environ.pop("MLFLOW_RUN_ID", None) or request.run_id
-    known = _continue_run(client, wanted) if wanted else None
-    run = known or _new_run(client, uri, request)
+    client = connect(request.uri)
+    known = _continue_run(client, request.run_id) if request.run_id else None
+    run = known or _new_run(client, request.uri, request)
     _write_tags_and_params(client, run, request, write_params=not run.data.params)
-    monitor = _start_monitor(uri, run.info.run_id) if request.tracking.system_metrics else None
-    return _Opened(client, run.info.run_id, monitor, wanted if known is None else None)
+    monitor = _start_monitor(request.uri, run.info.run_id) if request.tracking.system_metrics else None
+    return _Opened(client, run.info.run_id, monitor, request.run_id if known is None else None)
 
 
 def _continue_run(client: "MlflowClient", run_id: str) -> "Run | None":
@@ -288,25 +319,10 @@ def _start_monitor(uri: str, run_id: str) -> "SystemMetricsMonitor":
     return monitor
 
 
-def clean_name(name: str) -> str:
-    """A metric's name with only what MLflow takes: letters, digits, `_-. :/`."""
-    return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"), flags=re.ASCII)
-
-
 def stored_run_id(folder: Path) -> str | None:
     """The MLflow run that a run's folder belongs to."""
     path = folder / _RUN_ID_FILE
     return path.read_text(encoding="utf-8").strip() or None if path.is_file() else None
-
-
-def store_run_id(folder: Path, run: MlflowRun) -> None:
-    """Notes in a run's folder which MLflow run it belongs to, so that a repeated command continues that one.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    if run.run_id is not None:
-        write_text(folder / _RUN_ID_FILE, f"{run.run_id}\n")
 
 
 @contextmanager
@@ -321,8 +337,7 @@ def parent_run(tracking: TrackingConfig, folder: Path, *, tags: Mapping[str, str
         tags: tags of the run.
     """
     own = replace(tracking, system_metrics=False)  # the stages log them
-    run = MlflowRun.start(own, folder.parent, folder.name, tags=tags, params={}, run_id=stored_run_id(folder))
-    store_run_id(folder, run)
+    run = MlflowRun.start(own, folder.parent, folder.name, tags=tags, params={}, folder=folder)
     status: Status = "FAILED"
     try:
         yield run

@@ -11,8 +11,8 @@ from w2s.redaction import redacted
 from w2s.tracking.console import RunConsole
 from w2s.tracking.environment import environment_text, git_sha
 from w2s.tracking.files import make_folder, write_text
-from w2s.tracking.history import History
-from w2s.tracking.mlflow_run import DataInput, MlflowRun, Status, store_run_id, stored_run_id
+from w2s.tracking.history import History, read_history
+from w2s.tracking.mlflow_run import DataInput, MlflowRun, Status
 from w2s.tracking.report import write_report
 from w2s.tracking.tables import Cell, Table
 
@@ -24,12 +24,8 @@ class Tracker:
         config: the resolved configuration.
         run_dir: folder of the run.
         main: whether this rank is the one that writes.
-        run_id: MLflow run to continue; None takes the one that the run folder belongs to, else a new one.
         resumed_step: step that the run continues from; 0 for a new one.
         tags: further tags of the MLflow run, such as `w2s.parent_checkpoint`.
-
-    Attributes:
-        run_id: id of the MLflow run; None without one and on every rank but the main one.
 
     Raises:
         UserError: the run folder cannot be written.
@@ -41,13 +37,17 @@ class Tracker:
         run_dir: Path,
         *,
         main: bool,
-        run_id: str | None = None,
         resumed_step: int = 0,
         tags: Mapping[str, str] | None = None,
     ) -> None:
         self._run_dir = run_dir
-        self._parts = _Parts(config, run_dir, run_id, resumed_step, tags or {}) if main else None
-        self.run_id = self._parts.mlflow.run_id if self._parts else None
+        self._parts = _Parts(config, run_dir, resumed_step, tags or {}) if main else None
+        self._mlflow = self._parts.mlflow if self._parts else None
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the MLflow run; None without one, until its store answers, and on every rank but the main one."""
+        return self._mlflow.run_id if self._mlflow else None
 
     def log(self, step: int, samples: int, metrics: Mapping[str, float]) -> None:
         """Logs metrics.
@@ -57,9 +57,6 @@ class Tracker:
             samples: samples seen until then over all ranks.
             metrics: name to value. Measures of training have plain names (`loss`, `grad_norm`, `lr`), results a prefix
                 (`zero_shot/top1`).
-
-        Raises:
-            UserError: metrics.jsonl cannot be written.
         """
         if self._parts:
             self._parts.history.append(step, samples, dict(metrics))
@@ -73,7 +70,9 @@ class Tracker:
             UserError: metrics.jsonl cannot be written.
         """
         if self._parts:
+            self._parts.history.flush()
             self._parts.history = History(self._run_dir, step)
+            self._parts.mlflow.rewind(step)
 
     def message(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -124,13 +123,14 @@ class Tracker:
         """Writes the report, uploads what a person may look for later, ends the MLflow run and prints the warnings.
 
         Raises:
-            UserError: the report cannot be written.
+            UserError: metrics.jsonl or the report cannot be written.
         """
         if self._parts is None:
             return
         parts, self._parts = self._parts, None
         parts.console.close()
         try:
+            parts.history.flush()
             report = write_report(self._run_dir)
             parts.console.print(f"report: {report}")
             for path in [*self._run_dir.glob("*.yaml"), self._run_dir / "environment.txt", report]:
@@ -147,9 +147,7 @@ class Tracker:
 class _Parts:
     """What the main rank has and the others have not."""
 
-    def __init__(
-        self, config: Config, run_dir: Path, run_id: str | None, resumed_step: int, tags: Mapping[str, str]
-    ) -> None:
+    def __init__(self, config: Config, run_dir: Path, resumed_step: int, tags: Mapping[str, str]) -> None:
         _write_config(run_dir, to_yaml(config), resumed_step)
         write_text(run_dir / "environment.txt", environment_text())
         self.history = History(run_dir, resumed_step)
@@ -161,10 +159,10 @@ class _Parts:
             run_dir.name,
             tags={"w2s.stage": config.stage, **({"w2s.git_sha": sha} if sha else {}), **tags},
             params=flatten(redacted(asdict(config))),
-            run_id=run_id or stored_run_id(run_dir),
             parent_run_id=config.tracking.parent_run or None,
+            folder=run_dir,
+            history=read_history(run_dir),
         )
-        store_run_id(run_dir, self.mlflow)
 
 
 def _write_config(run_dir: Path, text: str, resumed_step: int) -> None:

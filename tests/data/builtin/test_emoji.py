@@ -60,6 +60,7 @@ def test_all_folders_hold_labelled_pictures(cache: Path) -> None:
 
 
 @needs_pictures
+@pytest.mark.slow
 def test_it_is_the_same_byte_by_byte(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     ensure_builtin(DataConfig(builtin="emoji", cache="~/data"))

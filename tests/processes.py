@@ -1,0 +1,22 @@
+"""Whether processes have ended."""
+
+import time
+from collections.abc import Sequence
+
+import psutil
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it has not ended; nobody may have asked for its exit code yet."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def running_after(processes: Sequence[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that still run after so long; returns as soon as none does."""
+    end = time.monotonic() + seconds
+    while (left := [process for process in processes if runs(process)]) and time.monotonic() < end:
+        time.sleep(0.01)
+    return left
