@@ -138,6 +138,7 @@ def run(
         ),
     ] = None,
     nproc: Nproc = 1,
+    restarts: Restarts = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew beside earlier results.")] = False,
     print_config: PrintConfig = False,
     debug: Debug = False,
@@ -153,7 +154,7 @@ def run(
         if print_config:
             print(pipeline_yaml(name, given), end="")
         else:
-            run_pipeline(name, given, ranks=nproc, fresh=fresh)
+            run_pipeline(name, given, ranks=nproc, fresh=fresh, restarts=restarts)
 
 
 def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -27,8 +27,9 @@ class Launcher:
         self.broken = ""
         self.measure = measure
 
-    def __call__(self, function: object, config: Config, ranks: int) -> None:
+    def __call__(self, function: object, config: Config, ranks: int, restarts: int) -> None:
         self.configs.append(config)
+        self.restarts = restarts
         if config.run.name == self.broken:
             raise RankError("broken", 1)
         folder = run_folder(config)

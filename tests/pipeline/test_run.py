@@ -28,6 +28,11 @@ def test_the_steps_run_in_order_in_one_group(launcher: Launcher, tmp_path: Path)
     assert by_name["eval_scratch"].init.checkpoint == str(report.parent / "scratch")
 
 
+def test_every_step_may_be_started_again(launcher: Launcher, tmp_path: Path) -> None:
+    run_pipeline("default", overrides(tmp_path), ranks=1, fresh=False, restarts=3)
+    assert launcher.restarts == 3
+
+
 def test_the_table_and_the_report_show_metrics_beside_their_baselines(
     launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

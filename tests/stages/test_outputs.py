@@ -27,7 +27,7 @@ def group(base: list[str], root: Path) -> Path:
     """The folder of a `w2s run` of the five steps, its stages in this process."""
     launched = []
 
-    def launch(function: object, config: Config, ranks: int) -> None:
+    def launch(function: object, config: Config, ranks: int, restarts: int) -> None:
         launched.append(config.run.name)
         run_in_process(config)
 

@@ -23,7 +23,7 @@ from w2s.tracking.mlflow_run import parent_run
 from w2s.tracking.report import write_group_report
 
 
-def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool) -> Path:
+def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool, restarts: int = 0) -> Path:
     """Run the steps that have no result yet, and print the tables of all.
 
     The folder of the group then holds report.html, and for a pipeline with seeds `tables/*.md` and `pictures/*.png`.
@@ -33,6 +33,7 @@ def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool
         overrides: `key=value` for every step, `STEP:key=value` for one.
         ranks: processes of each step.
         fresh: start a new group of runs, also where there is one of the same configuration.
+        restarts: times that the ranks of a step are started again when one has failed.
 
     Returns:
         The path of the report.
@@ -49,7 +50,7 @@ def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool
     check_data([config for config in configs if not is_finished(run_folder(config))])
     console = Console()
     with parent_run(configs[0].tracking, plan.folder, tags={"w2s.pipeline": name}) as parent:
-        results, choices = _Runner(plan, ranks, parent.run_id or "", console).run()
+        results, choices = _Runner(plan, ranks, restarts, parent.run_id or "", console).run()
         shown = tables(results, choices)
         files = draw(results, plan.folder / "pictures") if plan.pipeline.seeds else []
         for file, table in shown.items() if plan.pipeline.seeds else ():
@@ -87,6 +88,7 @@ class _Runner:
 
     plan: Plan
     ranks: int
+    restarts: int
     parent_run: str
     """Id of the MLflow run above all."""
     console: Console
@@ -116,5 +118,5 @@ class _Runner:
         else:
             self.console.print(f"{task.name}: w2s stage {config.stage}, in {folder}", soft_wrap=True)
             child = replace(config.tracking, parent_run=self.parent_run)
-            launch(run_stage, replace(config, tracking=child), self.ranks)
+            launch(run_stage, replace(config, tracking=child), self.ranks, self.restarts)
         return Run(task, config, self.plan.begins_at(task, config, chosen))

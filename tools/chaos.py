@@ -1,0 +1,564 @@
+"""Faults of a cluster on small runs of this machine: what survives, what is lost, how soon it is back.
+
+    python tools/chaos.py                        # everything: half an hour on two cores; writes .chaos/trials.jsonl
+    python tools/chaos.py --kills 3 --stops 0    # fewer
+    python tools/chaos.py --table                # the table for docs/reliability.md of what .chaos holds
+
+Two ranks train `model=tiny` for 120 steps with a checkpoint every 8, in every layout, stage and kind of checkpoint, and
+are hit. A trial has survived when the run, repeated where it had ended, comes to its end; when each step's loss, norm
+and rate are those of the run that nothing befell, bit for bit, or, where an update or samples are passed over (bad
+steps, flips), the last ten losses are within 1 % in the mean; and when no process that it started is there 30 s after
+each end. The same command goes on with the trials that are missing. Commands are forked from this process, which has
+imported what takes seconds.
+"""
+
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+import typer
+from chaos_faults import Fault
+
+from w2s import cli, launch
+
+FORK = multiprocessing.get_context("fork")
+STEPS, EVERY, TIMEOUT = 120, 8, 5
+LAST = 10
+"""Losses that are compared where not every step can be the same."""
+DEADLINE = 180
+OPTIONS = (
+    "model=tiny",
+    "hardware=cpu",
+    f"hardware.timeout={TIMEOUT}",
+    "eval.shards=",
+    "eval.knn_shards=",
+    "train.global_batch=24",
+    "train.micro_batch=4",
+    "train.log_every=1",
+    "train.check_replicas=8",
+    "optim.warmup=4",
+    "optim.spike_window=8",
+    f"checkpoint.every={EVERY}",
+    "checkpoint.keep=3",
+    "tracking.system_metrics=false",
+)
+STAGES = {"mim": ["teacher.source=eva:tiny"], "clip": ["init.vision=none"]}
+LAYOUTS = {
+    "DP2": (2, []),
+    "TP2": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "PP2": (2, ["parallel.pipeline=2"]),
+    "DP3": (3, []),
+}
+LONG = 240
+"""Steps where an update is passed over: it takes some to catch up."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and how."""
+
+    layout: str
+    stage: str
+    background: bool
+    steps: int = STEPS
+
+    @property
+    def name(self) -> str:
+        """For files."""
+        return f"{self.stage}-{self.layout}-{'async' if self.background else 'sync'}-{self.steps}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments of the command."""
+        ranks, layout = LAYOUTS[self.layout]
+        own = [f"checkpoint.async_save={str(self.background).lower()}", f"train.steps={self.steps}"]
+        return ["stage", self.stage, *OPTIONS, *STAGES[self.stage], *layout, *own, "--nproc", str(ranks)]
+
+
+SETTINGS = [Setting(*each) for each in itertools.product(("DP2", "TP2", "PP2"), STAGES, (False, True))]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How one fault ended."""
+
+    fault: str
+    number: int
+    setting: str
+    detail: str
+    survived: bool
+    steps_lost: int | None
+    """Steps that were done again or not at all."""
+    seconds: float | None
+    """From the fault to the next step that was new to the run."""
+    word: str
+    """What the run said of it, or what went wrong."""
+
+
+Act = Callable[[], tuple[int, float, str]]
+"""Steps that were lost, seconds until the run was back, and what it said."""
+
+
+class Failed(Exception):
+    """The run did not do what it should."""
+
+
+class Run:
+    """A run of the command that can be hit and repeated."""
+
+    def __init__(self, folder: Path, setting: Setting, fault: Fault | None = None, workers: int = 0) -> None:
+        self.setting, self.folder, self._fault = setting, folder / setting.name, fault
+        self._workers = workers
+        self._log = self.folder.with_suffix(".log")
+        self._seen: dict[int, psutil.Process] = {}
+
+    def start(self) -> None:
+        """Start or repeat the command."""
+        place = [f"run.root={self.folder.parent}", f"run.name={self.folder.name}", f"data.workers={self._workers}"]
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        arguments = [*self.setting.arguments, *place]
+        self.process = FORK.Process(target=_command, args=(arguments, self._log, self._fault))
+        self.process.start()
+
+    def steps(self) -> list[dict[str, Any]]:
+        """What is logged of each step."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+        return [record for record in map(json.loads, lines) if "loss" in record]
+
+    @property
+    def step(self) -> int:
+        """The last step that is logged."""
+        return max((record["step"] for record in self.steps()), default=0)
+
+    def family(self) -> list[psutil.Process]:
+        """All processes that run for it now, the launcher first."""
+        try:
+            launcher = psutil.Process(self.process.pid)
+            family = [launcher, *launcher.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+        self._seen |= {process.pid: process for process in family}
+        return family
+
+    def wait_for(self, happens: Callable[[], bool], what: str) -> None:
+        """Wait until something happens while the command runs."""
+        end = time.monotonic() + DEADLINE
+        while not happens():
+            self.family()
+            if not self.process.is_alive() and not happens():
+                raise Failed(f"ended before {what}: {self.last_word()}")
+            if time.monotonic() > end:
+                raise Failed(f"no {what} within {DEADLINE} s")
+            time.sleep(0.02)
+
+    def end(self, within: float = DEADLINE) -> int:
+        """Wait for the end of the command and of all that it started; return its exit code."""
+        end = time.monotonic() + within
+        while self.process.is_alive():
+            self.family()
+            if time.monotonic() > end:
+                raise Failed(f"no end within {within:.0f} s")
+            self.process.join(0.05)
+        until = time.monotonic() + 30
+        while (left := [each for each in self._seen.values() if _runs(each)]) and time.monotonic() < until:
+            time.sleep(0.05)
+        if left:
+            raise Failed(f"left behind: {', '.join(' '.join(each.cmdline())[:60] for each in left)}")
+        self._seen = {}
+        return int(self.process.exitcode or 0)
+
+    def last_word(self) -> str:
+        """The last line that is an error, a warning or a note."""
+        lines = [line for line in self._log.read_text().splitlines() if re.match("error|warning|note", line)]
+        return lines[-1] if lines else ""
+
+    def said(self, pattern: str) -> bool:
+        """Whether the command has said something."""
+        return re.search(pattern, " ".join(self._log.read_text().split())) is not None
+
+    def kill(self) -> None:
+        """End whatever is left of it."""
+        for process in self.family():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.join()
+
+
+def _command(arguments: Sequence[str], log: Path, fault: Fault | None) -> None:
+    """Be the command `w2s` in a process of its own, whose ranks are forks of it."""
+    os.setsid()
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    if fault:
+        fault.inject()
+    config = launch.LaunchConfig
+    launch.LaunchConfig = lambda **named: config(**{**named, "start_method": "fork"})  # type: ignore[misc]
+    sys.argv = ["w2s", *arguments]
+    cli.main()
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Chaos:
+    """All trials, and the folder that keeps them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.trials = folder / "trials.jsonl"
+        self.random = random.Random(0)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def done(self) -> list[Trial]:
+        """The trials so far."""
+        lines = self.trials.read_text().splitlines() if self.trials.is_file() else []
+        return [Trial(**json.loads(line)) for line in lines]
+
+    def reference(self, setting: Setting) -> list[dict[str, Any]]:
+        """The steps of the run that nothing befalls."""
+        run = Run(self.folder / "reference", setting)
+        if not (run.folder / "result.json").is_file():
+            shutil.rmtree(run.folder, ignore_errors=True)
+            run.start()
+            if run.end() != 0:
+                raise SystemExit(f"the run without a fault failed: {run.last_word()}, see {run.folder}.log")
+        return run.steps()
+
+    def check(self, run: Run, exact: bool) -> None:
+        """Compare a finished run with the one that nothing befell."""
+        found, expected = run.steps(), self.reference(run.setting)
+        if exact:
+            keys = ("step", "samples_seen", "loss", "grad_norm", "lr")
+            for ours, theirs in itertools.zip_longest(found, expected, fillvalue={}):
+                wrong = [key for key in keys if ours.get(key) != theirs.get(key)]
+                if wrong:
+                    raise Failed(f"step {ours.get('step')}: {wrong[0]} is {ours.get(wrong[0])}")
+            return
+        ours, theirs = (statistics.fmean(record["loss"] for record in each[-LAST:]) for each in (found, expected))
+        if abs(ours - theirs) > 0.01 * abs(theirs):
+            raise Failed(f"the last {LAST} losses are {ours:.4f}, not {theirs:.4f}")
+
+    def repeat(self, fault: str, count: int, settings: Sequence[Setting], act: Callable[..., Trial]) -> None:
+        """Do the trials of a fault that are missing, the settings in turn."""
+        there = {trial.number for trial in self.done() if trial.fault == fault}
+        for number in range(count):
+            if number in there:
+                continue
+            self.random.seed(f"{fault} {number}")
+            setting = settings[number % len(settings)]
+            self.reference(setting)
+            folder = self.folder / fault.replace(" ", "-") / str(number)
+            shutil.rmtree(folder, ignore_errors=True)
+            trial = act(fault, number, setting, folder)
+            with self.trials.open("a") as file:
+                file.write(json.dumps(asdict(trial)) + "\n")
+            verdict = "survived" if trial.survived else "FAILED"
+            print(f"{fault} {number + 1}/{count} {setting.name} {trial.detail}: {verdict}, {trial.word[:150]}")
+            if trial.survived:
+                shutil.rmtree(folder)
+
+    def trial(self, fault: str, number: int, run: Run, detail: str, act: Act) -> Trial:
+        """Judge what an act on a run comes to."""
+        survived, lost, seconds = True, None, None
+        try:
+            lost, seconds, word = act()
+        except Failed as failed:
+            run.kill()
+            survived, word = False, str(failed)
+        return Trial(fault, number, run.setting.name, detail, survived, lost, seconds, word)
+
+    def back(self, run: Run, reached: int, since: float) -> tuple[int, float]:
+        """Repeat the command after a fault; return the steps that are done again and the seconds until a new one."""
+        run.start()
+        run.wait_for(lambda: run.said(r"step +\d+/") or run.step > reached, "step of the repeated command")
+        resumed = min(int(found) for found in re.findall(r"step +(\d+)/", run._log.read_text())) - 1
+        run.wait_for(lambda: run.step > reached, f"step {reached + 1}")
+        return reached - resumed, time.monotonic() - since
+
+    def finish(self, run: Run, exact: bool = True) -> None:
+        """Wait for the end of a run, which must be a good one."""
+        if run.end() != 0:
+            raise Failed(run.last_word())
+        self.check(run, exact)
+
+    def killed(self, fault: str, number: int, setting: Setting, folder: Path) -> Trial:
+        """SIGKILL of a rank, the launcher, all processes, a reading process, a watcher or a writer."""
+        targets = ["rank 0", "rank 1", "launcher", "all", "reader", "watcher", *(["writer"] * setting.background)]
+        target = targets[(number + number // len(SETTINGS)) % len(targets)]
+        at = EVERY * self.random.randint(2, STEPS // EVERY - 3)
+        if target != "writer":
+            at += self.random.randrange(EVERY)
+        dying = Fault("writer", at, number % 2) if target == "writer" else None
+        run = Run(folder, setting, dying, workers=int(target == "reader"))
+
+        def act() -> tuple[int, float, str]:
+            run.start()
+            if target != "writer":
+                run.wait_for(lambda: run.step >= at, f"step {at}")
+                for process in _targets(run, target):
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+            since = time.monotonic()
+            code, word = run.end(), run.last_word()
+            if code == 0 and target in ("reader", "watcher"):  # the run itself need not mind
+                self.check(run, exact=True)
+                return 0, 0.0, word
+            lost, seconds = self.back(run, run.step, since)
+            self.finish(run)
+            return lost, seconds, word
+
+        return self.trial(fault, number, run, f"{target} at step {at}", act)
+
+    def stopped(self, fault: str, number: int, setting: Setting, folder: Path) -> Trial:
+        """SIGSTOP of a rank: all end within the time, and the rank is named."""
+        run, rank, at = Run(folder, setting), number % 2, self.random.randint(EVERY + 1, STEPS - 2 * EVERY)
+
+        def act() -> tuple[int, float, str]:
+            run.start()
+            run.wait_for(lambda: run.step >= at, f"step {at}")
+            since = time.monotonic()
+            for process in _targets(run, f"rank {rank}"):
+                process.suspend()
+            run.end(TIMEOUT + 10)
+            word = run.last_word()
+            if f"rank {rank} " not in word:
+                raise Failed(f"rank {rank} is not named: {word}")
+            lost, seconds = self.back(run, run.step, since)
+            self.finish(run)
+            return lost, seconds, word
+
+        return self.trial(fault, number, run, f"rank {rank} at step {at}", act)
+
+    def full(self, fault: str, number: int, setting: Setting, folder: Path) -> Trial:
+        """A disk that is full for a while, or that stays full until the run has ended."""
+        disk = folder / "disk"
+        disk.mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192M", "tmpfs", str(disk)], check=True)
+        run, stays, at = Run(disk, setting), number % 2 == 1, self.random.randint(EVERY + 1, STEPS // 2)
+
+        def act() -> tuple[int, float, str]:
+            run.start()
+            run.wait_for(lambda: run.step >= at, f"step {at}")
+            _fill(disk / "filler")
+            run.wait_for(lambda: run.said("training goes on"), "word of the full disk")
+            word, lost, seconds = run.last_word(), 0, 0.0
+            if stays:
+                code, word, since = run.end(), run.last_word(), time.monotonic()
+                if code != 2 or not word.startswith("error: cannot write"):
+                    raise Failed(f"exit code {code}: {word}")
+                (disk / "filler").unlink()
+                lost, seconds = self.back(run, run.step, since)
+            else:
+                (disk / "filler").unlink()
+            self.finish(run)
+            return lost, seconds, word
+
+        try:
+            return self.trial(fault, number, run, f"from step {at}, {'to the end' if stays else 'for a while'}", act)
+        finally:
+            subprocess.run(["umount", "-l", str(disk)], check=True)
+
+    def damaged(self, fault: str, number: int, setting: Setting, folder: Path) -> Trial:
+        """A file of the newest checkpoint, or what stands beside it, is damaged while the run is away."""
+        run = Run(folder, setting)
+        shutil.copytree(self._stopped_run(setting), run.folder)
+        newest = max((run.folder / "checkpoints").glob("step-*"))
+        files = [*sorted(newest.iterdir()), run.folder / "checkpoints" / "latest", run.folder / "metrics.jsonl"]
+        path, how = files[number % len(files)], list(DAMAGES)[number // 3 % len(DAMAGES)]
+
+        def act() -> tuple[int, float, str]:
+            DAMAGES[how](path, self.random)
+            lost, seconds = self.back(run, int(newest.name.removeprefix("step-")), time.monotonic())
+            word = run.last_word()
+            # Lines of metrics.jsonl that are gone stay so: what is computed after them is compared.
+            self.finish(run, exact=path.name != "metrics.jsonl")
+            return lost, seconds, word
+
+        return self.trial(fault, number, run, f"{path.name} {how}", act)
+
+    def _stopped_run(self, setting: Setting) -> Path:
+        """The folder of a run with three checkpoints that was asked to stop."""
+        run = Run(self.folder / "stopped", setting)
+        if not run.folder.is_dir():
+            run.start()
+            run.wait_for(lambda: run.step >= 5 * EVERY, f"step {5 * EVERY}")
+            run.process.terminate()
+            run.end()
+        return run.folder
+
+    def bad_step(self, fault: str, number: int, setting: Setting, folder: Path) -> Trial:
+        """One rank's gradients are not numbers, or far too large."""
+        kind, at, rank = ("nan", "spike", "loud")[number % 3], self.random.randint(LONG // 4, LONG // 2), number % 2
+        run = Run(folder, setting, Fault(kind, at, rank))
+
+        def act() -> tuple[int, float, str]:
+            run.start()
+            self.finish(run, exact=False)
+            skipped = run.steps()[-1].get("skipped_steps", 0)
+            if skipped != 1:
+                raise Failed(f"{skipped} steps were skipped")
+            return 1, 0.0, "skipped"
+
+        return self.trial(fault, number, run, f"{kind} on rank {rank} at step {at}", act)
+
+    def flipped(self, fault: str, number: int, setting: Setting, folder: Path) -> Trial:
+        """A bit of a weight in one of two or three replicas, when they are compared and between that."""
+        due, rank = number % 4 < 2, number % 2
+        at = EVERY * self.random.randint(LONG // 4 // EVERY, LONG // 2 // EVERY) - (0 if due else 3)
+        run = Run(folder, setting, Fault("flip", at, rank))
+
+        def act() -> tuple[int, float, str]:
+            run.start()
+            self.finish(run, exact=False)
+            if due and not run.said(r"step \d+: \S+ differs on ranks"):
+                raise Failed("nobody noticed")
+            lost = EVERY if run.said("back at step") else 0
+            return lost, 0.0, run.last_word() or "the next update has overwritten it"
+
+        return self.trial(fault, number, run, f"rank {rank} at step {at}", act)
+
+
+def _targets(run: Run, target: str) -> list[psutil.Process]:
+    """The processes that a name means."""
+    family = run.family()
+    if not family:
+        return []
+    launcher = family[0]
+    with suppress(psutil.NoSuchProcess):
+        ranks = [each for each in launcher.children() if each.cmdline() == launcher.cmdline()]
+        if target == "launcher":
+            return [launcher]
+        if target == "all":
+            return family
+        if target.startswith("rank"):
+            number = int(target.split()[1])
+            return sorted(ranks, key=lambda each: each.pid)[number : number + 1]
+        below = [child for rank in ranks for child in rank.children(recursive=True)]
+        marks = {"reader": "w2s.data.reader", "watcher": "w2s.liveness.watcher"}
+        return [each for each in below if marks[target] in " ".join(each.cmdline())][:1]
+    return []
+
+
+def _fill(path: Path) -> None:
+    """Write a file until the disk is full."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(2**16)):
+                pass
+        except OSError:
+            return
+
+
+def _cut(path: Path, chance: random.Random) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _empty(path: Path, chance: random.Random) -> None:
+    os.truncate(path, 0)
+
+
+def _zero(path: Path, chance: random.Random) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def _remove(path: Path, chance: random.Random) -> None:
+    path.unlink()
+
+
+def _flip(path: Path, chance: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    path.write_bytes(content)
+
+
+def _garble(path: Path, chance: random.Random) -> None:
+    path.write_bytes(chance.randbytes(path.stat().st_size))
+
+
+DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
+    "cut": _cut,
+    "emptied": _empty,
+    "zeroed": _zero,
+    "removed": _remove,
+    "with a flipped bit": _flip,
+    "garbled": _garble,
+}
+
+
+def table(trials: Sequence[Trial]) -> str:
+    """The table of docs/reliability.md."""
+    lines = [
+        "| fault | tried | survived | steps lost, median (most) | seconds to be back, median (most) |",
+        "|---|---|---|---|---|",
+    ]
+    for fault in dict.fromkeys(trial.fault for trial in trials):
+        own = [trial for trial in trials if trial.fault == fault]
+        good = [trial for trial in own if trial.survived]
+        lost = [trial.steps_lost for trial in good if trial.steps_lost is not None]
+        seconds = [trial.seconds for trial in good if trial.seconds]
+        lines.append(
+            f"| {fault} | {len(own)} | {len(good)} | {_middle(lost, 0)} | {_middle(seconds, 0) if seconds else '-'} |"
+        )
+    return "\n".join(lines)
+
+
+def _middle(values: Sequence[float], digits: int) -> str:
+    return f"{statistics.median(values):.{digits}f} ({max(values):.{digits}f})" if values else "-"
+
+
+def main(
+    folder: Annotated[Path, typer.Option(help="Where runs and results go.")] = Path(".chaos"),
+    kills: int = 50,
+    stops: int = 10,
+    full_disks: int = 10,
+    damaged: int = 50,
+    bad_steps: int = 10,
+    flips: int = 10,
+    only_table: Annotated[bool, typer.Option("--table", help="Print the table of what is there.")] = False,
+) -> None:
+    """Hit small runs with the faults of a cluster."""
+    torch.set_num_threads(1)
+    for stage in STAGES:
+        importlib.import_module(f"stages.{stage}")
+    chaos = Chaos(folder.absolute())
+    if not only_table:
+        long = [replace(setting, steps=LONG) for setting in SETTINGS]
+        replicas = [Setting(layout, stage, False, LONG) for layout in ("DP2", "DP3") for stage in STAGES]
+        chaos.repeat("SIGKILL", kills, SETTINGS, chaos.killed)
+        chaos.repeat("SIGSTOP", stops, SETTINGS, chaos.stopped)
+        chaos.repeat("bad step", bad_steps, long, chaos.bad_step)
+        chaos.repeat("flipped bit", flips, replicas, chaos.flipped)
+        chaos.repeat("damaged checkpoint", damaged, SETTINGS, chaos.damaged)
+        if os.geteuid() == 0:
+            chaos.repeat("full disk", full_disks, SETTINGS, chaos.full)
+        elif full_disks:
+            print("full disks are left out: only root can mount a small one")
+    print(table(chaos.done()))
+    if any(not trial.survived for trial in chaos.done()):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
