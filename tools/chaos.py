@@ -7,8 +7,8 @@
 Two ranks train `model=tiny` for 120 steps with a checkpoint every 8, in every layout, stage and kind of checkpoint, and
 are hit. A trial has survived when the run, repeated where it had ended, comes to its end; when each step's loss, norm
 and rate are those of the run that nothing befell, bit for bit, or, where an update or samples are passed over (bad
-steps, flips), the last ten losses are within 1 % in the mean; and when no process that it started is there 30 s after
-each end. The same command goes on with the trials that are missing. Commands are forked from this process, which has
+steps, flips), the last ten losses are within 1 % in the mean; when no process that it started is there 30 s after each
+end, and at last no temporary folder or semaphore. The same command goes on with the trials that are missing. Commands are forked from this process, which has
 imported what takes seconds.
 """
 
@@ -36,6 +36,7 @@ import typer
 from chaos_faults import Fault
 
 from w2s import cli, launch
+from w2s.leftovers import temporary
 
 FORK = multiprocessing.get_context("fork")
 STEPS, EVERY, TIMEOUT = 120, 8, 5
@@ -215,6 +216,11 @@ def _command(arguments: Sequence[str], log: Path, fault: Fault | None) -> None:
     cli.main()
 
 
+def _of_dead(path: Path) -> bool:
+    pid = re.fullmatch(r"(?:sem\.)?w2s-[0-9a-f]+-([0-9a-f]+)-.*", path.name)
+    return pid is not None and not psutil.pid_exists(int(pid[1], 16))
+
+
 def _runs(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -248,6 +254,9 @@ class Chaos:
 
     def check(self, run: Run, exact: bool) -> None:
         """Compare a finished run with the one that nothing befell."""
+        left = [path for place in (temporary(), Path("/dev/shm")) for path in place.glob("*w2s-*") if _of_dead(path)]
+        if left:
+            raise Failed(f"left behind: {left[0]}")
         found, expected = run.steps(), self.reference(run.setting)
         if exact:
             keys = ("step", "samples_seen", "loss", "grad_norm", "lr")

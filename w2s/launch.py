@@ -24,6 +24,7 @@ from w2s.config.sections import Config
 from w2s.errors import StopRun, UserError, W2SError
 from w2s.failure import FAILURE_FILE, Failure, describe
 from w2s.host import keep_freed_memory
+from w2s.leftovers import mark, marked, sweep, temporary
 from w2s.redaction import redact, shown
 from w2s.tracking.files import write_text
 
@@ -68,9 +69,11 @@ def _error(failure: Failure) -> W2SError:
 
 def run_stage(config: Config) -> None:
     """Run the stage of a configuration in this process, which is a rank."""
+    sweep(temporary())
     keep_freed_memory()
     show_notes()
-    importlib.import_module(f"stages.{config.stage}").run(config)
+    with marked():
+        importlib.import_module(f"stages.{config.stage}").run(config)
 
 
 def show_notes() -> None:
@@ -129,7 +132,7 @@ def launch(function: Callable[[Argument], None], argument: Argument, ranks: int,
         RankError: a rank failed; it carries the line of the rank whose failure caused those of the others.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    with tempfile.TemporaryDirectory(prefix="w2s-ranks-") as folder, _own_signals_and_no_log():
+    with tempfile.TemporaryDirectory(prefix=mark()) as folder, _own_signals_and_no_log():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -147,6 +150,8 @@ def launch(function: Callable[[Argument], None], argument: Argument, ranks: int,
             elastic_launch(config, _rank)(function, argument, Path(folder))
         except (SignalException, ChildFailedError) as end:
             raise _cause(_read_failures(_last_attempt(Path(folder))), end) from None
+        finally:
+            sweep(temporary())
 
 
 def _last_attempt(folder: Path) -> Path:

@@ -19,6 +19,7 @@ import w2s
 from w2s.config.sections import HardwareConfig
 from w2s.errors import StopRun
 from w2s.failure import FAILURE_FILE
+from w2s.leftovers import temporary
 from w2s.liveness.pulse import Board, Pulse
 from w2s.liveness.signs import Signs
 from w2s.liveness.watcher import Beat, Setup
@@ -75,6 +76,7 @@ def _begin(hardware: HardwareConfig, ranks: Ranks) -> "tuple[Pulse, _Beating]":
             board=memory.fileno(),
             listener=listener.fileno() if listener else None,
             failure_file=os.environ.get(FAILURE_FILE, ""),
+            temporary=str(temporary()),
         )
         return pulse, _Beating(setup, pulse, Signs(pulse, threading.get_ident()))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from w2s.errors import UserError
 from w2s.failure import Failure
+from w2s.leftovers import sweep
 from w2s.liveness.desk import Hub, Spoke
 from w2s.liveness.pulse import Board, Phase
 from w2s.liveness.verdict import HOPELESS, Condition, Row, Verdict
@@ -49,6 +50,8 @@ class Setup:
     """Rank 0's listening socket, if there are other ranks."""
     failure_file: str
     """Where to leave word for the launcher; empty: on the terminal."""
+    temporary: str
+    """The system's folder of temporary files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +169,7 @@ class Watcher:
             if self._gone():
                 self._kill_helpers()
                 if not self._desk.others():
+                    self._sweep()
                     return
             elif answer.asks_for_stack:
                 self._command("stack")
@@ -180,6 +184,12 @@ class Watcher:
             _kill(self._setup.pid)
         self._kill_helpers()
         self._wait(lambda: not self._desk.others())
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what the rank has left; one whose exit code nobody has asked for is still there."""
+        self._wait(lambda: not Path(f"/proc/{self._setup.pid}").exists())
+        sweep(Path(self._setup.temporary))
 
     def _command(self, command: str) -> None:
         with suppress(OSError):
