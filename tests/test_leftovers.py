@@ -63,7 +63,8 @@ def test_what_belongs_to_a_living_process_or_to_others_stays(short: Path, monkey
         own = Path(tempfile.mkdtemp())
         sweep(temporary())
         assert own.is_dir() and own.parent.name.startswith(mark()) and temporary() == short
-    assert other.is_dir() and tempfile.gettempdir() == str(short)
+        assert os.environ["TMPDIR"] == str(own.parent)
+    assert other.is_dir() and tempfile.gettempdir() == os.environ["TMPDIR"] == str(short)
 
 
 def test_a_long_path_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

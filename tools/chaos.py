@@ -8,8 +8,8 @@ Two ranks train `model=tiny` for 120 steps with a checkpoint every 8, in every l
 are hit. A trial has survived when the run, repeated where it had ended, comes to its end; when each step's loss, norm
 and rate are those of the run that nothing befell, bit for bit, or, where an update or samples are passed over (bad
 steps, flips), the last ten losses are within 1 % in the mean; when no process that it started is there 30 s after each
-end, and at last no temporary folder or semaphore. The same command goes on with the trials that are missing. Commands are forked from this process, which has
-imported what takes seconds.
+end, and at last no temporary folder or semaphore. The same command goes on with the trials that are missing. Commands
+are forked from this process, which has imported what takes seconds.
 """
 
 import importlib

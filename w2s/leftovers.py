@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -34,18 +34,30 @@ def marked() -> Iterator[None]:
 
     Its children, reading processes say, put their files into the same folder.
     """
-    settings, place = multiprocessing.current_process()._config, tempfile.gettempdir()  # type: ignore[attr-defined]
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     before, settings["semprefix"] = settings["semprefix"], f"/{mark().removesuffix('-')}"
-    if len(place.encode()) <= _LONGEST:
-        folder = tempfile.mkdtemp(prefix=mark())
-        # After multiprocessing's own folder, which is in there.
-        Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-200)
-        tempfile.tempdir = os.environ["TMPDIR"] = folder
+    try:
+        with _own_folder() if len(tempfile.gettempdir().encode()) <= _LONGEST else nullcontext():
+            yield
+    finally:
+        settings["semprefix"] = before
+
+
+@contextmanager
+def _own_folder() -> Iterator[None]:
+    variable, before = os.environ.get("TMPDIR"), tempfile.tempdir
+    folder = tempfile.mkdtemp(prefix=mark())
+    # After multiprocessing's own folder, which is in there.
+    Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-200)
+    tempfile.tempdir = os.environ["TMPDIR"] = folder
     try:
         yield
     finally:
-        settings["semprefix"] = before
-        tempfile.tempdir = os.environ["TMPDIR"] = place
+        tempfile.tempdir = before
+        if variable is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = variable
 
 
 def temporary() -> Path:

@@ -36,6 +36,7 @@ def bench_step(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str
     return Command(monkeypatch, capfd)
 
 
+@pytest.mark.slow
 def test_one_json_document_with_the_peer_beside_ours(bench_step: Command, tmp_path: Path) -> None:
     shards = write_shapes(tmp_path / "shapes", shards=2, seed=0)
     data = (f"data.train={shards}", "data.builtin=none", "data.lanes=2", "--data", "real")

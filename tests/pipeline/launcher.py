@@ -27,7 +27,7 @@ class Launcher:
         self.broken = ""
         self.measure = measure
 
-    def __call__(self, function: object, config: Config, ranks: int, restarts: int) -> None:
+    def __call__(self, function: object, config: Config, ranks: int, restarts: int = 0) -> None:
         self.configs.append(config)
         self.restarts = restarts
         if config.run.name == self.broken:

@@ -48,7 +48,7 @@ CLIP = {
 }
 
 
-@pytest.mark.parametrize(("stage", "cases"), [("mim", MIM), ("clip", CLIP)])
+@pytest.mark.parametrize(("stage", "cases"), [pytest.param("mim", MIM, marks=pytest.mark.slow), ("clip", CLIP)])
 def test_kept_bytes_are_those_that_autograd_keeps(tmp_path: Path, stage: str, cases: dict[str, list[str]]) -> None:
     """The towers of the contrastive stage go one after the other: the larger counts."""
     shards = f"data.train={write_shapes(tmp_path / 'shards', 1, seed=0)}"

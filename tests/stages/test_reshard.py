@@ -66,6 +66,7 @@ def common(material: Material) -> list[str]:
     return ["model=tiny", "hardware=cpu", *data, *teacher, *train]
 
 
+@pytest.mark.slow
 def test_bfloat16_goes_on_bit_for_bit(common: list[str], tmp_path: Path) -> None:
     """The scalars of the loss are float32 beside bfloat16 weights, in any layout."""
     bf16 = [*common, "init.vision=none", "precision.compute=bf16", "optim.name=lamb", "clip.loss=sigmoid"]
