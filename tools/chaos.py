@@ -4,7 +4,7 @@
     python tools/chaos.py --kills 3 --stops 0    # fewer
     python tools/chaos.py --table                # the table for docs/reliability.md of what .chaos holds
 
-Two ranks train `model=tiny` for 120 steps with a checkpoint every 8, in every layout, stage and kind of checkpoint, and
+Two ranks train `model=tiny` for 48 steps with a checkpoint every 6, in every layout, stage and kind of checkpoint, and
 are hit. A trial has survived when the run, repeated where it had ended, comes to its end; when each step's loss, norm
 and rate are those of the run that nothing befell, bit for bit, or, where an update or samples are passed over (bad
 steps, flips), the last ten losses are within 1 % in the mean; when no process that it started is there 30 s after each
@@ -20,12 +20,13 @@ import os
 import random
 import re
 import shutil
+import sqlite3
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +40,7 @@ from w2s import cli, launch
 from w2s.leftovers import temporary
 
 FORK = multiprocessing.get_context("fork")
-STEPS, EVERY, TIMEOUT = 120, 8, 5
+STEPS, EVERY, TIMEOUT = 48, 6, 5
 LAST = 10
 """Losses that are compared where not every step can be the same."""
 DEADLINE = 180
@@ -50,23 +51,24 @@ OPTIONS = (
     "eval.shards=",
     "eval.knn_shards=",
     "train.global_batch=24",
-    "train.micro_batch=4",
     "train.log_every=1",
-    "train.check_replicas=8",
+    f"train.check_replicas={EVERY}",
     "optim.warmup=4",
     "optim.spike_window=8",
     f"checkpoint.every={EVERY}",
     "checkpoint.keep=3",
+    "tracking.enabled=false",
     "tracking.system_metrics=false",
+    "data.workers=0",
 )
 STAGES = {"mim": ["teacher.source=eva:tiny"], "clip": ["init.vision=none"]}
 LAYOUTS = {
-    "DP2": (2, []),
-    "TP2": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
-    "PP2": (2, ["parallel.pipeline=2"]),
-    "DP3": (3, []),
+    "DP2": (2, ["train.micro_batch=12"]),
+    "TP2": (2, ["train.micro_batch=24", "parallel.tensor=2", "parallel.sequence=true"]),
+    "PP2": (2, ["train.micro_batch=12", "parallel.pipeline=2"]),
+    "DP3": (3, ["train.micro_batch=8"]),
 }
-LONG = 240
+LONG = 120
 """Steps where an update is passed over: it takes some to catch up."""
 
 
@@ -123,17 +125,17 @@ class Failed(Exception):
 class Run:
     """A run of the command that can be hit and repeated."""
 
-    def __init__(self, folder: Path, setting: Setting, fault: Fault | None = None, workers: int = 0) -> None:
+    def __init__(self, folder: Path, setting: Setting, fault: Fault | None = None, **options: object) -> None:
         self.setting, self.folder, self._fault = setting, folder / setting.name, fault
-        self._workers = workers
+        self._options = [f"{key.replace('__', '.')}={value}" for key, value in options.items()]
         self._log = self.folder.with_suffix(".log")
         self._seen: dict[int, psutil.Process] = {}
 
     def start(self) -> None:
         """Start or repeat the command."""
-        place = [f"run.root={self.folder.parent}", f"run.name={self.folder.name}", f"data.workers={self._workers}"]
+        place = [f"run.root={self.folder.parent}", f"run.name={self.folder.name}"]
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        arguments = [*self.setting.arguments, *place]
+        arguments = [*self.setting.arguments, *place, *self._options]
         self.process = FORK.Process(target=_command, args=(arguments, self._log, self._fault))
         self.process.start()
 
@@ -320,7 +322,8 @@ class Chaos:
         if target != "writer":
             at += self.random.randrange(EVERY)
         dying = Fault("writer", at, number % 2) if target == "writer" else None
-        run = Run(folder, setting, dying, workers=int(target == "reader"))
+        tracked = number % 5 == 0
+        run = Run(folder, setting, dying, data__workers=int(target == "reader"), tracking__enabled=str(tracked).lower())
 
         def act() -> tuple[int, float, str]:
             run.start()
@@ -336,6 +339,8 @@ class Chaos:
                 return 0, 0.0, word
             lost, seconds = self.back(run, run.step, since)
             self.finish(run)
+            if tracked:
+                _check_mlflow(run)
             return lost, seconds, word
 
         return self.trial(fault, number, run, f"{target} at step {at}", act)
@@ -447,6 +452,14 @@ class Chaos:
             return lost, 0.0, run.last_word() or "the next update has overwritten it"
 
         return self.trial(fault, number, run, f"rank {rank} at step {at}", act)
+
+
+def _check_mlflow(run: Run) -> None:
+    """Each value of each step is in the store, once."""
+    with closing(sqlite3.connect(run.folder.parent / "mlflow.db")) as store:
+        found = store.execute("select step from metrics where key = 'loss' order by step").fetchall()
+    if [step for (step,) in found] != [record["step"] for record in run.steps()]:
+        raise Failed(f"MLflow has {len(found)} losses of {len(run.steps())} steps")
 
 
 def _targets(run: Run, target: str) -> list[psutil.Process]:
