@@ -8,6 +8,7 @@ Beside them may stand, until the run clears them: `.step-….partial`, which was
 aside.
 """
 
+import errno
 import json
 import os
 import re
@@ -237,7 +238,7 @@ class Saving:
         with self._clearing():
             self._scratch.mkdir(parents=True)
             with self._reserve.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, 2 * RESERVED_BYTES)
+                _occupy(file.fileno(), 2 * RESERVED_BYTES)
                 file.truncate(RESERVED_BYTES)  # the rest is for what is written before the tensors
 
     def _conclude(self, files: Mapping[str, Checksum]) -> None:
@@ -268,6 +269,15 @@ class Saving:
                 self._reserve.unlink(missing_ok=True)
                 shutil.rmtree(self._scratch, ignore_errors=True)
             raise
+
+
+def _occupy(descriptor: int, size: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        os.write(descriptor, bytes(size))  # a file system that knows no such call
 
 
 def seal(folder: Path, meta: Meta, files: Mapping[str, Checksum]) -> None:
