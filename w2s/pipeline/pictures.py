@@ -128,7 +128,7 @@ def _by_compute(results: Results) -> Figure | None:
         panel.set_title(title, fontsize=10, loc="left")
         panel.set_xlabel("training compute, TFLOP", fontsize=8)
         panel.set_ylabel(compare.metric, fontsize=8)
-        panel.legend(fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 
