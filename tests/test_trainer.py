@@ -9,11 +9,13 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 
 from tests.megatron.spawn import make_student
+from tests.processes import running_after
 from tests.stages.shapes import write_shapes
 from w2s.checkpoint import store
 from w2s.checkpoint.handover import Handover
@@ -22,6 +24,7 @@ from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.sample import SampleSpec
 from w2s.errors import CheckpointError, StopRun, UserError, W2SError
+from w2s.liveness.pulse import WRITER
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.replicas import Odd
@@ -257,6 +260,25 @@ def test_a_disk_that_stays_full_ends_the_run(
         trainer.train()
     newest = store.latest(tmp_path / "run")
     assert (trainer.step, newest and store.step_of(newest)) == (steps, last)
+
+
+def test_a_run_that_fails_leaves_no_writer(
+    alone: Ranks, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load("mim", [*options, "checkpoint.every=2", "checkpoint.async_save=true"])
+    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    monkeypatch.setattr("w2s.megatron.writing._Results.put", lambda *_: signal.pause())
+    writers: list[psutil.Process] = []
+
+    def fail_while_it_is_written() -> None:
+        if WRITER in trainer.pulse.helpers:
+            writers.extend(map(psutil.Process, trainer.pulse.helpers[WRITER]()))
+            raise RuntimeError("broken")
+
+    monkeypatch.setattr(stage, "after_update", fail_while_it_is_written)
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.train()
+    assert writers and not running_after(writers, 10)
 
 
 def test_a_stop_on_a_full_disk_says_that_nothing_was_saved(

@@ -196,7 +196,7 @@ class Trainer:
         if self.step == 0:
             self._evaluate()
         # Reading processes that nobody ends would hold up the end of a rank that fails.
-        with stop_when_ready() as signals, closing(self.stream):
+        with stop_when_ready() as signals, closing(self.stream), self._no_writer_left():
             self.pulse.signals = signals
             while self.step < train.steps:
                 step = self.step + 1
@@ -314,6 +314,15 @@ class Trainer:
                 saving.finish()
                 self._refused = []
             self.pulse.helpers.pop(WRITER, None)
+
+    @contextmanager
+    def _no_writer_left(self) -> Iterator[None]:
+        """End a writing process that is under way where the run fails."""
+        try:
+            yield
+        finally:
+            if self._saving is not None:
+                self._saving.abandon()
 
     @contextmanager
     def _training_on_if_refused(self, step: int) -> Iterator[None]:

@@ -31,6 +31,9 @@ class Written:
     def wait(self) -> None:
         pass
 
+    def abandon(self) -> None:
+        pass
+
     def finish(self) -> Mapping[str, Checksum]:
         return checksums(self.files)
 

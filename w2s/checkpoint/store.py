@@ -172,6 +172,9 @@ class Unfinished(Protocol):
     def wait(self) -> None:
         """Wait until this rank has written its own, or has failed to."""
 
+    def abandon(self) -> None:
+        """End the writing: nobody will finish it."""
+
     def finish(self) -> Mapping[str, Checksum]:
         """Wait for all ranks; return the checksums of the files that this rank has written. Every rank calls."""
 
@@ -214,6 +217,10 @@ class Saving:
     def written(self) -> bool:
         """Whether this rank has written its tensors."""
         return self._writing.written
+
+    def abandon(self) -> None:
+        """End the writing of this rank: the run fails, and nobody will finish it."""
+        self._writing.abandon()
 
     def finish(self) -> Path:
         """Make it the newest checkpoint, when all ranks have written; return its folder. Every rank calls.

@@ -5,10 +5,11 @@ import multiprocessing
 import queue
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
@@ -65,6 +66,14 @@ class Writing:
     def writer_pids(self) -> list[int]:
         """Return the id of the process that writes, where there is one."""
         return [] if self._process is None else [self._process.pid]
+
+    def abandon(self) -> None:
+        """Kill what writes: nobody will finish it, and a process that is stopped would hold up the end of this one."""
+        if self._process is not None:
+            with suppress(psutil.NoSuchProcess):
+                writer = psutil.Process(self._process.pid)
+                for each in (writer, *writer.children(recursive=True)):
+                    each.kill()
 
     def wait(self) -> None:
         """Wait until this rank has written its tensors, or its writer has died."""
