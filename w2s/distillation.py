@@ -150,10 +150,15 @@ def _build(config: Config, source: TeacherConfig, ranks: Ranks) -> ClipTeacher:
     """The towers of a teacher that are needed."""
     settings, model, root = config.clip.distill, config.model, config.run.root
     text = vision = None
-    if "text" in settings.teacher_sides:
-        text = build_text_teacher(source, context_length=model.text.context_length, device=ranks.device, root=root)
-    if "image" in settings.teacher_sides:
-        vision = build_teacher(source, grid=model.vision.grid, device=ranks.device, root=root, parallel=config.parallel)
+    try:
+        if "text" in settings.teacher_sides:
+            text = build_text_teacher(source, context_length=model.text.context_length, device=ranks.device, root=root)
+        if "image" in settings.teacher_sides:
+            vision = build_teacher(
+                source, grid=model.vision.grid, device=ranks.device, root=root, parallel=config.parallel
+            )
+    except ConfigError as error:
+        raise ConfigError(f"clip.distill.source={settings.source}: {error}") from error
     teacher = ClipTeacher(vision, text)
     if settings.kind != "affinity" and any(width != model.embed_dim for width in teacher.widths):
         raise ConfigError(

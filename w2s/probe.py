@@ -105,6 +105,10 @@ class Probe:
         config, device = self.config, self.ranks.device
         shares_space = config.mim.summary == "cls" and config.model.embed_dim == teacher.summary_width
         if not (config.mim.summary_weight and shares_space):
+            if config.mim.summary_weight:
+                logger.info(
+                    "the student is not measured as a CLIP: its summary is not what its teacher shares with text"
+                )
             return {}
         try:
             text = build_text_teacher(

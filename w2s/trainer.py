@@ -399,13 +399,14 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
     with open_run(config) as (ranks, pulse, run):
         recover(run, ranks, strict=config.checkpoint.strict)
         config = with_its_start(config, run)
+        # Before the model is built, which may take long.
+        for doubt in doubts(config) if ranks.main and store.latest(run) is None else []:
+            print(f"warning: {doubt}", flush=True)
         trainer = Trainer(build(config, ranks), config, run, ranks, pulse)
         with tracked(trainer.tracker):
             trainer.tracker.message(f"run folder: {run}")
             if trainer.step and trainer.parent:
                 trainer.tracker.message(f"goes on at step {trainer.step}, begun from {trainer.parent}")
-            for doubt in [] if trainer.step else doubts(config):
-                trainer.tracker.message(f"warning: {doubt}")
             trainer.tracker.inputs([*training_inputs(config, trainer.stream.sources), *test_inputs(config)])
             trainer.train()
             pulse.at("finishing", long=True)
