@@ -14,6 +14,7 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     return int(caught.value.code or 0)
 
 
+@pytest.mark.slow
 def test_ours_beside_the_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--batch", "2048", "--repeats", "1", "--json", monkeypatch=monkeypatch) == 0
     report = json.loads(capsys.readouterr().out)

@@ -73,7 +73,8 @@ def test_layouts_round_alike(small: list[str], whole: dict[str, Steps]) -> None:
             assert difference < rounding / 4, name
 
 
-@pytest.mark.parametrize("stage", ["mim", pytest.param("clip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["mim", "clip"])
 def test_learning_follows_bf16(stage: str, base: list[str]) -> None:
     """Mean losses of ten steps within 2 % of those in BF16, once the first ten are over (the masked loss crosses 0)."""
     wide = [f"model.{tower}.{shape}" for tower in ("vision", "text") for shape in ("width=64", "mlp_width=256")]

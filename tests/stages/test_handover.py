@@ -69,6 +69,7 @@ def test_mlflow_knows_the_parents(chain: Chain, client: MlflowClient) -> None:
         assert (tags["w2s.stage"], tags[MLFLOW_RUN_NAME]) == (run.name, run.name)
 
 
+@pytest.mark.slow
 def test_a_start_by_path_by_name_and_by_mlflow_id(chain: Chain, base: list[str]) -> None:
     mlflow_id = (chain.newer / "mlflow_run_id").read_text().strip()
     origins = {

@@ -82,6 +82,7 @@ def test_bfloat16_goes_on_bit_for_bit(common: list[str], tmp_path: Path) -> None
     assert begun == pytest.approx(begun_split, rel=2**-6), "bfloat16 has eight bits"
 
 
+@pytest.mark.slow
 def test_any_layout_goes_on_where_another_stopped(common: list[str], tmp_path: Path) -> None:
     stages = {"mim": ["optim.name=adamw", "mim.summary_weight=0.5"], "clip": ["optim.name=lamb", "init.vision=none"]}
     before: dict[str, Path | None] = dict.fromkeys(stages)

@@ -41,6 +41,7 @@ def scratch(stage: str) -> list[str]:
     return ["init.vision=none"] if stage == "clip" else []
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(whole: tuple[str, list[float]], small: list[str], root: Path) -> None:
     stage, losses = whole
     options = [*small, *scratch(stage), f"run.name={stage}-ranks", "train.micro_batch=8", "data.workers=1"]
