@@ -65,7 +65,7 @@ LAYOUTS = {
     "DP2": (2, ["train.micro_batch=12"]),
     "TP2": (2, ["train.micro_batch=24", "parallel.tensor=2", "parallel.sequence=true"]),
     "PP2": (2, ["train.micro_batch=12", "parallel.pipeline=2"]),
-    "DP3": (3, ["train.micro_batch=8"]),
+    "DP3": (3, ["train.micro_batch=8", "data.lanes=12"]),
 }
 LONG = 240
 """Steps where an update is passed over: it takes some to catch up."""
