@@ -135,6 +135,7 @@ class Run:
         """Start or repeat the command."""
         place = [f"run.root={self.folder.parent}", f"run.name={self.folder.name}"]
         self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._log.write_text("")  # what an earlier command has said is not said again
         arguments = [*self.setting.arguments, *place, *self._options]
         self.process = FORK.Process(target=_command, args=(arguments, self._log, self._fault))
         self.process.start()
