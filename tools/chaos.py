@@ -128,16 +128,16 @@ class Run:
     def __init__(self, folder: Path, setting: Setting, fault: Fault | None = None, **options: object) -> None:
         self.setting, self.folder, self._fault = setting, folder / setting.name, fault
         self._options = [f"{key.replace('__', '.')}={value}" for key, value in options.items()]
-        self._log = self.folder.with_suffix(".log")
+        self.log = self.folder.with_suffix(".log")
         self._seen: dict[int, psutil.Process] = {}
 
     def start(self) -> None:
         """Start or repeat the command."""
         place = [f"run.root={self.folder.parent}", f"run.name={self.folder.name}"]
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        self._log.write_text("")  # what an earlier command has said is not said again
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.write_text("")  # what an earlier command has said is not said again
         arguments = [*self.setting.arguments, *place, *self._options]
-        self.process = FORK.Process(target=_command, args=(arguments, self._log, self._fault))
+        self.process = FORK.Process(target=_command, args=(arguments, self.log, self._fault))
         self.process.start()
 
     def steps(self) -> list[dict[str, Any]]:
@@ -190,12 +190,12 @@ class Run:
 
     def last_word(self) -> str:
         """The last line that is an error, a warning or a note."""
-        lines = [line for line in self._log.read_text().splitlines() if re.match("error|warning|note", line)]
+        lines = [line for line in self.log.read_text().splitlines() if re.match("error|warning|note", line)]
         return lines[-1] if lines else ""
 
     def said(self, pattern: str) -> bool:
         """Whether the command has said something."""
-        return re.search(pattern, " ".join(self._log.read_text().split())) is not None
+        return re.search(pattern, " ".join(self.log.read_text().split())) is not None
 
     def kill(self) -> None:
         """End whatever is left of it."""
@@ -305,7 +305,7 @@ class Chaos:
         """Repeat the command after a fault; return the steps that are done again and the seconds until a new one."""
         run.start()
         run.wait_for(lambda: run.said(r"step +\d+/") or run.step > reached, "step of the repeated command")
-        resumed = min(int(found) for found in re.findall(r"step +(\d+)/", run._log.read_text())) - 1
+        resumed = min(int(found) for found in re.findall(r"step +(\d+)/", run.log.read_text())) - 1
         run.wait_for(lambda: run.step > reached, f"step {reached + 1}")
         return reached - resumed, time.monotonic() - since
 
@@ -372,6 +372,7 @@ class Chaos:
         disk.mkdir(parents=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192M", "tmpfs", str(disk)], check=True)
         run, stays, at = Run(disk, setting), number % 2 == 1, self.random.randint(EVERY + 1, STEPS // 2)
+        run.log = folder / "log"  # not on the full disk
 
         def act() -> tuple[int, float, str]:
             run.start()
