@@ -99,34 +99,31 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("act", [stop, wait_for_a_stopped_reader])
+@pytest.mark.parametrize(
+    "act",
+    [
+        stop,
+        wait_for_a_stopped_reader,
+        *(pytest.param(act, marks=pytest.mark.slow) for act in (stop_the_main_rank, hang, die)),
+    ],
+)
 def test_a_rank_that_stands_still_is_named_and_all_end(act: Act, tmp_path: Path) -> None:
-    check(act, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("act", [stop_the_main_rank, hang, die])
-def test_however_it_stands_still(act: Act, tmp_path: Path) -> None:
-    check(act, tmp_path)
-
-
-def check(act: Act, folder: Path) -> None:
     with pytest.raises(RankError):
-        run_ranks(watch, 2, folder, act)
-    begun = max(float(path.read_text()) for path in folder.glob("*.at"))
-    files = sorted(folder.glob("*.json"))
+        run_ranks(watch, 2, tmp_path, act)
+    begun = max(float(path.read_text()) for path in tmp_path.glob("*.at"))
+    files = sorted(tmp_path.glob("*.json"))
     assert max(path.stat().st_mtime for path in files) - begun < SECONDS + 10
     told = [json.loads(path.read_text()) for path in files]
-    reader = folder / "reader"
+    reader = tmp_path / "reader"
     expected = CASES[act].format(reader=reader.read_text() if reader.exists() else "")
     for failure in told:
         assert re.fullmatch(
-            rf"{expected}.*: repeat the command to go on from the last checkpoint; stacks .* in {folder}/stacks.txt",
+            rf"{expected}.*: repeat the command to go on from the last checkpoint; stacks .* in {tmp_path}/stacks.txt",
             failure["message"],
         )
         assert (failure["exit_code"], failure["expected"]) == (1, True)
     assert told
-    assert "in watch\n" in (folder / "stacks.txt").read_text(), "the stack of a rank that answers"
+    assert "in watch\n" in (tmp_path / "stacks.txt").read_text(), "the stack of a rank that answers"
     if reader.exists():
         left = [process for process in psutil.process_iter() if process.pid == int(reader.read_text())]
         assert not running_after(left, SECONDS)

@@ -315,6 +315,20 @@ def test_a_continued_run_has_each_step_once_and_what_was_lost(root: Path, client
     assert len(points(client, again, "bad")) == 1
 
 
+def test_a_damaged_line_of_the_history_holds_nothing_up(root: Path, client: MlflowClient) -> None:
+    history: list[Any] = [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "time": None, "loss": 2.0},
+        {"step": 3, "time": "now", "loss": 3.0},
+        {"step": 4, "time": 1.5, "loss": "garbage", "lr": 0.5},
+    ]
+    run = start(root, history=history)
+    run.log({"loss": 5.0}, 5, 5)
+    run.end("FINISHED")
+    assert run.warnings() == []
+    assert (points(client, run, "loss"), points(client, run, "lr")) == ([(5, 5.0)], [(4, 0.5)])
+
+
 def test_steps_that_are_done_with_other_samples_are_logged_again(root: Path, client: MlflowClient) -> None:
     run = start(root)
     for step in (1, 2, 3):

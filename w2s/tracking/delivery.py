@@ -1,5 +1,6 @@
 """Metrics on their way to an MLflow run: each point arrives once, however often it is logged or the store fails."""
 
+import math
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -98,12 +99,17 @@ class Delivery:
 
 
 def history_points(records: Sequence[Record]) -> list["Metric"]:
-    """The points of the lines of a run's metrics.jsonl; what was not finite is no number again."""
+    """The points of the lines of a run's metrics.jsonl; what was not finite is no number again.
+
+    A damaged line may have anything in it: what is no number is left out, and a line that does not say when it was.
+    """
     points = []
     for record in records:
-        values = {name: float("nan") if value is None else value for name, value in record.items()}
-        step, milliseconds = int(values.pop("step")), int(1000 * values.pop("time"))
-        points += _points(values, step, milliseconds)
+        numbers = {name: float("nan") if value is None else value for name, value in record.items()}
+        values = {name: float(value) for name, value in numbers.items() if type(value) in (int, float)}
+        if {"step", "time"} <= values.keys() and math.isfinite(values["time"]):
+            step, seconds = int(values.pop("step")), values.pop("time")
+            points += _points(values, step, int(1000 * seconds))
     return points
 
 
