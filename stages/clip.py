@@ -98,7 +98,7 @@ class ContrastiveStage:
         value = loss(*units, scale, *bias, group=self.ranks.data_group, labels=labels, tile=clip.tile)
         reported = {"loss": value.detach()}
         if self.distillation is not None and self.distillation.on:
-            distance = self.distillation.loss(*units, scale, batch)
+            distance = self.distillation.loss(*units, scale, batch, self.ranks.data_group)
             value = value + self.distillation.weight * distance
             reported["distill_loss"] = distance.detach()
         return value, reported

@@ -36,7 +36,8 @@ from w2s.trainer import Trainer
 class Counting:
     """A stage whose loss is the number of samples that it has seen."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.towers: Towers = {"vision": make_student()}
         self.optimizer = Optimizer(self.towers, config.optim, torch.float32)
         self.spec = SampleSpec(image_size=8, grid=1)
@@ -90,7 +91,7 @@ def options(shards: Path, tmp_path: Path) -> list[str]:
 
 def test_what_happens_when(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", [*options, "train.eval_every=4"])
-    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     trainer.train()
     assert stage.calls == ["begin", "evaluate", *["step", "update"] * 4, "evaluate", *["step", "update"] * 3]
     lines = [(line["step"], line["samples_seen"], line.get("loss")) for line in read_history(tmp_path / "run")]
@@ -103,7 +104,7 @@ def test_what_happens_when(alone: Ranks, options: list[str], tmp_path: Path) -> 
 
 def test_the_learning_rate_warms_up_and_falls(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", [*options, "train.log_every=1", "optim.lr=0.1", "optim.min_lr=0", "optim.warmup=3"])
-    Trainer(Counting(config), config, tmp_path / "run", alone).train()
+    Trainer(Counting(config, alone), config, tmp_path / "run", alone).train()
     rates = [line["lr"] for line in read_history(tmp_path / "run") if "lr" in line]
     assert rates[:4] == pytest.approx([0.0, 0.05, 0.1, 0.1])
     assert rates[3:] == sorted(rates[3:], reverse=True)
@@ -112,11 +113,11 @@ def test_the_learning_rate_warms_up_and_falls(alone: Ranks, options: list[str], 
 
 def test_a_restored_run_goes_on_where_it_was(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", options)
-    begun = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    begun = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.stop_at = 5
     with pytest.raises(StopRun, match="stopped by SIGTERM at step 5"):
         begun.train()
-    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     assert (trainer.step, trainer.samples, stage.seen) == (5, 20, 20)
     trainer.train()
     assert stage.calls == ["step", "update"] * 2, "nothing begins and nothing is measured again"
@@ -131,15 +132,15 @@ def test_a_run_does_not_go_on_as_another_one(
     alone: Ranks, options: list[str], tmp_path: Path, change: str, then: str
 ) -> None:
     config = load("mim", options)
-    Trainer(Counting(config), config, tmp_path / "run", alone).train()
+    Trainer(Counting(config, alone), config, tmp_path / "run", alone).train()
     other = load("mim", [*options, change])
     with pytest.raises(UserError, match=f"was begun with {re.escape(then)}.*: keep that, or choose another run.name"):
-        Trainer(Counting(config), other, tmp_path / "run", alone)
+        Trainer(Counting(config, alone), other, tmp_path / "run", alone)
 
 
 def test_a_bad_step_is_skipped_counted_and_not_saved(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", options)
-    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.wrong = range(16, 20)  # the samples of step 5, after which a checkpoint is due
     trainer.train()
     lines = read_history(tmp_path / "run")
@@ -150,7 +151,7 @@ def test_a_bad_step_is_skipped_counted_and_not_saved(alone: Ranks, options: list
         (7, 28, 1),
     ]
     assert sorted(path.name for path in store.checkpoints_of(tmp_path / "run").iterdir()) == ["latest", "step-00000007"]
-    again = Trainer(Counting(config), config, tmp_path / "run", alone)
+    again = Trainer(Counting(config, alone), config, tmp_path / "run", alone)
     assert (int(again.stage.optimizer.guard.skipped), again.step) == (1, 7)
 
 
@@ -158,11 +159,13 @@ def test_a_run_goes_back_and_passes_over_the_samples_that_led_there(
     alone: Ranks, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load("mim", [*options, "train.bad_steps=2", "checkpoint.every=3"])
-    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.wrong = range(16, 24)  # steps 5 and 6
     trainer.train()
-    assert "back at step 3, the samples of steps 4 to 6 are passed over" in capsys.readouterr().out
-    assert stage.indices == list(range(40)), "ten steps of samples for seven, none twice"
+    out = " ".join(capsys.readouterr().out.split())
+    assert "step 6 was skipped; repeated, it is reproducible, and there is no other data-parallel rank" in out
+    assert "back at step 3, the samples of steps 4 to 6 are passed over" in out
+    assert stage.indices == [*range(24), *range(20, 40)], "ten steps of samples for seven, the sixth repeated once"
     lines = read_history(tmp_path / "run")
     assert [(line["step"], line["loss"], line.get("skipped_steps")) for line in lines[1:]] == [
         (3, 12, None),
@@ -181,7 +184,7 @@ def test_a_run_goes_back_and_passes_over_the_samples_that_led_there(
 )
 def test_a_run_that_cannot_go_on_ends(alone: Ranks, options: list[str], tmp_path: Path, change: str, why: str) -> None:
     config = load("mim", [*options, "train.bad_steps=2", "checkpoint.every=3", change])
-    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.wrong = range(12, 1000)
     with pytest.raises(W2SError, match=rf"was not a number, or a spike, and {why}: lower optim\.lr"):
         trainer.train()
@@ -191,7 +194,7 @@ def test_a_run_that_cannot_go_on_ends(alone: Ranks, options: list[str], tmp_path
 
 def test_nothing_is_saved_where_a_signal_follows_a_bad_step(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", options)
-    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.wrong, stage.stop_at = range(4, 8), 2
     with pytest.raises(StopRun, match="stopped by SIGTERM at step 2, not saved: it was skipped"):
         trainer.train()
@@ -228,7 +231,7 @@ def test_a_full_disk_is_outlived(
 ) -> None:
     every_step = ["checkpoint.every=1", "checkpoint.failures=3", "checkpoint.keep=9"]
     config = load("mim", [*options, *every_step, f"checkpoint.async_save={background}"])
-    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     monkeypatch.setattr(call, FullDisk(stage, {3, 4, 6}, call))
     trainer.train()
     out = " ".join(capsys.readouterr().out.split())
@@ -254,7 +257,7 @@ def test_a_disk_that_stays_full_ends_the_run(
 ) -> None:
     """At once where no checkpoint stands, after three failures, and where the last step's is missing."""
     config = load("mim", [*options, "checkpoint.every=1", "checkpoint.failures=3"])
-    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     monkeypatch.setattr(BEGIN, FullDisk(stage, range(full_from, 100), BEGIN))
     with pytest.raises(CheckpointError, match=r"cannot write .* \(No space left on device\): free some space or"):
         trainer.train()
@@ -266,7 +269,7 @@ def test_a_run_that_fails_leaves_no_writer(
     alone: Ranks, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load("mim", [*options, "checkpoint.every=2", "checkpoint.async_save=true"])
-    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     monkeypatch.setattr("w2s.megatron.writing._Results.put", lambda *_: signal.pause())
     writers: list[psutil.Process] = []
 
@@ -285,7 +288,7 @@ def test_a_stop_on_a_full_disk_says_that_nothing_was_saved(
     alone: Ranks, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load("mim", [*options, "checkpoint.every=2"])
-    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.stop_at = 3
     monkeypatch.setattr(BEGIN, FullDisk(stage, {3}, BEGIN))
     with pytest.raises(StopRun, match=r"at step 3, not saved: cannot write .*No space left.*: repeat the command"):
@@ -304,9 +307,9 @@ def test_replicas_that_differ(
     found = iter([[], [Odd("vision.norm.weight", (1,) if mended else (0, 1), mended)]])
     monkeypatch.setattr("w2s.trainer.mend", lambda *_: next(found, []))
     config = load("mim", [*options, "train.check_replicas=2", "checkpoint.every=3"])
-    trainer = Trainer(stage := Counting(config), config, tmp_path / "run", alone)
+    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     trainer.train()
     printed = capsys.readouterr().out
     assert f"step 4: vision.norm.weight differs on ranks {[1] if mended else [0, 1]}" in printed
-    assert ("back at step 3, the samples of steps 4 to 4 are passed over" in printed) == (not mended)
-    assert stage.indices == list(range(28 if mended else 32))
+    assert ("back at step 3, the samples of steps 4 to 4 come again" in printed) == (not mended)
+    assert stage.indices == [*range(16), *range(16 if mended else 12, 28)]

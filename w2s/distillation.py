@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from w2s.config.sections import Config, TeacherConfig
 from w2s.data.batch import Batch, given
@@ -75,14 +76,15 @@ class Distillation:
         images, texts = (None if side[0] is None else torch.cat(side) for side in zip(*parts, strict=True))
         return dataclasses.replace(batch, teacher_images=None, summaries=images, text_summaries=texts)
 
-    def loss(self, images: Tensor, texts: Tensor, scale: Tensor, batch: Batch) -> Tensor:
-        """What separates the student's embeddings [n, d], L2-normalised, from the teacher's, over data-parallel ranks.
+    def loss(self, images: Tensor, texts: Tensor, scale: Tensor, batch: Batch, group: ProcessGroup) -> Tensor:
+        """What separates the student's embeddings [n, d], L2-normalised, from the teacher's.
 
         Args:
             images: the student's.
             texts: the student's.
             scale: its inverse temperature.
             batch: what `teach` gave, all of it.
+            group: the data-parallel ranks, over which affinities go.
         """
         kind, sides = self.settings.kind, self.settings.sides
         loss = images.new_zeros(())
@@ -97,7 +99,7 @@ class Distillation:
                 given(batch.summaries),
                 given(batch.text_summaries),
                 self.teacher.logit_scale,
-                group=self.ranks.data_group,
+                group=group,
                 tile=self.config.clip.tile,
             )
         return loss

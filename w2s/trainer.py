@@ -5,7 +5,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ from w2s.megatron.replicas import mend
 from w2s.megatron.watch import Float8Watch
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
+from w2s.rerun import explain
 from w2s.stopping import stop_at_once, stop_when_ready
 from w2s.tracking.files import write_text
 from w2s.tracking.meters import StepMeter, over_ranks, peak_memory_gib
@@ -58,6 +59,8 @@ class Stage(Protocol):
     """The optimizer of all towers."""
     spec: SampleSpec
     """What the stage wants of a sample."""
+    ranks: Ranks
+    """The ranks that its losses and statistics go over."""
 
     def begin(self) -> Handover | None:
         """Take over the weights that `init` names, if it names some."""
@@ -121,8 +124,7 @@ class Trainer:
         self.stage, self.config, self.run, self.ranks = stage, config, run, ranks
         self.pulse = pulse or Pulse()
         self.step, self.parent, self.handover, position = self._restore()
-        self.stream = open_stream(config, stage.spec, rank=ranks.reader, size=ranks.world_size, position=position)
-        self.pulse.helpers[READERS] = self.stream.reader_pids
+        self.stream = self._read_from(position)
         self.watch = Float8Watch(stage.towers, ranks)
         self._saving: store.Saving | None = None
         self._refused: list[CheckpointError] = []
@@ -130,6 +132,12 @@ class Trainer:
         self._begun_at = self.step
         tags = {"w2s.parent_checkpoint": self.parent} if self.parent else {}
         self.tracker = Tracker(config, run, main=ranks.main, resumed_step=self.step, tags=tags)
+
+    def _read_from(self, position: Position | None) -> Stream:
+        ranks, spec = self.ranks, self.stage.spec
+        stream = open_stream(self.config, spec, rank=ranks.reader, size=ranks.world_size, position=position)
+        self.pulse.helpers[READERS] = stream.reader_pids
+        return stream
 
     @property
     def samples(self) -> int:
@@ -195,25 +203,27 @@ class Trainer:
             self.tracker.table("sources", ["source", "shards", "samples", "weight"], rows, "training data")
         if self.step == 0:
             self._evaluate()
-        # Reading processes that nobody ends would hold up the end of a rank that fails.
-        with stop_when_ready() as signals, closing(self.stream), self._no_writer_left():
+        with stop_when_ready() as signals, self._no_helper_left():
             self.pulse.signals = signals
             while self.step < train.steps:
                 step = self.step + 1
                 saved = step % keep.every == 0 or step in keep.keep_at or step == train.steps
                 logs = saved or step % train.log_every == 0
                 with self.watch.looking() if logs else nullcontext():
-                    metrics = self._step()
+                    batch, metrics = self._step()
                 meter.update(train.global_batch, self.stream.wait_seconds)
                 if logs:
                     self._log(metrics, meter.read())
                     # A run ends with a good step only.
                     skipped, most = self._skipped_in_a_row, train.bad_steps if self.step < train.steps else 1
+                    if skipped:
+                        self._explain(batch)
                     if skipped >= most:
                         self._go_back(f"loss or gradient norm of the last {skipped} steps was not a number, or a spike")
                         continue
                 if train.check_replicas and self.step % train.check_replicas == 0 and not self._replicas_agree():
-                    self._go_back("the replicas hold different weights, and no majority of them agrees")
+                    # The data are not to blame: the same samples come again.
+                    self._go_back("the replicas hold different weights, and no majority of them agrees", again=True)
                     continue
                 with meter.paused():
                     # An evaluation may decide how the stage goes on, which its checkpoint has to know.
@@ -225,14 +235,20 @@ class Trainer:
                 self._stop_if_asked(signals, saved)
             self._finish_saving()
 
-    def _step(self) -> dict[str, Tensor]:
+    def _step(self) -> tuple[Batch, dict[str, Tensor]]:
         self.pulse.at("waiting for samples", self.step + 1, awaits=READERS)
         batch = self.stream.next()
         # Kernels are compiled in the first step.
         self.pulse.at("training", self.step + 1, long=self.step == self._begun_at)
         metrics = train_step(self.stage, batch, lr_factor(self.step, self.config.train.steps, self.config.optim))
         self.step += 1
-        return metrics
+        return batch, metrics
+
+    def _explain(self, batch: Batch) -> None:
+        """Say whose fault it is that the step of a batch was skipped."""
+        self.pulse.at("repeating a bad step", self.step, long=True)
+        verdict = explain(self.stage, batch, self.ranks)
+        self.tracker.message(f"warning: step {self.step} was skipped; repeated, it is {verdict}")
 
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
         """Average over the ranks: the only place in the loop that waits for the device."""
@@ -254,8 +270,8 @@ class Trainer:
             self.tracker.message(f"warning: step {self.step}: {each.weight} differs on ranks {list(each.ranks)}, {how}")
         return all(each.mended for each in odd)
 
-    def _go_back(self, trouble: str) -> None:
-        """Take up the last checkpoint and leave the data where they are: samples that led here do not come again."""
+    def _go_back(self, trouble: str, *, again: bool = False) -> None:
+        """Take up the last checkpoint, and the samples after it `again` or, where they may have led here, no more."""
         self._finish_saving()
         self.pulse.at("going back to a checkpoint", self.step, long=True)
         recover(self.run, self.ranks, strict=self.config.checkpoint.strict)
@@ -266,11 +282,15 @@ class Trainer:
         self._rollbacks += 1
         reached, skipped = self.step, int(self.stage.optimizer.guard.skipped)
         self.stage.optimizer.gather_weights()  # a gathering that is still due would write over what is loaded
-        self.step = self._take_up(newest).step
+        meta = self._take_up(newest)
+        self.step = meta.step
         self._undone += skipped - int(self.stage.optimizer.guard.skipped)
         self.tracker.rewind(self.step)
-        passed = f"the samples of steps {self.step + 1} to {reached} are passed over"
-        self.tracker.message(f"warning: {trouble}; back at step {self.step}, {passed}")
+        if again:
+            self.stream.close()
+            self.stream = self._read_from(dict(meta.data))
+        samples = f"the samples of steps {self.step + 1} to {reached} {'come again' if again else 'are passed over'}"
+        self.tracker.message(f"warning: {trouble}; back at step {self.step}, {samples}")
 
     def _evaluate(self) -> None:
         self.pulse.at("evaluating", self.step, long=True)
@@ -316,11 +336,12 @@ class Trainer:
             self.pulse.helpers.pop(WRITER, None)
 
     @contextmanager
-    def _no_writer_left(self) -> Iterator[None]:
-        """End a writing process that is under way where the run fails."""
+    def _no_helper_left(self) -> Iterator[None]:
+        """End the reading processes and, where the run fails, a writing one: they would hold up this one's end."""
         try:
             yield
         finally:
+            self.stream.close()
             if self._saving is not None:
                 self._saving.abandon()
 

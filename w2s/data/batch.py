@@ -95,18 +95,45 @@ def gather_batch(own: Batch, group: dist.ProcessGroup) -> Batch:
     size = dist.get_world_size(group)
     if size == 1:
         return own
-    fields = {name: tensor for name, tensor in _tensors(own).items() if tensor is not None}
-    columns = [tensor.reshape(len(own), -1).contiguous().view(torch.uint8) for tensor in fields.values()]
-    rows = torch.cat(columns, dim=1)
+    rows = _packed(own)
     everyone = rows.new_empty(size * len(own), rows.shape[1])
     dist.all_gather_into_tensor(everyone, rows, group=group)
-    parts = everyone.split([column.shape[1] for column in columns], dim=1)
-    joined: dict[str, Any] = {
+    joined = _unpacked(everyone, own)
+    return joined._select(joined.indices.argsort())
+
+
+def swap_batch(own: Batch, group: dist.ProcessGroup, *, to: int, source: int) -> Batch:
+    """Give a batch on the host to one rank and return that of another, which has the same fields and size.
+
+    Args:
+        own: what is given.
+        group: over gloo, with both.
+        to: rank in the world.
+        source: rank in the world.
+    """
+    rows = _packed(own)
+    other = torch.empty_like(rows)
+    works = [dist.isend(rows, to, group=group), dist.irecv(other, source, group=group)]
+    for work in filter(None, works):
+        work.wait()
+    return _unpacked(other, own)
+
+
+def _packed(batch: Batch) -> torch.Tensor:
+    """A batch's tensors side by side, as bytes: uint8 [n, bytes of a sample]."""
+    tensors = [tensor for tensor in _tensors(batch).values() if tensor is not None]
+    return torch.cat([tensor.reshape(len(batch), -1).contiguous().view(torch.uint8) for tensor in tensors], dim=1)
+
+
+def _unpacked(rows: torch.Tensor, like: Batch) -> Batch:
+    """Undo `_packed`, for a batch with the fields of another, which may have more or fewer samples."""
+    fields = {name: tensor for name, tensor in _tensors(like).items() if tensor is not None}
+    sizes = [tensor[0].numel() * tensor.element_size() for tensor in fields.values()]
+    parts: dict[str, Any] = {
         name: part.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
-        for (name, tensor), part in zip(fields.items(), parts, strict=True)
+        for (name, tensor), part in zip(fields.items(), rows.split(sizes, dim=1), strict=True)
     }
-    order = joined["indices"].argsort()
-    return Batch(**{name: tensor[order] for name, tensor in joined.items()}, keys=[])
+    return Batch(**parts, keys=[])
 
 
 def _tensors(batch: Batch) -> dict[str, Any]:

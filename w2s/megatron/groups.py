@@ -43,6 +43,8 @@ class Ranks:
     """The tensor x pipeline group: ranks that hold one copy of the model together and see the same samples."""
     world_group: ProcessGroup
     """All ranks."""
+    own_group: ProcessGroup
+    """This rank alone."""
     control_group: ProcessGroup
     """All ranks, over gloo: what is said in it never waits for a GPU."""
     device: torch.device
@@ -170,6 +172,7 @@ def split(
             model_size=dist.get_world_size(parallel_state.get_model_parallel_group()),
             model_group=parallel_state.get_model_parallel_group(),
             world_group=dist.distributed_c10d._get_default_group(),
+            own_group=parallel_state.get_context_parallel_group(),
             control_group=_all_over_gloo(timeout),
             device=device,
         )

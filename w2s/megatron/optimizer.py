@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from w2s.config.sections import OptimConfig
 from w2s.megatron import compat
@@ -95,6 +95,10 @@ class Optimizer:
         self.sharded.loss = loss
         _, grad_norm, _ = self.sharded.step()
         return grad_norm
+
+    def local_norm(self) -> Tensor:
+        """Norm of the gradients that this rank has accumulated, where they have not been reduced: a scalar."""
+        return get_total_norm([buffer.grad_data for chunk in self.chunks for buffer in chunk.buffers])
 
     @property
     def highest_lr(self) -> float:

@@ -1,13 +1,14 @@
 """Megatron's schedules: a pass over micro-batches, forward only or forward and backward."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -60,7 +61,26 @@ def begin_pass(tower: ShardedTower[Any]) -> None:
 
 def finish_gradients(tower: ShardedTower[Any]) -> None:
     """Reduce the gradients of a model that took part in another's pass, as `forward_backward` does for its own."""
-    finalize_model_grads(tower.chunks)
+    tower.parts[0].config.finalize_model_grads_func(tower.chunks)
+
+
+@contextmanager
+def unreduced(towers: Iterable[ShardedTower[Any]]) -> Iterator[None]:
+    """Let passes leave each data-parallel rank's gradients its own, for a look at them; no update may follow."""
+    with ExitStack() as stack:
+        for tower in towers:
+            driver = tower.parts[0].config
+            stack.callback(setattr, driver, "finalize_model_grads_func", driver.finalize_model_grads_func)
+            stack.callback(setattr, driver, "no_sync_func", driver.no_sync_func)
+            driver.finalize_model_grads_func, driver.no_sync_func = _leave, nullcontext
+            for chunk in tower.chunks:
+                if isinstance(chunk, DistributedDataParallel):
+                    stack.enter_context(chunk.no_sync())
+        yield
+
+
+def _leave(*_: object, **__: object) -> None:
+    """Reduce nothing."""
 
 
 @torch.no_grad()
