@@ -109,8 +109,10 @@ def stage(
 
 def _start(config: "Config", nproc: int, restarts: int) -> None:
     from w2s.config.checks import check
-    from w2s.launch import adopt_slurm, is_rank, launch, run_stage
+    from w2s.host import keep_printing
+    from w2s.launch import adopt_slurm, is_rank, launch_stage, run_stage
 
+    keep_printing()
     adopt_slurm()
     if is_rank():
         if nproc > 1:
@@ -125,7 +127,7 @@ def _start(config: "Config", nproc: int, restarts: int) -> None:
     if nproc == 1 and not restarts:
         run_stage(config)
     else:
-        launch(run_stage, config, nproc, restarts)
+        launch_stage(config, nproc, restarts)
 
 
 @app.command()
@@ -146,6 +148,7 @@ def run(
     """Run a pipeline of stages, such as mim -> clip -> eval. The same command goes on where it was interrupted."""
     with _one_line(debug):
         from w2s.config.load import refuse_expanded_braces
+        from w2s.host import keep_printing
         from w2s.pipeline.run import pipeline_yaml, run_pipeline
 
         given = arguments or []
@@ -154,6 +157,7 @@ def run(
         if print_config:
             print(pipeline_yaml(name, given), end="")
         else:
+            keep_printing()
             run_pipeline(name, given, ranks=nproc, fresh=fresh, restarts=restarts)
 
 

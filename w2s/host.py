@@ -1,14 +1,20 @@
 """The process and the machine that it runs on."""
 
 import ctypes
+import errno
+import io
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
+from typing import Any
 
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_NOBODY_READS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+"""Errors of a terminal that is a file on a full disk, or that is gone."""
 
 
 def keep_freed_memory() -> None:
@@ -21,6 +27,28 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def keep_printing() -> None:
+    """Let output be lost where a full disk does not take it: what a run prints is no reason to end it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
+            raw = io.BufferedWriter(_Outlasting(stream.fileno(), "w", closefd=False))
+            lines = stream.line_buffering
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=lines))
+
+
+class _Outlasting(io.FileIO):
+    """A file that takes everything, and keeps what it can."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in _NOBODY_READS:
+                raise
+            return memoryview(data).nbytes
 
 
 @dataclass(frozen=True)

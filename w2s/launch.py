@@ -23,7 +23,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from w2s.config.sections import Config
 from w2s.errors import StopRun, UserError, W2SError
 from w2s.failure import FAILURE_FILE, Failure, describe
-from w2s.host import keep_freed_memory
+from w2s.host import keep_freed_memory, keep_printing
 from w2s.leftovers import mark, marked, sweep, temporary
 from w2s.redaction import redact, shown
 from w2s.tracking.files import write_text
@@ -70,6 +70,7 @@ def _error(failure: Failure) -> W2SError:
 def run_stage(config: Config) -> None:
     """Run the stage of a configuration in this process, which is a rank."""
     sweep(temporary())
+    keep_printing()
     keep_freed_memory()
     show_notes()
     with marked():
@@ -113,6 +114,22 @@ def adopt_slurm() -> None:
         MASTER_ADDR=slurm.get("MASTER_ADDR", first_host),
         MASTER_PORT=slurm.get("MASTER_PORT", str(20_000 + int(slurm["SLURM_JOB_ID"]) % 20_000)),
     )
+
+
+def launch_stage(config: Config, ranks: int, restarts: int) -> None:
+    """Run a stage on local ranks, as `launch` does; where they have died, their run in MLflow ends as FAILED."""
+    try:
+        launch(run_stage, config, ranks, restarts)
+    except RankError as error:
+        if error.exit_code != UserError.exit_code:
+            # What a launcher that has nothing to tell of does without.
+            from w2s.checkpoint.find import unfinished_folder
+            from w2s.tracking.history import read_history
+            from w2s.tracking.mlflow_run import end_abandoned
+
+            folder, root = unfinished_folder(config), Path(config.run.root).expanduser()
+            end_abandoned(config.tracking, root, folder, read_history(folder))
+        raise
 
 
 def launch(function: Callable[[Argument], None], argument: Argument, ranks: int, restarts: int = 0) -> None:

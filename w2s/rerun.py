@@ -1,8 +1,8 @@
 """Whose fault a bad step is: it is repeated by the same data-parallel rank and by another, each on its own.
 
 The idea is that of Megatron's rerun (megatron/core/rerun_state_machine.py): what fails again elsewhere is the data,
-what fails again here alone the device, what does not fail again a passing fault. Here the unit is a data-parallel rank: the
-ranks that hold one copy of the model together, as the fault of one reaches all of them.
+what fails again here alone the device, what does not fail again a passing fault. Here the unit is a data-parallel
+rank: the ranks that hold one copy of the model together, as the fault of one reaches all of them.
 """
 
 import math

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from w2s.checkpoint import store
 from w2s.checkpoint.continued import find_continued, with_its_start
-from w2s.checkpoint.find import is_finished
+from w2s.checkpoint.find import is_finished, unfinished_folder
 from w2s.checkpoint.handover import Handover, check_shapes
 from w2s.checkpoint.verifying import recover, verify
 from w2s.config.checks import doubts
-from w2s.config.naming import difference, run_folder, written
+from w2s.config.naming import difference, written
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.builtin.registry import ensure_builtin
@@ -104,13 +104,7 @@ def owned_folder(config: Config, ranks: Ranks) -> Iterator[Path]:
 
     A named run is that run. A run without a name is the interrupted one of the same configuration, else a new one.
     """
-    folder = run_folder(config)
-    if config.run.name == "auto" and ranks.main:
-        number = 1
-        while is_finished(folder):
-            number += 1
-            folder = run_folder(config).with_name(f"{run_folder(config).name}-{number}")
-    folder = ranks.share(folder)
+    folder = ranks.share(unfinished_folder(config) if ranks.main else Path())
     if is_finished(folder):
         raise UserError(f"run.name={config.run.name}: {folder} is finished: choose another name")
     with owned(folder, ranks):

@@ -17,7 +17,7 @@ from w2s.config.naming import flatten
 from w2s.config.sections import TrackingConfig
 from w2s.errors import StopRun
 from w2s.tracking.delivery import clean_name
-from w2s.tracking.mlflow_run import DataInput, MlflowRun, Status, parent_run
+from w2s.tracking.mlflow_run import DataInput, MlflowRun, Status, end_abandoned, parent_run
 from w2s.tracking.store import artifact_location, tracking_uri
 
 QUIET = TrackingConfig(system_metrics=False)
@@ -73,6 +73,27 @@ def test_the_environment_variable_goes_before_the_given_run_and_is_used_once(
     assert start(root, run_id=two.run_id).run_id == one.run_id
     assert start(root, run_id=two.run_id).run_id == two.run_id
     assert len(runs(client)) == 2
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "FAILED"), ("FINISHED", "FINISHED"), ("KILLED", "KILLED")])
+def test_the_run_of_dead_ranks_is_ended(
+    root: Path, client: MlflowClient, tmp_path: Path, before: Status | None, after: str
+) -> None:
+    run = start(root, folder=tmp_path)
+    run.log({"loss": 1.0}, step=10, samples=640)
+    if before:
+        run.end(before)
+    lines = [{"step": step, "samples_seen": 64 * step, "time": 1.0, "loss": 10 / step} for step in (10, 20)]
+    end_abandoned(QUIET, root, tmp_path, lines)
+    (stored,) = runs(client)
+    assert stored.info.status == after
+    told = sorted((point.step, point.value) for point in client.get_metric_history(str(run.run_id), "loss"))
+    assert told == [(10, 1.0), (20, 0.5)][: 1 if before else 2]
+
+
+def test_a_run_that_never_was_is_not_ended(root: Path, client: MlflowClient, tmp_path: Path) -> None:
+    end_abandoned(QUIET, root, tmp_path, [])
+    assert runs(client) == []
 
 
 @pytest.mark.parametrize("lost", ["0123456789abcdef0123456789abcdef", "no such id!"])

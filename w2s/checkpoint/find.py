@@ -6,6 +6,8 @@ from pathlib import Path
 
 from w2s.checkpoint.files import holds_weights
 from w2s.checkpoint.store import all_of, latest, read_meta
+from w2s.config.naming import run_folder
+from w2s.config.sections import Config
 from w2s.errors import CheckpointError
 
 
@@ -67,6 +69,16 @@ def find_run(what: str, root: Path) -> Path:
 def is_finished(run: Path) -> bool:
     """Whether a run has come to its end."""
     return (run / "result.json").is_file()
+
+
+def unfinished_folder(config: Config) -> Path:
+    """Return the folder of the run of a configuration; for one without a name, of the first that is not finished."""
+    first = folder = run_folder(config)
+    number = 1
+    while config.run.name == "auto" and is_finished(folder):
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    return folder
 
 
 def _latest_of(run: Path, key: str) -> Path:

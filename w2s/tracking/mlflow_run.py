@@ -325,6 +325,33 @@ def stored_run_id(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8").strip() or None if path.is_file() else None
 
 
+def end_abandoned(tracking: TrackingConfig, root: Path, folder: Path, history: Sequence[Record]) -> None:
+    """Ends the run of a folder as FAILED, with all its metrics, if it stands as RUNNING there: its ranks are dead.
+
+    Args:
+        tracking: section `tracking` of the configuration.
+        root: folder of all runs.
+        folder: run folder.
+        history: what its metrics.jsonl has.
+    """
+    run_id = stored_run_id(folder)
+    if not tracking.enabled or run_id is None:
+        return
+
+    def runs() -> bool:
+        return connect(tracking_uri(tracking, root)).get_run(run_id).info.status == "RUNNING"
+
+    try:
+        load_mlflow()
+        running = Worker("mlflow").submit(runs).result(OPEN_SECONDS)
+    except Exception:  # a store that does not answer is told nothing
+        return
+    if running:
+        own = replace(tracking, system_metrics=False)
+        run = MlflowRun.start(own, root, folder.name, tags={}, params={}, run_id=run_id, folder=folder, history=history)
+        run.end("FAILED")
+
+
 @contextmanager
 def parent_run(tracking: TrackingConfig, folder: Path, *, tags: Mapping[str, str]) -> Iterator[MlflowRun]:
     """The MLflow run above the stages of one `w2s run`; give its `run_id` to them as `tracking.parent_run`.

@@ -1,0 +1,28 @@
+import subprocess
+import sys
+
+import pytest
+
+PRINTING = """
+import logging, sys
+from rich.console import Console
+from w2s.host import keep_printing
+
+{keep}()
+print("x" * 100_000, flush=True)
+Console().print("[b]a line[/b]")
+logging.StreamHandler(sys.stdout).emit(logging.makeLogRecord({{"msg": "note"}}))
+print("left in the buffer", end="")
+"""
+
+
+@pytest.mark.parametrize(("keep", "code"), [("keep_printing", 0), ("list", 1)])
+def test_a_terminal_on_a_full_disk(keep: str, code: int) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", PRINTING.format(keep=keep)], stdout=full, stderr=full)
+    assert done.returncode == code
+
+
+def test_what_can_be_printed_is_printed() -> None:
+    done = subprocess.run([sys.executable, "-c", PRINTING.format(keep="keep_printing")], capture_output=True, text=True)
+    assert done.stdout == "x" * 100_000 + "\na line\nnote\nleft in the buffer"
