@@ -124,7 +124,7 @@ def _start(config: "Config", nproc: int, restarts: int) -> None:
         run_stage(config)
         return
     check(config, nproc, nproc)
-    if nproc == 1 and not restarts:
+    if nproc == 1 and not restarts and not config.checkpoint.memory:
         run_stage(config)
     else:
         launch_stage(config, nproc, restarts)

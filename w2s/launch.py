@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -21,10 +22,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from w2s.config.sections import Config
-from w2s.errors import StopRun, UserError, W2SError
+from w2s.errors import ConfigError, StopRun, UserError, W2SError
 from w2s.failure import FAILURE_FILE, Failure, describe
 from w2s.host import keep_freed_memory, keep_printing
-from w2s.leftovers import mark, marked, sweep, temporary
+from w2s.leftovers import in_memory, mark, marked, sweep, temporary
 from w2s.redaction import redact, shown
 from w2s.tracking.files import write_text
 
@@ -118,6 +119,8 @@ def adopt_slurm() -> None:
 
 def launch_stage(config: Config, ranks: int, restarts: int) -> None:
     """Run a stage on local ranks, as `launch` does; where they have died, their run in MLflow ends as FAILED."""
+    if config.checkpoint.memory and not restarts:
+        raise ConfigError("checkpoint.memory=true is for ranks that are started again: use it with --restarts N")
     try:
         launch(run_stage, config, ranks, restarts)
     except RankError as error:
@@ -169,6 +172,7 @@ def launch(function: Callable[[Argument], None], argument: Argument, ranks: int,
             raise _cause(_read_failures(_last_attempt(Path(folder))), end) from None
         finally:
             sweep(temporary())
+            shutil.rmtree(in_memory(os.getpid()), ignore_errors=True)
 
 
 def _last_attempt(folder: Path) -> Path:

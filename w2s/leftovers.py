@@ -1,4 +1,4 @@
-"""Temporary files and semaphores of processes that were killed: they are named after their process, and swept later."""
+"""Temporary files, semaphores and memory of processes that were killed: named after their process, and swept later."""
 
 import multiprocessing
 import os
@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.util import Finalize
 from pathlib import Path
 
-_SEMAPHORES = Path("/dev/shm")
+_MEMORY = Path("/dev/shm")
 _LONGEST = 45
 """Bytes in the path of a temporary folder below which there may be sockets, whose paths have at most 108."""
 
@@ -23,9 +23,14 @@ def _family() -> str:
     return f"w2s-{number:x}-"
 
 
-def mark() -> str:
-    """Return what the names of this process's temporary folders and semaphores begin with."""
-    return f"{_family()}{os.getpid():x}-"
+def mark(pid: int | None = None) -> str:
+    """Return what the names of the temporary folders and semaphores of a process, by default this one, begin with."""
+    return f"{_family()}{pid or os.getpid():x}-"
+
+
+def in_memory(pid: int) -> Path:
+    """Return the folder of files in memory that live as long as a process does."""
+    return _MEMORY / f"{mark(pid)}memory"
 
 
 @contextmanager
@@ -68,7 +73,8 @@ def temporary() -> Path:
 
 def sweep(folder: Path) -> None:
     """Remove what processes of this machine that are gone have left in a folder of temporary files and in memory."""
-    for path in [*folder.glob(f"{_family()}*"), *_SEMAPHORES.glob(f"sem.{_family()}*")]:
+    family = f"{_family()}*"
+    for path in [*folder.glob(family), *_MEMORY.glob(family), *_MEMORY.glob(f"sem.{family}")]:
         pid = path.name.partition(_family())[2].partition("-")[0]
         with suppress(OSError, ValueError):
             if not Path(f"/proc/{int(pid, 16)}").exists():

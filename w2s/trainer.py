@@ -17,6 +17,7 @@ from w2s.checkpoint import store
 from w2s.checkpoint.continued import find_continued, with_its_start
 from w2s.checkpoint.find import is_finished, unfinished_folder
 from w2s.checkpoint.handover import Handover, check_shapes
+from w2s.checkpoint.memory import HostMemory, host_memory
 from w2s.checkpoint.verifying import recover, verify
 from w2s.config.checks import doubts
 from w2s.config.naming import difference, written
@@ -114,9 +115,17 @@ def owned_folder(config: Config, ranks: Ranks) -> Iterator[Path]:
 class Trainer:
     """Trains a stage in a run folder."""
 
-    def __init__(self, stage: Stage, config: Config, run: Path, ranks: Ranks, pulse: Pulse | None = None) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        config: Config,
+        run: Path,
+        ranks: Ranks,
+        pulse: Pulse | None = None,
+        memory: HostMemory | None = None,
+    ) -> None:
         self.stage, self.config, self.run, self.ranks = stage, config, run, ranks
-        self.pulse = pulse or Pulse()
+        self.pulse, self.memory = pulse or Pulse(), memory
         self.step, self.parent, self.handover, position = self._restore()
         self.stream = self._read_from(position)
         self.watch = Float8Watch(stage.towers, ranks)
@@ -124,6 +133,8 @@ class Trainer:
         self._refused: list[CheckpointError] = []
         self._rollbacks = self._undone = 0
         self._begun_at = self.step
+        if memory is not None:
+            memory.check_room(sum(tensor.nbytes for tensor in self._own_tensors().values()))
         tags = {"w2s.parent_checkpoint": self.parent} if self.parent else {}
         self.tracker = Tracker(config, run, main=ranks.main, resumed_step=self.step, tags=tags)
 
@@ -146,11 +157,18 @@ class Trainer:
     def _restore(self) -> tuple[int, str | None, Handover | None, dict[str, Any] | None]:
         """Take up the run where it stands; return step, parent checkpoint, hand-over and position in the data.
 
-        1. This run's own latest checkpoint, if it has one, as `recover` has left it: weights, optimizer, data position.
-        2. Else all that of the checkpoint that `init.checkpoint` names.
-        3. Else the weights that `init` names; a new optimizer.
-        4. Else the weights drawn from the seed.
+        1. This run's checkpoint in the memory of the hosts, if one was found: weights, optimizer, data position.
+        2. Else its own latest checkpoint, if it has one, as `recover` has left it.
+        3. Else all that of the checkpoint that `init.checkpoint` names.
+        4. Else the weights that `init` names; a new optimizer.
+        5. Else the weights drawn from the seed.
         """
+        if self.memory is not None and self.memory.meta is not None:
+            meta, optimizer = self.memory.meta, self.stage.optimizer
+            self._refuse_another_run(meta)
+            extra = state.take_up(self.memory.read(), self.stage.towers, optimizer, meta.step)
+            self.stage.load_extra_state(extra)
+            return meta.step, meta.parent, None, dict(meta.data)
         own = store.latest(self.run)
         if own is not None:
             self._refuse_another_run(store.read_meta(own))
@@ -307,6 +325,8 @@ class Trainer:
             versions={package: version(package) for package in PACKAGES},
         )
 
+        self._keep_in_memory(meta)
+
         def write(folder: Path) -> Writing:
             extra, background = self.stage.extra_state(), self.config.checkpoint.async_save
             writing = state.save(folder, self.stage.towers, self.stage.optimizer, extra, background)
@@ -319,6 +339,23 @@ class Trainer:
             self._saving = store.Saving(self.run, meta, write, self.config.checkpoint, self.ranks)
         if not self.config.checkpoint.async_save:
             self._finish_saving()
+
+    def _keep_in_memory(self, meta: store.Meta) -> None:
+        if self.memory is None:
+            return
+        self.pulse.at("keeping a checkpoint in memory", self.step, long=True)
+        began = time.perf_counter()
+        try:
+            size = self.memory.keep(meta, self._own_tensors())
+        except CheckpointError as error:
+            self.tracker.message(f"warning: {error}; training goes on")
+            return
+        seconds = time.perf_counter() - began
+        if meta.step <= self._begun_at + self.config.checkpoint.every:  # once is enough
+            self.tracker.message(f"step {meta.step} is in memory: {size / 2**30:.3g} GiB a rank in {seconds:.2g} s")
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        return state.own_tensors(self.stage.towers, self.stage.optimizer, self.stage.extra_state())
 
     def _finish_saving(self) -> None:
         if self._saving is not None:
@@ -411,16 +448,19 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
         build: makes the stage, with weights drawn from the seed.
     """
     started = time.perf_counter()
-    with open_run(config) as (ranks, pulse, run):
-        recover(run, ranks, strict=config.checkpoint.strict)
+    with open_run(config) as (ranks, pulse, run), host_memory(config, run, ranks) as memory:
+        if memory is None or memory.find(ranks.share(store.newest_step(run))) is None:
+            recover(run, ranks, strict=config.checkpoint.strict)
         config = with_its_start(config, run)
         # Before the model is built, which may take long.
         for doubt in doubts(config) if ranks.main and store.latest(run) is None else []:
             print(f"warning: {doubt}", flush=True)
-        trainer = Trainer(build(config, ranks), config, run, ranks, pulse)
+        trainer = Trainer(build(config, ranks), config, run, ranks, pulse, memory)
         with tracked(trainer.tracker):
             trainer.tracker.message(f"run folder: {run}")
-            if trainer.step and trainer.parent:
+            if memory is not None and memory.meta is not None:
+                trainer.tracker.message(f"goes on at step {trainer.step}, from the memory of the hosts")
+            elif trainer.step and trainer.parent:
                 trainer.tracker.message(f"goes on at step {trainer.step}, begun from {trainer.parent}")
             trainer.tracker.inputs([*training_inputs(config, trainer.stream.sources), *test_inputs(config)])
             trainer.train()

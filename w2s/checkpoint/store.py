@@ -113,6 +113,12 @@ def latest(run: Path) -> Path | None:
     return next((path for path in found if path.name == named_latest(run)), found[-1] if found else None)
 
 
+def newest_step(run: Path) -> int:
+    """Return the step of the checkpoint that a run would go on from; 0 where it has none."""
+    found = latest(run)
+    return 0 if found is None else step_of(found) or 0
+
+
 def named_latest(run: Path) -> str:
     """Return what stands in a run's file `latest`; nothing if there is none."""
     try:

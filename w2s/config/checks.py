@@ -91,6 +91,8 @@ def doubts(config: Config) -> list[str]:
 def _check_training(config: Config, world_size: int) -> None:
     if not config.data.train and not (config.data.phases and all(phase.train for phase in config.data.phases)):
         raise ConfigError("data.train is empty: give the training shards, such as data.train='shards/{0000..0099}.tar'")
+    if config.checkpoint.memory and config.precision.fp8_primary_weights:
+        raise ConfigError("checkpoint.memory=true with precision.fp8_primary_weights=true: leave one of them out")
     if config.eval.sets:
         raise ConfigError(f"eval.sets is for w2s stage eval: {config.stage} is measured on eval.shards alone")
     _check_optimizer(config)

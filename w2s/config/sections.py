@@ -153,6 +153,9 @@ class CheckpointConfig:
     """Steps that are saved, and kept whatever comes after: where other runs go on from (`init.checkpoint`)."""
     async_save: bool = False
     """Write in the background while training goes on; `latest` moves when all ranks have written."""
+    memory: bool = False
+    """Keep the newest one in the memory of the hosts too, each rank's also on the next host: ranks that are started
+    again (--restarts) need no disk."""
     failures: int = 3
     """Saves in a row that the system may refuse (disk full, quota) before the run ends: it trains on meanwhile."""
     strict: bool = False

@@ -124,6 +124,22 @@ class Optimizer:
         self.sharded.load_state_dict(saved)
         for group, settings in zip(self.sharded.param_groups, self._settings, strict=True):
             group.update(settings)  # Megatron tells groups apart by some settings alone, and mixes up the rest
+        self.go_on_from(step)
+
+    def slices(self) -> dict[str, Tensor]:
+        """Master weights and moments of this rank's share, by their place: the tensors themselves."""
+        self.prepare_to_load()
+        inner = self.sharded.optimizer
+        found: dict[str, Tensor] = {}
+        for number, group in enumerate(inner.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                moments = {name: inner.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")}
+                parts = {"weight": parameter.data, **moments}
+                found |= {f"{number}.{place}.{name}": part for name, part in parts.items()}
+        return found
+
+    def go_on_from(self, step: int) -> None:
+        """Count from `step` on, of which the guard knows those skipped."""
         self.updates = step
         self._set_step(step - int(self.guard.skipped))
 

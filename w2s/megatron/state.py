@@ -59,6 +59,70 @@ def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[
     return extra
 
 
+def own_tensors(towers: Towers, optimizer: Optimizer, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return all that this rank holds of a training, as it lies there; the same layout alone can take it up."""
+    return {
+        **{f"weights.{name}": tensor for name, tensor in _own_weights(towers).items()},
+        **{f"scales.{name}": tensor for name, tensor in _own_scales(towers).items()},
+        **{f"optimizer.{name}": tensor for name, tensor in optimizer.slices().items()},
+        **{f"guard.{name}": tensor for name, tensor in optimizer.guard.state().items()},
+        **{f"extra.{name}": tensor for name, tensor in extra.items()},
+    }
+
+
+@torch.no_grad()
+def take_up(tensors: Mapping[str, Tensor], towers: Towers, optimizer: Optimizer, step: int) -> dict[str, Tensor]:
+    """Take up what `own_tensors` gave after `step` updates; return the extra tensors.
+
+    Raises:
+        CheckpointError: they are another layout's.
+    """
+    kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("weights", "scales", "optimizer", "guard", "extra")}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        kinds[kind][rest] = tensor
+    optimizer.guard.load(kinds["guard"])
+    for held, own in ((kinds["weights"], _own_weights(towers)), (kinds["optimizer"], optimizer.slices())):
+        if {name: part.shape for name, part in held.items()} != {name: part.shape for name, part in own.items()}:
+            raise CheckpointError("the checkpoint in memory is another layout's: leave checkpoint.memory out")
+        for name, part in own.items():
+            part.copy_(held[name])
+    _take_scales(towers, kinds["scales"])
+    optimizer.go_on_from(step)
+    return kinds["extra"]
+
+
+def _own_weights(towers: Towers) -> dict[str, Tensor]:
+    """Weights and buffers of this rank's chunks, by tower, number of the chunk, and name: the tensors themselves."""
+    return {
+        f"{name}.{number}.{key}": tensor.data
+        for name, tower in towers.items()
+        for number, part in enumerate(tower.parts)
+        for key, tensor in (*part.named_parameters(), *part.named_buffers())
+    }
+
+
+def _own_scales(towers: Towers) -> dict[str, Tensor]:
+    """Scales of FP8 of this rank's chunks, by tower, number of the chunk, and name."""
+    return {
+        f"{name}.{number}.{key}": value
+        for name, tower in towers.items()
+        for number, part in enumerate(tower.parts)
+        for key, value in part.state_dict().items()
+        if key.endswith("_extra_state") and isinstance(value, Tensor) and value.numel()
+    }
+
+
+def _take_scales(towers: Towers, scales: Mapping[str, Tensor]) -> None:
+    for name, tower in towers.items():
+        for number, part in enumerate(tower.parts):
+            prefix = f"{name}.{number}."
+            own = {key.removeprefix(prefix): value for key, value in scales.items() if key.startswith(prefix)}
+            for key, value in own.items():
+                check_state(value, key)
+            part.load_state_dict(own, strict=False)
+
+
 def load_weights(folder: Path, towers: Towers, names: Iterable[str]) -> None:
     """Read the named tensors (`TOWER.PARAMETER`) into the towers; the others keep their values.
 

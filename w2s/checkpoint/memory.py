@@ -1,0 +1,254 @@
+"""The newest checkpoint in the memory of the hosts, for ranks that are started again on them.
+
+/dev/shm/w2s-…-memory/RUN/rank-3.step-400.CRC32.safetensors   what rank 3 holds: on its own host, and on the next one
+
+The folder bears the number of the process that starts the ranks, and goes with it (`w2s/leftovers.py`). Each rank keeps
+its tensors as they lie in its layout, with no other rank's help, so that one of several hosts may be lost. The older
+checkpoint goes when all ranks have the newer.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from w2s.checkpoint.store import Meta
+from w2s.checksum import checksum
+from w2s.config.sections import Config
+from w2s.errors import CheckpointError, ConfigError, StopRun
+from w2s.leftovers import in_memory
+from w2s.megatron.groups import Ranks
+from w2s.redaction import resolved
+
+_NAME = re.compile(r"rank-(\d+)\.step-(\d+)\.([0-9a-f]{8})\.safetensors")
+_GENERATIONS = 2
+"""Checkpoints that are there while the newer one is written."""
+_LAYOUT = ("parallel", "precision")
+"""Sections that say how tensors lie on the ranks."""
+_GIB = 2**30
+
+
+class Part(NamedTuple):
+    """What one rank holds of a checkpoint."""
+
+    rank: int
+    step: int
+
+
+class Copy(NamedTuple):
+    """A file with a part."""
+
+    name: str
+    size: int
+
+
+class HostMemory:
+    """The checkpoints of a run in memory; every rank makes one, and calls what follows together with the others.
+
+    Args:
+        config: the run's.
+        run: its folder.
+        ranks: this process among all.
+        root: where this host keeps them.
+
+    Attributes:
+        meta: of the checkpoint that `find` has found.
+    """
+
+    def __init__(self, config: Config, run: Path, ranks: Ranks, root: Path | None = None) -> None:
+        self._config, self._ranks = config, ranks
+        self._root = root or in_memory(os.getppid())
+        self._folder = self._root / hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+        self._on_host = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+        self.meta: Meta | None = None
+
+    @property
+    def _several_hosts(self) -> bool:
+        return self._on_host < self._ranks.world_size
+
+    def check_room(self, own: int) -> None:
+        """Refuse to begin where the memory could not hold what this host has to keep.
+
+        Args:
+            own: bytes of this rank's part.
+
+        Raises:
+            ConfigError: it is too small.
+        """
+        needed, place = _GENERATIONS * (1 + self._several_hosts) * self._on_host * own, self._root.parent
+        room = shutil.disk_usage(place).total if place.is_dir() else 0
+        if needed > room:
+            raise ConfigError(
+                f"checkpoint.memory=true needs {needed / _GIB:.3g} GiB in {place}, which has {room / _GIB:.3g}: make "
+                "it larger (docker run --shm-size, mount -o remount,size=), or leave checkpoint.memory out"
+            )
+
+    def keep(self, meta: Meta, tensors: Mapping[str, Tensor]) -> int:
+        """Keep this rank's part, here and with a rank of the next host; then let the older ones go.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            CheckpointError: the memory is full; on every rank, and the older checkpoint stays.
+        """
+        own, refused = Copy("", 0), ""
+        try:
+            own = self._write(meta, tensors)
+        except (OSError, SafetensorError) as error:
+            refused = str(error)
+        self._agree(refused, meta.step)
+        if self._several_hosts:
+            self._agree(self._exchange(own), meta.step)
+        for part, copy in self._listed().items():
+            if part.step != meta.step:
+                (self._folder / copy.name).unlink(missing_ok=True)
+        return own.size
+
+    def _write(self, meta: Meta, tensors: Mapping[str, Tensor]) -> Copy:
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        partial = self._folder / f"rank-{self._ranks.rank}.partial"
+        here = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        save_file(here, partial, metadata={"meta": json.dumps(asdict(meta))})
+        found = checksum(partial)
+        name = f"rank-{self._ranks.rank}.step-{meta.step}.{found.crc32}.safetensors"
+        partial.rename(self._folder / name)
+        return Copy(name, found.bytes)
+
+    def _exchange(self, own: Copy) -> str:
+        """Give a rank of the next host this one's part and take that of the host before; say what was refused."""
+        rank, size, group = self._ranks.rank, self._ranks.world_size, self._ranks.control_group
+        following, before = (rank + self._on_host) % size, (rank - self._on_host) % size
+        theirs = self._ranks.gather(own)[before]
+        sent = dist.isend(_bytes_of(self._folder / own.name, own.size), following, group=group)
+        refused = self._take(theirs, before)
+        if sent is not None:
+            sent.wait()
+        return refused
+
+    def _take(self, copy: Copy, source: int) -> str:
+        """Receive a copy from another rank; say what was refused."""
+        partial, refused = self._folder / f"{copy.name}.partial", ""
+        try:
+            target = _new_bytes(partial, copy.size)
+        except OSError as error:
+            target, refused = torch.empty(copy.size, dtype=torch.uint8), str(error)
+        dist.recv(target, source, group=self._ranks.control_group)
+        if not refused:
+            partial.rename(self._folder / copy.name)
+        return refused
+
+    def _agree(self, refused: str, step: int) -> None:
+        """Let all ranks fail where one has."""
+        found = next(filter(None, self._ranks.gather(refused)), "")
+        if found:
+            for path in [*self._folder.glob(f"*.step-{step}.*"), *self._folder.glob("*.partial")]:
+                path.unlink(missing_ok=True)
+            raise CheckpointError(f"step {step} is not kept in {self._root.parent} ({found}): give it more memory")
+
+    def find(self, at_least: int) -> Meta | None:
+        """Find the newest checkpoint of this layout that the hosts hold whole, and bring this rank's part here.
+
+        Args:
+            at_least: step; older ones are not wanted.
+        """
+        everyone = self._ranks.gather(self._listed())
+        steps = {part.step for listed in everyone for part in listed if part.step >= at_least}
+        for step in sorted(steps, reverse=True):
+            parts = {part for listed in everyone for part in listed if part.step == step}
+            if parts == {Part(rank, step) for rank in range(self._ranks.world_size)}:
+                self._fetch(sorted(parts), everyone)
+                meta = self._verified(step)
+                if not self._ranks.any(meta is None):
+                    self.meta = meta
+                    return meta
+        return None
+
+    def _fetch(self, parts: Iterable[Part], everyone: list[dict[Part, Copy]]) -> None:
+        for part in parts:
+            if part in everyone[part.rank]:
+                continue
+            source = next(rank for rank, listed in enumerate(everyone) if part in listed)
+            copy = everyone[source][part]
+            if self._ranks.rank == source:
+                dist.send(_bytes_of(self._folder / copy.name, copy.size), part.rank, group=self._ranks.control_group)
+            elif self._ranks.rank == part.rank:
+                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._take(copy, source)
+
+    def _listed(self) -> dict[Part, Copy]:
+        """What this host holds."""
+        found = {}
+        for path in self._folder.glob("*.safetensors"):
+            named = _NAME.fullmatch(path.name)
+            with suppress(FileNotFoundError):  # another rank has let it go
+                if named:
+                    found[Part(int(named[1]), int(named[2]))] = Copy(path.name, path.stat().st_size)
+        return found
+
+    def _own(self, step: int) -> Path | None:
+        copy = self._listed().get(Part(self._ranks.rank, step))
+        return self._folder / copy.name if copy else None
+
+    def _verified(self, step: int) -> Meta | None:
+        """What is known of this rank's part; None if it is damaged or of another layout."""
+        path = self._own(step)
+        if path is None or checksum(path).crc32 not in path.name:
+            return None
+        with safe_open(path, "pt") as file:
+            content = json.loads(file.metadata()["meta"])
+        now = asdict(self._config)
+        if any(content["config"].get(section) != json.loads(json.dumps(now[section])) for section in _LAYOUT):
+            return None
+        return Meta(**{**content, "config": resolved(content["config"])})
+
+    def read(self) -> dict[str, Tensor]:
+        """Return this rank's part of the checkpoint that was found."""
+        path = self._own(self.meta.step) if self.meta else None
+        if path is None:
+            raise CheckpointError(f"{self._folder} holds no checkpoint of rank {self._ranks.rank}: it has been removed")
+        with safe_open(path, "pt") as file:
+            names: list[str] = file.keys()
+            return {name: file.get_tensor(name) for name in names}
+
+    def forget(self) -> None:
+        """Let all go that this host holds of the run."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextmanager
+def host_memory(config: Config, run: Path, ranks: Ranks) -> Iterator[HostMemory | None]:
+    """Give the memory where the configuration wants one; it is for a run that fails, and goes where one ends."""
+    if not config.checkpoint.memory:
+        yield None
+        return
+    memory = HostMemory(config, run, ranks)
+    try:
+        yield memory
+    except StopRun:
+        memory.forget()
+        raise
+    memory.forget()
+
+
+def _bytes_of(path: Path, size: int) -> Tensor:
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+
+
+def _new_bytes(path: Path, size: int) -> Tensor:
+    """The bytes of a new file, all there is of which is taken now: a write where memory is full would be fatal."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
