@@ -66,7 +66,7 @@ def _lose_and_go_on(ranks: Ranks, config: Config, folder: Path, lost: str) -> tu
     memory = _memory(config, ranks, folder)
     for step in (2, 3):
         memory.keep(_meta(config, step), state.own_tensors(towers, optimizer, {"seen": torch.tensor(step)}))
-    held = sorted(path.name.partition(".")[0] for path in folder.glob(f"host-{ranks.rank}/*/*"))
+    held = sorted(path.name.partition(".")[0] for path in folder.glob(f"host-{ranks.rank}/*/*.safetensors"))
     ranks.barrier()
     own = folder / f"host-{ranks.rank}"
     if lost == "host 1" and ranks.rank == 1:
@@ -74,7 +74,7 @@ def _lose_and_go_on(ranks: Ranks, config: Config, folder: Path, lost: str) -> tu
     if lost == "both hosts":
         shutil.rmtree(own)
     if lost == "bits" and ranks.rank == 1:
-        (path,) = own.glob("*/rank-1.*")
+        (path,) = own.glob("*/rank-1.step-*")
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)

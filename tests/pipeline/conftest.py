@@ -7,6 +7,6 @@ from w2s.pipeline import run
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     launcher = Launcher(by_stage)
-    monkeypatch.setattr(run, "launch", launcher)
+    monkeypatch.setattr(run, "launch_stage", launcher)
     monkeypatch.setattr(run, "check_data", lambda configs: None)  # nothing is read
     return launcher

@@ -1,4 +1,4 @@
-"""Stands in the place of `launch`: no stage runs, results are made up."""
+"""Stands in the place of `launch_stage`: no stage runs, results are made up."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ class Launcher:
         self.broken = ""
         self.measure = measure
 
-    def __call__(self, function: object, config: Config, ranks: int, restarts: int = 0) -> None:
+    def __call__(self, config: Config, ranks: int, restarts: int = 0) -> None:
         self.configs.append(config)
         self.restarts = restarts
         if config.run.name == self.broken:

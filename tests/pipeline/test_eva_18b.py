@@ -14,6 +14,7 @@ from w2s.checkpoint.store import latest, read_meta
 from w2s.config.checks import check
 from w2s.config.load import named_model
 from w2s.config.sections import Config
+from w2s.launch import run_stage
 from w2s.pipeline import run
 from w2s.pipeline.plan import Plan
 from w2s.pipeline.run import run_pipeline
@@ -57,7 +58,9 @@ def test_every_step_fits_on_its_gpus(steps: dict[str, Config], name: str) -> Non
 
 def test_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step runs; the text tower is the teacher's at first, and each step begins with what the one before gave."""
-    monkeypatch.setattr(run, "launch", lambda stage, config, ranks, restarts: stage(config))  # in this process: sooner
+    monkeypatch.setattr(
+        run, "launch_stage", lambda config, ranks, restarts: run_stage(config)
+    )  # in this process: sooner
     torch.save(released(named_model("tiny")), tmp_path / "teacher.pt")
     train = write_shapes(tmp_path / "train", shards=4, seed=0)
     write_shapes(tmp_path / "test", shards=1, seed=1)

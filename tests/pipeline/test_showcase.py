@@ -78,7 +78,7 @@ def few_images(path: Path) -> str:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("showcase")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "launch", lambda function, config, ranks, restarts: run_in_process(config))
+        patch.setattr(run, "launch_stage", lambda config, ranks, restarts: run_in_process(config))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         name = one_seed_and_two_candidates(folder / "showcase.yaml")
         data = few_images(folder / "data.yaml")

@@ -38,7 +38,7 @@ def test_what_has_finished_needs_its_shards_no_more(tmp_path: Path, monkeypatch:
         (folder / "0.tar").touch()
     (tmp_path / "two.yaml").write_text(PIPELINE.format(**folders))
     launcher = Launcher(by_stage)
-    monkeypatch.setattr(run, "launch", launcher)
+    monkeypatch.setattr(run, "launch_stage", launcher)
     reports = []
     for _ in range(2):
         reports.append(run_pipeline(str(tmp_path / "two.yaml"), overrides(tmp_path / "runs"), ranks=1, fresh=False))

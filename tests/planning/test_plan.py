@@ -11,6 +11,7 @@ from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.errors import ConfigError, UserError
 from w2s.planning.cards import card
+from w2s.planning.host import host_copy
 from w2s.planning.memory import rank_memory
 from w2s.planning.plan import Plan, find_plans
 from w2s.planning.report import bottleneck
@@ -56,6 +57,15 @@ def test_18b_on_256_h100_is_planned_in_seconds_and_every_layout_is_legal() -> No
     assert bottleneck(best).startswith("bottleneck: matrix products of the towers")
     # Above what the best product gives at 100 % there is nothing: 794 of 989 TFLOP/s.
     assert 0.3 < best.mfu < 794 / 989
+
+
+def test_a_checkpoint_in_memory_is_what_a_rank_holds() -> None:
+    """Weights in bfloat16, and 12 bytes a parameter for what the optimizer shares out over data-parallel ranks."""
+    host = host_copy(card("h100"), States(weights=2_000_000_000, gradients=4_000_000_000, optimizer=200_000_000))
+    assert (host.bytes, host.held) == (2_200_000_000, 8_800_000_000)
+    assert host.seconds == pytest.approx(2.2 / 1.1 + 2.2 / 50)
+    plan = one()
+    assert plan.memory.weights < plan.host.bytes < 1.1 * (plan.memory.weights + plan.memory.optimizer)
 
 
 def test_the_papers_run_fits() -> None:

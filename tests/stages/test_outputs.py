@@ -27,12 +27,12 @@ def group(base: list[str], root: Path) -> Path:
     """The folder of a `w2s run` of the five steps, its stages in this process."""
     launched = []
 
-    def launch(function: object, config: Config, ranks: int, restarts: int) -> None:
+    def launch(config: Config, ranks: int, restarts: int) -> None:
         launched.append(config.run.name)
         run_in_process(config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "launch", launch)
+        patch.setattr(pipeline, "launch_stage", launch)
         report = pipeline.run_pipeline(PIPELINE, base, ranks=1, fresh=False)
     assert tuple(launched) == STEPS
     return report.parent

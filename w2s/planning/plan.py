@@ -11,6 +11,7 @@ from w2s.errors import UserError
 from w2s.planning.cards import Card
 from w2s.planning.duration import StepTime, step_time
 from w2s.planning.flops import StageFlops, stage_flops
+from w2s.planning.host import HostCopy, host_copy
 from w2s.planning.layouts import Layouts
 from w2s.planning.memory import Memory, rank_memory
 from w2s.planning.states import rank_states
@@ -29,6 +30,8 @@ class Plan:
     """Of the rank that needs most."""
     time: StepTime
     flops: StageFlops
+    host: HostCopy
+    """A checkpoint in the memory of the hosts."""
     peak: float
     """FLOP/s of all GPUs: the dense BF16 peak."""
 
@@ -185,6 +188,7 @@ class _Search:
                 **self.widths,
                 teacher=self.teacher.flops if self.teacher else 0.0,
             ),
+            host=host_copy(self.card, max(stage.states.values(), key=lambda states: states.weights + states.optimizer)),
             peak=self.gpus * self.card.bf16_tflops * 1e12,
         )
 

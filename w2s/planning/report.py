@@ -51,6 +51,8 @@ def print_report(request: Request, card: Card, found: dict[str, Plans], scaling:
         console.print(_layouts(plans, top).to_rich())
         console.print(_parts(best).to_rich())
         console.print(bottleneck(best))
+        if best.config.checkpoint.memory:
+            console.print(_in_memory(best))
     for stage, points in scaling.items():
         console.print(_scaling_table(stage, points).to_rich())
         console.print(_bend(points))
@@ -62,6 +64,14 @@ def bottleneck(plan: Plan) -> str:
     parts = sorted(asdict(plan.time).items(), key=lambda part: -part[1])
     words = [f"{WORDS[name]} {100 * seconds / plan.seconds:.0f} %" for name, seconds in parts[:4] if seconds]
     return f"bottleneck: {words[0]} of the step; then {', '.join(words[1:])}"
+
+
+def _in_memory(plan: Plan) -> str:
+    host = plan.host
+    return (
+        f"a checkpoint in memory: {host.bytes / _GIB:.1f} GiB of a rank in {host.seconds:.1f} s; "
+        f"{host.held / _GIB:.1f} GiB of its host's memory (two checkpoints, of this rank and of one of the host before)"
+    )
 
 
 def _stage(plans: Plans, top: int) -> dict[str, Any]:
@@ -100,6 +110,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "seconds": asdict(plan.time),
         "gib": {name: count / _GIB for name, count in asdict(plan.memory).items()},
         "total_gib": plan.memory.total / _GIB,
+        "checkpoint_in_memory": asdict(plan.host),
     }
 
 
