@@ -22,8 +22,8 @@ steps:
 """
 
 
-def write_lengths(folder: Path) -> str:
-    """Write the pipeline and return its path."""
+def write_lengths(folder: Path, shared: str = "") -> str:
+    """Write the pipeline, one of whose steps all seeds may share, and return its path."""
     path = folder / "lengths.yaml"
-    path.write_text(STEPS)
+    path.write_text(STEPS.replace(f"name: {shared},", f"name: {shared}, shared: true,") if shared else STEPS)
     return str(path)

@@ -21,14 +21,15 @@ def measure(config: Config) -> dict[str, float]:
     return {"retrieval/mean_recall_at_10": arm + config.train.steps / 1000 + config.run.seed / 100}
 
 
-@pytest.fixture
-def results(tmp_path: Path) -> Results:
-    plan = Plan(load_pipeline(write_lengths(tmp_path)), overrides(tmp_path), fresh=False)
+@pytest.fixture(params=["", "weak"])
+def results(tmp_path: Path, request: pytest.FixtureRequest) -> Results:
+    """Of a pipeline with a teacher for each seed, and with one that they share."""
+    plan = Plan(load_pipeline(write_lengths(tmp_path, shared=request.param)), overrides(tmp_path), fresh=False)
     configs = [(task, plan.config(task, {})) for task in plan.tasks() if task.step.stage != "eval"]
     runs = [Run(task, config, plan.begins_at(task, config, {})) for task, config in configs]
     write = Launcher(measure)
     for run in runs:
-        write(None, run.config, 1)
+        write(run.config, 1)
     return Results(plan.pipeline, runs)
 
 

@@ -238,7 +238,7 @@ def test_a_chain_with_a_branch_has_the_trunk_up_to_there(tmp_path: Path) -> None
     for task in plan.tasks():
         config = plan.config(task, {})
         runs.append(Run(task, config, plan.begins_at(task, config, {})))
-        Launcher(by_stage)(None, config, 1)
+        Launcher(by_stage)(config, 1)
     results = Results(plan.pipeline, runs)
     steps = {step.name: step for step in plan.pipeline.steps}
     per_step = training_flops(runs[0].config) / 90

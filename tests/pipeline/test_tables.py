@@ -26,7 +26,7 @@ def results(plan: Plan) -> Results:
     runs = [Run(task, plan.config(task, {})) for task in plan.tasks()]
     write = Launcher(measure)
     for run in runs:
-        write(None, run.config, 1)
+        write(run.config, 1)
     return Results(plan.pipeline, runs)
 
 
@@ -78,7 +78,7 @@ def test_of_equal_scores_the_earlier_candidate_wins(plan: Plan) -> None:
     trials = [Run(trial, plan.config(trial, {})) for trial in plan.trials(step)]
     write = Launcher(lambda config: {"zero_shot/top5": 0.5 if config.optim.lr > 1e-3 else 0.25})
     for trial in trials:
-        write(None, trial.config, 1)
+        write(trial.config, 1)
     assert step.choose is not None
     outcome = Chosen(step, step.choose, trials)
     assert outcome.value == "0.002"

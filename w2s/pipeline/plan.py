@@ -75,10 +75,19 @@ class Plan:
 
     def tasks(self) -> list[Task]:
         """All runs but the trials, in their order: seed by seed; of several, evaluations come after all training."""
-        tasks = [Task(step, seed) for seed in self.seeds() for step in self.pipeline.steps]
+        tasks = [
+            Task(step, seed)
+            for number, seed in enumerate(self.seeds())
+            for step in self.pipeline.steps
+            if number == 0 or not step.shared
+        ]
         if self.pipeline.seeds:  # no test set is looked at before all training is over
             tasks.sort(key=lambda task: task.step.stage == "eval")
         return tasks
+
+    def _task(self, seed: int | None, step: Step) -> Task:
+        """The run of a step that a run with a seed has to do with."""
+        return Task(step, self.seeds()[0] if step.shared else seed)
 
     def choice(self, step: Step) -> Choice | None:
         """What a step chooses; None also where the overrides give that value."""
@@ -111,7 +120,7 @@ class Plan:
         config.run.group, config.run.name = self.group, task.name
         config.tracking.experiment = self.pipeline.experiment
         if step.compute_of:
-            others = [Task(self._steps[name], task.seed) for name in step.compute_of]
+            others = [self._task(task.seed, self._steps[name]) for name in step.compute_of]
             flops = sum(self._flops(other, chosen) for other in others)
             paid = steps_of_equal_compute(config, flops, self._teacher_model(task, config, chosen))
             config.train.steps = self.begins_at(task, config, chosen) + paid
@@ -137,7 +146,7 @@ class Plan:
             return int(named[1])
         for name, folder in self._folders_before(task).items():
             if config.init.checkpoint == str(folder):
-                return self.config(Task(self._steps[name], task.seed), chosen).train.steps
+                return self.config(self._task(task.seed, self._steps[name]), chosen).train.steps
         checkpoint = find_continued(config)
         return 0 if checkpoint is None else read_meta(checkpoint).step
 
@@ -156,7 +165,7 @@ class Plan:
         named = STEP_NAME.fullmatch(path.name)
         for name, folder in self._folders_before(task).items():
             if named and path.parent == checkpoints_of(folder):
-                other = self.config(Task(self._steps[name], task.seed), {})
+                other = self.config(self._task(task.seed, self._steps[name]), {})
                 if int(named[1]) not in kept_steps(other.train.steps, other.checkpoint):
                     raise ConfigError(
                         f"{task.step.name}: {name} does not keep a checkpoint of step {int(named[1])}: "
@@ -172,7 +181,7 @@ class Plan:
         """The model of the earlier step that teaches a run; None where its teacher is no such step."""
         source = config.taught_by and config.taught_by.source
         teachers = (name for name, folder in self._folders_before(task).items() if source == f"w2s:{folder}")
-        models = (self.config(Task(self._steps[name], task.seed), chosen).model for name in teachers)
+        models = (self.config(self._task(task.seed, self._steps[name]), chosen).model for name in teachers)
         return next(models, None)
 
     def _overrides(self, step: Step) -> list[str]:
@@ -180,14 +189,15 @@ class Plan:
         return [*common, *step.overrides, *self._given[step.name]]
 
     def _folders_before(self, task: Task) -> dict[str, Path]:
-        """Folders of the runs of earlier steps with the task's seed."""
+        """Folders of the runs of earlier steps with the task's seed, or of those that all seeds share."""
         steps = self.pipeline.steps[: self.pipeline.steps.index(task.step)]
-        return {step.name: (self.folder / Task(step, task.seed).name).absolute() for step in steps}
+        return {step.name: (self.folder / self._task(task.seed, step).name).absolute() for step in steps}
 
     def _digest(self, drafts: Mapping[str, Config]) -> str:
         parts = [f"{name}:{config.stage}:{digest(config)}" for name, config in drafts.items()]
         parts += [f"{step.name}:{self.choice(step)}" for step in self.pipeline.steps if self.choice(step)]
         parts += [f"{step.name}:{step.compute_of}" for step in self.pipeline.steps if step.compute_of]
+        parts += [f"{step.name}:shared" for step in self.pipeline.steps if step.shared]
         parts += [f"seeds:{self.pipeline.seeds}"] if self.pipeline.seeds else []
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 

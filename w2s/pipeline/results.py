@@ -91,9 +91,10 @@ class Results:
     runs: Sequence[Run]
 
     def of(self, step: Step) -> list[Run]:
-        """The runs of a step, in the order of the seeds."""
+        """The runs of a step, in the order of the seeds; one that they share stands for each."""
         return self.named(step.name)
 
     def named(self, name: str) -> list[Run]:
-        """The runs of the step of that name, in the order of the seeds."""
-        return [run for run in self.runs if run.task.step.name == name]
+        """The runs of the step of that name, as `of` gives them."""
+        runs = [run for run in self.runs if run.task.step.name == name]
+        return [run for run in runs for _ in (self.pipeline.seeds if run.task.step.shared else [None])]

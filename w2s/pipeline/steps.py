@@ -14,7 +14,7 @@ from w2s.config.sections import OptimConfig
 from w2s.errors import ConfigError
 
 REFERENCE = re.compile(r"\{([A-Za-z_]\w*)\}")
-"""`{NAME}` in an override: the folder of an earlier step, of the same seed."""
+"""`{NAME}` in an override: the folder of an earlier step, of the same seed where that step is not shared."""
 
 
 @dataclass(kw_only=True)
@@ -63,6 +63,8 @@ class Step:
     """Lengths that this training is read out at: the step itself is their trunk."""
     trunk: str = ""
     """The step that this one branches off, whose choice it shares; set for each length of `budgets`."""
+    shared: bool = False
+    """Run it once, with the first seed, for all seeds: a teacher that there is one of."""
     beside: list[str] = field(default_factory=list)
     """Steps whose figures stand beside this one's in the tables."""
 
@@ -141,7 +143,7 @@ def _read_out(step: Step) -> Iterator[Step]:
             f"optim.cooldown={budgets.cooldown}",
         ]
         own = [*step.overrides, *schedule, *branch]
-        yield Step(name=f"{step.name}_{length}", stage=step.stage, overrides=own, trunk=step.name)
+        yield Step(name=f"{step.name}_{length}", stage=step.stage, overrides=own, trunk=step.name, shared=step.shared)
 
 
 def ancestors(pipeline: Pipeline, step: Step, without: Collection[str] = ()) -> list[Step]:
@@ -184,6 +186,8 @@ def _mistakes(pipeline: Pipeline) -> Iterator[str]:
             yield f"{step.name}: compute_of={later} are no earlier steps: move {step.name} behind them"
         if step.stage == "eval" and (step.choose or step.compute_of or step.budgets):
             yield f"{step.name}: an evaluation trains nothing: leave out choose, compute_of and budgets"
+        if step.shared:
+            yield from _mistakes_of_sharing(pipeline, step)
         if step.trunk:
             yield f"{step.name}: trunk is set by budgets alone: leave it out"
         if step.budgets:
@@ -191,6 +195,18 @@ def _mistakes(pipeline: Pipeline) -> Iterator[str]:
         if step.choose:
             yield from _mistakes_of_choice(step.name, step.choose)
     yield from _mistakes_of_comparison(pipeline)
+
+
+def _mistakes_of_sharing(pipeline: Pipeline, step: Step) -> Iterator[str]:
+    own = {other.name for other in pipeline.steps if not other.shared}
+    own |= {
+        f"{other.name}_{length}"
+        for other in pipeline.steps
+        if other.name in own and other.budgets
+        for length in other.budgets.steps
+    }
+    for other in sorted((references(pipeline, step) | set(step.compute_of)) & own):
+        yield f"{step.name}: it is shared by all seeds and builds on {other}, which has one run a seed: share that too"
 
 
 def _mistakes_of_choice(name: str, choice: Choice) -> Iterator[str]:
