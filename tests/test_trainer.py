@@ -45,7 +45,7 @@ class Counting:
         self.indices: list[int] = []
         self.calls: list[str] = []
         self.wrong: range = range(0)
-        self.stop_at = 0
+        self.stop_at = self.passing = 0
 
     def begin(self) -> Handover | None:
         self.calls.append("begin")
@@ -55,6 +55,8 @@ class Counting:
         self.seen += len(batch)
         self.indices += batch.indices.tolist()
         self.calls.append("step")
+        if self.calls.count("step") == self.passing:
+            return {"loss": torch.tensor(float("nan"))}
         # By the data that were seen, as it is for a bad sample: to go back and on brings others.
         return {"loss": torch.tensor(float("nan") if max(self.indices) in self.wrong else float(self.seen))}
 
@@ -153,6 +155,29 @@ def test_a_bad_step_is_skipped_counted_and_not_saved(alone: Ranks, options: list
     assert sorted(path.name for path in store.checkpoints_of(tmp_path / "run").iterdir()) == ["latest", "step-00000007"]
     again = Trainer(Counting(config, alone), config, tmp_path / "run", alone)
     assert (int(again.stage.optimizer.guard.skipped), again.step) == (1, 7)
+
+
+def test_a_fault_that_has_passed_costs_nothing(
+    alone: Ranks, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step is taken with the same samples, and all is as if nothing had been."""
+    config = load("mim", [*options, "train.log_every=1"])
+    ends = []
+    for fault in (True, False):
+        trainer = Trainer(stage := Counting(config, alone), config, tmp_path / f"run-{fault}", alone)
+        stage.passing = 2 if fault else 0
+        trainer.train()
+        lines = [
+            (line["step"], line["loss"], line["grad_norm"], line["lr"])
+            for line in read_history(trainer.run)
+            if line["step"]
+        ]
+        ends.append((lines, stage.seen, int(stage.optimizer.guard.skipped), stage.optimizer.updates))
+    assert ends[0] == ends[1]
+    assert len(ends[0][0]) == 7
+    out = " ".join(capsys.readouterr().out.split())
+    assert "step 2 was skipped; repeated, it is not reproducible" in out and "the step is taken again" in out
+    assert read_history(tmp_path / "run-True")[2]["skipped_steps"] == 1
 
 
 def test_a_run_goes_back_and_passes_over_the_samples_that_led_there(

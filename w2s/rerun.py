@@ -55,8 +55,18 @@ class Place:
     """Some of its samples."""
 
 
-def explain(stage: Repeatable, batch: Batch, ranks: Ranks) -> str:
-    """Repeat a step twice, by the data-parallel ranks that did it and each by the next one; return what follows.
+@dataclass(frozen=True)
+class Verdict:
+    """What follows from a repeated step."""
+
+    words: str
+    """To go on after "it is "."""
+    passing: bool = False
+    """Whether nothing is wrong any more: the step may be taken."""
+
+
+def explain(stage: Repeatable, batch: Batch, ranks: Ranks) -> Verdict:
+    """Repeat a step twice, by the data-parallel ranks that did it and each by the next one.
 
     Weights, optimizer and the stage's state stay as they are; the gradients are lost. Every rank calls, and waits.
 
@@ -75,8 +85,8 @@ def explain(stage: Repeatable, batch: Batch, ranks: Ranks) -> str:
     return verdict(same, _norms(stage, others, ranks), places)
 
 
-def verdict(same: Sequence[float], swapped: Sequence[float] | None, places: Sequence[Place]) -> str:
-    """Say what follows from a repeated step.
+def verdict(same: Sequence[float], swapped: Sequence[float] | None, places: Sequence[Place]) -> Verdict:
+    """Judge a repeated step.
 
     Args:
         same: norm of the gradients that each data-parallel rank has with its own samples; NaN where it has none.
@@ -85,13 +95,14 @@ def verdict(same: Sequence[float], swapped: Sequence[float] | None, places: Sequ
     """
     bad = _standing_out(same)
     if not bad:
-        return "not reproducible (no rank fails again or stands out): a passing fault, or a spike of all ranks"
+        words = "not reproducible (no rank fails again or stands out): a passing fault, or a spike of all ranks"
+        return Verdict(words, passing=True)
     if swapped is None:
-        return "reproducible, and there is no other data-parallel rank to tell data, weights and device apart"
+        return Verdict("reproducible, and there is no other data-parallel rank to tell data, weights and device apart")
     elsewhere = _standing_out(swapped)
     if len(bad) == len(elsewhere) == len(same):
-        return "a fault of the weights: every rank fails with every sample"
-    return "; ".join(_of_rank(each, bad, elsewhere, places) for each in bad)
+        return Verdict("a fault of the weights: every rank fails with every sample")
+    return Verdict("; ".join(_of_rank(each, bad, elsewhere, places) for each in bad))
 
 
 def _of_rank(data_rank: int, bad: Sequence[int], elsewhere: Sequence[int], places: Sequence[Place]) -> str:
@@ -115,9 +126,14 @@ def _standing_out(norms: Sequence[float]) -> list[int]:
     return [number for number, norm in enumerate(norms) if not norm <= most]
 
 
+def clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
 def _norms(stage: Repeatable, batch: Batch, ranks: Ranks) -> list[float]:
     """Norm of the gradients of each data-parallel rank, with losses that go over its own samples alone."""
-    extra = {name: tensor.clone() for name, tensor in stage.extra_state().items()}
+    extra = clones(stage.extra_state())
     stage.optimizer.zero_grad()
     stage.ranks = replace(ranks, data_group=ranks.own_group, world_group=ranks.model_group)
     try:

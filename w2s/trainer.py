@@ -39,7 +39,7 @@ from w2s.megatron.replicas import mend
 from w2s.megatron.watch import Float8Watch
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
-from w2s.rerun import explain
+from w2s.rerun import clones, explain
 from w2s.stopping import stop_at_once, stop_when_ready
 from w2s.tracking.files import write_text
 from w2s.tracking.meters import StepMeter, over_ranks, peak_memory_gib
@@ -221,15 +221,16 @@ class Trainer:
                 step = self.step + 1
                 saved = step % keep.every == 0 or step in keep.keep_at or step == train.steps
                 logs = saved or step % train.log_every == 0
+                before = clones(self.stage.extra_state()) if logs else {}
                 with self.watch.looking() if logs else nullcontext():
                     batch, metrics = self._step()
                 meter.update(train.global_batch, self.stream.wait_seconds)
                 if logs:
+                    if self._skipped_in_a_row:
+                        metrics = self._repeat(batch, before) or metrics
                     self._log(metrics, meter.read())
                     # A run ends with a good step only.
                     skipped, most = self._skipped_in_a_row, train.bad_steps if self.step < train.steps else 1
-                    if skipped:
-                        self._explain(batch)
                     if skipped >= most:
                         self._go_back(f"loss or gradient norm of the last {skipped} steps was not a number, or a spike")
                         continue
@@ -252,15 +253,29 @@ class Trainer:
         batch = self.stream.next()
         # Kernels are compiled in the first step.
         self.pulse.at("training", self.step + 1, long=self.step == self._begun_at)
-        metrics = train_step(self.stage, batch, lr_factor(self.step, self.config.train.steps, self.config.optim))
+        metrics = train_step(self.stage, batch, self._lr_factor)
         self.step += 1
         return batch, metrics
 
-    def _explain(self, batch: Batch) -> None:
-        """Say whose fault it is that the step of a batch was skipped."""
+    @property
+    def _lr_factor(self) -> float:
+        return lr_factor(self.step, self.config.train.steps, self.config.optim)
+
+    def _repeat(self, batch: Batch, before: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Say whose fault it is that the last step was skipped; where the fault has passed, take the step after all."""
         self.pulse.at("repeating a bad step", self.step, long=True)
         verdict = explain(self.stage, batch, self.ranks)
-        self.tracker.message(f"warning: step {self.step} was skipped; repeated, it is {verdict}")
+        again = "; the step is taken again" if verdict.passing else ""
+        self.tracker.message(f"warning: step {self.step} was skipped; repeated, it is {verdict.words}{again}")
+        if not verdict.passing:
+            return None
+        self.step -= 1
+        self._undone += 1
+        self.stage.load_extra_state(before)
+        self.stage.optimizer.forget_skipped()
+        metrics = train_step(self.stage, batch, self._lr_factor)
+        self.step += 1
+        return metrics
 
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
         """Average over the ranks: the only place in the loop that waits for the device."""

@@ -61,7 +61,7 @@ def _second_step(config: Config, fault: Fault) -> tuple[str, bool]:
             for step in range(3):
                 train_step(stage, batch := stream.next(), 1.0)
                 if asked and step == 1:
-                    said = explain(stage, batch, ranks)
+                    said = explain(stage, batch, ranks).words
             stream.close()
             weights = [
                 weight for tower in stage.towers.values() for part in tower.parts for weight in part.parameters()

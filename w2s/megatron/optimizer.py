@@ -143,6 +143,11 @@ class Optimizer:
         self.updates = step
         self._set_step(step - int(self.guard.skipped))
 
+    def forget_skipped(self) -> None:
+        """Let the last step, which was skipped, not have been: it is taken again."""
+        self.updates -= 1
+        self.guard.forget_skipped()
+
     def _set_step(self, step: int) -> None:
         """Say how many updates were made (for the bias correction): Megatron keeps it only for some optimizers."""
         for parameter, state in self.sharded.optimizer.state.items():

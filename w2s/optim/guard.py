@@ -46,6 +46,11 @@ class StepGuard:
         self.in_a_row.copy_(torch.where(good, 0, self.in_a_row + 1))
         return good
 
+    def forget_skipped(self) -> None:
+        """Count the last step, which was skipped, no more; its norm stays among those that are remembered."""
+        self.skipped -= 1
+        self.in_a_row -= 1
+
     def _is_spike(self, norm: Tensor) -> Tensor:
         median = self._median(self._norms)
         deviation = (_NORMAL * self._median((self._norms - median).abs())).clamp(min=_LEAST_DEVIATION * median)
