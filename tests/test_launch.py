@@ -1,13 +1,14 @@
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from w2s.errors import DataError, StopRun
-from w2s.launch import RankError, adopt_slurm, is_rank, launch
+from w2s.errors import DataError, StopRun, UserError
+from w2s.launch import RankError, adopt_slurm, check_torchrun, is_rank, launch
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +175,34 @@ def test_ranks_are_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[st
     launch(_killed_the_first_time, tmp_path, 2, restarts=1)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
     assert "note: a rank was killed; all ranks are started again (1 of 1)\n" in capfd.readouterr().out
+
+
+def _meet(_: object) -> None:
+    """Ranks that have met; one is killed the first time."""
+    dist.init_process_group("gloo")
+    total = torch.ones(())
+    dist.all_reduce(total, group=dist.new_group([0, 1]))
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.pause()
+    assert total == 2
+
+
+def test_ranks_that_are_started_again_find_each_other() -> None:
+    launch(_meet, None, 2, restarts=1)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "kept", "refused"), [("3", "True", True), ("0", "True", False), ("3", "False", False)]
+)
+def test_torchruns_ranks_could_be_started_again(
+    monkeypatch: pytest.MonkeyPatch, restarts: str, kept: str, refused: bool
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", kept)
+    with pytest.raises(UserError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") if refused else nullcontext():
+        check_torchrun()
 
 
 @pytest.mark.slow

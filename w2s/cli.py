@@ -110,11 +110,12 @@ def stage(
 def _start(config: "Config", nproc: int, restarts: int) -> None:
     from w2s.config.checks import check
     from w2s.host import keep_printing
-    from w2s.launch import adopt_slurm, is_rank, launch_stage, run_stage
+    from w2s.launch import adopt_slurm, check_torchrun, is_rank, launch_stage, run_stage
 
     keep_printing()
     adopt_slurm()
     if is_rank():
+        check_torchrun()
         if nproc > 1:
             raise UserError(f"--nproc {nproc} under torchrun or srun, which start the ranks: leave --nproc out")
         if restarts:

@@ -30,6 +30,9 @@ from w2s.redaction import redact, shown
 from w2s.tracking.files import write_text
 
 _MONITOR_SECONDS = 0.1
+NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Environment variable of torch's agent: 1 lets ranks that are started again meet in a new store, not in one that still
+has the addresses of dead ranks."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """What the elastic agent passes on to the ranks."""
 
@@ -101,6 +104,17 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def check_torchrun() -> None:
+    """Refuse ranks of torchrun that could not be started again.
+
+    Raises:
+        UserError: they would look for one another at the addresses of dead ranks, and hang.
+    """
+    restarts, kept = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("MAX_RESTARTS", "USE_AGENT_STORE"))
+    if int(restarts or 0) and kept == "True":
+        raise UserError(f"torchrun --max-restarts {restarts} with ranks that meet in its own store: set {NEW_STORE}=1")
+
+
 def adopt_slurm() -> None:
     """Under `srun` with several tasks, set the variables that torchrun would set, unless they are there."""
     slurm = os.environ
@@ -151,6 +165,7 @@ def launch(function: Callable[[Argument], None], argument: Argument, ranks: int,
         StopRun: the run was asked to stop.
         RankError: a rank failed; it carries the line of the rank whose failure caused those of the others.
     """
+    os.environ.setdefault(NEW_STORE, "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     with tempfile.TemporaryDirectory(prefix=mark()) as folder, _own_signals_and_no_log():
         config = LaunchConfig(

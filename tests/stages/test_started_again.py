@@ -13,7 +13,7 @@ from w2s.leftovers import in_memory
 
 def test_from_the_memory_of_the_host(base: list[str], root: Path) -> None:
     """Bit for bit, and nothing is left there."""
-    options = [*base, *QUIET, "train.steps=12", "checkpoint.every=3", "train.micro_batch=8", "data.workers=0"]
+    options = [*base, *QUIET, "train.steps=60", "checkpoint.every=3", "train.micro_batch=8", "data.workers=0"]
     run = root / "from-memory"
     kept = ["checkpoint.memory=true", f"run.name={run.name}"]
     command = start_command("stage", "mim", *options, *kept, "--nproc", "2", "--restarts", "1")

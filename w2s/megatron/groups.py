@@ -130,8 +130,10 @@ def start(parallel: ParallelConfig, hardware: HardwareConfig) -> Iterator[Ranks]
     # The watchers (w2s/liveness) are quicker and know who stands still; this is for where there are none.
     timeout = timedelta(seconds=max(hardware.timeout, hardware.slow_timeout))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store, rank, size = _meet(timeout) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         with split(parallel, device, timeout) as ranks:
             yield ranks
@@ -179,15 +181,6 @@ def split(
         # Megatron forgets them alone; over gloo each has three threads, which would go on waking up.
         for group in compat.process_groups()[len(before) :]:
             dist.destroy_process_group(group)
-
-
-def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Join the store of the launcher; return it with this process's rank and the number of ranks.
-
-    torchrun's agent may keep its store when it starts the ranks again, with the addresses of those that are dead.
-    """
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, size
 
 
 def _all_over_gloo(timeout: timedelta) -> ProcessGroup:
