@@ -100,7 +100,7 @@ OPTIONS = ["hardware=cpu", "train.steps=10", "optim.warmup=1"]
     ("lost", "step"),
     [("nothing", 3), ("host 1", 3), ("both hosts", None), ("bits", None), ("layout", None), ("newer on disk", None)],
 )
-@pytest.mark.parametrize("optimizer", ["lamb", "adamw"])
+@pytest.mark.parametrize("optimizer", ["lamb", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_what_two_hosts_hold(tmp_path: Path, lost: str, step: int | None, optimizer: str) -> None:
     config = load("mim", [*OPTIONS, f"optim.name={optimizer}"])
     held = ["rank-0", "rank-1"]

@@ -50,7 +50,7 @@ SIGMOID = ["clip.loss=sigmoid", "clip.learn_logit_scale=false", "clip.logit_scal
         ("mim", 2, {**TWO, "buckets": BUCKETS, "visible": [*BF16, "mim.predict=visible"], "layers": LAYERS, **SUMMARY}),
         ("clip", 2, TWO),
         ("mim", 3, THREE),
-        ("clip", 3, THREE),
+        pytest.param("clip", 3, THREE, marks=pytest.mark.slow),
     ],
     ids=["mim 2", "clip 2", "mim 3", "clip 3"],
 )

@@ -1,5 +1,6 @@
 """A step that is repeated on ranks of both stages: whose fault is it, and does anything change?"""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -74,17 +75,22 @@ OF_DATA_RANK_1 = {2: "rank 1", 4: "ranks [1, 3]"}
 LAYOUTS = {2: ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"], 4: ["parallel.pipeline=2"]}
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("stage", ["mim", "clip"])
-@pytest.mark.parametrize(
-    ("fault", "says"),
-    [
-        (_of_the_device, "the device of rank"),
-        (_of_the_data, "the data of rank"),
-        (_passing, "not reproducible (no rank fails again"),
-    ],
-)
-def test_a_fault_in_a_tower_is_told_apart(material: Material, ranks: int, stage: str, fault: Fault, says: str) -> None:
+FAULTS: dict[str, tuple[Fault, str]] = {
+    "device": (_of_the_device, "the device of rank"),
+    "data": (_of_the_data, "the data of rank"),
+    "passing": (_passing, "not reproducible (no rank fails again"),
+}
+BRIEF = {("clip", 2, "device"), ("clip", 2, "data"), ("mim", 2, "device")}
+"""Where minutes count."""
+CASES = [
+    pytest.param(*case, marks=() if case in BRIEF else pytest.mark.slow)
+    for case in itertools.product(("mim", "clip"), LAYOUTS, FAULTS)
+]
+
+
+@pytest.mark.parametrize(("stage", "ranks", "kind"), CASES)
+def test_a_fault_in_a_tower_is_told_apart(material: Material, stage: str, ranks: int, kind: str) -> None:
+    fault, says = FAULTS[kind]
     teacher = [f"teacher.source=timm:test_vit@{material.teacher}", "teacher.target_norm=standardize"]
     data = ["data.builtin=none", f"data.train={material.train}", "data.workers=0", "eval.shards=", "eval.knn_shards="]
     train = ["train.global_batch=16", "train.micro_batch=8", "init.vision=none", *LAYOUTS[ranks]]

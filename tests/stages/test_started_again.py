@@ -11,6 +11,7 @@ from tests.stages.runs import DEADLINE, QUIET, history, records, start_command
 from w2s.leftovers import in_memory
 
 
+@pytest.mark.slow
 def test_from_the_memory_of_the_host(base: list[str], root: Path) -> None:
     """Bit for bit, and nothing is left there."""
     options = [*base, *QUIET, "train.steps=60", "checkpoint.every=3", "train.micro_batch=8", "data.workers=0"]

@@ -5,9 +5,11 @@ Later layers win: the defaults of the dataclasses, `stage/STAGE.yaml`, the chose
 a teacher may set `mim.masked_patches` too.
 """
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from itertools import pairwise
@@ -49,7 +51,7 @@ def load(stage: str, overrides: Sequence[str] = ()) -> Config:
     choices, assignments = _split(overrides)
     document = _stage_document(stage)
     choices = document.pop("defaults") | choices
-    node = OmegaConf.structured(Config)
+    node = copy.deepcopy(_defaults())
     _merge(node, document, f"stage/{stage}.yaml")
     for group in GROUPS:
         document = read_document(group, choices[group])
@@ -61,6 +63,12 @@ def load(stage: str, overrides: Sequence[str] = ()) -> Config:
     for key, text in assignments:
         _assign(node, key, text if is_text(key) else _value(key, text), "")
     return _typed(node)
+
+
+@cache
+def _defaults() -> DictConfig:
+    """The defaults of the dataclasses: to copy them takes a third of the time that it takes to make them."""
+    return OmegaConf.structured(Config)
 
 
 def named_model(name: str) -> ModelConfig:

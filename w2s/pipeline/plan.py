@@ -59,6 +59,7 @@ class Plan:
     def __init__(self, pipeline: Pipeline, overrides: Sequence[str], *, fresh: bool) -> None:
         self.pipeline = pipeline
         self._steps = {step.name: step for step in pipeline.steps}
+        self._known: dict[str, Config] = {}
         self._given = {step.name: _overrides_of(step, pipeline, overrides) for step in pipeline.steps}
         drafts = {step.name: load(step.stage, self._overrides(step)) for step in pipeline.steps}
         self.root = Path(next(iter(drafts.values())).run.root).expanduser()
@@ -107,6 +108,12 @@ class Plan:
             task: the run.
             chosen: what steps have chosen so far; the first candidate stands for what is not chosen yet.
         """
+        key = f"{task.name} {sorted(chosen.items())}"
+        if key not in self._known:
+            self._known[key] = self._compose(task, chosen)
+        return self._known[key]
+
+    def _compose(self, task: Task, chosen: Chosen) -> Config:
         step = task.step
         choosing = self._steps[step.trunk] if step.trunk else step
         choice = self.choice(choosing)
