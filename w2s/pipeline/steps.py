@@ -205,7 +205,7 @@ def _mistakes_of_sharing(pipeline: Pipeline, step: Step) -> Iterator[str]:
         if other.name in own and other.budgets
         for length in other.budgets.steps
     }
-    for other in sorted((references(pipeline, step) | set(step.compute_of)) & own):
+    for other in sorted(references(pipeline, step) & own):
         yield f"{step.name}: it is shared by all seeds and builds on {other}, which has one run a seed: share that too"
 
 
