@@ -107,6 +107,29 @@ def test_what_two_hosts_hold(tmp_path: Path, lost: str, step: int | None, optimi
     assert run_split(_lose_and_go_on, 2, config, tmp_path, lost) == [(step, step is not None, held)] * 2
 
 
+def _saved_twice(ranks: Ranks, config: Config, folder: Path) -> list[int | None]:
+    """Steps that are found after a step was saved twice, and where one rank has the second save of it alone."""
+    towers, optimizer = _trained(config, 1)
+    memory, own = _memory(config, ranks, folder), folder / f"host-{ranks.rank}"
+    memory.keep(_meta(config, 1), state.own_tensors(towers, optimizer, {}))
+    shutil.copytree(own, folder / f"first-{ranks.rank}")
+    _train(towers, optimizer, 5)
+    memory.keep(_meta(config, 1), state.own_tensors(towers, optimizer, {}))
+    assert len(list(own.glob("*/*.safetensors"))) == 2, "of both ranks, the second save alone"
+    found = [memory.find(0)]
+    ranks.barrier()
+    for path in folder.glob(f"host-{ranks.rank}/*/rank-1.*"):
+        path.unlink()
+    for path in folder.glob(f"first-{ranks.rank}/*/rank-1.*"):
+        shutil.copy(path, next(own.iterdir()))
+    ranks.barrier()
+    return [meta and meta.step for meta in (*found, memory.find(0))]
+
+
+def test_two_saves_of_a_step_are_not_mixed(tmp_path: Path) -> None:
+    assert run_split(_saved_twice, 2, load("mim", OPTIONS), tmp_path) == [[1, None]] * 2
+
+
 def _full(ranks: Ranks, config: Config, folder: Path) -> tuple[str, int | None]:
     towers, optimizer = _trained(config, 1)
     memory = _memory(config, ranks, folder)

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -116,9 +117,9 @@ class HostMemory:
         Raises:
             CheckpointError: the memory is full; on every rank, and the older checkpoint stays.
         """
-        own, refused = Copy("", 0), ""
+        own, refused, save = Copy("", 0), "", self._ranks.share(uuid4().hex)
         try:
-            own = self._write(meta, tensors)
+            own = self._write(meta, tensors, save)
         except OSError as error:
             refused = str(error)
         self._agree(refused, meta.step)
@@ -139,8 +140,8 @@ class HostMemory:
         """What was a rank's older part: memory that is had already is written to three times as fast."""
         return self._folder / f"rank-{rank}.spare"
 
-    def _write(self, meta: Meta, tensors: Mapping[str, Tensor]) -> Copy:
-        rank, head = self._ranks.rank, _header(tensors, {"meta": json.dumps(asdict(meta))})
+    def _write(self, meta: Meta, tensors: Mapping[str, Tensor], save: str) -> Copy:
+        rank, head = self._ranks.rank, _header(tensors, {"meta": json.dumps(asdict(meta)), "save": save})
         target = self._new(rank, len(head) + sum(tensor.nbytes for tensor in tensors.values()))
         parts = target.split([len(head), *(tensor.nbytes for tensor in tensors.values())])
         parts[0].copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
@@ -161,7 +162,10 @@ class HostMemory:
         return torch.from_file(str(partial), shared=True, size=size, dtype=torch.uint8)
 
     def _named(self, rank: int, copy: Copy) -> Copy:
-        """Give a part that is whole its name."""
+        """Give a part that is whole its name; one of the same step, of before the run has gone back, goes."""
+        of_step = copy.name.rsplit(".", 2)[0]
+        for path in self._folder.glob(f"{of_step}.*.safetensors"):
+            path.unlink()
         (self._folder / f"rank-{rank}.partial").rename(self._folder / copy.name)
         return copy
 
@@ -208,8 +212,9 @@ class HostMemory:
             parts = {part for listed in everyone for part in listed if part.step == step}
             if parts == {Part(rank, step) for rank in range(self._ranks.world_size)}:
                 self._fetch(sorted(parts), everyone)
-                meta = self._verified(step)
-                if not self._ranks.any(meta is None):
+                meta, save = self._verified(step)
+                saves = set(self._ranks.gather(save))
+                if len(saves) == 1 and save:
                     self.meta = meta
                     return meta
         return None
@@ -239,17 +244,18 @@ class HostMemory:
         copy = self._listed().get(Part(self._ranks.rank, step))
         return self._folder / copy.name if copy else None
 
-    def _verified(self, step: int) -> Meta | None:
-        """What is known of this rank's part; None if it is damaged or of another layout."""
+    def _verified(self, step: int) -> tuple[Meta | None, str]:
+        """What is known of this rank's part, and which save it is of; nothing if it is damaged or another layout's."""
         path = self._own(step)
         if path is None or checksum(path).crc32 not in path.name:
-            return None
+            return None, ""
         with safe_open(path, "pt") as file:
-            content = json.loads(file.metadata()["meta"])
+            about = file.metadata()
+        content = json.loads(about["meta"])
         now = asdict(self._config)
         if any(content["config"].get(section) != json.loads(json.dumps(now[section])) for section in _LAYOUT):
-            return None
-        return Meta(**{**content, "config": resolved(content["config"])})
+            return None, ""
+        return Meta(**{**content, "config": resolved(content["config"])}), about["save"]
 
     def read(self) -> dict[str, Tensor]:
         """Return this rank's part of the checkpoint that was found."""
