@@ -1,7 +1,11 @@
+import dataclasses
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from w2s.data.batch import Batch, merge_batches, normalize
+from tests.distributed import run_ranks
+from w2s.data.batch import Batch, gather_batch, merge_batches, normalize, swap_batch
 
 
 def make(indices: list[int], tokens: bool = True) -> Batch:
@@ -31,6 +35,26 @@ def test_parts_are_merged_in_global_order() -> None:
     assert merged.tokens is not None
     assert merged.tokens[:, 0].tolist() == [0, 1, 2, 3, 4]
     assert merge_batches([make([1], tokens=False), make([0], tokens=False)]).tokens is None
+
+
+def _exchanged() -> tuple[Batch, Batch]:
+    """What the rank before gives, and all of all ranks; masks and branches are there too."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    own = make([rank, rank + 3, rank + 6])
+    own.masks, own.branches = own.indices[:, None] > torch.arange(6), own.indices[:, None, None] / torch.ones(3, 2, 2)
+    return swap_batch(own, group, to=(rank + 1) % 3, source=(rank - 1) % 3), gather_batch(own, group)
+
+
+def test_ranks_exchange_whole_batches() -> None:
+    expected = make(list(range(9)))
+    expected.masks = expected.indices[:, None] > torch.arange(6)
+    expected.branches = expected.indices[:, None, None] / torch.ones(9, 2, 2)
+    for rank, (swapped, gathered) in enumerate(run_ranks(_exchanged, 3)):
+        before = torch.arange((rank - 1) % 3, 9, 3)
+        for field in (field.name for field in dataclasses.fields(Batch) if field.name != "keys"):
+            whole, part, joined = (getattr(each, field) for each in (expected, swapped, gathered))
+            assert (whole is None) == (part is None) == (joined is None)
+            assert whole is None or (torch.equal(joined, whole) and torch.equal(part, whole[before])), field
 
 
 def test_to_moves_every_tensor() -> None:

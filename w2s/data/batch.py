@@ -99,7 +99,8 @@ def gather_batch(own: Batch, group: dist.ProcessGroup) -> Batch:
     everyone = rows.new_empty(size * len(own), rows.shape[1])
     dist.all_gather_into_tensor(everyone, rows, group=group)
     joined = _unpacked(everyone, own)
-    return joined._select(joined.indices.argsort())
+    order = joined.indices.argsort()
+    return joined._map(lambda tensor: tensor[order], [])
 
 
 def swap_batch(own: Batch, group: dist.ProcessGroup, *, to: int, source: int) -> Batch:
