@@ -30,7 +30,7 @@ from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.replicas import Odd
 from w2s.tracking.history import read_history
 from w2s.tracking.tracker import Tracker
-from w2s.trainer import Trainer
+from w2s.trainer import Trainer, tracked
 
 
 class Counting:
@@ -307,6 +307,18 @@ def test_a_run_that_fails_leaves_no_writer(
     with pytest.raises(RuntimeError, match="broken"):
         trainer.train()
     assert writers and not running_after(writers, 10)
+
+
+def test_a_report_that_is_refused_hides_no_error(tmp_path: Path) -> None:
+    class Full(Tracker):
+        def finish(self, status: str) -> None:
+            raise UserError("cannot write report.html")
+
+    config = load("mim", ["hardware=cpu", "tracking.enabled=false", f"run.root={tmp_path}"])
+    with pytest.raises(W2SError, match="broken"), tracked(Full(config, tmp_path, main=False)):
+        raise W2SError("broken")
+    with pytest.raises(UserError, match=r"report\.html"), tracked(Full(config, tmp_path, main=False)):
+        pass
 
 
 def test_a_stop_on_a_full_disk_says_that_nothing_was_saved(

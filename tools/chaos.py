@@ -126,7 +126,7 @@ class Run:
     """A run of the command that can be hit and repeated."""
 
     def __init__(self, folder: Path, setting: Setting, fault: Fault | None = None, **options: object) -> None:
-        self.setting, self.folder, self._fault = setting, folder / setting.name, fault
+        self.setting, self.folder, self.fault = setting, folder / setting.name, fault
         self._options = [f"{key.replace('__', '.')}={value}" for key, value in options.items()]
         self.log = self.folder.with_suffix(".log")
         self._seen: dict[int, psutil.Process] = {}
@@ -137,7 +137,7 @@ class Run:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_text("")  # what an earlier command has said is not said again
         arguments = [*self.setting.arguments, *place, *self._options]
-        self.process = FORK.Process(target=_command, args=(arguments, self.log, self._fault))
+        self.process = FORK.Process(target=_command, args=(arguments, self.log, self.fault))
         self.process.start()
 
     def steps(self) -> list[dict[str, Any]]:
@@ -338,6 +338,7 @@ class Chaos:
             if code == 0 and target in ("reader", "watcher"):  # the run itself need not mind
                 self.check(run, exact=True)
                 return 0, 0.0, word
+            run.fault = None  # it has done its work
             lost, seconds = self.back(run, run.step, since)
             self.finish(run)
             if tracked:
@@ -371,7 +372,8 @@ class Chaos:
         disk = folder / "disk"
         disk.mkdir(parents=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192M", "tmpfs", str(disk)], check=True)
-        run, stays, at = Run(disk, setting), number % 2 == 1, self.random.randint(EVERY + 1, STEPS // 2)
+        # Between two checkpoints: one whose last, small files are refused ends the run (docs/reliability.md).
+        run, stays, at = Run(disk, setting), number % 2 == 1, EVERY * self.random.randint(1, STEPS // EVERY // 2) + 2
         run.log = folder / "log"  # not on the full disk
 
         def act() -> tuple[int, float, str]:

@@ -5,7 +5,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -533,13 +533,18 @@ def write_result(run: Path, config: Config, metrics: Mapping[str, float], starte
 
 @contextmanager
 def tracked(tracker: Tracker) -> Iterator[None]:
-    """End the tracked run as it ended: FINISHED, KILLED when it was asked to stop, else FAILED."""
+    """End the tracked run as it ended: FINISHED, KILLED when it was asked to stop, else FAILED.
+
+    What ended it is what the user is told, also where a full disk takes no report.
+    """
     try:
         yield
     except StopRun:
-        tracker.finish("KILLED")
+        with suppress(UserError):
+            tracker.finish("KILLED")
         raise
     except BaseException:
-        tracker.finish("FAILED")
+        with suppress(UserError):
+            tracker.finish("FAILED")
         raise
     tracker.finish("FINISHED")
