@@ -116,7 +116,7 @@ def test_a_repeated_pipeline_prints_its_table_and_runs_nothing(
     w2s: Run, group: Path, base: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(pipeline, "launch", None)
+    monkeypatch.setattr(pipeline, "launch_stage", None)
     code, output, error = w2s("run", PIPELINE, *base)
     assert (code, error) == (0, "")
     lines = output.splitlines()
