@@ -45,7 +45,8 @@ class Counting:
         self.indices: list[int] = []
         self.calls: list[str] = []
         self.wrong: range = range(0)
-        self.stop_at = self.passing = 0
+        self.stop_at = 0
+        self.passing: Container[int] = ()
 
     def begin(self) -> Handover | None:
         self.calls.append("begin")
@@ -55,7 +56,7 @@ class Counting:
         self.seen += len(batch)
         self.indices += batch.indices.tolist()
         self.calls.append("step")
-        if self.calls.count("step") == self.passing:
+        if self.calls.count("step") in self.passing:
             return {"loss": torch.tensor(float("nan"))}
         # By the data that were seen, as it is for a bad sample: to go back and on brings others.
         return {"loss": torch.tensor(float("nan") if max(self.indices) in self.wrong else float(self.seen))}
@@ -165,7 +166,7 @@ def test_a_fault_that_has_passed_costs_nothing(
     ends = []
     for fault in (True, False):
         trainer = Trainer(stage := Counting(config, alone), config, tmp_path / f"run-{fault}", alone)
-        stage.passing = 2 if fault else 0
+        stage.passing = (2,) if fault else ()
         trainer.train()
         lines = [
             (line["step"], line["loss"], line["grad_norm"], line["lr"])
@@ -178,6 +179,16 @@ def test_a_fault_that_has_passed_costs_nothing(
     out = " ".join(capsys.readouterr().out.split())
     assert "step 2 was skipped; repeated, it is not reproducible" in out and "the step is taken again" in out
     assert read_history(tmp_path / "run-True")[2]["skipped_steps"] == 1
+
+
+def test_a_step_that_is_bad_again_is_counted_once(alone: Ranks, options: list[str], tmp_path: Path) -> None:
+    config = load("mim", [*options, "train.log_every=1"])
+    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    stage.passing = (2, 4)  # the step and, after its repetition, the step again
+    trainer.train()
+    lines = read_history(tmp_path / "run")
+    assert [line.get("skipped_steps") for line in lines if line["step"]] == [None, *[1] * 6]
+    assert int(stage.optimizer.guard.skipped) == 1
 
 
 def test_a_run_goes_back_and_passes_over_the_samples_that_led_there(

@@ -270,11 +270,11 @@ class Trainer:
         if not verdict.passing:
             return None
         self.step -= 1
-        self._undone += 1
         self.stage.load_extra_state(before)
         self.stage.optimizer.forget_skipped()
         metrics = train_step(self.stage, batch, self._lr_factor)
         self.step += 1
+        self._undone += not self._skipped_in_a_row
         return metrics
 
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
