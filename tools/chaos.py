@@ -373,8 +373,8 @@ class Chaos:
         disk = folder / "disk"
         disk.mkdir(parents=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192M", "tmpfs", str(disk)], check=True)
-        # Between two checkpoints: one whose last, small files are refused ends the run (docs/reliability.md).
-        run, stays, at = Run(disk, setting), number % 2 == 1, EVERY * self.random.randint(1, STEPS // EVERY // 2) + 2
+        # Where one checkpoint stands, and no other is at its last, small files: these end a run (docs/reliability.md).
+        run, stays, at = Run(disk, setting), number % 2 == 1, EVERY * self.random.randint(2, STEPS // EVERY // 2) + 2
         run.log = folder / "log"  # not on the full disk
 
         def act() -> tuple[int, float, str]:
