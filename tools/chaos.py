@@ -305,7 +305,8 @@ class Chaos:
         """Repeat the command after a fault; return the steps that are done again and the seconds until a new one."""
         run.start()
         run.wait_for(lambda: run.said(r"step +\d+/") or run.step > reached, "step of the repeated command")
-        resumed = min(int(found) for found in re.findall(r"step +(\d+)/", run.log.read_text())) - 1
+        steps = re.findall(r"step +(\d+)/", run.log.read_text())  # none yet where metrics.jsonl had later ones
+        resumed = min((int(found) for found in steps), default=reached + 1) - 1
         run.wait_for(lambda: run.step > reached, f"step {reached + 1}")
         return reached - resumed, time.monotonic() - since
 
