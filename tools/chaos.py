@@ -447,7 +447,7 @@ class Chaos:
 
     def flipped(self, fault: str, number: int, setting: Setting, folder: Path) -> Trial:
         """A bit of a weight in one of two or three replicas, when they are compared and between that."""
-        due, rank = number % 4 < 2, number % 2
+        due, rank = number % 3 < 2, number % 2
         at = EVERY * self.random.randint(LONG // 4 // EVERY, LONG // 2 // EVERY) - (0 if due else 3)
         run = Run(folder, setting, Fault("flip", at, rank))
 

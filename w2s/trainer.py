@@ -417,6 +417,8 @@ class Trainer:
         if not saved and not skipped:
             self._save()
         self._finish_saving()
+        if self.memory is not None:
+            self.memory.forget()
         number = signals[0] if signals else signal.SIGTERM
         name, kept = signal.Signals(number).name, f"saved in {self.run}"
         if skipped or self._refused:

@@ -28,7 +28,7 @@ from torch import Tensor
 from w2s.checkpoint.store import Meta
 from w2s.checksum import checksum
 from w2s.config.sections import Config
-from w2s.errors import CheckpointError, ConfigError, StopRun
+from w2s.errors import CheckpointError, ConfigError
 from w2s.leftovers import in_memory
 from w2s.megatron.groups import Ranks
 from w2s.redaction import resolved
@@ -273,17 +273,11 @@ class HostMemory:
 
 @contextmanager
 def host_memory(config: Config, run: Path, ranks: Ranks) -> Iterator[HostMemory | None]:
-    """Give the memory where the configuration wants one; it is for a run that fails, and goes where one ends."""
-    if not config.checkpoint.memory:
-        yield None
-        return
-    memory = HostMemory(config, run, ranks)
-    try:
-        yield memory
-    except StopRun:
+    """Give the memory where the configuration wants one; it is for a run that fails, and goes where one has ended."""
+    memory = HostMemory(config, run, ranks) if config.checkpoint.memory else None
+    yield memory
+    if memory is not None:
         memory.forget()
-        raise
-    memory.forget()
 
 
 def _header(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> bytes:
