@@ -417,7 +417,7 @@ class Trainer:
         if not saved and not skipped:
             self._save()
         self._finish_saving()
-        if self.memory is not None:
+        if self.memory is not None and not skipped and not self._refused:
             self.memory.forget()
         number = signals[0] if signals else signal.SIGTERM
         name, kept = signal.Signals(number).name, f"saved in {self.run}"

@@ -36,7 +36,6 @@ from w2s.redaction import resolved
 _NAME = re.compile(r"rank-(\d+)\.step-(\d+)\.([0-9a-f]{8})\.safetensors")
 _GENERATIONS = 2
 """Checkpoints that are there while the newer one is written."""
-_PADDING = 1 << 16
 _LAYOUT = ("parallel", "precision")
 """Sections that say how tensors lie on the ranks."""
 _DTYPES = {
@@ -127,7 +126,7 @@ class HostMemory:
             self._agree(self._exchange(own), meta.step)
         for part, copy in self._listed().items():
             if part.step != meta.step and part.rank in self._kept_here:
-                (self._folder / copy.name).rename(self._spare(part.rank))
+                (self._folder / copy.name).unlink()
         return own.size
 
     @property
@@ -135,10 +134,6 @@ class HostMemory:
         """The ranks whose parts this rank takes care of on its host."""
         rank, size = self._ranks.rank, self._ranks.world_size
         return {rank, (rank - self._on_host) % size} if self._several_hosts else {rank}
-
-    def _spare(self, rank: int) -> Path:
-        """What was a rank's older part: memory that is had already is written to three times as fast."""
-        return self._folder / f"rank-{rank}.spare"
 
     def _write(self, meta: Meta, tensors: Mapping[str, Tensor], save: str) -> Copy:
         rank, head = self._ranks.rank, _header(tensors, {"meta": json.dumps(asdict(meta)), "save": save})
@@ -152,12 +147,10 @@ class HostMemory:
         return self._named(rank, Copy(f"rank-{rank}.step-{meta.step}.{crc:08x}.safetensors", len(target)))
 
     def _new(self, rank: int, size: int) -> Tensor:
-        """Bytes for a rank's part, all there is of which is taken now: a write where memory is full would be fatal."""
+        """Bytes for a rank's part; all memory is taken now, as a write where there is none would be fatal."""
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial, spare = self._folder / f"rank-{rank}.partial", self._spare(rank)
-        if spare.is_file() and spare.stat().st_size == size:
-            spare.rename(partial)
-        with partial.open("ab") as file:
+        partial = self._folder / f"rank-{rank}.partial"
+        with partial.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size)
         return torch.from_file(str(partial), shared=True, size=size, dtype=torch.uint8)
 
@@ -247,7 +240,7 @@ class HostMemory:
     def _verified(self, step: int) -> tuple[Meta | None, str]:
         """What is known of this rank's part, and which save it is of; nothing if it is damaged or another layout's."""
         path = self._own(step)
-        if path is None or checksum(path).crc32 not in path.name:
+        if path is None or f".{checksum(path).crc32}." not in path.name:
             return None, ""
         with safe_open(path, "pt") as file:
             about = file.metadata()
@@ -281,14 +274,13 @@ def host_memory(config: Config, run: Path, ranks: Ranks) -> Iterator[HostMemory 
 
 
 def _header(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> bytes:
-    """What a file of safetensors begins with; padded, so that files of one layout are of one size."""
+    """What a file of safetensors begins with."""
     entries, size = {}, 0
     for name, tensor in tensors.items():
         span = [size, size + tensor.nbytes]
         entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
         size += tensor.nbytes
     text = json.dumps({"__metadata__": about, **entries}).encode()
-    text = text.ljust(-(-len(text) // _PADDING) * _PADDING)
     return len(text).to_bytes(8, "little") + text
 
 

@@ -338,12 +338,12 @@ def end_abandoned(tracking: TrackingConfig, root: Path, folder: Path, history: S
     if not tracking.enabled or run_id is None:
         return
 
-    def runs() -> bool:
+    def is_running() -> bool:
         return connect(tracking_uri(tracking, root)).get_run(run_id).info.status == "RUNNING"
 
     try:
         load_mlflow()
-        running = Worker("mlflow").submit(runs).result(OPEN_SECONDS)
+        running = Worker("mlflow").submit(is_running).result(OPEN_SECONDS)
     except Exception:  # a store that does not answer is told nothing
         return
     if running:
