@@ -61,9 +61,11 @@ def test_18b_on_256_h100_is_planned_in_seconds_and_every_layout_is_legal() -> No
 
 def test_a_checkpoint_in_memory_is_what_a_rank_holds() -> None:
     """Weights in bfloat16, and 12 bytes a parameter for what the optimizer shares out over data-parallel ranks."""
-    host = host_copy(card("h100"), States(weights=2_000_000_000, gradients=4_000_000_000, optimizer=200_000_000))
-    assert (host.bytes, host.held) == (2_200_000_000, 8_800_000_000)
-    assert host.seconds == pytest.approx(2.2 / 1.1 + 2.2 / 50)
+    states = States(weights=2_000_000_000, gradients=4_000_000_000, optimizer=200_000_000)
+    one_host, two_hosts = (host_copy(card("h100"), states, gpus) for gpus in (8, 16))
+    assert (one_host.bytes, one_host.held, two_hosts.held) == (2_200_000_000, 4_400_000_000, 8_800_000_000)
+    assert one_host.seconds == pytest.approx(2.2 / 1.1)
+    assert two_hosts.seconds == pytest.approx(2.2 / 1.1 + 2.2 / 50)
     plan = one()
     assert plan.memory.weights < plan.host.bytes < 1.1 * (plan.memory.weights + plan.memory.optimizer)
 

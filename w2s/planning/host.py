@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from w2s.planning.cards import Card
+from w2s.planning.cards import GPUS_PER_NODE, Card
 from w2s.planning.states import States
 
 _COPY_GBS = 1.1
 """A rank's tensors into memory of its host, with their checksum: measured on one core (docs/reliability.md)."""
-_COPIES = 4
-"""On the host, for each of its ranks: its own part and that of a rank of the host before, of two checkpoints."""
+_GENERATIONS = 2
+"""Checkpoints that are there while the newer one is written."""
 
 
 @dataclass(frozen=True)
@@ -18,17 +18,19 @@ class HostCopy:
     bytes: int
     """A checkpoint's part."""
     held: int
-    """What the host's memory has to hold for this rank."""
+    """What the host's memory has to hold for this rank and, where there are several hosts, one of the host before."""
     seconds: float
     """A save, in which training waits; on its way to the next host as fast as the network is."""
 
 
-def host_copy(card: Card, states: States) -> HostCopy:
+def host_copy(card: Card, states: States, gpus: int) -> HostCopy:
     """Plan a rank's part: weights, master weights and moments.
 
     Args:
         card: the GPUs.
         states: the rank's.
+        gpus: how many there are.
     """
-    own = states.weights + states.optimizer
-    return HostCopy(own, _COPIES * own, own / (1e9 * _COPY_GBS) + own / (1e9 * card.network_gbs))
+    own, several = states.weights + states.optimizer, gpus > GPUS_PER_NODE
+    sent = own / (1e9 * card.network_gbs) if several else 0.0
+    return HostCopy(own, _GENERATIONS * (1 + several) * own, own / (1e9 * _COPY_GBS) + sent)

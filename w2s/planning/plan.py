@@ -188,7 +188,9 @@ class _Search:
                 **self.widths,
                 teacher=self.teacher.flops if self.teacher else 0.0,
             ),
-            host=host_copy(self.card, max(stage.states.values(), key=lambda states: states.weights + states.optimizer)),
+            host=host_copy(
+                self.card, max(stage.states.values(), key=lambda each: each.weights + each.optimizer), self.gpus
+            ),
             peak=self.gpus * self.card.bf16_tflops * 1e12,
         )
 

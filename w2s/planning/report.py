@@ -70,7 +70,7 @@ def _in_memory(plan: Plan) -> str:
     host = plan.host
     return (
         f"a checkpoint in memory: {host.bytes / _GIB:.1f} GiB of a rank in {host.seconds:.1f} s; "
-        f"{host.held / _GIB:.1f} GiB of its host's memory (two checkpoints, of this rank and of one of the host before)"
+        f"{host.held / _GIB:.1f} GiB of its host's memory (two checkpoints, its own and the host before's)"
     )
 
 
