@@ -41,13 +41,13 @@ def one_seed_and_two_candidates(path: Path) -> str:
             step["choose"] = step["choose"] | {"among": ["1e-3", "2e-3"], "share": 0.5}
         if "budgets" in step:
             lengths = step["budgets"]["steps"]
-            short = [3, 5, 15] if step["name"] == "scratch" else [3, 5]
+            short = ([5, 15] if step["name"] == "scratch" else [3, 5])[-len(lengths) :]
             step["budgets"] = {"steps": short}
             for other in document["steps"]:
                 for key, values in other.items():
                     if isinstance(values, list):
                         other[key] = [_shorter(each, step["name"], lengths, short) for each in values]
-    document["on_stage"]["mim"] = [_shorter(each, "weak", [600, 1200], [3, 5]) for each in document["on_stage"]["mim"]]
+    document["on_stage"]["mim"] = [_shorter(each, "weak", [7200], [5]) for each in document["on_stage"]["mim"]]
     path.write_text(yaml.safe_dump(document))
     return str(path)
 
@@ -143,7 +143,7 @@ def test_a_teacher_that_exists_is_paid_in_one_ledger(report: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["masked", "summary", "distill", "both"])
-def test_a_student_has_the_teacher_of_its_own_seed(report: Path, arm: str) -> None:
+def test_a_student_has_the_teacher_that_all_seeds_share(report: Path, arm: str) -> None:
     name = f"{arm}_mim" if f"{arm}_mim" in TAUGHT else arm
     text = (report.parent / f"{name}-seed1" / "config.yaml").read_text()
     assert f"source: w2s:{report.parent.absolute() / 'weak_5-seed1'}" in text
@@ -173,9 +173,9 @@ def test_every_choice_of_the_real_showcase_is_made_alike() -> None:
 def test_the_real_showcase_can_be_planned() -> None:
     """Every run has a configuration before anything has run, and as many are launched as docs/showcase.md says."""
     configs = Plan(load_pipeline("showcase"), [], fresh=False).configs()
-    assert len(configs) == 114
+    assert len(configs) == 88
     assert {config.run.seed for config in configs} == {1, 2, 3}
     steps = {config.run.name: config.train.steps for config in configs}
-    assert (steps["scratch-seed2"], steps["scratch_800-seed2"], steps["summary_mim-seed3"]) == (640, 800, 240)
+    assert (steps["scratch-seed2"], steps["scratch_960-seed2"], steps["summary_mim-seed3"]) == (768, 960, 480)
     trials = sorted(name for name in steps if "try" in name)
     assert len(trials) == 18 and all("-seed1-" in name for name in trials)
