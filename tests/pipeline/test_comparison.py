@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,7 @@ import pytest
 from tests.pipeline.launcher import Launcher, overrides
 from tests.pipeline.lengths import write_lengths
 from w2s.config.sections import Config
-from w2s.pipeline.comparison import comparison, points, rival
+from w2s.pipeline.comparison import comparison, on_the_way, points, rival
 from w2s.pipeline.flops import training_flops
 from w2s.pipeline.pictures import draw
 from w2s.pipeline.plan import Plan
@@ -72,6 +73,26 @@ def test_what_it_is_ahead_by_is_paired(results: Results, compare: Comparison) ->
     assert row[1] == "0.5500 ± 0.0141"  # 0.5 + 0.01 + 0.03 or 0.05
     assert row[5] == ", ".join([f"{0.3 + (10 - length) / 1000:+.4f}"] * 2)
     assert rows["scratch_320"][3:6] == ["", "", ""]
+
+
+def test_a_trunk_on_its_way_begins_after_what_it_builds_on(results: Results, compare: Comparison) -> None:
+    runs = results.named("start")
+    batch, steps = runs[0].config.train.global_batch, runs[0].config.train.steps
+    for run, more in zip(runs, (0.0, 0.2), strict=True):
+        lines = [{"step": n, "samples_seen": n * batch, compare.metric: n / 10 + more} for n in (0, steps)]
+        (run.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    step = {
+        name: training_flops((run := results.named(name)[0]).config) / run.config.train.steps
+        for name in ("masked", "start")
+    }
+    (begin, at_first), (end, at_last) = on_the_way(results, compare, "start", 0)
+    assert (at_first, at_last) == pytest.approx((0.1, steps / 10 + 0.1))
+    assert (begin * 1e12, end * 1e12) == pytest.approx(
+        (10 * step["masked"], 10 * step["masked"] + steps * step["start"])
+    )
+    counted = on_the_way(results, compare, "start", 1)
+    assert counted[0][0] > begin, "the teacher's training comes first"
+    assert on_the_way(results, compare, "weak", 0) == [], "it is there already"
 
 
 def test_all_arms_are_in_one_picture(results: Results, tmp_path: Path) -> None:

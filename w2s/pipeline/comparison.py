@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
-from w2s.pipeline.cost import of_chain
+from w2s.pipeline.cost import of_chain, of_run
 from w2s.pipeline.results import Results
 from w2s.pipeline.spread import by_seed, spread
 from w2s.pipeline.steps import Comparison, Step
@@ -39,6 +40,22 @@ def points(results: Results, compare: Comparison) -> list[Point]:
             beside = 0.0 if exists else of_chain(results, step, compare.exists)[0].flops
             found.append(Point(step, known, (beside, of_chain(results, step)[0].flops)))
     return found
+
+
+def on_the_way(results: Results, compare: Comparison, arm: str, ledger: int) -> list[tuple[float, float]]:
+    """TFLOP and mean of the metric wherever a trunk was measured with every seed; nothing where it costs nothing."""
+    runs, counted = results.named(arm), ledger == 1
+    if not (runs and runs[0].task.step.budgets) or (arm in compare.exists and not counted):
+        return []
+    step = runs[0].task.step
+    before = of_chain(results, step, () if counted else compare.exists)[0].flops - of_run(runs[0]).flops
+    measured = [
+        {line["samples_seen"]: line[compare.metric] for line in run.history if line.get(compare.metric) is not None}
+        for run in runs
+    ]
+    everywhere = [seen for seen in measured[0] if all(seen in other for other in measured)]
+    a_sample = runs[0].flops / runs[0].samples
+    return [((before + a_sample * seen) / 1e12, mean(each[seen] for each in measured)) for seen in everywhere]
 
 
 def rival(point: Point, among: Sequence[Point], ledger: int) -> Point | None:

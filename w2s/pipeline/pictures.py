@@ -8,7 +8,7 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from w2s.pipeline.comparison import LEDGERS, Point, points
+from w2s.pipeline.comparison import LEDGERS, Point, on_the_way, points
 from w2s.pipeline.cost import used
 from w2s.pipeline.headlines import Reading, readings
 from w2s.pipeline.results import Results, Run
@@ -110,7 +110,10 @@ def _curve(runs: Sequence[Run], metric: str, place: Place) -> list[tuple[float, 
 
 
 def _by_compute(results: Results) -> Figure | None:
-    """A panel for each ledger: what each training reaches over what it costs; trainings of one arm are joined."""
+    """A panel for each ledger: what each training reaches over what it costs; trainings of one arm are joined.
+
+    Thin lines are trunks on their way, whose rate has not been lowered yet.
+    """
     compare = results.pipeline.compare
     if compare is None:
         return None
@@ -122,6 +125,8 @@ def _by_compute(results: Results) -> Figure | None:
         for number, (arm, found) in enumerate(arms.items()):
             cost = [point.flops[ledger] / 1e12 for point in found]
             colour = "0.2" if arm == compare.baseline else f"C{number % 10}"
+            if way := on_the_way(results, compare, arm, ledger):
+                panel.plot(*zip(*way, strict=True), color=colour, linewidth=0.7, alpha=0.6)
             panel.plot(cost, [mean(point.values) for point in found], "o-", markersize=3, label=arm, color=colour)
             for where, point in zip(cost, found, strict=True):
                 panel.plot([where] * len(point.values), point.values, ".", markersize=2.5, alpha=0.5, color=colour)
