@@ -303,6 +303,46 @@ def plan(
 
 
 @app.command()
+def rehearse(
+    name: Annotated[str, typer.Argument(metavar="STAGE", help="mim or clip.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
+    card: Annotated[str, typer.Option(help="Their kind: a100-40, a100-80, h100, h200 or b200.")] = "h100",
+    ranks: Annotated[
+        str, typer.Option(help="kinds: one of each kind; pipeline: one of each stage; or ranks such as 0,64.")
+    ] = "kinds",
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each rank.")] = 2,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the simulated steps as a trace for Perfetto or chrome://tracing.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Rehearse a job for a cluster on this machine: will it start, fit, hang, and how long does a step take?"""
+    with _one_line(debug):
+        import json
+
+        from w2s.planning.cards import card as card_of
+        from w2s.planning.request import request
+        from w2s.rehearsal import report
+        from w2s.rehearsal.kinds import chosen
+        from w2s.rehearsal.run import run as run_rehearsal
+        from w2s.rehearsal.trace import write_trace
+
+        asked = request([name, *(overrides or [])], gpus, card)
+        config = asked.config(name, gpus)
+        found = run_rehearsal(config, gpus, card_of(card), chosen(ranks, config.parallel, gpus), steps)
+        if trace:
+            write_trace(trace, found)
+        if as_json:
+            print(json.dumps(report.document(found), indent=2))
+        else:
+            report.print_report(found)
+        if found.wrong:
+            raise typer.Exit(1)
+
+
+@app.command()
 def doctor(debug: Debug = False) -> None:
     """Show what this machine can do, and what each missing piece would bring."""
     with _one_line(debug):

@@ -38,6 +38,7 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
         "pipeline": [PIPELINE, "train.micro_batch=4"],
         "uneven pipeline": [PIPELINE, *SPLITS, "train.micro_batch=4"],
         "virtual pipeline": [PIPELINE, VIRTUAL, "train.micro_batch=4"],
+        "virtual pipeline in larger groups": [PIPELINE, VIRTUAL, "train.micro_batch=4", "parallel.micro_batch_group=4"],
         "virtual pipeline, recomputed": [PIPELINE, VIRTUAL, "train.micro_batch=4", "parallel.recompute=full"],
     },
     4: {
@@ -45,6 +46,7 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
         "tensor, sequence, virtual pipeline": [TENSOR, SEQUENCE, PIPELINE, VIRTUAL, "train.micro_batch=4"],
         "tensor, data": [TENSOR, SEQUENCE, "train.micro_batch=8"],
         "pipeline, data": [PIPELINE, "train.micro_batch=4"],
+        "virtual pipeline, data": [PIPELINE, VIRTUAL, "train.micro_batch=4", *OVERLAP],
     },
     8: {"tensor, pipeline, data": [TENSOR, SEQUENCE, PIPELINE, "train.micro_batch=4", *OVERLAP]},
 }

@@ -60,8 +60,22 @@ def check_micro_batches(config: Config, world_size: int) -> None:
             f"train.micro_batch={train.micro_batch} makes {count} micro-batches of the {share} samples of a "
             f"data-parallel rank, which do not fill {stages} pipeline stages: {fix}"
         )
+    _check_group(parallel, count)
     if parallel.sequence:
         _check_rows(config, micro, share)
+
+
+def _check_group(parallel: ParallelConfig, count: int) -> None:
+    """The last micro-batches that go through a chunk together, if there are fewer, must fill the pipeline too."""
+    group, stages = parallel.micro_batch_group, parallel.pipeline
+    if not group:
+        return
+    legal = [n for n in range(stages, count + 1) if count % n == 0 or count % n >= stages]
+    if group not in legal:
+        raise ConfigError(
+            f"parallel.micro_batch_group={group} of {count} micro-batches does not keep {stages} pipeline stages "
+            f"filled: use {listed(legal)}, or leave it out"
+        )
 
 
 def _check_batch(train: TrainConfig, replicas: int) -> None:
@@ -112,6 +126,10 @@ def _check_options(config: Config, replicas: int) -> None:
         f"parallel.virtual_pipeline={parallel.virtual_pipeline}": (
             parallel.virtual_pipeline > 1 and parallel.pipeline == 1,
             "parallel.pipeline=1",
+        ),
+        f"parallel.micro_batch_group={parallel.micro_batch_group}": (
+            parallel.micro_batch_group and parallel.virtual_pipeline == 1,
+            "parallel.virtual_pipeline=1",
         ),
         f"parallel.recompute_layers={parallel.recompute_layers}": (
             parallel.recompute_layers and parallel.recompute != "full",

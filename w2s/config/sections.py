@@ -71,6 +71,9 @@ class ParallelConfig:
     """Pipeline-parallel size."""
     virtual_pipeline: int = 1
     """Model chunks per pipeline rank (interleaved schedule)."""
+    micro_batch_group: int = 0
+    """Micro-batches that go through a chunk before it is the next one's turn (virtual pipeline); 0 takes `pipeline`.
+    More give messages time to arrive, for as many more micro-batches in flight."""
     vision_split: tuple[int, ...] = ()
     """Layers of the vision tower on each of the pipeline x virtual_pipeline stages, in order.
 

@@ -40,7 +40,11 @@ class Linears:
     def settings(self) -> dict[str, Any]:
         """Return what Megatron's configuration of the tower has to say of them."""
         # Transformer Engine makes its weights on the GPU; Megatron's own come from the CPU, as our values for them do.
-        settings: dict[str, Any] = {"use_cpu_initialization": self.backend == "local"}
+        # It also adds up gradients of weights within the product; for Megatron's own that takes Apex.
+        settings: dict[str, Any] = {
+            "use_cpu_initialization": self.backend == "local",
+            "gradient_accumulation_fusion": self.backend == "te",
+        }
         if self.backend == "local" or self.precision.fp8 == "none":
             return settings
         return settings | {

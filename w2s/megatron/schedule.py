@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from w2s.megatron.backend import without_fp8
 from w2s.megatron.float8 import weights_stay
-from w2s.megatron.sharded import ShardedTower
+from w2s.megatron.sharded import ShardedTower, ask_for_weights
 
 Reported = dict[str, Tensor]
 """What the loss of a micro-batch tells the caller of the pass."""
@@ -55,6 +55,7 @@ def begin_pass(tower: ShardedTower[Any]) -> None:
 
     Transformer Engine rounds them to FP8 once a pass.
     """
+    ask_for_weights(tower)
     for part in tower.parts:
         part.set_is_first_microbatch()
 
@@ -105,13 +106,13 @@ def infer(tower: ShardedTower[Any], inputs: Sequence[Tensor], forward: Callable[
         forward: takes a chunk and slices of `inputs`; its last chunk returns the output [n, ...].
         tokens: tokens of one sample.
     """
-    count, stages = len(inputs[0]), parallel_state.get_pipeline_model_parallel_world_size()
     # Every stage has a micro-batch to work on, and the rows of each divide over the tensor-parallel ranks.
-    size = math.ceil(count / stages)
+    count, parts = len(inputs[0]), tower.parts[0].config.microbatch_group_size_per_vp_stage
+    size = math.ceil(count / parts)
     if tower.parts[0].config.sequence_parallel:
         tensor = parallel_state.get_tensor_model_parallel_world_size()
         size = math.ceil(size / tensor) * tensor
-    padded = [torch.cat([whole, whole[-1:].expand(stages * size - count, *whole.shape[1:])]) for whole in inputs]
+    padded = [torch.cat([whole, whole[-1:].expand(parts * size - count, *whole.shape[1:])]) for whole in inputs]
     micro_batches = list(zip(*(whole.split(size) for whole in padded), strict=True))
     with without_fp8(tower.parts):
         outputs = forward_only(tower, micro_batches, lambda chunk, micro: forward(chunk, *micro), size * tokens)
@@ -148,6 +149,7 @@ def _run(
 
         return output, reported_apart
 
+    ask_for_weights(tower)
     iterators = [iter(micro_batches) for _ in tower.chunks]
     with weights_stay(tower.parts):
         result: list[Reported] = get_forward_backward_func()(

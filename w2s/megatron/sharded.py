@@ -54,6 +54,7 @@ def data_parallel(
         grad_reduce_in_fp32=precision.gradients == "fp32",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        align_param_gather=parallel.overlap_param_gather,  # `ask_for_weights` asks for all
         fp8_param_gather=precision.fp8_primary_weights,
     )
     for part in tower.parts:
@@ -69,3 +70,12 @@ def data_parallel(
         no_sync = [chunk.no_sync for chunk in chunks]
         driver.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
     return ShardedTower(tower.parts, list(chunks))
+
+
+def ask_for_weights(tower: ShardedTower[AnyTower]) -> None:
+    """Begin to gather updated weights, those first that are used first, where nobody has begun yet."""
+    for chunk in tower.chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            for bucket in reversed(chunk.bucket_groups):
+                if not bucket.param_gather_dispatched:
+                    bucket.start_param_sync()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 Tap = Callable[[Tensor], Tensor]
@@ -51,7 +52,8 @@ def tapped(blocks: TransformerBlock, numbers: Collection[int]) -> Iterator[dict[
 
 def tie(rows: Tensor, loss: Tensor) -> Tensor:
     """Return `rows`; when a gradient comes back through them, `loss` gets one of 1."""
-    tied: Tensor = _Tie.apply(rows, loss)
+    # The schedule frees what it has sent, which a view would keep.
+    tied: Tensor = make_viewless_tensor(_Tie.apply(rows, loss), requires_grad=True, keep_graph=True)
     return tied
 
 

@@ -69,7 +69,6 @@ def transformer_config(
         hidden_dropout=0.0,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
         perform_initialization=False,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -82,6 +81,10 @@ def transformer_config(
         # With the defaults two ranks pair their messages wrongly and train on, silently, with wrong gradients.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        # Otherwise messages of warm-up and flush are waited for where they are sent.
+        overlap_p2p_comm_warmup_flush=interleaved,
+        microbatch_group_size_per_vp_stage=parallel.micro_batch_group or None,
+        deallocate_pipeline_outputs=True,  # what was sent is not needed here any more
         batch_p2p_sync=False,  # the host would wait for the GPU at every message, as torch before 2.0 needed
         **_recomputed_layers(parallel),
         **linears.settings(),

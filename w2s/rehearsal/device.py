@@ -1,0 +1,173 @@
+"""A GPU that is not there: tensors that would lie on it are told apart, and waits of the host for it are noted.
+
+Fake tensors of type `cuda` fail in autograd on a build of torch without CUDA, so all are of type `cpu`. Which of them
+would be on the GPU is kept beside them, by storage.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.overrides import TorchFunctionMode
+
+from w2s.rehearsal.meter import Meter
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+_FETCHES = {torch.Tensor.cpu: "cpu()", torch.Tensor.numpy: "numpy()"}
+
+
+class FakeGpu(TorchFunctionMode):
+    """Answers for the device of a tensor, and follows tensors onto it and off it.
+
+    Args:
+        meter: knows which tensors are on the GPU.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self._meter = meter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` as on a machine with a GPU."""
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.data_ptr:
+            return args[0].untyped_storage()._cdata + args[0].storage_offset()
+        if func in _FETCHES:
+            return self._fetched(args[0], _FETCHES[func])
+        if func is torch.Tensor.cuda:
+            return self._moved(args[0], args[0])
+        if func is torch.Tensor.to:
+            return self._to(func, args, kwargs)
+        return self._made(func, args, kwargs)
+
+    def _to(self, func: Any, args: Any, kwargs: Any) -> Any:
+        tensor, others = args[0], args[1:]
+        kwargs = {name: value for name, value in kwargs.items() if name != "copy"}
+        if others and isinstance(others[0], Tensor):
+            others = (others[0].device, others[0].dtype, *others[1:])
+        device, dtype, at_leisure, form = torch._C._nn._parse_to(*others, **kwargs)
+        wanted = {name: value for name, value in (("dtype", dtype), ("memory_format", form)) if value is not None}
+        converted = func(tensor, **wanted) if wanted else tensor
+        if device is None:
+            return converted
+        if device.type == "cuda" or _called_by_torch():
+            return self._moved(tensor, converted)
+        return self._meter.off_gpu(converted) if at_leisure else self._fetched(converted, "to(cpu)")
+
+    def _moved(self, before: Tensor, tensor: Tensor) -> Tensor:
+        return tensor if self._meter.on_gpu(before) else self._meter.onto_gpu(tensor)
+
+    def _fetched(self, tensor: Tensor, how: str) -> Any:
+        if not self._meter.on_gpu(tensor):
+            return tensor.numpy() if how == "numpy()" and not isinstance(tensor, FakeTensor) else tensor
+        self._meter.host_waits(how)
+        return self._meter.off_gpu(tensor)
+
+    def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run what may make a tensor on the GPU."""
+        device = kwargs.get("device")
+        if device is None or torch.device(device).type != "cuda":
+            return func(*args, **kwargs)
+        kwargs["device"] = CPU
+        with self._meter.making():
+            return func(*args, **kwargs)
+
+
+def _called_by_torch() -> bool:
+    """Whether the call that is answered stands in torch, which takes devices from fake tensors at times."""
+    return "/torch/" in sys._getframe(3).f_code.co_filename
+
+
+class _Event:
+    """A CUDA event."""
+
+    def __init__(self, *unused: Any, **unused_too: Any) -> None:
+        """Take what a CUDA event takes."""
+
+    def record(self, *unused: Any) -> None:
+        """Return at once."""
+
+    wait = record
+    query = elapsed_time = None
+
+
+class _Stream:
+    """A CUDA stream."""
+
+    def __init__(self, *unused: Any, **unused_too: Any) -> None:
+        """Take what a CUDA stream takes."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Return at once."""
+
+    def wait_event(self, event: Any) -> None:
+        """Return at once."""
+
+    def record_event(self, event: Any = None) -> _Event:
+        """Return an event."""
+        return event or _Event()
+
+
+@contextmanager
+def stand_in_for_cuda(meter: Meter) -> Iterator[None]:
+    """Let torch's host side answer as with one GPU, whose tensors `meter` knows."""
+
+    def on_gpu(tensor: FakeTensor) -> bool:
+        """Torch's own work on fake tensors knows no GPU."""
+        return "/torch/_" not in sys._getframe(2).f_code.co_filename and meter.on_gpu(tensor)
+
+    def device(tensor: FakeTensor) -> torch.device:
+        return GPU if on_gpu(tensor) else own(tensor)
+
+    def is_cuda(tensor: FakeTensor) -> bool:
+        return on_gpu(tensor)
+
+    own: Any = vars(FakeTensor)["device"].fget
+    stand_ins = {
+        "current_device": lambda: GPU,
+        "set_device": lambda _: None,
+        "current_stream": lambda *_: _Stream(),
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": lambda _: contextlib.nullcontext(),
+        "synchronize": lambda *_: meter.host_waits("torch.cuda.synchronize()"),
+    }
+    with ExitStack() as undo:
+        for name, stand_in in stand_ins.items():
+            undo.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        undo.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        # Torch's own draws until it likes the numbers, of which there are none.
+        undo.enter_context(mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor))
+        undo.enter_context(mock.patch.object(torch, "autocast", _autocast))
+        undo.enter_context(mock.patch.object(FakeTensor, "device", property(device)))
+        undo.enter_context(mock.patch.object(FakeTensor, "is_cuda", property(is_cuda), create=True))
+        yield
+
+
+def _autocast(device_type: str, *args: Any, **settings: Any) -> torch.autocast:
+    return _real_autocast("cpu", *args, **settings)
+
+
+_real_autocast = torch.autocast
+
+
+def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Do what torch's own does by swapping tensors, which fake ones do not take."""
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                changed = nn.Parameter(change(parameter), parameter.requires_grad)
+            changed.__dict__.update(parameter.__dict__ | changed.__dict__)
+            module._parameters[name] = changed
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = change(buffer)
+    return module

@@ -1,0 +1,151 @@
+"""What a rank's operators need: bytes of its GPU, and seconds as the planner reckons them."""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from w2s.planning.cards import Card
+from w2s.planning.roofline import moving, product
+from w2s.rehearsal.parts import Parts
+from w2s.rehearsal.tape import HostWait, Tape
+from w2s.rehearsal.where import line
+
+aten = torch.ops.aten
+_FREE = (aten.empty, aten.detach, aten.alias, aten.set_, aten.resize_)
+_ATTENTION = ("scaled_dot_product",)
+
+
+class Meter(TorchDispatchMode):
+    """Follows the tensors on the GPU, and adds what operators take to a tape.
+
+    Args:
+        tape: where to.
+        card: the GPU.
+        parts: know the part of the step that is open.
+
+    Attributes:
+        now: bytes that are allocated on the GPU.
+        peak: the most since it was last set.
+        parts: bytes by the part of the step that allocated them, at the peak.
+        where: the line of code at the peak.
+        fake: the mode that makes tensors without numbers.
+    """
+
+    def __init__(self, tape: Tape, card: Card, parts: Parts) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.parts: Counter[str] = Counter()
+        self.where = ""
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._tape, self._card, self._parts = tape, card, parts
+        self._sizes: dict[int, tuple[int, str]] = {}
+        self._by_part: Counter[str] = Counter()
+        self._making = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator on fake tensors."""
+        kwargs = kwargs or {}
+        inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        on_gpu = self._making or any(self.on_gpu(each) for each in inputs)
+        if func is aten._local_scalar_dense.default:
+            return self._number(func, inputs[0], on_gpu)
+        result = func(*args, **kwargs)
+        if on_gpu:
+            outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+            new = [self._place(each) for each in outputs]
+            self._tape.compute(self._parts.now, self._seconds(func, inputs, outputs, any(new)))
+        return result
+
+    def _number(self, func: Any, tensor: Tensor, on_gpu: bool) -> Any:
+        """The number of a tensor: what the host knows of its own tensors, else 1."""
+        if on_gpu:
+            self.host_waits("item()")
+        else:
+            with suppress(DataDependentOutputException):
+                return func(tensor)
+        return 1.0 if tensor.dtype.is_floating_point else 1
+
+    def on_gpu(self, tensor: Tensor) -> bool:
+        """Whether a tensor is on the GPU."""
+        return tensor.untyped_storage()._cdata in self._sizes
+
+    def onto_gpu(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the host on the GPU."""
+        faked = self.fake.from_tensor(tensor) if not isinstance(tensor, FakeTensor) else tensor
+        self._place(faked)
+        return faked
+
+    def off_gpu(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor on the host."""
+        with self.fake:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """Inside, what is made is made on the GPU."""
+        before, self._making = self._making, True
+        try:
+            yield
+        finally:
+            self._making = before
+
+    def host_waits(self, what: str) -> None:
+        """Note that the host waits for the GPU."""
+        self._tape.events.append(HostWait(what, line()))
+
+    def launched(self, tensors: list[Tensor]) -> None:
+        """Note a kernel that reads or writes some tensors."""
+        moved = sum(each.numel() * each.element_size() for each in tensors)
+        self._tape.compute(self._parts.now, moving(self._card, moved))
+
+    def start_peak(self) -> None:
+        """Look for the peak from here on."""
+        self.peak, self.parts, self.where = self.now, self._by_part.copy(), ""
+
+    def _place(self, tensor: Tensor) -> bool:
+        """Count a tensor's storage as one of the GPU, if it is not counted yet."""
+        storage = tensor.untyped_storage()
+        key, size, part = storage._cdata, storage.nbytes(), self._parts.now
+        if key in self._sizes:
+            return False
+        self._sizes[key] = size, part
+        self.now += size
+        self._by_part[part] += size
+        if self.now > self.peak:
+            self.start_peak()
+            self.where = line()
+        weakref.finalize(storage, self._free, key)
+        return True
+
+    def _free(self, key: int) -> None:
+        size, part = self._sizes.pop(key)
+        self.now -= size
+        self._by_part[part] -= size
+
+    def _seconds(self, func: Any, inputs: list[Tensor], outputs: list[Tensor], made: bool) -> float:
+        name = func.overloadpacket
+        if name in (aten.mm, aten.addmm):
+            left, right = inputs[-2:]
+            return product(self._card, left.shape[0], left.shape[1], right.shape[1], fp8=False)
+        if name in (aten.bmm, aten.baddbmm):
+            left, right = inputs[-2:]
+            return left.shape[0] * product(self._card, left.shape[1], left.shape[2], right.shape[2], fp8=False)
+        if any(word in name.__name__ for word in _ATTENTION):
+            return self._attention(inputs, backward="backward" in name.__name__)
+        if name in _FREE or not (made or func._schema.is_mutable):
+            return 0.0
+        return moving(self._card, sum(each.numel() * each.element_size() for each in (*inputs, *outputs)))
+
+    def _attention(self, inputs: list[Tensor], backward: bool) -> float:
+        query, key = inputs[1:3] if backward else inputs[:2]
+        operations = 4 * query.numel() * key.shape[-2] * (2.5 if backward else 1)
+        return operations / (self._card.bf16_tflops * 1e12 * self._card.estimates.attention)

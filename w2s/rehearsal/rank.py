@@ -1,0 +1,98 @@
+"""One rank of a rehearsal: the real model, optimizer, stage and steps, without numbers and without the other ranks."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from stages import clip, mim
+from w2s.bench.parts import marked
+from w2s.bench.synthetic import synthetic_batch
+from w2s.config.sections import Config
+from w2s.failure import describe
+from w2s.megatron import groups
+from w2s.megatron.groups import Ranks
+from w2s.planning.cards import Card
+from w2s.rehearsal.device import GPU, FakeGpu, stand_in_for_cuda
+from w2s.rehearsal.group import Recorder, joined
+from w2s.rehearsal.meter import Meter
+from w2s.rehearsal.parts import Parts
+from w2s.rehearsal.tape import Tape
+from w2s.rehearsal.triton import stand_in_for_triton
+from w2s.rehearsal.where import line_of
+from w2s.trainer import Stage, train_step
+
+
+@dataclass(frozen=True)
+class Job:
+    """A rank to be rehearsed."""
+
+    config: Config
+    rank: int
+    world_size: int
+    steps: int
+    card: Card
+
+
+@dataclass
+class RankReport:
+    """What a rank of a rehearsal did."""
+
+    tape: Tape
+    built: int = 0
+    """Bytes of its GPU before the first step."""
+    peak: int = 0
+    """Most bytes of its GPU in the last step."""
+    fullest: str = ""
+    """The line of code at the peak."""
+    parts: dict[str, int] = field(default_factory=dict)
+    """What the peak is made of."""
+    failure: str = ""
+    """The line that the run would end with."""
+    where: str = ""
+    """The line of code that failed."""
+
+
+def rehearse(job: Job) -> RankReport:
+    """Be a rank for some steps, in a process of its own."""
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # copies ask for it
+    os.environ.update(RANK=str(job.rank), WORLD_SIZE=str(job.world_size), LOCAL_RANK="0")
+    parts, report = Parts(), RankReport(Tape(job.rank))
+    meter = Meter(report.tape, job.card, parts)
+    with (
+        joined(Recorder(report.tape, parts), job.rank, job.world_size),
+        groups.split(job.config.parallel, GPU) as ranks,
+        stand_in_for_cuda(meter),
+        stand_in_for_triton(meter.launched),
+    ):
+        try:
+            _steps(job, ranks, meter, parts, report)
+        except Exception as error:  # whatever the run would end with
+            report.failure, report.where = describe(error)[0], line_of(error)
+    return report
+
+
+def _steps(job: Job, ranks: Ranks, meter: Meter, parts: Parts, report: RankReport) -> None:
+    with _on_gpu(meter):
+        stage = _build(job.config, ranks)
+    report.built = meter.now
+    batch = synthetic_batch(
+        stage.spec, job.config.train.global_batch // job.world_size, job.config.model.text.vocab_size
+    )
+    with marked(stage, parts), _on_gpu(meter):
+        for _ in range(job.steps):
+            report.tape.steps.append(len(report.tape.events))
+            meter.start_peak()
+            train_step(stage, batch, 1.0)
+    report.peak, report.parts, report.fullest = meter.peak, dict(meter.parts), meter.where
+
+
+@contextmanager
+def _on_gpu(meter: Meter) -> Iterator[None]:
+    with meter.fake, meter, FakeGpu(meter):
+        yield
+
+
+def _build(config: Config, ranks: Ranks) -> Stage:
+    return (mim.MaskedStage if config.stage == "mim" else clip.ContrastiveStage)(config, ranks)

@@ -1,0 +1,140 @@
+"""What a rehearsal found, as tables and as one JSON document."""
+
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+
+from w2s.rehearsal.parts import REST
+from w2s.rehearsal.run import Rehearsal
+from w2s.rehearsal.tape import Call, Compute, Group
+from w2s.tracking.tables import Cell, Table
+
+_GIB = 2**30
+
+
+def document(rehearsal: Rehearsal) -> dict[str, Any]:
+    """Return everything as JSON takes it."""
+    return {
+        "gpus": rehearsal.world_size,
+        "card": rehearsal.card.name,
+        "wrong": rehearsal.wrong,
+        "seconds_per_step": rehearsal.timeline.steps[-1] if rehearsal.timeline.steps else None,
+        "ranks": [
+            {
+                "rank": report.tape.rank,
+                "peak_gib": report.peak / _GIB,
+                "parts_gib": {name: size / _GIB for name, size in report.parts.items()},
+                "fullest": report.fullest,
+                "planned_gib": rehearsal.planned[report.tape.rank].total / _GIB,
+                "planned_parts_gib": {
+                    name: size / _GIB for name, size in asdict(rehearsal.planned[report.tape.rank]).items()
+                },
+                "failure": report.failure,
+            }
+            for report in rehearsal.ranks
+        ],
+        "calls": [
+            {
+                "group": group,
+                "ranks": ranks,
+                "kind": kind,
+                "calls": calls,
+                "gib": gib,
+                "seconds": busy,
+                "exposed": exposed,
+            }
+            for group, ranks, kind, calls, gib, busy, exposed in _calls(rehearsal)
+        ],
+    }
+
+
+def print_report(rehearsal: Rehearsal) -> None:
+    """Print memory, calls, times, and what is wrong."""
+    console = Console(highlight=False)
+    config = rehearsal.config
+    console.print(
+        f"{config.model.name} {config.stage} on {rehearsal.world_size} x {rehearsal.card.name}: "
+        f"{len(rehearsal.ranks)} of {rehearsal.world_size} ranks rehearsed"
+    )
+    if rehearsal.ranks:
+        console.print(_memory(rehearsal).to_rich())
+    if rehearsal.timeline.steps:
+        console.print(_time(rehearsal).to_rich())
+        console.print(_table(rehearsal).to_rich())
+        console.print(f"a step takes {rehearsal.timeline.steps[-1]:.3g} s in the simulation")
+    for line in rehearsal.wrong:
+        console.print(f"wrong: {line}")
+    if not rehearsal.wrong:
+        console.print("nothing is wrong: all ranks agree, fit, and never wait for the GPU")
+
+
+def _memory(rehearsal: Rehearsal) -> Table:
+    rows: list[list[Cell]] = []
+    for report in rehearsal.ranks:
+        planned = rehearsal.planned[report.tape.rank].total
+        ratio = report.peak / planned if planned else 0.0
+        rows.append(
+            [report.tape.rank, _gib(report.built), _gib(report.peak), _gib(planned), round(ratio, 3), report.fullest]
+        )
+    return Table("memory of a GPU, GiB", ["rank", "before steps", "peak", "planned", "peak / planned", "peak at"], rows)
+
+
+def _time(rehearsal: Rehearsal) -> Table:
+    """Seconds of each part of the last step, and what a rank waits for others."""
+    parts: list[str] = []
+    columns: list[dict[str, float]] = []
+    for report in rehearsal.ranks:
+        seconds: dict[str, float] = defaultdict(float)
+        for event in report.tape.events[report.tape.steps[-1] :]:
+            if isinstance(event, Compute):
+                seconds[event.part] += event.seconds
+        columns.append(seconds)
+        parts += [part for part in seconds if part not in parts]
+    order = sorted(parts, key=lambda part: part == REST)
+    rows: list[list[Cell]] = [
+        [report.tape.rank, *(round(1e3 * seconds[part], 1) for part in order), round(1e3 * sum(seconds.values()), 1)]
+        for report, seconds in zip(rehearsal.ranks, columns, strict=True)
+    ]
+    return Table("work of a GPU in a step, ms", ["rank", *order, "all"], rows)
+
+
+_Row = tuple[str, int, str, int, float, float, float]
+
+
+def _table(rehearsal: Rehearsal) -> Table:
+    rows: list[list[Cell]] = [
+        [group, ranks, kind, calls, round(gib, 2), round(1e3 * busy, 1), round(1e3 * exposed, 1)]
+        for group, ranks, kind, calls, gib, busy, exposed in _calls(rehearsal)
+    ]
+    return Table(
+        "calls between GPUs in a step, of the rank with most",
+        ["group", "ranks", "call", "calls", "GiB", "ms", "ms waited"],
+        rows,
+    )
+
+
+def _calls(rehearsal: Rehearsal) -> list[_Row]:
+    """Of each kind of group and call: ranks, calls, GiB, seconds, seconds of them that a GPU waits."""
+    most: dict[tuple[str, int, str], tuple[int, float]] = {}
+    for report in rehearsal.ranks:
+        counts: Counter[tuple[str, int, str]] = Counter()
+        sizes: Counter[tuple[str, int, str]] = Counter()
+        for event in report.tape.events[report.tape.steps[-1] :] if report.tape.steps else []:
+            if isinstance(event, Call):
+                group: Group = report.tape.groups[event.group]
+                key = (group.name, len(group.ranks), event.kind)
+                counts[key] += 1
+                sizes[key] += event.size
+        for key, count in counts.items():
+            before = most.get(key, (0, 0.0))
+            most[key] = max(before[0], count), max(before[1], sizes[key] / _GIB)
+    spent = rehearsal.timeline.spent
+    return [
+        (*key, *figures, spent.get(key, (0.0, 0.0))[0], spent.get(key, (0.0, 0.0))[1]) for key, figures in most.items()
+    ]
+
+
+def _gib(size: int) -> float:
+    return round(size / _GIB, 2)

@@ -1,0 +1,159 @@
+"""A rehearsal: its ranks one after the other, as many at a time as there are cores, and what they come to together."""
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+
+from w2s import host
+from w2s.config.checks import check
+from w2s.config.layout import model_parallel_size
+from w2s.config.sections import Config, TeacherConfig
+from w2s.errors import UserError, W2SError
+from w2s.planning.cards import GPUS_PER_NODE, Card
+from w2s.planning.memory import Memory, rank_memory
+from w2s.planning.states import rank_states
+from w2s.planning.teacher import planned_teacher
+from w2s.planning.towers import planned_towers
+from w2s.rehearsal.agreement import disagreements
+from w2s.rehearsal.kinds import stage_of
+from w2s.rehearsal.rank import Job, RankReport, rehearse
+from w2s.rehearsal.tape import HostWait
+from w2s.rehearsal.timeline import Timeline, play
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What came of it."""
+
+    config: Config
+    world_size: int
+    card: Card
+    ranks: list[RankReport]
+    planned: dict[int, Memory]
+    """Memory by rank as the planner has it."""
+    timeline: Timeline
+    wrong: list[str]
+    """What would end the run, hang it, or make it wait: a line each."""
+
+
+def run(config: Config, world_size: int, card: Card, ranks: Sequence[int], steps: int) -> Rehearsal:
+    """Rehearse some ranks of a stage.
+
+    Args:
+        config: the stage in its layout.
+        world_size: GPUs.
+        card: the GPUs.
+        ranks: which of them are rehearsed.
+        steps: steps of the stage; memory and times are those of the last one.
+
+    Raises:
+        UserError: it cannot be rehearsed.
+    """
+    _check_rehearsed(config)
+    refused = _refusal(config, world_size, card)
+    if refused:
+        return Rehearsal(config, world_size, card, [], {}, Timeline(), [refused])
+    jobs = [Job(_without_files(config), rank, world_size, steps, card) for rank in ranks]
+    # A process takes a rank alone, as much of it is for ever; imports are made once.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([rehearse.__module__])
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=processes, max_tasks_per_child=1) as pool:
+        reports = list(pool.map(rehearse, jobs))
+    wrong = _failures(reports)
+    tapes = [report.tape for report in reports]
+    if not wrong:
+        wrong = [str(each) for each in disagreements(tapes)]
+    timeline = Timeline() if wrong else play(tapes, card)
+    planned = {rank: _planned(config, world_size, rank) for rank in ranks}
+    wrong += [*timeline.stuck, *_waits(reports), *_too_full(reports, card)]
+    return Rehearsal(config, world_size, card, reports, planned, timeline, wrong)
+
+
+def _check_rehearsed(config: Config) -> None:
+    if config.precision.fp8 not in ("none", "emulated"):
+        raise UserError(
+            f"precision.fp8={config.precision.fp8} is not rehearsed, as its products are Transformer Engine's: "
+            "rehearse with precision.fp8=none, and plan with it (w2s plan)"
+        )
+
+
+def _refusal(config: Config, world_size: int, card: Card) -> str:
+    """The line with which the run would end before it builds anything."""
+    local = min(world_size, GPUS_PER_NODE)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: local))
+        stack.enter_context(
+            mock.patch.object(host, "card", lambda: host.Card(card.name, (9, 0) if card.fp8_tflops else (8, 0)))
+        )
+        try:
+            check(config, world_size, local)
+        except W2SError as error:
+            return str(error)
+    return ""
+
+
+def _without_files(config: Config) -> Config:
+    """The same without what a laptop has not: weights of teachers have shapes alone."""
+
+    def bare(teacher: TeacherConfig) -> TeacherConfig:
+        return replace(teacher, source=teacher.source.partition("@")[0], compile=False)
+
+    distill = replace(config.clip.distill, source=config.clip.distill.source.partition("@")[0])
+    precision = replace(config.precision, linear="local")
+    clip = replace(config.clip, distill=distill)
+    return replace(config, teacher=bare(config.teacher), clip=clip, precision=precision)
+
+
+def _failures(reports: Sequence[RankReport]) -> list[str]:
+    """What ranks fail of; the same on several ranks is said once."""
+    ranks: dict[tuple[str, str], list[int]] = {}
+    for report in reports:
+        if report.failure:
+            ranks.setdefault((report.failure, report.where), []).append(report.tape.rank)
+    return [f"{_named(who)} would fail at {where}: {failure}" for (failure, where), who in ranks.items()]
+
+
+def _waits(reports: Sequence[RankReport]) -> list[str]:
+    """Where the host waits for the GPU within a step."""
+    ranks: dict[HostWait, list[int]] = {}
+    for report in reports:
+        for wait in {event for event in report.tape.events[report.tape.steps[-1] :] if isinstance(event, HostWait)}:
+            ranks.setdefault(wait, []).append(report.tape.rank)
+    return [
+        f"{_named(who)} would wait for the GPU in every step: {wait.what} at {wait.where}"
+        for wait, who in ranks.items()
+    ]
+
+
+def _too_full(reports: Sequence[RankReport], card: Card) -> list[str]:
+    return [
+        f"rank {report.tape.rank} would run out of memory: {report.peak / 2**30:.1f} GiB of "
+        f"{card.usable_bytes / 2**30:.1f} at {report.fullest}"
+        for report in reports
+        if report.peak > card.usable_bytes
+    ]
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _planned(config: Config, world_size: int, rank: int) -> Memory:
+    teacher, parallel = planned_teacher(config), config.parallel
+    towers = planned_towers(config, **(teacher.widths(config.mim) if teacher else {}))
+    stage, size = stage_of(rank, parallel, world_size), world_size // model_parallel_size(parallel)
+    states = rank_states(
+        towers,
+        parallel,
+        config.precision,
+        data_size=size,
+        data_rank=rank // parallel.tensor % size,
+        stage=stage,
+    )
+    return rank_memory(config, towers, teacher, states, world_size, stage)

@@ -1,0 +1,40 @@
+"""The line of code that something was done in."""
+
+import sys
+from pathlib import Path
+
+_SKIPPED = (
+    "/torch/",
+    "/w2s/rehearsal/",
+    "/w2s/bench/parts.py",
+    "/w2s/megatron/cpu.py",
+    "/contextlib.py",
+    "/typing_extensions.py",
+    "/functools.py",
+)
+
+
+def line() -> str:
+    """Return the innermost line outside of torch and of the rehearsal: `w2s/objectives/collectives.py:23`."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _SKIPPED):
+        frame = frame.f_back
+    return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def line_of(error: BaseException) -> str:
+    """Return the innermost line of an error's traceback outside of torch and of the rehearsal."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        if not any(part in trace.tb_frame.f_code.co_filename for part in _SKIPPED):
+            found = f"{_short(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
+
+
+def _short(path: str) -> str:
+    parts = Path(path).parts
+    for package in ("w2s", "stages", "megatron"):
+        if package in parts:
+            return "/".join(parts[len(parts) - 1 - parts[::-1].index(package) :])
+    return parts[-1]
