@@ -4,7 +4,7 @@ import multiprocessing
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
+
+from w2s.megatron import groups
+from w2s.megatron.groups import Ranks
 
 # Ranks are forked from a process that has imported what takes seconds.
 multiprocessing.set_forkserver_preload(["w2s.data.workers", "stages.mim", "stages.clip"])
@@ -64,3 +68,8 @@ def _rank(rank: int, world_size: int, folder: Path, fn: Callable[..., Any], args
         raise
     finally:
         dist.destroy_process_group()
+
+
+def means(ranks: Ranks, values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Average what a step reports over the ranks, as a log line does."""
+    return groups.means(ranks.gather(ranks.numbers(values)))

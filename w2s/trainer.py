@@ -36,7 +36,7 @@ from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.replicas import mend
-from w2s.megatron.watch import Float8Watch
+from w2s.megatron.watch import Float8Watch, float8_metrics
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
 from w2s.rerun import clones, explain
@@ -128,7 +128,7 @@ class Trainer:
         self.pulse, self.memory = pulse or Pulse(), memory
         self.step, self.parent, self.handover, position = self._restore()
         self.stream = self._read_from(position)
-        self.watch = Float8Watch(stage.towers, ranks)
+        self.watch = Float8Watch(stage.towers)
         self._saving: store.Saving | None = None
         self._refused: list[CheckpointError] = []
         self._rollbacks = self._undone = 0
@@ -279,11 +279,12 @@ class Trainer:
 
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
         """Average over the ranks: the only place in the loop that waits for the device."""
-        averages = self.ranks.mean(metrics) | self.watch.read()
+        own = self.ranks.numbers(metrics), self.watch.read(), figures, self.stream.seen, self.stream.bad
+        numbers, counts, everyones, seen, bad = zip(*self.ranks.gather(own), strict=True)
+        averages = groups.means(numbers) | float8_metrics(counts)
         skipped = int(self.stage.optimizer.guard.skipped) + self._undone
         if skipped:
             averages["skipped_steps"] = skipped
-        everyones, seen, bad = zip(*self.ranks.gather((figures, self.stream.seen, self.stream.bad)), strict=True)
         compared = over_ranks(everyones, ("seconds_per_step", "data_wait"))
         read = self.stream.metrics(sum(seen, Counter()), sum(bad, Counter()))
         self.tracker.log(self.step, self.samples, {**averages, **figures, **compared, **read})

@@ -15,12 +15,13 @@ from tests.megatron.spawn import SHAPE, TARGET_WIDTH
 from w2s.config.sections import OptimConfig, ParallelConfig, PrecisionConfig
 from w2s.megatron import engine, groups, state
 from w2s.megatron.backend import Linears, without_fp8
+from w2s.megatron.formats import sampled
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import fill
 from w2s.megatron.optimizer import Optimizer
 from w2s.megatron.sharded import ShardedTower, data_parallel, shard
 from w2s.megatron.tower import transformer_config
-from w2s.megatron.watch import Float8Watch
+from w2s.megatron.watch import Float8Watch, float8_metrics
 from w2s.towers.initial import vision_rule
 from w2s.towers.masked import MaskedStudent
 from w2s.towers.vision import vision_stack
@@ -166,22 +167,24 @@ def stored_names(folder: Path) -> list[str]:
     return list(FileSystemReader(str(folder)).read_metadata().state_dict_metadata)
 
 
-def watched(parallel: ParallelConfig) -> dict[str, float]:
-    """What the watch of a student's first pass says."""
+def watched(parallel: ParallelConfig, more: int = 0) -> dict[str, float]:
+    """What the watch of a student's first pass says, with `more` micro-batches after it."""
     with groups.split(parallel, torch.device("cpu")) as ranks:
         tower = student(parallel, Linears("local", EMULATED))
         (part,) = tower.parts
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(16, 3, SHAPE.image_size, SHAPE.image_size, generator=generator)
+        micro_batches = torch.randn(1 + more, 16, 3, SHAPE.image_size, SHAPE.image_size, generator=generator)
+        images = micro_batches[0]
         masks = torch.zeros(16, SHAPE.patches, dtype=torch.bool)
         masks[:, ::3] = True
         everywhere = torch.arange(SHAPE.patches).expand(16, -1)
-        watch = Float8Watch({"vision": tower}, ranks)
+        watch = Float8Watch({"vision": tower})
         with watch.looking():
-            predictions = part(images, masks, everywhere).patches
-            (predictions * torch.exp(torch.arange(16.0) - 8)[:, None, None]).square().sum().backward()
+            for images in micro_batches:
+                predictions = part(images, masks, everywhere).patches
+                (predictions * torch.exp(torch.arange(16.0) - 8)[:, None, None]).square().sum().backward()
         part(images, masks, everywhere)  # nobody looks
-        found = watch.read()
+        found = float8_metrics(ranks.gather(watch.read()))
         assert not watch.read(), "a reading begins anew"
         return found
 
@@ -193,3 +196,17 @@ def test_the_watch_says_the_same_in_every_layout() -> None:
         for split in run_ranks(watched, 2, ParallelConfig(tensor=2, sequence=sequence)):
             # amax: float32 sums in another order; shares: some of 272 x 32 values and more lie at the edge.
             assert split == pytest.approx(whole, rel=1e-4, abs=1e-4)
+
+
+def test_the_watch_looks_at_the_first_micro_batch() -> None:
+    (first,), (several,) = (run_ranks(watched, 1, ParallelConfig(), more) for more in (0, 2))
+    # The first forward pass is the same; a drawn batch is not.
+    assert several == first
+
+
+def test_the_watch_looks_at_a_sixteenth_of_a_large_matrix() -> None:
+    rows = torch.arange(40 * 128 + 7)[:, None].expand(-1, 3)
+    blocks = sampled(rows)[:, 0].unflatten(0, (-1, 128))
+    assert blocks[:, 0].tolist() == [0, 16 * 128, 32 * 128]
+    assert torch.equal(blocks - blocks[:, :1], torch.arange(128).expand(3, -1))
+    assert len(sampled(rows[:2048])) == 2048

@@ -24,7 +24,7 @@ from w2s.megatron.initialize import fill
 from w2s.megatron.optimizer import Optimizer
 from w2s.megatron.schedule import Loss, Reported, forward_backward, infer
 from w2s.megatron.sharded import ShardedTower, data_parallel, shard
-from w2s.megatron.watch import Float8Watch
+from w2s.megatron.watch import Float8Watch, float8_metrics
 from w2s.towers.initial import vision_rule
 from w2s.towers.masked import MaskedStudent, Outputs
 
@@ -167,10 +167,10 @@ def test_evaluation_is_in_bf16(alone: Ranks, recipe: str) -> None:
 def test_the_watch_sees_what_is_rounded(alone: Ranks, recipe: str) -> None:
     tower = student(te(recipe, frozenset({1})))
     passes(tower, count=2)
-    watch = Float8Watch({"vision": tower}, alone)
+    watch = Float8Watch({"vision": tower})
     with watch.looking():
         passes(tower)
-    found = watch.read()
+    found = float8_metrics(alone.gather(watch.read()))
     assert {name.split("/")[1] for name in found if "/" in name} == {"vision.0", "vision.2"}
     assert all(value > 0 for name, value in found.items() if name.endswith("amax"))
     weights = tower.parts[0].blocks.layers[0].named_parameters()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import stages.mim
 from stages.clip import ContrastiveStage
 from stages.mim import MaskedStage
+from tests.distributed import means
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
 from w2s.checkpoint.eva_format import VISION_NAMES, from_eva, is_fused, released_name, separate
 from w2s.config.load import load
@@ -234,7 +235,7 @@ def _train(stage: Any, config: Config, ranks: Ranks, batch: Callable[[int, slice
     own, logs, rates = slice(ranks.reader * share, (ranks.reader + 1) * share), [], []
     for step in range(config.train.steps):
         factor = lr_factor(step, config.train.steps, config.optim)
-        logs.append(ranks.mean(train_step(stage, batch(step, own), factor)))
+        logs.append(means(ranks, train_step(stage, batch(step, own), factor)))
         rates.append(_of_groups(stage, "lr"))
     pieces: Pieces = {
         f"{tower}.{global_name(part, name)}": (parameter.detach().clone(), axis_of(parameter))

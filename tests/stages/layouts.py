@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.clip import ContrastiveStage
 from stages.mim import MaskedStage
-from tests.distributed import run_ranks
+from tests.distributed import means, run_ranks
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
 from w2s.config.load import load
 from w2s.config.sections import Config
@@ -72,7 +72,7 @@ def _steps(config: Config, ranks: Ranks, steps: int) -> dict[str, Any]:
     logs, gradients = [], {}
     for step in range(steps):
         stage.optimizer.zero_grad()
-        logs.append(ranks.mean(stage.step(stream.next())))
+        logs.append(means(ranks, stage.step(stream.next())))
         if step == 0:
             gradients = _gradients(stage, ranks)
         stage.optimizer.step(lr_factor(step, config.train.steps, config.optim))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import run_ranks
+from tests.distributed import means, run_ranks
 from tests.stages.conftest import Material
 from tests.stages.layouts import STAGES
 from w2s.config.load import load
@@ -45,7 +45,7 @@ def _go_on(config: Config, before: Path | None, after: Path) -> list[float]:
             losses = []
             for number in numbers:
                 stage.optimizer.zero_grad()
-                losses.append(ranks.mean(stage.step(batches[number]))["loss"])
+                losses.append(means(ranks, stage.step(batches[number]))["loss"])
                 stage.optimizer.step(lr_factor(number, config.train.steps, config.optim))
                 stage.after_update()
             return losses

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from w2s import host
 from w2s.errors import MissingPackageError
-from w2s.megatron.formats import FORWARD, GRADIENTS, Record, block_scale, current_scale
+from w2s.megatron.formats import FORWARD, GRADIENTS, Record, block_scale, current_scale, sampled
 
 _NAME = "transformer_engine"
 
@@ -107,7 +107,7 @@ def fp8_linears(module: nn.Module, config: Any) -> list[Any]:
 
 
 def tell(linear: Any, config: Any, record: Record) -> Iterator[Any]:
-    """Tell `record` of what a linear rounds to FP8, until the handles are removed.
+    """Tell `record` of the first input, weight and gradient that a linear rounds to FP8, until the handles are removed.
 
     Transformer Engine does the rounding inside of its kernels: here the tensors are looked at from outside, with the
     scale that its recipe takes (read in release 2.12).
@@ -118,23 +118,28 @@ def tell(linear: Any, config: Any, record: Record) -> Iterator[Any]:
             state = linear.fp8_meta["scaling_bwd" if kind == "gradient" else "scaling_fwd"]
             return state.scale[1 if kind == "weight" else 0]
         if config.fp8_recipe == "blockwise":
-            return block_scale(tensor, dtype, rows=128 if kind == "weight" else 1)
+            return block_scale(sampled(tensor), dtype, rows=128 if kind == "weight" else 1)
         return current_scale(tensor, dtype, linear.tp_group if spread(kind) and linear.sequence_parallel else None)
 
     def spread(kind: str) -> bool:
         """Whether ranks hold the same tensor, or with sequence parallelism its rows."""
         return kind == ("input" if linear.parallel_mode == "column" else "gradient")
 
+    told: set[str] = set()
+
     def look(kind: str, tensor: Tensor) -> None:
+        if kind in told:
+            return
+        told.add(kind)
         dtype = GRADIENTS[config.fp8] if kind == "gradient" else FORWARD
         rows = tensor.detach().flatten(0, -2)
         copies = linear.tp_size if spread(kind) and not linear.sequence_parallel else 1
-        record(kind, rows, scale(kind, rows, dtype), dtype, copies)
+        record(kind, sampled(rows), scale(kind, rows, dtype), dtype, copies)
 
     def after(_: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Any]) -> None:
         look("input", inputs[0])
         look("weight", linear.weight)
-        if outputs[0].requires_grad:
+        if outputs[0].requires_grad and "gradient" not in told:
             outputs[0].register_hook(lambda gradient: look("gradient", gradient))
 
     yield linear.register_forward_hook(after)

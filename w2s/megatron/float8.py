@@ -19,7 +19,7 @@ from torch import Tensor
 
 from w2s.config.linears import ALIGNMENT
 from w2s.errors import ConfigError
-from w2s.megatron.formats import FORWARD, GRADIENTS, Float8, Record, current_scale, quantize
+from w2s.megatron.formats import FORWARD, GRADIENTS, Float8, Record, current_scale, quantize, sampled
 
 
 def multiply(a: Float8, b: Float8, dtype: torch.dtype) -> Tensor:
@@ -79,6 +79,7 @@ class _Emulated:
     training: bool
     tp_group: dist.ProcessGroup
     _record: Record | None = None
+    _told: set[str]
     _weight_stays = False
     _kept_weight: Float8 | None = None
 
@@ -108,8 +109,10 @@ class _Emulated:
         """Return a tensor of some kind in FP8, with the scale of the whole."""
         dtype = self.gradients if kind == "gradient" else FORWARD
         scale = current_scale(tensor, dtype, self.tp_group if kind in self.split else None)
-        if self._record is not None:
-            self._record(kind, tensor, scale, dtype, 1 if kind in self.split else dist.get_world_size(self.tp_group))
+        if self._record is not None and kind not in self._told:
+            self._told.add(kind)
+            copies = 1 if kind in self.split else dist.get_world_size(self.tp_group)
+            self._record(kind, sampled(tensor), scale, dtype, copies)
         return quantize(tensor, scale, dtype)
 
     def quantized_weight(self, weight: Tensor) -> Float8:
@@ -122,8 +125,8 @@ class _Emulated:
         return made
 
     def tell(self, record: Record) -> "_Emulated":
-        """Tell `record` of every tensor that is quantized, until `remove`."""
-        self._record = record
+        """Tell `record` of the first tensor of each kind that is quantized, until `remove`."""
+        self._record, self._told = record, set()
         return self
 
     def remove(self) -> None:

@@ -14,7 +14,8 @@ GRADIENTS = {"hybrid": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}
 """Format of gradients, by `precision.fp8_format`."""
 
 Record = Callable[[str, Tensor, Tensor, torch.dtype, int], None]
-"""Takes a tensor's kind (`input`, `weight`, `gradient`), it, its scale and format, and how many ranks hold the same."""
+"""Takes a matrix's kind (`input`, `weight`, `gradient`), what `sampled` leaves of it, its scale and format, and the number
+of ranks that hold the same."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,17 @@ class Float8:
     def t(self) -> "Float8":
         """Return the transposed matrix."""
         return Float8(self.data.t(), self.inverse)
+
+
+def sampled(matrix: Tensor) -> Tensor:
+    """Return every 16th block of 128 rows of a large matrix, a small one whole: enough to tell what rounding does.
+
+    Args:
+        matrix: [m, n].
+    """
+    if len(matrix) <= 2048:
+        return matrix
+    return matrix[: len(matrix) // 128 * 128].unflatten(0, (-1, 128))[::16].flatten(0, 1)
 
 
 def current_scale(tensor: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -79,19 +79,22 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control_group)
         return values
 
-    def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Average each scalar over the ranks that have it (some only the last pipeline stage has); waits for a GPU."""
+    def numbers(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return this rank's scalars as numbers; waits for a GPU, once."""
         own = [value.detach().double().to(self.device) for value in values.values()]
-        numbers = torch.stack(own).tolist() if own else []
-        everyone = self.gather(dict(zip(values, numbers, strict=True)))
-        names = dict.fromkeys(name for each in everyone for name in each)
-        return {name: fmean(each[name] for each in everyone if name in each) for name in names}
+        return dict(zip(values, torch.stack(own).tolist() if own else [], strict=True))
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
         seen = torch.tensor([int(flag)])
         dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self.control_group)
         return bool(seen.item())
+
+
+def means(everyone: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average each number over the ranks that have it: some only the last pipeline stage has."""
+    names = dict.fromkeys(name for each in everyone for name in each)
+    return {name: fmean(each[name] for each in everyone if name in each) for name in names}
 
 
 def place() -> tuple[int, int]:

@@ -1,11 +1,12 @@
 """What FP8 does to the numbers of each layer: largest magnitude, saturation and underflow, on logged steps.
 
-Of each layer (`vision.7`) and kind of tensor (`input`, `weight`, `gradient`), over linears, micro-batches and ranks:
+Of each layer (`vision.7`) and kind of tensor (`input`, `weight`, `gradient`), over linears and ranks, of the first
+micro-batch and a sixteenth of the rows of a large matrix, so that a logged step takes hardly longer than others:
 `fp8/vision.7/input_amax`, the largest magnitude; `_saturation`, the share of values beyond the format's largest number;
 `_underflow`, the share of values other than zero that become zero.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from w2s.megatron import engine, float8
-from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Towers
+
+Counts = dict[tuple[str, str], list[float]]
+"""What `tally` gives, by layer and kind of tensor."""
 
 
 def tally(tensor: Tensor, scale: Tensor, dtype: torch.dtype, copies: int) -> Tensor:
@@ -49,12 +52,10 @@ class Float8Watch:
     """Watches the linears of some towers that multiply in FP8.
 
     Args:
-        towers: the towers by name.
-        ranks: this process among all; each may hold other layers, or parts of them.
+        towers: the towers by name; each rank may hold other layers, or parts of them.
     """
 
-    def __init__(self, towers: Towers, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, towers: Towers) -> None:
         self._layers = {
             f"{name}.{layer.layer_number - 1}": layer
             for name, tower in towers.items()
@@ -62,12 +63,11 @@ class Float8Watch:
             for layer in part.blocks.layers
             if float8.emulated_linears(layer) or engine.fp8_linears(layer, part.config)
         }
-        self._active = ranks.any(bool(self._layers))
         self._seen: dict[tuple[str, str], Tensor] = {}
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """Inside, every tensor that is rounded to FP8 is counted."""
+        """Inside, the tensors of the first micro-batch that are rounded to FP8 are counted."""
         handles = [handle for name, layer in self._layers.items() for handle in self._attach(name, layer)]
         try:
             yield
@@ -86,25 +86,28 @@ class Float8Watch:
         for linear in engine.fp8_linears(layer, layer.config):
             yield from engine.tell(linear, layer.config, record)
 
-    def read(self) -> dict[str, float]:
-        """Return the metrics since the last reading, the same on every rank; waits for the device. Every rank calls.
-
-        Beside those of each layer, `fp8_saturation` and `fp8_underflow` are the worst of all.
-        """
-        if not self._active:
-            return {}
+    def read(self) -> Counts:
+        """Return what this rank has counted since the last reading; waits for the device."""
         numbers = torch.stack(list(self._seen.values())).tolist() if self._seen else []
         own = dict(zip(self._seen, numbers, strict=True))
         self._seen.clear()
-        everywhere: dict[tuple[str, str], Tensor] = {}
-        for each in self._ranks.gather(own):
-            for key, counts in each.items():
-                found = torch.tensor(counts, dtype=torch.float64)
-                everywhere[key] = _joined(everywhere[key], found) if key in everywhere else found
-        return _metrics({key: counts.tolist() for key, counts in everywhere.items()})
+        return own
 
 
-def _metrics(counts: dict[tuple[str, str], list[float]]) -> dict[str, float]:
+def float8_metrics(everyone: Iterable[Counts]) -> dict[str, float]:
+    """Return the metrics of what all ranks have counted; none where they have counted nothing.
+
+    Beside those of each layer, `fp8_saturation` and `fp8_underflow` are the worst of all.
+    """
+    everywhere: dict[tuple[str, str], Tensor] = {}
+    for each in everyone:
+        for key, counts in each.items():
+            found = torch.tensor(counts, dtype=torch.float64)
+            everywhere[key] = _joined(everywhere[key], found) if key in everywhere else found
+    return _metrics({key: counts.tolist() for key, counts in everywhere.items()})
+
+
+def _metrics(counts: Counts) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for (layer, kind), (largest, total, beyond, nonzero, lost) in sorted(counts.items(), key=_place):
         metrics[f"fp8/{layer}/{kind}_amax"] = largest
