@@ -1,7 +1,10 @@
+import os
 import subprocess
 import sys
 
 import pytest
+
+from w2s.host import prepare_cuda
 
 PRINTING = """
 import logging, sys
@@ -26,3 +29,20 @@ def test_a_terminal_on_a_full_disk(keep: str, code: int) -> None:
 def test_what_can_be_printed_is_printed() -> None:
     done = subprocess.run([sys.executable, "-c", PRINTING.format(keep="keep_printing")], capture_output=True, text=True)
     assert done.stdout == "x" * 100_000 + "\na line\nnote\nleft in the buffer"
+
+
+def test_cuda_is_told_before_it_starts_and_users_have_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_ALGO", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")
+    for name in (*names, "NVTE_ALLOW_NONDETERMINISTIC_ALGO"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    told = []
+    for tensor, deterministic in ((1, False), (2, False), (2, True)):
+        prepare_cuda(tensor, deterministic)
+        told.append([os.environ.get(name) for name in names])
+    memory = "expandable_segments:True"
+    assert told == [
+        [None, "Tree", memory, None],
+        ["1", "Tree", memory, None],
+        ["1", "Tree", memory, ":4096:8"],
+    ]

@@ -109,10 +109,11 @@ def stage(
 
 def _start(config: "Config", nproc: int, restarts: int) -> None:
     from w2s.config.checks import check
-    from w2s.host import keep_printing
+    from w2s.host import keep_printing, prepare_cuda
     from w2s.launch import adopt_slurm, check_torchrun, is_rank, launch_stage, run_stage
 
     keep_printing()
+    prepare_cuda(config.parallel.tensor, config.train.deterministic)
     adopt_slurm()
     if is_rank():
         check_torchrun()

@@ -11,6 +11,7 @@ from importlib.machinery import PathFinder
 from typing import Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NOBODY_READS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
@@ -72,6 +73,37 @@ def card() -> Card | None:
         return None
     number = int(os.environ.get("LOCAL_RANK", "0"))
     return Card(torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number))
+
+
+def prepare_cuda(tensor: int, deterministic: bool) -> None:
+    """Set what CUDA and its libraries read from the environment when they start; what the user has set stays.
+
+    Args:
+        tensor: tensor-parallel size.
+        deterministic: whether a step that is repeated has to give the same bits.
+    """
+    # Pieces of memory that grow: at 90 % of a card, sizes that vary a little would leave gaps which fit nothing.
+    name = "PYTORCH_ALLOC_CONF" if TorchVersion(torch.__version__) >= (2, 9) else "PYTORCH_CUDA_ALLOC_CONF"
+    wanted = {name: "expandable_segments:True"}
+    if tensor > 1:
+        # One queue to the GPU: else communication that was begun first may come after the product that should hide it.
+        wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if deterministic:
+        wanted |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "NCCL_ALGO": "Ring"}
+    for key, value in wanted.items():
+        os.environ.setdefault(key, value)
+
+
+def compute_deterministically() -> None:
+    """Let torch take the algorithms alone that give the same bits every time, and refuse operators that have none."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
+    torch.backends.cudnn.benchmark = False
+
+
+def cuda_version() -> tuple[int, ...] | None:
+    """Return the CUDA that torch was built for, such as (12, 8); None for a build without it."""
+    return tuple(map(int, torch.version.cuda.split("."))) if torch.version.cuda else None
 
 
 def transformer_engine_installed() -> bool:

@@ -29,6 +29,7 @@ from w2s.data.shards import list_shards, shards_digest
 from w2s.data.sources import Source
 from w2s.data.stream import Position, Stream, merge_positions
 from w2s.errors import CheckpointError, StopRun, UserError, W2SError
+from w2s.host import compute_deterministically
 from w2s.liveness.beating import watched
 from w2s.liveness.owner import owned
 from w2s.liveness.pulse import READERS, WRITER, Pulse
@@ -466,12 +467,14 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
         build: makes the stage, with weights drawn from the seed.
     """
     started = time.perf_counter()
+    if config.train.deterministic:
+        compute_deterministically()
     with open_run(config) as (ranks, pulse, run), host_memory(config, run, ranks) as memory:
         if memory is None or memory.find(ranks.share(store.newest_step(run))) is None:
             recover(run, ranks, strict=config.checkpoint.strict)
         config = with_its_start(config, run)
         # Before the model is built, which may take long.
-        for doubt in doubts(config) if ranks.main and store.latest(run) is None else []:
+        for doubt in doubts(config, ranks.world_size) if ranks.main and store.latest(run) is None else []:
             print(f"warning: {doubt}", flush=True)
         trainer = Trainer(build(config, ranks), config, run, ranks, pulse, memory)
         with tracked(trainer.tracker):

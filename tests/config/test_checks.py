@@ -24,14 +24,22 @@ def accepts(stage: str, *overrides: str, world_size: int = 1) -> bool:
 
 
 def test_a_random_text_tower_at_a_rate_for_a_finished_one_is_doubted() -> None:
-    (doubt,) = doubts(load("clip", ["model=eva_18b"]))
+    (doubt,) = doubts(load("clip", ["model=eva_18b"]), 1)
     assert doubt == (
         "the text tower starts from random weights at optim.text_lr=4e-05, a rate for a finished one beside "
         "optim.vision_lr=0.0004: name one, such as init.text=teacher, or raise the rate"
     )
     for override in ("init.text=teacher", "init.checkpoint=run", "optim.text_lr=4e-4", "optim.vision_lr=1e-4"):
-        assert doubts(load("clip", ["model=eva_18b", override])) == []
-    assert doubts(load("clip")) == doubts(load("mim", ["model=eva_18b"])) == []
+        assert doubts(load("clip", ["model=eva_18b", override]), 1) == []
+    assert doubts(load("clip"), 1) == doubts(load("mim", ["model=eva_18b"]), 1) == []
+
+
+def test_reading_processes_without_a_lane_are_doubted() -> None:
+    (doubt,) = doubts(load("mim", ["data.lanes=32", "data.workers=8"]), 16)
+    assert doubt == (
+        "data.workers=8 are 2 on each rank, as many as it has of data.lanes=32: use data.lanes=128, or fewer workers"
+    )
+    assert doubts(load("mim", ["data.lanes=32", "data.workers=8"]), 4) == []
 
 
 def test_what_is_frozen_for_no_steps_or_is_not_there() -> None:
@@ -94,7 +102,10 @@ def test_a_share_below_the_micro_batch_is_one_micro_batch(world_size: int) -> No
 def test_the_named_batch_passes() -> None:
     assert accepts("mim", "train.micro_batch=32", world_size=1)
     assert accepts("mim", "train.micro_batch=16", world_size=2)
-    assert accepts("mim", "train.global_batch=66", "train.micro_batch=11", world_size=3)
+    assert accepts("mim", "train.global_batch=66", "train.micro_batch=11", "data.lanes=66", world_size=3)
+    assert refusal("mim", "train.global_batch=66", "train.micro_batch=11", world_size=3) == (
+        "data.lanes=8 is not divisible by 3 ranks, each of which reads: use data.lanes=3, 6, 33 or 66"
+    )
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,7 @@ def test_a_named_micro_batch_passes() -> None:
     fixed = ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch=2"]
     assert accepts("mim", 2, *BIG, *fixed)
     filled = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch=12", "train.micro_batch=3"]
+    filled += ["data.lanes=12"]
     assert accepts("mim", 2, *BIG, *filled)
 
 

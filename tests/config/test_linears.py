@@ -176,6 +176,17 @@ def test_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         check(load("mim", [*ON_GPU, "precision.linear=te"]), 8, 8)
 
 
+def test_blocks_want_a_new_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, HOPPER, True)
+    monkeypatch.setattr(host, "cuda_version", lambda: (12, 8))
+    blocks = [*ON_GPU, "precision.fp8=blockwise"]
+    assert refusal("mim", 8, *blocks) == (
+        "precision.fp8=blockwise needs CUDA 12.9 or newer, torch has 12.8: use precision.fp8=tensorwise"
+    )
+    monkeypatch.setattr(host, "cuda_version", lambda: (12, 9))
+    assert accepts("mim", 8, *blocks)
+
+
 def test_cards_that_are_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, AMPERE, True)
     assert accepts("mim", 8, *ON_GPU, "precision.linear=te")

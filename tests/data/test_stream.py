@@ -275,8 +275,8 @@ def test_workers_know_nothing_of_the_trainers_torch(folder: Path, whole: list[Ba
 @pytest.mark.parametrize(
     ("batch", "size", "changes", "message"),
     [
-        (16, 3, {}, "3 data-parallel ranks cannot share data.lanes=8 and train.global_batch=16 evenly: use 1, 2, 4, 8"),
-        (12, 1, {}, "data.lanes=8 and train.global_batch=12 do not divide: use a train.global_batch"),
+        (16, 3, {}, "data.lanes=8 is not divisible by 3 ranks, each of which reads: use lanes and batches in m"),
+        (12, 1, {}, "data.lanes=8 and train.global_batch=12 do not divide: use data.lanes=3, 4, 6 or 12"),
         (16, 1, {"lanes": 16}, "data.lanes=16 needs as many shards, data.train has 8: use data.lanes=8"),
         (16, 1, {"lanes": 0}, "data.lanes=0 must be at least 1"),
         (16, 1, {"shuffle": 0}, "data.shuffle=0 must be at least 1"),

@@ -5,7 +5,7 @@ from operator import attrgetter
 
 import torch
 
-from w2s.config.layout import check_micro_batches, check_ranks, check_towers, tower_names
+from w2s.config.layout import check_lanes, check_micro_batches, check_ranks, check_towers, tower_names
 from w2s.config.linears import check_fp8_layout, check_linears
 from w2s.config.sections import ClipConfig, Config, HardwareConfig, InitConfig, MimConfig, OptimConfig
 from w2s.errors import ConfigError
@@ -73,11 +73,23 @@ def check(config: Config, world_size: int, local_size: int) -> None:
         _check_training(config, world_size)
 
 
-def doubts(config: Config) -> list[str]:
-    """What can run, but is hardly meant: a line each.
+def doubts(config: Config, world_size: int) -> list[str]:
+    """What can run on so many ranks, but is hardly meant: a line each."""
+    return [*_rate_of_a_random_text_tower(config), *_idle_workers(config, world_size)]
 
-    A random text tower at a rate for a finished one: EVA's rates for text are a tenth of those for vision.
-    """
+
+def _idle_workers(config: Config, world_size: int) -> list[str]:
+    lanes, workers = min(config.data.lanes, config.train.global_batch) // world_size, config.data.workers
+    if workers <= max(1, lanes):
+        return []
+    return [
+        f"data.workers={workers} are {lanes} on each rank, as many as it has of data.lanes={config.data.lanes}: "
+        f"use data.lanes={workers * world_size}, or fewer workers"
+    ]
+
+
+def _rate_of_a_random_text_tower(config: Config) -> list[str]:
+    """EVA's rates for text are a tenth of those for vision."""
     optim, init = config.optim, config.init
     text, vision = optim.text_lr or optim.lr, optim.vision_lr or optim.lr
     if config.stage != "clip" or {init.text, init.checkpoint} != {"none"} or 5 * text > vision:
@@ -98,6 +110,7 @@ def _check_training(config: Config, world_size: int) -> None:
     _check_optimizer(config)
     check_towers(config)
     check_micro_batches(config, world_size)
+    check_lanes(config.data.lanes, config.train.global_batch, world_size)
     check_fp8_layout(config, world_size)
     _check_phases(config)
     _check_graphs(config)

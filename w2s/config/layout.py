@@ -65,6 +65,21 @@ def check_micro_batches(config: Config, world_size: int) -> None:
         _check_rows(config, micro, share)
 
 
+def check_lanes(lanes: int, global_batch: int, world_size: int) -> None:
+    """Refuse lanes of the data that ranks or batches do not divide; every rank reads a share of each batch.
+
+    Raises:
+        ConfigError: with the key, its value and legal ones.
+    """
+    whole = global_batch % world_size == 0
+    legal = [world_size * count for count in divisors(global_batch // world_size)] if whole else []
+    fix = f"use data.lanes={listed(legal[-4:])}" if legal else f"use lanes and batches in multiples of {world_size}"
+    if lanes % world_size:
+        raise ConfigError(f"data.lanes={lanes} is not divisible by {world_size} ranks, each of which reads: {fix}")
+    if global_batch % lanes and lanes % global_batch:
+        raise ConfigError(f"data.lanes={lanes} and train.global_batch={global_batch} do not divide: {fix}")
+
+
 def _check_group(parallel: ParallelConfig, count: int) -> None:
     """The last micro-batches that go through a chunk together, if there are fewer, must fill the pipeline too."""
     group, stages = parallel.micro_batch_group, parallel.pipeline

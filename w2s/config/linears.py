@@ -16,6 +16,8 @@ ALIGNMENT = 16
 """FP8 products want rows, width and MLP width of a rank in multiples of this (cuBLAS; TE's backward pass for rows)."""
 _BLOCK = 128
 """Side of a block of the blockwise recipe."""
+_BLOCKWISE_SINCE = (12, 9)
+"""CUDA whose cuBLAS has its products (Transformer Engine 2.12, pytorch/quantization.py)."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,9 @@ def _check_recipe(precision: PrecisionConfig, choice: LinearChoice) -> None:
     card = host.card()
     if card is not None and not card.hopper_or_newer:
         raise ConfigError(f"{asked} needs Hopper or a newer card, this is {card.name}: {_REHEARSE}")
+    if precision.fp8 == "blockwise" and (host.cuda_version() or _BLOCKWISE_SINCE) < _BLOCKWISE_SINCE:
+        since, have = (".".join(map(str, each)) for each in (_BLOCKWISE_SINCE, host.cuda_version() or ()))
+        raise ConfigError(f"{asked} needs CUDA {since} or newer, torch has {have}: use precision.fp8=tensorwise")
     if precision.compute == "fp32":
         raise ConfigError(f"{asked} with precision.compute=fp32: use precision.compute=bf16")
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from w2s.config.layout import check_lanes
 from w2s.config.sections import DataConfig
 from w2s.data.bad import Skipped
 from w2s.data.batch import Batch, merge_batches
@@ -236,16 +237,7 @@ def merge_positions(positions: Sequence[Position]) -> Position:
 
 def _check_sizes(data: DataConfig, sources: Sequence[Source], global_batch: int, size: int) -> None:
     lanes = data.lanes
-    if lanes % size or global_batch % size:
-        raise ConfigError(
-            f"{size} data-parallel ranks cannot share data.lanes={lanes} and train.global_batch={global_batch} "
-            f"evenly: use {_divisors_text(lanes, global_batch)} ranks, or multiples of {size} for both"
-        )
-    if global_batch % lanes and lanes % global_batch:
-        raise ConfigError(
-            f"data.lanes={lanes} and train.global_batch={global_batch} do not divide: "
-            f"use a train.global_batch that is a multiple of {lanes}"
-        )
+    check_lanes(lanes, global_batch, size)
     smallest = min(sources, key=lambda source: len(source.shards))
     shards = len(smallest.shards)
     if shards < lanes and not data.replacement:
@@ -253,11 +245,6 @@ def _check_sizes(data: DataConfig, sources: Sequence[Source], global_batch: int,
         fix = f"use data.lanes={fitting[-1]} or data.replacement=true" if fitting else "use data.replacement=true"
         what = "data.train" if len(sources) == 1 else smallest.pattern
         raise ConfigError(f"data.lanes={lanes} needs as many shards, {what} has {shards}: {fix}")
-
-
-def _divisors_text(*numbers: int) -> str:
-    legal = [n for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers)]
-    return ", ".join(map(str, legal))
 
 
 def _describe_order(

@@ -14,8 +14,8 @@ GRADIENTS = {"hybrid": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}
 """Format of gradients, by `precision.fp8_format`."""
 
 Record = Callable[[str, Tensor, Tensor, torch.dtype, int], None]
-"""Takes a matrix's kind (`input`, `weight`, `gradient`), what `sampled` leaves of it, its scale and format, and the number
-of ranks that hold the same."""
+"""Takes a matrix's kind (`input`, `weight`, `gradient`), what `sampled` leaves of it, its scale, its format, and how
+many ranks hold the same."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from w2s.checkpoint.find import is_finished
 from w2s.config.checks import check
 from w2s.config.load import to_yaml
 from w2s.config.naming import run_folder
+from w2s.host import prepare_cuda
 from w2s.launch import launch_stage
 from w2s.pipeline.choose import Chosen
 from w2s.pipeline.pictures import draw
@@ -118,5 +119,6 @@ class _Runner:
         else:
             self.console.print(f"{task.name}: w2s stage {config.stage}, in {folder}", soft_wrap=True)
             child = replace(config.tracking, parent_run=self.parent_run)
+            prepare_cuda(config.parallel.tensor, config.train.deterministic)
             launch_stage(replace(config, tracking=child), self.ranks, self.restarts)
         return Run(task, config, self.plan.begins_at(task, config, chosen))

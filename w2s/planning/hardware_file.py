@@ -7,14 +7,17 @@ from typing import Any
 
 import yaml
 
+from w2s.config.layout import divisors
 from w2s.config.load import load
-from w2s.config.sections import ParallelConfig, PrecisionConfig
+from w2s.config.sections import Config, ParallelConfig, PrecisionConfig
 from w2s.errors import UserError
 from w2s.planning.plan import Plan
 from w2s.planning.request import Request
 
 WORKERS = 8
 """Reading processes of a GPU."""
+LANES = 512
+"""As in configs/data/shards.yaml."""
 
 
 def check_name(path: Path) -> None:
@@ -70,7 +73,17 @@ def _layout(plan: Plan, request: Request) -> list[tuple[str, Mapping[str, Any]]]
     if config.train.global_batch != before.global_batch:
         train = {"global_batch": config.train.global_batch, "steps": config.train.steps} | train
     parallel = _changed(asdict(config.parallel), asdict(ParallelConfig()))
-    return [("train", train), *([("parallel", parallel)] if parallel else [])]
+    return [
+        ("train", train),
+        *([("parallel", parallel)] if parallel else []),
+        ("data", {"lanes": lanes(config, plan.gpus)}),
+    ]
+
+
+def lanes(config: Config, gpus: int) -> int:
+    """Return lanes of the data, at least LANES, that keep a GPU's readers busy, as far as its share of a batch allows."""
+    share, least = config.train.global_batch // gpus, max(WORKERS, LANES // gpus)
+    return gpus * min((count for count in divisors(share) if count >= least), default=share)
 
 
 def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
