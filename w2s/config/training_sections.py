@@ -26,7 +26,7 @@ class TrainConfig:
     rollbacks: int = 2
     """Most times that a run goes back; then it ends."""
     deterministic: bool = False
-    """On a GPU: give the same bits for the same samples every time, by algorithms that may be slower. On a CPU they do."""
+    """On a GPU, give the same bits for the same samples every time, by algorithms that may be slower; a CPU does so."""
     check_replicas: int = 1000
     """Steps between comparisons of the data-parallel replicas' weights: what differs is named and taken from the
     majority; without one the run goes back to its last checkpoint. 0 never compares."""

@@ -81,7 +81,7 @@ def _layout(plan: Plan, request: Request) -> list[tuple[str, Mapping[str, Any]]]
 
 
 def lanes(config: Config, gpus: int) -> int:
-    """Return lanes of the data, at least LANES, that keep a GPU's readers busy, as far as its share of a batch allows."""
+    """Return lanes of the data: LANES or more that keep the readers of a GPU busy, as far as its batch allows."""
     share, least = config.train.global_batch // gpus, max(WORKERS, LANES // gpus)
     return gpus * min((count for count in divisors(share) if count >= least), default=share)
 

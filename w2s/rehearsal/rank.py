@@ -1,5 +1,6 @@
 """One rank of a rehearsal: the real model, optimizer, stage and steps, without numbers and without the other ranks."""
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ class RankReport:
 def rehearse(job: Job) -> RankReport:
     """Be a rank for some steps, in a process of its own."""
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # copies ask for it
+    logging.getLogger("w2s").setLevel(logging.ERROR)  # such as that a teacher has no weights
     os.environ.update(RANK=str(job.rank), WORLD_SIZE=str(job.world_size), LOCAL_RANK="0")
     parts, report = Parts(), RankReport(Tape(job.rank))
     meter = Meter(report.tape, job.card, parts)

@@ -87,7 +87,7 @@ def _time(rehearsal: Rehearsal) -> Table:
     columns: list[dict[str, float]] = []
     for report in rehearsal.ranks:
         seconds: dict[str, float] = defaultdict(float)
-        for event in report.tape.events[report.tape.steps[-1] :]:
+        for event in report.tape.last_step:
             if isinstance(event, Compute):
                 seconds[event.part] += event.seconds
         columns.append(seconds)
@@ -121,7 +121,7 @@ def _calls(rehearsal: Rehearsal) -> list[_Row]:
     for report in rehearsal.ranks:
         counts: Counter[tuple[str, int, str]] = Counter()
         sizes: Counter[tuple[str, int, str]] = Counter()
-        for event in report.tape.events[report.tape.steps[-1] :] if report.tape.steps else []:
+        for event in report.tape.last_step:
             if isinstance(event, Call):
                 group: Group = report.tape.groups[event.group]
                 key = (group.name, len(group.ranks), event.kind)

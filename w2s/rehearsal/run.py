@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -60,17 +60,24 @@ def run(config: Config, world_size: int, card: Card, ranks: Sequence[int], steps
     if refused:
         return Rehearsal(config, world_size, card, [], {}, Timeline(), [refused])
     jobs = [Job(_without_files(config), rank, world_size, steps, card) for rank in ranks]
-    # A process takes a rank alone, as much of it is for ever; imports are made once.
+    return conclude(config, world_size, card, perform(rehearse, jobs))
+
+
+def perform(be: Callable[[Job], RankReport], jobs: Sequence[Job]) -> list[RankReport]:
+    """Let a process each be the ranks of some jobs."""
+    # Much of a rank is for ever, so a process takes one alone; what they all import is imported once.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([rehearse.__module__])
     with ProcessPoolExecutor(os.cpu_count(), mp_context=processes, max_tasks_per_child=1) as pool:
-        reports = list(pool.map(rehearse, jobs))
-    wrong = _failures(reports)
+        return list(pool.map(be, jobs))
+
+
+def conclude(config: Config, world_size: int, card: Card, reports: list[RankReport]) -> Rehearsal:
+    """Say what the reports of some ranks come to."""
     tapes = [report.tape for report in reports]
-    if not wrong:
-        wrong = [str(each) for each in disagreements(tapes)]
+    wrong = _failures(reports) or [str(each) for each in disagreements(tapes)]
     timeline = Timeline() if wrong else play(tapes, card)
-    planned = {rank: _planned(config, world_size, rank) for rank in ranks}
+    planned = {tape.rank: _planned(config, world_size, tape.rank) for tape in tapes}
     wrong += [*timeline.stuck, *_waits(reports), *_too_full(reports, card)]
     return Rehearsal(config, world_size, card, reports, planned, timeline, wrong)
 
@@ -123,7 +130,7 @@ def _waits(reports: Sequence[RankReport]) -> list[str]:
     """Where the host waits for the GPU within a step."""
     ranks: dict[HostWait, list[int]] = {}
     for report in reports:
-        for wait in {event for event in report.tape.events[report.tape.steps[-1] :] if isinstance(event, HostWait)}:
+        for wait in dict.fromkeys(event for event in report.tape.last_step if isinstance(event, HostWait)):
             ranks.setdefault(wait, []).append(report.tape.rank)
     return [
         f"{_named(who)} would wait for the GPU in every step: {wait.what} at {wait.where}"

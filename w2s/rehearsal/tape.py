@@ -102,6 +102,11 @@ class Tape:
         else:
             self.events.append(Compute(part, seconds))
 
+    @property
+    def last_step(self) -> list[Event]:
+        """Its events."""
+        return self.events[self.steps[-1] :] if self.steps else []
+
     def calls(self) -> list[Call]:
         """Return the calls in order."""
         return [event for event in self.events if isinstance(event, Call)]

@@ -1,7 +1,7 @@
 """The line of code that something was done in."""
 
+import os
 import sys
-from pathlib import Path
 
 _SKIPPED = (
     "/torch/",
@@ -33,8 +33,6 @@ def line_of(error: BaseException) -> str:
 
 
 def _short(path: str) -> str:
-    parts = Path(path).parts
-    for package in ("w2s", "stages", "megatron"):
-        if package in parts:
-            return "/".join(parts[len(parts) - 1 - parts[::-1].index(package) :])
-    return parts[-1]
+    """The path below the folder that it was imported from."""
+    roots = [root for root in sys.path if root and path.startswith(root + os.sep)]
+    return os.path.relpath(path, max(roots, key=len)) if roots else path

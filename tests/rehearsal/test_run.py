@@ -1,0 +1,156 @@
+"""Small layouts, rehearsed: what they call, what is wrong with them, and what they hold."""
+
+from collections.abc import Callable, Sequence
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from stages.clip import ContrastiveStage
+from stages.mim import MaskedStage
+from tests.distributed import run_ranks
+from tests.rehearsal.real import Noted, real_calls
+from w2s.config.load import load
+from w2s.config.sections import Config
+from w2s.megatron.gradients import global_norm
+from w2s.objectives import masked
+from w2s.planning.cards import card
+from w2s.rehearsal.kinds import chosen
+from w2s.rehearsal.rank import Job, RankReport, rehearse
+from w2s.rehearsal.run import Rehearsal, conclude, perform
+
+H100 = card("h100")
+COMMON = [
+    "model=tiny",
+    "model.vision.layers=4",
+    "model.text.layers=4",
+    "teacher.source=eva:tiny",
+    "data.builtin=none",
+    "train.global_batch=32",
+    "train.micro_batch=4",
+    "parallel.pipeline=2",
+]
+TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
+OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+LAYOUTS = {
+    "tensor, pipeline, data": [*TENSOR],
+    "virtual pipeline": [*TENSOR, *OVERLAP, "parallel.virtual_pipeline=2"],
+}
+STAGES = {"mim": MaskedStage, "clip": ContrastiveStage}
+
+
+def configured(stage: str, *overrides: str) -> Config:
+    start = ["init.vision=none"] if stage == "clip" else []
+    return load(stage, [*COMMON, *start, *overrides])
+
+
+def rehearsed(
+    config: Config, world_size: int, ranks: Sequence[int], be: Callable[[Job], RankReport] = rehearse
+) -> Rehearsal:
+    jobs = [Job(config, rank, world_size, 2, H100) for rank in ranks]
+    return conclude(config, world_size, H100, perform(be, jobs))
+
+
+def calls_of(report: RankReport) -> list[Noted]:
+    """The same as real ranks note."""
+    groups, tape = report.tape.groups, report.tape
+    events = [call for call in tape.calls() if call.number >= first_call(report) and call.tensors]
+    return [(call.kind, groups[call.group].ranks, call.tensors, call.peer) for call in events]
+
+
+def first_call(report: RankReport) -> int:
+    from w2s.rehearsal.tape import Call
+
+    return next(e.number for e in report.tape.events[report.tape.steps[0] :] if isinstance(e, Call))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rehearsal_calls_what_real_ranks_call(stage: str, layout: str) -> None:
+    config = configured(stage, *LAYOUTS[layout])
+    found = rehearsed(config, 8, range(8))
+    assert not found.wrong
+    real = run_ranks(real_calls, 8, config, STAGES[stage], 2)
+    for rank, report in enumerate(found.ranks):
+        assert calls_of(report) == real[rank], f"rank {rank}"
+        assert len(real[rank]) > 100
+
+
+def test_ranks_of_each_kind_stand_for_all() -> None:
+    parallel = configured("mim", *TENSOR).parallel
+    assert chosen("kinds", parallel, 16) == [0, 1, 6, 7, 8, 9, 14, 15]
+    assert chosen("pipeline", parallel, 16) == [0, 8]
+    assert chosen("3,1", parallel, 16) == [1, 3]
+
+
+def swapped(job: Job) -> RankReport:
+    """Rank 1 reduces the norm of its gradients after another call, all others before it."""
+    norm = global_norm
+
+    def other_order(own, group, device, beside=None):  # type: ignore[no-untyped-def]
+        extra = torch.zeros(3, device=device)
+        if job.rank == 1:
+            dist.all_reduce(extra, group=group)
+            return norm(own, group, device, beside)
+        found = norm(own, group, device, beside)
+        dist.all_reduce(extra, group=group)
+        return found
+
+    with mock.patch("w2s.megatron.optimizer.global_norm", other_order):
+        return rehearse(job)
+
+
+def test_two_ranks_that_reduce_in_another_order_are_found() -> None:
+    found = rehearsed(configured("mim", *TENSOR), 8, [0, 1, 4], swapped)
+    assert len(found.wrong) == 2 and not found.timeline.steps
+    line = found.wrong[0]
+    assert line.startswith("ranks 0 and 1 would wait for each other for ever (world group): rank 0 begins all_reduce")
+    assert "float32[] at w2s/megatron/gradients.py:" in line and "float32[3] at tests/rehearsal/test_run.py:" in line
+
+
+def waiting(job: Job) -> RankReport:
+    """The loss is looked at in every step."""
+    loss = masked.LOSSES["cosine"]
+
+    def looked_at(*args: torch.Tensor) -> torch.Tensor:
+        value = loss(*args)
+        assert value.item() == value.cpu().item()
+        return value
+
+    with mock.patch.dict(masked.LOSSES, cosine=looked_at):
+        return rehearse(job)
+
+
+def test_a_wait_for_the_gpu_is_found() -> None:
+    found = rehearsed(configured("mim"), 2, [0, 1], waiting)
+    assert [line.partition(" at ")[0] for line in found.wrong] == [
+        "rank 1 would wait for the GPU in every step: item()",
+        "rank 1 would wait for the GPU in every step: cpu()",
+    ]
+    assert all("tests/rehearsal/test_run.py:" in line for line in found.wrong)
+    assert found.timeline.steps, "it is slow, and goes on"
+
+
+def misshaped(job: Job) -> RankReport:
+    """The loss gets targets of another width."""
+    loss = masked.LOSSES["cosine"]
+    with mock.patch.dict(masked.LOSSES, cosine=lambda ours, theirs: loss(ours, theirs[..., :-1])):
+        return rehearse(job)
+
+
+def test_a_wrong_shape_is_found() -> None:
+    found = rehearsed(configured("mim"), 2, [0, 1], misshaped)
+    (line,) = found.wrong
+    assert line.startswith("rank 1 would fail at w2s/objectives/masked.py:")
+    assert "must match the size of tensor b" in line
+
+
+def test_memory_of_a_rank_is_what_the_planner_says() -> None:
+    """bfloat16, as on a GPU; at this size the planner's estimates of temporaries weigh more than in a large model."""
+    config = configured("mim", *TENSOR, "precision.compute=bf16", "teacher.precision=bf16")
+    found = rehearsed(config, 8, [0, 4])
+    for report in found.ranks:
+        planned = found.planned[report.tape.rank]
+        assert report.peak == pytest.approx(planned.total, rel=0.25)
+        assert report.built > planned.weights + planned.gradients
