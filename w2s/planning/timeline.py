@@ -1,4 +1,4 @@
-"""When what a rehearsal's ranks do would happen: their tapes, played against one another.
+"""When what some ranks do would happen: their tapes, played against one another.
 
 The GPU of a rank works through its own events in order. Calls go on beside it, one after the other in each group and
 from each rank to each other; a call begins when the last of its ranks has come to it, and a `Wait` lets the GPU stand
@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from w2s.planning.cards import Card
 from w2s.planning.roofline import exchange, message
-from w2s.rehearsal.tape import MESSAGES, Call, Compute, Group, Tape, Wait
+from w2s.planning.tape import MESSAGES, Call, Compute, Group, Tape, Wait
 
 Key = tuple[int, int, int, int]
 """What the ranks of a call know it by: group, sender and receiver (0 for collectives), and its number among those."""
