@@ -5,6 +5,7 @@ et al. 2021, section 2.2; megatron/core/pipeline_parallel/schedules.py). The sim
 played in (`timeline.py`).
 """
 
+from collections import deque
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -126,35 +127,39 @@ class _Stage:
         reduced: list[int | None] = []
         last = {turn: place for place, turn in enumerate((each.backward, each.chunk) for each in self._turns)}
         with_chunks = self._pipeline.chunks > 1
-        arriving: dict[bool, int | None] = {}
+        arriving: dict[bool, deque[int | None]] = {way: deque() for way in (False, True)}
         sent: dict[bool, int | None] = {}
         coming = {way: iter([turn for turn in self._turns if turn.backward == way]) for way in (False, True)}
 
-        def receive_next(way: bool) -> None:
-            turn = next(coming[way], None)
-            arriving[way] = None if turn is None else self._receive(turn)
+        def receive(way: bool, ahead: int) -> None:
+            while len(arriving[way]) < ahead and (turn := next(coming[way], None)):
+                arriving[way].append(self._receive(turn))
 
-        receive_next(False)
+        receive(False, 1)
         for place, turn in enumerate(self._turns):
             way = turn.backward
-            if way not in arriving:
-                receive_next(way)
-            self._wait(arriving[way])
+            receive(way, 1)
+            self._wait(arriving[way].popleft())
             if with_chunks:
-                receive_next(way)
+                receive(way, self._ahead(way))
             self._wait(gathered.pop(turn.chunk, None))
             self._add(Compute("pass", self._of("backward" if way else "forward")[turn.chunk]))
             self._wait(sent.get(way))
             sent[way] = self._send(turn)
             if not with_chunks:
                 following = self._turns[place + 1].backward if place + 1 < len(self._turns) else way
-                receive_next(following)
+                receive(following, 1)
                 self._wait(sent.pop(way))
             if way and last[way, turn.chunk] == place and self._passes.gradients:
                 reduced.append(self._exchange("reduce_scatter", self._of("gradients")[turn.chunk]))
         for number in (*sent.values(), *reduced):
             self._wait(number)
         return self._tape
+
+    def _ahead(self, backward: bool) -> int:
+        """Messages that are expected at a time: where chunks follow each other, those of a group until its turn."""
+        leading = self._pipeline.stages - 1 if backward else 0
+        return self._pipeline.group - self._pipeline.stages + 1 if self._stage == leading else 1
 
     def _of(self, name: str) -> Any:
         figures = getattr(self._passes, name)
