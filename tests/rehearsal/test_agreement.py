@@ -2,8 +2,8 @@
 
 from itertools import count
 
-from w2s.planning.tape import Call, Group, Tape
 from w2s.rehearsal.agreement import disagreements
+from w2s.rehearsal.tape import Call, Group, Tape
 
 WORLD = Group("world", (0, 1, 2), on_gpu=True)
 GLOO = Group("world", (0, 1, 2), on_gpu=False)

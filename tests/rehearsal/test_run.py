@@ -60,7 +60,7 @@ def calls_of(report: RankReport) -> list[Noted]:
 
 
 def first_call(report: RankReport) -> int:
-    from w2s.planning.tape import Call
+    from w2s.rehearsal.tape import Call
 
     return next(e.number for e in report.tape.events[report.tape.steps[0] :] if isinstance(e, Call))
 

@@ -1,19 +1,13 @@
 """Megatron's pipeline schedules: what each rank computes, in which order, and how long the pipeline takes for it.
 
 One forward and one backward pass follow each other after the warm-up (1F1B), with virtual stages interleaved (Narayanan
-et al. 2021, section 2.2; megatron/core/pipeline_parallel/schedules.py). The simulation is the one that rehearsals are
-played in (`timeline.py`).
+et al. 2021, section 2.2; megatron/core/pipeline_parallel/schedules.py).
 """
 
-from collections import deque
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import count
-from typing import Any, NamedTuple
-
-from w2s.planning.cards import Card
-from w2s.planning.tape import Call, Compute, Event, Group, Tape, Wait
-from w2s.planning.timeline import play
+from typing import NamedTuple
 
 
 class Turn(NamedTuple):
@@ -64,132 +58,111 @@ def order(pipeline: Pipeline, stage: int, forward_only: bool = False) -> tuple[T
     return (*turns, *backward[pipeline.turns - warm_up :])
 
 
+Chunks = tuple[tuple[float, ...], ...]
+"""A figure of each chunk of each rank."""
+
+
 @dataclass(frozen=True)
 class Passes:
-    """What passes through a pipeline cost."""
+    """What passes through a pipeline cost, in seconds."""
 
-    forward: tuple[tuple[float, ...], ...]
-    """Seconds of a micro-batch in each chunk of each rank."""
-    backward: tuple[tuple[float, ...], ...]
-    """The same of the backward pass; empty for forward passes alone."""
-    message: int = 0
-    """Bytes from a stage to the next."""
-    distance: int = 1
-    """Ranks from a stage to the next."""
-    data: Group | None = None
-    """The first rank's data-parallel group, where it exchanges weights and gradients beside the passes."""
-    weights: tuple[tuple[int, ...], ...] = ()
-    """Bytes of each chunk's weights that are gathered before its first pass."""
-    gradients: tuple[tuple[int, ...], ...] = ()
-    """Bytes of each chunk's gradients that are reduced after its last pass."""
+    forward: Chunks
+    """A micro-batch's forward pass through a chunk."""
+    backward: Chunks = ()
+    """Its backward pass; nothing where there are forward passes alone."""
+    message: float = 0.0
+    """From a stage to the next. With several chunks a rank it is on its way while the rank goes on; else both wait."""
+    gather: Chunks = ()
+    """Gathering a chunk's weights, which begins with the first pass, in the order of the chunks; nothing for none."""
+    reduce: Chunks = ()
+    """Reducing a chunk's gradients, which begins with the end of its last backward pass; nothing for none."""
+    buckets: Chunks = ()
+    """Parts in which a chunk's weights and gradients are exchanged while it computes; nothing for one each."""
 
 
-def seconds(pipeline: Pipeline, passes: Passes, card: Card) -> float:
+def seconds(pipeline: Pipeline, passes: Passes) -> float:
     """Return the seconds from the first rank's beginning to the last one's end.
 
-    Of many micro-batches, in which every group takes as long as the one before, some are simulated.
+    Of many micro-batches, of which every group takes as long as the one before, some are simulated.
     """
     group, total = pipeline.group, pipeline.micro_batches
     few = min(total, (2 * pipeline.stages // group + 3) * group + total % group)
-    shorter = Pipeline(pipeline.stages, pipeline.chunks, group, few)
-    taken = _simulated(shorter, passes, card)
+    taken = _simulated(replace(pipeline, micro_batches=few), passes)
     if few == total:
         return taken
-    longer = Pipeline(pipeline.stages, pipeline.chunks, group, few + group)
-    return taken + (total - few) / group * (_simulated(longer, passes, card) - taken)
+    longer = _simulated(replace(pipeline, micro_batches=few + group), passes)
+    return taken + (total - few) / group * (longer - taken)
 
 
-def _simulated(pipeline: Pipeline, passes: Passes, card: Card) -> float:
-    (taken,) = play([_Stage(pipeline, passes, stage).tape() for stage in range(pipeline.stages)], card).steps
-    return taken
+def _simulated(pipeline: Pipeline, passes: Passes) -> float:
+    ranks = [_Rank(pipeline, passes, stage) for stage in range(pipeline.stages)]
+    done: dict[tuple[bool, int, int], float] = {}
+    while any([rank.go_on(done) for rank in ranks]):
+        pass
+    return max(rank.end for rank in ranks)
 
 
-_FORWARD, _BACKWARD, _DATA = range(3)
-"""Groups of the simulation: messages in both directions, and the data-parallel group of the first stage."""
-
-
-class _Stage:
-    """A rank of the pipeline, which writes down what it does."""
+class _Rank:
+    """A rank of the pipeline on its way through its turns."""
 
     def __init__(self, pipeline: Pipeline, passes: Passes, stage: int) -> None:
-        self._pipeline, self._passes, self._stage = pipeline, passes, stage
-        self._turns = order(pipeline, stage, forward_only=not passes.backward)
-        ranks = tuple(number * passes.distance for number in range(pipeline.stages))
-        groups = {way: Group("pipeline", ranks, on_gpu=True) for way in (_FORWARD, _BACKWARD)}
-        if passes.data is not None:
-            # Each stage has its own.
-            groups[_DATA + stage] = Group("data", tuple(rank + ranks[stage] for rank in passes.data.ranks), on_gpu=True)
-        self._tape, self._numbers = Tape(ranks[stage], groups, [], [0]), count()
+        self._stage, self._stages, self._chunks = stage, pipeline.stages, pipeline.chunks
+        self._turns, self._place = order(pipeline, stage, forward_only=not passes.backward), 0
+        self._costs = passes.forward[stage], passes.backward[stage] if passes.backward else ()
+        self._message, self._now, self._exchanged = passes.message, 0.0, 0.0
+        self._gather = dict(enumerate(passes.gather[stage])) if passes.gather else {}
+        self._reduce = dict(enumerate(passes.reduce[stage])) if passes.reduce else {}
+        self._buckets = passes.buckets[stage] if passes.buckets else (1,) * pipeline.chunks
+        self._left = Counter(turn.chunk for turn in self._turns if turn.backward)
 
-    def tape(self) -> Tape:
-        """Return what it does in a step."""
-        gathered = {chunk: self._exchange("all_gather", size) for chunk, size in enumerate(self._of("weights"))}
-        reduced: list[int | None] = []
-        last = {turn: place for place, turn in enumerate((each.backward, each.chunk) for each in self._turns)}
-        with_chunks = self._pipeline.chunks > 1
-        arriving: dict[bool, deque[int | None]] = {way: deque() for way in (False, True)}
-        sent: dict[bool, int | None] = {}
-        coming = {way: iter([turn for turn in self._turns if turn.backward == way]) for way in (False, True)}
+    @property
+    def end(self) -> float:
+        """When all is computed and reduced."""
+        return max(self._now, self._exchanged)
 
-        def receive(way: bool, ahead: int) -> None:
-            while len(arriving[way]) < ahead and (turn := next(coming[way], None)):
-                arriving[way].append(self._receive(turn))
+    def go_on(self, done: dict[tuple[bool, int, int], float]) -> bool:
+        """Take the turns whose inputs are there; say whether there were any.
 
-        receive(False, 1)
-        for place, turn in enumerate(self._turns):
-            way = turn.backward
-            receive(way, 1)
-            self._wait(arriving[way].popleft())
-            if with_chunks:
-                receive(way, self._ahead(way))
-            self._wait(gathered.pop(turn.chunk, None))
-            self._add(Compute("pass", self._of("backward" if way else "forward")[turn.chunk]))
-            self._wait(sent.get(way))
-            sent[way] = self._send(turn)
-            if not with_chunks:
-                following = self._turns[place + 1].backward if place + 1 < len(self._turns) else way
-                receive(following, 1)
-                self._wait(sent.pop(way))
-            if way and last[way, turn.chunk] == place and self._passes.gradients:
-                reduced.append(self._exchange("reduce_scatter", self._of("gradients")[turn.chunk]))
-        for number in (*sent.values(), *reduced):
-            self._wait(number)
-        return self._tape
+        Args:
+            done: when turns of all ranks ended, by direction, micro-batch and virtual stage.
+        """
+        begun = self._place
+        while self._place < len(self._turns):
+            turn = self._turns[self._place]
+            virtual = turn.chunk * self._stages + self._stage
+            arrived = self._arrived(turn, virtual, done)
+            if arrived is None:
+                break
+            self._now = max(self._now, arrived)
+            self._compute(turn)
+            done[turn.backward, turn.micro_batch, virtual] = self._now
+            if self._chunks == 1 and 0 <= virtual + (-1 if turn.backward else 1) < self._stages:
+                self._now += self._message
+            self._place += 1
+        return self._place > begun
 
-    def _ahead(self, backward: bool) -> int:
-        """Messages that are expected at a time: where chunks follow each other, those of a group until its turn."""
-        leading = self._pipeline.stages - 1 if backward else 0
-        return self._pipeline.group - self._pipeline.stages + 1 if self._stage == leading else 1
+    def _arrived(self, turn: Turn, virtual: int, done: dict[tuple[bool, int, int], float]) -> float | None:
+        """When the input of a turn is here; None where that is not known yet."""
+        last = self._stages * self._chunks - 1
+        if turn.backward and virtual == last:
+            return done.get((False, turn.micro_batch, last))
+        source = virtual + (1 if turn.backward else -1)
+        if source < 0:
+            return 0.0
+        sent = done.get((turn.backward, turn.micro_batch, source))
+        away = self._stages > 1
+        return None if sent is None else sent + (self._message if away else 0.0)
 
-    def _of(self, name: str) -> Any:
-        figures = getattr(self._passes, name)
-        return figures[self._stage] if figures else ()
-
-    def _add(self, event: Event) -> None:
-        self._tape.events.append(event)
-
-    def _wait(self, number: int | None) -> None:
-        if number is not None:
-            self._add(Wait(number, "the schedule"))
-
-    def _call(self, kind: str, group: int, size: int, peer: int = -1) -> int:
-        number = next(self._numbers)
-        self._add(Call(number, kind, group, (), size, "the schedule", "pass", peer=peer))
-        return number
-
-    def _exchange(self, kind: str, size: int) -> int:
-        return self._call(kind, _DATA + self._stage, size)
-
-    def _receive(self, turn: Turn) -> int | None:
-        """A turn's input, from the virtual stage before, or for a backward pass from the one after."""
-        return self._message("receive", turn, 1 if turn.backward else -1)
-
-    def _send(self, turn: Turn) -> int | None:
-        return self._message("send", turn, -1 if turn.backward else 1)
-
-    def _message(self, kind: str, turn: Turn, step: int) -> int | None:
-        stages, chunks = self._pipeline.stages, self._pipeline.chunks
-        if not 0 <= turn.chunk * stages + self._stage + step < stages * chunks:
-            return None
-        peer = (self._stage + step) % stages * self._passes.distance
-        return self._call(kind, _BACKWARD if turn.backward else _FORWARD, self._passes.message, peer)
+    def _compute(self, turn: Turn) -> None:
+        """Take a turn, whose chunk may wait for weights, bucket by bucket, or give its gradients away."""
+        cost, buckets = self._costs[turn.backward][turn.chunk], int(self._buckets[turn.chunk])
+        gather = self._gather.pop(turn.chunk, 0.0)
+        self._left[turn.chunk] -= turn.backward
+        reduce = self._reduce.get(turn.chunk, 0.0) if turn.backward and not self._left[turn.chunk] else 0.0
+        for _ in range(buckets):
+            if gather:
+                self._exchanged += gather / buckets
+                self._now = max(self._now, self._exchanged)
+            self._now += cost / buckets
+            if reduce:
+                self._exchanged = max(self._exchanged, self._now) + reduce / buckets

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby, zip_longest
 
-from w2s.planning.tape import MESSAGES, Call, Group, Tape
+from w2s.rehearsal.tape import MESSAGES, Call, Group, Tape
 
 
 @dataclass(frozen=True)

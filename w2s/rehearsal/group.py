@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from w2s.planning.tape import Call, Group, Tape, Wait
 from w2s.rehearsal.parts import Parts
+from w2s.rehearsal.tape import Call, Group, Tape, Wait
 from w2s.rehearsal.where import line
 
 _BACKEND = "w2s_rehearsal"

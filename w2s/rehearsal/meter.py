@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from w2s.planning.cards import Card
 from w2s.planning.roofline import moving, product
-from w2s.planning.tape import HostWait, Tape
 from w2s.rehearsal.parts import Parts
+from w2s.rehearsal.tape import HostWait, Tape
 from w2s.rehearsal.where import line
 
 aten = torch.ops.aten

@@ -15,11 +15,11 @@ from w2s.failure import describe
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.planning.cards import Card
-from w2s.planning.tape import Tape
 from w2s.rehearsal.device import GPU, FakeGpu, stand_in_for_cuda
 from w2s.rehearsal.group import Recorder, joined
 from w2s.rehearsal.meter import Meter
 from w2s.rehearsal.parts import Parts
+from w2s.rehearsal.tape import Tape
 from w2s.rehearsal.triton import stand_in_for_triton
 from w2s.rehearsal.where import line_of
 from w2s.trainer import Stage, train_step

@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.console import Console
 
-from w2s.planning.tape import Call, Compute, Group
 from w2s.rehearsal.parts import REST
 from w2s.rehearsal.run import Rehearsal
+from w2s.rehearsal.tape import Call, Compute, Group
 from w2s.tracking.tables import Cell, Table
 
 _GIB = 2**30

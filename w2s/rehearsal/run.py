@@ -18,13 +18,13 @@ from w2s.errors import UserError, W2SError
 from w2s.planning.cards import GPUS_PER_NODE, Card
 from w2s.planning.memory import Memory, rank_memory
 from w2s.planning.states import rank_states
-from w2s.planning.tape import HostWait
 from w2s.planning.teacher import planned_teacher
-from w2s.planning.timeline import Timeline, play
 from w2s.planning.towers import planned_towers
 from w2s.rehearsal.agreement import disagreements
 from w2s.rehearsal.kinds import stage_of
 from w2s.rehearsal.rank import Job, RankReport, rehearse
+from w2s.rehearsal.tape import HostWait
+from w2s.rehearsal.timeline import Timeline, play
 
 
 @dataclass(frozen=True)

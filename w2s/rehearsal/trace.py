@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from w2s.errors import UserError
-from w2s.planning.timeline import GPU_LANE
 from w2s.rehearsal.kinds import stage_of
 from w2s.rehearsal.run import Rehearsal
+from w2s.rehearsal.timeline import GPU_LANE
 
 
 def write_trace(path: Path, rehearsal: Rehearsal) -> None:

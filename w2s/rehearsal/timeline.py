@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from w2s.planning.cards import Card
 from w2s.planning.roofline import exchange, message
-from w2s.planning.tape import MESSAGES, Call, Compute, Group, Tape, Wait
+from w2s.rehearsal.tape import MESSAGES, Call, Compute, Group, Tape, Wait
 
 Key = tuple[int, int, int, int]
 """What the ranks of a call know it by: group, sender and receiver (0 for collectives), and its number among those."""

@@ -4,8 +4,8 @@ import pytest
 
 from w2s.planning.cards import card
 from w2s.planning.roofline import exchange, message
-from w2s.planning.tape import Call, Compute, Event, Group, Tape, Wait
-from w2s.planning.timeline import GPU_LANE, play
+from w2s.rehearsal.tape import Call, Compute, Event, Group, Tape, Wait
+from w2s.rehearsal.timeline import GPU_LANE, play
 
 H100 = card("h100")
 PAIR = Group("data parallel", (0, 1), on_gpu=True)
