@@ -291,16 +291,15 @@ def plan(
         asked = request(arguments, gpus, card, batch or [])
         if out:
             hardware_file.check_name(out)
-        found = {
-            stage: find_plans(asked.config(stage, gpus), card_of(card), gpus, asked.fixed) for stage in asked.stages
-        }
+        kind = card_of(card)
+        found = {stage: find_plans(asked.config(stage, gpus), kind, gpus, asked.fixed, top) for stage in asked.stages}
         curves = {stage: scaling.simulate(asked, stage, simulate) for stage in asked.stages} if simulate else {}
         if out:
-            hardware_file.write(out, asked, [plans.fitting[0] for plans in found.values()])
+            hardware_file.write(out, asked, [plans.fastest[0] for plans in found.values()])
         if as_json:
-            print(json.dumps(report.document(asked, card_of(card), found, curves, top), indent=2))
+            print(json.dumps(report.document(asked, kind, found, curves), indent=2))
         else:
-            report.print_report(asked, card_of(card), found, curves, top)
+            report.print_report(asked, kind, found, curves)
 
 
 @app.command()

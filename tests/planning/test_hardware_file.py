@@ -52,7 +52,7 @@ def test_a_planned_files_figures_are_those_of_its_layout(name: str) -> None:
         layout = load(stage, [*asked.overrides, f"hardware={name}"])
         config = replace(asked.config(stage, asked.gpus), parallel=layout.parallel)
         config = replace(config, train=replace(config.train, micro_batch=layout.train.micro_batch))
-        (plan,) = find_plans(config, card(asked.card), asked.gpus, LAYOUT).fitting
+        (plan,) = find_plans(config, card(asked.card), asked.gpus, LAYOUT, top=0).fastest
         assert asdict(plan.config.parallel) == asdict(layout.parallel)
         plans.append(plan)
     assert text(name, asked, plans) == content(name)
@@ -63,7 +63,7 @@ def test_a_planned_files_figures_are_those_of_its_layout(name: str) -> None:
 def test_a_planned_file_holds_the_fastest_layouts(name: str) -> None:
     asked = made_by(name)
     plans = [
-        find_plans(asked.config(stage, asked.gpus), card(asked.card), asked.gpus, asked.fixed).fitting[0]
+        find_plans(asked.config(stage, asked.gpus), card(asked.card), asked.gpus, asked.fixed).fastest[0]
         for stage in asked.stages
     ]
     assert text(name, asked, plans) == content(name)

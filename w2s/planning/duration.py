@@ -1,21 +1,22 @@
 """Predicted seconds of a training step, by part, on the slowest rank of the pipeline.
 
-Passes follow the schedules of Narayanan et al. 2021: m micro-batches take m turns of the slowest stage, and p stages
-with v chunks each (p - 1) / v turns more. What data-parallel ranks exchange hides behind one micro-batch's pass where
-the overlap options are on. Reading and decoding images is taken to be hidden.
+What a pipeline makes of its ranks' passes, and how much of what data-parallel ranks exchange hides behind them, is
+simulated (`schedule.py`). Reading and decoding images is taken to be hidden.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 from w2s.config.layout import model_parallel_size
-from w2s.config.sections import Config
+from w2s.config.sections import Config, ParallelConfig
 from w2s.planning.activations import local_rows
 from w2s.planning.cards import Card
 from w2s.planning.flops import loss_flops, micro_batches, passes, recomputed_layers, share
 from w2s.planning.layers import Work, layer_time
 from w2s.planning.memory import fp8_share, sample_bytes
 from w2s.planning.roofline import exchange, message, moving
+from w2s.planning.schedule import Chunks, Passes, Pipeline, seconds
 from w2s.planning.states import States
 from w2s.planning.teacher import PlannedTeacher
 from w2s.planning.towers import PlannedTower
@@ -24,6 +25,7 @@ _BF16, _FP32 = 2, 4
 UPDATE = {"adamw": 46, "lamb": 134}
 """Bytes that an update reads and writes for a parameter of a rank's share: norm of the gradient and clipping (12), the
 fused AdamW (28) or LAMB's operators one by one (116), the weight in bfloat16 (6)."""
+_MOST = 0.9
 LOSS_READS = 20
 """Reads and writes of a tile of logits in w2s/objectives: exponentials, sums and products in place, about."""
 
@@ -79,15 +81,8 @@ WORDS = {
 """The parts in words."""
 
 
-def step_time(
-    config: Config,
-    card: Card,
-    towers: Sequence[PlannedTower],
-    teacher: PlannedTeacher | None,
-    states: States,
-    world_size: int,
-) -> StepTime:
-    """Return the seconds of a step in bfloat16, or FP8 where the configuration says so.
+class StepModel:
+    """The seconds of a step in bfloat16, or FP8 where the configuration says so.
 
     Args:
         config: the stage of training.
@@ -97,59 +92,205 @@ def step_time(
         states: of the rank that holds most.
         world_size: GPUs in all.
     """
-    turns = [_Turns(config, card, tower, world_size) for tower in towers]
-    count, again = micro_batches(config, world_size), passes(config, world_size) == 2
-    work = Work()
-    for turn in turns:
-        work += turn.trained * count
-    elements = states.gradients // _gradient_bytes(config)
-    return StepTime(
-        products=work.products,
-        attention=work.attention,
-        elementwise=work.elementwise,
-        launches=work.launches,
-        tensor=work.tensor,
-        recomputation=count * sum(turn.recomputed for turn in turns),
-        second_pass=sum((count + turn.idle) * turn.forward for turn in turns) if again else 0.0,
-        bubble=sum(turn.idle * (turn.trained.total + turn.recomputed) for turn in turns),
-        pipeline=count * (3 if again else 2) * sum(turn.message for turn in turns),
-        accumulation=moving(card, count * elements * (_BF16 + 2 * _gradient_bytes(config)) + states.gradients),
-        data=_data(config, card, states, turns, world_size),
-        teacher=_teacher(config, card, teacher, world_size) if teacher else 0.0,
-        loss=_loss(config, card, teacher, world_size) if config.stage == "clip" else 0.0,
-        optimizer=moving(card, UPDATE[config.optim.name] * states.optimizer / 12),
-        batch=_batch(config, card, teacher, world_size),
-    )
+
+    def __init__(
+        self,
+        config: Config,
+        card: Card,
+        towers: Sequence[PlannedTower],
+        teacher: PlannedTeacher | None,
+        states: States,
+        world_size: int,
+    ) -> None:
+        self._runs = [_Run(config, card, tower, world_size) for tower in towers]
+        self._twice = passes(config, world_size) == 2
+        work = Work()
+        for run in self._runs:
+            work += run.work * run.count
+        self._alone = StepTime(
+            products=work.products,
+            attention=work.attention,
+            elementwise=work.elementwise,
+            launches=work.launches,
+            tensor=work.tensor,
+            recomputation=sum(run.count * run.recomputed for run in self._runs),
+            accumulation=moving(card, states.gradients) + sum(run.count * run.accumulated for run in self._runs),
+            teacher=_teacher(config, card, teacher, world_size) if teacher else 0.0,
+            loss=_loss(config, card, teacher, world_size) if config.stage == "clip" else 0.0,
+            optimizer=moving(card, UPDATE[config.optim.name] * states.optimizer / 12),
+            batch=_batch(config, card, teacher, world_size),
+        )
+
+    @property
+    def least(self) -> float:
+        """Seconds below which the step is not, without a simulation: with most of the bubble of an even pipeline."""
+        forward = sum(run.forward for run in self._runs) if self._twice else 0.0
+        return self._alone.total + forward + _MOST * sum(run.bubble for run in self._runs)
+
+    def time(self) -> StepTime:
+        """Return the parts, of which those that the pipeline makes are simulated."""
+        trained = [run.trained(gathers=not self._twice) for run in self._runs]
+        seen = [run.seen() for run in self._runs] if self._twice else []
+        return replace(
+            self._alone,
+            second_pass=sum(each.busy + each.bubble for each in seen),
+            bubble=sum(each.bubble for each in trained),
+            pipeline=sum(each.messages for each in (*trained, *seen)),
+            data=sum(each.data for each in (*trained, *seen)),
+        )
 
 
-class _Turns:
-    """A tower's micro-batch on the rank of the pipeline that takes longest, in seconds."""
+@dataclass(frozen=True)
+class _Taken:
+    """Seconds of the passes of a tower through its pipeline."""
+
+    busy: float
+    """Of the rank that computes longest."""
+    bubble: float
+    """In which it waits for others that compute."""
+    messages: float
+    """By which messages between stages delay it."""
+    data: float
+    """In which weights are gathered, or gradients reduced, beside no computing."""
+
+
+class _Run:
+    """A tower's passes: a micro-batch's seconds on the rank that takes longest, and what all ranks together take.
+
+    Attributes:
+        count: micro-batches.
+        work: forward and backward pass of a micro-batch.
+        recomputed: what of its forward pass is computed again.
+        accumulated: adding its gradients up, where the products do not.
+        forward: forward passes of all micro-batches.
+        bubble: in which ranks of a pipeline of even stages wait for each other.
+    """
 
     def __init__(self, config: Config, card: Card, tower: PlannedTower, world_size: int) -> None:
         parallel, samples = config.parallel, min(config.train.micro_batch, share(config, world_size))
-        layer = layer_time(card, tower, parallel, samples, fp8_share(config, tower))
-        both = layer.forward + layer.backward
-        ends = _ends(card, tower, samples, parallel.pipeline)
-        again = [
-            sum(recomputed_layers(parallel, layers) for layers in tower.split[stage :: parallel.pipeline])
-            for stage in range(parallel.pipeline)
-        ]
-        layers = [tower.layers_of(stage, parallel.pipeline) for stage in range(parallel.pipeline)]
-        stage = max(
-            range(parallel.pipeline),
-            key=lambda stage: layers[stage] * both.total + again[stage] * layer.forward.total + ends[stage].total,
+        self._parallel, self._card, self._tower = parallel, card, tower
+        self.count = micro_batches(config, world_size)
+        self._pipeline = pipeline_of(parallel, self.count)
+        fused = fuses(config, card)
+        self._layer = layer_time(card, tower, parallel, samples, fp8_share(config, tower), fused)
+        self._ends = _ends(card, tower, samples, len(tower.split))
+        sizes = [sum(tower.chunk(virtual, parallel.tensor, with_scalars=False)) for virtual in range(len(tower.split))]
+        linears = tower.linear_weights(parallel.tensor)
+        gradient = _gradient_bytes(config)
+        added = [size - fused * layers * linears for size, layers in zip(sizes, tower.split, strict=True)]
+        self._added = [moving(card, (_BF16 + 2 * gradient) * each) for each in added]
+        self._exchange = _Exchange(config, card, world_size, sizes)
+        sent = _BF16 * local_rows(tower, parallel, samples) * tower.width
+        self._message = message(card, sent, world_size // parallel.pipeline) if parallel.pipeline > 1 else 0.0
+        stage = max(range(parallel.pipeline), key=lambda stage: sum(self._chunks(self._both)[stage]))
+        own = range(stage, len(tower.split), parallel.pipeline)
+        self.work = sum((self._work(virtual) for virtual in own), Work())
+        self.recomputed = sum(self._again(virtual) for virtual in own)
+        self.accumulated = sum(self._added[virtual] for virtual in own)
+        self.forward = self.count * sum(self._forward(virtual) for virtual in own)
+        turn = self.work.total + self.recomputed + self.accumulated
+        self.bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline * turn
+
+    def trained(self, gathers: bool) -> _Taken:
+        """Return what forward and backward passes take; `gathers` says whether they are the first with new weights."""
+        exchanged = replace(self._exchange, new_weights=gathers)
+        return self._taken(self._chunks(self._forward), self._chunks(self._backward), exchanged)
+
+    def seen(self) -> _Taken:
+        """Return what forward passes alone take, which are the first with new weights."""
+        return self._taken(self._chunks(self._forward), (), replace(self._exchange, gradients=False))
+
+    def _taken(self, forward: Chunks, backward: Chunks, exchange: "_Exchange") -> _Taken:
+        both = zip(forward, backward or ((0.0,),) * len(forward), strict=True)
+        busy = self.count * max(sum(one) + sum(other) for one, other in both)
+        bare = Passes(forward, backward)
+        sending = replace(bare, message=self._message)
+        whole = replace(
+            sending,
+            gather=self._chunks(exchange.gather) if exchange.gathers else (),
+            reduce=self._chunks(exchange.reduce) if exchange.reduces else (),
+            buckets=self._chunks(exchange.buckets),
         )
-        self.trained = both * layers[stage] + ends[stage]
-        self.backward = layer.backward.total * layers[stage]
-        self.forward = layer.forward.total * layers[stage] + ends[stage].total / 3
-        self.recomputed = layer.forward.total * again[stage]
-        self.idle = (parallel.pipeline - 1) / parallel.virtual_pipeline
-        self.message = 0.0
-        if parallel.pipeline > 1:
-            sent = _BF16 * local_rows(tower, parallel, samples) * tower.width
-            seen = 1.0 if parallel.virtual_pipeline == 1 else 1 - card.estimates.hidden
-            distance = world_size // parallel.pipeline
-            self.message = seen * parallel.virtual_pipeline * message(card, sent, distance)
+        times = [seconds(self._pipeline, each) for each in (bare, sending, whole)]
+        return _Taken(busy, times[0] - busy, times[1] - times[0], times[2] - times[1] + exchange.unhidden)
+
+    def _chunks(self, figure: Callable[[int], float]) -> Chunks:
+        """A figure of each virtual stage, by rank and chunk."""
+        stages = self._parallel.pipeline
+        return tuple(
+            tuple(figure(virtual) for virtual in range(stage, len(self._tower.split), stages))
+            for stage in range(stages)
+        )
+
+    def _work(self, virtual: int) -> Work:
+        both = self._layer.forward + self._layer.backward
+        return both * self._tower.split[virtual] + self._ends[virtual]
+
+    def _again(self, virtual: int) -> float:
+        return self._layer.forward.total * recomputed_layers(self._parallel, self._tower.split[virtual])
+
+    def _forward(self, virtual: int) -> float:
+        return self._layer.forward.total * self._tower.split[virtual] + self._ends[virtual].total / 3
+
+    def _backward(self, virtual: int) -> float:
+        layers = self._layer.backward.total * self._tower.split[virtual]
+        return layers + 2 / 3 * self._ends[virtual].total + self._again(virtual) + self._added[virtual]
+
+    def _both(self, virtual: int) -> float:
+        return self._forward(virtual) + self._backward(virtual)
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """What data-parallel ranks exchange of a tower's chunks in its passes."""
+
+    config: Config
+    card: Card
+    world_size: int
+    sizes: Sequence[int]
+    """Parameters of each virtual stage on a rank."""
+    new_weights: bool = True
+    """Whether weights have to be gathered before the passes."""
+    gradients: bool = True
+    """Whether gradients have to be reduced after them."""
+
+    @property
+    def gathers(self) -> bool:
+        """Whether weights are gathered beside the passes."""
+        return self.new_weights and self.config.parallel.overlap_param_gather
+
+    @property
+    def reduces(self) -> bool:
+        """Whether gradients are reduced beside the passes."""
+        return self.gradients and self.config.parallel.overlap_grad_reduce
+
+    @property
+    def unhidden(self) -> float:
+        """Seconds of what is exchanged before or after the passes."""
+        before, after = self.new_weights and not self.gathers, self.gradients and not self.reduces
+        everywhere = range(len(self.sizes))
+        seconds = sum(before * self.gather(virtual) + after * self.reduce(virtual) for virtual in everywhere)
+        return seconds / self.config.parallel.pipeline
+
+    def gather(self, virtual: int) -> float:
+        """Seconds of the weights of a chunk."""
+        width = 1 if self.config.precision.fp8_primary_weights else _BF16
+        return self._seconds(width * self.sizes[virtual])
+
+    def reduce(self, virtual: int) -> float:
+        """Seconds of the gradients of a chunk."""
+        return self._seconds(_gradient_bytes(self.config) * self.sizes[virtual])
+
+    def buckets(self, virtual: int) -> float:
+        """Parts of a chunk: Megatron splits the first one of the first stage alone."""
+        return math.ceil(self.sizes[virtual] / max(40_000_000, 1_000_000 * self._replicas)) if virtual == 0 else 1
+
+    @property
+    def _replicas(self) -> int:
+        return self.world_size // model_parallel_size(self.config.parallel)
+
+    def _seconds(self, count: float) -> float:
+        return exchange(self.card, count, self._replicas, self.config.parallel.tensor)
 
 
 def _ends(card: Card, tower: PlannedTower, samples: int, stages: int) -> list[Work]:
@@ -165,20 +306,15 @@ def _gradient_bytes(config: Config) -> int:
     return _FP32 if config.precision.gradients == "fp32" else _BF16
 
 
-def _data(config: Config, card: Card, states: States, turns: Sequence[_Turns], world_size: int) -> float:
-    """What nothing hides of the reduce-scatter of gradients and the all-gather of weights."""
-    parallel = config.parallel
-    size = world_size // model_parallel_size(parallel)
-    gathered = states.weights
-    if config.precision.fp8_primary_weights:
-        gathered = gathered // 2
-    reduce = exchange(card, states.gradients, size, parallel.tensor)
-    gather = exchange(card, gathered, size, parallel.tensor)
-    if parallel.overlap_grad_reduce:
-        reduce -= min(card.estimates.hidden * reduce, sum(turn.backward for turn in turns))
-    if parallel.overlap_param_gather:
-        gather -= min(card.estimates.hidden * gather, sum(turn.forward for turn in turns))
-    return reduce + gather
+def pipeline_of(parallel: ParallelConfig, count: int) -> Pipeline:
+    """Return the pipeline that `count` micro-batches go through."""
+    group = parallel.micro_batch_group or parallel.pipeline
+    return Pipeline(parallel.pipeline, parallel.virtual_pipeline, group, count)
+
+
+def fuses(config: Config, card: Card) -> bool:
+    """Whether products add gradients of weights up themselves, as Transformer Engine's do."""
+    return config.precision.linear == "te" or (config.precision.linear == "auto" and card.fp8_tflops > 0)
 
 
 def _teacher(config: Config, card: Card, teacher: PlannedTeacher, world_size: int) -> float:

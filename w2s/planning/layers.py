@@ -8,7 +8,7 @@ from w2s.planning.cards import Card
 from w2s.planning.roofline import exchange, moving, product
 from w2s.planning.towers import PlannedTower
 
-_BF16 = 2
+_BF16, _FP32 = 2, 4
 LAUNCHES = 20
 """Kernels of a layer's forward pass, and half of those of its backward pass; counted in the code, about."""
 
@@ -59,7 +59,9 @@ class LayerTime:
     """Without what is computed again of the forward pass."""
 
 
-def layer_time(card: Card, tower: PlannedTower, parallel: ParallelConfig, samples: int, fp8: float) -> LayerTime:
+def layer_time(
+    card: Card, tower: PlannedTower, parallel: ParallelConfig, samples: int, fp8: float, fused: bool
+) -> LayerTime:
     """Return the seconds of a layer.
 
     Args:
@@ -68,8 +70,9 @@ def layer_time(card: Card, tower: PlannedTower, parallel: ParallelConfig, sample
         parallel: how it is split.
         samples: samples of the micro-batch.
         fp8: share of the layers that multiply in FP8; the mean over all layers is returned.
+        fused: whether products add gradients of weights up in float32.
     """
-    sizes = _Sizes(card, tower, parallel, samples, fp8)
+    sizes = _Sizes(card, tower, parallel, samples, fp8, fused)
     return LayerTime(_launched(card, sizes.forward(), LAUNCHES), _launched(card, sizes.backward(), 2 * LAUNCHES))
 
 
@@ -80,8 +83,11 @@ def _launched(card: Card, work: Work, kernels: int) -> Work:
 class _Sizes:
     """A layer's matrices on one rank."""
 
-    def __init__(self, card: Card, tower: PlannedTower, parallel: ParallelConfig, samples: int, fp8: float) -> None:
+    def __init__(
+        self, card: Card, tower: PlannedTower, parallel: ParallelConfig, samples: int, fp8: float, fused: bool
+    ) -> None:
         self.card, self.parallel, self.fp8, self.post_norm = card, parallel, fp8, tower.post_norm
+        self.result = 2 * _FP32 if fused else _BF16
         self.rows, self.local = samples * tower.tokens, local_rows(tower, parallel, samples)
         self.width, self.hidden = tower.width, tower.mlp_width // parallel.tensor
         inner = tower.width // parallel.tensor
@@ -104,7 +110,7 @@ class _Sizes:
     def backward(self) -> Work:
         """Gradients by the inputs, then by the weights, behind which the exchange of those by the inputs runs."""
         by_inputs = sum(self._product(self.rows, outer, inner) for inner, outer in self.linears)
-        by_weights = [self._product(inner, self.rows, outer) for inner, outer in self.linears]
+        by_weights = [self._product(inner, self.rows, outer, self.result) for inner, outer in self.linears]
         hidden = 1 if self.parallel.sequence else 2
         late = sum(max(0.0, hidden * self.exchange - seconds) for seconds in (by_weights[0], by_weights[2]))
         gelu = 5 if self.parallel.recompute == "selective" else 3
@@ -115,11 +121,10 @@ class _Sizes:
             tensor=late + (2 * self.exchange if self.parallel.sequence else 0.0),
         )
 
-    def _product(self, rows: int, inner: int, columns: int) -> float:
-        bf16 = product(self.card, rows, inner, columns, fp8=False) if self.fp8 < 1 else 0.0
-        return (1 - self.fp8) * bf16 + (
-            self.fp8 * product(self.card, rows, inner, columns, fp8=True) if self.fp8 else 0.0
-        )
+    def _product(self, rows: int, inner: int, columns: int, result: int = _BF16) -> float:
+        sizes = self.card, rows, inner, columns
+        bf16 = product(*sizes, fp8=False, result=result) if self.fp8 < 1 else 0.0
+        return (1 - self.fp8) * bf16 + (self.fp8 * product(*sizes, fp8=True, result=result) if self.fp8 else 0.0)
 
     def _elementwise(self, stream: int, hidden: int, rounded: int) -> float:
         """Seconds of elementwise kernels.

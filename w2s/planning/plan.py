@@ -1,7 +1,7 @@
 """The layouts of a stage that fit on a number of GPUs, the fastest first."""
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from w2s.config.layout import model_parallel_size
@@ -9,7 +9,7 @@ from w2s.config.linears import check_useless_fp8
 from w2s.config.sections import Config
 from w2s.errors import UserError
 from w2s.planning.cards import Card
-from w2s.planning.duration import StepTime, step_time
+from w2s.planning.duration import StepModel, StepTime
 from w2s.planning.flops import StageFlops, stage_flops
 from w2s.planning.host import HostCopy, host_copy
 from w2s.planning.layouts import Layouts
@@ -76,13 +76,15 @@ class Plan:
 class Plans:
     """All layouts."""
 
-    fitting: list[Plan]
-    """Those that fit, the fastest first."""
+    fastest: list[Plan]
+    """Some of those that fit, the fastest first."""
+    fitting: int
+    """How many fit."""
     legal: int
     """How many layouts there are, those that do not fit included."""
 
 
-def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = ()) -> Plans:
+def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (), top: int = 1) -> Plans:
     """Plan a stage.
 
     Args:
@@ -90,6 +92,7 @@ def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (
         card: the GPUs.
         gpus: how many there are.
         fixed: keys of the layout whose values stay as they are.
+        top: how many of the fastest are wanted; 0 gives all that fit.
 
     Raises:
         ConfigError: no layout is legal.
@@ -98,7 +101,7 @@ def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (
     _check_settings(config, card)
     teacher = planned_teacher(config)
     search = _Search(config, card, gpus, teacher, Layouts(config, gpus, fixed))
-    found = sorted(search.run(), key=lambda plan: plan.seconds)
+    found = sorted(search.run(), key=lambda candidate: candidate.model.least)
     if not search.legal:
         raise search.layouts.refused or UserError(f"there is no layout for {gpus} GPUs: use another number")
     if not found:
@@ -107,7 +110,17 @@ def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (
             f"{search.least / 2**30:.1f} GiB of a card, {card.usable_bytes / 2**30:.1f} are to be had: use more GPUs "
             "(--gpus), or cards with more memory (--card)"
         )
-    return Plans(found, search.legal)
+    return Plans(_fastest(found, top or len(found)), len(found), search.legal)
+
+
+def _fastest(candidates: "Sequence[_Candidate]", top: int) -> list[Plan]:
+    """Simulate layouts, the most promising first, until the others cannot be among the fastest."""
+    found: list[Plan] = []
+    for candidate in candidates:
+        if len(found) >= top and candidate.model.least > found[top - 1].seconds:
+            break
+        found = sorted([*found, candidate.plan()], key=lambda plan: plan.seconds)
+    return found[:top]
 
 
 def _check_settings(config: Config, card: Card) -> None:
@@ -134,14 +147,14 @@ class _Search:
         self.widths = teacher.widths(config.mim) if teacher else {}
         self.legal, self.least = 0, float("inf")
 
-    def run(self) -> Iterator[Plan]:
+    def run(self) -> "Iterator[_Candidate]":
         """Go through all layouts and give those that fit."""
         for split in self.layouts.splits():
             stage = _SplitStage(split, self.widths, self.gpus)
             for batch in self.layouts.batches(split):
                 yield from self._recomputes(batch, stage)
 
-    def _recomputes(self, batch: Config, stage: "_SplitStage") -> Iterator[Plan]:
+    def _recomputes(self, batch: Config, stage: "_SplitStage") -> "Iterator[_Candidate]":
         """What is computed again: nothing, the GELU, all layers, or as few as make the rest fit."""
         fits = {}
         for config in self.layouts.recomputes(batch):
@@ -150,11 +163,11 @@ class _Search:
             self.least = min(self.least, memory.total)
             fits[config.parallel.recompute] = memory.total <= self.card.usable_bytes
             if fits[config.parallel.recompute]:
-                yield self._plan(config, stage, memory)
+                yield _Candidate(self, config, stage, memory)
         if fits.get("full") and not fits.get("none", True):
             yield from self._partly_recomputed(batch, stage)
 
-    def _partly_recomputed(self, batch: Config, stage: "_SplitStage") -> Iterator[Plan]:
+    def _partly_recomputed(self, batch: Config, stage: "_SplitStage") -> "Iterator[_Candidate]":
         most = max(max(tower.split) for tower in stage.towers)
 
         def fits(layers: int) -> bool:
@@ -165,7 +178,7 @@ class _Search:
         config = self.layouts.partly_recomputed(batch, layers)
         if config is not None and layers < most:
             self.legal += 1
-            yield self._plan(config, stage, self._memory(config, stage))
+            yield _Candidate(self, config, stage, self._memory(config, stage))
 
     def _memory(self, config: Config, stage: "_SplitStage") -> Memory:
         """Of the rank that needs most."""
@@ -175,23 +188,31 @@ class _Search:
         )
         return max(ranks, key=lambda memory: memory.total)
 
-    def _plan(self, config: Config, stage: "_SplitStage", memory: Memory) -> Plan:
+
+class _Candidate:
+    """A layout that fits.
+
+    Attributes:
+        model: of its time.
+    """
+
+    def __init__(self, search: _Search, config: Config, stage: "_SplitStage", memory: Memory) -> None:
+        self._search, self._config, self._stage, self._memory = search, config, stage, memory
         states = max(stage.states.values(), key=lambda states: states.gradients)
+        self.model = StepModel(config, search.card, stage.towers, search.teacher, states, search.gpus)
+
+    def plan(self) -> Plan:
+        """Simulate it."""
+        search, states = self._search, self._stage.states.values()
+        teacher = search.teacher.flops if search.teacher else 0.0
         return Plan(
-            config=config,
-            gpus=self.gpus,
-            memory=memory,
-            time=step_time(config, self.card, stage.towers, self.teacher, states, self.gpus),
-            flops=stage_flops(
-                config,
-                self.gpus,
-                **self.widths,
-                teacher=self.teacher.flops if self.teacher else 0.0,
-            ),
-            host=host_copy(
-                self.card, max(stage.states.values(), key=lambda each: each.weights + each.optimizer), self.gpus
-            ),
-            peak=self.gpus * self.card.bf16_tflops * 1e12,
+            config=self._config,
+            gpus=search.gpus,
+            memory=self._memory,
+            time=self.model.time(),
+            flops=stage_flops(self._config, search.gpus, **search.widths, teacher=teacher),
+            host=host_copy(search.card, max(states, key=lambda each: each.weights + each.optimizer), search.gpus),
+            peak=search.gpus * search.card.bf16_tflops * 1e12,
         )
 
 

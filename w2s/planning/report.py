@@ -16,7 +16,7 @@ _GIB = 2**30
 _WARNING = "predicted, not measured: no plan has been compared with a run on GPUs yet"
 
 
-def document(request: Request, card: Card, found: dict[str, Plans], scaling: dict[str, Scaling], top: int) -> Any:
+def document(request: Request, card: Card, found: dict[str, Plans], scaling: dict[str, Scaling]) -> Any:
     """Return everything as JSON takes it.
 
     Args:
@@ -24,7 +24,6 @@ def document(request: Request, card: Card, found: dict[str, Plans], scaling: dic
         card: the GPUs.
         found: the plans of each stage.
         scaling: the simulation of each stage, if one was asked for.
-        top: how many layouts are given; 0 gives all.
     """
     return {
         "command": request.command,
@@ -32,23 +31,23 @@ def document(request: Request, card: Card, found: dict[str, Plans], scaling: dic
         "gpus": request.gpus,
         "card": asdict(card),
         "usable_gib": card.usable_bytes / _GIB,
-        "stages": {stage: _stage(plans, top) for stage, plans in found.items()},
+        "stages": {stage: _stage(plans) for stage, plans in found.items()},
         "scaling": {stage: _scaling(points) for stage, points in scaling.items()},
     }
 
 
-def print_report(request: Request, card: Card, found: dict[str, Plans], scaling: dict[str, Scaling], top: int) -> None:
+def print_report(request: Request, card: Card, found: dict[str, Plans], scaling: dict[str, Scaling]) -> None:
     """Print the layouts of each stage, the fastest first, and what its fastest needs."""
     console = Console(highlight=False)
     for stage, plans in found.items():
-        best = plans.fitting[0]
+        best = plans.fastest[0]
         train = best.config.train
         console.print(
             f"{best.config.model.name} {stage} on {request.gpus} x {card.name}: {train.steps:,} steps of "
-            f"{train.global_batch:,} samples; {len(plans.fitting):,} of {plans.legal:,} layouts fit into "
+            f"{train.global_batch:,} samples; {plans.fitting:,} of {plans.legal:,} layouts fit into "
             f"{card.usable_bytes / _GIB:.1f} GiB"
         )
-        console.print(_layouts(plans, top).to_rich())
+        console.print(_layouts(plans).to_rich())
         console.print(_parts(best).to_rich())
         console.print(bottleneck(best))
         if best.config.checkpoint.memory:
@@ -74,8 +73,8 @@ def _in_memory(plan: Plan) -> str:
     )
 
 
-def _stage(plans: Plans, top: int) -> dict[str, Any]:
-    best = plans.fitting[0]
+def _stage(plans: Plans) -> dict[str, Any]:
+    best = plans.fastest[0]
     return {
         "model": best.config.model.name,
         "teacher": best.config.taught_by and best.config.taught_by.name,
@@ -83,9 +82,9 @@ def _stage(plans: Plans, top: int) -> dict[str, Any]:
         "steps": best.config.train.steps,
         "model_tflop_per_sample": best.flops.model / 1e12,
         "layouts_legal": plans.legal,
-        "layouts_fitting": len(plans.fitting),
+        "layouts_fitting": plans.fitting,
         "bottleneck": bottleneck(best),
-        "layouts": [_plan(plan) for plan in _shown(plans, top)],
+        "layouts": [_plan(plan) for plan in plans.fastest],
     }
 
 
@@ -128,12 +127,8 @@ def _scaling(scaling: Scaling) -> dict[str, Any]:
 _COLUMNS = ("layout", "micro", "recompute", "GiB", "s/step", "MFU %", "days")
 
 
-def _layouts(plans: Plans, top: int) -> Table:
-    return Table("", [*_COLUMNS, "GPU hours"], [[*_cells(plan), round(plan.gpu_hours)] for plan in _shown(plans, top)])
-
-
-def _shown(plans: Plans, top: int) -> list[Plan]:
-    return plans.fitting[: top or None]
+def _layouts(plans: Plans) -> Table:
+    return Table("", [*_COLUMNS, "GPU hours"], [[*_cells(plan), round(plan.gpu_hours)] for plan in plans.fastest])
 
 
 def _cells(plan: Plan) -> list[Cell]:

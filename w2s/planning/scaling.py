@@ -64,7 +64,7 @@ def _numbers(most: int) -> Sequence[int]:
 def _fastest(request: Request, stage: str, gpus: int) -> Plan | None:
     config = request.config(stage, gpus)
     try:
-        return find_plans(config, card(request.card), gpus, request.fixed).fitting[0]
+        return find_plans(config, card(request.card), gpus, request.fixed).fastest[0]
     except UserError:
         return None
 
