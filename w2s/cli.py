@@ -263,9 +263,9 @@ def encode(
 @app.command()
 def plan(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="STAGE... OVERRIDES", help="mim, clip or both, then key=value.")
-    ],
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")],
+        list[str] | None, typer.Argument(metavar="STAGE... OVERRIDES", help="mim, clip or both, then key=value.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="Number of GPUs.")] = 0,
     card: Annotated[str, typer.Option(help="Their kind: a100-40, a100-80, h100, h200 or b200.")] = "h100",
     batch: Annotated[
         list[str] | None,
@@ -276,6 +276,9 @@ def plan(
     top: Annotated[int, typer.Option(min=0, help="Layouts that are shown; 0 shows all.")] = 10,
     out: Annotated[Path | None, typer.Option(help="Write the fastest layout as a file for hardware=FILE.")] = None,
     simulate: Annotated[int | None, typer.Option(min=8, help="Plan on 8, 16, ... up to this many GPUs too.")] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Show what the planner says of runs that others have published.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -288,7 +291,14 @@ def plan(
         from w2s.planning.plan import find_plans
         from w2s.planning.request import request
 
-        asked = request(arguments, gpus, card, batch or [])
+        if published:
+            from w2s.planning.published import print_rows
+
+            print_rows(as_json)
+            return
+        if not gpus:
+            raise UserError("w2s plan asks for no GPUs: say how many with --gpus N")
+        asked = request(arguments or [], gpus, card, batch or [])
         if out:
             hardware_file.check_name(out)
         kind = card_of(card)

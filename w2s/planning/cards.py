@@ -23,10 +23,10 @@ class Estimates:
     hbm: float
     nvlink: float
     network: float
+    products: float
     attention: float
     fp32: float
     teacher: float
-    hidden: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,8 @@ class Card:
     """GB/s in one direction."""
     network_gbs: float
     """GB/s in one direction."""
+    narrow: float
+    """Width of layers that take twice as long as their operations do in wide ones."""
     launch: float
     """Seconds that a kernel takes to be launched."""
     estimates: Estimates
@@ -67,6 +69,14 @@ class Card:
     def memory_bandwidth(self) -> float:
         """Bytes that elementwise kernels move in a second."""
         return self.hbm_tbs * 1e12 * self.estimates.hbm
+
+    def slowdown(self, width: int) -> float:
+        """How many times longer layers of a width take than their operations do in wide ones."""
+        return 1 + (self.narrow / width) ** 2
+
+    def attention(self, tokens: int) -> float:
+        """FLOP/s of attention over sequences of a length: kernels that work on tiles of them get faster with it."""
+        return self.bf16_tflops * 1e12 * self.estimates.attention * tokens / (tokens + 256)
 
     def bandwidth(self, within_node: bool) -> float:
         """Bytes that a GPU sends in a second, over NVLink or over the network."""

@@ -95,7 +95,8 @@ class _Sizes:
             (tower.width, 3 * inner), (inner, tower.width), (tower.width, self.hidden), (self.hidden, tower.width)
         )  # fmt: skip
         operations = tower.flops.attention / tower.layers * samples / parallel.tensor
-        self.attention = operations / (card.bf16_tflops * 1e12 * card.estimates.attention)
+        self.slowdown = card.slowdown(tower.width)
+        self.attention = self.slowdown * operations / card.attention(tower.tokens)
         self.exchange = exchange(card, self.rows * tower.width * _BF16, parallel.tensor, 1)
 
     def forward(self) -> Work:
@@ -124,7 +125,8 @@ class _Sizes:
     def _product(self, rows: int, inner: int, columns: int, result: int = _BF16) -> float:
         sizes = self.card, rows, inner, columns
         bf16 = product(*sizes, fp8=False, result=result) if self.fp8 < 1 else 0.0
-        return (1 - self.fp8) * bf16 + (self.fp8 * product(*sizes, fp8=True, result=result) if self.fp8 else 0.0)
+        fp8 = product(*sizes, fp8=True, result=result) if self.fp8 else 0.0
+        return self.slowdown * ((1 - self.fp8) * bf16 + self.fp8 * fp8)
 
     def _elementwise(self, stream: int, hidden: int, rounded: int) -> float:
         """Seconds of elementwise kernels.
@@ -137,4 +139,4 @@ class _Sizes:
         """
         count = _BF16 * (stream * self.local * self.width + hidden * self.rows * self.hidden)
         rounding = (_BF16 + 2) * self.rows * sum(linear[rounded] for linear in self.linears)
-        return moving(self.card, count + self.fp8 * rounding)
+        return self.slowdown * moving(self.card, count + self.fp8 * rounding)

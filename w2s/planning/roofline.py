@@ -19,7 +19,8 @@ fetches more a product. cuBLAS takes what is faster. ESTIMATE."""
 @cache
 def product(card: Card, rows: int, inner: int, columns: int, fp8: bool, result: int = 2) -> float:
     """Seconds of [rows, inner] x [inner, columns]; `result` bytes are moved for a value of the result."""
-    rate = 1e12 * (card.fp8_gemm if fp8 else card.bf16_gemm) / card.processors
+    best = card.fp8_gemm if fp8 else card.bf16_gemm
+    rate = 1e12 * best * card.estimates.products / card.processors
     computing = min(
         _waves(card, rows, columns, *tile) * 2 * math.prod(tile) * inner / share for tile, share in TILES.items()
     )

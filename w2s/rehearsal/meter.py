@@ -148,4 +148,4 @@ class Meter(TorchDispatchMode):
     def _attention(self, inputs: list[Tensor], backward: bool) -> float:
         query, key = inputs[1:3] if backward else inputs[:2]
         operations = 4 * query.numel() * key.shape[-2] * (2.5 if backward else 1)
-        return operations / (self._card.bf16_tflops * 1e12 * self._card.estimates.attention)
+        return operations / self._card.attention(key.shape[-2])
