@@ -8,6 +8,7 @@ from tests.planning.measured import SMALL, most_kept, on_ranks
 from tests.stages.shapes import write_shapes
 from w2s.config.load import load
 from w2s.planning.activations import Types, in_flight, peak
+from w2s.planning.schedule import Pipeline
 from w2s.planning.towers import planned_towers
 
 TARGET_WIDTH = 1280
@@ -74,8 +75,9 @@ def test_kept_bytes_are_those_that_autograd_keeps(tmp_path: Path, stage: str, ca
 
 
 def test_a_pipeline_keeps_as_many_micro_batches_as_stages_follow() -> None:
-    assert [in_flight(4, 1, stage, 8) for stage in range(4)] == [{(4,)}, {(3,)}, {(2,)}, {(1,)}]
-    assert in_flight(4, 1, 0, 2) == {(2,)}
+    assert [in_flight(Pipeline(4, 1, 4, 8), stage) for stage in range(4)] == [{(4,)}, {(3,)}, {(2,)}, {(1,)}]
+    assert in_flight(Pipeline(4, 1, 4, 2), 0) == {(2,)}
     # Interleaved, two chunks: the last of two ranks has begun 3 passes before its first backward pass.
-    assert max(map(sum, in_flight(2, 2, 1, 4))) == 3
-    assert max(map(sum, in_flight(2, 2, 0, 4))) == 5
+    assert [{sum(each) for each in in_flight(Pipeline(2, 2, 2, 4), stage)} for stage in (0, 1)] == [{5}, {3}]
+    # Larger groups keep as many more.
+    assert [{sum(each) for each in in_flight(Pipeline(2, 2, 4, 8), stage)} for stage in (0, 1)] == [{7}, {5}]

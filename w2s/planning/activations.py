@@ -7,11 +7,12 @@ sequence parallelism the rest too. How many micro-batches are kept at once is th
 et al. 2021, section 2.2: as many as there are stages from here to the last, more with virtual stages).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from w2s.config.sections import ParallelConfig
 from w2s.planning.flops import recomputed_layers
+from w2s.planning.schedule import Pipeline, order, pipeline_of
 from w2s.planning.towers import PlannedTower
 
 _STATISTIC = 4
@@ -62,7 +63,7 @@ def peak(
     last = tower.split[virtual[-1]]
     # A recomputed layer is there as a whole; the layers after it are not kept any longer then.
     again = (1 - (last - recomputed_layers(parallel, last))) * whole if parallel.recompute == "full" else 0
-    least, mixes = min(chunks), in_flight(parallel.pipeline, parallel.virtual_pipeline, stage, micro_batches)
+    least, mixes = min(chunks), in_flight(pipeline_of(parallel, micro_batches), stage)
     larger = [(number, size - least) for number, size in enumerate(chunks) if size > least]
     return max(
         sum(counts) * least
@@ -73,28 +74,21 @@ def peak(
 
 
 @cache
-def in_flight(stages: int, chunks: int, stage: int, micro_batches: int) -> frozenset[tuple[int, ...]]:
+def in_flight(pipeline: Pipeline, stage: int) -> frozenset[tuple[int, ...]]:
     """How many micro-batches of each of its chunks a rank of the pipeline keeps when it keeps most, in all ways.
 
     Args:
-        stages: ranks of the pipeline.
-        chunks: chunks of a rank.
+        pipeline: what goes through it.
         stage: the rank.
-        micro_batches: micro-batches of a step.
     """
-    if chunks == 1:
-        return frozenset({(min(stages - stage, micro_batches),)})
-    # Megatron's interleaved schedule: `stages` micro-batches go through a chunk before the next chunk's turn, and after
-    # the warm-up every forward pass is followed by a backward pass, which takes the chunks the other way round.
-    turns = min(micro_batches * chunks, 3 * stages * chunks)
-    warm_up = min((stages - stage - 1) * 2 + (chunks - 1) * stages, turns - 1)
-    counts, most = [0] * chunks, set()
-    for turn in range(turns):
-        counts[turn // stages % chunks] += 1
-        if turn >= warm_up:
-            most.add(tuple(counts))
-            counts[chunks - 1 - (turn - warm_up) // stages % chunks] -= 1
-    return frozenset(most)
+    # After some groups every further one is like the one before.
+    few = min(pipeline.micro_batches, 3 * max(pipeline.group, pipeline.stages))
+    counts, found = [0] * pipeline.chunks, set()
+    for turn in order(replace(pipeline, micro_batches=few), stage):
+        counts[turn.chunk] += -1 if turn.backward else 1
+        found.add(tuple(counts))
+    most = max(map(sum, found))
+    return frozenset(each for each in found if sum(each) == most)
 
 
 def _chunk(parallel: ParallelConfig, layers: int, whole: int, entry: int) -> int:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from w2s.config.layout import model_parallel_size
-from w2s.config.sections import Config, ParallelConfig
+from w2s.config.sections import Config
 from w2s.planning.activations import local_rows
 from w2s.planning.cards import Card
 from w2s.planning.flops import loss_flops, micro_batches, passes, recomputed_layers, share
 from w2s.planning.layers import Work, layer_time
 from w2s.planning.memory import fp8_share, sample_bytes
 from w2s.planning.roofline import exchange, message, moving
-from w2s.planning.schedule import Chunks, Passes, Pipeline, seconds
+from w2s.planning.schedule import Chunks, Passes, pipeline_of, seconds
 from w2s.planning.states import States
 from w2s.planning.teacher import PlannedTeacher
 from w2s.planning.towers import PlannedTower
@@ -304,12 +304,6 @@ def _ends(card: Card, tower: PlannedTower, samples: int, stages: int) -> list[Wo
 
 def _gradient_bytes(config: Config) -> int:
     return _FP32 if config.precision.gradients == "fp32" else _BF16
-
-
-def pipeline_of(parallel: ParallelConfig, count: int) -> Pipeline:
-    """Return the pipeline that `count` micro-batches go through."""
-    group = parallel.micro_batch_group or parallel.pipeline
-    return Pipeline(parallel.pipeline, parallel.virtual_pipeline, group, count)
 
 
 def fuses(config: Config, card: Card) -> bool:

@@ -9,7 +9,7 @@ from w2s.config.linears import check_fp8_layout
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
 from w2s.planning.cards import GPUS_PER_NODE
-from w2s.planning.flops import share
+from w2s.planning.flops import micro_batches, share
 
 
 class Layouts:
@@ -49,14 +49,15 @@ class Layouts:
                         yield split
 
     def batches(self, split: Config) -> Iterator[Config]:
-        """Micro-batches of a split, with and without sequence parallelism."""
+        """Micro-batches of a split and of its groups, with and without sequence parallelism."""
         for micro in self._choices("train.micro_batch", divisors(share(split, self.world_size))):
             sized = replace(split, train=replace(split.train, micro_batch=micro))
             for sequence in self._choices("parallel.sequence", [False, True] if split.parallel.tensor > 1 else [False]):
-                config = self._parallel(sized, sequence=sequence)
-                checks = (check_ranks, check_micro_batches, check_fp8_layout)
-                if all(self._legal(check, config, self.world_size) for check in checks):
-                    yield config
+                for group in self._choices("parallel.micro_batch_group", self._groups(sized)):
+                    config = self._parallel(sized, sequence=sequence, micro_batch_group=group)
+                    checks = (check_ranks, check_micro_batches, check_fp8_layout)
+                    if all(self._legal(check, config, self.world_size) for check in checks):
+                        yield config
 
     def recomputes(self, config: Config) -> Iterator[Config]:
         """What is computed again, from nothing to all layers."""
@@ -71,6 +72,12 @@ class Layouts:
         if {"parallel.recompute", "parallel.recompute_layers"} & set(self.fixed):
             return None
         return self._parallel(config, recompute="full", recompute_layers=layers)
+
+    def _groups(self, config: Config) -> list[int]:
+        """As many micro-batches in a group as there are stages, or twice as many where that is possible."""
+        double = 2 * config.parallel.pipeline
+        fits = config.parallel.virtual_pipeline > 1 and micro_batches(config, self.world_size) % double == 0
+        return [0, double] if fits else [0]
 
     def _tensor(self, pipeline: int) -> Iterable[int]:
         """Tensor-parallel groups stay within a node: they communicate in every layer."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from w2s.config.layout import model_parallel_size
 from w2s.config.linears import bf16_layers
 from w2s.config.sections import Config
-from w2s.planning.activations import Types, in_flight, local_rows, peak
+from w2s.planning.activations import Types, peak
 from w2s.planning.flops import micro_batches, passes, share
 from w2s.planning.states import States
 from w2s.planning.teacher import PlannedTeacher
@@ -64,7 +64,7 @@ def rank_memory(
         peak(tower, parallel, on_gpu(config, tower), samples=samples, micro_batches=count, stage=stage)
         for tower in towers
     ]
-    backward = max(_temporaries(config, tower, samples, stage, count) for tower in towers)
+    backward = max(_temporaries(config, tower, samples) for tower in towers)
     return Memory(
         weights=states.weights + sum(_fp8_weights(config, tower, stage) for tower in towers),
         gradients=states.gradients,
@@ -104,8 +104,8 @@ def _fp8_weights(config: Config, tower: PlannedTower, stage: int) -> int:
     return int(2 * fp8_share(config, tower) * layers * tower.linear_weights(config.parallel.tensor))
 
 
-def _temporaries(config: Config, tower: PlannedTower, samples: int, stage: int, count: int) -> int:
-    """The largest tensors of a backward pass that nothing keeps, and what goes to the next pipeline stage.
+def _temporaries(config: Config, tower: PlannedTower, samples: int) -> int:
+    """The largest tensors of a backward pass that nothing keeps.
 
     Gradients of the MLP's hidden activations before and after the GELU, of its input and output (with all rows, where
     sequence parallelism gathers them) and of its larger weight matrix.
@@ -113,11 +113,7 @@ def _temporaries(config: Config, tower: PlannedTower, samples: int, stage: int, 
     parallel, rows = config.parallel, samples * tower.tokens
     hidden = tower.mlp_width // parallel.tensor
     backward = 2 * rows * hidden + 2 * rows * tower.width + tower.width * hidden
-    outputs = 0
-    if not _is_last(config, stage):
-        most = max(map(sum, in_flight(parallel.pipeline, parallel.virtual_pipeline, stage, count)))
-        outputs = most * local_rows(tower, parallel, samples) * tower.width
-    return _BF16 * (backward + outputs)
+    return _BF16 * backward
 
 
 def _update(config: Config, states: States) -> int:

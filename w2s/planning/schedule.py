@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
+from w2s.config.sections import ParallelConfig
+
 
 class Turn(NamedTuple):
     """A pass of a micro-batch through a chunk of a rank."""
@@ -34,6 +36,12 @@ class Pipeline:
     def turns(self) -> int:
         """Passes of a rank in one direction."""
         return self.micro_batches * self.chunks
+
+
+def pipeline_of(parallel: ParallelConfig, micro_batches: int) -> Pipeline:
+    """Return the pipeline of a layout."""
+    group = parallel.micro_batch_group or parallel.pipeline
+    return Pipeline(parallel.pipeline, parallel.virtual_pipeline, group, micro_batches)
 
 
 @cache
