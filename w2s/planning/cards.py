@@ -1,15 +1,18 @@
 """The GPUs that the planner knows: what a data sheet promises, and how much of it software gets."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
 from w2s.config.fields import nearest
 from w2s.errors import UserError
+
+End = Literal["slow", "expected", "fast"]
+"""A bad cluster, one as expected, and a good one."""
 
 GPUS_PER_NODE = 8
 """GPUs that NVLink joins."""
@@ -70,6 +73,10 @@ class Card:
         """Bytes that elementwise kernels move in a second."""
         return self.hbm_tbs * 1e12 * self.estimates.hbm
 
+    def at(self, end: End) -> "Card":
+        """Return the card on a bad or a good cluster."""
+        return replace(self, estimates=estimates(end))
+
     def slowdown(self, width: int) -> float:
         """How many times longer layers of a width take than their operations do in wide ones."""
         return 1 + (self.narrow / width) ** 2
@@ -100,8 +107,19 @@ def card(name: str) -> Card:
 @cache
 def cards() -> Mapping[str, Card]:
     """Return all cards by name."""
+    common = {"estimates": estimates("expected"), "launch": _content()["launch"]}
+    return {name: Card(**figures, **common) for name, figures in _content()["cards"].items()}
+
+
+@cache
+def estimates(end: End) -> Estimates:
+    """Return what software reaches on a bad cluster (`slow`), on one as expected, or on a good one (`fast`)."""
+    place = get_args(End).index(end)
+    return Estimates(**{name: values[place] for name, values in _content()["estimates"].items()})
+
+
+@cache
+def _content() -> dict[str, Any]:
     text = (files("w2s.planning") / "cards.yaml").read_text(encoding="utf-8")
     content: dict[str, Any] = yaml.safe_load(text)
-    estimates = Estimates(**content["estimates"])
-    common = {"estimates": estimates, "launch": content["launch"]}
-    return {name: Card(**figures, **common) for name, figures in content["cards"].items()}
+    return content

@@ -34,6 +34,10 @@ class Plan:
     """A checkpoint in the memory of the hosts."""
     peak: float
     """FLOP/s of all GPUs: the dense BF16 peak."""
+    slow: float = 0.0
+    """Seconds of a step on a bad cluster."""
+    fast: float = 0.0
+    """Seconds of a step on a good one."""
 
     @property
     def data_size(self) -> int:
@@ -115,12 +119,12 @@ def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (
 
 def _fastest(candidates: "Sequence[_Candidate]", top: int) -> list[Plan]:
     """Simulate layouts, the most promising first, until the others cannot be among the fastest."""
-    found: list[Plan] = []
-    for candidate in candidates:
-        if len(found) >= top and candidate.model.least > found[top - 1].seconds:
+    found: list[tuple[float, int, _Candidate]] = []
+    for number, candidate in enumerate(candidates):
+        if len(found) >= top and candidate.model.least > found[top - 1][0]:
             break
-        found = sorted([*found, candidate.plan()], key=lambda plan: plan.seconds)
-    return found[:top]
+        found = sorted([*found, (candidate.model.time().total, number, candidate)])
+    return [candidate.plan() for _, _, candidate in found[:top]]
 
 
 def _check_settings(config: Config, card: Card) -> None:
@@ -198,11 +202,15 @@ class _Candidate:
 
     def __init__(self, search: _Search, config: Config, stage: "_SplitStage", memory: Memory) -> None:
         self._search, self._config, self._stage, self._memory = search, config, stage, memory
+        self.model = self._model(search.card)
+
+    def _model(self, card: Card) -> StepModel:
+        search, stage = self._search, self._stage
         states = max(stage.states.values(), key=lambda states: states.gradients)
-        self.model = StepModel(config, search.card, stage.towers, search.teacher, states, search.gpus)
+        return StepModel(self._config, card, stage.towers, search.teacher, states, search.gpus)
 
     def plan(self) -> Plan:
-        """Simulate it."""
+        """Simulate it, on a bad and a good cluster too."""
         search, states = self._search, self._stage.states.values()
         teacher = search.teacher.flops if search.teacher else 0.0
         return Plan(
@@ -213,6 +221,8 @@ class _Candidate:
             flops=stage_flops(self._config, search.gpus, **search.widths, teacher=teacher),
             host=host_copy(search.card, max(states, key=lambda each: each.weights + each.optimizer), search.gpus),
             peak=search.gpus * search.card.bf16_tflops * 1e12,
+            slow=self._model(search.card.at("slow")).time().total,
+            fast=self._model(search.card.at("fast")).time().total,
         )
 
 

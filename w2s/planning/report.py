@@ -95,11 +95,13 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "sequence": parallel.sequence,
         "pipeline": parallel.pipeline,
         "virtual_pipeline": parallel.virtual_pipeline,
+        "micro_batch_group": parallel.micro_batch_group,
         "data": plan.data_size,
         "micro_batch": plan.config.train.micro_batch,
         "recompute": parallel.recompute,
         "recompute_layers": parallel.recompute_layers,
         "seconds_per_step": plan.seconds,
+        "seconds_per_step_from_to": [plan.fast, plan.slow],
         "samples_per_second": plan.samples_per_second,
         "mfu": plan.mfu,
         "hfu": plan.hfu,
@@ -124,7 +126,7 @@ def _scaling(scaling: Scaling) -> dict[str, Any]:
     }
 
 
-_COLUMNS = ("layout", "micro", "recompute", "GiB", "s/step", "MFU %", "days")
+_COLUMNS = ("layout", "micro", "recompute", "GiB", "s/step", "from - to", "MFU %", "days")
 
 
 def _layouts(plans: Plans) -> Table:
@@ -140,12 +142,15 @@ def _cells(plan: Plan) -> list[Cell]:
         "DP": plan.data_size,
     }
     layout = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one GPU"
+    if parallel.micro_batch_group:
+        layout += f", groups of {parallel.micro_batch_group}"
     return [
         layout.replace(" ", "+SP ", 1) if parallel.sequence else layout,
         plan.config.train.micro_batch,
         parallel.recompute + (f" {parallel.recompute_layers}" if parallel.recompute_layers else ""),
         round(plan.memory.total / _GIB, 1),
         plan.seconds,
+        f"{plan.fast:.3g} - {plan.slow:.3g}",
         round(100 * plan.mfu, 1),
         plan.days,
     ]
