@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -19,6 +21,7 @@ from w2s.megatron import compat
 from w2s.megatron.gradients import global_norm
 from w2s.megatron.initialize import global_name
 from w2s.megatron.sharded import ShardedTower
+from w2s.megatron.slices import sharded_boxes
 from w2s.optim.groups import has_trust_ratio, parameter_groups
 from w2s.optim.guard import StepGuard
 from w2s.optim.lamb import Lamb
@@ -153,16 +156,23 @@ class Optimizer:
         for parameter, state in self.sharded.optimizer.state.items():
             state["step"] = torch.full((), float(step), device=parameter.device)  # each its own: they are counted up
 
+    def spread_weights(self) -> None:
+        """Make the towers' weights of the master weights, on all ranks."""
+        self.sharded._copy_main_params_to_model_params()
+        for chunk in self.chunks:
+            chunk.start_param_sync(force_sync=True)
+
     def reload_weights(self) -> None:
         """Take the towers' weights over into the master weights (after weights were loaded or clamped)."""
         self.sharded.reload_model_params()
 
 
 class _DistributedOptimizer(DistributedOptimizer):
-    """Megatron's distributed optimizer, but for four things.
+    """Megatron's distributed optimizer, but for five things.
 
-    Its reshardable checkpoints forget that torch's AdamW keeps a `step`, it waits for the gradient norm, it knows no
-    groups that are frozen for a while, and it skips no step without waiting for the device.
+    Its reshardable checkpoints forget that torch's AdamW keeps a `step`, and gather the whole state to every rank; it
+    waits for the gradient norm; it knows no groups that are frozen for a while; and it skips no step without waiting
+    for the device.
     """
 
     guard: StepGuard
@@ -181,6 +191,37 @@ class _DistributedOptimizer(DistributedOptimizer):
         if clip_grad < math.inf:
             clip_grads_with_norm_(super().get_parameters(), clip_grad, norm)
         return norm
+
+    def spans(self) -> dict[torch.nn.Parameter, range]:
+        """Return which numbers of each flattened parameter are this rank's share."""
+        maps = (bucket["param_map"] for buffer in self.gbuf_ranges for buckets in buffer.values() for bucket in buckets)
+        return {
+            parameter: range(places["param"].start, places["param"].end)
+            for each in maps
+            for parameter, places in each.items()
+        }
+
+    def sharded_param_state_fully_reshardable(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
+    ) -> Any:
+        """Describe this rank's master weights and moments as parts of whole tensors; Megatron's gathers all of them."""
+        whole = {part.data: part for part in nested_values(model_sharded_state_dict) if isinstance(part, ShardedTensor)}
+        return {
+            number: {
+                name: sharded_boxes(
+                    whole[parameter], f"optimizer.state.{name}.{whole[parameter].key}", tensor, span.start
+                )
+                for name, tensor in self._get_main_param_and_optimizer_states(parameter).items()
+                if name != "step"
+            }
+            for number, (parameter, span) in enumerate(self.spans().items())
+        }
+
+    def load_parameter_state_from_fully_reshardable(self, state_dict: Any) -> None:
+        """Take up what was read into the parts that `sharded_param_state_fully_reshardable` describes."""
+        for parameter, parts in zip(self.spans(), state_dict.values(), strict=True):
+            runs = {name: torch.cat([part.flatten() for part in each]) for name, each in parts.items()}
+            self._set_main_param_and_optimizer_states(parameter, runs)
 
     def _set_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
         group, place = self.model_param_group_index_map[model_param]

@@ -1,4 +1,8 @@
-"""Distributed save and load of towers, optimizer and small extra state, in Megatron's fully reshardable format."""
+"""Distributed save and load of towers, optimizer and small extra state, which any layout can read.
+
+Every rank writes and reads its own share of the optimizer's state, and of the weights, by Megatron's and torch's
+distributed checkpoints; nothing is gathered.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -9,10 +13,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2s.errors import CheckpointError
 from w2s.megatron.optimizer import Optimizer, Towers
+from w2s.megatron.slices import sharded_boxes
 from w2s.megatron.stored import StoredTensors
 from w2s.megatron.unpickling import COMMON, check_common, check_state, read_metadata
 from w2s.megatron.writing import Writing, reporting
@@ -24,14 +29,14 @@ def save(
     """Begin to write towers, optimizer and extra tensors (equal on all ranks) into an existing empty folder.
 
     Tensors are named `TOWER.PARAMETER`, layers numbered over the whole model, so that any layout can read them. Every
-    rank calls, and then `finish` of what it gets.
+    rank writes its share of them, calls, and then `finish` of what it gets.
 
     Raises:
         CheckpointError: the files cannot be written.
     """
     weights = _weights(towers)
     state = {
-        **_worth_keeping(weights),
+        **_own_shares(_worth_keeping(weights), optimizer),
         "optimizer": optimizer.sharded.sharded_state_dict(weights, metadata=_metadata()),
         "guard": optimizer.guard.state(),
         "extra": dict(extra),
@@ -48,13 +53,14 @@ def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[
     weights = _weights(towers)
     optimizer.prepare_to_load()
     wanted = optimizer.sharded.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
-    state = _load({**_known(weights, folder), "optimizer": wanted}, folder)
+    state = _load({**_unshared(_known(weights, folder)), "optimizer": wanted}, folder)
     if "extra" not in state:
         raise CheckpointError(f"{folder / COMMON} is not that of a training: use another checkpoint")
-    _into_towers(towers, state)
+    _into_towers(towers, state, strict=False)
     if "guard" in state:  # checkpoints of older releases have none
         optimizer.guard.load(state["guard"])
     optimizer.load(state["optimizer"], step)
+    optimizer.spread_weights()
     extra: dict[str, Tensor] = state["extra"]
     return extra
 
@@ -199,6 +205,32 @@ def _worth_keeping(weights: dict[str, Any]) -> dict[str, Any]:
         return isinstance(part, ShardedObject) and (part.data is None or len(part.data) == 0)
 
     return {chunk: {key: part for key, part in parts.items() if not empty(part)} for chunk, parts in weights.items()}
+
+
+def _own_shares(weights: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Describe of each weight what this rank's share of the optimizer's state has of it."""
+    spans = optimizer.sharded.spans()
+
+    def share(part: ShardedTensor) -> list[ShardedTensor]:
+        span = spans.get(part.data, range(0))
+        return sharded_boxes(part, part.key, part.data.detach().flatten()[span.start : span.stop], span.start)
+
+    return {
+        chunk: {key: share(part) if _is_shared(part) else part for key, part in parts.items()}
+        for chunk, parts in weights.items()
+    }
+
+
+def _unshared(weights: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the weights that are made of master weights."""
+    return {
+        chunk: {key: part for key, part in parts.items() if not _is_shared(part)} for chunk, parts in weights.items()
+    }
+
+
+def _is_shared(part: Any) -> bool:
+    """Whether it is a weight of which each data-parallel rank has a share; those in FP8 have scales for the whole."""
+    return isinstance(part, ShardedTensor) and isinstance(part.data, nn.Parameter) and type(part.data.data) is Tensor
 
 
 def _known(weights: dict[str, Any], folder: Path) -> dict[str, Any]:
