@@ -83,7 +83,7 @@ def prepare_cuda(tensor: int, deterministic: bool) -> None:
         deterministic: whether a step that is repeated has to give the same bits.
     """
     # Pieces of memory that grow: at 90 % of a card, sizes that vary a little would leave gaps which fit nothing.
-    name = "PYTORCH_ALLOC_CONF" if TorchVersion(torch.__version__) >= (2, 9) else "PYTORCH_CUDA_ALLOC_CONF"
+    name = "PYTORCH_ALLOC_CONF" if TorchVersion(torch.__version__) >= "2.9" else "PYTORCH_CUDA_ALLOC_CONF"
     wanted = {name: "expandable_segments:True"}
     if tensor > 1:
         # One queue to the GPU: else communication that was begun first may come after the product that should hide it.
@@ -97,7 +97,7 @@ def prepare_cuda(tensor: int, deterministic: bool) -> None:
 def compute_deterministically() -> None:
     """Let torch take the algorithms alone that give the same bits every time, and refuse operators that have none."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # nothing is read unwritten
     torch.backends.cudnn.benchmark = False
 
 
