@@ -217,6 +217,7 @@ class _DistributedOptimizer(DistributedOptimizer):
             for number, (parameter, span) in enumerate(self.spans().items())
         }
 
+    @torch.no_grad()
     def load_parameter_state_from_fully_reshardable(self, state_dict: Any) -> None:
         """Take up what was read into the parts that `sharded_param_state_fully_reshardable` describes."""
         for parameter, parts in zip(self.spans(), state_dict.values(), strict=True):

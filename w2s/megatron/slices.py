@@ -28,6 +28,9 @@ def boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[Box]:
     """Give the boxes of the numbers `begin` to `end` of a flattened tensor, in order; at most 2 n - 1 for n axes."""
     if begin == end:
         return
+    if len(shape) == 0:
+        yield Box((), (), begin)
+        return
     if len(shape) == 1:
         yield Box((begin,), (end - begin,), begin)
         return

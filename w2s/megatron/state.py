@@ -56,7 +56,7 @@ def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[
     state = _load({**_unshared(_known(weights, folder)), "optimizer": wanted}, folder)
     if "extra" not in state:
         raise CheckpointError(f"{folder / COMMON} is not that of a training: use another checkpoint")
-    _into_towers(towers, state, strict=False)
+    _into_towers(towers, state)
     if "guard" in state:  # checkpoints of older releases have none
         optimizer.guard.load(state["guard"])
     optimizer.load(state["optimizer"], step)
@@ -140,7 +140,7 @@ def load_weights(folder: Path, towers: Towers, names: Iterable[str]) -> None:
         chunk: {key: part for key, part in parts.items() if isinstance(part, ShardedTensor) and part.key in names}
         for chunk, parts in _weights(towers).items()
     }
-    _into_towers(towers, _load(wanted, folder), strict=False)
+    _into_towers(towers, _load(wanted, folder))
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -215,10 +215,11 @@ def _own_shares(weights: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]
         span = spans.get(part.data, range(0))
         return sharded_boxes(part, part.key, part.data.detach().flatten()[span.start : span.stop], span.start)
 
-    return {
+    shares = {
         chunk: {key: share(part) if _is_shared(part) else part for key, part in parts.items()}
         for chunk, parts in weights.items()
     }
+    return {chunk: {key: part for key, part in parts.items() if part != []} for chunk, parts in shares.items()}
 
 
 def _unshared(weights: dict[str, Any]) -> dict[str, Any]:
@@ -250,10 +251,10 @@ def _named(weights: Mapping[str, Any]) -> Iterator[tuple[str, ShardedTensor]]:
                 yield part.key, part
 
 
-def _into_towers(towers: Towers, state: Mapping[str, Any], strict: bool = True) -> None:
+def _into_towers(towers: Towers, state: Mapping[str, Any]) -> None:
     for name, tower in towers.items():
         for number, part in enumerate(tower.parts):
-            own = {key.removeprefix(f"{name}."): value for key, value in state[f"{name}/{number}"].items()}
-            none_kept = {key: None for key in part.state_dict() if key.endswith("_extra_state")}
+            # A chunk of which nothing was read is not there.
+            own = {key.removeprefix(f"{name}."): value for key, value in state.get(f"{name}/{number}", {}).items()}
             with torch.no_grad():
-                part.load_state_dict(none_kept | own, strict=strict)
+                part.load_state_dict(own, strict=False)
