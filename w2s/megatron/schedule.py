@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from w2s.megatron.backend import without_fp8
 from w2s.megatron.float8 import weights_stay
+from w2s.megatron.messages import messages_arrive
 from w2s.megatron.sharded import ShardedTower, ask_for_weights
 
 Reported = dict[str, Tensor]
@@ -151,7 +152,7 @@ def _run(
 
     ask_for_weights(tower)
     iterators = [iter(micro_batches) for _ in tower.chunks]
-    with weights_stay(tower.parts):
+    with weights_stay(tower.parts), messages_arrive():
         result: list[Reported] = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],

@@ -1,11 +1,11 @@
-"""Bytes on a rank, by part. They are added up although not all of them are there at the same moment.
+"""Bytes on a rank at the fullest moment of a step, by part.
 
 States are exact and activations within 10 % (tests/planning); what the loss, the teacher and the buffers need are the
-sums of their largest tensors.
+sums of their largest tensors. All of it is beside what the rehearsal counts (docs/rehearse.md).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from w2s.config.layout import model_parallel_size
 from w2s.config.linears import bf16_layers
@@ -26,13 +26,16 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    activations: int
-    """Kept for the backward pass."""
     teacher: int
-    loss: int
+    """Its weights, and what its forward pass needs while it runs."""
+    batch: int
+    """Samples, and what the teacher says of them."""
+    activations: int = 0
+    """Kept for the backward pass."""
+    loss: int = 0
     """Features, their gradients and logits of the contrastive loss."""
-    buffers: int
-    """The batch, and temporaries of the backward pass or of the optimizer, whichever are larger."""
+    buffers: int = 0
+    """Temporaries of the backward pass or of the optimizer."""
 
     @property
     def total(self) -> int:
@@ -58,22 +61,37 @@ def rank_memory(
         world_size: ranks in all.
         stage: rank in the pipeline.
     """
-    parallel, samples = config.parallel, min(config.train.micro_batch, share(config, world_size))
-    count = micro_batches(config, world_size)
-    kept = [
-        peak(tower, parallel, on_gpu(config, tower), samples=samples, micro_batches=count, stage=stage)
-        for tower in towers
-    ]
-    backward = max(_temporaries(config, tower, samples) for tower in towers)
-    return Memory(
+    own = share(config, world_size)
+    samples, count = min(config.train.micro_batch, own), micro_batches(config, world_size)
+    standing = Memory(
         weights=states.weights + sum(_fp8_weights(config, tower, stage) for tower in towers),
         gradients=states.gradients,
         optimizer=states.optimizer,
-        activations=max(kept) if passes(config, world_size) == 2 else sum(kept),
-        teacher=_teacher(config, teacher, samples) if teacher else 0,
-        loss=_loss(config, teacher, share(config, world_size)) if _has_loss(config, stage) else 0,
-        buffers=_batch(config, teacher, world_size) + max(backward, _update(config, states)),
+        teacher=_teacher_weights(config, teacher) if teacher else 0,
+        batch=own * sample_bytes(config, teacher),
     )
+    kept = [
+        peak(tower, config.parallel, on_gpu(config, tower), samples=samples, micro_batches=count, stage=stage)
+        for tower in towers
+    ]
+    twice, has_loss = passes(config, world_size) == 2, config.stage == "clip" and _is_last(config, stage)
+    activations = max(kept) if twice else sum(kept)
+    features = _features(config, own) if has_loss else 0
+    moments = [
+        _teaching(standing, config, teacher, samples, world_size),
+        replace(standing, batch=(1 if model_parallel_size(config.parallel) == 1 else 3) * standing.batch),
+        replace(
+            standing,
+            activations=activations,
+            loss=features,
+            buffers=max(_temporaries(config, tower, samples) for tower in towers),
+        ),
+        replace(standing, buffers=_update(config, states)),
+    ]
+    if has_loss:
+        tiles = _tiles(config, teacher, own)
+        moments.append(replace(standing, activations=0 if twice else activations, loss=features + tiles))
+    return max(moments, key=lambda moment: moment.total)
 
 
 def on_gpu(config: Config, tower: PlannedTower) -> Types:
@@ -86,10 +104,6 @@ def fp8_share(config: Config, tower: PlannedTower) -> float:
     if config.precision.fp8 == "none":
         return 0.0
     return 1 - len(bf16_layers(config.precision, tower.name, tower.layers)) / tower.layers
-
-
-def _has_loss(config: Config, stage: int) -> bool:
-    return config.stage == "clip" and _is_last(config, stage)
 
 
 def _is_last(config: Config, stage: int) -> bool:
@@ -125,15 +139,16 @@ def _update(config: Config, states: States) -> int:
     return copies * _FP32 * states.optimizer // 12
 
 
-def _batch(config: Config, teacher: PlannedTeacher | None, world_size: int) -> int:
-    """The samples of a model-parallel group: three times while its ranks exchange them, which read a share each."""
-    own, alone = 0, model_parallel_size(config.parallel) == 1
-    if teacher:
-        # The teacher's images, and in the masked stage its features of all patches before those to predict are picked.
-        patches = config.model.vision.patches if config.stage == "mim" else 0
-        features = _FP32 * patches * _target_width(config, teacher) + _summary(config, teacher)
-        own = config.train.global_batch // world_size * (features + 3 * teacher.image_size**2)
-    return (1 if alone else 3) * share(config, world_size) * sample_bytes(config, teacher) + own
+def _teaching(
+    standing: Memory, config: Config, teacher: PlannedTeacher | None, samples: int, world_size: int
+) -> Memory:
+    """While a teacher sees its images; of the features of all patches some are picked afterwards."""
+    if teacher is None:
+        return standing
+    patches = config.model.vision.patches if config.stage == "mim" else 0
+    features = _FP32 * patches * _target_width(config, teacher) + _summary(config, teacher)
+    own = config.train.global_batch // world_size * (features + 3 * teacher.image_size**2)
+    return replace(standing, teacher=standing.teacher + samples * teacher.working, batch=own)
 
 
 def sample_bytes(config: Config, teacher: PlannedTeacher | None) -> int:
@@ -156,21 +171,24 @@ def _target_width(config: Config, teacher: PlannedTeacher) -> int:
     return teacher.width + len(config.mim.layers) * teacher.layer_width
 
 
-def _teacher(config: Config, teacher: PlannedTeacher, samples: int) -> int:
-    """Weights are whole on every rank, unless `teacher.sharded` splits the vision tower over tensor-parallel ranks."""
-    vision = teacher.weights // (config.parallel.tensor if config.teacher.sharded else 1)
-    return vision + teacher.text_weights + samples * teacher.working
+def _teacher_weights(config: Config, teacher: PlannedTeacher) -> int:
+    """They are whole on every rank, unless `teacher.sharded` splits the vision tower over tensor-parallel ranks."""
+    return teacher.weights // (config.parallel.tensor if config.teacher.sharded else 1) + teacher.text_weights
 
 
-def _loss(config: Config, teacher: PlannedTeacher | None, own: int) -> int:
+def _features(config: Config, own: int) -> int:
+    """Own features in bfloat16, and four times in float32: as leaves, normalised, and the gradients of both."""
+    return 2 * own * config.model.embed_dim * (_BF16 + 4 * _FP32)
+
+
+def _tiles(config: Config, teacher: PlannedTeacher | None, own: int) -> int:
     """The tensors of w2s/objectives/tiles.py, in float32.
 
-    Captions of all ranks and their gradient; of this rank's features the bfloat16 originals and four times float32 (as
-    leaves, normalised, and their gradients) for images and captions; three tiles of logits. Affinities keep gradients
-    of their own and the teacher's captions of all ranks, and have nine tiles at a time.
+    Captions of all ranks and their gradient, and three tiles of logits. Affinities keep gradients of their own and the
+    teacher's captions of all ranks, and have nine tiles at a time.
     """
     width, tile = config.model.embed_dim, min(config.clip.tile, own)
     everyone, tiles, again = 2 * _FP32 * config.train.global_batch * width, 3, 0
     if teacher and config.clip.distill.kind != "feature":
         tiles, again = 9, _FP32 * (2 * own * width + config.train.global_batch * (2 * width + teacher.width))
-    return everyone + again + 2 * own * width * (_BF16 + 4 * _FP32) + tiles * _FP32 * tile * config.clip.tile
+    return everyone + again + tiles * _FP32 * tile * config.clip.tile
