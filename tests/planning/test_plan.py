@@ -23,7 +23,8 @@ BF16 = ["precision.compute=bf16", "teacher.precision=bf16", "data=shards", "data
 MIM = ["model=eva_18b", "teacher=eva02_clip_e_plus"]
 ONE_LAYOUT = {
     "parallel.tensor": 4, "parallel.sequence": True, "parallel.pipeline": 4, "parallel.virtual_pipeline": 1,
-    "parallel.recompute": "selective", "parallel.recompute_layers": 0, "train.micro_batch": 16,
+    "parallel.micro_batch_group": 0, "parallel.recompute": "selective", "parallel.recompute_layers": 0,
+    "train.micro_batch": 16,
 }  # fmt: skip
 
 

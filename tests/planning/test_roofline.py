@@ -9,9 +9,9 @@ H100 = card("h100")
 NVLINK, ADAPTER = H100.bandwidth(within_node=True), H100.bandwidth(within_node=False)
 
 
-def test_a_product_of_whole_waves_runs_at_the_measured_rate() -> None:
+def test_a_product_of_whole_waves_runs_at_a_share_of_the_measured_rate() -> None:
     rows, columns = 128 * 12, 256 * 11  # 132 tiles on 132 processors
-    best = 2 * rows * columns * 8192 / (794e12)
+    best = 2 * rows * columns * 8192 / (794e12 * H100.estimates.products)
     assert product(H100, rows, 8192, columns, fp8=False) == pytest.approx(best)
     # One row more: 286 small tiles are three waves of them, half as large and a tenth slower.
     assert product(H100, rows + 1, 8192, columns, fp8=False) == pytest.approx(3 / 2 / 0.9 * best)
