@@ -20,6 +20,7 @@ from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import fill
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.sharded import data_parallel, shard
+from w2s.megatron.unpickling import read_metadata
 from w2s.towers.initial import vision_rule
 from w2s.towers.masked import MaskedStudent
 
@@ -79,7 +80,8 @@ def _saved_and_verified(ranks: Ranks, towers: Towers, run: Path, background: boo
         refusal = ""
     except CheckpointError as error:
         refusal = str(error)
-    return {"hashed": hashed, "read": read, "whole": whole, "refusal": refusal}
+    written = state.written(towers, optimizer, {})
+    return {"hashed": hashed, "read": read, "whole": whole, "refusal": refusal, "written": written}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,11 @@ def _saved_and_verified(ranks: Ranks, towers: Towers, run: Path, background: boo
 )
 def test_each_rank_answers_for_its_own_files(parallel: ParallelConfig, background: bool, tmp_path: Path) -> None:
     first, second = run_ranks(saved_and_verified, 2, parallel, tmp_path, background)
-    files = sorted(path.name for path in (tmp_path / "checkpoints" / "step-00000001").iterdir())
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    files = sorted(path.name for path in folder.iterdir())
+    stored = [each for each in read_metadata(folder).state_dict_metadata.values() if hasattr(each, "size")]
+    sizes = [each.size.numel() * each.properties.dtype.itemsize for each in stored]
+    assert first["written"] + second["written"] == sum(sizes)
     tensors = [name for name in files if name.endswith(".distcp")]
     assert sorted({name[:4] for name in tensors}) == ["__0_", "__1_"]
     # In the background it is the writing process that takes the checksums, none in the training one.

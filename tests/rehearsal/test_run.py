@@ -154,3 +154,5 @@ def test_memory_of_a_rank_is_what_the_planner_says() -> None:
         planned = found.planned[report.tape.rank]
         assert report.peak == pytest.approx(planned.total, rel=0.25)
         assert report.built > planned.weights + planned.gradients
+        # Weights in bfloat16, and 12 bytes a parameter of the optimizer's share.
+        assert report.written == pytest.approx(planned.weights / 2 + planned.optimizer, rel=0.05)

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor, nn
 
 from w2s.errors import CheckpointError
@@ -34,14 +36,24 @@ def save(
     Raises:
         CheckpointError: the files cannot be written.
     """
+    return Writing(folder, _described(towers, optimizer, extra), background)
+
+
+def written(towers: Towers, optimizer: Optimizer, extra: Mapping[str, Tensor]) -> int:
+    """Return the bytes of the shares that `save` writes on this rank, which the host holds until they are written."""
+    parts = nested_values(_described(towers, optimizer, extra))
+    shares = (part for part in parts if isinstance(part, ShardedTensor) and is_main_replica(part.replica_id))
+    return sum(part.data.numel() * part.data.element_size() for part in shares)
+
+
+def _described(towers: Towers, optimizer: Optimizer, extra: Mapping[str, Tensor]) -> dict[str, Any]:
     weights = _weights(towers)
-    state = {
+    return {
         **_own_shares(_worth_keeping(weights), optimizer),
         "optimizer": optimizer.sharded.sharded_state_dict(weights, metadata=_metadata()),
         "guard": optimizer.guard.state(),
         "extra": dict(extra),
     }
-    return Writing(folder, state, background)
 
 
 def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[str, Tensor]:
@@ -231,7 +243,7 @@ def _unshared(weights: dict[str, Any]) -> dict[str, Any]:
 
 def _is_shared(part: Any) -> bool:
     """Whether it is a weight of which each data-parallel rank has a share; those in FP8 have scales for the whole."""
-    return isinstance(part, ShardedTensor) and isinstance(part.data, nn.Parameter) and type(part.data.data) is Tensor
+    return isinstance(part, ShardedTensor) and isinstance(part.data, nn.Parameter) and not is_float8tensor(part.data)
 
 
 def _known(weights: dict[str, Any], folder: Path) -> dict[str, Any]:

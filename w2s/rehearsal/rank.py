@@ -12,7 +12,7 @@ from w2s.bench.parts import marked
 from w2s.bench.synthetic import synthetic_batch
 from w2s.config.sections import Config
 from w2s.failure import describe
-from w2s.megatron import groups
+from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
 from w2s.planning.cards import Card
 from w2s.rehearsal.device import GPU, FakeGpu, stand_in_for_cuda
@@ -49,6 +49,8 @@ class RankReport:
     """The line of code at the peak."""
     parts: dict[str, int] = field(default_factory=dict)
     """What the peak is made of."""
+    written: int = 0
+    """Bytes that it writes into a checkpoint."""
     failure: str = ""
     """The line that the run would end with."""
     where: str = ""
@@ -88,6 +90,10 @@ def _steps(job: Job, ranks: Ranks, meter: Meter, parts: Parts, report: RankRepor
             meter.start_peak()
             train_step(stage, batch, 1.0)
     report.peak, report.parts, report.fullest = meter.peak, dict(meter.parts), meter.where
+    taken = len(report.tape.events)
+    with _on_gpu(meter):
+        report.written = state.written(stage.towers, stage.optimizer, stage.extra_state())
+    del report.tape.events[taken:]  # a checkpoint is no part of a step
 
 
 @contextmanager

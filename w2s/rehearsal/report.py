@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from w2s.planning.cards import GPUS_PER_NODE
 from w2s.rehearsal.parts import REST
 from w2s.rehearsal.run import Rehearsal
 from w2s.rehearsal.tape import Call, Compute, Group
@@ -27,6 +28,7 @@ def document(rehearsal: Rehearsal) -> dict[str, Any]:
                 "peak_gib": report.peak / _GIB,
                 "parts_gib": {name: size / _GIB for name, size in report.parts.items()},
                 "fullest": report.fullest,
+                "written_gib": report.written / _GIB,
                 "planned_gib": rehearsal.planned[report.tape.rank].total / _GIB,
                 "planned_parts_gib": {
                     name: size / _GIB for name, size in asdict(rehearsal.planned[report.tape.rank]).items()
@@ -64,6 +66,7 @@ def print_report(rehearsal: Rehearsal) -> None:
         console.print(_time(rehearsal).to_rich())
         console.print(_table(rehearsal).to_rich())
         console.print(f"a step takes {rehearsal.timeline.steps[-1]:.3g} s in the simulation")
+        console.print(_checkpoint(rehearsal))
     for line in rehearsal.wrong:
         console.print(f"wrong: {line}")
     if not rehearsal.wrong:
@@ -79,6 +82,15 @@ def _memory(rehearsal: Rehearsal) -> Table:
             [report.tape.rank, _gib(report.built), _gib(report.peak), _gib(planned), round(ratio, 3), report.fullest]
         )
     return Table("memory of a GPU, GiB", ["rank", "before steps", "peak", "planned", "peak / planned", "peak at"], rows)
+
+
+def _checkpoint(rehearsal: Rehearsal) -> str:
+    """What each rank writes, and what the ranks of a host hold of it in its memory until it is written."""
+    most = max(report.written for report in rehearsal.ranks)
+    least = min(report.written for report in rehearsal.ranks)
+    size = f"{_gib(most)}" if most == least else f"{_gib(least)} to {_gib(most)}"
+    on_host = min(GPUS_PER_NODE, rehearsal.world_size) * most
+    return f"a checkpoint is {size} GiB in two files from each rank, up to {_gib(on_host)} GiB of a host's memory"
 
 
 def _time(rehearsal: Rehearsal) -> Table:
