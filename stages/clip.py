@@ -173,9 +173,12 @@ class ContrastiveStage:
         return len(batch) * (1 + seen if name == "vision" else model.text.context_length)
 
     def begin(self) -> Handover | None:
-        """Take over the towers that `init.vision` and `init.text` name."""
+        """Take over the towers that `init.vision` and `init.text` name; a scale that is set is kept."""
         from_teacher = self.config.init.text == "teacher"
-        return take_over(self.towers, self.config, text_weights(self.config) if from_teacher else None)
+        handover = take_over(self.towers, self.config, text_weights(self.config) if from_teacher else None)
+        if self.text.tail is not None and self.config.clip.logit_scale is not None:
+            self.text.tail.logit_scale.data.fill_(math.log(self.config.clip.logit_scale))
+        return handover
 
     @torch.no_grad()
     def after_update(self) -> None:

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -71,6 +71,20 @@ def test_print_config_is_the_resolved_configuration(w2s: Run) -> None:
     printed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(output)))
     assert printed == load("clip", ["model=tiny", "train.steps=77"])
     assert printed.train.steps == 77
+
+
+def test_print_config_refuses_what_would_be_refused_anywhere(w2s: Run) -> None:
+    code, output, error = w2s("stage", "mim", "mim.summary_weight=-1", "--print-config")
+    assert (code, output) == (2, "") and error == "error: mim.summary_weight=-1.0 is outside of [0, inf)\n"
+    code, output, error = w2s("run", "default", "clip:optim.cooldown=2", "--print-config")
+    assert (code, output) == (2, "") and "optim.cooldown=2.0 is outside of [0, 1]" in error
+
+
+@pytest.mark.parametrize("command", [("stage", "clip", "--print-config"), ("plan", "clip", "--gpus", "256")])
+def test_a_random_text_tower_at_a_low_rate_is_doubted_before_anything_runs(w2s: Run, command: Sequence[str]) -> None:
+    code, output, error = w2s(*command, "model=eva_18b")
+    assert code == 0 and output
+    assert error.startswith("warning: the text tower starts from random weights at optim.text_lr=4e-05")
 
 
 def test_print_config_shows_a_gpu_configuration_on_any_machine(w2s: Run) -> None:

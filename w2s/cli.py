@@ -97,14 +97,25 @@ def stage(
 ) -> None:
     """Run one stage. The same command continues an interrupted run; under torchrun or srun it runs as a rank."""
     with _one_line(debug):
+        from w2s.config.checks import check_settings
         from w2s.config.load import load, refuse_expanded_braces, to_yaml
 
         refuse_expanded_braces(overrides or [])
         config = load(name, overrides or [])
         if print_config:
+            check_settings(config)
             print(to_yaml(config), end="")
+            _warn(config)
         else:
             _start(config, nproc, restarts)
+
+
+def _warn(config: "Config") -> None:
+    """Say on the error stream what is hardly meant."""
+    from w2s.config.checks import doubts
+
+    for doubt in doubts(config, world_size=1):
+        print(f"warning: {doubt}", file=sys.stderr)
 
 
 def _start(config: "Config", nproc: int, restarts: int) -> None:
@@ -303,6 +314,8 @@ def plan(
             hardware_file.check_name(out)
         kind = card_of(card)
         found = {stage: find_plans(asked.config(stage, gpus), kind, gpus, asked.fixed, top) for stage in asked.stages}
+        for stage in asked.stages:
+            _warn(asked.config(stage, gpus))
         curves = {stage: scaling.simulate(asked, stage, simulate) for stage in asked.stages} if simulate else {}
         if out:
             hardware_file.write(out, asked, [plans.fastest[0] for plans in found.values()])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from w2s.config.checks import check_teacher_widths
 from w2s.config.sections import Config, TeacherConfig
 from w2s.data.batch import Batch, given
 from w2s.data.tokens import tokenize
@@ -162,10 +163,5 @@ def _build(config: Config, source: TeacherConfig, ranks: Ranks) -> ClipTeacher:
     except ConfigError as error:
         raise ConfigError(f"clip.distill.source={settings.source}: {error}") from error
     teacher = ClipTeacher(vision, text)
-    if settings.kind != "affinity" and any(width != model.embed_dim for width in teacher.widths):
-        raise ConfigError(
-            f"clip.distill.kind={settings.kind}: the teacher's embeddings have {teacher.widths[0]} channels and "
-            f"model.embed_dim={model.embed_dim}: use clip.distill.kind=affinity, or a student with "
-            f"model.embed_dim={teacher.widths[0]}"
-        )
+    check_teacher_widths(config, teacher.widths)
     return teacher

@@ -1,6 +1,9 @@
-"""Asking a run to stop: what SIGTERM and Ctrl-C do."""
+"""Asking a run to stop: what SIGTERM and Ctrl-C do, and what ends with it."""
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -60,3 +63,15 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def end_with_parent() -> None:
+    """Let this process end as soon as the one that asked for it has, be it killed."""
+    threading.Thread(target=_exit_after_parent, daemon=True).start()
+
+
+def _exit_after_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

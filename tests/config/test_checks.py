@@ -77,6 +77,15 @@ def test_a_checkpoint_to_go_on_from_brings_all_weights() -> None:
     assert refusal("clip", "init.checkpoint=trunk", "init.vision=other") == (
         "init.vision=other does nothing with init.checkpoint=trunk, which brings all weights: leave one of them out"
     )
+    assert refusal("clip", "init.checkpoint=trunk", "clip.logit_scale=100").startswith(
+        "clip.logit_scale=100.0 does nothing with init.checkpoint=trunk"
+    )
+
+
+def test_weights_of_layers_without_layers() -> None:
+    assert refusal("mim", "mim.layers_weight=1") == (
+        "mim.layers_weight=1.0 does nothing with mim.layers=[]: choose layers or leave it out"
+    )
 
 
 @pytest.mark.parametrize("stage", ["mim", "clip", "eval"])

@@ -1,6 +1,7 @@
 """The linears of emulated FP8 beside float64, and the counts of what rounding does."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from w2s.config.sections import ParallelConfig, VisionConfig
 from w2s.errors import ConfigError
+from w2s.megatron import float8
 from w2s.megatron.backend import LOCAL
-from w2s.megatron.float8 import column_linear, emulated_linears, row_linear, weights_stay
+from w2s.megatron.float8 import column_linear, row_linear, weights_stay
 from w2s.megatron.formats import FORWARD, GRADIENTS, block_scale, current_scale, quantize
 from w2s.megatron.tower import transformer_config
 from w2s.megatron.watch import tally

@@ -20,6 +20,7 @@ from w2s.pipeline.plan import Plan
 from w2s.pipeline.run import run_pipeline
 from w2s.pipeline.steps import load_pipeline
 from w2s.planning.cards import card
+from w2s.planning.hardware_file import lanes
 from w2s.planning.plan import find_plans
 
 
@@ -52,7 +53,9 @@ def test_every_step_fits_on_its_gpus(steps: dict[str, Config], name: str) -> Non
     gpus = 256 if name == "mim" else 360
     config = steps[name]
     plan = find_plans(config, card("h100"), gpus).fastest[0]
-    check(replace(plan.config, hardware=replace(config.hardware, device="cpu")), gpus, 8)
+    # Lanes too are a hardware file's.
+    data = replace(config.data, lanes=lanes(plan.config, gpus))
+    check(replace(plan.config, hardware=replace(config.hardware, device="cpu"), data=data), gpus, 8)
     assert plan.config.train.global_batch == config.train.global_batch
 
 

@@ -38,6 +38,7 @@ LAYOUTS = {
     "virtual pipeline": [*TENSOR, *OVERLAP, "parallel.virtual_pipeline=2"],
 }
 STAGES = {"mim": MaskedStage, "clip": ContrastiveStage}
+CASES = [(stage, layout) for stage in STAGES for layout in LAYOUTS]
 
 
 def configured(stage: str, *overrides: str) -> Config:
@@ -65,8 +66,13 @@ def first_call(report: RankReport) -> int:
     return next(e.number for e in report.tape.events[report.tape.steps[0] :] if isinstance(e, Call))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "layout"),
+    [
+        ("mim", "virtual pipeline"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES if case != ("mim", "virtual pipeline")),
+    ],
+)
 def test_a_rehearsal_calls_what_real_ranks_call(stage: str, layout: str) -> None:
     config = configured(stage, *LAYOUTS[layout])
     found = rehearsed(config, 8, range(8))

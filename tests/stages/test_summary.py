@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tests.checkpoint.peers import released
 from tests.stages.conftest import Material, Run
-from tests.stages.runs import records, result, run_stage
+from tests.stages.runs import history, records, result, run_stage
 from w2s.checkpoint.files import open_weights
 from w2s.checkpoint.store import latest, read_meta
 from w2s.config.load import load
@@ -76,6 +76,13 @@ def test_fresh_projections_stay_behind(chain: Chain, base: list[str]) -> None:
     run = run_stage("clip", [*base, *EVERY, *STUDENT, "init.vision=student", "init.text=teacher", *fresh])
     table = json.loads((run / "tables" / "handover.json").read_text())
     assert table["rows"][-1][2] == "vision.head.weight, text.logit_scale, text.text_projection"
+
+
+def test_a_scale_that_is_set_is_kept_beside_the_teachers_text_tower(chain: Chain, base: list[str]) -> None:
+    constant = ["clip.learn_logit_scale=false", "clip.logit_scale=100", "train.steps=2", "run.name=constant"]
+    run = run_stage("clip", [*base, *EVERY, *STUDENT[:1], "init.vision=student", "init.text=teacher", *constant])
+    assert history(run, "logit_scale") == pytest.approx([100, 100])
+    assert history(chain.clip, "logit_scale")[0] == pytest.approx(history(chain.weak, "logit_scale")[-1], rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Checks across sections and against the machine: what a user would get wrong is refused before a run starts."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from operator import attrgetter
 
@@ -62,8 +63,7 @@ def check(config: Config, world_size: int, local_size: int) -> None:
     Raises:
         ConfigError: with the key, its value and legal values.
     """
-    for key, interval in _INTERVALS.items():
-        _check_interval(config, key, interval)
+    check_settings(config)
     _check_device(config.hardware, local_size)
     check_ranks(config, world_size)
     check_linears(config)
@@ -71,6 +71,45 @@ def check(config: Config, world_size: int, local_size: int) -> None:
         _check_eval(config)
     else:
         _check_training(config, world_size)
+
+
+def check_settings(config: Config) -> None:
+    """Refuse what would be wrong on any number of ranks and any machine.
+
+    Raises:
+        ConfigError: with the key, its value and legal values.
+    """
+    for key, interval in _INTERVALS.items():
+        _check_interval(config, key, interval)
+    if config.stage == "eval":
+        return
+    _check_optimizer(config)
+    _check_continued(config)
+    _check_growth(config.init)
+    if config.stage == "mim":
+        _check_masks(config)
+        _check_layers(config)
+        _check_summary(config.mim)
+        if config.init.text != "none":
+            raise ConfigError(f"init.text={config.init.text}: the masked stage has no text tower, leave init.text out")
+    else:
+        _check_logits(config.clip)
+        _check_distillation(config)
+
+
+def check_teacher_widths(config: Config, widths: Sequence[int]) -> None:
+    """Refuse a teacher of the contrastive stage whose embeddings are to be matched and have other widths.
+
+    Raises:
+        ConfigError: they have.
+    """
+    kind, embed_dim = config.clip.distill.kind, config.model.embed_dim
+    if kind != "affinity" and any(width != embed_dim for width in widths):
+        raise ConfigError(
+            f"clip.distill.kind={kind}: the teacher's embeddings have {widths[0]} channels and "
+            f"model.embed_dim={embed_dim}: use clip.distill.kind=affinity, or a student with "
+            f"model.embed_dim={widths[0]}"
+        )
 
 
 def doubts(config: Config, world_size: int) -> list[str]:
@@ -107,28 +146,16 @@ def _check_training(config: Config, world_size: int) -> None:
         raise ConfigError("checkpoint.memory=true with precision.fp8_primary_weights=true: leave one of them out")
     if config.eval.sets:
         raise ConfigError(f"eval.sets is for w2s stage eval: {config.stage} is measured on eval.shards alone")
-    _check_optimizer(config)
     check_towers(config)
     check_micro_batches(config, world_size)
     check_lanes(config.data.lanes, config.train.global_batch, world_size)
     check_fp8_layout(config, world_size)
     _check_phases(config)
     _check_graphs(config)
-    _check_continued(config.init)
-    _check_growth(config.init)
-    if config.stage == "mim":
-        _check_masks(config)
-        _check_layers(config)
-        _check_summary(config.mim)
-        if config.init.text != "none":
-            raise ConfigError(f"init.text={config.init.text}: the masked stage has no text tower, leave init.text out")
-    else:
-        _check_logits(config.clip)
-        _check_distillation(config)
 
 
 def _check_logits(clip: ClipConfig) -> None:
-    if clip.logit_scale > clip.logit_scale_max:
+    if clip.logit_scale is not None and clip.logit_scale > clip.logit_scale_max:
         raise ConfigError(
             f"clip.logit_scale={clip.logit_scale:g} is above clip.logit_scale_max={clip.logit_scale_max:g}: "
             "raise the maximum"
@@ -137,13 +164,18 @@ def _check_logits(clip: ClipConfig) -> None:
         raise ConfigError(f"clip.logit_bias={clip.logit_bias:g} does nothing with clip.loss=softmax: leave it out")
 
 
-def _check_continued(init: InitConfig) -> None:
+def _check_continued(config: Config) -> None:
     """A checkpoint that is gone on from has all towers; `latest` is what a stage takes without being told."""
-    towers = {"init.vision": init.vision in ("none", "latest"), "init.text": init.text == "none"}
-    for key, unset in towers.items():
-        if init.checkpoint != "none" and not unset:
+    init, scale = config.init, config.clip.logit_scale
+    given = {
+        f"init.vision={init.vision}": init.vision not in ("none", "latest"),
+        f"init.text={init.text}": init.text != "none",
+        f"clip.logit_scale={scale}": config.stage == "clip" and scale is not None,
+    }
+    for setting, is_given in given.items():
+        if init.checkpoint != "none" and is_given:
             raise ConfigError(
-                f"{key}={getattr(init, key.removeprefix('init.'))} does nothing with "
+                f"{setting} does nothing with "
                 f"init.checkpoint={init.checkpoint}, which brings all weights: leave one of them out"
             )
 
@@ -315,6 +347,10 @@ def _check_masks(config: Config) -> None:
 
 def _check_layers(config: Config) -> None:
     chosen, layers = [pair.student for pair in config.mim.layers], config.model.vision.layers
+    for key in ("layers_weight", "layers_until"):
+        value = getattr(config.mim, key)
+        if value != getattr(MimConfig(), key) and not chosen:
+            raise ConfigError(f"mim.{key}={value} does nothing with mim.layers=[]: choose layers or leave it out")
     for layer in chosen:
         if layer >= layers:
             raise ConfigError(f"mim.layers: the student has no layer {layer}, its layers are 0 to {layers - 1}")

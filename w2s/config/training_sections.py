@@ -157,8 +157,8 @@ class ClipConfig:
     """Initial bias of the logits of the sigmoid loss; the softmax loss has none."""
     equal_captions: Literal["negatives", "positives"] = "negatives"
     """Whether two samples of a batch with the same caption repel each other or count as positives."""
-    logit_scale: float = 1 / 0.07
-    """Initial scale of the logits (inverse temperature)."""
+    logit_scale: float | None = None
+    """Initial scale of the logits (inverse temperature); null takes that of `init.text`, and 1 / 0.07 without one."""
     logit_scale_max: float = 100.0
     """The scale is clamped to at most this after each step."""
     learn_logit_scale: bool = True
@@ -169,6 +169,11 @@ class ClipConfig:
     """`auto` takes one forward pass where the batch of a rank is one micro-batch; `always` takes the two-pass way."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """Distillation from a finished CLIP beside the contrastive loss."""
+
+    @property
+    def drawn_logit_scale(self) -> float:
+        """The initial scale of a text tower from scratch."""
+        return 1 / 0.07 if self.logit_scale is None else self.logit_scale
 
 
 @dataclass(kw_only=True)

@@ -1,9 +1,7 @@
 """Starting the reading processes of a rank."""
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
@@ -12,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from w2s.data.reader import Part, PartDataset, ReadPlan
 from w2s.errors import DataError
-from w2s.stopping import SIGNALS, signals_blocked
+from w2s.stopping import SIGNALS, end_with_parent, signals_blocked
 
 
 def start_reading(plan: ReadPlan, workers: int) -> Iterator[Part | DataError]:
@@ -69,11 +67,4 @@ def _live_and_die_with_trainer(_worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # The loader's watchdog looks at the parent, which is the server here, and that lives while its children do.
-    threading.Thread(target=_exit_after_trainer, daemon=True).start()
-
-
-def _exit_after_trainer() -> None:
-    trainer = multiprocessing.parent_process()
-    if trainer is not None:
-        trainer.join()
-        os._exit(1)
+    end_with_parent()

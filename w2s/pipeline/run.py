@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from w2s.checkpoint.find import is_finished
-from w2s.config.checks import check
+from w2s.config.checks import check, check_settings
 from w2s.config.load import to_yaml
 from w2s.config.naming import run_folder
 from w2s.host import prepare_cuda
@@ -80,6 +80,8 @@ def pipeline_yaml(name: str, overrides: Sequence[str]) -> str:
         ConfigError: for a pipeline or an override that cannot be.
     """
     configs = Plan(load_pipeline(name), overrides, fresh=False).configs()
+    for config in configs:
+        check_settings(config)
     return "---\n".join(f"# {config.run.name}: w2s stage {config.stage}\n{to_yaml(config)}" for config in configs)
 
 

@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from w2s.config.checks import check_settings
 from w2s.config.layout import model_parallel_size
 from w2s.config.linears import check_useless_fp8
 from w2s.config.sections import Config
@@ -129,6 +130,7 @@ def _fastest(candidates: "Sequence[_Candidate]", top: int) -> list[Plan]:
 
 def _check_settings(config: Config, card: Card) -> None:
     """Refuse what the planner does not model, and what no layout could run."""
+    check_settings(config)
     check_useless_fp8(config.precision)
     fp8 = config.precision.fp8
     if fp8 == "emulated":

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from w2s.config.checks import check_teacher_widths
 from w2s.config.load import model_from, named_model
 from w2s.config.sections import Config, MimConfig, ModelConfig, TeacherConfig, VisionConfig
 from w2s.planning.flops import teacher_flops, text_flops
@@ -65,6 +66,7 @@ def planned_teacher(config: Config, model: ModelConfig | None = None) -> Planned
     sides = config.clip.distill.teacher_sides
     seen = _image_side(config, teacher, model) if "image" in sides else _NOTHING
     read = _text_side(config, teacher, model) if "text" in sides else _NOTHING
+    check_teacher_widths(config, [width for width in (seen.summary_width, read.width) if width])
     return replace(
         seen,
         width=seen.summary_width or read.width,

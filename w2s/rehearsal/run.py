@@ -25,6 +25,7 @@ from w2s.rehearsal.kinds import stage_of
 from w2s.rehearsal.rank import Job, RankReport, rehearse
 from w2s.rehearsal.tape import HostWait
 from w2s.rehearsal.timeline import Timeline, play
+from w2s.stopping import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def perform(be: Callable[[Job], RankReport], jobs: Sequence[Job]) -> list[RankRe
     # Much of a rank is for ever, so a process takes one alone; what they all import is imported once.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([rehearse.__module__])
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=processes, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(
+        os.cpu_count(), mp_context=processes, initializer=end_with_parent, max_tasks_per_child=1
+    ) as pool:
         return list(pool.map(be, jobs))
 
 

@@ -118,7 +118,7 @@ def build_text_teacher(
     if found.released is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            tower, scale = found.build(), torch.tensor(ClipConfig().logit_scale)
+            tower, scale = found.build(), torch.tensor(ClipConfig().drawn_logit_scale)
     else:
         verify(found.released.path)
         tower, scale = _loaded(found, found.released)

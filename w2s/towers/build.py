@@ -68,7 +68,7 @@ def build_clip(
     def text_chunk(number: int) -> TextTower:
         has_bias = config.clip.loss == "sigmoid"
         tower = TextTower(model.text, model.embed_dim, config.parallel, dtype, number, has_bias, reading)
-        scalars = config.clip.logit_scale, config.clip.logit_bias
+        scalars = config.clip.drawn_logit_scale, config.clip.logit_bias
         fill(tower, text_rule(model.text, *scalars, config.init.text_mlp_bias), seed)
         if tower.last:
             tower.logit_scale.requires_grad_(config.clip.learn_logit_scale)
