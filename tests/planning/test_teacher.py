@@ -37,10 +37,10 @@ def test_an_eva_teacher_sees_images_of_the_size_that_is_given() -> None:
     assert planned.flops == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("source", ["eva:tiny@none", "open_clip:ViT-S-32"])
-def test_a_text_tower_is_worked_out_as_its_network_is(source: str) -> None:
+@pytest.mark.parametrize(("source", "width"), [("eva:tiny@none", 16), ("open_clip:ViT-S-32", 384)])
+def test_a_text_tower_is_worked_out_as_its_network_is(source: str, width: int) -> None:
     """As it reads the student's captions, of 16 tokens."""
-    keys = ["clip.distill.kind=feature", "clip.distill.towers=text"]
+    keys = ["clip.distill.kind=feature", "clip.distill.towers=text", f"model.embed_dim={width}"]
     config = load("clip", ["model=tiny", f"clip.distill.source={source}", *keys])
     planned = planned_teacher(config)
     teacher = build_text_teacher(TeacherConfig(source=source.partition("@")[0]), context_length=16, device="cpu")
@@ -57,8 +57,9 @@ def test_a_clip_that_teaches_costs_what_its_towers_cost() -> None:
     """Both for affinities, and for a comparison; else those that are asked for."""
 
     def flops(*keys: str) -> float:
-        return planned_teacher(load("clip", ["model=tiny", "clip.distill.source=eva:eva_s@none", *keys])).flops
+        return planned_teacher(load("clip", [*student, *keys])).flops
 
+    student = ["model=tiny", "model.embed_dim=512", "clip.distill.source=eva:eva_s@none"]
     feature = "clip.distill.kind=feature"
     image, text = (flops(feature, f"clip.distill.towers={name}") for name in ("image", "text"))
     assert image == planned_teacher(load("mim", ["teacher.source=eva:eva_s@none"])).flops

@@ -27,7 +27,7 @@ def status(client: MlflowClient, run: Path) -> str:
 @pytest.mark.parametrize(
     ("stage", "signals", "workers"),
     [
-        ("clip", [signal.SIGKILL], (0, 1)),
+        pytest.param("clip", [signal.SIGKILL], (0, 1), marks=pytest.mark.slow),
         pytest.param("mim", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], (1, 0), marks=pytest.mark.slow),
     ],
 )

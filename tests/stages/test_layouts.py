@@ -104,7 +104,10 @@ ONLY = {
     "distilled sigmoid": ("accumulation", "data", "tensor and sequence", "pipeline, data"),
 }
 """Where some variants are compared; the others are everywhere."""
+GROUPS = ("virtual pipeline in larger groups", "tensor, sequence, virtual pipeline", "virtual pipeline, data")
 BRIEF = ONLY | {
+    "mim": ("full recompute", "data, overlapped", "tensor", "uneven pipeline", *GROUPS, "pipeline, data"),
+    "clip": ("accumulation", "data", "tensor and sequence", *GROUPS, "tensor, pipeline", "tensor, data"),
     "layers": ("accumulation", "data, overlapped", "tensor and sequence", "pipeline"),
     "summary": ("accumulation", "data", "tensor and sequence", "virtual pipeline"),
     "distilled": ("accumulation", "data, overlapped", "tensor and sequence", "pipeline"),

@@ -80,7 +80,6 @@ TWO_RANKS = {
     "mim, pipeline": ("mim", ["parallel.pipeline=2", "train.micro_batch=4"]),
     "mim, data": ("mim", ["train.micro_batch=4", "parallel.overlap_grad_reduce=true"]),
     "clip, tensor and sequence": ("clip", ["parallel.tensor=2", "parallel.sequence=true", "optim.name=lamb"]),
-    "clip, pipeline": ("clip", ["parallel.pipeline=2", "train.micro_batch=4"]),
     "clip with a teacher, pipeline": (
         "clip",
         ["parallel.pipeline=2", "train.micro_batch=4", "clip.distill.source=eva:tiny", "clip.distill.kind=both"],
