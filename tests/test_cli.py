@@ -80,6 +80,12 @@ def test_print_config_refuses_what_would_be_refused_anywhere(w2s: Run) -> None:
     assert (code, output) == (2, "") and "optim.cooldown=2.0 is outside of [0, 1]" in error
 
 
+def test_a_rehearsal_of_what_cannot_start_gives_its_line_and_exit_code_1(w2s: Run) -> None:
+    code, output, error = w2s("rehearse", "mim", "model=tiny", "parallel.pipeline=3", "--gpus", "4")
+    assert (code, error) == (1, "")
+    assert "wrong: parallel.tensor=1 x parallel.pipeline=3 needs a multiple of 3 ranks" in " ".join(output.split())
+
+
 FIXED = ("parallel.tensor=1", "parallel.pipeline=4", "parallel.virtual_pipeline=1", "train.micro_batch=32")
 """One layout is planned sooner than all."""
 

@@ -1,6 +1,6 @@
 """Measure what the planner's times stand on, on one GPU, and print it as JSON beside what the planner says.
 
-    python tools/calibrate.py [--card h100] [--tiny]
+    python tools/calibrate.py [--card NAME] [--tiny]
 
 Matrix products of EVA-18B's layers at 8 and 16 images, forward and by weights, the latter with gradients added up
 apart or by the product; and attention by each of torch's backends, forward and backward. `--tiny` goes the same way
@@ -10,6 +10,7 @@ on any machine, with sizes that take no time.
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
+from w2s.bench.speed import card_of
 from w2s.config.load import named_model
 from w2s.planning.cards import Card, card
 from w2s.planning.roofline import moving, product
@@ -70,18 +72,23 @@ def seconds(operation: Callable[[], Any]) -> float | None:
 def products(kind: Card, sizes: Sizes, rows: int) -> Iterator[Measured]:
     """The products of a layer's linears, in bfloat16."""
     for name, (inner, columns) in sizes.linears.items():
-        left, right, gradient = noise(sizes, rows, inner), noise(sizes, columns, inner), noise(sizes, rows, columns)
+        rows_in, weight, rows_out = noise(sizes, rows, inner), noise(sizes, columns, inner), noise(sizes, rows, columns)
         sums = torch.zeros(columns, inner, device=sizes.device)
         shape = f"[{rows}, {inner}] x [{inner}, {columns}]"
         planned = product(kind, rows, inner, columns, fp8=False)
-        yield Measured(f"{name}, forward", shape, planned, seconds(lambda: left @ right.t()))
+        yield Measured(f"{name}, forward", shape, planned, seconds(partial(torch.mm, rows_in, weight.t())))
         shape = f"[{columns}, {rows}] x [{rows}, {inner}]"
-        apart = product(kind, columns, rows, inner, fp8=False) + moving(kind, (2 + 4 + 4) * columns * inner)
-        by_weight = seconds(lambda: sums.add_(gradient.t() @ left))
-        yield Measured(f"{name}, by weight, added up apart", shape, apart, by_weight)
-        fused = product(kind, columns, rows, inner, fp8=False, result=8)
-        by_weight = seconds(lambda: torch.addmm(sums, gradient.t(), left, out_dtype=torch.float32))
-        yield Measured(f"{name}, by weight, added up by the product", shape, fused, by_weight)
+        planned = product(kind, columns, rows, inner, fp8=False) + moving(kind, (2 + 4 + 4) * columns * inner)
+        apart = seconds(partial(added_apart, sums, rows_out.t(), rows_in))
+        yield Measured(f"{name}, by weight, added up apart", shape, planned, apart)
+        planned = product(kind, columns, rows, inner, fp8=False, result=8)
+        at_once = seconds(partial(torch.addmm, sums, rows_out.t(), rows_in, out_dtype=torch.float32))
+        yield Measured(f"{name}, by weight, added up by the product", shape, planned, at_once)
+
+
+def added_apart(sums: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add a product in bfloat16 to sums in float32."""
+    return sums.add_(left @ right)
 
 
 def attention(kind: Card, sizes: Sizes, images: int) -> Iterator[Measured]:
@@ -106,14 +113,14 @@ def noise(sizes: Sizes, *shape: int) -> Tensor:
 
 
 def main(
-    name: Annotated[str, typer.Option("--card", help="The GPU, a name of w2s/planning/cards.yaml.")] = "h100",
+    name: Annotated[str, typer.Option("--card", help="The GPU, where it is none of w2s/planning/cards.yaml.")] = "h100",
     tiny: Annotated[bool, typer.Option("--tiny", help="Small sizes, on any machine.")] = False,
 ) -> None:
     """Measure, and print JSON."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vision = named_model("tiny" if tiny else "eva_18b").vision
     sizes = Sizes(vision.width, vision.mlp_width, vision.heads, 1 + vision.patches, device)
-    kind = card(name)
+    kind = (card_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None) or card(name)
     found = [
         each
         for images in IMAGES

@@ -3,7 +3,7 @@
     python tools/gpu_page.py [RESULTS] > docs/h100.md
 
 RESULTS holds machine.json (of tools/machine.py) and, of each part, NAME.log, NAME.rc with its exit code, and NAME.json
-with what `w2s bench step --json` printed. Without RESULTS the page says that nothing was run.
+with what `w2s bench step --json` or tools/calibrate.py printed. Without RESULTS the page says that nothing was run.
 """
 
 import json
@@ -25,13 +25,16 @@ dense BF16 peak, in FP8 too; "towers" are the forward and backward passes of wha
 GOALS = f"""The goals: {STACK_MFU:.0%} MFU in BF16 for the student's stack, FP8 at least {FP8_GAIN} x of BF16, and
 {PEER_RATIO} x the samples per second of the compiled peer (timm for the masked stage, open_clip for the contrastive).
 """
+PLANNER = """What `w2s plan` reckons with, beside what was measured: whole steps, and the products, sums of
+gradients and attention that they are made of (`tools/calibrate.py`). Above 1 the plan was too hopeful.
+"""
 NOTHING = "**Not yet run on a GPU**: no figure stands here before one was measured.\n"
 REHEARSAL = "**A rehearsal on a CPU with tiny sizes**: its figures say nothing about a card.\n"
 COMMAND = """One command writes this page, in at most 10 minutes, on a machine with a Hopper GPU where w2s is installed,
 or on a bare one with the wheels in `.te/` (no network is needed):
 
 ```bash
-tools/gpu_check.sh             # the tests with the marker `gpu`, then every benchmark, then this page
+tools/gpu_check.sh             # what plans stand on, benchmarks, the tests with the marker `gpu`, this page
 tools/gpu_check.sh --rehearse  # the same on a CPU with tiny sizes; the page goes beside the results
 ```
 """
@@ -78,6 +81,7 @@ def page(results: Path | None) -> str:
         return "\n".join([HEAD, NOTHING, GOALS, COMMAND])
     parts = read_parts(results)
     reports = {part.name: part.report for part in parts if part.report}
+    calibration = reports.pop("calibration", None)
     machine = json.loads((results / "machine.json").read_text(encoding="utf-8"))
     lines = [f"{name}: {value}" for name, value in machine.items()]
     sections = [
@@ -89,6 +93,10 @@ def page(results: Path | None) -> str:
         _goals(reports),
         "## Steps\n",
         *(_steps(stage, reports) for stage in ("mim", "clip")),
+        "## The planner beside it\n",
+        PLANNER,
+        _planned_steps(reports),
+        *([_planned_operations(calibration)] if calibration else []),
         "## What was run\n",
         _endings(parts),
         COMMAND,
@@ -176,6 +184,43 @@ def _step(micro_batch: int, title: str, speed: dict[str, Any] | None, ratio: flo
     fractions = ["" if speed[name] is None else f"{speed[name]:.1%}" for name in ("mfu", "hfu", "towers_mfu")]
     figures = [_number(speed[name], 1) for name in ("milliseconds", "samples_per_second", "model_tflops")]
     return [str(micro_batch), title, *figures, *fractions, _number(speed["memory_gib"], 1), _number(ratio)]
+
+
+def _planned_steps(reports: dict[str, dict[str, Any]]) -> str:
+    """Our steps beside what the planner says of the same layout."""
+    rows = [
+        [
+            f"{report['stage']}, {precision(report)}",
+            str(row["micro_batch"]),
+            _number(planned, 1),
+            _number(row["ours"]["milliseconds"], 1),
+            _number(row["ours"]["milliseconds"] / planned),
+        ]
+        for report in reports.values()
+        for row in report["rows"]
+        if row["ours"] and (planned := row.get("planned_milliseconds"))
+    ]
+    columns = ["step", "micro-batch", "planned, ms", "measured, ms", "measured / planned"]
+    return table(columns, rows) if rows else "No step was planned and measured.\n"
+
+
+def _planned_operations(calibration: dict[str, Any]) -> str:
+    """What a step is made of, beside what the planner says of it."""
+
+    def row(each: dict[str, Any]) -> list[str]:
+        planned, measured = 1e6 * each["planned"], each["measured"]
+        if measured is None:
+            return [each["what"], each["shape"], _number(planned, 1), "cannot be done here", ""]
+        return [
+            each["what"],
+            each["shape"],
+            _number(planned, 1),
+            _number(1e6 * measured, 1),
+            _number(1e6 * measured / planned),
+        ]
+
+    columns = ["operation", "shape", "planned, us", "measured, us", "measured / planned"]
+    return table(columns, [row(each) for each in calibration["rows"]])
 
 
 def _endings(parts: list[Part]) -> str:

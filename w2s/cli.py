@@ -361,8 +361,8 @@ def rehearse(
             print(json.dumps(report.document(found), indent=2))
         else:
             report.print_report(found)
-        if found.wrong:
-            raise typer.Exit(1)
+    if found.wrong:
+        raise typer.Exit(1)
 
 
 @app.command()

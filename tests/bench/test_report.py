@@ -7,10 +7,13 @@ import pytest
 
 from tests.stages.shapes import write_shapes
 from w2s import cli
-from w2s.bench.report import Line, Report
+from w2s.bench.report import Line, Report, planned_milliseconds
 from w2s.bench.speed import Speed
+from w2s.bench.step import with_batch
 from w2s.bench.table import print_report
+from w2s.config.load import load
 
+BF16 = ("precision.compute=bf16", "teacher.precision=bf16", "hardware.device=cuda")
 TINY = ("model=tiny", "hardware=cpu", "teacher.source=timm:test_vit", "teacher.image_size=64")
 
 
@@ -34,6 +37,17 @@ def bench_step(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return Command(monkeypatch, capfd)
+
+
+def test_a_step_is_planned_as_it_is_measured() -> None:
+    config = load("mim", ["model=eva_18b", "teacher=eva02_clip_e_plus", "model.vision.layers=4", *BF16])
+    config = with_batch(config, 16, 1)
+    found = planned_milliseconds(config, "NVIDIA H100 80GB HBM3", 1)
+    # 16 images of the 4 layers alone at half of the peak would take as long as this.
+    flops = 3 * 16 * 4 * 257 * 2 * (4 * 5120**2 + 2 * 5120 * 25600)
+    assert found is not None and flops / (0.5 * 989e12) < found / 1e3 < 5 * flops / (0.5 * 989e12)
+    assert planned_milliseconds(config, "cpu", 1) is None
+    assert planned_milliseconds(load("mim", ["model=tiny"]), "NVIDIA H100 80GB HBM3", 1) is None, "float32"
 
 
 @pytest.mark.slow

@@ -107,7 +107,15 @@ ONLY = {
 GROUPS = ("virtual pipeline in larger groups", "tensor, sequence, virtual pipeline", "virtual pipeline, data")
 BRIEF = ONLY | {
     "mim": ("full recompute", "data, overlapped", "tensor", "uneven pipeline", *GROUPS, "pipeline, data"),
-    "clip": ("accumulation", "data", "tensor and sequence", *GROUPS, "tensor, pipeline", "tensor, data"),
+    "clip": (
+        "accumulation",
+        "selective recompute",
+        "data",
+        "tensor and sequence",
+        *GROUPS,
+        "tensor, pipeline",
+        "tensor, data",
+    ),
     "layers": ("accumulation", "data, overlapped", "tensor and sequence", "pipeline"),
     "summary": ("accumulation", "data", "tensor and sequence", "virtual pipeline"),
     "distilled": ("accumulation", "data, overlapped", "tensor and sequence", "pipeline"),

@@ -69,6 +69,22 @@ def test_every_batch_has_a_row_and_the_peer_its_own(results: Path) -> None:
     assert "| 64 | w2s, bf16 | out of memory |" in page
 
 
+def test_plans_stand_beside_what_was_measured(results: Path) -> None:
+    planned = Line(64, 64, speed(170, 0.5), planned_milliseconds=320)
+    leave(results, "mim_bf16", report("mim", [planned]))
+    operations = [
+        {"what": "QKV, forward", "shape": "[2056, 5120] x [5120, 15360]", "planned": 5e-4, "measured": 6e-4},
+        {"what": "attention, flash_attention", "shape": "[8]", "planned": 1e-4, "measured": None},
+    ]
+    (results / "calibration.json").write_text(json.dumps({"card": "H100 SXM 80 GB", "rows": operations}))
+    (results / "calibration.log").write_text("")
+    (results / "calibration.rc").write_text("0\n")
+    page = PAGE["page"](results)
+    assert "| mim, bf16 | 64 | 320.0 | 376.5 | 1.18 |" in page
+    assert "| QKV, forward | [2056, 5120] x [5120, 15360] | 500.0 | 600.0 | 1.20 |" in page
+    assert "| attention, flash_attention | [8] | 100.0 | cannot be done here |  |" in page
+
+
 def test_what_failed_is_told(results: Path) -> None:
     page = PAGE["page"](results)
     assert "| clip_blockwise | exit code 1: error: precision.fp8=blockwise is not for this card |" in page
@@ -126,5 +142,5 @@ def test_a_rehearsal_on_a_cpu(tmp_path: Path) -> None:
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "OUT": str(tmp_path)}
     subprocess.run(command, env=environment, check=True, capture_output=True)
     page = (tmp_path / "h100.md").read_text(encoding="utf-8")
-    for name in ("mim_bf16", "mim_timm", "clip_bf16", "clip_open_clip", "mim_emulated", "clip_emulated"):
+    for name in ("calibration", "mim_bf16", "mim_timm", "clip_bf16", "clip_open_clip", "mim_emulated", "clip_emulated"):
         assert f"| {name} | done |" in page

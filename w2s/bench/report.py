@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from w2s.bench.depth import reduced
 from w2s.bench.peers.fit import check_peer
-from w2s.bench.speed import Speed, bf16_peak, speed
+from w2s.bench.speed import Speed, bf16_peak, card_of, speed
 from w2s.bench.step import Job, Measured, Row, measure, with_batch
 from w2s.config.checks import check
 from w2s.config.sections import Config, ParallelConfig
@@ -18,6 +18,7 @@ from w2s.data.builtin.registry import ensure_builtin
 from w2s.errors import ConfigError, W2SError
 from w2s.launch import is_rank
 from w2s.planning.flops import image_flops, seen_tokens, student_flops, text_flops
+from w2s.planning.plan import find_plans
 from w2s.planning.teacher import PlannedTeacher, planned_teacher
 
 PACKAGES = ("w2s", "torch", "megatron-core", "timm", "open_clip_torch")
@@ -35,6 +36,8 @@ class Line:
     """Our samples per second over the peer's, the median of `ratios`."""
     ratios: tuple[float, ...] = ()
     """Of each round."""
+    planned_milliseconds: float | None = None
+    """What the planner says of ours; null where it does not know the card, or plans no such step."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,21 @@ def _line(
         peer=speed(alone, teacher, theirs.device, _median(peers), 1) if theirs else None,
         ratio=median(ratios) if ratios else None,
         ratios=tuple(ratios),
+        planned_milliseconds=planned_milliseconds(config, own.device, ranks),
     )
+
+
+def planned_milliseconds(config: Config, device: str, ranks: int) -> float | None:
+    """Return what the planner says of a step in the layout that is measured; None where it plans no such step."""
+    card = card_of(device)
+    if card is None:
+        return None
+    layout = {f"parallel.{each.name}" for each in fields(ParallelConfig)}
+    try:
+        (plan,) = find_plans(config, card, ranks, layout | {"train.micro_batch"}, top=0).fastest
+    except W2SError:  # such as float32
+        return None
+    return 1e3 * plan.seconds
 
 
 def _median(rows: Sequence[Row]) -> Row:

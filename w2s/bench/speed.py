@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from w2s.bench.step import Row
 from w2s.config.sections import Config
-from w2s.planning.cards import cards
+from w2s.planning.cards import Card, cards
 from w2s.planning.flops import stage_flops
 from w2s.planning.teacher import PlannedTeacher
 
@@ -75,12 +75,18 @@ def speed(config: Config, teacher: PlannedTeacher | None, device: str, row: Row,
 
 
 def bf16_peak(device: str) -> float | None:
-    """Return the dense BF16 peak in TFLOP/s of a card that torch names so; None for one that is not in cards.yaml.
+    """Return the dense BF16 peak in TFLOP/s of a card that torch names so; None for one that is not in cards.yaml."""
+    card = card_of(device)
+    return card.bf16_tflops if card else None
+
+
+def card_of(device: str) -> Card | None:
+    """Return the card of cards.yaml that torch names so.
 
     Those there are SXM cards: the PCIe and NVL cards of the same name have lower peaks.
     """
     for card in cards().values():
         family = card.name.split()[0]
         if re.search(rf"\b{family}\b", device) and not re.search(r"PCIe|NVL", device):
-            return card.bf16_tflops
+            return card
     return None
