@@ -64,7 +64,7 @@ class Sizes:
 def seconds(operation: Callable[[], Any]) -> float | None:
     """The median of many runs."""
     try:
-        return float(Timer("operation()", globals={"operation": operation}).adaptive_autorange(min_run_time=0.1).median)
+        return float(Timer("operation()", globals={"operation": operation}).blocked_autorange(min_run_time=0.1).median)
     except (RuntimeError, TypeError):  # no such kernel here, or too old a torch
         return None
 
