@@ -3,8 +3,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from w2s.host import prepare_cuda
+from tests.distributed import run_ranks
+from w2s.host import compute_deterministically, prepare_cuda
 
 PRINTING = """
 import logging, sys
@@ -29,6 +31,20 @@ def test_a_terminal_on_a_full_disk(keep: str, code: int) -> None:
 def test_what_can_be_printed_is_printed() -> None:
     done = subprocess.run([sys.executable, "-c", PRINTING.format(keep="keep_printing")], capture_output=True, text=True)
     assert done.stdout == "x" * 100_000 + "\na line\nnote\nleft in the buffer"
+
+
+def put_without_an_order() -> str:
+    """In a process of its own: an operator that has no deterministic algorithm."""
+    compute_deterministically()
+    try:
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+    except RuntimeError as error:
+        return str(error)
+    return "done"
+
+
+def test_what_has_no_deterministic_algorithm_is_refused_where_it_is_asked_for() -> None:
+    assert "does not have a deterministic implementation" in run_ranks(put_without_an_order, 1)[0]
 
 
 def test_cuda_is_told_before_it_starts_and_users_have_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:

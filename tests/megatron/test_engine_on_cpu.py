@@ -1,0 +1,55 @@
+"""Transformer Engine's own Python under w2s, on a CPU: no GPU has run it yet."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.megatron.engine_on_cpu.stub import prepare
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+pytestmark = pytest.mark.slow
+
+RELEASES = {"2.12": "transformer-engine==2.12.*", "newest": "transformer-engine"}
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python sources of a release, from the package index."""
+    folder = tmp_path_factory.mktemp("release")
+    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, RELEASES[request.param]]
+    if subprocess.run(fetch, capture_output=True).returncode:
+        pytest.skip(f"the package index has no {RELEASES[request.param]}")
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder)
+    prepare(folder)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_its_linears_train_as_local_ones_do(release: Path, tmp_path: Path, ranks: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "tests.megatron.engine_on_cpu.steps", release, str(ranks)]
+    running = []
+    for rank in range(ranks):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "FOUND": str(tmp_path / "found.json")}
+        running.append(subprocess.Popen(command, env=shared | own, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0] * ranks, errors
+    found = json.loads((tmp_path / "found.json").read_text())
+    for mode in ("none", "selective", "full"):
+        one = found[mode]
+        # bfloat16 rounds at 2^-9; a layer's products come in another order, and three layers follow each other.
+        assert one["loss"] < 1e-4 and one["gradients"] < 1e-2, mode
+        # Twelve linears, whose gradients of the second micro-batch are added up within the product, or after it.
+        assert one["accumulated"] >= 12 and one["fused"] < 1e-2, mode
+        assert one["checkpoint"] == 1, mode
