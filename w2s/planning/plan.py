@@ -19,6 +19,9 @@ from w2s.planning.states import rank_states
 from w2s.planning.teacher import PlannedTeacher, planned_teacher
 from w2s.planning.towers import planned_towers
 
+MARGIN = 1.01
+"""How much more than its plan says a layout may need and still fit; rehearsals have found 0.5 % (docs/rehearse.md)."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -167,7 +170,7 @@ class _Search:
             self.legal += 1
             memory = self._memory(config, stage)
             self.least = min(self.least, memory.total)
-            fits[config.parallel.recompute] = memory.total <= self.card.usable_bytes
+            fits[config.parallel.recompute] = MARGIN * memory.total <= self.card.usable_bytes
             if fits[config.parallel.recompute]:
                 yield _Candidate(self, config, stage, memory)
         if fits.get("full") and not fits.get("none", True):
@@ -178,7 +181,7 @@ class _Search:
 
         def fits(layers: int) -> bool:
             config = self.layouts.partly_recomputed(batch, layers)
-            return config is not None and self._memory(config, stage).total <= self.card.usable_bytes
+            return config is not None and MARGIN * self._memory(config, stage).total <= self.card.usable_bytes
 
         layers = bisect_left(range(1, most), True, key=fits) + 1
         config = self.layouts.partly_recomputed(batch, layers)

@@ -44,6 +44,90 @@ class FP8BwdTensors(enum.IntEnum):
     GRAD_INPUT3 = 5
 
 
+FLOAT8 = {DType.kFloat8E4M3: torch.float8_e4m3fn, DType.kFloat8E5M2: torch.float8_e5m2}
+
+
+def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = None) -> Any:
+    """Round to FP8, as the matrix lies and transposed, by the scale that there is or by the largest magnitude."""
+    assert noop is None
+    out = quantizer.make_empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if output is None else output
+    dtype = FLOAT8[quantizer.dtype]
+    largest, limit = tensor.detach().abs().amax().float(), torch.finfo(dtype).max
+    if not hasattr(quantizer, "with_amax_reduction"):  # delayed: the scale is that of earlier steps
+        quantizer.amax.copy_(torch.maximum(quantizer.amax, largest))
+        scale = quantizer.scale
+    else:
+        if quantizer.with_amax_reduction:
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group)
+        scale = limit / largest
+    rounded = (tensor.detach().float() * scale).clamp(-limit, limit).to(dtype)
+    out._scale_inv.copy_(1 / scale)
+    if out._data is not None:
+        out._data.copy_(rounded.view(torch.uint8))
+    if out._transpose is not None:
+        transposed = rounded.view(torch.uint8).reshape(-1, tensor.shape[-1]).t()
+        out._transpose.copy_(transposed.reshape(out._transpose.shape))
+        out._transpose_invalid = False
+    CALLS["rounded"] += 1
+    return out
+
+
+def fp8_transpose(data: Tensor, dtype: Any, *, out: Tensor | None = None) -> Tensor:
+    """The columns of a matrix, of which the last axis is the columns, as rows."""
+    columns = data.reshape(-1, data.shape[-1]).t().reshape(data.shape[-1], *data.shape[:-1]).contiguous()
+    return columns if out is None else out.copy_(columns)
+
+
+def create_empty_quantized_tensor(quantizer: Any, shape: list[int], dtype: torch.dtype, device: Any, *_: Any) -> Any:
+    """A tensor in FP8 without numbers; releases before 2.20 make it in Python."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+
+    def empty(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.uint8, device=device)
+
+    return Float8Tensor(
+        shape=shape,
+        dtype=dtype,
+        data=empty(*shape) if quantizer.rowwise_usage else None,
+        data_transpose=empty(shape[-1], *shape[:-1]) if quantizer.columnwise_usage else None,
+        fp8_scale_inv=torch.empty(1, device=device),
+        fp8_dtype=quantizer.dtype,
+        quantizer=quantizer,
+    )
+
+
+def fused_amax_and_scale_update_after_reduction(
+    reduced: Tensor, histories: list[Tensor], scales: list[Tensor], algorithm: str, dtype: DType, margin: float
+) -> None:
+    """Take the largest magnitudes of a step into their histories, the newest first, and make scales of them."""
+    place = 0
+    for history, scale in zip(histories, scales, strict=True):
+        count = history.shape[1]
+        history[0].copy_(reduced[place : place + count])
+        place += count
+        largest = history.amax(0) if algorithm == "max" else history[0]
+        scale.copy_(torch.where(largest > 0, torch.finfo(FLOAT8[dtype]).max / largest / 2**margin, scale))
+        history.copy_(history.roll(-1, 0))
+        history[0].zero_()
+
+
+def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
+    """The gradient by a bias, and the rounded gradient by the output."""
+    return gradient.reshape(-1, gradient.shape[-1]).float().sum(0).to(gradient.dtype), quantizer(gradient)
+
+
+def _numbers(matrix: Any) -> Tensor:
+    """A matrix in float32, whatever it is kept in."""
+    if not hasattr(matrix, "_scale_inv"):
+        assert matrix.dtype == torch.bfloat16
+        return matrix.float()
+    dtype = FLOAT8[matrix._fp8_dtype]
+    if matrix._data is not None:
+        return matrix._data.view(dtype).float() * matrix._scale_inv
+    transposed = matrix._transpose.view(dtype).float() * matrix._scale_inv
+    return transposed.reshape(transposed.shape[0], -1).t().reshape(*transposed.shape[1:], -1)
+
+
 def generic_gemm(
     a: Tensor,
     transpose_a: bool,
@@ -64,8 +148,8 @@ def generic_gemm(
     **more: Any,
 ) -> tuple[Tensor, Tensor | None, None, None]:
     """op(B) op(A), as cuBLAS sees row-major matrices; the gradient by a bias is the sum of B's rows."""
-    assert quantizer is None and not gelu and a.dtype == b.dtype == torch.bfloat16
-    left, right = b.reshape(-1, b.shape[-1]).float(), a.reshape(-1, a.shape[-1]).float()
+    assert quantizer is None and not gelu
+    left, right = (_numbers(each).reshape(-1, each.shape[-1]) for each in (b, a))
     product = (left.t() if transpose_b else left) @ (right.t() if transpose_a else right)
     by_bias = None
     if bias is not None and grad:
@@ -84,8 +168,18 @@ def generic_gemm(
 UNUSED = ("einops", "onnx", "onnx.helper", "onnxscript", "onnxscript.function_libs")
 """What it imports, and linears need not."""
 
-CALLS = {"accumulated": 0, "apart": 0}
+CALLS = {"accumulated": 0, "apart": 0, "rounded": 0}
 """Products that were made, by what became of them."""
+
+
+FUNCTIONS = (
+    generic_gemm,
+    quantize,
+    bgrad_quantize,
+    fp8_transpose,
+    create_empty_quantized_tensor,
+    fused_amax_and_scale_update_after_reduction,
+)
 
 
 class _Names(type):
@@ -148,7 +242,8 @@ def prepare(folder: Path) -> None:
 def _extension(root: Path) -> types.ModuleType:
     module: Any = types.ModuleType("transformer_engine_torch")
     module.DType, module.FP8FwdTensors, module.FP8BwdTensors = DType, FP8FwdTensors, FP8BwdTensors
-    module.generic_gemm = generic_gemm
+    for function in FUNCTIONS:
+        setattr(module, function.__name__, function)
     attention = (root / "pytorch" / "cpp_extensions" / "fused_attn.py").read_text()
     named = re.findall(r"NVTE_Fused_Attn_Backend\.(NVTE_\w+)", attention)
     backends = dict.fromkeys(name for name in named if name != "NVTE_No_Backend")
