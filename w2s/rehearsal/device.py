@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from w2s.rehearsal.meter import Meter
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+_RMS_NORMS = (torch.rms_norm, nn.functional.rms_norm)
 _FETCHES = {torch.Tensor.cpu: "cpu()", torch.Tensor.numpy: "numpy()"}
 
 
@@ -44,7 +45,13 @@ class FakeGpu(TorchFunctionMode):
             return self._moved(args[0], args[0])
         if func is torch.Tensor.to:
             return self._to(func, args, kwargs)
+        if func in _RMS_NORMS and self._meter.on_gpu(args[0]):
+            return self._rms_norm(*args, **kwargs)
         return self._made(func, args, kwargs)
+
+    def _rms_norm(self, rows: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Any:
+        """As the one kernel that a GPU has for it, which keeps rows as they are; a CPU takes steps in float32."""
+        return _RmsNorm.apply(rows, weight, self._meter.launched)
 
     def _to(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensor, others = args[0], args[1:]
@@ -77,6 +84,22 @@ class FakeGpu(TorchFunctionMode):
         kwargs["device"] = CPU
         with self._meter.making():
             return func(*args, **kwargs)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, launched: Callable[[list[Tensor]], None]) -> Tensor:
+        out, inverse = torch.empty_like(rows), rows.new_empty(rows.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(rows, weight, inverse)
+        ctx.launched = launched
+        launched([rows, out])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        rows, weight, _ = ctx.saved_tensors
+        ctx.launched([rows, outputs[0], rows])
+        return torch.empty_like(rows), torch.empty_like(weight), None
 
 
 def _called_by_torch() -> bool:
