@@ -54,8 +54,8 @@ def test_its_linears_train_as_local_ones_do(release: Path, tmp_path: Path, ranks
         assert one["accumulated"] >= 12 and one["fused"] < 1e-2, mode
         assert one["checkpoint"] == 1, mode
     fp8 = found["float8"]
-    # The emulation rounds what the quantizers round; one rank differs where gradients of weights are added up alone. Two
-    # add partial products up in other places, and a bit of bfloat16 is a step of FP8 now and then.
+    # The emulation rounds what the quantizers round: one rank differs where gradients of weights are added up alone. Of
+    # two each adds up a part of a product, and a bit of bfloat16 is a step of FP8 now and then.
     loss, gradients = (1e-6, 5e-3) if ranks == 1 else (2e-3, 0.2)
     assert fp8["loss"] < loss and fp8["gradients"] < gradients
     # Scales of the step before fit as well; FP8 itself is a tenth of a gradient away from bfloat16.
