@@ -6,8 +6,10 @@ import pytest
 
 from stages.clip import ContrastiveStage
 from tests.stages.runs import QUIET, history, run_stage
+from w2s.checkpoint.store import latest
 from w2s.config.load import load
 from w2s.megatron.groups import Ranks
+from w2s.megatron.stored import StoredTensors
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,8 @@ def test_a_fixed_logit_scale_stays_put(options: list[str]) -> None:
     scales = history(run, "logit_scale")
     assert len(set(scales)) == 1
     assert scales[0] == pytest.approx(100)
+    # What is not trained is in the checkpoint all the same: evaluation, export and a run that goes on need it.
+    assert float(StoredTensors(latest(run)).read("text.logit_scale")) == pytest.approx(math.log(100))
 
 
 def test_learning_rates_of_towers_and_layers_reach_the_optimizer(alone: Ranks, options: list[str]) -> None:

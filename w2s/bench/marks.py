@@ -12,7 +12,36 @@ REST = "rest"
 """The part of a step that no other part covers."""
 
 
-class Marks:
+class Parts:
+    """Knows the innermost part of a step that is open."""
+
+    def __init__(self) -> None:
+        self._open: list[str] = [REST]
+
+    @property
+    def innermost(self) -> str:
+        """The innermost part that is open."""
+        return self._open[-1]
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A part of a step."""
+        self.begin(name)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def begin(self, name: str) -> None:
+        """Open a part inside of the one that is open."""
+        self._open.append(name)
+
+    def end(self) -> None:
+        """Close the innermost part."""
+        self._open.pop()
+
+
+class Marks(Parts):
     """Gives every moment of a step to the innermost part that is open, so that the parts of a step add up to it.
 
     On a GPU the marks are CUDA events on the current stream: a part's time is that of its kernels and of the stream's
@@ -23,9 +52,9 @@ class Marks:
     """
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._on_gpu = device.type == "cuda"
-        self._now: Callable[[], Any] = _event if self._on_gpu else time.perf_counter
-        self._open: list[str] = [REST]
+        self._clock: Callable[[], Any] = _event if self._on_gpu else time.perf_counter
         self._steps: list[list[tuple[str, Any]]] = []
         self._in_step = False
 
@@ -42,23 +71,14 @@ class Marks:
             self._mark()
             self._in_step = False
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """A part of a step."""
-        self.begin(name)
-        try:
-            yield
-        finally:
-            self.end()
-
     def begin(self, name: str) -> None:
         """Open a part inside of the one that is open."""
-        self._open.append(name)
+        super().begin(name)
         self._mark()
 
     def end(self) -> None:
         """Close the innermost part."""
-        self._open.pop()
+        super().end()
         self._mark()
 
     def read(self) -> list[dict[str, float]]:
@@ -70,7 +90,7 @@ class Marks:
 
     def _mark(self) -> None:
         if self._in_step:
-            self._steps[-1].append((self._open[-1], self._now()))
+            self._steps[-1].append((self._open[-1], self._clock()))
 
     def _milliseconds(self, step: list[tuple[str, Any]]) -> dict[str, float]:
         parts: dict[str, float] = {}

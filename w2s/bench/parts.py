@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed import ProcessGroup, Work
 
+from w2s.bench.marks import Parts
 from w2s.trainer import Stage
 
 PARTS = ("data", "teacher", "forward", "backward", "optimizer", "communication")
@@ -18,21 +19,8 @@ _COLLECTIVES = ("all", "broadcast", "gather", "recv", "reduce", "scatter", "send
 """How the methods of a process group begin that move tensors."""
 
 
-class Marked(Protocol):
-    """Is told of the parts, as `w2s.bench.marks.Marks` is."""
-
-    def begin(self, name: str) -> None:
-        """A part begins inside of the one that is open."""
-
-    def end(self) -> None:
-        """The innermost part ends."""
-
-    def part(self, name: str) -> AbstractContextManager[None]:
-        """A part, for as long as a block lasts."""
-
-
 @contextmanager
-def marked(stage: Stage, marks: Marked) -> Iterator[None]:
+def marked(stage: Stage, marks: Parts) -> Iterator[None]:
     """Mark the parts of a stage's steps for as long as the block lasts.
 
     Communication is what a rank spends on it alone: collectives that go on beside the computation count from where the
@@ -59,7 +47,7 @@ def marked(stage: Stage, marks: Marked) -> Iterator[None]:
         yield
 
 
-def _mark_module(module: nn.Module, part: str, marks: Marked, undo: ExitStack) -> None:
+def _mark_module(module: nn.Module, part: str, marks: Parts, undo: ExitStack) -> None:
     def begin(*unused: Any) -> None:
         marks.begin(part)
 
@@ -70,7 +58,7 @@ def _mark_module(module: nn.Module, part: str, marks: Marked, undo: ExitStack) -
     undo.callback(module.register_forward_hook(end).remove)
 
 
-def _backward_marker(marks: Marked) -> Callable[[nn.Module, Any, Any], None]:
+def _backward_marker(marks: Parts) -> Callable[[nn.Module, Any, Any], None]:
     """A forward hook that marks the backward pass: from the gradient of the output on, up to the end of the pass."""
 
     def begin(gradient: Tensor) -> None:
@@ -86,7 +74,7 @@ def _backward_marker(marks: Marked) -> Callable[[nn.Module, Any, Any], None]:
     return hook
 
 
-def _mark_method(owner: Any, name: str, part: str, marks: Marked, undo: ExitStack) -> None:
+def _mark_method(owner: Any, name: str, part: str, marks: Parts, undo: ExitStack) -> None:
     """Put a marked call in the place of a method of an object or of a class, until it is undone."""
     original, own = getattr(owner, name), vars(owner).get(name)
 

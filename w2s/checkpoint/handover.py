@@ -196,7 +196,9 @@ def _check(taken: Fit, tower: str) -> None:
     if taken.misfits:
         reason = taken.misfit()
     elif taken.missing:
-        reason = f"it has no {min(taken.missing)} (a deeper tower grows out of it with init.grow)"
+        reason = f"it has no {min(taken.missing)}"
+        if ".layers." in reason:
+            reason += " (a deeper tower grows out of it with init.grow)"
     elif surplus:
         reason = f"this model has no {taken.source.origin(surplus[0])}"
     else:

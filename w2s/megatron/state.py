@@ -242,8 +242,12 @@ def _unshared(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_shared(part: Any) -> bool:
-    """Whether it is a weight of which each data-parallel rank has a share; those in FP8 have scales for the whole."""
-    return isinstance(part, ShardedTensor) and isinstance(part.data, nn.Parameter) and not is_float8tensor(part.data)
+    """Whether it is a weight of which each data-parallel rank has a share.
+
+    What is not trained is nobody's, and weights in FP8 have scales for the whole.
+    """
+    trained = isinstance(part, ShardedTensor) and isinstance(part.data, nn.Parameter) and part.data.requires_grad
+    return trained and not is_float8tensor(part.data)
 
 
 def _known(weights: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from w2s.rehearsal.parts import Parts
+from w2s.bench.marks import Parts
 from w2s.rehearsal.tape import Call, Group, Tape, Wait
 from w2s.rehearsal.where import line
 
@@ -36,7 +36,7 @@ class Recorder:
         number = next(self._numbers)
         words = tuple(f"{str(each.dtype).removeprefix('torch.')}{list(each.shape)}" for each in tensors)
         self.tape.events.append(
-            Call(number, kind, group, words, size, line(), self._parts.now, batch=self.batch, **more)
+            Call(number, kind, group, words, size, line(), self._parts.innermost, batch=self.batch, **more)
         )
         return _Posted(self, number)
 

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from w2s.bench.marks import Parts
 from w2s.planning.cards import Card
 from w2s.planning.roofline import moving, product
-from w2s.rehearsal.parts import Parts
 from w2s.rehearsal.tape import HostWait, Tape
 from w2s.rehearsal.where import line
 
@@ -62,7 +62,7 @@ class Meter(TorchDispatchMode):
         if on_gpu:
             outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
             new = [self._place(each) for each in outputs]
-            self._tape.compute(self._parts.now, self._seconds(func, inputs, outputs, any(new)))
+            self._tape.compute(self._parts.innermost, self._seconds(func, inputs, outputs, any(new)))
         return result
 
     def _number(self, func: Any, tensor: Tensor, on_gpu: bool) -> Any:
@@ -105,7 +105,7 @@ class Meter(TorchDispatchMode):
     def launched(self, tensors: list[Tensor]) -> None:
         """Note a kernel that reads or writes some tensors."""
         moved = sum(each.numel() * each.element_size() for each in tensors)
-        self._tape.compute(self._parts.now, moving(self._card, moved))
+        self._tape.compute(self._parts.innermost, moving(self._card, moved))
 
     def start_peak(self) -> None:
         """Look for the peak from here on."""
@@ -114,7 +114,7 @@ class Meter(TorchDispatchMode):
     def _place(self, tensor: Tensor) -> bool:
         """Count a tensor's storage as one of the GPU, if it is not counted yet."""
         storage = tensor.untyped_storage()
-        key, size, part = storage._cdata, storage.nbytes(), self._parts.now
+        key, size, part = storage._cdata, storage.nbytes(), self._parts.innermost
         if key in self._sizes:
             return False
         self._sizes[key] = size, part

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from stages import clip, mim
+from w2s.bench.marks import Parts
 from w2s.bench.parts import marked
 from w2s.bench.synthetic import synthetic_batch
 from w2s.config.sections import Config
@@ -18,7 +19,6 @@ from w2s.planning.cards import Card
 from w2s.rehearsal.device import GPU, FakeGpu, stand_in_for_cuda
 from w2s.rehearsal.group import Recorder, joined
 from w2s.rehearsal.meter import Meter
-from w2s.rehearsal.parts import Parts
 from w2s.rehearsal.tape import Tape
 from w2s.rehearsal.triton import stand_in_for_triton
 from w2s.rehearsal.where import line_of

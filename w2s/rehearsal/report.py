@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
+from w2s.bench.marks import REST
 from w2s.planning.cards import GPUS_PER_NODE
-from w2s.rehearsal.parts import REST
 from w2s.rehearsal.run import Rehearsal
 from w2s.rehearsal.tape import Call, Compute, Group
 from w2s.tracking.tables import Cell, Table
