@@ -22,9 +22,10 @@ from w2s.config.load import load, model_from, named_model
 from w2s.config.sections import Config, Resize
 from w2s.data.bad import BadSample
 from w2s.data.batch import normalize
+from w2s.data.containers import read_shard
 from w2s.data.decode import decode_image
+from w2s.data.samples import find_image
 from w2s.data.shards import list_shards, shard_name
-from w2s.data.tar import find_image, read_shard
 from w2s.data.tokens import tokenize
 from w2s.errors import CheckpointError, ConfigError, DataError, UserError
 from w2s.evaluation.dataset import eval_transform

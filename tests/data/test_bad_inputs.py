@@ -19,9 +19,10 @@ from PIL import Image
 
 from tests.data.shard_files import Files, encode, noise, smooth_photo, write_shard, write_shards
 from w2s.config.sections import DataConfig
+from w2s.data.containers import read_shard
+from w2s.data.link import WAITS
 from w2s.data.sample import SampleSpec
 from w2s.data.stream import Stream
-from w2s.data.tar import read_shard
 
 SPEC = SampleSpec(image_size=16, grid=4, context_length=8)
 SHARDS = 3
@@ -176,7 +177,7 @@ class Failing:
         monkeypatch.setattr(
             type(fsspec.filesystem("memory")), "_open", self.open(type(fsspec.filesystem("memory"))._open)
         )
-        monkeypatch.setattr("w2s.data.tar.time.sleep", self.waits.append)
+        monkeypatch.setattr("w2s.data.link.Link.pause", lambda _, seconds: self.waits.append(seconds))
 
     def open(self, original: Any) -> Any:
         def opened(filesystem: Any, path: str, *args: Any, **options: Any) -> Any:
@@ -209,9 +210,8 @@ def remote(tmp_path: Path) -> Iterator[str]:
 def test_a_server_that_fails_for_a_while_costs_nothing(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     server = Failing(3, monkeypatch)
     assert [sample.key for sample in read_shard(remote)] == [f"00-{n:03d}" for n in range(8)]
-    # The second half is asked for by its first byte, so the waits grow only while nothing comes.
-    assert server.waits[0] == 0.5
-    assert len(server.waits) == 3
+    # The second half is asked for by its first byte, at once; then nothing comes.
+    assert server.waits == [0.5, 1.0]
 
 
 def test_a_server_that_fails_for_good_costs_the_rest_of_the_shard(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +219,7 @@ def test_a_server_that_fails_for_good_costs_the_rest_of_the_shard(remote: str, m
     samples = list(read_shard(remote))
     assert 3 <= len(samples) <= 5
     assert [sample.damage for sample in samples] == [""] * (len(samples) - 1) + ["shard cannot be read"]
-    assert server.waits == [0.5, 2.0, 8.0]
+    assert server.waits == list(WAITS)
 
 
 def test_a_remote_shard_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,6 @@ def test_a_remote_shard_that_is_gone_is_not_waited_for(monkeypatch: pytest.Monke
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[int]]]:
     """A web server of one shard, and the statuses with which it answers the next requests."""
-    pytest.importorskip("aiohttp")
     write_shards(tmp_path / "a", [8])
     errors = list[int]()
 
@@ -245,7 +244,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    monkeypatch.setattr("w2s.data.tar.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("w2s.data.link.Link.pause", lambda *_: None)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "a"))) as web:
         thread = Thread(target=web.serve_forever)
         thread.start()
@@ -256,13 +255,13 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
 
 def test_a_web_servers_errors_are_not_taken_for_a_missing_shard(server: tuple[str, list[int]]) -> None:
     url, errors = server
-    errors += [503] * 4  # the driver asks twice
+    errors += [503] * 4
     assert len([sample for sample in read_shard(f"{url}/000000.tar") if not sample.damage]) == 8
     assert errors == []
     errors += [503] * 100
     assert [sample.damage for sample in read_shard(f"{url}/000000.tar")] == ["shard cannot be read"]
     asked = len(errors)
     errors.clear()
-    assert asked < 100 - 2 * 3
+    assert asked == 100 - 1 - len(WAITS)
     assert [sample.damage for sample in read_shard(f"{url}/none.tar")] == ["shard is gone"]
     assert [sample.damage for sample in read_shard("http://127.0.0.1:1/none.tar")] == ["shard cannot be read"]

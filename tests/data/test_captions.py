@@ -6,7 +6,7 @@ import pytest
 
 from w2s.data.bad import BadSample
 from w2s.data.captions import draw_caption
-from w2s.data.tar import RawSample
+from w2s.data.samples import RawSample
 
 
 def draw(files: dict[str, bytes], key: str, weights: tuple[float, ...] = (), seed: int = 0) -> str:

@@ -7,10 +7,10 @@ import pytest
 
 from tests.data.shard_files import encode, noise, write_shard
 from w2s.config.sections import DataConfig
+from w2s.data.containers import read_shard
 from w2s.data.inspect import check_shards, describe_shards, draw_sheet
 from w2s.data.make import make_shards
 from w2s.data.shards import list_shards
-from w2s.data.tar import read_shard
 from w2s.errors import DataError
 
 

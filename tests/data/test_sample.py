@@ -14,7 +14,7 @@ from w2s.data.captions import caption_hash
 from w2s.data.counter import Purpose, generator
 from w2s.data.decode import decode_crop
 from w2s.data.sample import SampleSpec, crop_box, draw_mask, make_views, resize
-from w2s.data.tar import RawSample
+from w2s.data.samples import RawSample
 
 SPEC = SampleSpec(
     image_size=64,

@@ -4,8 +4,8 @@ import fsspec
 import pytest
 
 from tests.data.shard_files import good_sample, write_shard, write_shards
+from w2s.data.containers import check_source, read_shard
 from w2s.data.shards import list_shards
-from w2s.data.tar import check_source, read_shard
 from w2s.errors import ConfigError, DataError
 
 

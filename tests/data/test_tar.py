@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.data.shard_files import write_shard, write_shards
+from w2s.data.containers import read_shard
 from w2s.data.inspect import describe_shards
 from w2s.data.sizes import index_shards
-from w2s.data.tar import read_shard
 from w2s.errors import DataError
 
 

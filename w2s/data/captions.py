@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from w2s.data.bad import BadSample
-from w2s.data.tar import RawSample, caption_file
+from w2s.data.samples import RawSample, caption_file
 
 
 def draw_caption(raw: RawSample, caption_key: str, weights: Sequence[float], rng: np.random.Generator) -> str:

@@ -13,10 +13,11 @@ from PIL import Image
 
 from w2s.data.bad import BadSample, Skipped
 from w2s.data.captions import draw_caption
+from w2s.data.containers import read_shard
 from w2s.data.counter import Purpose, generator
 from w2s.data.decode import decode_image
+from w2s.data.samples import RawSample, find_image
 from w2s.data.sizes import known_sizes
-from w2s.data.tar import RawSample, find_image, read_shard
 from w2s.errors import DataError
 from w2s.redaction import printable
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from w2s.data.containers import read_shard
 from w2s.data.counter import Purpose, generator
-from w2s.data.tar import RawSample, read_shard
+from w2s.data.samples import RawSample
 
 
 @dataclass(frozen=True, kw_only=True)

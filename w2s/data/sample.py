@@ -16,7 +16,7 @@ from w2s.data.counter import Purpose, generator
 from w2s.data.decode import decode_crop
 from w2s.data.drop_path import branch_scales
 from w2s.data.masks import block_mask, kept_patches, uniform_mask
-from w2s.data.tar import RawSample, caption_file, find_image
+from w2s.data.samples import RawSample, caption_file, find_image
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from w2s.data.containers import read_shard
 from w2s.data.shards import shard_name, without_secrets
 from w2s.data.storage import read_text
-from w2s.data.tar import read_shard
 from w2s.errors import DataError
 
 _THREADS = 16

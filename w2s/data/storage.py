@@ -1,15 +1,19 @@
 """Files wherever they are: local, behind a URL (through fsspec), or the output of a shell command."""
 
 import glob
+import io
 import resource
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import fsspec
-from webdataset.gopen import gopen
 
+from w2s.data.connections import PIPE, WEB
+from w2s.data.link import Link
+from w2s.data.steady import SteadyFile
 from w2s.errors import DataError, MissingPackageError
 
-PIPE = "pipe:"
+_BUFFER = 1 << 17
+"""Bytes that a file which is not local is read by."""
 
 
 def is_local(shard: str) -> bool:
@@ -17,32 +21,18 @@ def is_local(shard: str) -> bool:
     return not shard.startswith(PIPE) and ("://" not in shard or shard.startswith("file://"))
 
 
-def open_at(shard: str, start: int) -> tuple[IO[bytes], bool]:
-    """Open a file for reading from byte `start` on.
+def open_at(shard: str, start: int, link: Link) -> IO[bytes]:
+    """Open a file for reading from byte `start` on; it can seek.
 
-    Returns:
-        The stream, and whether it can seek; a stream that cannot counts its positions from `start`.
+    Raises:
+        FileNotFoundError: there is no such file; of one that is not local, the first read tells.
     """
     if is_local(shard):
-        stream: IO[bytes] = open(shard, "rb")  # noqa: SIM115, the caller closes it
-    elif shard.startswith(PIPE):
-        stream = gopen(shard, "rb")
+        stream: IO[bytes] = open(shard.removeprefix("file://"), "rb")  # noqa: SIM115, the caller closes it
     else:
-        stream = cast("IO[bytes]", fsspec.open(shard, "rb").open())
-    seekable = not shard.startswith(PIPE) and stream.seekable()
-    if seekable:
-        stream.seek(start)
-    else:
-        _skip(stream, start)
-    return stream, seekable
-
-
-def _skip(stream: IO[bytes], size: int) -> None:
-    while size > 0:
-        block = stream.read(min(size, 1 << 20))
-        if not block:
-            raise EOFError
-        size -= len(block)
+        stream = io.BufferedReader(SteadyFile(shard, link), _BUFFER)
+    stream.seek(start)
+    return stream
 
 
 def read_text(path: str) -> str | None:
@@ -53,8 +43,7 @@ def read_text(path: str) -> str | None:
     if path.startswith(PIPE):
         return None
     try:
-        stream, _ = open_at(path, 0)
-        with stream:
+        with open_at(path, 0, Link(waits=())) as stream:
             return stream.read().decode("utf-8")
     except Exception:  # each driver raises errors of its own kind; such a file is a courtesy
         return None
@@ -70,7 +59,7 @@ def find_remote(url: str, option: str) -> list[str]:
     filesystem = _filesystem(url, option)
     pattern = f"{url}*.tar" if url.endswith("/") else url
     # What follows the question mark of a web address is no glob.
-    place = pattern.partition("?")[0] if pattern.startswith(("http://", "https://")) else pattern
+    place = pattern.partition("?")[0] if pattern.startswith(WEB) else pattern
     if not glob.has_magic(place):
         return [url]
     try:

@@ -22,13 +22,13 @@ from w2s.config.layout import check_lanes
 from w2s.config.sections import DataConfig
 from w2s.data.bad import Skipped
 from w2s.data.batch import Batch, merge_batches
+from w2s.data.containers import check_source
 from w2s.data.lanes import LaneState
 from w2s.data.reader import LaneStates, Part, ReadPlan
 from w2s.data.sample import SampleSpec
 from w2s.data.shards import shard_name
 from w2s.data.sizes import count_samples
 from w2s.data.sources import Phase, Source, plan_sources
-from w2s.data.tar import check_source
 from w2s.data.workers import end_reading, kill_readers, reader_pids, start_reading
 from w2s.errors import ConfigError, DataError
 

@@ -12,10 +12,11 @@ from torchvision.transforms.v2.functional import center_crop, resize
 from w2s.config.sections import Resize
 from w2s.data.bad import BadSample
 from w2s.data.captions import draw_caption
+from w2s.data.containers import read_shard
 from w2s.data.counter import Purpose, generator
 from w2s.data.decode import decode_image
+from w2s.data.samples import RawSample, caption_file, find_image
 from w2s.data.shards import list_shards
-from w2s.data.tar import RawSample, caption_file, find_image, read_shard
 from w2s.errors import DataError
 
 CLASS_NAMES = "classnames.txt"

@@ -1,0 +1,97 @@
+"""The samples of a shard in order, from a position on, whatever kind of file it is.
+
+A container is a function of this kind, and `read_shard` calls it:
+
+    def read_KIND(shard: str, start: int, wanted: Container[str] | None, link: Link) -> Iterator[RawSample]
+
+It yields samples that begin at the place `start` or behind it. A place is a number as the container counts them (0 is
+the begin of a shard) and `RawSample.end` is that of the next sample, so that reading goes on there. It opens the shard
+with `storage.open_at`, which bridges what a server does, and lets its exceptions through: `ValueError`, `EOFError` and
+those of its library mean damage. A sample without what `wanted` names is yielded all the same.
+"""
+
+import tarfile
+from collections.abc import Container, Iterator, Sequence
+
+from w2s.data.link import Link
+from w2s.data.samples import RawSample, caption_file, find_image
+from w2s.data.tar import read_tar
+from w2s.errors import DataError
+
+
+def read_shard(
+    shard: str, start: int = 0, wanted: Container[str] | None = None, link: Link | None = None
+) -> Iterator[RawSample]:
+    """Yield the samples of a shard in order, undecoded.
+
+    A shard that is damaged, gone or empty ends with a sample that says so, so that the loss is counted and the order
+    of all other samples stays what it was.
+
+    Args:
+        shard: path or URL.
+        start: where a sample begins, as in `RawSample.end`.
+        wanted: extensions that are read; None reads all.
+        link: patience with the shard's server, and what became of it.
+    """
+    count = 0
+    try:
+        for sample in read_tar(shard, start, wanted, link or Link()):
+            yield sample
+            count += 1
+    except Exception as error:  # tarfile and the drivers of fsspec stumble in many ways
+        yield RawSample(f"sample {count}", shard, {}, damage=_reason(error))
+        return
+    if start == count == 0:
+        yield RawSample("sample 0", shard, {}, damage="shard is empty")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "shard is gone"
+    damaged = isinstance(error, tarfile.TarError | EOFError | ValueError)
+    return "shard is damaged" if damaged else "shard cannot be read"
+
+
+def check_source(shards: Sequence[str], image_key: str, caption_key: str | None) -> None:
+    """Check that shards hold what a stage needs, by the first of them that is sound (of the first three).
+
+    Args:
+        shards: the shards of a source; a damaged one among them is skipped in training, and so it is here.
+        image_key: extensions of the image, separated by `;`.
+        caption_key: where captions are, separated by `;`; None where they are not needed.
+
+    Raises:
+        DataError: they are damaged or empty, no sample has an image, or the first one with an image has no caption.
+    """
+    damages = []
+    for shard in shards[:3]:
+        try:
+            return _check_shard(shard, image_key, caption_key)
+        except _Damaged as damage:
+            damages.append(damage)
+    raise damages[0]
+
+
+class _Damaged(DataError):
+    """A shard that cannot be read from its start."""
+
+
+def _check_shard(shard: str, image_key: str, caption_key: str | None) -> None:
+    extensions: set[str] = set()
+    for sample in read_shard(shard):
+        if sample.damage:
+            raise _Damaged(f"{sample.damage}: replace or remove {shard}")
+        extensions |= set(sample.files)
+        if find_image(sample.files, image_key) is None:
+            continue
+        if caption_key is not None and not any(caption_file(key) in sample.files for key in caption_key.split(";")):
+            raise DataError(
+                f"sample {sample.key} of {shard} has no caption '.{caption_key}', only {_names(extensions)}: "
+                "set data.caption_key"
+            )
+        return
+    raise DataError(f"{shard} has no image '.{image_key}', only {_names(extensions)}: set data.image_key")
+
+
+def _names(extensions: set[str]) -> str:
+    return ", ".join(f".{name}" for name in sorted(extensions))
