@@ -3,7 +3,6 @@
 import json
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
@@ -26,7 +25,8 @@ from w2s.data.batch import Batch
 from w2s.data.builtin.registry import ensure_builtin
 from w2s.data.sample import SampleSpec
 from w2s.data.shards import list_shards, shards_digest
-from w2s.data.sources import Source
+from w2s.data.sizes import Counting, count_samples
+from w2s.data.sources import Source, find_sources
 from w2s.data.stream import Position, Stream, merge_positions
 from w2s.errors import CheckpointError, StopRun, UserError, W2SError
 from w2s.host import compute_deterministically
@@ -124,7 +124,10 @@ class Trainer:
         ranks: Ranks,
         pulse: Pulse | None = None,
         memory: HostMemory | None = None,
+        sources: Sequence[Source] | None = None,
     ) -> None:
+        self.sources = share_sources(config, ranks) if sources is None else sources
+        self._counting: Counting | None = None
         self.stage, self.config, self.run, self.ranks = stage, config, run, ranks
         self.pulse, self.memory = pulse or Pulse(), memory
         self.step, self.parent, self.handover, position = self._restore()
@@ -141,7 +144,8 @@ class Trainer:
 
     def _read_from(self, position: Position | None) -> Stream:
         ranks, spec = self.ranks, self.stage.spec
-        stream = open_stream(self.config, spec, rank=ranks.reader, size=ranks.world_size, position=position)
+        size = ranks.world_size
+        stream = open_stream(self.config, spec, rank=ranks.reader, size=size, position=position, sources=self.sources)
         self.pulse.helpers[READERS] = stream.reader_pids
         return stream
 
@@ -212,8 +216,7 @@ class Trainer:
         if self.handover is not None:
             self.tracker.table("handover", ["", "tensors", "names"], self.handover.rows(), self.handover.title)
         if self.ranks.main:
-            rows = self.stream.source_rows(Path(self.config.data.index))
-            self.tracker.table("sources", ["source", "shards", "samples", "weight"], rows, "training data")
+            self._show_sources()
         if self.step == 0:
             self._evaluate()
         with stop_when_ready() as signals, self._no_helper_left():
@@ -249,6 +252,15 @@ class Trainer:
                 self._stop_if_asked(signals, saved)
             self._finish_saving()
 
+    def _show_sources(self) -> None:
+        """Show what is read, and begin to count what nobody has counted."""
+        index = Path(self.config.data.index)
+        sizes = {source.name: count_samples(source.shards, index) for source in self.sources}
+        rows = self.stream.source_rows(sizes)
+        self.tracker.table("sources", ["source", "shards", "samples", "weight"], rows, "training data")
+        unknown = {source.name: source.shards for source in self.sources if sizes[source.name] is None}
+        self._counting = Counting(unknown, index) if unknown else None
+
     def _step(self) -> tuple[Batch, dict[str, Tensor]]:
         self.pulse.at("waiting for samples", self.step + 1, awaits=READERS)
         batch = self.stream.next()
@@ -280,15 +292,17 @@ class Trainer:
 
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
         """Average over the ranks: the only place in the loop that waits for the device."""
-        own = self.ranks.numbers(metrics), self.watch.read(), figures, self.stream.seen, self.stream.bad
-        numbers, counts, everyones, seen, bad = zip(*self.ranks.gather(own), strict=True)
+        own = self.ranks.numbers(metrics), self.watch.read(), figures, self.stream.counts()
+        numbers, counts, everyones, read = zip(*self.ranks.gather(own), strict=True)
         averages = groups.means(numbers) | float8_metrics(counts)
         skipped = int(self.stage.optimizer.guard.skipped) + self._undone
         if skipped:
             averages["skipped_steps"] = skipped
         compared = over_ranks(everyones, ("seconds_per_step", "data_wait"))
-        read = self.stream.metrics(sum(seen, Counter()), sum(bad, Counter()))
-        self.tracker.log(self.step, self.samples, {**averages, **figures, **compared, **read})
+        data = self.stream.metrics(groups.sums(read))
+        self.tracker.log(self.step, self.samples, {**averages, **figures, **compared, **data})
+        for line in self._counting.news() if self._counting else ():
+            self.tracker.message(f"counted: {line}")
 
     def _replicas_agree(self) -> bool:
         """Compare the replicas' weights, mend what can be mended, and return whether they are alike now."""
@@ -446,7 +460,26 @@ def train_step(stage: Stage, batch: Batch, factor: float) -> dict[str, Tensor]:
     return {**metrics, "grad_norm": grad_norm, "lr": torch.tensor(stage.optimizer.highest_lr)}
 
 
-def open_stream(config: Config, spec: SampleSpec, *, rank: int, size: int, position: Position | None = None) -> Stream:
+def share_sources(config: Config, ranks: Ranks) -> list[Source]:
+    """Find the sources of the training samples: one rank lists and checks the shards, all get the result.
+
+    Raises:
+        ConfigError: the sources are not what the configuration says; on every rank.
+        DataError: shards that are missing or lack something; on every rank.
+    """
+    batch, captions = config.train.global_batch, config.stage == "clip"
+    return ranks.from_main(lambda: find_sources(config.data, batch, ranks.world_size, captions=captions))
+
+
+def open_stream(
+    config: Config,
+    spec: SampleSpec,
+    *,
+    rank: int,
+    size: int,
+    position: Position | None = None,
+    sources: Sequence[Source] | None = None,
+) -> Stream:
     """Open the training samples of one of `size` readers, where an earlier stream stood or at the beginning."""
     return Stream(
         config.data,
@@ -456,6 +489,7 @@ def open_stream(config: Config, spec: SampleSpec, *, rank: int, size: int, posit
         rank=rank,
         size=size,
         position=position,
+        sources=sources,
     )
 
 
@@ -476,14 +510,17 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
         # Before the model is built, which may take long.
         for doubt in doubts(config, ranks.world_size) if ranks.main and store.latest(run) is None else []:
             print(f"warning: {doubt}", flush=True)
-        trainer = Trainer(build(config, ranks), config, run, ranks, pulse, memory)
+        pulse.at("finding the shards", long=True)
+        sources = share_sources(config, ranks)
+        trainer = Trainer(build(config, ranks), config, run, ranks, pulse, memory, sources)
         with tracked(trainer.tracker):
             trainer.tracker.message(f"run folder: {run}")
             if memory is not None and memory.meta is not None:
                 trainer.tracker.message(f"goes on at step {trainer.step}, from the memory of the hosts")
             elif trainer.step and trainer.parent:
                 trainer.tracker.message(f"goes on at step {trainer.step}, begun from {trainer.parent}")
-            trainer.tracker.inputs([*training_inputs(config, trainer.stream.sources), *test_inputs(config)])
+            if ranks.main:
+                trainer.tracker.inputs([*training_inputs(config, sources), *test_inputs(config)])
             trainer.train()
             pulse.at("finishing", long=True)
             metrics = trainer.stage.finish(trainer.tracker)
@@ -503,7 +540,7 @@ def training_inputs(config: Config, sources: Sequence[Source]) -> list[DataInput
     """Describe the sources of the training samples for MLflow."""
     names = ["training"] if len(sources) == 1 else [source.name for source in sources]
     return [
-        DataInput(f"{config.data.name} {name}", source.pattern, shards_digest(source.shards), "training")
+        DataInput(f"{config.data.name} {name}", source.pattern, source.digest, "training")
         for name, source in zip(names, sources, strict=True)
     ]
 

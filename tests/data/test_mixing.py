@@ -13,7 +13,7 @@ from tests.data.shard_files import write_shards
 from w2s.config.sections import DataConfig, PhaseConfig
 from w2s.data.batch import Batch, merge_batches
 from w2s.data.sample import SampleSpec
-from w2s.data.sources import Phase, phase_at, plan_sources
+from w2s.data.sources import Phase, list_sources, phase_at, plan_phases
 from w2s.data.stream import Stream, merge_positions
 from w2s.errors import ConfigError, DataError
 
@@ -94,7 +94,7 @@ def test_the_stream_draws_and_counts_by_the_weights(folder: Path) -> None:
             assert batch.indices[0] == step * BATCH
             seen.update(stream._phases[0].draw(1, index) for index in batch.indices.tolist())
         assert stream.seen == {"big": seen[0], "small": seen[1]}
-        figures = stream.metrics(stream.seen, {"image is missing": 2})
+        figures = stream.metrics({**stream.counts(), "bad/image is missing": 2})
         assert figures["source/small/samples"] == seen[1]
         assert figures["source/small/share"] == seen[1] / 960
         assert figures["source/small/weight"] == pytest.approx(0.2)
@@ -120,7 +120,7 @@ def test_without_weights_sources_are_one_pool(folder: Path) -> None:
     with closing(Stream(data, SPEC, global_batch=1, seed=1, rank=0, size=1)) as stream:
         seen = Counter(stream.next().keys[0] + str(n * 0) for n in range(total))
         assert len(stream.sources) == 1
-        assert stream.metrics(stream.seen, {}) == {}
+        assert set(stream.metrics(stream.counts())) == {"source/small/mb_per_second", "source/small/wait"}
     # Both folders have keys SHARD-NUMBER; the small one's are a part of the big one's.
     assert sum(seen.values()) == total
     assert set(seen.values()) == {1, 2}
@@ -130,7 +130,8 @@ def test_phases_change_sources_crop_and_patch_dropout(folder: Path) -> None:
     batches, position = read(phased(folder), STEPS)
     kept = [0 if batch.kept is None else batch.kept.shape[1] for batch in batches]
     assert kept == [8] * 4 + [0] * 2 + [4] * 3
-    sources, phases = plan_sources(phased(folder), SPEC, BATCH)
+    sources = list_sources(phased(folder))
+    phases = plan_phases(phased(folder), sources, SPEC, BATCH)
     assert [source.name for source in sources] == ["big", "small"]
     assert [phase.first for phase in phases] == [0, 64, 96]
     assert [phase.weights for phase in phases] == [(1.0, 0.0), (0.8, 0.2), (0.0, 1.0)]

@@ -75,6 +75,10 @@ class DataConfig:
     """Probability of each caption of `caption_key`; empty takes the first that is there."""
     workers: int = 1
     """Reading processes per rank; 0 reads in the training process."""
+    read_ahead_mb: float = 1024.0
+    """Megabytes of undecoded samples that a rank reads ahead, beside the windows that are handed out."""
+    timeout: float = 30.0
+    """Seconds after which a connection to a server that gives nothing is opened again."""
     max_bad_fraction: float = 0.05
     """Stop when more than this fraction of the last 1,000 samples of a reading process could not be read."""
 
@@ -82,6 +86,8 @@ class DataConfig:
         for name, least in (("lanes", 1), ("shuffle", 1), ("workers", 0)):
             value = getattr(self, name)
             require(value >= least, f"data.{name}={value} must be at least {least}")
+        require(self.read_ahead_mb >= 0, f"data.read_ahead_mb={self.read_ahead_mb} must be at least 0")
+        require(self.timeout > 0, f"data.timeout={self.timeout} must be above 0")
         require_scale(self.crop_scale, "data.crop_scale")
         low, high = self.crop_ratio
         require(0 < low <= high, f"data.crop_ratio=[{low}, {high}] must be two rising numbers above 0")

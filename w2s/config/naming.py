@@ -25,6 +25,8 @@ _WITHOUT_EFFECT = frozenset(
         "data.index",
         "data.allow_pipe",
         "data.workers",
+        "data.read_ahead_mb",
+        "data.timeout",
         "train.micro_batch",
         "train.log_every",
         "clip.tile",

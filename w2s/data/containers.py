@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Container, Iterator, Sequence
 
 from w2s.data.link import Link
-from w2s.data.samples import RawSample, caption_file, find_image
+from w2s.data.samples import DONE, RawSample, caption_file, find_image
 from w2s.data.tar import read_tar
 from w2s.errors import DataError
 
@@ -33,6 +33,8 @@ def read_shard(
         wanted: extensions that are read; None reads all.
         link: patience with the shard's server, and what became of it.
     """
+    if start == DONE:
+        return
     count = 0
     try:
         for sample in read_tar(shard, start, wanted, link or Link()):

@@ -6,25 +6,32 @@ and workers.
 """
 
 import functools
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Generator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from w2s.data.ahead import ReadAhead
 from w2s.data.containers import read_shard
 from w2s.data.counter import Purpose, generator
+from w2s.data.link import Link
 from w2s.data.samples import RawSample
+
+_FEW = 4
+"""Samples of a first window, or up to twice as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaneState:
     """Where a lane stands: enough to read on from there, at most one window again and without decoding."""
 
+    window: int = 0
+    """Number of the window."""
     shard: int = 0
     """Number of the lane's draw of the shard in which the window begins."""
     offset: int = 0
-    """Byte of that shard at which the window begins."""
+    """Place in that shard at which the window begins, as `RawSample.end`."""
     taken: int = 0
     """Samples of the window that were handed out."""
     drawn: int = 0
@@ -63,8 +70,19 @@ def _permutation(shards: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return generator(seed, Purpose.SHARDS, epoch).permutation(shards)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What a lane comes by: a sample, or the end of an epoch."""
+
+    sample: RawSample | None
+    shard: int
+    """Number of the lane's draw of the shard from which it reads on."""
+    offset: int
+    """Place in that shard from which it reads on."""
+
+
 class Lane:
-    """An endless stream of raw samples.
+    """An endless stream of raw samples. While a window is handed out the next one is read by a thread of the lane.
 
     Args:
         number: the lane's number.
@@ -74,6 +92,8 @@ class Lane:
             every sample comes once before any comes again.
         state: where to read on.
         wanted: extensions of the files that are read; None reads all.
+        room: bytes of samples that are read ahead.
+        link: patience with the shards' servers, and what became of it.
 
     Attributes:
         state: where the lane stands.
@@ -87,44 +107,79 @@ class Lane:
         window: int,
         state: LaneState,
         wanted: Container[str] | None = None,
+        room: float = float("inf"),
+        link: Link | None = None,
     ) -> None:
         self.state = state
-        self._wanted = wanted
-        self._number = number
-        self._shards = shards
-        self._order = order
-        self._size = window
-        self._end = state
-        self._reader = self._open(state)
-        self._window = self._read_window()
+        self._number, self._shards, self._order, self._size = number, shards, order, window
+        self._wanted, self._link = wanted, link or Link()
+        self._begun = False
+        self._left: list[RawSample] = []
+        self._end = _Step(None, state.shard, state.offset)
+        self._steps = ReadAhead(
+            self._walk(state.shard, state.offset),
+            size=lambda step: 0 if step.sample is None else step.sample.size,
+            most=window,
+            room=room,
+            waited=self._link.waited,
+        )
 
     def next(self) -> RawSample:
         """Hand out the next sample."""
-        if self.state.taken == len(self._window):
-            self.state = replace(self._end, taken=0, drawn=self.state.drawn)
-            self._window = self._read_window()
-        sample = self._window[self.state.taken]
+        while not self._left:
+            if self._begun:
+                at, end = self.state, self._end
+                self.state = replace(at, window=at.window + 1, shard=end.shard, offset=end.offset, taken=0)
+            self._begun = True
+            self._left = self._read_window()[self.state.taken :][::-1]
         self.state = replace(self.state, taken=self.state.taken + 1, drawn=self.state.drawn + 1)
-        return sample
+        return self._left.pop()
 
-    def _open(self, at: LaneState) -> Iterator[RawSample]:
-        path = self._shards[self._order.draw(self._number, at.shard)]
-        return read_shard(path, at.offset, self._wanted)
+    def close(self) -> None:
+        """End the lane's thread."""
+        self._steps.close()
+
+    def _walk(self, shard: int, offset: int) -> Generator[_Step, None, None]:
+        """Yield the lane's samples in the order of its shards, from a place on."""
+        while True:
+            path = self._shards[self._order.draw(self._number, shard)]
+            for sample in read_shard(path, offset, self._wanted, self._link):
+                self._link.came(sample.size)
+                yield _Step(sample, shard, sample.end)
+            if self._order.ends_epoch(self._number, shard):
+                yield _Step(None, shard + 1, 0)
+            shard, offset = shard + 1, 0
 
     def _read_window(self) -> list[RawSample]:
         """Read the window that begins at `self.state`, and shuffle it."""
         samples: list[RawSample] = []
-        while len(samples) < self._size:
-            sample = next(self._reader, None)
-            if sample is not None:
-                samples.append(sample)
-                self._end = replace(self._end, offset=sample.end)
-                continue
-            epoch_ended = self._order.ends_epoch(self._number, self._end.shard)
-            self._end = replace(self._end, shard=self._end.shard + 1, offset=0)
-            self._reader = self._open(self._end)
-            if epoch_ended and samples:
+        size = window_size(self._size, self.state.window, self._number, self._order.lanes)
+        while len(samples) < size:
+            self._end = self._steps.next()
+            if self._end.sample is not None:
+                samples.append(self._end.sample)
+            elif samples:
                 break
+        self._end = replace(self._end, sample=None)
         first = self.state.drawn - self.state.taken
         order = generator(self._order.seed, Purpose.WINDOW, self._number, first).permutation(len(samples))
         return [samples[i] for i in order]
+
+
+def window_size(full: int, number: int, lane: int, lanes: int) -> int:
+    """Return the samples of a lane's window.
+
+    The first window has a few samples, so that a run starts soon, and the next ones about twice as many each, up to
+    the full size. The lanes begin with sizes between one and two times the same, so that the ends of their full windows
+    are evenly spread and they never need a new window at the same moment.
+
+    Args:
+        full: samples of a window, as configured.
+        number: windows of the lane before this one.
+        lane: number of the lane.
+        lanes: number of lanes.
+    """
+    doublings = max(0, (full // _FEW).bit_length() - 1)
+    if number >= doublings:
+        return full
+    return min(full, round(full * 2.0 ** (number - doublings) * (1 + lane / lanes)))

@@ -1,6 +1,7 @@
 """The reading side of the stream: one process that turns its lanes into its part of every batch."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 
@@ -13,6 +14,7 @@ from w2s.data.batch import Batch
 from w2s.data.captions import caption_hash
 from w2s.data.counter import source_seed
 from w2s.data.lanes import Lane, LaneState, ShardOrder
+from w2s.data.link import Link, Traffic
 from w2s.data.sample import SampleSpec, Views, make_views
 from w2s.data.sources import Phase, Source, phase_at
 from w2s.data.storage import allow_many_files
@@ -33,6 +35,8 @@ class Part:
     sources: list[int]
     """Source of each sample of the batch."""
     skipped: list[Skipped]
+    traffic: dict[int, Traffic]
+    """What came from each source since the part before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +55,24 @@ class ReadPlan:
     size: int
     """Number of reading ranks."""
     max_bad_fraction: float
+    read_ahead: float
+    """Bytes that the rank reads ahead of use."""
+    timeout: float
+    """Seconds in which a connection has to give something."""
     step: int
     """First step to read."""
     lanes: dict[int, LaneStates]
     """Where each lane of the rank stands at that step."""
 
-    def open_lane(self, number: int, source: int) -> Lane:
-        """Return the part of a lane that reads from one source."""
+    def open_lane(self, number: int, source: int, room: float, link: Link) -> Lane:
+        """Return the part of a lane that reads from one source.
+
+        Args:
+            number: of the lane.
+            source: number of the source.
+            room: bytes that a lane of one source may read ahead.
+            link: patience with the source, and its traffic.
+        """
         shards = self.sources[source].shards
         order = ShardOrder(
             shards=len(shards),
@@ -68,7 +83,7 @@ class ReadPlan:
         share = max(phase.weights[source] for phase in self.phases)
         window = max(1, round(self.shuffle * share))
         state = self.lanes[number].get(source, LaneState())
-        return Lane(number, shards, order, window, state, self.phases[0].spec.extensions)
+        return Lane(number, shards, order, window, state, self.phases[0].spec.extensions, room * share, link)
 
 
 class Reader:
@@ -83,9 +98,14 @@ class Reader:
     def __init__(self, plan: ReadPlan, worker: int, workers: int) -> None:
         self._plan = plan
         self._numbers = set(sorted(plan.lanes)[worker::workers])
-        self._lanes: dict[tuple[int, int], Lane] = {}
+        self._links = [Link(plan.timeout) for _ in plan.sources]
+        # Shared among the sources by their weights, as the windows are.
+        shares = sum(max(weights) for weights in zip(*(phase.weights for phase in plan.phases), strict=True))
+        self._room = plan.read_ahead / len(plan.lanes) / shares
         self._tolerance = Tolerance(plan.max_bad_fraction)
         allow_many_files()
+        self._lanes: dict[tuple[int, int], Lane] = {}
+        self._open_lanes(phase_at(plan.phases, plan.step * plan.global_batch))
 
     def read(self, step: int) -> Part:
         """Read this process's samples of a step; steps have to be read in order.
@@ -96,6 +116,8 @@ class Reader:
         plan = self._plan
         first = step * plan.global_batch
         phase = phase_at(plan.phases, first)
+        if phase.first == first:
+            self._open_lanes(phase)
         of_rank = range(first + plan.rank, first + plan.global_batch, plan.size)
         lane_of = {index: index % plan.number_of_lanes for index in of_rank}
         mine = {index: lane for index, lane in lane_of.items() if lane in self._numbers}
@@ -103,16 +125,32 @@ class Reader:
         views, sources, states = [], [], dict[int, LaneStates]()
         for index, number in mine.items():
             source = phase.draw(plan.seed, index)
-            lane = self._lane(number, source)
+            lane = self._lanes[number, source]
             views.append(self._draw(index, lane, phase.spec, skipped))
             sources.append(source)
             states.setdefault(number, {})[source] = lane.state
-        return Part(batch=_collate(views, phase.spec), lanes=states, sources=sources, skipped=skipped)
+        return Part(
+            batch=_collate(views, phase.spec),
+            lanes=states,
+            sources=sources,
+            skipped=skipped,
+            traffic={source: link.take() for source, link in enumerate(self._links)},
+        )
 
-    def _lane(self, number: int, source: int) -> Lane:
-        if (number, source) not in self._lanes:
-            self._lanes[number, source] = self._plan.open_lane(number, source)
-        return self._lanes[number, source]
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        for link in self._links:
+            link.closed.set()
+        for lane in self._lanes.values():
+            lane.close()
+
+    def _open_lanes(self, phase: Phase) -> None:
+        """Begin to read what a phase draws from, in all lanes at once."""
+        for number in sorted(self._numbers):
+            for source, weight in enumerate(phase.weights):
+                if weight and (number, source) not in self._lanes:
+                    link = self._links[source]
+                    self._lanes[number, source] = self._plan.open_lane(number, source, self._room, link)
 
     def _draw(self, index: int, lane: Lane, spec: SampleSpec, skipped: list[Skipped]) -> Views:
         """Take samples from the lane until one is good."""
@@ -140,12 +178,13 @@ class PartDataset(IterableDataset[Part | DataError]):
     def __iter__(self) -> Iterator[Part | DataError]:
         worker = get_worker_info()
         reader = Reader(self._plan, worker.id, worker.num_workers) if worker else Reader(self._plan, 0, 1)
-        for step in count(self._plan.step):
-            try:
-                yield reader.read(step)
-            except Exception as error:  # raised in a worker, it would leave the worker and a traceback behind
-                yield error if isinstance(error, DataError) else DataError(f"reading failed: {error!r}")
-                return
+        with closing(reader):
+            for step in count(self._plan.step):
+                try:
+                    yield reader.read(step)
+                except Exception as error:  # raised in a worker, it would leave the worker and a traceback behind
+                    yield error if isinstance(error, DataError) else DataError(f"reading failed: {error!r}")
+                    return
 
 
 def _collate(views: list[Views], spec: SampleSpec) -> Batch:

@@ -55,6 +55,12 @@ def shards_digest(shards: Sequence[str]) -> str:
     return hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:12]
 
 
+def names_digest(shards: Sequence[str]) -> str:
+    """Return 12 hexadecimal digits over the names of shards, in their order."""
+    names = "\n".join(map(shard_name, shards))
+    return hashlib.sha256(names.encode()).hexdigest()[:12]
+
+
 def shard_name(shard: str) -> str:
     """Return a shard's name without its folder, and without what a URL is signed with."""
     return without_secrets(shard).removesuffix(SIGNED).rpartition("/")[2]
@@ -62,7 +68,9 @@ def shard_name(shard: str) -> str:
 
 def without_secrets(shard: str) -> str:
     """Return a shard's path, or its URL or command without the secrets in it."""
-    return shard if is_local(shard) else without_url_secrets(shard)
+    # Of a million names hardly any has one.
+    plain = is_local(shard) or not (shard.startswith(PIPE) or any(mark in shard for mark in "@?&"))
+    return shard if plain else without_url_secrets(shard)
 
 
 def _split_list(part: str) -> list[str]:

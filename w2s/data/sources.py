@@ -10,9 +10,10 @@ import numpy as np
 
 from w2s.config.layout import kept_patches
 from w2s.config.sections import DataConfig, PhaseConfig
+from w2s.data.containers import check_source
 from w2s.data.counter import Purpose, generator
 from w2s.data.sample import SampleSpec
-from w2s.data.shards import list_shards, split_sources
+from w2s.data.shards import list_shards, names_digest, split_sources
 from w2s.errors import ConfigError
 from w2s.redaction import redact
 
@@ -26,6 +27,8 @@ class Source:
     pattern: str
     """What the configuration says."""
     shards: list[str]
+    digest: str
+    """Of the shards' names."""
 
 
 @dataclass(frozen=True)
@@ -52,24 +55,46 @@ def phase_at(phases: Sequence[Phase], index: int) -> Phase:
     return phases[bisect.bisect_right(phases, index, key=lambda phase: phase.first) - 1]
 
 
-def plan_sources(data: DataConfig, spec: SampleSpec, global_batch: int) -> tuple[list[Source], list[Phase]]:
-    """Find the sources of a run and lay out its phases.
+def find_sources(data: DataConfig, global_batch: int, size: int, *, captions: bool) -> list[Source]:
+    """List the sources of a run, and check that they have enough shards for its lanes and what a stage needs.
+
+    Args:
+        data: where the samples are.
+        global_batch: samples of a step over all ranks.
+        size: number of reading ranks.
+        captions: whether samples need a caption.
+
+    Raises:
+        ConfigError: too few shards.
+        DataError: shards that are missing or lack images or captions.
+    """
+    sources = list_sources(data)
+    smallest = min(sources, key=lambda source: len(source.shards))
+    lanes, shards = data.lanes, len(smallest.shards)
+    if shards < lanes and not data.replacement:
+        fitting = [n for n in range(size, shards + 1, size) if global_batch % n == 0 or n % global_batch == 0]
+        fix = f"use data.lanes={fitting[-1]} or data.replacement=true" if fitting else "use data.replacement=true"
+        what = "data.train" if len(sources) == 1 else smallest.pattern
+        raise ConfigError(f"data.lanes={lanes} needs as many shards, {what} has {shards}: {fix}")
+    for source in sources:
+        check_source(source.shards, data.image_key, data.caption_key if captions else None)
+    return sources
+
+
+def plan_phases(data: DataConfig, sources: Sequence[Source], spec: SampleSpec, global_batch: int) -> list[Phase]:
+    """Lay out the phases of a run.
 
     Raises:
         ConfigError: weights that are not one for each source, or a phase that does not end with a batch.
-        DataError: shards that are missing.
     """
     parts = data.phases or [PhaseConfig()]
     mixes = [_mix(part, data) for part in parts]
-    sources = list_sources(data)
-    patterns = [source.pattern for source in sources]
     _check_lengths(parts, global_batch)
     firsts = itertools.accumulate((part.samples for part in parts[:-1]), initial=0)
-    phases = [
-        Phase(first, tuple(mix.get(pattern, 0.0) for pattern in patterns), _phase_spec(part, spec))
+    return [
+        Phase(first, tuple(mix.get(source.pattern, 0.0) for source in sources), _phase_spec(part, spec))
         for first, part, mix in zip(firsts, parts, mixes, strict=True)
     ]
-    return sources, phases
 
 
 def list_sources(data: DataConfig) -> list[Source]:
@@ -82,7 +107,8 @@ def list_sources(data: DataConfig) -> list[Source]:
     mixes = [_mix(part, data) for part in data.phases or [PhaseConfig()]]
     patterns = list(dict.fromkeys(pattern for mix in mixes for pattern in mix))
     names = _names(patterns)
-    return [Source(names[text], text, list_shards(text, allow_pipe=data.allow_pipe)) for text in patterns]
+    found = {text: list_shards(text, allow_pipe=data.allow_pipe) for text in patterns}
+    return [Source(names[text], text, shards, names_digest(shards)) for text, shards in found.items()]
 
 
 def _mix(part: PhaseConfig, data: DataConfig) -> dict[str, float]:

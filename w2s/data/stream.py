@@ -7,13 +7,11 @@ source, whoever read it.
 """
 
 import atexit
-import hashlib
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,22 +20,24 @@ from w2s.config.layout import check_lanes
 from w2s.config.sections import DataConfig
 from w2s.data.bad import Skipped
 from w2s.data.batch import Batch, merge_batches
-from w2s.data.containers import check_source
 from w2s.data.lanes import LaneState
 from w2s.data.reader import LaneStates, Part, ReadPlan
 from w2s.data.sample import SampleSpec
-from w2s.data.shards import shard_name
-from w2s.data.sizes import count_samples
-from w2s.data.sources import Phase, Source, plan_sources
+from w2s.data.shards import without_secrets
+from w2s.data.sources import Phase, Source, find_sources, plan_phases
 from w2s.data.workers import end_reading, kill_readers, reader_pids, start_reading
-from w2s.errors import ConfigError, DataError
+from w2s.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 Position = dict[str, Any]
 
+_VERSION = 2
+"""Of the order of samples: positions of another one mean other samples."""
 _RESTARTS = 3
 """Times that the reading processes are started for one step."""
+_LONG = 1.0
+"""Seconds of waiting for samples of which the log tells who is to blame."""
 
 
 class Stream:
@@ -51,10 +51,12 @@ class Stream:
         rank: data-parallel rank.
         size: data-parallel size.
         position: where to go on: what `position()` gave, merged over the ranks, at any size and number of workers.
+        sources: what `find_sources` gave, where it was called before.
 
     Attributes:
         sources: what is read.
         bad: samples skipped by this rank since the stream was opened, by reason.
+        reopened: connections that this rank had to open again since the stream was opened, by reason.
         seen: samples that this rank got from each source since the stream was opened, by the source's name.
         wait_seconds: time that `next()` has waited for samples.
 
@@ -73,19 +75,25 @@ class Stream:
         rank: int,
         size: int,
         position: Position | None = None,
+        sources: Sequence[Source] | None = None,
     ) -> None:
-        self.sources, self._phases = plan_sources(data, spec, global_batch)
-        _check_sizes(data, self.sources, global_batch, size)
-        for source in self.sources:
-            check_source(source.shards, spec.image_key, spec.caption_key if spec.context_length else None)
+        check_lanes(data.lanes, global_batch, size)
+        if sources is None:
+            sources = find_sources(data, global_batch, size, captions=spec.context_length > 0)
+        self.sources = list(sources)
+        self._phases = plan_phases(data, self.sources, spec, global_batch)
         self._order = _describe_order(data, self.sources, self._phases, global_batch, seed)
         self._lanes = _restore(position, self._order, range(rank, data.lanes, size))
         self._step = self._first_step = 0 if position is None else position["step"]
         # A worker without samples would have nothing to send, so there are at most as many as a batch has lanes.
         self._workers = min(data.workers, min(data.lanes, global_batch) // size)
         self.bad: Counter[str] = Counter()
+        self.reopened: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
         self.wait_seconds = 0.0
+        self._waits = 0
+        self._came: defaultdict[str, float] = defaultdict(float)
+        self._counted_at = time.perf_counter()
         self._plan = ReadPlan(
             sources=self.sources,
             phases=self._phases,
@@ -97,6 +105,8 @@ class Stream:
             rank=rank,
             size=size,
             max_bad_fraction=data.max_bad_fraction,
+            read_ahead=data.read_ahead_mb * 1e6,
+            timeout=data.timeout,
             step=self._step,
             lanes=dict(self._lanes),
         )
@@ -115,12 +125,19 @@ class Stream:
         batch = merge_batches([part.batch for part in parts])
         if torch.cuda.is_available():
             batch = batch.pinned()
-        self.wait_seconds += time.perf_counter() - start
+        waited = time.perf_counter() - start
+        self.wait_seconds += waited
         for part in parts:
             for lane, states in part.lanes.items():
                 self._lanes[lane] = self._lanes[lane] | states
             self.seen.update(self.sources[source].name for source in part.sources)
-            self._note(part.skipped)
+            self._note(part.skipped, self.bad, "skipped %s in %s: %s (%d so far)")
+            for source, traffic in part.traffic.items():
+                self._came[f"{source}/bytes"] += traffic.bytes
+                self._came[f"{source}/waited"] += traffic.waited
+                self._note(traffic.broken, self.reopened, "opened again, from %s on, %s: %s (%d so far)")
+        if waited > _LONG and self._step > self._first_step:
+            self._note_wait(waited, parts)
         self._step += 1
         return batch
 
@@ -132,38 +149,52 @@ class Stream:
         }
         return {"step": self._step, "order": self._order, "lanes": lanes}
 
-    def metrics(self, seen: Mapping[str, int], bad: Mapping[str, int]) -> dict[str, float]:
-        """Return what to log of counts that are summed over all ranks.
+    def counts(self) -> dict[str, float]:
+        """Return what this rank counts, to be added up over the ranks for `metrics`: in part since the last call."""
+        now = time.perf_counter()
+        counts = {f"bad/{reason}": float(count) for reason, count in self.bad.items()}
+        counts |= {f"reopened/{reason}": float(count) for reason, count in self.reopened.items()}
+        counts |= {f"seen/{name}": float(count) for name, count in self.seen.items()}
+        counts |= {"ranks": 1.0, "processes": float(max(1, self._workers)), "seconds": now - self._counted_at}
+        counts |= self._came
+        self._came.clear()
+        self._counted_at = now
+        return counts
 
-        Args:
-            seen: `seen` of all ranks.
-            bad: `bad` of all ranks.
+    def metrics(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Return what to log of `counts` that are added up over all ranks.
 
         Returns:
-            `bad/REASON`: skipped samples; for each of several sources `source/NAME/samples`, `source/NAME/share` (of
-            all samples) and `source/NAME/weight` (the share that the weights ask for). Counts are since the stream was
-            opened.
+            Since the stream was opened: `bad/REASON`: skipped samples; `reopened/REASON`: connections that had to be
+            opened again; for each of several sources `source/NAME/samples`, `source/NAME/share` (of all samples) and
+            `source/NAME/weight` (the share that the weights ask for). Since the last call of `counts`, for each source:
+            `source/NAME/mb_per_second`, over all ranks, and `source/NAME/wait`, the share of the reading processes'
+            time in which they had to wait for it.
         """
-        figures = {f"bad/{reason}": float(count) for reason, count in bad.items()}
-        total = sum(seen.values())
-        if len(self.sources) > 1 and total:
-            weights = self._expected_shares()
-            for source, weight in zip(self.sources, weights, strict=True):
-                count = seen.get(source.name, 0)
-                shares = {"samples": float(count), "share": count / total, "weight": weight}
+        figures = {name: count for name, count in counts.items() if name.startswith(("bad/", "reopened/"))}
+        seconds = counts["seconds"] / counts["ranks"]
+        for number, source in enumerate(self.sources):
+            came = counts.get(f"{number}/bytes", 0.0) / 1e6 / seconds
+            wait = counts.get(f"{number}/waited", 0.0) / (seconds * counts["processes"])
+            figures |= {f"source/{source.name}/mb_per_second": came, f"source/{source.name}/wait": min(1.0, wait)}
+        seen = [counts.get(f"seen/{source.name}", 0.0) for source in self.sources]
+        total = sum(seen)
+        if len(seen) > 1 and total:
+            for source, count, weight in zip(self.sources, seen, self._expected_shares(), strict=True):
+                shares = {"samples": count, "share": count / total, "weight": weight}
                 figures |= {f"source/{source.name}/{name}": value for name, value in shares.items()}
         return figures
 
-    def source_rows(self, index: Path) -> list[tuple[str, int, int | str, str]]:
-        """Return a row for each source: name, shards, samples (where they are known) and its weight in each phase.
+    def source_rows(self, sizes: Mapping[str, int | None]) -> list[tuple[str, int, int | str, str]]:
+        """Return a row for each source: name, shards, samples and its weight in each phase.
 
         Args:
-            index: folder of the sizes that `w2s data index` has counted.
+            sizes: samples by the source's name; None where they are not known.
         """
         by_source = zip(*(phase.weights for phase in self._phases), strict=True)
         weights = [" then ".join(f"{weight:g}" for weight in phases) for phases in by_source]
         return [
-            (source.name, len(source.shards), count_samples(source.shards, index) or "not counted", weight)
+            (source.name, len(source.shards), sizes[source.name] or "not counted", weight)
             for source, weight in zip(self.sources, weights, strict=True)
         ]
 
@@ -210,13 +241,31 @@ class Stream:
             raise part
         return part
 
-    def _note(self, skipped: Sequence[Skipped]) -> None:
-        for sample in skipped:
-            self.bad[sample.reason] += 1
-            count = self.bad[sample.reason]
-            # The 1st, 2nd, 4th, 8th... of a kind is enough to act on, and cannot flood a log.
-            if count & (count - 1) == 0:
-                logger.warning("skipped %s in %s: %s (%d so far)", sample.key, sample.shard, sample.reason, count)
+    def _note(self, places: Sequence[Skipped], counter: Counter[str], message: str) -> None:
+        for each in places:
+            counter[each.reason] += 1
+            count = counter[each.reason]
+            if _is_telling(count):
+                logger.warning(message, each.key, without_secrets(each.shard), each.reason, count)
+
+    def _note_wait(self, seconds: float, parts: Sequence[Part]) -> None:
+        """Say which source made a step wait."""
+        self._waits += 1
+        if not _is_telling(self._waits):
+            return
+        blamed = [(traffic.waited, source) for part in parts for source, traffic in part.traffic.items()]
+        waited, source = max(blamed)
+        why = f"{self.sources[source].name} let a reading process wait {waited:.1f} s"
+        if waited < seconds / 2:
+            why = "no source let a reading process wait as long, decoding took the time: raise data.workers"
+        logger.warning(
+            "step %d waited %.1f s for samples (%d such steps so far): %s", self._step + 1, seconds, self._waits, why
+        )
+
+
+def _is_telling(count: int) -> bool:
+    """The 1st, 2nd, 4th, 8th... of a kind is enough to act on, and cannot flood a log."""
+    return count & (count - 1) == 0
 
 
 def merge_positions(positions: Sequence[Position]) -> Position:
@@ -235,42 +284,32 @@ def merge_positions(positions: Sequence[Position]) -> Position:
     return first | {"lanes": {number: state for each in positions for number, state in each["lanes"].items()}}
 
 
-def _check_sizes(data: DataConfig, sources: Sequence[Source], global_batch: int, size: int) -> None:
-    lanes = data.lanes
-    check_lanes(lanes, global_batch, size)
-    smallest = min(sources, key=lambda source: len(source.shards))
-    shards = len(smallest.shards)
-    if shards < lanes and not data.replacement:
-        fitting = [n for n in range(size, shards + 1, size) if global_batch % n == 0 or n % global_batch == 0]
-        fix = f"use data.lanes={fitting[-1]} or data.replacement=true" if fitting else "use data.replacement=true"
-        what = "data.train" if len(sources) == 1 else smallest.pattern
-        raise ConfigError(f"data.lanes={lanes} needs as many shards, {what} has {shards}: {fix}")
-
-
 def _describe_order(
     data: DataConfig, sources: Sequence[Source], phases: Sequence[Phase], global_batch: int, seed: int
 ) -> dict[str, Any]:
     """Return everything that the order of samples depends on, under the names that a user knows."""
     return {
+        "version": _VERSION,
         "data.lanes": data.lanes,
         "data.shuffle": data.shuffle,
         "data.replacement": data.replacement,
         "train.global_batch": global_batch,
         "run.seed": seed,
-        "data.train": ", ".join(_describe_shards(source.shards) for source in sources),
+        "data.train": ", ".join(f"{len(source.shards)} shards {source.digest}" for source in sources),
         "data.weights": [[phase.first, *phase.weights] for phase in phases],
     }
-
-
-def _describe_shards(shards: Sequence[str]) -> str:
-    names = "\n".join(map(shard_name, shards))
-    return f"{len(shards)} shards {hashlib.sha256(names.encode()).hexdigest()[:12]}"
 
 
 def _restore(position: Position | None, order: dict[str, Any], lanes: range) -> dict[int, LaneStates]:
     if position is None:
         return {lane: {} for lane in lanes}
     try:
+        version = position["order"].get("version", 1)
+        if version != _VERSION:
+            raise DataError(
+                f"the checkpoint stands in the sample order of another w2s ({version}, this one's is {_VERSION}): "
+                "finish the run with that, or start a new one from its weights, such as by init.vision=RUN"
+            )
         for key, value in order.items():
             if position["order"].get(key) != value:
                 raise DataError(

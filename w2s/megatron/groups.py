@@ -2,12 +2,12 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from w2s.config.sections import HardwareConfig, ParallelConfig
+from w2s.errors import W2SError
 from w2s.megatron import compat, cpu
 
 T = TypeVar("T")
@@ -73,6 +74,23 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Return on every rank what rank 0 gets by some work.
+
+        Raises:
+            W2SError: the work does; on every rank.
+        """
+        outcome: T | W2SError | None = None
+        if self.main:
+            try:
+                outcome = work()
+            except W2SError as error:
+                outcome = error
+        outcome = self.share(outcome)
+        if isinstance(outcome, W2SError):
+            raise outcome
+        return cast("T", outcome)
+
     def gather(self, value: T) -> list[T]:
         """Return the `value` of every rank, in order."""
         values = [value] * self.world_size
@@ -95,6 +113,12 @@ def means(everyone: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Average each number over the ranks that have it: some only the last pipeline stage has."""
     names = dict.fromkeys(name for each in everyone for name in each)
     return {name: fmean(each[name] for each in everyone if name in each) for name in names}
+
+
+def sums(everyone: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Add up each number over the ranks that have it."""
+    names = dict.fromkeys(name for each in everyone for name in each)
+    return {name: sum(each.get(name, 0.0) for each in everyone) for name in names}
 
 
 def place() -> tuple[int, int]:
