@@ -454,17 +454,39 @@ def bench_data(
     ] = 512,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of which the median is taken.")] = 5,
     workers: Annotated[int, typer.Option(min=0, help="Reading processes of each.")] = 1,
+    latency: Annotated[
+        float | None, typer.Option(min=0, help="Milliseconds before each answer of a local server; reads over it too.")
+    ] = None,
+    bandwidth: Annotated[float, typer.Option(min=0.01, help="Megabytes a second of each connection to it.")] = 100.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Images per second of the loader on the CPU, beside open_clip's on the same shards, and how far they differ."""
+    """Images per second of the loader on the CPU, beside open_clip's on the same shards, and how far they differ.
+
+    With --latency: images per second and waits over a slow local server, beside those from the disk.
+    """
     with _one_line(debug):
         import json
         from pathlib import Path
 
-        from w2s.bench.data import measure, print_table
+        from w2s.bench import data, remote
 
-        figures = measure(Path(photographs), samples=samples, repeats=repeats, workers=workers)
+        if latency is None:
+            figures, print_table = (
+                data.measure(Path(photographs), samples=samples, repeats=repeats, workers=workers),
+                data.print_table,
+            )
+        else:
+            figures, print_table = (
+                remote.measure(
+                    Path(photographs),
+                    latency=latency / 1e3,
+                    bandwidth=bandwidth * 1e6,
+                    samples=samples,
+                    workers=workers,
+                ),
+                remote.print_table,
+            )
         if as_json:
             print(json.dumps(figures, indent=2))
         else:

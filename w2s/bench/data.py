@@ -101,7 +101,7 @@ def _compare(shards: Shards, repeats: int, workers: int) -> dict[str, Any]:
     wanted = spec((0.9, 1.0))
     boxes = _boxes(shards, wanted)
     loaders: dict[str, Callable[[], Iterator[torch.Tensor]]] = {
-        "open_clip": lambda: _open_clip(shards, boxes, workers),
+        "open_clip": lambda: open_clip_images(shards, boxes, workers),
         "w2s": lambda: _ours(shards, wanted, workers),
         "w2s, half scale": lambda: _ours(shards, replace(wanted, half_scale=True), workers),
     }
@@ -179,8 +179,17 @@ def _box(size: tuple[int, int], wanted: SampleSpec, index: int) -> Box:
     return crop_box(rng, size[1], size[0], wanted.crop_scale, wanted.crop_ratio)
 
 
-def _open_clip(shards: Shards, boxes: Boxes, workers: int) -> Iterator[torch.Tensor]:
-    """The images of open_clip's pipeline, as its trainer gets them."""
+def open_clip_images(shards: Shards, boxes: Boxes | None, workers: int) -> Iterator[torch.Tensor]:
+    """Yield the images of open_clip's pipeline, as its trainer gets them.
+
+    Args:
+        shards: the shards.
+        boxes: crop by the width and height of an image; None crops at random.
+        workers: reading processes.
+
+    Raises:
+        MissingPackageError: open_clip's training code is not installed.
+    """
     try:
         from open_clip import SimpleTokenizer
         from open_clip_train import data as peer
@@ -205,13 +214,13 @@ def _open_clip(shards: Shards, boxes: Boxes, workers: int) -> Iterator[torch.Ten
         yield images
 
 
-def peer_transform(boxes: Boxes) -> Callable[[Image.Image], torch.Tensor]:
-    """Return open_clip's training transform, with given crops in the place of random ones."""
+def peer_transform(boxes: Boxes | None) -> Callable[[Image.Image], torch.Tensor]:
+    """Return open_clip's training transform, with given crops in the place of random ones if there are some."""
     from open_clip.transform import AugmentationCfg, image_transform
 
     transform = image_transform(SIZE, is_train=True, mean=MEAN, std=STD, aug_cfg=AugmentationCfg(scale=(0.9, 1.0)))
-    crop = transform.transforms[0]
-    crop.get_params = lambda image, scale, ratio: boxes[image.size]
+    if boxes is not None:
+        transform.transforms[0].get_params = lambda image, scale, ratio: boxes[image.size]
     return transform
 
 

@@ -15,11 +15,29 @@ from w2s.errors import DataError
 SHARDS = 4
 
 
-def cut_shards(photographs: Path, out: Path, width: int, height: int, count: int) -> str:
+def cut_shards(
+    photographs: Path,
+    out: Path,
+    width: int,
+    height: int,
+    count: int,
+    *,
+    shards: int = SHARDS,
+    distinct: int | None = None,
+) -> str:
     """Cut JPEGs of about `width` x `height` pixels out of photographs, and write them into shards.
 
     No two have the same size, so that a size names an image. Each is a random part of a photograph, made smaller, with
     a JPEG quality of 85 to 95.
+
+    Args:
+        photographs: folder of photographs.
+        out: folder for the shards.
+        width: of the images, in pixels.
+        height: of the images, in pixels.
+        count: number of samples.
+        shards: number of shards.
+        distinct: images after which the same come again; None makes all of them anew.
 
     Returns:
         The brace pattern of the shards.
@@ -28,14 +46,15 @@ def cut_shards(photographs: Path, out: Path, width: int, height: int, count: int
         DataError: there is no photograph that is large enough.
     """
     out.mkdir(parents=True)
-    pictures = _pictures(photographs, round(1.06 * width), round(1.06 * height), count, np.random.default_rng(0))
+    anew = min(count, distinct or count)
+    pictures = _pictures(photographs, round(1.06 * width), round(1.06 * height), anew, np.random.default_rng(0))
     jpegs = list(pictures)
-    for shard in range(SHARDS):
+    for shard in range(shards):
         with TarWriter(str(out / f"{shard:06d}.tar"), encoder=False, mtime=0) as writer:
-            for number in range(shard, len(jpegs), SHARDS):
-                caption = f"a photograph that shows number {number} of {len(jpegs)} things".encode()
-                writer.write({"__key__": f"{number:06d}", "jpg": jpegs[number], "txt": caption})
-    return f"{out}/{{000000..{SHARDS - 1:06d}}}.tar"
+            for number in range(shard, count, shards):
+                caption = f"a photograph that shows number {number} of {count} things".encode()
+                writer.write({"__key__": f"{number:06d}", "jpg": jpegs[number % anew], "txt": caption})
+    return f"{out}/{{000000..{shards - 1:06d}}}.tar"
 
 
 def _pictures(

@@ -120,6 +120,11 @@ def doubts(config: Config, world_size: int) -> list[str]:
 def _idle_workers(config: Config, world_size: int) -> list[str]:
     lanes, workers = min(config.data.lanes, config.train.global_batch) // world_size, config.data.workers
     if workers <= max(1, lanes):
+        if workers and lanes % workers:
+            return [
+                f"data.workers={workers} do not divide the {lanes} lanes that a rank reads in a step (data.lanes="
+                f"{config.data.lanes} on {world_size} ranks): the workers with more of them hold up the others"
+            ]
         return []
     return [
         f"data.workers={workers} are {lanes} on each rank, as many as it has of data.lanes={config.data.lanes}: "
@@ -148,7 +153,7 @@ def _check_training(config: Config, world_size: int) -> None:
         raise ConfigError(f"eval.sets is for w2s stage eval: {config.stage} is measured on eval.shards alone")
     check_towers(config)
     check_micro_batches(config, world_size)
-    check_lanes(config.data.lanes, config.train.global_batch, world_size)
+    check_lanes(config.data.lanes, config.train.global_batch, world_size, config.parallel)
     check_fp8_layout(config, world_size)
     _check_phases(config)
     _check_graphs(config)

@@ -45,8 +45,9 @@ def check_micro_batches(config: Config, world_size: int) -> None:
     _check_batch(train, world_size // size)
     if train.global_batch % world_size:
         legal = max(1, train.global_batch // world_size) * world_size
+        ranks = _named(world_size, parallel)
         raise ConfigError(
-            f"train.global_batch={train.global_batch} is not divisible by {world_size} ranks, each of which reads and "
+            f"train.global_batch={train.global_batch} is not divisible by {ranks}, each of which reads and "
             f"teaches its share: use train.global_batch={legal}"
         )
     share = train.global_batch // (world_size // size)
@@ -65,8 +66,14 @@ def check_micro_batches(config: Config, world_size: int) -> None:
         _check_rows(config, micro, share)
 
 
-def check_lanes(lanes: int, global_batch: int, world_size: int) -> None:
+def check_lanes(lanes: int, global_batch: int, world_size: int, parallel: ParallelConfig | None = None) -> None:
     """Refuse lanes of the data that ranks or batches do not divide; every rank reads a share of each batch.
+
+    Args:
+        lanes: `data.lanes`.
+        global_batch: samples of a step over all ranks.
+        world_size: ranks that read.
+        parallel: what they are, for the message.
 
     Raises:
         ConfigError: with the key, its value and legal ones.
@@ -75,9 +82,19 @@ def check_lanes(lanes: int, global_batch: int, world_size: int) -> None:
     legal = [world_size * count for count in divisors(global_batch // world_size)] if whole else []
     fix = f"use data.lanes={listed(legal[-4:])}" if legal else f"use lanes and batches in multiples of {world_size}"
     if lanes % world_size:
-        raise ConfigError(f"data.lanes={lanes} is not divisible by {world_size} ranks, each of which reads: {fix}")
+        ranks = _named(world_size, parallel)
+        raise ConfigError(f"data.lanes={lanes} is not divisible by {ranks}, each of which reads: {fix}")
     if global_batch % lanes and lanes % global_batch:
         raise ConfigError(f"data.lanes={lanes} and train.global_batch={global_batch} do not divide: {fix}")
+
+
+def _named(world_size: int, parallel: ParallelConfig | None) -> str:
+    """The ranks by what they are, where they are not all data-parallel."""
+    size = 1 if parallel is None else model_parallel_size(parallel)
+    if parallel is None or size == 1:
+        return f"{world_size} ranks"
+    parts = {"data": world_size // size, "tensor": parallel.tensor, "pipeline": parallel.pipeline}
+    return f"{world_size} ranks ({' x '.join(f'{count} {name}' for name, count in parts.items() if count > 1)})"
 
 
 def _check_group(parallel: ParallelConfig, count: int) -> None:

@@ -8,6 +8,7 @@ and workers.
 import functools
 from collections.abc import Container, Generator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,11 +71,12 @@ def _permutation(shards: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return generator(seed, Purpose.SHARDS, epoch).permutation(shards)
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """What a lane comes by: a sample, or the end of an epoch."""
 
     sample: RawSample | None
+    size: int
+    """Bytes of the sample."""
     shard: int
     """Number of the lane's draw of the shard from which it reads on."""
     offset: int
@@ -115,10 +117,10 @@ class Lane:
         self._wanted, self._link = wanted, link or Link()
         self._begun = False
         self._left: list[RawSample] = []
-        self._end = _Step(None, state.shard, state.offset)
+        self._end = _Step(None, 0, state.shard, state.offset)
         self._steps = ReadAhead(
             self._walk(state.shard, state.offset),
-            size=lambda step: 0 if step.sample is None else step.sample.size,
+            size=lambda step: step.size,
             most=window,
             room=room,
             waited=self._link.waited,
@@ -145,9 +147,9 @@ class Lane:
             path = self._shards[self._order.draw(self._number, shard)]
             for sample in read_shard(path, offset, self._wanted, self._link):
                 self._link.came(sample.size)
-                yield _Step(sample, shard, sample.end)
+                yield _Step(sample, sample.size, shard, sample.end)
             if self._order.ends_epoch(self._number, shard):
-                yield _Step(None, shard + 1, 0)
+                yield _Step(None, 0, shard + 1, 0)
             shard, offset = shard + 1, 0
 
     def _read_window(self) -> list[RawSample]:
@@ -160,7 +162,7 @@ class Lane:
                 samples.append(self._end.sample)
             elif samples:
                 break
-        self._end = replace(self._end, sample=None)
+        self._end = self._end._replace(sample=None)
         first = self.state.drawn - self.state.taken
         order = generator(self._order.seed, Purpose.WINDOW, self._number, first).permutation(len(samples))
         return [samples[i] for i in order]

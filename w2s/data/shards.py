@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ def _expand(pattern: str, option: str, allow_pipe: bool) -> list[str]:
     if pattern.startswith(PIPE):
         return names
     if not is_local(pattern):
-        return [shard for entry in names for shard in find_remote(entry, option)]
+        return find_remote(names, option)
     if pattern.endswith(".txt"):
         return _read_list(pattern, option, allow_pipe)
     return _local(pattern, names, option)
@@ -125,8 +126,10 @@ def _read_list(pattern: str, option: str, allow_pipe: bool) -> list[str]:
 
 
 def _local(pattern: str, names: list[str], option: str) -> list[str]:
-    paths = [path for entry in names for path in _find(Path(entry.removeprefix("file://")).expanduser())]
-    missing = [path for path in paths if not path.is_file()]
+    paths = [path for entry in names for path in _find(os.path.expanduser(entry.removeprefix("file://")))]
+    # Folders are listed: a million files are not asked for one by one.
+    files = {folder: _files(folder) for folder in {os.path.dirname(path) for path in paths}}
+    missing = [path for path in paths if os.path.basename(path) not in files[os.path.dirname(path)]]
     if missing and len(names) == 1:
         raise DataError(f"{option}={pattern} does not exist: check the path")
     if missing:
@@ -135,12 +138,21 @@ def _local(pattern: str, names: list[str], option: str) -> list[str]:
         )
     if not paths:
         raise DataError(f"{option}={pattern} has no shards: no .tar file is there")
-    return [str(path) for path in paths]
+    return paths
 
 
-def _find(path: Path) -> list[Path]:
-    if path.is_dir():
-        return list(path.glob("*.tar"))
-    if glob.has_magic(str(path)):
-        return [Path(entry) for entry in glob.glob(str(path))]
-    return [path]
+def _find(path: str) -> list[str]:
+    """Return the `.tar` files of a folder, what a glob finds, or the path as it stands."""
+    if glob.has_magic(path):
+        return glob.glob(path)
+    if path.endswith(".tar") or not os.path.isdir(path):
+        return [path]
+    return [os.path.join(path, name) for name in os.listdir(path) if name.endswith(".tar")]
+
+
+def _files(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder or ".") as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except OSError:
+        return set()

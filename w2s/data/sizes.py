@@ -3,7 +3,7 @@
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -27,17 +27,17 @@ def count_samples(shards: Sequence[str], index: Path) -> int | None:
         shards: paths or URLs.
         index: folder of the indices.
     """
-    sizes = read_index(shards, index) or _listed_sizes(shards)
+    folders = set(map(_folder, shards))
+    sizes = read_index(shards, index) or _listed_sizes(shards, folders)
     if len(sizes) == len(shards):
         return sum(sizes.values())
-    folders = {_folder(shard) for shard in shards}
     total = read_text(f"{folders.pop()}__len__") if len(folders) == 1 else None
     return int(total) if total is not None and total.strip().isdecimal() else None
 
 
 def known_sizes(shards: Sequence[str]) -> dict[str, int]:
     """Return the samples of those shards that have `sizes.json` or img2dataset's `*_stats.json` beside them."""
-    sizes = _listed_sizes(shards)
+    sizes = _listed_sizes(shards, set(map(_folder, shards)))
     missing = [shard for shard in shards if shard not in sizes]
     with ThreadPoolExecutor(_THREADS) as pool:
         stats = pool.map(_read_stats, missing)
@@ -126,9 +126,9 @@ def _folder(shard: str) -> str:
     return shard[: len(shard) - len(shard_name(shard))]
 
 
-def _listed_sizes(shards: Sequence[str]) -> dict[str, int]:
-    """Return the samples of those shards that a `sizes.json` in their folder names."""
-    listed = {folder: _read_numbers(f"{folder}sizes.json") for folder in dict.fromkeys(map(_folder, shards))}
+def _listed_sizes(shards: Sequence[str], folders: Collection[str]) -> dict[str, int]:
+    """Return the samples of those shards that a `sizes.json` in one of their folders names."""
+    listed = {folder: _read_numbers(f"{folder}sizes.json") for folder in folders}
     if not any(listed.values()):
         return {}
     sizes = (

@@ -3,6 +3,7 @@
 import glob
 import io
 import resource
+from collections.abc import Sequence
 from typing import IO, Any
 
 import fsspec
@@ -13,7 +14,7 @@ from w2s.data.steady import SteadyFile
 from w2s.errors import DataError, MissingPackageError
 
 _BUFFER = 1 << 17
-"""Bytes that a file which is not local is read by."""
+"""Bytes that files are read by: threads hand Python's lock on at each read."""
 
 
 def is_local(shard: str) -> bool:
@@ -28,7 +29,7 @@ def open_at(shard: str, start: int, link: Link) -> IO[bytes]:
         FileNotFoundError: there is no such file; of one that is not local, the first read tells.
     """
     if is_local(shard):
-        stream: IO[bytes] = open(shard.removeprefix("file://"), "rb")  # noqa: SIM115, the caller closes it
+        stream: IO[bytes] = open(shard.removeprefix("file://"), "rb", _BUFFER)  # noqa: SIM115, the caller closes it
     else:
         stream = io.BufferedReader(SteadyFile(shard, link), _BUFFER)
     stream.seek(start)
@@ -49,26 +50,37 @@ def read_text(path: str) -> str | None:
         return None
 
 
-def find_remote(url: str, option: str) -> list[str]:
-    """List what a URL names: a file as it stands, the `.tar` files of a folder (a URL that ends in `/`) or of a glob.
+def find_remote(urls: Sequence[str], option: str) -> list[str]:
+    """List what URLs name: a file as it stands, the `.tar` files of a folder (a URL that ends in `/`) or of a glob.
+
+    Args:
+        urls: of one pattern, so that all are of one kind.
+        option: the configuration key to name in an error.
 
     Raises:
         DataError: nothing is there, or fsspec does not know this kind of URL.
         MissingPackageError: fsspec's driver for it is not installed.
     """
-    filesystem = _filesystem(url, option)
-    pattern = f"{url}*.tar" if url.endswith("/") else url
+    if not urls[0].startswith(WEB):
+        _filesystem(urls[0], option)
+    return [shard for url in urls for shard in (_glob(url, option) if _has_magic(url) else [url])]
+
+
+def _has_magic(url: str) -> bool:
     # What follows the question mark of a web address is no glob.
-    place = pattern.partition("?")[0] if pattern.startswith(WEB) else pattern
-    if not glob.has_magic(place):
-        return [url]
+    place = url.partition("?")[0] if url.startswith(WEB) else url
+    return place.endswith("/") or glob.has_magic(place)
+
+
+def _glob(url: str, option: str) -> list[str]:
+    filesystem = _filesystem(url, option)
     try:
-        found = [filesystem.unstrip_protocol(path) for path in filesystem.glob(pattern)]
+        found = filesystem.glob(f"{url}*.tar" if url.endswith("/") else url)
     except Exception as error:  # each driver raises errors of its own kind
         raise DataError(f"{option}={url} cannot be listed: {type(error).__name__} {error}") from error
     if not found:
         raise DataError(f"{option}={url} has no shards: no .tar file is there")
-    return found
+    return [filesystem.unstrip_protocol(path) for path in found]
 
 
 def _filesystem(url: str, option: str) -> Any:

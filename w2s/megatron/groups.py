@@ -70,6 +70,8 @@ class Ranks:
 
     def share(self, value: T) -> T:
         """Return rank 0's `value` on every rank."""
+        if self.world_size == 1:
+            return value
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]

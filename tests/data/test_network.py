@@ -1,0 +1,207 @@
+"""Shards of a web server that is slow, stuck, away for a while, or cuts its connections."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.shard_files import write_shards
+from tests.data.web import Faults, serve
+from w2s.config.sections import DataConfig
+from w2s.data.containers import read_shard
+from w2s.data.link import WAITS, Link
+from w2s.data.sample import SampleSpec
+from w2s.data.sizes import count_samples
+from w2s.data.stream import Stream
+
+SPEC = SampleSpec(image_size=8, grid=2, image_key="png")
+SIZES = [30, 20, 25, 35]
+BATCH = 8
+STEPS = 14
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What a server is waited for, without waiting."""
+    pauses: list[float] = []
+    monkeypatch.setattr("w2s.data.link.Link.pause", lambda _, seconds: pauses.append(seconds))
+    return pauses
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[str, Faults]]:
+    with serve(write_shards(tmp_path / "a", SIZES)) as (url, faults):
+        yield url, faults
+
+
+def open_stream(train: str, **changes: Any) -> Stream:
+    settings: dict[str, Any] = {"lanes": 4, "shuffle": 16, "workers": 0, "max_bad_fraction": 1.0}
+    data = DataConfig(train=train, **(settings | changes))
+    return Stream(data, SPEC, global_batch=BATCH, seed=3, rank=0, size=1)
+
+
+def keys(stream: Stream) -> list[list[str]]:
+    with closing(stream):
+        return [stream.next().keys for _ in range(STEPS)]
+
+
+def shards(url: str) -> str:
+    return f"{url}/{{000000..000003}}.tar"
+
+
+def test_the_order_over_a_server_is_that_from_the_disk(web: tuple[str, Faults], tmp_path: Path) -> None:
+    assert keys(open_stream(shards(web[0]))) == keys(open_stream(str(tmp_path / "a")))
+
+
+def test_cut_connections_cost_nothing_but_connections(
+    web: tuple[str, Faults], tmp_path: Path, pauses: list[float]
+) -> None:
+    url, faults = web
+    expected = keys(open_stream(str(tmp_path / "a")))
+    faults.most = 10_000
+    stream = open_stream(shards(url))
+    assert keys(stream) == expected
+    # Each of the four shards has some 70,000 bytes, and most of them are read.
+    assert stream.reopened["connection was cut"] >= 12
+    assert set(stream.reopened) == {"connection was cut"}
+    assert not stream.bad and not pauses
+
+
+def test_a_stall_in_the_middle_of_a_shard_is_read_again_from_the_same_byte(
+    web: tuple[str, Faults], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, faults = web
+    expected = keys(open_stream(str(tmp_path / "a")))
+    stream = open_stream(shards(url), timeout=0.5)
+    faults.stalls = [9_000, 20_000]
+    with caplog.at_level(logging.WARNING, logger="w2s.data.stream"):
+        assert keys(stream) == expected
+    assert not stream.bad
+    assert stream.reopened["connection stalled"] >= 2
+    assert "connection stalled (2 so far)" in caplog.text
+
+
+def test_each_stall_is_counted_and_its_byte_is_named(web: tuple[str, Faults]) -> None:
+    url, faults = web
+    faults.stalls = [9_000, 20_000]
+    link = Link(timeout=0.2)
+    assert [sample.damage for sample in read_shard(f"{url}/000003.tar", link=link)] == [""] * SIZES[3]
+    broken = link.take().broken
+    assert [(each.key, each.reason) for each in broken] == [
+        ("byte 20000", "connection stalled"),
+        ("byte 29000", "connection stalled"),
+    ]
+    assert link.take().broken == []
+
+
+def test_a_server_that_is_away_for_a_minute_costs_time_alone(
+    web: tuple[str, Faults], tmp_path: Path, pauses: list[float]
+) -> None:
+    url, faults = web
+    stream = open_stream(shards(url))
+    with closing(stream):
+        first = stream.next().keys
+        # A minute of refusals for one lane: what is asked in 60 s.
+        faults.refusals = [503] * 8
+        rest = [stream.next().keys for _ in range(STEPS - 1)]
+    assert [first, *rest] == keys(open_stream(str(tmp_path / "a")))
+    assert sum(WAITS) > 60
+    assert stream.reopened["status 503"] == 8 and not stream.bad
+    assert sum(pauses) > 0
+
+
+def test_a_server_that_never_answers_loses_its_shards_and_holds_up_nothing(
+    web: tuple[str, Faults], pauses: list[float], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, faults = web
+    faults.stalls = [0] * 3
+    link = Link(timeout=0.1, waits=(1.0, 1.0))
+    (sample,) = read_shard(f"{url}/000001.tar", link=link)
+    assert sample.damage == "shard cannot be read"
+    assert [each.reason for each in link.take().broken] == ["connection stalled"] * 3
+    monkeypatch.setattr("w2s.data.reader.Link", lambda timeout: Link(timeout, waits=(1.0, 1.0)))
+    # 127.0.0.1:9 has no server.
+    stream = open_stream(f"{shards(url)},http://127.0.0.1:9/gone/{{0..3}}.tar", lanes=4)
+    with caplog.at_level(logging.WARNING, logger="w2s.data.stream"), closing(stream):
+        seen = {key for _ in range(STEPS) for key in stream.next().keys}
+    assert stream.bad["shard cannot be read"] >= 2
+    assert len(seen) > 60
+    assert "127.0.0.1:9/gone" in caplog.text
+
+
+def test_all_lanes_read_at_once(web: tuple[str, Faults], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server answers the first four requests together: lanes that read one after the other would get nothing."""
+    url, _ = web
+    stream = open_stream(shards(url))
+    stream.close()
+    together = threading.Barrier(4)
+
+    def send(handler: Any, file: Any) -> None:
+        if not together.broken:
+            together.wait(20)
+        handler.wfile.write(file.read())
+
+    monkeypatch.setattr("tests.data.web._Handler.send_body", send)
+    data = DataConfig(train=shards(url), lanes=4, shuffle=500, workers=0)
+    opened = Stream(data, SPEC, global_batch=4, seed=3, rank=0, size=1, sources=stream.sources)
+    with closing(opened):
+        assert len(opened.next()) == 4
+    assert not together.broken
+
+
+def test_names_are_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start asks for the shards that are read, and for what counts them all, whatever the number of names."""
+    with serve(write_shards(tmp_path / "a", [40])) as (url, faults):
+        monkeypatch.setattr("tests.data.web._Handler.translate_path", lambda *_: str(tmp_path / "a" / "000000.tar"))
+        stream = open_stream(f"{url}/{{000000..099999}}.tar", lanes=8, shuffle=16)
+        with closing(stream):
+            assert len(stream.sources[0].shards) == 100_000
+            assert len(stream.next()) == BATCH
+            assert count_samples(stream.sources[0].shards, tmp_path) is None
+        assert faults.asked["sizes.json"] == faults.asked["__len__"] == 1
+        # One of each lane, and one that was looked into.
+        assert sum(faults.asked.values()) == 2 + 8 + 1
+
+
+def test_logins_and_spaces_of_a_url(tmp_path: Path) -> None:
+    write_shards(tmp_path / "a b", [3])
+    with serve(tmp_path) as (url, _):
+        signed = url.replace("http://", "http://me:pass%20word@")
+        assert len(list(read_shard(f"{signed}/a b/000000.tar"))) == 3
+
+
+def test_throughput_and_waiting_are_in_the_metrics(web: tuple[str, Faults]) -> None:
+    stream = open_stream(shards(web[0]))
+    stream.counts()
+    with closing(stream):
+        for _ in range(STEPS):
+            stream.next()
+        came = stream.counts()
+        figures = stream.metrics(came)
+        again = stream.metrics(stream.counts())
+    name = stream.sources[0].name
+    assert figures[f"source/{name}/mb_per_second"] == pytest.approx(came["0/bytes"] / 1e6 / came["seconds"])
+    assert came["0/bytes"] >= STEPS * BATCH * 1000
+    assert 0 < figures[f"source/{name}/wait"] <= 1
+    assert again[f"source/{name}/wait"] == 0
+
+
+def test_the_log_says_which_source_a_step_waited_for(
+    web: tuple[str, Faults], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, faults = web
+    monkeypatch.setattr("w2s.data.stream._LONG", 0.2)
+    write_shards(tmp_path / "quick", [400] * 4)
+    faults.most = 20_000  # so that there are new connections all the time
+    stream = open_stream(f"{tmp_path}/quick::{shards(url)}", weights=[0.5, 0.5], timeout=0.5, read_ahead_mb=0)
+    with closing(stream), caplog.at_level(logging.WARNING, logger="w2s.data.stream"):
+        for step in range(STEPS):
+            if step == 3:
+                faults.stalls = [1]
+            stream.next()
+    line = next(line for line in caplog.messages if "waited" in line)
+    assert f"{stream.sources[1].name} let a reading process wait" in line

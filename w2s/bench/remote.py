@@ -1,0 +1,91 @@
+"""The loader beside open_clip's own where shards come over a slow network, and from the disk."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from w2s.bench.data import BATCH, MEAN, SEED, STD, Shards, open_clip_images, spec
+from w2s.bench.photographs import cut_shards
+from w2s.bench.server import serve
+from w2s.config.sections import DataConfig
+from w2s.data.batch import normalize
+from w2s.data.stream import Stream
+
+LANES = 8
+WINDOW = 256
+SHARDS = 4 * LANES
+_DISTINCT = 1024
+"""Images after which the same come again, under other names."""
+
+
+def measure(
+    photographs: Path, *, latency: float, bandwidth: float, samples: int, workers: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Measure both loaders over a server and from the disk, with the same shards.
+
+    Args:
+        photographs: folder of photographs.
+        latency: seconds before each answer of the server.
+        bandwidth: bytes a second of each connection.
+        samples: images of about 500 x 400 pixels that each loader gives.
+        workers: reading processes.
+
+    Returns:
+        By place and loader: `per_second`, images a second after the first batch; `first`, seconds to the first batch;
+        `longest_wait`, the longest one for a batch after it, in seconds.
+    """
+    torch.set_num_threads(1)
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        shards = Path(folder) / "shards"
+        # Whole batches for each process, so that both loaders read every image once.
+        count = max(1, samples // (BATCH * SHARDS)) * BATCH * SHARDS
+        pattern = cut_shards(photographs, shards, 500, 400, count, shards=SHARDS, distinct=_DISTINCT)
+        names = pattern.removeprefix(str(shards))
+        with serve(shards, latency=latency, bandwidth=bandwidth) as url:
+            for place, folder_or_url in (("server", url), ("disk", str(shards))):
+                found = Shards(place, f"{folder_or_url}{names}", count)
+                figures[place] = {
+                    "open_clip": _figures(open_clip_images(found, None, workers)),
+                    "w2s": _figures(_ours(found, workers)),
+                }
+    return figures
+
+
+def _ours(shards: Shards, workers: int) -> Iterator[torch.Tensor]:
+    data = DataConfig(train=shards.pattern, lanes=LANES, shuffle=WINDOW, workers=workers)
+    stream = Stream(data, spec((0.9, 1.0)), global_batch=BATCH, seed=SEED, rank=0, size=1)
+    with closing(stream):
+        for _ in range(shards.samples // BATCH):
+            yield normalize(stream.next().images, MEAN, STD)
+
+
+def _figures(load: Iterator[torch.Tensor]) -> dict[str, float]:
+    times = [time.perf_counter()]
+    for _ in load:
+        times.append(time.perf_counter())
+    waits = [after - before for before, after in pairwise(times)]
+    return {
+        "per_second": (len(waits) - 1) * BATCH / sum(waits[1:]),
+        "first": waits[0],
+        "longest_wait": max(waits[1:]),
+    }
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    """Print the figures."""
+    table = Table(title="images of about 500x400")
+    for column in ("shards on", "loader", "images / s", "first batch, s", "longest wait after it, s"):
+        table.add_column(column)
+    for place, loaders in figures.items():
+        for name, row in loaders.items():
+            table.add_row(place, name, f"{row['per_second']:.0f}", f"{row['first']:.1f}", f"{row['longest_wait']:.2f}")
+    Console().print(table)
