@@ -1,10 +1,11 @@
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from tests.data.shard_files import write_shard, write_shards
-from w2s.data.lanes import Lane, LaneState, ShardOrder
+from w2s.data.lanes import Lane, LaneState, ShardOrder, window_size
 from w2s.data.shards import list_shards
 
 SIZES = [4, 6, 5, 7, 3, 6, 5, 4]
@@ -68,6 +69,20 @@ def test_a_window_shuffles_its_samples_and_no_others(shards: list[str]) -> None:
     assert moved >= 2
 
 
+def test_first_windows_are_short_and_lanes_never_run_dry_together() -> None:
+    """The ends of the windows of 16 lanes, in samples handed out: 16 different places once the windows are full."""
+    ends = []
+    for lane in range(16):
+        sizes = [window_size(256, number, lane, 16) for number in range(8)]
+        assert 4 <= sizes[0] <= 8 and sizes[-2:] == [256, 256]
+        assert all(after <= 2 * before + 1 for before, after in pairwise(sizes))
+        ends.append(sum(sizes) % 256)
+    # 256 / 16 = 16 samples apart, up to the rounding of six sizes to whole samples.
+    gaps = [after - before for before, after in pairwise(sorted(ends))]
+    assert all(abs(gap - 16) <= 3 for gap in gaps)
+    assert (window_size(7, 0, 3, 4), window_size(1, 0, 0, 1)) == (7, 1), "too few to begin with fewer"
+
+
 def test_with_replacement_shards_are_drawn_evenly_and_for_ever(shards: list[str]) -> None:
     order = ShardOrder(shards=8, lanes=2, seed=0, replacement=True)
     draws = Counter(order.draw(lane, number) for lane in range(2) for number in range(2000))
@@ -78,16 +93,17 @@ def test_with_replacement_shards_are_drawn_evenly_and_for_ever(shards: list[str]
     assert len(keys(open_lane(shards[:1], 1, lanes=2, replacement=True), 30)) == 30
 
 
+@pytest.mark.parametrize("window", [5, 18])
 @pytest.mark.parametrize("replacement", [False, True])
-def test_a_lane_goes_on_from_any_state(shards: list[str], replacement: bool) -> None:
-    whole = open_lane(shards, replacement=replacement)
+def test_a_lane_goes_on_from_any_state(shards: list[str], replacement: bool, window: int) -> None:
+    whole = open_lane(shards, replacement=replacement, window=window)
     states, sequence = [], []
     for _ in range(50):
         states.append(whole.state)
         sequence.append(whole.next().key)
     for done, state in enumerate(states):
         assert state.drawn == done
-        resumed = open_lane(shards, replacement=replacement, state=state)
+        resumed = open_lane(shards, replacement=replacement, window=window, state=state)
         assert keys(resumed, 50 - done) == sequence[done:]
         assert resumed.state == whole.state
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -74,6 +75,22 @@ def test_batches_and_resumes_do_not_depend_on_ranks_and_workers(folder: Path, ma
             rest, _ = read(make(folder), STEPS - 5, size=new_size, workers=new_workers, position=position)
             assert keys(rest) == keys(whole[5:])
             assert [None if batch.kept is None else batch.kept.shape for batch in rest] == shapes[5:]
+
+
+def test_resumes_of_weighted_sources_at_twenty_random_places(folder: Path) -> None:
+    positions, batches = [], []
+    data = phased(folder, shuffle=20)
+    with closing(Stream(data, SPEC, global_batch=BATCH, seed=1, rank=0, size=1)) as stream:
+        for _ in range(16):
+            positions.append(json.loads(json.dumps(stream.position())))
+            batches.append(stream.next())
+    draw = random.Random(2)
+    for _ in range(20):
+        done = draw.randrange(14)
+        rest, position = read(data, 2, size=draw.choice([1, 2, 4]), position=positions[done])
+        assert keys(rest) == keys(batches[done : done + 2])
+        # Sources that were not read again are where they were.
+        assert position == positions[done + 2]
 
 
 def test_weights_are_sample_probabilities() -> None:

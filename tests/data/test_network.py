@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from w2s.data.containers import read_shard
 from w2s.data.link import WAITS, Link
 from w2s.data.sample import SampleSpec
 from w2s.data.sizes import count_samples
+from w2s.data.sources import Source, list_sources
 from w2s.data.stream import Stream
 
 SPEC = SampleSpec(image_size=8, grid=2, image_key="png")
@@ -38,10 +39,10 @@ def web(tmp_path: Path) -> Iterator[tuple[str, Faults]]:
         yield url, faults
 
 
-def open_stream(train: str, **changes: Any) -> Stream:
+def open_stream(train: str, sources: Sequence[Source] | None = None, **changes: Any) -> Stream:
     settings: dict[str, Any] = {"lanes": 4, "shuffle": 16, "workers": 0, "max_bad_fraction": 1.0}
     data = DataConfig(train=train, **(settings | changes))
-    return Stream(data, SPEC, global_batch=BATCH, seed=3, rank=0, size=1)
+    return Stream(data, SPEC, global_batch=BATCH, seed=3, rank=0, size=1, sources=sources)
 
 
 def keys(stream: Stream) -> list[list[str]]:
@@ -76,8 +77,9 @@ def test_a_stall_in_the_middle_of_a_shard_is_read_again_from_the_same_byte(
 ) -> None:
     url, faults = web
     expected = keys(open_stream(str(tmp_path / "a")))
-    stream = open_stream(shards(url), timeout=0.5)
+    sources = list_sources(DataConfig(train=shards(url)))
     faults.stalls = [9_000, 20_000]
+    stream = open_stream(shards(url), sources, timeout=0.5)
     with caplog.at_level(logging.WARNING, logger="w2s.data.stream"):
         assert keys(stream) == expected
     assert not stream.bad
@@ -136,8 +138,7 @@ def test_a_server_that_never_answers_loses_its_shards_and_holds_up_nothing(
 def test_all_lanes_read_at_once(web: tuple[str, Faults], monkeypatch: pytest.MonkeyPatch) -> None:
     """The server answers the first four requests together: lanes that read one after the other would get nothing."""
     url, _ = web
-    stream = open_stream(shards(url))
-    stream.close()
+    sources = list_sources(DataConfig(train=shards(url)))
     together = threading.Barrier(4)
 
     def send(handler: Any, file: Any) -> None:
@@ -146,10 +147,8 @@ def test_all_lanes_read_at_once(web: tuple[str, Faults], monkeypatch: pytest.Mon
         handler.wfile.write(file.read())
 
     monkeypatch.setattr("tests.data.web._Handler.send_body", send)
-    data = DataConfig(train=shards(url), lanes=4, shuffle=500, workers=0)
-    opened = Stream(data, SPEC, global_batch=4, seed=3, rank=0, size=1, sources=stream.sources)
-    with closing(opened):
-        assert len(opened.next()) == 4
+    with closing(open_stream(shards(url), sources)) as stream:
+        assert len(stream.next()) == BATCH
     assert not together.broken
 
 

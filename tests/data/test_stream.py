@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -149,6 +150,39 @@ def test_a_resume_at_another_size_goes_on_in_the_middle_of_windows(
         for expected in whole[done:]:
             assert same(group.next(), expected)
         assert group.position()["step"] == STEPS
+
+
+@pytest.mark.parametrize("read_ahead_mb", [0.01, 100])
+def test_resumes_at_twenty_random_places_and_other_sizes(tmp_path: Path, read_ahead_mb: float) -> None:
+    """Lanes whose windows grow and end with epochs, whatever is read ahead; every rank reads two steps on."""
+    folder = write_shards(tmp_path / "a", [31, 17, 40, 23, 28, 35, 19, 26])
+    changes = {"shuffle": 20, "read_ahead_mb": read_ahead_mb}
+    positions, batches = [], []
+    with closing(open_stream(folder, **changes)) as stream:
+        for _ in range(24):
+            positions.append(json.loads(json.dumps(stream.position())))
+            batches.append(stream.next())
+    draw = random.Random(1)
+    for _ in range(20):
+        done, size = draw.randrange(22), draw.choice([1, 2, 4, 8])
+        streams = [open_stream(folder, rank, size, positions[done], **changes) for rank in range(size)]
+        for step in range(done, done + 2):
+            assert same(merge_batches([stream.next() for stream in streams]), batches[step])
+        merged = merge_positions([stream.position() for stream in streams])
+        assert json.loads(json.dumps(merged)) == positions[done + 2]
+        for stream in streams:
+            stream.close()
+
+
+def test_a_position_of_an_earlier_order_is_refused(folder: Path) -> None:
+    with closing(open_stream(folder)) as stream:
+        position = stream.position()
+    earlier = position | {"order": {key: value for key, value in position["order"].items() if key != "version"}}
+    with pytest.raises(
+        DataError, match=r"in the sample order of another w2s \(1, this one's is 2\): finish the run"
+    ) as caught:
+        open_stream(folder, position=earlier)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_resume_decodes_nothing_twice(

@@ -24,7 +24,7 @@ class SteadyFile(io.RawIOBase):
     def __init__(self, shard: str, link: Link) -> None:
         super().__init__()
         self._shard, self._link = shard, link
-        self._position = 0
+        self._position = self._reached = 0
         self._connection: Connection | None = None
 
     def readable(self) -> bool:
@@ -45,12 +45,7 @@ class SteadyFile(io.RawIOBase):
             offset += self._whole_size()
         elif whence == io.SEEK_CUR:
             offset += self._position
-        try:
-            if self._connection is not None and not self._connection.skip(offset - self._position):
-                self._disconnect()
-        except Exception:  # the next read connects
-            self._disconnect()
-        self._position = offset
+        self._position = offset  # the next read goes there
         return offset
 
     def readinto(self, buffer: Any) -> int:
@@ -63,7 +58,7 @@ class SteadyFile(io.RawIOBase):
         room = memoryview(buffer)
         data = self._patiently(lambda connection: self._read(connection, len(room)))
         room[: len(data)] = data
-        self._position += len(data)
+        self._position = self._reached = self._position + len(data)
         return len(data)
 
     def close(self) -> None:
@@ -83,10 +78,8 @@ class SteadyFile(io.RawIOBase):
         while True:
             proven = self._connection is not None
             try:
-                if self._connection is None:
-                    self._connection = connect(self._shard, self._position, self._link.timeout)
-                return ask(self._connection)
-            except (FileNotFoundError, PermissionError, ImportError):
+                return ask(self._connected())
+            except (FileNotFoundError, PermissionError, ImportError, EOFError):
                 raise
             except Exception as error:  # each driver raises errors of its own kind
                 self._disconnect()
@@ -98,6 +91,15 @@ class SteadyFile(io.RawIOBase):
                 if wait is None or spent or self._link.closed.is_set():
                     raise OSError(f"{self._shard}: {error!r}") from error
                 self._link.pause(wait)
+
+    def _connected(self) -> Connection:
+        """Return the connection, or a new one, at the byte that is read next."""
+        connection, further = self._connection, self._position - self._reached
+        if connection is None or (further and not connection.skip(further)):
+            self._disconnect()
+            connection = self._connection = connect(self._shard, self._position, self._link.timeout)
+        self._reached = self._position
+        return connection
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
