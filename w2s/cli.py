@@ -450,7 +450,7 @@ def bench_step(
 def bench_data(
     photographs: Annotated[str, typer.Argument(help="Folder of photographs; shards are cut out of them.")],
     samples: Annotated[
-        int, typer.Option(min=16, help="Images of about 500 x 400; a quarter of 1600 x 1200, at least 256.")
+        int, typer.Option(min=16, help="Images of 500 x 400 (8 times as many over a server); a quarter of 1600 x 1200.")
     ] = 512,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of which the median is taken.")] = 5,
     workers: Annotated[int, typer.Option(min=0, help="Reading processes of each.")] = 1,

@@ -63,3 +63,18 @@ def test_the_benchmark_measures_both_sizes(
         assert figures[size]["w2s"]["difference_0.9-1"] <= 3
         # Nothing about the ratio: a test does not measure time.
         assert figures[size]["w2s"]["ratio"] > 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_reads_over_a_slow_server_and_from_the_disk(
+    photographs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--samples", "128", "--workers", "1", "--latency", "5", "--bandwidth", "50", "--json"]
+    monkeypatch.setattr("sys.argv", ["w2s", "bench", "data", str(photographs), *options])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    figures = json.loads(capfd.readouterr().out)
+    for place in ("server", "disk"):
+        for loader in ("open_clip", "w2s"):
+            assert all(value > 0 for value in figures[place][loader].values())

@@ -40,6 +40,11 @@ def test_reading_processes_without_a_lane_are_doubted() -> None:
         "data.workers=8 are 2 on each rank, as many as it has of data.lanes=32: use data.lanes=128, or fewer workers"
     )
     assert doubts(load("mim", ["data.lanes=32", "data.workers=8"]), 4) == []
+    (doubt,) = doubts(load("mim", ["data.lanes=32", "data.workers=3"]), 4)
+    assert doubt == (
+        "data.workers=3 do not divide the 8 lanes that a rank reads in a step (data.lanes=32 on 4 ranks): the workers "
+        "with more of them hold up the others"
+    )
 
 
 def test_what_is_frozen_for_no_steps_or_is_not_there() -> None:
@@ -114,6 +119,10 @@ def test_the_named_batch_passes() -> None:
     assert accepts("mim", "train.global_batch=66", "train.micro_batch=11", "data.lanes=66", world_size=3)
     assert refusal("mim", "train.global_batch=66", "train.micro_batch=11", world_size=3) == (
         "data.lanes=8 is not divisible by 3 ranks, each of which reads: use data.lanes=3, 6, 33 or 66"
+    )
+    assert refusal("mim", "parallel.tensor=2", "data.lanes=2", world_size=4) == (
+        "data.lanes=2 is not divisible by 4 ranks (2 data x 2 tensor), each of which reads: "
+        "use data.lanes=8, 16, 32 or 64"
     )
 
 

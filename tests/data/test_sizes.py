@@ -6,7 +6,7 @@ import pytest
 
 from tests.data.shard_files import write_shards
 from w2s.data.shards import list_shards
-from w2s.data.sizes import count_samples, index_shards, known_sizes
+from w2s.data.sizes import Counting, count_samples, index_shards, known_sizes
 from w2s.errors import DataError
 
 
@@ -28,6 +28,17 @@ def test_sizes_come_from_files_beside_the_shards(shards: list[str], tmp_path: Pa
     # No run asks for each shard at its start.
     assert count_samples(shards, index) == 60
     assert sum(index_shards(shards, index).values()) == count_samples(shards, index) == 18
+
+
+def test_what_nobody_has_counted_is_added_up_in_the_background(shards: list[str], tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    for number, shard in enumerate(shards):
+        Path(shard).with_name(f"00000{number}_stats.json").write_text(json.dumps({"successes": 10 + number}))
+    counting = Counting({"none": [f"{tmp_path}/nothing.tar"], "laion": shards}, index)
+    counting.ended.wait()
+    assert counting.news() == ["laion has 33 samples in 3 shards"]
+    assert counting.news() == []
+    assert count_samples(shards, index) == 33
 
 
 def test_an_index_counts_once(shards: list[str], tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 import gc
 
 import psutil
+import pytest
 import torch
 import torch.distributed as dist
 
+from tests.distributed import run_ranks
 from w2s.config.sections import ParallelConfig
+from w2s.errors import DataError
 from w2s.megatron import compat, groups
 
 
@@ -24,3 +27,24 @@ def test_a_split_leaves_no_groups_and_no_threads() -> None:
         dist.destroy_process_group()
     assert one == two == 1
     assert threads_again <= threads  # each group has three, some fifty in all
+
+
+def what_rank_0_does() -> tuple[str, int, str]:
+    """What `from_main` gives, how often this rank worked for it, and the error that it passes on."""
+    calls = []
+
+    def work(result: str) -> str:
+        calls.append(result)
+        if result == "wrong":
+            raise DataError("no shards")
+        return result
+
+    with groups.split(ParallelConfig(), torch.device("cpu")) as ranks:
+        found = ranks.from_main(lambda: work("right"))
+        with pytest.raises(DataError) as caught:
+            ranks.from_main(lambda: work("wrong"))
+    return found, len(calls), str(caught.value)
+
+
+def test_one_rank_works_and_all_have_the_result_or_the_error() -> None:
+    assert run_ranks(what_rank_0_does, 2) == [("right", 2, "no shards"), ("right", 0, "no shards")]

@@ -70,8 +70,8 @@ def shard_name(shard: str) -> str:
 def without_secrets(shard: str) -> str:
     """Return a shard's path, or its URL or command without the secrets in it."""
     # Of a million names hardly any has one.
-    plain = is_local(shard) or not (shard.startswith(PIPE) or any(mark in shard for mark in "@?&"))
-    return shard if plain else without_url_secrets(shard)
+    suspect = "@" in shard or "?" in shard or "&" in shard or shard.startswith(PIPE)
+    return without_url_secrets(shard) if suspect and not is_local(shard) else shard
 
 
 def _split_list(part: str) -> list[str]:

@@ -52,11 +52,15 @@ class Counting:
     Args:
         sources: shards of each source by its name.
         index: folder of the indices.
+
+    Attributes:
+        ended: set when all is counted that can be.
     """
 
     def __init__(self, sources: Mapping[str, Sequence[str]], index: Path) -> None:
         self._sources, self._index = sources, index
         self._found: SimpleQueue[str] = SimpleQueue()
+        self.ended = threading.Event()
         threading.Thread(target=self._count, daemon=True).start()
 
     def news(self) -> list[str]:
@@ -75,6 +79,7 @@ class Counting:
                 else:
                     _write_index(shards, sizes, self._index)
                     self._found.put(f"{name} has {sum(sizes.values()):,} samples in {len(shards):,} shards")
+        self.ended.set()
 
 
 def index_shards(shards: Sequence[str], index: Path) -> dict[str, int]:
