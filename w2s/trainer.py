@@ -512,6 +512,7 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
             print(f"warning: {doubt}", flush=True)
         pulse.at("finding the shards", long=True)
         sources = share_sources(config, ranks)
+        pulse.at("building the model", long=True)
         trainer = Trainer(build(config, ranks), config, run, ranks, pulse, memory, sources)
         with tracked(trainer.tracker):
             trainer.tracker.message(f"run folder: {run}")

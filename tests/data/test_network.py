@@ -1,5 +1,6 @@
 """Shards of a web server that is slow, stuck, away for a while, or cuts its connections."""
 
+import io
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from w2s.data.link import WAITS, Link
 from w2s.data.sample import SampleSpec
 from w2s.data.sizes import count_samples
 from w2s.data.sources import Source, list_sources
+from w2s.data.storage import open_at
 from w2s.data.stream import Stream
 
 SPEC = SampleSpec(image_size=8, grid=2, image_key="png")
@@ -164,6 +166,28 @@ def test_names_are_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert faults.asked["sizes.json"] == faults.asked["__len__"] == 1
         # One of each lane, and one that was looked into.
         assert sum(faults.asked.values()) == 2 + 8 + 1
+
+
+def test_nothing_comes_behind_the_end(web: tuple[str, Faults]) -> None:
+    url, faults = web
+    faults.refusals = [416]
+    with open_at(f"{url}/000001.tar", 10**6, Link()) as file:
+        assert file.read() == b""
+    with open_at(f"{url}/000001.tar", 0, Link()) as file:
+        file.seek(-1024, io.SEEK_END)
+        assert file.read() == bytes(1024)
+    assert faults.asked["000001.tar"] <= 3
+
+
+def test_a_command_that_gives_nothing_is_ended_and_run_again(tmp_path: Path, pauses: list[float]) -> None:
+    shard = write_shards(tmp_path / "a", [6]) / "000000.tar"
+    first = f"test -e {tmp_path}/once || {{ touch {tmp_path}/once; head -c 5000 {shard}; exec sleep 100; }}"
+    link = Link(timeout=0.5)
+    assert [sample.damage for sample in read_shard(f"pipe:{first}; cat {shard}", link=link)] == [""] * 6
+    assert [each.reason for each in link.take().broken] == ["connection stalled"]
+    link = Link()
+    assert [each.damage for each in read_shard(f"pipe:head -c 5000 {shard}; exit 3", link=link)][-1:] != [""]
+    assert link.take().broken[0].reason == "exit code 3"
 
 
 def test_logins_and_spaces_of_a_url(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import json
 import logging
 import os
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -172,6 +173,17 @@ def test_resumes_at_twenty_random_places_and_other_sizes(tmp_path: Path, read_ah
         assert json.loads(json.dumps(merged)) == positions[done + 2]
         for stream in streams:
             stream.close()
+
+
+def test_a_closed_stream_leaves_no_threads(folder: Path) -> None:
+    before = set(threading.enumerate())
+    with closing(open_stream(folder)) as stream:
+        stream.next()
+        threads = set(threading.enumerate()) - before
+        assert len(threads) == 8
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_a_position_of_an_earlier_order_is_refused(folder: Path) -> None:

@@ -11,7 +11,6 @@ import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import IO, Protocol, TypeVar, cast
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -85,7 +84,7 @@ class _Web:
                 raise FileNotFoundError(url) from error
             if error.code != _BEHIND_THE_END:
                 raise Refusal(f"status {error.code}") from error
-            self._answer, self.size = error, start
+            self._answer = error  # the byte lies behind the end
             return
         except URLError as error:
             raise error.reason if isinstance(error.reason, OSError) else error from None
@@ -163,9 +162,9 @@ class _Command:
         return size >= 0 and _discard(self.read, size)
 
     def close(self) -> None:
-        with suppress(ProcessLookupError):
+        if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+            self._process.wait()
         self._output.close()
 
 

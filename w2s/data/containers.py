@@ -18,6 +18,9 @@ from w2s.data.samples import DONE, RawSample, caption_file, find_image
 from w2s.data.tar import read_tar
 from w2s.errors import DataError
 
+_WAITS_AT_THE_START = (0.5, 2.0, 8.0)
+"""Seconds before each new try while a name may be wrong."""
+
 
 def read_shard(
     shard: str, start: int = 0, wanted: Container[str] | None = None, link: Link | None = None
@@ -80,7 +83,7 @@ class _Damaged(DataError):
 
 def _check_shard(shard: str, image_key: str, caption_key: str | None) -> None:
     extensions: set[str] = set()
-    for sample in read_shard(shard):
+    for sample in read_shard(shard, link=Link(waits=_WAITS_AT_THE_START)):
         if sample.damage:
             raise _Damaged(f"{sample.damage}: replace or remove {shard}")
         extensions |= set(sample.files)
