@@ -156,7 +156,8 @@ def _ours(shards: Shards, wanted: SampleSpec, workers: int) -> Iterator[torch.Te
 
 @contextmanager
 def _stream(shards: Shards, wanted: SampleSpec, workers: int) -> Iterator[Stream]:
-    data = DataConfig(train=shards.pattern, lanes=SHARDS, shuffle=64, workers=workers, max_bad_fraction=0.0)
+    # Short windows: what is read ahead beyond the last batch would be counted, and used by nobody.
+    data = DataConfig(train=shards.pattern, lanes=SHARDS, shuffle=16, workers=workers, max_bad_fraction=0.0)
     stream = Stream(data, wanted, global_batch=BATCH, seed=SEED, rank=0, size=1)
     with closing(stream):
         yield stream
