@@ -48,7 +48,7 @@ def sample_spec(config: Config, teacher_size: int = 0) -> SampleSpec:
 
 
 def see(tower: ImageTower, batch: Batch) -> Tensor:
-    """Features of a batch's images, seen through patch dropout and drop path: [n, embed_dim]."""
+    """Features of a batch's images or clips, seen through patch dropout and drop path: [n, embed_dim]."""
     return tower(normalize(batch.images, MEAN, STD), batch.kept, batch.branches)
 
 
@@ -167,10 +167,10 @@ class ContrastiveStage:
         forward_backward(self.towers[name], micros, forward, self._rows(name, micro_batches[0]))
 
     def _rows(self, name: str, batch: Batch) -> int:
-        """Tokens of all samples of a batch in a tower; each phase of the data has its own patch dropout."""
+        """Tokens of all samples of a batch in a tower; each phase of the data has its own patch dropout and frames."""
         model = self.config.model
-        seen = model.vision.patches if batch.kept is None else batch.kept.shape[1]
-        return len(batch) * (1 + seen if name == "vision" else model.text.context_length)
+        seen = model.vision.patches if batch.kept is None else batch.kept.shape[-1]
+        return len(batch) * (batch.frames * (1 + seen) if name == "vision" else model.text.context_length)
 
     def begin(self) -> Handover | None:
         """Take over the towers that `init.vision` and `init.text` name; a scale that is set is kept."""

@@ -19,17 +19,16 @@ from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify
 from w2s.config.layout import check_ranks, check_towers
 from w2s.config.load import load, model_from, named_model
-from w2s.config.sections import Config, Resize
+from w2s.config.sections import Config
 from w2s.data.bad import BadSample
 from w2s.data.batch import normalize
+from w2s.data.clips import find_images
 from w2s.data.containers import read_shard
-from w2s.data.decode import decode_image
-from w2s.data.samples import find_image
 from w2s.data.shards import list_shards, shard_name
 from w2s.data.tokens import tokenize
 from w2s.errors import CheckpointError, ConfigError, DataError, UserError
-from w2s.evaluation.dataset import eval_transform
-from w2s.evaluation.encode import encode_all
+from w2s.evaluation.dataset import stack_views, view
+from w2s.evaluation.encode import encode_all, over_frames
 from w2s.liveness.beating import watched
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
@@ -150,16 +149,17 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]
 
 def _all_images(job: EncodeJob, encode: Encode, ranks: Ranks) -> tuple[list[str], Tensor]:
     """Names and features of all images; a rank decodes only those that it encodes."""
-    size, how = job.config.model.vision.image_size, job.config.eval.resize
     source = _image_files(job.images, job.config.data.image_key)
     names: list[str] = []
     features: list[Tensor] = []
     while files := list(islice(source, job.batch_size * ranks.data_size)):
         names += [name for name, _ in files]
 
-        def see(numbers: Tensor, files: list[tuple[str, bytes]] = files) -> Tensor:
-            pixels = [_pixels(name, data, size, how) for name, data in (files[number] for number in numbers.tolist())]
-            return encode(torch.stack(pixels)).float()
+        def see(numbers: Tensor, files: list[tuple[str, list[bytes]]] = files) -> Tensor:
+            chosen = (files[number] for number in numbers.tolist())
+            return over_frames(encode)(
+                stack_views([_view(name, images, job.config) for name, images in chosen])
+            ).float()
 
         numbers = torch.arange(len(files))
         features.append(encode_all(see, numbers, job.batch_size, ranks.data_group).cpu())
@@ -171,27 +171,27 @@ def _all_texts(job: EncodeJob, texts: list[str], encode: Encode, ranks: Ranks) -
     return encode_all(lambda part: encode(part).float(), tokens, job.batch_size, ranks.data_group).cpu()
 
 
-def _image_files(source: str, image_key: str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the images that `source` names, in order."""
+def _image_files(source: str, image_key: str) -> Iterator[tuple[str, list[bytes]]]:
+    """Names and contents of the images that `source` names, in order; a clip can have several."""
     folder = Path(source).expanduser()
     if folder.is_dir() and not any(folder.glob("*.tar")):
         raise DataError(f"--images {source} is a folder without shards: for its pictures give '{folder}/*.jpg'")
     for path in list_shards(source, "--images"):
         if not path.endswith(".tar"):
-            yield path, Path(path).read_bytes()
+            yield path, [Path(path).read_bytes()]
             continue
         for sample in read_shard(path):
-            data = find_image(sample.files, image_key)
-            if data is None:
+            images = find_images(sample.files, image_key)
+            if not images:
                 reason = sample.damage or f"no image .{image_key}"
                 raise DataError(f"--images: {path}: {sample.key}: {reason}, repair the shard")
-            yield f"{shard_name(path)}/{sample.key}", data
+            yield f"{shard_name(path)}/{sample.key}", images
 
 
-def _pixels(name: str, data: bytes, size: int, how: Resize) -> Tensor:
-    """An image as uint8 [3, size, size] after CLIP's test transform."""
+def _view(name: str, images: list[bytes], config: Config) -> Tensor:
+    """An image or a clip after CLIP's test transform."""
     try:
-        return eval_transform(torch.from_numpy(decode_image(data)).permute(2, 0, 1), size, how)
+        return view(images, config.data.frames, config.model.vision.image_size, config.eval.resize)
     except BadSample as error:
         raise DataError(f"--images: {name}: {error}, leave it out") from error
 

@@ -166,6 +166,7 @@ class Probe:
                 image_key=self.config.data.image_key,
                 caption_key=self.config.data.caption_key,
                 class_key=self.config.eval.class_key,
+                frames=self.config.data.frames,
                 option=option,
             )
         return self._sets[option, image_size]

@@ -22,8 +22,8 @@ def synthetic_batch(spec: SampleSpec, size: int, vocabulary: int, seed: int = 0)
     kept = np.stack([draw_kept(spec, seed, index) for index in indices]) if spec.kept_patches else None
     branches = np.stack([draw_branches(spec, seed, index) for index in indices]) if spec.drop_path else None
     batch = Batch(
-        images=_pixels(size, spec.image_size, noise),
-        teacher_images=_pixels(size, spec.teacher_size, noise) if spec.teacher_size else None,
+        images=_pixels(size, spec.frames, spec.image_size, noise),
+        teacher_images=_pixels(size, spec.frames, spec.teacher_size, noise) if spec.teacher_size else None,
         masks=None if masks is None else torch.from_numpy(masks),
         kept=None if kept is None else torch.from_numpy(kept),
         branches=None if branches is None else torch.from_numpy(branches),
@@ -35,8 +35,9 @@ def synthetic_batch(spec: SampleSpec, size: int, vocabulary: int, seed: int = 0)
     return batch.pinned() if torch.cuda.is_available() else batch
 
 
-def _pixels(size: int, side: int, noise: torch.Generator) -> torch.Tensor:
-    return torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=noise)
+def _pixels(size: int, frames: int, side: int, noise: torch.Generator) -> torch.Tensor:
+    shape = (size, 3, side, side) if frames == 1 else (size, frames, 3, side, side)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=noise)
 
 
 def _tokens(size: int, length: int, vocabulary: int, noise: torch.Generator) -> torch.Tensor:

@@ -6,7 +6,14 @@ from operator import attrgetter
 
 import torch
 
-from w2s.config.layout import check_lanes, check_micro_batches, check_ranks, check_towers, tower_names
+from w2s.config.layout import (
+    check_lanes,
+    check_micro_batches,
+    check_ranks,
+    check_towers,
+    tower_names,
+    views_in_phases,
+)
 from w2s.config.linears import check_fp8_layout, check_linears
 from w2s.config.sections import ClipConfig, Config, HardwareConfig, InitConfig, MimConfig, OptimConfig
 from w2s.errors import ConfigError
@@ -155,6 +162,7 @@ def _check_training(config: Config, world_size: int) -> None:
     check_micro_batches(config, world_size)
     check_lanes(config.data.lanes, config.train.global_batch, world_size, config.parallel)
     check_fp8_layout(config, world_size)
+    _check_frames(config)
     _check_phases(config)
     _check_graphs(config)
 
@@ -209,6 +217,14 @@ def _check_distillation(config: Config) -> None:
         )
 
 
+def _check_frames(config: Config) -> None:
+    if config.stage == "mim" and config.data.frames > 1:
+        raise ConfigError(
+            f"data.frames={config.data.frames} is for the contrastive stage: the masked stage learns from the middle "
+            "frame of a clip, leave it out"
+        )
+
+
 def _check_phases(config: Config) -> None:
     phases, train = config.data.phases, config.train
     if not phases:
@@ -220,16 +236,16 @@ def _check_phases(config: Config) -> None:
             f"{train.global_batch} are {needed}: use train.steps={samples // train.global_batch}, or samples: 0 in the "
             "last phase, which lasts to the end"
         )
-    if config.stage != "clip" and any(phase.patch_dropout is not None for phase in phases):
-        raise ConfigError(f"data.phases: patch_dropout is for the contrastive stage, not for {config.stage}: remove it")
+    for key in ("patch_dropout", "frames"):
+        if config.stage != "clip" and any(getattr(phase, key) is not None for phase in phases):
+            raise ConfigError(f"data.phases: {key} is for the contrastive stage, not for {config.stage}: remove it")
 
 
 def _check_graphs(config: Config) -> None:
     """CUDA graphs need a GPU, the same shapes in every pass, and one pass at a time."""
     if not config.parallel.cuda_graphs:
         return
-    parallel, own = config.parallel, config.clip.patch_dropout
-    dropouts = {own if phase.patch_dropout is None else phase.patch_dropout for phase in config.data.phases}
+    parallel, (frames, dropouts) = config.parallel, map(set, zip(*views_in_phases(config), strict=True))
     fixes = {
         "parallel.tensor=1": parallel.tensor > 1,
         "parallel.pipeline=1": parallel.pipeline > 1,
@@ -238,6 +254,7 @@ def _check_graphs(config: Config) -> None:
         "parallel.overlap_param_gather=false": parallel.overlap_param_gather,
         "model.vision.drop_path=0": config.model.vision.drop_path > 0,
         "one patch_dropout in all data.phases": len(dropouts) > 1,
+        "the same frames in all data.phases": len(frames) > 1,
         "mim.layers=[]": config.stage == "mim" and bool(config.mim.layers),
         "hardware=auto on a machine with a GPU": config.hardware.device == "cpu" or not torch.cuda.device_count(),
     }

@@ -20,6 +20,8 @@ class PhaseConfig:
     """Smallest and largest area of the random crop, as a fraction of the image."""
     patch_dropout: float | None = None
     """Fraction of patches that the contrastive stage does not see."""
+    frames: int | None = None
+    """Frames of a clip that the contrastive stage sees, as data.frames."""
 
     def __post_init__(self) -> None:
         require(self.samples >= 0, f"data.phases: samples={self.samples} must be at least 0")
@@ -28,6 +30,8 @@ class PhaseConfig:
             require_scale(self.crop_scale, "data.phases: crop_scale")
         if self.patch_dropout is not None:
             require(0 <= self.patch_dropout < 1, f"data.phases: patch_dropout={self.patch_dropout} must be in [0, 1)")
+        if self.frames is not None:
+            require(self.frames >= 1, f"data.phases: frames={self.frames} must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -68,7 +72,12 @@ class DataConfig:
     half_scale: bool = False
     """Decode a JPEG at exactly half its size where the crop is at least twice the view: faster, slightly different."""
     image_key: str = "jpg;jpeg;png;webp;bmp;gif;tif;tiff"
-    """Extensions of the image in a sample; the first that is there is taken."""
+    """Extensions of the image in a sample, or of the video (`mp4`); the first that is there is taken."""
+    frames: int = 1
+    """Frames of a clip whose features are averaged, in the contrastive stage and in evaluations; an image is one frame.
+
+    A clip is a sample of numbered images (`000.jpg`, `001.jpg`, ...) or a video. With 1 its middle frame is an image.
+    """
     caption_key: str = "txt"
     """Where the caption is: an extension, or `json.KEY` for a key of the JSON file; several separated by `;`."""
     caption_weights: list[float] = field(default_factory=list)
@@ -83,7 +92,7 @@ class DataConfig:
     """Stop when more than this fraction of the last 1,000 samples of a reading process could not be read."""
 
     def __post_init__(self) -> None:
-        for name, least in (("lanes", 1), ("shuffle", 1), ("workers", 0)):
+        for name, least in (("lanes", 1), ("shuffle", 1), ("frames", 1), ("workers", 0)):
             value = getattr(self, name)
             require(value >= least, f"data.{name}={value} must be at least {least}")
         require(self.read_ahead_mb >= 0, f"data.read_ahead_mb={self.read_ahead_mb} must be at least 0")

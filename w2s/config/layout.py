@@ -2,7 +2,7 @@
 
 import math
 
-from w2s.config.sections import Config, ParallelConfig, TrainConfig
+from w2s.config.sections import Config, ParallelConfig, PhaseConfig, TrainConfig
 from w2s.errors import ConfigError
 
 
@@ -291,9 +291,18 @@ def sequence_lengths(config: Config) -> list[int]:
     patches = config.model.vision.patches
     if config.stage == "mim":
         return [1 + config.mim.seen(patches)]
-    own = config.clip.patch_dropout
-    phases = {own if phase.patch_dropout is None else phase.patch_dropout for phase in config.data.phases} or {own}
-    return [*(1 + kept_patches(patches, dropout) for dropout in sorted(phases)), config.model.text.context_length]
+    phases = sorted(set(views_in_phases(config)))
+    vision = [frames * (1 + kept_patches(patches, dropout)) for frames, dropout in phases]
+    return [*vision, config.model.text.context_length]
+
+
+def views_in_phases(config: Config) -> list[tuple[int, float]]:
+    """Return the frames of a sample and the fraction of patches that is dropped, in each phase of the data."""
+    frames, dropout = config.data.frames, config.clip.patch_dropout
+    return [
+        (phase.frames or frames, dropout if phase.patch_dropout is None else phase.patch_dropout)
+        for phase in config.data.phases or [PhaseConfig()]
+    ]
 
 
 def kept_patches(patches: int, dropout: float) -> int:

@@ -14,15 +14,18 @@ class Batch:
     """Samples of a step, in the order of their global index. A field that the stage did not ask for is None."""
 
     images: torch.Tensor
-    """The student's view: uint8 [n, 3, size, size]."""
+    """The student's view: uint8 [n, 3, size, size], or [n, frames, 3, size, size] of clips."""
     teacher_images: torch.Tensor | None = None
-    """The same crops at the teacher's size: uint8 [n, 3, teacher size, teacher size]."""
+    """The same crops at the teacher's size: uint8 [n, 3, teacher size, teacher size], of clips with frames."""
     masks: torch.Tensor | None = None
     """True where a patch is masked: bool [n, patches]."""
     kept: torch.Tensor | None = None
-    """Patches that patch dropout keeps, ascending: int64 [n, kept]."""
+    """Patches that patch dropout keeps, ascending: int64 [n, kept], or [n, frames, kept] of clips."""
     branches: torch.Tensor | None = None
-    """What drop path multiplies the branches of the vision tower with: float32 [n, layers, 2], attention and MLP."""
+    """What drop path multiplies the branches of the vision tower with: float32 [n, layers, 2], attention and MLP.
+
+    Of clips [n, frames, layers, 2].
+    """
     tokens: torch.Tensor | None = None
     """Tokenized captions: int64 [n, context length]."""
     captions: torch.Tensor | None = None
@@ -40,6 +43,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def frames(self) -> int:
+        """Frames of a sample; an image is one."""
+        return 1 if self.images.ndim == 4 else self.images.shape[1]
 
     def split(self, size: int) -> "list[Batch]":
         """Cut into micro-batches of `size` samples, which share memory with this batch; the last may be smaller."""
@@ -145,12 +153,12 @@ def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     """Turn pixels into the input of a tower: (images / 255 - mean) / std, on the images' device.
 
     Args:
-        images: uint8 [n, 3, height, width].
+        images: uint8 [n, 3, height, width], or [n, frames, 3, height, width] of clips.
         mean: mean of each channel, for pixels in 0..1.
         std: standard deviation of each channel, for pixels in 0..1.
 
     Returns:
-        float32 [n, 3, height, width].
+        float32 of the same shape.
     """
     # One subtraction and one multiplication over the images; the factor 1/255 is folded into the constants.
     constants = 255 * torch.tensor(mean, dtype=torch.float32), 1 / (255 * torch.tensor(std, dtype=torch.float32))

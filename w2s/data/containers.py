@@ -13,9 +13,11 @@ those of its library mean damage. A sample without what `wanted` names is yielde
 import tarfile
 from collections.abc import Container, Iterator, Sequence
 
+from w2s.data.clips import find_images
 from w2s.data.link import Link
-from w2s.data.samples import DONE, RawSample, caption_file, find_image
+from w2s.data.samples import DONE, RawSample, caption_file
 from w2s.data.tar import read_tar
+from w2s.data.video import check_decoder, is_video
 from w2s.errors import DataError
 
 _WAITS_AT_THE_START = (0.5, 2.0, 8.0)
@@ -33,7 +35,7 @@ def read_shard(
     Args:
         shard: path or URL.
         start: where a sample begins, as in `RawSample.end`.
-        wanted: extensions that are read; None reads all.
+        wanted: extensions that are read, without a number or with (`jpg`: `000.jpg` too); None reads all.
         link: patience with the shard's server, and what became of it.
     """
     if start == DONE:
@@ -67,6 +69,7 @@ def check_source(shards: Sequence[str], image_key: str, caption_key: str | None)
 
     Raises:
         DataError: they are damaged or empty, no sample has an image, or the first one with an image has no caption.
+        MissingPackageError: it has a video, and PyAV is not installed.
     """
     damages = []
     for shard in shards[:3]:
@@ -87,8 +90,11 @@ def _check_shard(shard: str, image_key: str, caption_key: str | None) -> None:
         if sample.damage:
             raise _Damaged(f"{sample.damage}: replace or remove {shard}")
         extensions |= set(sample.files)
-        if find_image(sample.files, image_key) is None:
+        images = find_images(sample.files, image_key)
+        if not images:
             continue
+        if is_video(images[0]):
+            check_decoder()
         if caption_key is not None and not any(caption_file(key) in sample.files for key in caption_key.split(";")):
             raise DataError(
                 f"sample {sample.key} of {shard} has no caption '.{caption_key}', only {_names(extensions)}: "

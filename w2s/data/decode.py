@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from w2s.data.bad import BadSample
+from w2s.data.clips import Picture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Pillow's decoders that are used; others start programs (EPS runs Ghostscript) or are hardly looked after."""
@@ -41,12 +42,14 @@ Box = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
 
 
-def decode_image(data: bytes) -> NDArray[np.uint8]:
+def decode_image(picture: Picture) -> NDArray[np.uint8]:
     """Decode a whole image to uint8 RGB [height, width, 3]; as `decode_crop`."""
-    return decode_crop(data, lambda height, width: (0, 0, height, width))
+    return decode_crop(picture, lambda height, width: (0, 0, height, width))
 
 
-def decode_crop(data: bytes, choose: Callable[[int, int], Box], *, half_from: int | None = None) -> NDArray[np.uint8]:
+def decode_crop(
+    picture: Picture, choose: Callable[[int, int], Box], *, half_from: int | None = None
+) -> NDArray[np.uint8]:
     """Decode an image and cut out a crop: uint8 RGB [crop height, crop width, 3].
 
     JPEG goes through libjpeg-turbo; every other format, and a JPEG that has to be turned or that libjpeg-turbo
@@ -54,7 +57,7 @@ def decode_crop(data: bytes, choose: Callable[[int, int], Box], *, half_from: in
     the first picture is taken.
 
     Args:
-        data: the encoded image.
+        picture: the encoded image, or a frame that is decoded already.
         choose: gets height and width, returns the crop.
         half_from: crops of a JPEG with at least so many pixels on both sides are decoded at half of their size, by a
             transform of 4 x 4 instead of 8 x 8 coefficients; None never does.
@@ -62,12 +65,14 @@ def decode_crop(data: bytes, choose: Callable[[int, int], Box], *, half_from: in
     Raises:
         BadSample: none of `FORMATS`, damaged, truncated, or larger than `MAX_PIXELS`.
     """
-    if data[:2] == b"\xff\xd8":
-        crop = _decode_jpeg(data, choose, half_from)
+    if isinstance(picture, np.ndarray):
+        return _cut(picture, choose(*picture.shape[:2]))
+    if picture[:2] == b"\xff\xd8":
+        crop = _decode_jpeg(picture, choose, half_from)
         if crop is not None:
             return crop
     try:
-        pixels = _decode_any(data)
+        pixels = _decode_any(picture)
     except BadSample:
         raise
     except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them stumble over

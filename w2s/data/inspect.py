@@ -13,10 +13,11 @@ from PIL import Image
 
 from w2s.data.bad import BadSample, Skipped
 from w2s.data.captions import draw_caption
+from w2s.data.clips import choose_frames, find_images, kind
 from w2s.data.containers import read_shard
 from w2s.data.counter import Purpose, generator
 from w2s.data.decode import decode_image
-from w2s.data.samples import RawSample, find_image
+from w2s.data.samples import RawSample
 from w2s.data.sizes import known_sizes
 from w2s.errors import DataError
 from w2s.redaction import printable
@@ -32,7 +33,7 @@ class Report:
     shards: int = 0
     samples: int = 0
     extensions: Counter[str] = field(default_factory=Counter)
-    """Samples that have a file with an extension."""
+    """Samples that have a file with an extension; those of numbered files are one."""
     bad: Counter[str] = field(default_factory=Counter)
     """Samples that a run would skip, by reason."""
     examples: list[Skipped] = field(default_factory=list)
@@ -88,7 +89,7 @@ def _check(job: tuple[str, str, str | None, int | None]) -> Report:
             report.bad[str(error)] += 1
             report.examples = [*report.examples, Skipped(sample.key, shard, str(error))][:_LISTED]
         report.samples += 1
-        report.extensions.update(list(sample.files))
+        report.extensions.update({kind(extension) for extension in sample.files})
     if noted is not None and noted != report.samples:
         report.wrong_sizes.append(f"{shard} has {report.samples} samples, but {noted} are noted beside it")
     return report
@@ -98,10 +99,11 @@ def _read(sample: RawSample, image_key: str, caption_key: str | None) -> tuple[I
     if sample.damage:
         raise BadSample(sample.damage)
     caption = draw_caption(sample, caption_key, (), generator(0, Purpose.CAPTION, 0)) if caption_key else ""
-    data = find_image(sample.files, image_key)
-    if data is None:
+    images = find_images(sample.files, image_key)
+    if not images:
         raise BadSample("image is missing")
-    return Image.fromarray(decode_image(data)), caption
+    frames = [decode_image(frame) for frame in choose_frames(images, len(images))]
+    return Image.fromarray(frames[len(frames) // 2]), caption
 
 
 def draw_sheet(shards: Sequence[str], image_key: str, caption_key: str | None, count: int, path: Path) -> int:

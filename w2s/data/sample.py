@@ -1,8 +1,9 @@
 """One raw sample to the views that a stage trains on. Everything random depends on the global sample index alone."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,11 +13,14 @@ from numpy.typing import NDArray
 from w2s.config.sections import Config
 from w2s.data.bad import BadSample
 from w2s.data.captions import draw_caption
+from w2s.data.clips import Picture, choose_frames, find_images
 from w2s.data.counter import Purpose, generator
 from w2s.data.decode import decode_crop
 from w2s.data.drop_path import branch_scales
 from w2s.data.masks import block_mask, kept_patches, uniform_mask
-from w2s.data.samples import RawSample, caption_file, find_image
+from w2s.data.samples import RawSample, caption_file
+
+T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,8 @@ class SampleSpec:
 
     image_size: int
     """Side of the student's view in pixels."""
+    frames: int = 1
+    """Frames of a clip that are seen; with more than one every sample is a clip, and an image one that stands still."""
     grid: int
     """Patches along one side of the student's view."""
     teacher_size: int = 0
@@ -68,6 +74,7 @@ class SampleSpec:
         vision, data = config.model.vision, config.data
         return cls(
             image_size=vision.image_size,
+            frames=data.frames,
             grid=vision.grid,
             layers=vision.layers,
             drop_path=vision.drop_path,
@@ -105,7 +112,7 @@ class Views:
 def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views:
     """Decode a sample and draw its crop, flip, mask, kept patches and branch scales.
 
-    The student's and the teacher's view show the same crop with the same flip.
+    The student's and the teacher's view show the same crop with the same flip, and so do the frames of a clip.
 
     Args:
         raw: the undecoded sample.
@@ -121,19 +128,13 @@ def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views
     caption = None
     if spec.context_length:
         caption = draw_caption(raw, spec.caption_key, spec.caption_weights, generator(seed, Purpose.CAPTION, index))
-    data = find_image(raw.files, spec.image_key)
-    if data is None:
+    images = find_images(raw.files, spec.image_key)
+    if not images:
         raise BadSample("image is missing")
     taught = spec.teacher_size > 0 and (spec.teacher_samples is None or index < spec.teacher_samples)
     sizes = [spec.image_size, spec.teacher_size] if taught else [spec.image_size]
-    rng = generator(seed, Purpose.CROP, index)
-    crop = decode_crop(
-        data,
-        lambda height, width: crop_box(rng, height, width, spec.crop_scale, spec.crop_ratio),
-        half_from=2 * max(sizes) if spec.half_scale else None,
-    )
-    flip = spec.flip and rng.random() < 0.5
-    views = [resize(crop, size, flip) for size in sizes]
+    frames = [_views(picture, sizes, spec, seed, index) for picture in choose_frames(images, spec.frames)]
+    views = [torch.stack(view) if spec.frames > 1 else view[0] for view in zip(*frames, strict=True)]
     return Views(
         key=raw.key,
         index=index,
@@ -146,6 +147,18 @@ def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views
     )
 
 
+def _views(picture: Picture, sizes: Sequence[int], spec: SampleSpec, seed: int, index: int) -> list[torch.Tensor]:
+    """A picture's crop at each of some sizes; of equally large pictures of a sample it is the same crop."""
+    rng = generator(seed, Purpose.CROP, index)
+    crop = decode_crop(
+        picture,
+        lambda height, width: crop_box(rng, height, width, spec.crop_scale, spec.crop_ratio),
+        half_from=2 * max(sizes) if spec.half_scale else None,
+    )
+    flip = spec.flip and rng.random() < 0.5
+    return [resize(crop, size, flip) for size in sizes]
+
+
 def draw_mask(spec: SampleSpec, seed: int, index: int) -> NDArray[np.bool_]:
     """Draw the mask of a sample: bool [grid * grid], row by row, with exactly `masked_patches` masked."""
     rng = generator(seed, Purpose.MASK, index)
@@ -155,13 +168,23 @@ def draw_mask(spec: SampleSpec, seed: int, index: int) -> NDArray[np.bool_]:
 
 
 def draw_kept(spec: SampleSpec, seed: int, index: int) -> NDArray[np.int64]:
-    """Draw the patches of a sample that patch dropout keeps, ascending: int64 [kept_patches]."""
-    return kept_patches(generator(seed, Purpose.PATCHES, index), spec.grid**2, spec.kept_patches)
+    """Draw the patches that patch dropout keeps, ascending: int64 [kept_patches], for each frame of a clip its own."""
+    return _of_frames(
+        spec,
+        lambda frame: kept_patches(generator(seed, Purpose.PATCHES, index, frame), spec.grid**2, spec.kept_patches),
+    )
 
 
 def draw_branches(spec: SampleSpec, seed: int, index: int) -> NDArray[np.float32]:
-    """Draw the scales of a sample's branches under drop path: float32 [layers, 2]."""
-    return branch_scales(generator(seed, Purpose.BRANCHES, index), spec.layers, spec.drop_path)
+    """Draw the scales of branches under drop path: float32 [layers, 2], for each frame of a clip its own."""
+    return _of_frames(
+        spec, lambda frame: branch_scales(generator(seed, Purpose.BRANCHES, index, frame), spec.layers, spec.drop_path)
+    )
+
+
+def _of_frames(spec: SampleSpec, draw: Callable[[int], NDArray[T]]) -> NDArray[T]:
+    """What is drawn for an image, or for each frame of a clip."""
+    return draw(0) if spec.frames == 1 else np.stack([draw(frame) for frame in range(spec.frames)])
 
 
 def crop_box(

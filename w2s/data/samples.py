@@ -25,11 +25,6 @@ class RawSample:
         return sum(map(len, self.files.values()))
 
 
-def find_image(files: dict[str, bytes], image_key: str) -> bytes | None:
-    """Return the image of a sample: the first of the `;`-separated extensions that is there."""
-    return next((files[name] for name in image_key.split(";") if name in files), None)
-
-
 def caption_file(caption_key: str) -> str:
     """Return the extension of the file that holds a caption: of `json.KEY` it is `json`."""
     return "json" if caption_key.startswith("json.") else caption_key

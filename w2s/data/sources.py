@@ -157,4 +157,6 @@ def _phase_spec(part: PhaseConfig, spec: SampleSpec) -> SampleSpec:
     if part.patch_dropout is not None:
         kept = kept_patches(spec.grid**2, part.patch_dropout) if part.patch_dropout else 0
         spec = replace(spec, kept_patches=kept)
+    if part.frames is not None:
+        spec = replace(spec, frames=part.frames)
     return spec

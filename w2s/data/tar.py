@@ -6,6 +6,7 @@ from typing import IO
 
 from webdataset.tariterators import base_plus_ext
 
+from w2s.data.clips import kind
 from w2s.data.link import Link
 from w2s.data.samples import RawSample
 from w2s.data.storage import open_at
@@ -33,7 +34,7 @@ def read_tar(shard: str, start: int, wanted: Container[str] | None, link: Link) 
                     yield RawSample(key, shard, files, damage, end=member.offset)
                     files, damage = {}, ""
                 key, extension = name, extension.lower()
-                if wanted is None or extension in wanted:
+                if wanted is None or kind(extension) in wanted:
                     if member.size <= MAX_FILE:
                         files[extension] = _read(tar, member)
                     else:

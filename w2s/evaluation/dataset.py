@@ -1,5 +1,6 @@
 """A test set in memory: images, captions and classes, read from webdataset shards in order."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -12,11 +13,13 @@ from torchvision.transforms.v2.functional import center_crop, resize
 from w2s.config.sections import Resize
 from w2s.data.bad import BadSample
 from w2s.data.captions import draw_caption
+from w2s.data.clips import choose_frames, find_images
 from w2s.data.containers import read_shard
 from w2s.data.counter import Purpose, generator
 from w2s.data.decode import decode_image
-from w2s.data.samples import RawSample, caption_file, find_image
+from w2s.data.samples import RawSample, caption_file
 from w2s.data.shards import list_shards
+from w2s.data.video import is_video
 from w2s.errors import DataError
 
 CLASS_NAMES = "classnames.txt"
@@ -30,10 +33,10 @@ T = TypeVar("T")
 
 @dataclass
 class EvalSet:
-    """A test set of n images of S x S pixels."""
+    """A test set of n images or clips of S x S pixels."""
 
     images: Tensor
-    """uint8 [n, 3, S, S]."""
+    """uint8 [n, 3, S, S], or [n, frames, 3, S, S] where some are clips."""
     captions: list[str]
     """One text an image, several captions on lines of their own; empty where the samples have none."""
     labels: Tensor | None
@@ -54,6 +57,7 @@ def load_eval_set(
     image_key: str,
     caption_key: str,
     class_key: str,
+    frames: int = 1,
     option: str = "eval.shards",
 ) -> EvalSet:
     """Read a test set, in the order of its shards and samples.
@@ -69,6 +73,7 @@ def load_eval_set(
         image_key: extensions of the image, separated by `;`.
         caption_key: where the caption is: extensions or `json.KEY`, separated by `;`; the first that is there.
         class_key: extension of the class number.
+        frames: frames of a clip.
         option: the configuration key to name in an error.
 
     Raises:
@@ -78,7 +83,7 @@ def load_eval_set(
     paths = list_shards(shards, option)
     images, captions, numbers, keys = [], [], [], []
     for sample in (sample for path in paths for sample in read_shard(path)):
-        images.append(_image(sample, image_size, how, image_key))
+        images.append(_image(sample, image_size, how, image_key, frames))
         captions.append(_caption(sample, caption_key))
         numbers.append(_class_number(sample, class_key))
         keys.append(sample.key)
@@ -86,7 +91,7 @@ def load_eval_set(
     classes = _all_or_none(numbers, keys, f"class number .{class_key}")
     folder = Path(paths[0]).parent
     labels, names = _named_classes(classes, folder) if classes else _caption_classes(texts, f"{option}={shards}")
-    return EvalSet(torch.stack(images), texts, labels, names, keys, _prompts(folder))
+    return EvalSet(stack_views(images), texts, labels, names, keys, _prompts(folder))
 
 
 def eval_transform(pixels: Tensor, image_size: int, how: Resize) -> Tensor:
@@ -105,16 +110,47 @@ def eval_transform(pixels: Tensor, image_size: int, how: Resize) -> Tensor:
     return center_crop(resize(pixels, size, interpolation=InterpolationMode.BICUBIC, antialias=True), square)
 
 
-def _image(sample: RawSample, image_size: int, how: Resize, image_key: str) -> Tensor:
-    data = find_image(sample.files, image_key)
-    if data is None:
+def view(images: Sequence[bytes], frames: int, image_size: int, how: Resize) -> Tensor:
+    """Decode the image of a sample, or `frames` frames of its clip, and make them square, as `eval_transform`.
+
+    Args:
+        images: what `find_images` has found; one that is no video is an image whatever `frames` is.
+        frames: frames of a clip; of one frame it is an image.
+        image_size: side of the square in pixels, S.
+        how: see `eval_transform`.
+
+    Returns:
+        uint8 [3, S, S] of an image, [frames, 3, S, S] of a clip.
+
+    Raises:
+        BadSample: an image is damaged or too large, or a video too long.
+    """
+    still = len(images) == 1 and not is_video(images[0])
+    pictures = choose_frames(images, 1 if still else frames)
+    views = [
+        eval_transform(torch.from_numpy(decode_image(picture)).permute(2, 0, 1), image_size, how)
+        for picture in pictures
+    ]
+    return views[0] if len(views) == 1 else torch.stack(views)
+
+
+def stack_views(views: Sequence[Tensor]) -> Tensor:
+    """Join images, clips or both; beside clips an image is one that stands still."""
+    frames = max((each.shape[0] for each in views if each.ndim == 4), default=0)
+    if not frames:
+        return torch.stack(list(views))
+    return torch.stack([each if each.ndim == 4 else each.expand(frames, -1, -1, -1) for each in views])
+
+
+def _image(sample: RawSample, image_size: int, how: Resize, image_key: str, frames: int) -> Tensor:
+    images = find_images(sample.files, image_key)
+    if not images:
         reason = sample.damage or f"no image .{image_key}"
         raise DataError(f"{sample.shard}: {sample.key}: {reason}, repair the test set")
     try:
-        pixels = torch.from_numpy(decode_image(data)).permute(2, 0, 1)
+        return view(images, frames, image_size, how)
     except BadSample as error:
         raise DataError(f"{sample.shard}: {sample.key}: {error}, repair the test set") from error
-    return eval_transform(pixels, image_size, how)
 
 
 def _caption(sample: RawSample, caption_key: str) -> str | None:

@@ -12,6 +12,17 @@ Tokenizer = Callable[[list[str]], Tensor]
 """Texts to tokens, int64 [n, context length]."""
 
 
+def over_frames(encode: Encoder) -> Encoder:
+    """Let an encoder of images [b, 3, S, S] take clips [b, frames, 3, S, S] too: the mean of their frames' features."""
+
+    def mean(images: Tensor) -> Tensor:
+        if images.ndim == 4:
+            return encode(images)
+        return encode(images.flatten(0, 1)).unflatten(0, (len(images), -1)).mean(1)
+
+    return mean
+
+
 @torch.no_grad()
 def encode_all(encode: Encoder, items: Tensor, batch_size: int, group: dist.ProcessGroup | None = None) -> Tensor:
     """Features of all items, in order, on every rank.

@@ -11,7 +11,7 @@ from torch import Tensor
 from w2s.config.sections import EvalConfig
 from w2s.errors import DataError
 from w2s.evaluation.dataset import CLASS_NAMES, PROMPTS, EvalSet
-from w2s.evaluation.encode import Encoder, Tokenizer, encode_all
+from w2s.evaluation.encode import Encoder, Tokenizer, encode_all, over_frames
 from w2s.evaluation.knn import knn
 from w2s.evaluation.retrieval import retrieval, split_captions
 from w2s.evaluation.zero_shot import TEMPLATES, Template, ZeroShotResult, class_embeddings, zero_shot
@@ -41,12 +41,12 @@ def evaluate_clip(
     Args:
         config: prompts, batch size, and whether to measure retrieval.
         data: the test set, the same on every rank.
-        encode_image: uint8 images [b, 3, S, S] to features [b, d].
+        encode_image: uint8 images [b, 3, S, S] to features [b, d]; those of a clip are the mean of its frames'.
         encode_text: tokens [b, context] to features [b, d].
         tokenize: texts to tokens.
         group: ranks that share the work; None for this process alone.
     """
-    images = encode_all(encode_image, data.images, config.batch_size, group)
+    images = encode_all(over_frames(encode_image), data.images, config.batch_size, group)
     metrics: dict[str, float] = {}
     result = None
     if data.labels is not None:
@@ -96,7 +96,7 @@ def evaluate_knn(
         config: number of neighbours and batch size.
         tests: test sets by name, the same on every rank.
         neighbours: the labelled set that neighbours are taken from, the same on every rank.
-        encode: uint8 images [b, 3, S, S] to features [b, d].
+        encode: uint8 images [b, 3, S, S] to features [b, d]; those of a clip are the mean of its frames'.
         group: ranks that share the work; None for this process alone.
 
     Returns:
@@ -110,6 +110,7 @@ def evaluate_knn(
     matched = {name: _matched(data, neighbours) for name, data in tests.items()}
     if all((labels < 0).all() for labels in matched.values()):
         raise DataError("the test images and eval.knn_shards have no class in common: give the same class names")
+    encode = over_frames(encode)
     gallery = encode_all(encode, neighbours.images, config.batch_size, group)
     measured = {}
     for name, labels in matched.items():

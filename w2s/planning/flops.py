@@ -10,7 +10,7 @@ computes again (five products in its backward pass for two in its forward pass),
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from w2s.config.layout import kept_patches, model_parallel_size
+from w2s.config.layout import kept_patches, model_parallel_size, views_in_phases
 from w2s.config.sections import Config, ParallelConfig, TextConfig, VisionConfig
 from w2s.megatron.split import text_layers, vision_layers
 
@@ -37,6 +37,10 @@ class TowerFlops:
     def model(self) -> float:
         """One forward and one backward pass, without anything that is computed twice."""
         return 3 * self.forward - self.embedding
+
+    def times(self, count: int) -> "TowerFlops":
+        """Those of as many forward passes."""
+        return TowerFlops(count * self.embedding, count * self.linears, count * self.attention, count * self.head)
 
     def hardware(self, recomputed: float, passes: int) -> float:
         """What training runs.
@@ -168,8 +172,13 @@ def seen_tokens(config: Config) -> int:
     patches = config.model.vision.patches
     if config.stage == "mim":
         return 1 + config.mim.seen(patches)
-    first = config.data.phases[0].patch_dropout if config.data.phases else None
-    return 1 + kept_patches(patches, config.clip.patch_dropout if first is None else first)
+    _, dropout = views_in_phases(config)[0]
+    return 1 + kept_patches(patches, dropout)
+
+
+def seen_frames(config: Config) -> int:
+    """Images of a sample in the vision tower while it trains, in the first phase of the data."""
+    return 1 if config.stage == "mim" else views_in_phases(config)[0][0]
 
 
 def student_flops(config: Config, target_width: int, layer_width: int = 0, summary_width: int = 0) -> TowerFlops:
@@ -197,9 +206,10 @@ def summary_weights(config: Config, summary_width: int) -> tuple[int, ...]:
 
 
 def image_flops(config: Config) -> TowerFlops:
-    """Operations of an image's forward pass through the contrastive stage's vision tower."""
+    """Operations of an image's, or a whole clip's, forward pass through the contrastive stage's vision tower."""
     model = config.model
-    return vision_flops(model.vision, tokens=seen_tokens(config), head_tokens=1, head_width=model.embed_dim)
+    image = vision_flops(model.vision, tokens=seen_tokens(config), head_tokens=1, head_width=model.embed_dim)
+    return image.times(seen_frames(config))
 
 
 def stage_flops(

@@ -96,7 +96,7 @@ class _Sizes:
         )  # fmt: skip
         operations = tower.flops.attention / tower.layers * samples / parallel.tensor
         self.slowdown = card.slowdown(tower.width)
-        self.attention = self.slowdown * operations / card.attention(tower.tokens)
+        self.attention = self.slowdown * operations / card.attention(tower.sequence)
         self.exchange = exchange(card, self.rows * tower.width * _BF16, parallel.tensor, 1)
 
     def forward(self) -> Work:

@@ -11,7 +11,7 @@ from w2s.config.layout import model_parallel_size
 from w2s.config.linears import bf16_layers
 from w2s.config.sections import Config
 from w2s.planning.activations import Types, peak
-from w2s.planning.flops import micro_batches, passes, share
+from w2s.planning.flops import micro_batches, passes, seen_frames, share
 from w2s.planning.states import States
 from w2s.planning.teacher import PlannedTeacher
 from w2s.planning.towers import PlannedTower
@@ -147,7 +147,7 @@ def _teaching(
         return standing
     patches = config.model.vision.patches if config.stage == "mim" else 0
     features = _FP32 * patches * _target_width(config, teacher) + _summary(config, teacher)
-    own = config.train.global_batch // world_size * (features + 3 * teacher.image_size**2)
+    own = config.train.global_batch // world_size * (features + 3 * seen_frames(config) * teacher.image_size**2)
     return replace(standing, teacher=standing.teacher + samples * teacher.working, batch=own)
 
 
@@ -158,7 +158,7 @@ def sample_bytes(config: Config, teacher: PlannedTeacher | None) -> int:
     """
     features = config.mim.predicted(config.model.vision.patches) if config.stage == "mim" else 2
     targets = _FP32 * features * _target_width(config, teacher) + _summary(config, teacher) if teacher else 0
-    return 3 * config.model.vision.image_size**2 + targets
+    return 3 * seen_frames(config) * config.model.vision.image_size**2 + targets
 
 
 def _summary(config: Config, teacher: PlannedTeacher) -> int:

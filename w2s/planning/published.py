@@ -86,6 +86,7 @@ def _language(case: Mapping[str, Any]) -> Row:
         heads=case["heads"],
         mlp_width=case["mlp"],
         tokens=tokens,
+        sequence=tokens,
         post_norm=False,
         norm_vectors=1,
         qkv_bias="none",

@@ -6,7 +6,7 @@ from pathlib import Path
 from w2s.config.checks import check_teacher_widths
 from w2s.config.load import model_from, named_model
 from w2s.config.sections import Config, MimConfig, ModelConfig, TeacherConfig, VisionConfig
-from w2s.planning.flops import teacher_flops, text_flops
+from w2s.planning.flops import seen_frames, teacher_flops, text_flops
 
 _MAPS = 16
 """Feature maps of the input's size, in float32, that a network which is no EVA tower is taken to need at once."""
@@ -63,15 +63,15 @@ def planned_teacher(config: Config, model: ModelConfig | None = None) -> Planned
         return None
     if config.stage == "mim":
         return _image_side(config, teacher, model)
-    sides = config.clip.distill.teacher_sides
+    sides, frames = config.clip.distill.teacher_sides, seen_frames(config)
     seen = _image_side(config, teacher, model) if "image" in sides else _NOTHING
     read = _text_side(config, teacher, model) if "text" in sides else _NOTHING
     check_teacher_widths(config, [width for width in (seen.summary_width, read.width) if width])
     return replace(
         seen,
         width=seen.summary_width or read.width,
-        working=max(seen.working, read.working),
-        flops=seen.flops + read.flops,
+        working=max(frames * seen.working, read.working),
+        flops=frames * seen.flops + read.flops,
         text_weights=read.text_weights,
     )
 

@@ -5,7 +5,15 @@ from typing import Literal
 
 from w2s.config.sections import Config
 from w2s.megatron.split import text_layers, vision_layers
-from w2s.planning.flops import TowerFlops, image_flops, seen_tokens, student_flops, summary_weights, text_flops
+from w2s.planning.flops import (
+    TowerFlops,
+    image_flops,
+    seen_frames,
+    seen_tokens,
+    student_flops,
+    summary_weights,
+    text_flops,
+)
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,8 @@ class PlannedTower:
     mlp_width: int
     tokens: int
     """Tokens of a sample that go through the layers."""
+    sequence: int
+    """Tokens that attend to each other: of a clip those of one frame."""
     post_norm: bool
     """Norms after the branches instead of before."""
     norm_vectors: int
@@ -127,7 +137,8 @@ def _student(config: Config, target_width: int, layer_width: int, summary_width:
 
 def _image_tower(config: Config) -> PlannedTower:
     head = _image_head(config)
-    return _vision(config, image_flops(config), (), head, head_tokens=1, head_width=config.model.embed_dim)
+    frames, width = seen_frames(config), config.model.embed_dim
+    return _vision(config, image_flops(config), (), head, head_tokens=frames, head_width=width)
 
 
 def _image_head(config: Config) -> tuple[int, ...]:
@@ -146,13 +157,14 @@ def _vision(
     head_width: int,
 ) -> PlannedTower:
     vision, width = config.model.vision, config.model.vision.width
-    vectors, tokens = 1 if vision.norm == "rmsnorm" else 2, seen_tokens(config)
+    vectors, sequence, frames = 1 if vision.norm == "rmsnorm" else 2, seen_tokens(config), seen_frames(config)
     return PlannedTower(
         name="vision",
         width=width,
         heads=vision.heads,
         mlp_width=vision.mlp_width,
-        tokens=tokens,
+        tokens=frames * sequence,
+        sequence=sequence,
         post_norm=vision.norm_placement == "post",
         norm_vectors=vectors,
         qkv_bias="qv" if vision.qkv_bias else "none",
@@ -162,8 +174,8 @@ def _vision(
         first=(3 * vision.patch_size**2 * width, width),
         last=(width,) * vectors + head,
         scalars=0,
-        embedding_elements=3 * vision.patch_size**2 * (tokens - 1),
-        normed_tokens=tokens,
+        embedding_elements=3 * vision.patch_size**2 * frames * (sequence - 1),
+        normed_tokens=frames * sequence,
         head_tokens=head_tokens,
         head_width=head_width,
         flops=flops,
@@ -178,6 +190,7 @@ def _text_tower(config: Config) -> PlannedTower:
         heads=text.heads,
         mlp_width=text.mlp_width,
         tokens=text.context_length,
+        sequence=text.context_length,
         post_norm=False,
         norm_vectors=2,
         qkv_bias="qkv",

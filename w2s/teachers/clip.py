@@ -40,7 +40,7 @@ class ClipTeacher(nn.Module):
         """Embeddings of images and captions; None for what is not given, or has no tower here.
 
         Args:
-            images: uint8 [n, 3, T, T].
+            images: uint8 [n, 3, T, T], or [n, frames, 3, T, T] of clips, whose embedding is that of the mean summary.
             tokens: int64 [n, context].
 
         Returns:
@@ -48,8 +48,9 @@ class ClipTeacher(nn.Module):
         """
         seen = read = None
         if self.vision is not None and images is not None:
-            pixels = normalize(images, self.vision.mean, self.vision.std)
-            seen = F.normalize(self.vision(pixels).summary, dim=-1)
+            pixels = normalize(images.flatten(0, -4), self.vision.mean, self.vision.std)
+            summaries = self.vision(pixels).summary.unflatten(0, (len(images), -1))
+            seen = F.normalize(summaries.mean(1), dim=-1)
         if self.text is not None and tokens is not None:
             read = F.normalize(self.text(tokens), dim=-1)
         return seen, read

@@ -30,16 +30,21 @@ class ImageTower(VisionTower):
             self.head = image_head(shape, embed_dim, dtype)
 
     def forward(self, images: Tensor, kept: Tensor | None = None, branches: Tensor | None = None) -> Tensor:
-        """Embed images.
+        """Embed images, or clips: the mean over their frames' embeddings (EVA-CLIP-18B, section 4).
 
         Args:
-            images: [n, 3, side, side], normalised.
-            kept: int64 [n, k], the patches that patch dropout keeps; None keeps all.
-            branches: [n, layers, 2], what drop path multiplies the layers' branches with; None leaves none out.
+            images: [n, 3, side, side], normalised; of clips [n, frames, 3, side, side].
+            kept: int64 [n, k], the patches that patch dropout keeps; None keeps all. Of clips [n, frames, k].
+            branches: [n, layers, 2], what drop path multiplies the layers' branches with; None leaves none out. Of
+                clips [n, frames, layers, 2].
 
         Returns:
             [n, embed_dim], not normalised, in the last chunk; packed rows elsewhere.
         """
+        if images.ndim == 5:
+            flat = [None if each is None else each.flatten(0, 1) for each in (kept, branches)]
+            embedded = self.forward(images.flatten(0, 1), *flat)
+            return embedded.unflatten(0, (len(images), -1)).mean(1) if self.last else embedded
         tokens = self.encode(images, kept=kept, branches=branches)
         return self.head(tokens[:, 0]) if self.last else tokens
 

@@ -36,3 +36,5 @@ def check_peer(config: Config, peer: str, ranks: int) -> None:
         )
     if config.data.phases:
         raise ConfigError(f"--vs {peer} knows no data.phases: leave them out")
+    if config.data.frames > 1:
+        raise ConfigError(f"--vs {peer} sees images, data.frames={config.data.frames} makes clips: leave it out")
