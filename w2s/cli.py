@@ -29,7 +29,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure this machine, beside a peer where there is one.")
 app.add_typer(bench, name="bench")
 
-data = typer.Typer(help="Make, count, check and show webdataset shards.")
+data = typer.Typer(help="Make, count, check and show shards.")
 app.add_typer(data, name="data")
 
 checkpoint = typer.Typer(help="List, verify and prune the checkpoints of a run.")
@@ -550,8 +550,11 @@ def checkpoint_prune(
 
 Shards = Annotated[str, typer.Argument(help="What data.train takes: a folder, a glob, a brace pattern or a URL.")]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that work side by side.")]
-ImageKey = Annotated[str, typer.Option(help="Extensions of the image, separated by ;")]
-CaptionKey = Annotated[str, typer.Option(help="Extension of the caption, or json.KEY; empty for images only.")]
+IMAGE_KEY, CAPTION_KEY = "jpg;jpeg;png;webp;bmp;gif;tif;tiff;image", "txt;text;caption"  # as DataConfig's
+ImageKey = Annotated[str, typer.Option(help="Extensions (columns) of the image, separated by ;")]
+CaptionKey = Annotated[
+    str, typer.Option(help="Extensions (columns) of the caption, or json.KEY; empty for images only.")
+]
 
 
 @data.command("make")
@@ -611,8 +614,8 @@ def data_index(overrides: Overrides = None, debug: Debug = False) -> None:
 @data.command("check")
 def data_check(
     shards: Shards,
-    image_key: ImageKey = "jpg;jpeg;png;webp;bmp;gif;tif;tiff",
-    caption_key: CaptionKey = "txt",
+    image_key: ImageKey = IMAGE_KEY,
+    caption_key: CaptionKey = CAPTION_KEY,
     workers: Workers = 1,
     debug: Debug = False,
 ) -> None:
@@ -632,8 +635,8 @@ def data_show(
     shards: Shards,
     out: Annotated[str, typer.Option(help="PNG file for a sheet of images with their captions.")] = "sheet.png",
     count: Annotated[int, typer.Option(min=1, max=10_000, help="Images in the sheet.")] = 24,
-    image_key: ImageKey = "jpg;jpeg;png;webp;bmp;gif;tif;tiff",
-    caption_key: CaptionKey = "txt",
+    image_key: ImageKey = IMAGE_KEY,
+    caption_key: CaptionKey = CAPTION_KEY,
     debug: Debug = False,
 ) -> None:
     """Print what is inside of shards, and save a sheet of images with their captions."""

@@ -25,6 +25,7 @@ from w2s.data.batch import normalize
 from w2s.data.clips import find_images
 from w2s.data.containers import read_shard
 from w2s.data.shards import list_shards, shard_name
+from w2s.data.storage import EXTENSIONS
 from w2s.data.tokens import tokenize
 from w2s.errors import CheckpointError, ConfigError, DataError, UserError
 from w2s.evaluation.dataset import stack_views, view
@@ -174,10 +175,10 @@ def _all_texts(job: EncodeJob, texts: list[str], encode: Encode, ranks: Ranks) -
 def _image_files(source: str, image_key: str) -> Iterator[tuple[str, list[bytes]]]:
     """Names and contents of the images that `source` names, in order; a clip can have several."""
     folder = Path(source).expanduser()
-    if folder.is_dir() and not any(folder.glob("*.tar")):
+    if folder.is_dir() and not any(path.suffix in EXTENSIONS for path in folder.iterdir()):
         raise DataError(f"--images {source} is a folder without shards: for its pictures give '{folder}/*.jpg'")
     for path in list_shards(source, "--images"):
-        if not path.endswith(".tar"):
+        if not path.endswith(EXTENSIONS):
             yield path, [Path(path).read_bytes()]
             continue
         for sample in read_shard(path):

@@ -77,7 +77,7 @@ BAD: dict[str, tuple[Files, str]] = {
     "no caption": ({"jpg": encode(noise(3), "JPEG")}, "caption is missing"),
     "blank caption": ({"jpg": encode(noise(3), "JPEG"), "txt": b" \n"}, "caption is missing"),
     "latin-1 caption": ({"jpg": encode(noise(4), "JPEG"), "txt": "caf\xe9".encode("latin-1")}, "caption is not UTF-8"),
-    "wrong keys": ({"image": encode(noise(5), "JPEG"), "txt": CAPTION}, "image is missing"),
+    "wrong keys": ({"picture": encode(noise(5), "JPEG"), "txt": CAPTION}, "image is missing"),
 }
 ODD: dict[str, Files] = {
     "cmyk": {"jpg": pil(Image.fromarray(noise(6)).convert("CMYK"), "JPEG")},

@@ -40,8 +40,8 @@ def test_the_home_folder_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPat
         ("", "names no shards"),
         ("a::", "names no shards"),
         ("nowhere", "nowhere does not exist"),
-        ("empty", "no .tar file is there"),
-        ("a/*.tgz", "no .tar file is there"),
+        ("empty", "no .tar or .parquet file is there"),
+        ("a/*.tgz", "no .tar or .parquet file is there"),
         ("a/{000000..000004}.tar", r"2 of the 5 shards of .* are missing, the first is .*000003.tar"),
         ("a/{000000..", "braces"),
         (

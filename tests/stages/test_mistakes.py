@@ -60,7 +60,7 @@ def test_no_ranks(mim: Run) -> None:
 
 def test_an_empty_folder(mim: Run, tmp_path: Path) -> None:
     code, _, error = mim(f"data.train={tmp_path}")
-    assert (code, error) == (2, f"error: data.train={tmp_path} has no shards: no .tar file is there\n")
+    assert (code, error) == (2, f"error: data.train={tmp_path} has no shards: no .tar or .parquet file is there\n")
 
 
 def test_a_damaged_shard(mim: Run, tmp_path: Path) -> None:

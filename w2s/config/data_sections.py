@@ -36,7 +36,7 @@ class PhaseConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Training images and captions: webdataset shards, drawn in lanes."""
+    """Training images and captions: webdataset shards or parquet files, drawn in lanes."""
 
     name: str = "custom"
     """Name of the data set, as in configs/data/NAME.yaml."""
@@ -71,15 +71,21 @@ class DataConfig:
     """Flip half of the images left to right."""
     half_scale: bool = False
     """Decode a JPEG at exactly half its size where the crop is at least twice the view: faster, slightly different."""
-    image_key: str = "jpg;jpeg;png;webp;bmp;gif;tif;tiff"
-    """Extensions of the image in a sample, or of the video (`mp4`); the first that is there is taken."""
+    image_key: str = "jpg;jpeg;png;webp;bmp;gif;tif;tiff;image"
+    """Extensions of the image in a sample, or of the video (`mp4`); the first that is there is taken.
+
+    Columns of a parquet file are extensions.
+    """
     frames: int = 1
     """Frames of a clip whose features are averaged, in the contrastive stage and in evaluations; an image is one frame.
 
     A clip is a sample of numbered images (`000.jpg`, `001.jpg`, ...) or a video. With 1 its middle frame is an image.
     """
-    caption_key: str = "txt"
-    """Where the caption is: an extension, or `json.KEY` for a key of the JSON file; several separated by `;`."""
+    caption_key: str = "txt;text;caption"
+    """Where the caption is: an extension, or `json.KEY` for a key of the JSON file; several separated by `;`.
+
+    Columns of a parquet file are extensions, and keys of its JSON file.
+    """
     caption_weights: list[float] = field(default_factory=list)
     """Probability of each caption of `caption_key`; empty takes the first that is there."""
     workers: int = 1

@@ -11,11 +11,12 @@ those of its library mean damage. A sample without what `wanted` names is yielde
 """
 
 import tarfile
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
-from w2s.data.clips import find_images
+from w2s.data.clips import find_images, kind
 from w2s.data.link import Link
 from w2s.data.samples import DONE, RawSample, caption_file
+from w2s.data.shards import is_parquet
 from w2s.data.tar import read_tar
 from w2s.data.video import check_decoder, is_video
 from w2s.errors import DataError
@@ -42,7 +43,7 @@ def read_shard(
         return
     count = 0
     try:
-        for sample in read_tar(shard, start, wanted, link or Link()):
+        for sample in _reader(shard)(shard, start, wanted, link or Link()):
             yield sample
             count += 1
     except Exception as error:  # tarfile and the drivers of fsspec stumble in many ways
@@ -50,6 +51,14 @@ def read_shard(
         return
     if start == count == 0:
         yield RawSample("sample 0", shard, {}, damage="shard is empty")
+
+
+def _reader(shard: str) -> Callable[[str, int, Container[str] | None, Link], Iterator[RawSample]]:
+    if not is_parquet(shard):
+        return read_tar
+    from w2s.data.parquet import read_parquet  # pyarrow, which most processes need not load
+
+    return read_parquet
 
 
 def _reason(error: Exception) -> str:
@@ -89,7 +98,7 @@ def _check_shard(shard: str, image_key: str, caption_key: str | None) -> None:
     for sample in read_shard(shard, link=Link(waits=_WAITS_AT_THE_START)):
         if sample.damage:
             raise _Damaged(f"{sample.damage}: replace or remove {shard}")
-        extensions |= set(sample.files)
+        extensions |= set(map(kind, sample.files))
         images = find_images(sample.files, image_key)
         if not images:
             continue

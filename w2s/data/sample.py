@@ -61,9 +61,9 @@ class SampleSpec:
     """Flip half of the images left to right."""
     half_scale: bool = False
     """Decode a JPEG at half its size where the crop is at least twice the larger view."""
-    image_key: str = "jpg;jpeg;png;webp;bmp;gif;tif;tiff"
+    image_key: str = "jpg;jpeg;png;webp;bmp;gif;tif;tiff;image"
     """Extensions of the image; the first that is there is taken."""
-    caption_key: str = "txt"
+    caption_key: str = "txt;text;caption"
     """Where the caption is: extensions or `json.KEY`, separated by `;`."""
     caption_weights: tuple[float, ...] = ()
     """Probability of each of these; empty takes the first that is there."""

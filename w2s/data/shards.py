@@ -10,7 +10,7 @@ from pathlib import Path
 
 import braceexpand
 
-from w2s.data.storage import PIPE, find_remote, is_local
+from w2s.data.storage import EXTENSIONS, PIPE, find_remote, first_kind, is_local
 from w2s.errors import ConfigError, DataError
 from w2s.redaction import SIGNED, without_url_secrets
 
@@ -36,8 +36,9 @@ def list_shards(source: str, option: str = "data.train", *, allow_pipe: bool = F
     """List the shards of all sources of a configuration value, sorted.
 
     Args:
-        source: a folder, a file, a glob, a brace pattern such as `a/{000..015}.tar`, a URL of any of these that fsspec
-            has a driver for, a `.txt` file with one of these a line, or `pipe:COMMAND`. `,`, `::` and `;` join several.
+        source: a folder (its `.tar` files, or the `.parquet` files of one that has none), a file, a glob, a brace
+            pattern such as `a/{000..015}.tar`, a URL of any of these that fsspec has a driver for, a `.txt` file with
+            one of these a line, or `pipe:COMMAND`. `,`, `::` and `;` join several.
         option: the configuration key to name in an error.
         allow_pipe: run shell commands that the source names.
 
@@ -67,6 +68,11 @@ def shard_name(shard: str) -> str:
     return without_secrets(shard).removesuffix(SIGNED).rpartition("/")[2]
 
 
+def is_parquet(shard: str) -> bool:
+    """Whether a shard is a parquet file, by its name."""
+    return shard_name(shard).lower().endswith(".parquet")
+
+
 def without_secrets(shard: str) -> str:
     """Return a shard's path, or its URL or command without the secrets in it."""
     # Of a million names hardly any has one.
@@ -84,6 +90,8 @@ def _split_list(part: str) -> list[str]:
 def _expand(pattern: str, option: str, allow_pipe: bool) -> list[str]:
     if pattern.startswith(PIPE) and not allow_pipe:
         raise ConfigError(f"{option}={pattern} runs a shell command: set data.allow_pipe=true if you trust it")
+    if pattern.startswith(PIPE) and ".parquet" in pattern:
+        raise ConfigError(f"{option}={pattern} is a stream, and parquet files are read from their ends: name the file")
     try:
         _check_number(pattern, option)
         names = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
@@ -137,17 +145,17 @@ def _local(pattern: str, names: list[str], option: str) -> list[str]:
             f"{option}: {len(missing)} of the {len(names)} shards of '{pattern}' are missing, the first is {missing[0]}"
         )
     if not paths:
-        raise DataError(f"{option}={pattern} has no shards: no .tar file is there")
+        raise DataError(f"{option}={pattern} has no shards: no {' or '.join(EXTENSIONS)} file is there")
     return paths
 
 
 def _find(path: str) -> list[str]:
-    """Return the `.tar` files of a folder, what a glob finds, or the path as it stands."""
+    """Return the shards of a folder, what a glob finds, or the path as it stands."""
     if glob.has_magic(path):
         return glob.glob(path)
     if path.endswith(".tar") or not os.path.isdir(path):
         return [path]
-    return [os.path.join(path, name) for name in os.listdir(path) if name.endswith(".tar")]
+    return first_kind(os.path.join(path, name) for name in os.listdir(path))
 
 
 def _files(folder: str) -> set[str]:

@@ -131,7 +131,9 @@ def _names(patterns: Sequence[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     for pattern in patterns:
         folders = [
-            part for part in re.split(r"[/,:;]", redact(pattern)) if part and not re.search(r"[*?{}\[\]]|\.tar$", part)
+            part
+            for part in re.split(r"[/,:;]", redact(pattern))
+            if part and not re.search(r"[*?{}\[\]]|\.(tar|parquet)$", part)
         ]
         plain = re.sub(r"[^\w.-]", "_", folders[-1]) if folders else "shards"
         taken = set(names.values())

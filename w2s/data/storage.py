@@ -3,7 +3,7 @@
 import glob
 import io
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
 import fsspec
@@ -12,6 +12,9 @@ from w2s.data.connections import PIPE, WEB
 from w2s.data.link import Link
 from w2s.data.steady import SteadyFile
 from w2s.errors import DataError, MissingPackageError
+
+EXTENSIONS = (".tar", ".parquet")
+"""Of files that are shards; beside tar files parquet files are lists."""
 
 _BUFFER = 1 << 17
 """Bytes that files are read by: threads hand Python's lock on at each read."""
@@ -51,7 +54,7 @@ def read_text(path: str) -> str | None:
 
 
 def find_remote(urls: Sequence[str], option: str) -> list[str]:
-    """List what URLs name: a file as it stands, the `.tar` files of a folder (a URL that ends in `/`) or of a glob.
+    """List what URLs name: a file as it stands, the shards of a folder (a URL that ends in `/`), those of a glob.
 
     Args:
         urls: of one pattern, so that all are of one kind.
@@ -66,6 +69,12 @@ def find_remote(urls: Sequence[str], option: str) -> list[str]:
     return [shard for url in urls for shard in (_glob(url, option) if _has_magic(url) else [url])]
 
 
+def first_kind(paths: Iterable[str]) -> list[str]:
+    """Return those of a folder's files that are its shards: the tar files or, where there is none, the parquet files."""
+    files = list(paths)
+    return next(filter(None, ([path for path in files if path.endswith(kind)] for kind in EXTENSIONS)), [])
+
+
 def _has_magic(url: str) -> bool:
     if not (url.endswith("/") or "*" in url or "?" in url or "[" in url):  # as of most of a million
         return False
@@ -77,11 +86,11 @@ def _has_magic(url: str) -> bool:
 def _glob(url: str, option: str) -> list[str]:
     filesystem = _filesystem(url, option)
     try:
-        found = filesystem.glob(f"{url}*.tar" if url.endswith("/") else url)
+        found = first_kind(filesystem.glob(f"{url}*")) if url.endswith("/") else filesystem.glob(url)
     except Exception as error:  # each driver raises errors of its own kind
         raise DataError(f"{option}={url} cannot be listed: {type(error).__name__} {error}") from error
     if not found:
-        raise DataError(f"{option}={url} has no shards: no .tar file is there")
+        raise DataError(f"{option}={url} has no shards: no {' or '.join(EXTENSIONS)} file is there")
     return [filesystem.unstrip_protocol(path) for path in found]
 
 

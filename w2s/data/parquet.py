@@ -1,0 +1,102 @@
+"""Shards that are parquet files: a row is a sample, and its columns are the sample's files.
+
+A column of bytes, or of `{bytes, path}` as Hugging Face's `datasets` writes images, is a file under the column's name,
+and so is one of text or numbers. A list of images is numbered files, as those of a clip. All columns but images are
+together the sample's `json`, where a list of captions is one.
+"""
+
+import json
+from collections.abc import Container, Iterator, Mapping
+from itertools import repeat
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from w2s.data.link import Link
+from w2s.data.samples import RawSample
+from w2s.data.storage import open_at
+from w2s.data.tar import MAX_FILE
+
+_BUFFER = 1 << 20
+"""Bytes that a column is read by; without, all of its row group is in memory twice."""
+_ROWS = 16
+"""Rows that become Python's objects at a time."""
+_BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+
+
+def read_parquet(shard: str, start: int, wanted: Container[str] | None, link: Link) -> Iterator[RawSample]:
+    """Yield the samples of a parquet file from a row on; row groups before it are not read. See `containers`."""
+    try:
+        with open_at(shard, 0, link) as stream:
+            file = pq.ParquetFile(pa.PythonFile(stream, mode="r"), buffer_size=_BUFFER)
+            first = 0
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                if start < first + count:
+                    for row, files in enumerate(_read_group(file, group, wanted), first):
+                        if row >= start:
+                            damage = "file is too large" if max(map(len, files.values()), default=0) > MAX_FILE else ""
+                            yield RawSample(f"row {row}", shard, {} if damage else files, damage, end=row + 1)
+                first += count
+    except OSError as error:
+        # pyarrow says so of damage too, but not because of another error, as a file does that cannot be read.
+        if error.errno is None and error.__cause__ is None:
+            raise ValueError(f"{shard} is damaged") from error
+        raise
+
+
+def _read_group(file: pq.ParquetFile, group: int, wanted: Container[str] | None) -> Iterator[dict[str, bytes]]:
+    """The files of each row of a row group.
+
+    The columns beside the images are small and read first, so that a stream from a server goes back only once.
+    """
+    fields = list(file.schema_arrow)
+    joined = _is_wanted("json", wanted) and not any(field.name.lower() == "json" for field in fields)
+    images = [field.name for field in fields if _has_images(field.type) and _is_wanted(field.name, wanted)]
+    texts = [
+        field.name for field in fields if not _has_images(field.type) and (joined or _is_wanted(field.name, wanted))
+    ]
+    count = file.metadata.row_group(group).num_rows
+    beside = file.read_row_group(group, texts, use_threads=False).to_pylist() if texts else repeat({}, count)
+    batches = file.iter_batches(_ROWS, row_groups=[group], columns=images, use_threads=False) if images else ()
+    pictures = (row for batch in batches for row in batch.to_pylist()) if images else repeat({}, count)
+    for text, picture in zip(beside, pictures, strict=True):
+        together = {"json": json.dumps(text, default=str).encode()} if joined else {}
+        yield dict(_image_files(picture)) | dict(_text_files(text, wanted)) | together
+
+
+def _is_wanted(column: str, wanted: Container[str] | None) -> bool:
+    return wanted is None or column.lower() in wanted
+
+
+def _has_images(kind: pa.DataType) -> bool:
+    """Whether a column has bytes, `{bytes, path}`, or lists of these."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _has_images(kind.value_type)
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _has_images(kind.field("bytes").type)
+    return any(is_binary(kind) for is_binary in _BINARY)
+
+
+def _image_files(row: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """The files that are images, by extension. A path without bytes is not followed."""
+    for column, value in row.items():
+        name = column.lower()
+        several = isinstance(value, list)
+        contents = {f"{number:03d}.{name}": each for number, each in enumerate(value)} if several else {name: value}
+        for extension, content in contents.items():
+            data = content["bytes"] if isinstance(content, dict) else content
+            if data is not None:
+                yield extension, data
+
+
+def _text_files(row: Mapping[str, Any], wanted: Container[str] | None) -> Iterator[tuple[str, bytes]]:
+    """The files that are text or a number, by extension; a column `json` may be anything."""
+    for column, value in row.items():
+        if value is None or not _is_wanted(column, wanted):
+            continue
+        if isinstance(value, str | int | float):
+            yield column.lower(), str(value).encode()
+        elif column.lower() == "json":
+            yield "json", json.dumps(value, default=str).encode()
