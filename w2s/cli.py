@@ -559,7 +559,9 @@ CaptionKey = Annotated[
 
 @data.command("make")
 def data_make(
-    source: Annotated[str, typer.Argument(metavar="FOLDER|CSV", help="A folder of images, or a .csv or .tsv table.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A folder of images, a .csv, .tsv or .jsonl table, a .parquet file.")
+    ],
     out: Annotated[str, typer.Option(help="Folder for the shards.")],
     shard_size: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the shuffling.")] = 0,

@@ -3,10 +3,14 @@ import hashlib
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from tests.data.parquet_files import IMAGE, write_rows
 from tests.data.shard_files import encode, noise, write_shard
+from tests.data.video_files import write_video
 from w2s.config.sections import DataConfig
+from w2s.data.clips import find_images
 from w2s.data.containers import read_shard
 from w2s.data.inspect import check_shards, describe_shards, draw_sheet
 from w2s.data.make import make_shards
@@ -86,6 +90,88 @@ def test_a_spreadsheets_table_with_short_rows(pictures: Path, tmp_path: Path) ->
     table = pictures / "table.csv"
     table.write_text("image,caption\nant/0.jpg\n", encoding="utf-8-sig")
     assert make(table, tmp_path / "a") == {"000000.tar": 1}
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_a_folder_with_metadata_of_hugging_face(pictures: Path, tmp_path: Path, name: str) -> None:
+    rows = [
+        {"file_name": "ant/0.jpg", "text": "a, b", "label": "x"},
+        {"file_name": "cat/1.jpg", "text": "c", "label": "y"},
+    ]
+    with (pictures / name).open("w", newline="") as file:
+        if name.endswith("csv"):
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.write("\n".join(map(json.dumps, rows)))
+    make(pictures, tmp_path / "a")
+    assert contents(tmp_path / "a") == {"a, b": ("cls", "jpg", "txt", "0"), "c": ("cls", "jpg", "txt", "1")}
+    with pytest.raises(DataError, match=r"has no metadata.csv or metadata.jsonl, but .*pictures has: name that folder"):
+        make(tmp_path, tmp_path / "b")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Seven images in a parquet file, with captions and with class numbers that `datasets` has named."""
+    features = {"info": {"features": {"label": {"names": ["ant", "cat"], "_type": "ClassLabel"}}}}
+    schema = pa.schema(
+        [("image", IMAGE), ("text", pa.list_(pa.string())), ("label", pa.int64())],
+        metadata={"huggingface": json.dumps(features)},
+    )
+    images = [encode(noise(number), "JPEG" if number < 4 else "PNG") for number in range(7)]
+    write_rows(
+        tmp_path / "rows.parquet",
+        [
+            {"image": {"bytes": image, "path": None}, "text": [f"number {n}", "twice"], "label": n % 2}
+            for n, image in enumerate(images)
+        ],
+        schema,
+    )
+    return tmp_path / "rows.parquet"
+
+
+def test_a_parquet_file_becomes_shards(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make(rows, tmp_path / "a") == {"000000.tar": 3, "000001.tar": 3, "000002.tar": 1}
+    assert (tmp_path / "a" / "classnames.txt").read_text() == "ant\ncat\n"
+    expected = {
+        f"number {n}\ntwice": ("cls", *sorted(["jpg" if n < 4 else "png", "txt"]), str(n % 2)) for n in range(7)
+    }
+    assert contents(tmp_path / "a") == expected
+    samples = [sample for shard in list_shards(str(tmp_path / "a")) for sample in read_shard(shard)]
+    assert all(
+        find_images(s.files, "jpg;png") == [encode(noise(int(s.key)), "JPEG" if int(s.key) < 4 else "PNG")]
+        for s in samples
+    )
+    # In several passes, in parallel, and after an interruption.
+    monkeypatch.setattr("w2s.data.make._TOGETHER", 1)
+    make(rows, tmp_path / "b", workers=2)
+    (tmp_path / "b" / "000001.tar").unlink()
+    make(rows, tmp_path / "b")
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_a_parquet_file_that_cannot_be_is_one_line(rows: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "none.parquet", [{"text": "a"}])
+    write_rows(tmp_path / "null.parquet", [{"jpg": encode(noise(0))}, {"jpg": None}])
+    rows.write_bytes(rows.read_bytes()[:-50])
+    for name, message in (
+        ("none", "has no images: there is no column of bytes"),
+        ("null", "row 1: image is missing, repair the file"),
+        ("rows", "cannot be read: "),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            make(tmp_path / f"{name}.parquet", tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_videos_of_a_folder_become_samples(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_bytes(write_video(4))
+    (tmp_path / "in" / "a.txt").write_text("a grey ramp")
+    make(tmp_path / "in", tmp_path / "a")
+    report = check_shards(list_shards(str(tmp_path / "a")), "jpg;mp4", "txt", workers=1)
+    assert (report.samples, report.bad, set(report.extensions)) == (1, {}, {"mp4", "txt"})
 
 
 @pytest.mark.parametrize("format", ["BMP", "GIF", "TIFF", "WEBP"])

@@ -9,7 +9,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from w2s.data.decode import open_image
-from w2s.data.make import EXTENSIONS
+from w2s.data.items import IMAGES
 from w2s.errors import DataError
 
 SHARDS = 4
@@ -60,7 +60,7 @@ def cut_shards(
 def _pictures(
     photographs: Path, most_width: int, most_height: int, count: int, rng: np.random.Generator
 ) -> Iterator[bytes]:
-    paths = [path for path in sorted(photographs.rglob("*")) if path.suffix[1:].lower() in EXTENSIONS]
+    paths = [path for path in sorted(photographs.rglob("*")) if path.suffix[1:].lower() in IMAGES]
     large = [path for path in paths if _fits(path, most_width, most_height)]
     if not large:
         raise DataError(f"{photographs} has no photograph of at least {most_width} x {most_height} pixels")

@@ -11,6 +11,16 @@ from w2s.data.video import decode_frames, is_video, spread
 Picture = bytes | NDArray[np.uint8]
 """An encoded image, or a decoded frame of a video: uint8 RGB [height, width, 3]."""
 
+_MARKS = {
+    "png": rb"\x89PNG",
+    "webp": rb"RIFF....WEBP",
+    "gif": rb"GIF8",
+    "bmp": rb"BM",
+    "tif": rb"II\*\x00|MM\x00\*",
+    "mp4": rb"....ftyp",
+    "mkv": rb"\x1aE\xdf\xa3",
+    "avi": rb"RIFF....AVI ",
+}
 _NUMBERED = re.compile(r"(\d+)\.(.+)")
 
 
@@ -18,6 +28,11 @@ def kind(extension: str) -> str:
     """Return what a file is, by its extension: that of a numbered one (`000.jpg`) without the number."""
     numbered = _NUMBERED.fullmatch(extension)
     return numbered[2] if numbered else extension
+
+
+def extension_of(data: bytes) -> str:
+    """Return the extension of an image or a video by its first bytes; what is none of these is called a JPEG."""
+    return next((name for name, mark in _MARKS.items() if re.match(mark, data, re.DOTALL)), "jpg")
 
 
 def find_images(files: Mapping[str, bytes], image_key: str) -> list[bytes]:

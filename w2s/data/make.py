@@ -1,46 +1,37 @@
-"""Making shards of a folder of images or of a table: `w2s data make`."""
+"""Making shards of a folder of images, a table or a parquet file: `w2s data make`."""
 
-import csv
 import hashlib
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 
 from webdataset import TarWriter
 
 from w2s.data.counter import Purpose, generator
+from w2s.data.items import Item, find_items, read_images
+from w2s.data.shards import is_parquet
 from w2s.errors import DataError
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-
-_IMAGE_COLUMNS = ("image", "path", "filepath", "file")
-_CAPTION_COLUMNS = ("caption", "title", "text")
-_CLASS_COLUMNS = ("class", "label")
 _PLAN = "make.json"
+_TOGETHER = 64
+"""Shards that are written in one pass over a parquet file."""
 
-
-@dataclass(frozen=True)
-class Item:
-    """One image with what belongs to it."""
-
-    image: Path
-    caption: str | None
-    label: str | None
-    """Name of its class."""
+Job = tuple[Path, list[tuple[int, Item]]]
+"""A shard, and the items in it with their numbers."""
 
 
 def make_shards(source: Path, out: Path, *, shard_size: int, seed: int, workers: int) -> dict[str, int]:
-    """Write the images of a folder or a table into shards, shuffled; what an interrupted call has written is kept.
+    """Write the images that `source` has into shards, shuffled; what an interrupted call has written is kept.
 
-    A sample has the image's file as it is, `KEY.txt` if it has a caption and `KEY.cls` (the number of its name in
-    `classnames.txt`) if it has a class. In a folder the caption is the text file beside the image, the class the folder
-    below `source` where all images lie in one. A table (`.csv`, or `.tsv`) has a column `image` (or path, filepath,
-    file; relative to the table), and may have `caption` (or title, text) and `class` (or label).
+    A sample has the image's (or the video's) file as it is, `KEY.txt` if it has a caption and `KEY.cls` (the number of
+    its name in `classnames.txt`) if it has a class. In a folder the caption is the text file beside the image, the
+    class the folder below `source` where all images lie in one; `metadata.csv` or `metadata.jsonl` in it is a table. A
+    table (`.csv`, `.tsv` or `.jsonl`) has a column `image` (or file_name, path, filepath, file; relative to the table),
+    and may have `caption` (or title, text) and `class` (or label). A parquet file has the images in a column.
 
     Args:
-        source: the folder or the table.
+        source: the folder, the table or the parquet file.
         out: folder for the shards.
         shard_size: samples of a shard.
         seed: of the shuffling. Equal input and seed give equal bytes.
@@ -52,9 +43,7 @@ def make_shards(source: Path, out: Path, *, shard_size: int, seed: int, workers:
     Raises:
         DataError: the input has no images, an image is missing, or `out` has shards of another input.
     """
-    items = read_table(source) if source.suffix in (".csv", ".tsv") else read_folder(source)
-    if not items:
-        raise DataError(f"{source} has no images: there are none that end in .{', .'.join(EXTENSIONS)}")
+    items = find_items(source)
     classes = sorted({item.label for item in items if item.label is not None})
     order = generator(seed, Purpose.SHARDS, 0).permutation(len(items))
     parts = [
@@ -62,7 +51,7 @@ def make_shards(source: Path, out: Path, *, shard_size: int, seed: int, workers:
     ]
     try:
         _begin(out, items, {"shard_size": shard_size, "seed": seed})
-        _write_all([(out / f"{number:06d}.tar", part, classes) for number, part in enumerate(parts)], workers)
+        _write_all([(out / f"{number:06d}.tar", part) for number, part in enumerate(parts)], classes, workers)
         if classes:
             (out / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
         sizes = {f"{number:06d}.tar": len(part) for number, part in enumerate(parts)}
@@ -70,52 +59,6 @@ def make_shards(source: Path, out: Path, *, shard_size: int, seed: int, workers:
     except OSError as error:
         raise DataError(f"cannot make shards in {out}: {error}") from error
     return sizes
-
-
-def read_folder(folder: Path) -> list[Item]:
-    """Find the images below a folder, in the order of their paths."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is neither a folder nor a .csv or .tsv file")
-    images = [path for path in sorted(folder.rglob("*")) if path.suffix[1:].lower() in EXTENSIONS]
-    classes = [path.relative_to(folder).parts[0] for path in images]
-    labelled = all(len(path.relative_to(folder).parts) > 1 for path in images)
-    return [
-        Item(path, _text_beside(path), name if labelled else None) for path, name in zip(images, classes, strict=True)
-    ]
-
-
-def _text_beside(image: Path) -> str | None:
-    text = image.with_suffix(".txt")
-    try:
-        return text.read_text(encoding="utf-8").strip() if text.is_file() else None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{text} is not UTF-8 text: repair it") from error
-
-
-def read_table(path: Path) -> list[Item]:
-    """Read a table of images, in its order."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin their files with a mark
-            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    columns = list(rows[0]) if rows else []
-    image, caption, label = (_column(columns, names) for names in (_IMAGE_COLUMNS, _CAPTION_COLUMNS, _CLASS_COLUMNS))
-    if rows and image is None:
-        raise DataError(f"{path} has the columns {', '.join(columns)}: name the one with the files `image`")
-    items = [
-        # A row that ends early has None in its last columns.
-        Item(path.parent / (row[image or ""] or ""), row[caption] if caption else None, row[label] if label else None)
-        for row in rows
-    ]
-    missing = [item.image for item in items if not item.image.is_file()]
-    if missing:
-        raise DataError(f"{path}: {len(missing)} of {len(items)} images are missing, the first is {missing[0]}")
-    return items
-
-
-def _column(columns: list[str], names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if name in columns), None)
 
 
 def _begin(out: Path, items: list[Item], options: dict[str, int]) -> None:
@@ -131,32 +74,33 @@ def _begin(out: Path, items: list[Item], options: dict[str, int]) -> None:
     file.write_text(plan, encoding="utf-8")
 
 
-Job = tuple[Path, list[tuple[int, Item]], list[str]]
-
-
-def _write_all(jobs: list[Job], workers: int) -> None:
+def _write_all(jobs: list[Job], classes: list[str], workers: int) -> None:
     missing = [job for job in jobs if not job[0].is_file()]
+    (_, first_item), *_ = jobs[0][1]
+    together = _TOGETHER if is_parquet(str(first_item.image)) else 1
+    groups = [missing[first : first + together] for first in range(0, len(missing), together)]
+    numbers = {name: number for number, name in enumerate(classes)}
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(_write, missing):
+        for _ in pool.map(lambda group: _write(group, numbers), groups):
             pass
 
 
-def _write(job: Job) -> None:
-    path, part, classes = job
-    numbers = {name: number for number, name in enumerate(classes)}
-    unfinished = path.with_suffix(".part")
-    with TarWriter(str(unfinished), encoder=False, mtime=0) as writer:
-        for sample in _samples(part, numbers):
-            writer.write(sample)
-    unfinished.rename(path)
+def _write(jobs: list[Job], classes: dict[str, int]) -> None:
+    """Write some shards at once; the rows of a parquet file come in their order."""
+    with ExitStack() as stack:
+        entries = [(item, number, shard) for shard, (_, part) in enumerate(jobs) for number, item in part]
+        entries.sort(key=lambda entry: entry[0].row)
+        writers = [
+            stack.enter_context(TarWriter(str(path.with_suffix(".part")), encoder=False, mtime=0)) for path, _ in jobs
+        ]
+        images = read_images([item for item, *_ in entries])
+        for (item, number, shard), files in zip(entries, images, strict=True):
+            writers[shard].write({"__key__": f"{number:09d}", **files, **_beside(item, classes)})
+    for path, _ in jobs:
+        path.with_suffix(".part").rename(path)
 
 
-def _samples(part: list[tuple[int, Item]], numbers: dict[str, int]) -> Iterator[dict[str, str | bytes]]:
-    for number, item in part:
-        sample: dict[str, str | bytes] = {"__key__": f"{number:09d}"}
-        sample[item.image.suffix[1:].lower()] = item.image.read_bytes()
-        if item.caption is not None:
-            sample["txt"] = item.caption.encode()
-        if item.label is not None:
-            sample["cls"] = b"%d" % numbers[item.label]
-        yield sample
+def _beside(item: Item, classes: dict[str, int]) -> dict[str, bytes]:
+    """The caption and the class of an item, if it has them, by extension."""
+    caption = {} if item.caption is None else {"txt": item.caption.encode()}
+    return caption | ({} if item.label is None else {"cls": b"%d" % classes[item.label]})

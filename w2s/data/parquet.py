@@ -6,8 +6,10 @@ together the sample's `json`, where a list of captions is one.
 """
 
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +19,7 @@ from w2s.data.link import Link
 from w2s.data.samples import RawSample
 from w2s.data.storage import open_at
 from w2s.data.tar import MAX_FILE
+from w2s.errors import DataError
 
 _BUFFER = 1 << 20
 """Bytes that a column is read by; without, all of its row group is in memory twice."""
@@ -44,6 +47,47 @@ def read_parquet(shard: str, start: int, wanted: Container[str] | None, link: Li
         if error.errno is None and error.__cause__ is None:
             raise ValueError(f"{shard} is damaged") from error
         raise
+
+
+def image_columns(path: Path) -> list[str]:
+    """Return the columns of a local file that have images.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with _readable(path) as file:
+        return [field.name.lower() for field in file.schema_arrow if _has_images(field.type)]
+
+
+def read_texts(path: Path, columns: Collection[str]) -> list[dict[str, Any]]:
+    """Return those of some columns that a local file has, row by row.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with _readable(path) as file:
+        names = [name for name in file.schema_arrow.names if name in columns]
+        rows: list[dict[str, Any]] = file.read(names, use_threads=False).to_pylist() if names else []
+        return rows or [{}] * file.metadata.num_rows
+
+
+def class_names(path: Path, column: str) -> list[str]:
+    """Return the names of the classes that a column of a local file numbers, where `datasets` has noted them."""
+    with _readable(path) as file:
+        try:
+            features = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
+            return [str(name) for name in features[column]["names"]]
+        except (LookupError, TypeError, ValueError):
+            return []
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _read_group(file: pq.ParquetFile, group: int, wanted: Container[str] | None) -> Iterator[dict[str, bytes]]:
