@@ -14,7 +14,7 @@ from w2s.config.load import model_from
 from w2s.config.sections import Config
 from w2s.data.builtin.registry import without_left_out
 from w2s.errors import ConfigError
-from w2s.evaluation.dataset import EvalSet
+from w2s.evaluation.dataset import EvalSet, stills
 from w2s.evaluation.evaluate import of_sets
 from w2s.evaluation.zero_shot import ClassResult, ZeroShotResult
 from w2s.megatron.groups import Ranks
@@ -82,4 +82,4 @@ def _show_classes(name: str, result: ZeroShotResult, test: EvalSet, count: int, 
 def _examples(result: ClassResult, test: EvalSet, predictions: Tensor) -> ClassExamples:
     numbers = result.images[:2]
     named = [test.class_names[int(predictions[number])] for number in numbers]
-    return ClassExamples(result.name, result.top1, test.images[numbers], named)
+    return ClassExamples(result.name, result.top1, stills(test.images[numbers]), named)

@@ -126,8 +126,8 @@ def kinds(tmp_path: Path) -> str:
         "label": 3,
         "when": 0,
     }
-    only_a_path = {"image": {"bytes": None, "path": "/etc/hostname"}, "text": None, "label": None}
-    write_rows(tmp_path / "kinds" / "a.parquet", [whole, only_a_path], schema)
+    empty = {"image": {"bytes": None, "path": "gone.png"}, "text": None, "label": None}
+    write_rows(tmp_path / "kinds" / "a.parquet", [whole, empty], schema)
     return str(tmp_path / "kinds" / "a.parquet")
 
 
@@ -146,6 +146,19 @@ def test_columns_are_files(kinds: str) -> None:
     (only, _) = read_shard(kinds, wanted={"jpg", "label"})
     assert only.files == {"jpg": IMAGES[1], "label": b"3"}
     assert [sample.files for sample in read_shard(kinds, wanted=())] == [{}, {}]
+
+
+def test_a_path_without_bytes_is_read_beside_a_local_file(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(IMAGES[1])
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "2.png").write_bytes(IMAGES[2])
+    paths = [str(tmp_path / "1.png"), "b/2.png", "b", "3.png", None]
+    rows = [{"image": {"bytes": None, "path": path}} for path in paths]
+    write_rows(tmp_path / "a" / "a.parquet", rows, pa.schema([("image", IMAGE)]))
+    files = [sample.files for sample in read_shard(str(tmp_path / "a" / "a.parquet"), wanted={"image"})]
+    assert files == [{"image": IMAGES[1]}, {"image": IMAGES[2]}, {}, {}, {}]
+    fsspec.filesystem("memory").pipe_file("/paths/a.parquet", (tmp_path / "a" / "a.parquet").read_bytes())
+    assert all(not sample.files for sample in read_shard("memory://paths/a.parquet", wanted={"image"}))
 
 
 def test_a_column_json_is_the_json_file(tmp_path: Path) -> None:

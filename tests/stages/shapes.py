@@ -26,6 +26,21 @@ def write_shapes(folder: Path, shards: int, seed: int) -> Path:
     return folder
 
 
+def write_clips(folder: Path, shards: int, seed: int, frames: int) -> Path:
+    """Write shards as `write_shapes`, of clips: in each frame the shape is somewhere else, on another ground."""
+    folder.mkdir(parents=True)
+    (folder / "classnames.txt").write_text("\n".join(NAMES) + "\n")
+    parts = [list(_shards(shards, seed + frame)) for frame in range(frames)]
+    for number in range(shards):
+        pictures = [dict(part[number]) for part in parts]
+        with TarWriter(str(folder / f"{number:06d}.tar"), encoder=False, mtime=0) as writer:
+            for label in pictures[0]:
+                files = {f"{frame:03d}.png": of_frame[label] for frame, of_frame in enumerate(pictures)}
+                names = {"txt": NAMES[label].encode(), "cls": str(label).encode()}
+                writer.write({"__key__": f"{number:03d}-{label:03d}", **files, **names})
+    return folder
+
+
 def _shards(count: int, seed: int) -> Iterator[list[tuple[int, bytes]]]:
     rng = random.Random(seed)
     for _ in range(count):

@@ -67,6 +67,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "mim, drop path": ("mim", [DROP_PATH]),
     "clip, drop path": ("clip", ["init.vision=none", DROP_PATH, "model.vision.norm_placement=pre"]),
     "sigmoid": ("clip", ["init.vision=none", "clip.loss=sigmoid", "clip.logit_scale=10"]),
+    "clips": ("clip", ["init.vision=none", DROP_PATH, "data.frames=2", *TAUGHT]),
     "distilled": ("clip", ["init.vision=none", *TAUGHT, "clip.distill.kind=both", "clip.distill.decay=linear"]),
     "distilled sigmoid": (
         "clip",
@@ -99,6 +100,7 @@ ONLY = {
     "all": ("accumulation", "data", "pipeline"),
     "pooled": ("accumulation", "data", "pipeline"),
     "sigmoid": ("accumulation", "data", "pipeline"),
+    "clips": ("accumulation", "tensor and sequence", "virtual pipeline", "pipeline, data"),
     "mim, drop path": DROPPED,
     "clip, drop path": DROPPED,
     "distilled sigmoid": ("accumulation", "data", "tensor and sequence", "pipeline, data"),
@@ -122,6 +124,7 @@ BRIEF = ONLY | {
     "distilled sigmoid": ("accumulation", "pipeline, data"),
     "all": ("accumulation", "pipeline"),
     "pooled": ("accumulation", "data"),
+    "clips": ("accumulation", "tensor and sequence"),
     "mim, drop path": ("full recompute", "data", "tensor, sequence, virtual pipeline"),
     "clip, drop path": ("selective recompute", "tensor and sequence", "virtual pipeline, recomputed"),
 }
@@ -203,7 +206,7 @@ def test_layouts_compute_something(whole: dict[str, Steps]) -> None:
     for steps in whole.values():
         assert len(set(steps.losses)) == STEPS
         assert all(float(gradient.abs().max()) > 0 for gradient in steps.gradients.values())
-    for name in ("distilled", "distilled sigmoid"):
+    for name in ("distilled", "distilled sigmoid", "clips"):
         assert len(set(whole[name].distances)) == 3
 
 

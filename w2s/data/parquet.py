@@ -1,8 +1,8 @@
 """Shards that are parquet files: a row is a sample, and its columns are the sample's files.
 
 A column of bytes, or of `{bytes, path}` as Hugging Face's `datasets` writes images, is a file under the column's name,
-and so is one of text or numbers. A list of images is numbered files, as those of a clip. All columns but images are
-together the sample's `json`, where a list of captions is one.
+and so is one of text or numbers. Where it wrote a path alone, beside a local file the image is read from there. A list
+of images is numbered files, as those of a clip. All columns but images are together the sample's `json`.
 """
 
 import json
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from w2s.data.link import Link
 from w2s.data.samples import RawSample
-from w2s.data.storage import open_at
+from w2s.data.storage import is_local, open_at
 from w2s.data.tar import MAX_FILE
 from w2s.errors import DataError
 
@@ -33,11 +33,11 @@ def read_parquet(shard: str, start: int, wanted: Container[str] | None, link: Li
     try:
         with open_at(shard, 0, link) as stream:
             file = pq.ParquetFile(pa.PythonFile(stream, mode="r"), buffer_size=_BUFFER)
-            first = 0
+            folder, first = Path(shard.removeprefix("file://")).parent if is_local(shard) else None, 0
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
                 if start < first + count:
-                    for row, files in enumerate(_read_group(file, group, wanted), first):
+                    for row, files in enumerate(_read_group(file, group, wanted, folder), first):
                         if row >= start:
                             damage = "file is too large" if max(map(len, files.values()), default=0) > MAX_FILE else ""
                             yield RawSample(f"row {row}", shard, {} if damage else files, damage, end=row + 1)
@@ -90,8 +90,10 @@ def _readable(path: Path) -> Iterator[pq.ParquetFile]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _read_group(file: pq.ParquetFile, group: int, wanted: Container[str] | None) -> Iterator[dict[str, bytes]]:
-    """The files of each row of a row group.
+def _read_group(
+    file: pq.ParquetFile, group: int, wanted: Container[str] | None, folder: Path | None
+) -> Iterator[dict[str, bytes]]:
+    """The files of each row of a row group. Paths are relative to `folder`, and without one they are not followed.
 
     The columns beside the images are small and read first, so that a stream from a server goes back only once.
     """
@@ -107,7 +109,7 @@ def _read_group(file: pq.ParquetFile, group: int, wanted: Container[str] | None)
     pictures = (row for batch in batches for row in batch.to_pylist()) if images else repeat({}, count)
     for text, picture in zip(beside, pictures, strict=True):
         together = {"json": json.dumps(text, default=str).encode()} if joined else {}
-        yield dict(_image_files(picture)) | dict(_text_files(text, wanted)) | together
+        yield dict(_image_files(picture, folder)) | dict(_text_files(text, wanted)) | together
 
 
 def _is_wanted(column: str, wanted: Container[str] | None) -> bool:
@@ -123,16 +125,26 @@ def _has_images(kind: pa.DataType) -> bool:
     return any(is_binary(kind) for is_binary in _BINARY)
 
 
-def _image_files(row: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """The files that are images, by extension. A path without bytes is not followed."""
+def _image_files(row: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, bytes]]:
+    """The files that are images, by extension."""
     for column, value in row.items():
         name = column.lower()
         several = isinstance(value, list)
         contents = {f"{number:03d}.{name}": each for number, each in enumerate(value)} if several else {name: value}
         for extension, content in contents.items():
-            data = content["bytes"] if isinstance(content, dict) else content
+            data = content
+            if isinstance(content, dict):
+                data = _read_path(folder, content.get("path")) if content["bytes"] is None else content["bytes"]
             if data is not None:
                 yield extension, data
+
+
+def _read_path(folder: Path | None, path: object) -> bytes | None:
+    """The file that `datasets` has named instead of its bytes; None where there is none."""
+    if folder is None or not isinstance(path, str) or not (folder / path).is_file():
+        return None
+    with (folder / path).open("rb") as file:
+        return file.read(MAX_FILE + 1)
 
 
 def _text_files(row: Mapping[str, Any], wanted: Container[str] | None) -> Iterator[tuple[str, bytes]]:

@@ -142,6 +142,11 @@ def stack_views(views: Sequence[Tensor]) -> Tensor:
     return torch.stack([each if each.ndim == 4 else each.expand(frames, -1, -1, -1) for each in views])
 
 
+def stills(images: Tensor) -> Tensor:
+    """Return images as they are, and the middle frames of clips: uint8 [n, 3, S, S]."""
+    return images if images.ndim == 4 else images[:, images.shape[1] // 2]
+
+
 def _image(sample: RawSample, image_size: int, how: Resize, image_key: str, frames: int) -> Tensor:
     images = find_images(sample.files, image_key)
     if not images:
