@@ -1,5 +1,6 @@
 """Clips: the contrastive stage and evaluations average the features of their frames, the masked stage sees one."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def middles(clips: Path) -> Path:
     for shard in list_shards(str(clips)):
         samples = ((each.key, {new: each.files[old] for old, new in names.items()}) for each in read_shard(shard))
         write_shard(folder / Path(shard).name, samples)
+    shutil.copy(clips / "classnames.txt", folder)
     return folder
 
 
