@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.checkpoint.peers import masked_stage, released, text_tower, timm_tower
-from tests.data.shard_files import smooth_photo
+from tests.data.shard_files import smooth_photo, write_shard
 from tests.distributed import run_ranks
 from tests.stages.shapes import write_shapes
 from w2s import cli
@@ -101,6 +101,18 @@ def test_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = load_file(out)["image_features"]
     assert features.shape == (24, 16)
     assert (F.cosine_similarity(features[:1], features[1:]) < 1 - 1e-6).all()
+
+
+def test_a_clip_is_the_mean_of_its_frames(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [(folder / "images" / f"{number}.png").read_bytes() for number in range(7)]
+    clip, image = {f"{number:03d}.png": data for number, data in enumerate(images)}, {"png": images[0]}
+    write_shard(folder / "clips.tar", [("clip", clip), ("image", image)])
+    out = folder / "clips.safetensors"
+    asked = ["--images", str(folder / "clips.tar"), "--out", str(out), "data.frames=2"]
+    assert encode(monkeypatch, str(folder / "clip"), *asked) == 0
+    features = expected(named_model("tiny"))[0]
+    # Frames 1 and 5 are in the middles of the halves.
+    assert_close(load_file(out)["image_features"], torch.stack([features[[1, 5]].mean(0), features[0]]))
 
 
 def test_pictures_are_squashed_where_that_is_wanted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

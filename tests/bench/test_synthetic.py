@@ -12,11 +12,11 @@ from w2s.config.load import load
 from w2s.trainer import open_stream
 
 
-@pytest.mark.parametrize("stage", ["mim", "clip"])
-def test_noise_has_the_form_of_samples(stage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "frames"), [("mim", 1), ("clip", 1), ("clip", 2)])
+def test_noise_has_the_form_of_samples(stage: str, frames: int, tmp_path: Path) -> None:
     shards = write_shapes(tmp_path / "shapes", shards=2, seed=0)
     overrides = ["model=tiny", "model.vision.drop_path=0.5", f"data.train={shards}", "data.builtin=none"]
-    overrides += ["data.lanes=2", "data.workers=0", "train.global_batch=8"]
+    overrides += [f"data.frames={frames}", "data.lanes=2", "data.workers=0", "train.global_batch=8"]
     config = load(stage, overrides)
     spec = mim.sample_spec(config, teacher_size=64) if stage == "mim" else clip.sample_spec(config)
     with closing(open_stream(config, spec, rank=0, size=1)) as stream:

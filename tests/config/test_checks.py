@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from w2s.config.checks import check, doubts
+from w2s.config.layout import sequence_lengths
 from w2s.config.load import load
 from w2s.errors import ConfigError
 
@@ -45,6 +46,21 @@ def test_reading_processes_without_a_lane_are_doubted() -> None:
         "data.workers=3 do not divide the 8 lanes that a rank reads in a step (data.lanes=32 on 4 ranks): the workers "
         "with more of them hold up the others"
     )
+
+
+def test_clips_are_for_the_contrastive_stage_and_count_as_their_frames() -> None:
+    assert refusal("mim", "data.frames=8") == (
+        "data.frames=8 is for the contrastive stage: the masked stage learns from the middle frame of a clip, leave it "
+        "out"
+    )
+    assert refusal("mim", "data.phases=[{frames: 2}]") == (
+        "data.phases: frames is for the contrastive stage, not for mim: remove it"
+    )
+    phases = "data.phases=[{samples: 6400}, {frames: 8, patch_dropout: 0}]"
+    config = load("clip", ["model=tiny", "data.frames=2", "clip.patch_dropout=0.5", phases])
+    # 16 patches, with the class token: 2 frames of half of them, 8 of all; and the captions.
+    assert sequence_lengths(config) == [2 * 9, 8 * 17, 16]
+    assert accepts("clip", "data.frames=8")
 
 
 def test_what_is_frozen_for_no_steps_or_is_not_there() -> None:

@@ -46,6 +46,7 @@ CLIP = {
     "sequence, full": [*SEQUENCE, *FULL],
     "pipeline, selective": [*BF16, *PIPELINE, *SELECTIVE],
     "virtual, full": [*BF16, *VIRTUAL, *FULL],
+    "clips": [*BF16, "data.frames=2"],
 }
 
 

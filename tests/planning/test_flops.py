@@ -143,16 +143,16 @@ def test_what_is_neither_seen_nor_predicted_costs_nothing(shards: str, mim: list
     assert total - seen == pytest.approx(expected.hardware, rel=2e-5)  # as above
 
 
-@pytest.mark.parametrize("kind", ["feature", "affinity"])
-def test_a_teacher_beside_the_contrastive_loss(shards: str, kind: str) -> None:
-    """Its towers, and the products of the loss of distillation."""
-    distill = ["clip.distill.source=eva:tiny", f"clip.distill.kind={kind}"]
+@pytest.mark.parametrize(("kind", "frames"), [("feature", 1), ("affinity", 3)])
+def test_a_teacher_beside_the_contrastive_loss(shards: str, kind: str, frames: int) -> None:
+    """Its towers, and the products of the loss of distillation; of clips all frames."""
+    distill = ["clip.distill.source=eva:tiny", f"clip.distill.kind={kind}", f"data.frames={frames}"]
     config = load("clip", [*CONFIG, *distill, "train.micro_batch=12", f"data.train={shards}"])
     total, built = counted(config)
     teacher = planned_teacher(config)
     assert built.teacher is not None
-    pixels, captions = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.ones(1, 16, dtype=torch.int64)
-    assert teacher.flops == operations(partial(built.teacher, pixels, captions))
+    pixels, captions = torch.zeros(frames, 3, 32, 32, dtype=torch.uint8), torch.ones(1, 16, dtype=torch.int64)
+    assert teacher.flops == operations(partial(built.teacher, pixels[None] if frames > 1 else pixels, captions))
     expected = stage_flops(config, 1, target_width=teacher.width, teacher=teacher.flops)
     assert total == pytest.approx(expected.hardware, rel=4e-5)  # two such sums
 
