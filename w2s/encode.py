@@ -28,7 +28,7 @@ from w2s.data.shards import list_shards, shard_name
 from w2s.data.storage import EXTENSIONS
 from w2s.data.tokens import tokenize
 from w2s.errors import CheckpointError, ConfigError, DataError, UserError
-from w2s.evaluation.dataset import stack_views, view
+from w2s.evaluation.dataset import view
 from w2s.evaluation.encode import encode_all, over_frames
 from w2s.liveness.beating import watched
 from w2s.megatron import groups
@@ -157,10 +157,8 @@ def _all_images(job: EncodeJob, encode: Encode, ranks: Ranks) -> tuple[list[str]
         names += [name for name, _ in files]
 
         def see(numbers: Tensor, files: list[tuple[str, list[bytes]]] = files) -> Tensor:
-            chosen = (files[number] for number in numbers.tolist())
-            return over_frames(encode)(
-                stack_views([_view(name, images, job.config) for name, images in chosen])
-            ).float()
+            views = [_view(name, images, job.config) for name, images in (files[number] for number in numbers.tolist())]
+            return over_frames(encode)(torch.stack(views)).float()
 
         numbers = torch.arange(len(files))
         features.append(encode_all(see, numbers, job.batch_size, ranks.data_group).cpu())

@@ -36,7 +36,7 @@ class EvalSet:
     """A test set of n images or clips of S x S pixels."""
 
     images: Tensor
-    """uint8 [n, 3, S, S], or [n, frames, 3, S, S] where some are clips."""
+    """uint8 [n, 3, S, S], or [n, frames, 3, S, S]."""
     captions: list[str]
     """One text an image, several captions on lines of their own; empty where the samples have none."""
     labels: Tensor | None
@@ -73,7 +73,7 @@ def load_eval_set(
         image_key: extensions of the image, separated by `;`.
         caption_key: where the caption is: extensions or `json.KEY`, separated by `;`; the first that is there.
         class_key: extension of the class number.
-        frames: frames of a clip.
+        frames: frames of a clip that are seen.
         option: the configuration key to name in an error.
 
     Raises:
@@ -91,7 +91,7 @@ def load_eval_set(
     classes = _all_or_none(numbers, keys, f"class number .{class_key}")
     folder = Path(paths[0]).parent
     labels, names = _named_classes(classes, folder) if classes else _caption_classes(texts, f"{option}={shards}")
-    return EvalSet(stack_views(images), texts, labels, names, keys, _prompts(folder))
+    return EvalSet(torch.stack(images), texts, labels, names, keys, _prompts(folder))
 
 
 def eval_transform(pixels: Tensor, image_size: int, how: Resize) -> Tensor:
@@ -111,35 +111,26 @@ def eval_transform(pixels: Tensor, image_size: int, how: Resize) -> Tensor:
 
 
 def view(images: Sequence[bytes], frames: int, image_size: int, how: Resize) -> Tensor:
-    """Decode the image of a sample, or `frames` frames of its clip, and make them square, as `eval_transform`.
+    """Decode the image or the clip of a sample, and make it square as `eval_transform` does.
 
     Args:
-        images: what `find_images` has found; one that is no video is an image whatever `frames` is.
-        frames: frames of a clip; of one frame it is an image.
+        images: what `find_images` has found.
+        frames: frames of a clip that are seen; an image is a clip that stands still.
         image_size: side of the square in pixels, S.
         how: see `eval_transform`.
 
     Returns:
-        uint8 [3, S, S] of an image, [frames, 3, S, S] of a clip.
+        uint8 [3, S, S], or with several frames [frames, 3, S, S].
 
     Raises:
         BadSample: an image is damaged or too large, or a video too long.
     """
     still = len(images) == 1 and not is_video(images[0])
-    pictures = choose_frames(images, 1 if still else frames)
     views = [
         eval_transform(torch.from_numpy(decode_image(picture)).permute(2, 0, 1), image_size, how)
-        for picture in pictures
+        for picture in choose_frames(images, 1 if still else frames)
     ]
-    return views[0] if len(views) == 1 else torch.stack(views)
-
-
-def stack_views(views: Sequence[Tensor]) -> Tensor:
-    """Join images, clips or both; beside clips an image is one that stands still."""
-    frames = max((each.shape[0] for each in views if each.ndim == 4), default=0)
-    if not frames:
-        return torch.stack(list(views))
-    return torch.stack([each if each.ndim == 4 else each.expand(frames, -1, -1, -1) for each in views])
+    return views[0] if frames == 1 else torch.stack(views).expand(frames, -1, -1, -1)
 
 
 def stills(images: Tensor) -> Tensor:

@@ -13,11 +13,16 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 
 def over_frames(encode: Encoder) -> Encoder:
-    """Let an encoder of images [b, 3, S, S] take clips [b, frames, 3, S, S] too: the mean of their frames' features."""
+    """Let an encoder of images [b, 3, S, S] take clips [b, frames, 3, S, S] too: the mean of their frames' features.
+
+    A batch of images that stand still in all frames is encoded once.
+    """
 
     def mean(images: Tensor) -> Tensor:
         if images.ndim == 4:
             return encode(images)
+        if (images == images[:, :1]).all():
+            return encode(images[:, 0])
         return encode(images.flatten(0, 1)).unflatten(0, (len(images), -1)).mean(1)
 
     return mean
