@@ -70,7 +70,7 @@ def find_remote(urls: Sequence[str], option: str) -> list[str]:
 
 
 def first_kind(paths: Iterable[str]) -> list[str]:
-    """Return those of a folder's files that are its shards: the tar files or, where there is none, the parquet files."""
+    """Return those of a folder's files that are its shards: the tar files or, where none is, the parquet files."""
     files = list(paths)
     return next(filter(None, ([path for path in files if path.endswith(kind)] for kind in EXTENSIONS)), [])
 
