@@ -90,6 +90,10 @@ def test_a_spreadsheets_table_with_short_rows(pictures: Path, tmp_path: Path) ->
     table = pictures / "table.csv"
     table.write_text("image,caption\nant/0.jpg\n", encoding="utf-8-sig")
     assert make(table, tmp_path / "a") == {"000000.tar": 1}
+    table.write_text(",image\n0,ant/0.jpg\n")  # as pandas writes its index
+    make(table, tmp_path / "b")
+    (sample,) = read_shard(str(tmp_path / "b" / "000000.tar"))
+    assert set(sample.files) == {"jpg"}
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])

@@ -111,6 +111,7 @@ def kinds(tmp_path: Path) -> str:
             ("image", IMAGE),
             ("JPG", pa.large_binary()),
             ("frames", pa.list_(IMAGE)),
+            ("000.gif", pa.binary()),
             ("text", pa.large_string()),
             ("captions", pa.list_(pa.string())),
             ("label", pa.int64()),
@@ -120,6 +121,7 @@ def kinds(tmp_path: Path) -> str:
     whole = {
         "image": {"bytes": IMAGES[0], "path": "a.png"},
         "JPG": IMAGES[1],
+        "000.gif": IMAGES[3],
         "frames": [{"bytes": image, "path": None} for image in IMAGES],
         "text": "caf\xe9",
         "captions": ["one", "two"],
@@ -136,6 +138,7 @@ def test_columns_are_files(kinds: str) -> None:
     assert find_images(whole.files, "image") == [IMAGES[0]]
     assert find_images(whole.files, "jpg") == [IMAGES[1]]
     assert find_images(whole.files, "frames") == IMAGES
+    assert find_images(whole.files, "gif") == [IMAGES[3]]
     assert whole.files["text"].decode() == "caf\xe9"
     assert whole.files["label"] == b"3"
     assert "captions" not in whole.files
@@ -143,8 +146,8 @@ def test_columns_are_files(kinds: str) -> None:
     assert drawn == {"one", "two"}
     assert read_caption(whole, "json.text", generator(0, Purpose.CAPTION, 0)) == "caf\xe9"
     assert set(empty.files) == {"json"}
-    (only, _) = read_shard(kinds, wanted={"jpg", "label"})
-    assert only.files == {"jpg": IMAGES[1], "label": b"3"}
+    (only, _) = read_shard(kinds, wanted={"gif", "jpg", "label"})
+    assert only.files == {"jpg": IMAGES[1], "000.gif": IMAGES[3], "label": b"3"}
     assert [sample.files for sample in read_shard(kinds, wanted=())] == [{}, {}]
 
 
@@ -175,9 +178,9 @@ def test_what_a_source_lacks_is_named_at_the_start(kinds: str, tmp_path: Path) -
     check_source([kinds], defaults.image_key, defaults.caption_key)
     check_source([kinds], "frames", "json.captions")
     with pytest.raises(
-        DataError, match=r"has no image '.gif', only .frames, .image, .jpg, .json, .label, .text: set data"
+        DataError, match=r"has no image '.bmp', only .frames, .gif, .image, .jpg, .json, .label, .text: set data"
     ):
-        check_source([kinds], "gif", None)
+        check_source([kinds], "bmp", None)
     with pytest.raises(DataError, match=r"sample row 0 of .*a.parquet has no caption '.captions', only .*: set data"):
         check_source([kinds], "image", "captions")
 

@@ -2,8 +2,8 @@
 
 import io
 
-import av
 import numpy as np
+import pytest
 
 SIDE = 64
 
@@ -12,6 +12,7 @@ def write_video(
     frames: int, *, format: str = "mp4", codec: str = "libx264", rotation: int = 0, side: int = SIDE
 ) -> bytes:
     """A video of up to 32 grey frames, each 8 brighter than the one before, with a white top left corner."""
+    av = pytest.importorskip("av")
     output = io.BytesIO()
     with av.open(output, "w", format=format) as container:
         stream = container.add_stream(codec, rate=10)

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def read_images(items: Sequence[Item]) -> Iterator[dict[str, bytes]]:
         if sample.damage or (row in rows and not sample.files):
             raise DataError(f"{path}: {sample.key}: {sample.damage or 'image is missing'}, repair the file")
         if row in rows:
-            yield {name.replace(kind(name), extension_of(data)): data for name, data in sample.files.items()}
+            yield {name.removesuffix(kind(name)) + extension_of(data): data for name, data in sample.files.items()}
 
 
 def _read_folder(folder: Path) -> list[Item]:
@@ -104,7 +104,7 @@ def _read_table(path: Path) -> list[Item]:
         raise DataError(f"{path} has the columns {', '.join(columns)}: name the one with the files `image`")
     items = [
         # A row that ends early has None in its last columns.
-        Item(path.parent / str(row.get(image or "") or ""), _text(row.get(caption or "")), _text(row.get(label or "")))
+        Item(path.parent / (_text(row, image) or ""), _text(row, caption), _text(row, label))
         for row in rows
     ]
     missing = [item.image for item in items if not item.image.is_file()]
@@ -132,8 +132,7 @@ def _read_parquet(path: Path) -> list[Item]:
     caption, label = (_column(columns, names) for names in (_CAPTION_COLUMNS, _CLASS_COLUMNS))
     names = class_names(path, label) if label else []
     return [
-        Item(path, _text(values.get(caption or "")), _text(_named(values.get(label or ""), names)), row)
-        for row, values in enumerate(rows)
+        Item(path, _text(values, caption), _named(_text(values, label), names), row) for row, values in enumerate(rows)
     ]
 
 
@@ -147,12 +146,14 @@ def _image_column(path: Path) -> str:
     return _column(columns, _IMAGE_COLUMNS) or columns[0]
 
 
-def _named(number: Any, names: Sequence[str]) -> Any:
-    return names[number] if isinstance(number, int) and 0 <= number < len(names) else number
+def _named(label: str | None, names: Sequence[str]) -> str | None:
+    """The name of a class that is a number."""
+    return names[int(label)] if label and label.isdecimal() and int(label) < len(names) else label
 
 
-def _text(value: Any) -> str | None:
-    """A caption or a class as text, several captions a line each."""
+def _text(row: Mapping[str, Any], column: str | None) -> str | None:
+    """What a row has in a column, if there is one; of several captions each is a line."""
+    value = row.get(column) if column else None
     if isinstance(value, list):
         return "\n".join(" ".join(str(each).split()) for each in value)
     return None if value is None else str(value)

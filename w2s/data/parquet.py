@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from w2s.data.clips import kind
 from w2s.data.link import Link
 from w2s.data.samples import RawSample
 from w2s.data.storage import is_local, open_at
@@ -22,7 +23,7 @@ from w2s.data.tar import MAX_FILE
 from w2s.errors import DataError
 
 _BUFFER = 1 << 20
-"""Bytes that a column is read by; without, all of its row group is in memory twice."""
+"""Bytes that a column is read by, where its pages are smaller."""
 _ROWS = 16
 """Rows that become Python's objects at a time."""
 _BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
@@ -113,16 +114,16 @@ def _read_group(
 
 
 def _is_wanted(column: str, wanted: Container[str] | None) -> bool:
-    return wanted is None or column.lower() in wanted
+    return wanted is None or kind(column.lower()) in wanted
 
 
-def _has_images(kind: pa.DataType) -> bool:
+def _has_images(column: pa.DataType) -> bool:
     """Whether a column has bytes, `{bytes, path}`, or lists of these."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _has_images(kind.value_type)
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _has_images(kind.field("bytes").type)
-    return any(is_binary(kind) for is_binary in _BINARY)
+    if pa.types.is_list(column) or pa.types.is_large_list(column) or pa.types.is_fixed_size_list(column):
+        return _has_images(column.value_type)
+    if pa.types.is_struct(column):
+        return column.get_field_index("bytes") >= 0 and _has_images(column.field("bytes").type)
+    return any(is_binary(column) for is_binary in _BINARY)
 
 
 def _image_files(row: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, bytes]]:
