@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from w2s.checkpoint.find import find
@@ -14,8 +15,8 @@ from w2s.config.load import model_from
 from w2s.config.sections import Config
 from w2s.data.builtin.registry import without_left_out
 from w2s.errors import ConfigError
-from w2s.evaluation.dataset import EvalSet
 from w2s.evaluation.evaluate import of_sets
+from w2s.evaluation.images import EvalImages
 from w2s.evaluation.zero_shot import ClassResult, ZeroShotResult
 from w2s.megatron.groups import Ranks
 from w2s.precision import compute_dtype
@@ -53,20 +54,21 @@ def evaluate(config: Config, checkpoint: Path, tracker: Tracker, ranks: Ranks) -
     vision, text = build_clip(config, compute_dtype(config.precision), ranks.device)
     load_all({"vision": vision, "text": text}, checkpoint)
     probe = ClipProbe(config, ranks)
-    results = {name: probe.measure(vision, text, name) for name in config.eval.by_name}
-    metrics = of_sets({name: result.metrics for name, result in results.items()})
-    metrics |= probe.of_tower(vision) | probe.baselines()
+    galleries = probe.galleries(vision)
+    results = {name: probe.measure(vision, text, name, galleries=galleries) for name in config.eval.by_name}
+    metrics = of_sets({name: result.metrics for name, result in results.items()}) | probe.baselines()
     meta = read_meta(checkpoint)
     tracker.log(meta.step, meta.samples, metrics)
     tracker.results(metrics, str(checkpoint))
     for name, result in results.items():
         if result.zero_shot is not None and config.tracking.pictures:
-            test = probe.test_set(config.model.vision.image_size, name)
-            _show_classes(name, result.zero_shot, test, config.tracking.pictures, tracker)
+            test = probe.test_set(name)
+            images = probe.images(test, config.model.vision.image_size, how=result.resize)
+            _show_classes(name, result.zero_shot, images, config.tracking.pictures, tracker)
     return metrics
 
 
-def _show_classes(name: str, result: ZeroShotResult, test: EvalSet, count: int, tracker: Tracker) -> None:
+def _show_classes(name: str, result: ZeroShotResult, images: EvalImages, count: int, tracker: Tracker) -> None:
     """Table and picture of the `count` classes of a test set that are recognised best and worst."""
     file = f"classes_{name}" if name else "classes"
     title = f"best and worst classes of {name}" if name else "best and worst classes"
@@ -75,11 +77,16 @@ def _show_classes(name: str, result: ZeroShotResult, test: EvalSet, count: int, 
         [end, c.name, c.top1, c.margin, c.confused_with] for end, classes in ends.items() for c in classes
     ]
     tracker.table(file, ["", "class", "top-1", "margin", "taken for"], rows, title)
-    examples = [[_examples(each, test, result.predictions) for each in classes] for classes in ends.values()]
-    tracker.picture(file, lambda path: classes_picture(path, *examples))
+    tracker.picture(
+        file,
+        lambda path: classes_picture(
+            path, *([_examples(each, images, result.predictions) for each in classes] for classes in ends.values())
+        ),
+    )
 
 
-def _examples(result: ClassResult, test: EvalSet, predictions: Tensor) -> ClassExamples:
+def _examples(result: ClassResult, images: EvalImages, predictions: Tensor) -> ClassExamples:
     numbers = result.images[:2]
-    named = [test.class_names[int(predictions[number])] for number in numbers]
-    return ClassExamples(result.name, result.top1, test.images[numbers], named)
+    named = [images.data.class_names[int(predictions[number])] for number in numbers]
+    (shown,) = images.only(np.array(numbers)).read()
+    return ClassExamples(result.name, result.top1, shown, named)

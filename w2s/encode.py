@@ -27,8 +27,8 @@ from w2s.data.shards import list_shards, shard_name
 from w2s.data.tar import find_image, read_shard
 from w2s.data.tokens import tokenize
 from w2s.errors import CheckpointError, ConfigError, DataError, UserError
-from w2s.evaluation.dataset import eval_transform
-from w2s.evaluation.encode import encode_all
+from w2s.evaluation.encode import Rows, encode_all
+from w2s.evaluation.images import eval_transform
 from w2s.liveness.beating import watched
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
@@ -161,13 +161,13 @@ def _all_images(job: EncodeJob, encode: Encode, ranks: Ranks) -> tuple[list[str]
             return encode(torch.stack(pixels)).float()
 
         numbers = torch.arange(len(files))
-        features.append(encode_all(see, numbers, job.batch_size, ranks.data_group).cpu())
+        features.append(encode_all(see, Rows(numbers), job.batch_size, ranks.data_group).cpu())
     return names, torch.cat(features)
 
 
 def _all_texts(job: EncodeJob, texts: list[str], encode: Encode, ranks: Ranks) -> Tensor:
     tokens = tokenize(texts, job.config.model.text.context_length)
-    return encode_all(lambda part: encode(part).float(), tokens, job.batch_size, ranks.data_group).cpu()
+    return encode_all(lambda part: encode(part).float(), Rows(tokens), job.batch_size, ranks.data_group).cpu()
 
 
 def _image_files(source: str, image_key: str) -> Iterator[tuple[str, bytes]]:

@@ -220,16 +220,23 @@ class EvalConfig:
 
     `own` is the file zeroshot_classification_templates.txt beside classnames.txt: a prompt a line, {c} for the name.
     """
-    resize: Resize = "crop"
-    """Make a test image square by a centre `crop`, or `squash` the whole of it (the papers, for retrieval)."""
+    resize: Literal["crop", "squash", "better"] = "crop"
+    """Make a test image square by a centre `crop`, or `squash` the whole of it (the papers, for retrieval).
+
+    `better`, for `w2s stage eval`, measures both and takes the better for each test set (the papers, for classes).
+    """
     batch_size: int = 256
     """Images or texts of one forward pass."""
     retrieval: bool = True
     """Measure image-text retrieval (recall at 1, 5 and 10, both ways)."""
+    equal_captions: Literal["right", "wrong"] = "right"
+    """Whether an image is a right answer to a caption that equals one of its own; CLIP_benchmark says `wrong`."""
     knn_shards: str = ""
-    """Labelled shards that k-NN takes its neighbours from; empty leaves k-NN out."""
+    """Labelled shards that k-NN takes its neighbours from; empty leaves k-NN and the linear probe out."""
     knn_k: int = 20
     """Neighbours that vote."""
+    linear_probe: bool = False
+    """Train a linear classifier on the features of those shards too, and measure it on the test sets."""
     baselines: bool = True
     """Measure k-NN of a random student and of the teacher too."""
 
@@ -239,6 +246,11 @@ class EvalConfig:
                 re.fullmatch(r"[\w-]+", name, re.ASCII) is not None,
                 f"eval.sets: '{name}' is no name of a test set: use letters, digits, _ and -",
             )
+
+    @property
+    def resizes(self) -> tuple[Resize, ...]:
+        """How images are made square: in one way, or in all, of which the better counts."""
+        return ("crop", "squash") if self.resize == "better" else (self.resize,)
 
     @property
     def by_name(self) -> dict[str, str]:

@@ -29,15 +29,12 @@ from w2s.data.shards import shard_name
 from w2s.data.sizes import count_samples
 from w2s.data.sources import Phase, Source, plan_sources
 from w2s.data.tar import check_source
-from w2s.data.workers import end_reading, kill_readers, reader_pids, start_reading
+from w2s.data.workers import RESTARTS, end_reading, kill_readers, reader_pids, start_reading
 from w2s.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 Position = dict[str, Any]
-
-_RESTARTS = 3
-"""Times that the reading processes are started for one step."""
 
 
 class Stream:
@@ -190,7 +187,7 @@ class Stream:
 
     def _read_step(self) -> list[Part]:
         """Read the parts of the next step, with new reading processes where one died."""
-        for _ in range(_RESTARTS):
+        for _ in range(RESTARTS):
             try:
                 return [self._next_part() for _ in range(max(1, self._workers))]
             except (RuntimeError, OSError, EOFError) as error:  # torch or a broken connection: a process was killed
