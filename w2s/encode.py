@@ -75,9 +75,11 @@ def configured(checkpoint: Path, model: str | None, overrides: Sequence[str], ra
         ranks: processes in all.
 
     Raises:
-        ConfigError: other people's weights without a model, or a layout that does not work.
+        ConfigError: other people's weights without a model, two ways of resizing, or a layout that does not work.
     """
     config = load("eval", overrides)
+    if len(config.eval.resizes) > 1:
+        raise ConfigError(f"eval.resize={config.eval.resize}: an image has one feature, use crop or squash")
     if model is not None:
         config = replace(config, model=named_model(model))
     elif (checkpoint / "meta.json").is_file():
@@ -149,7 +151,7 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]
 
 def _all_images(job: EncodeJob, encode: Encode, ranks: Ranks) -> tuple[list[str], Tensor]:
     """Names and features of all images; a rank decodes only those that it encodes."""
-    size, how = job.config.model.vision.image_size, job.config.eval.resize
+    size, how = job.config.model.vision.image_size, job.config.eval.resizes[0]
     source = _image_files(job.images, job.config.data.image_key)
     names: list[str] = []
     features: list[Tensor] = []

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,12 +82,6 @@ class Probe:
         self.config, self.ranks = config, ranks
         self._sets: dict[str, EvalSet] = {}
 
-    @property
-    def resizes(self) -> tuple[Resize, ...]:
-        """How images are made square: in one way, or in all of which the better counts."""
-        how = self.config.eval.resize
-        return get_args(Resize) if how == "better" else (how,)
-
     def test_set(self, name: str = "") -> EvalSet:
         """Return the test set of `eval.shards`, or one of `eval.sets`, without its images."""
         return self._load(f"eval.sets.{name}" if name else "eval.shards", self.config.eval.by_name[name])
@@ -108,14 +102,14 @@ class Probe:
         return EvalImages(
             data=data,
             numbers=np.arange(len(data)),
-            view=View(sizes=sizes, how=how or self.resizes[0], image_key=self.config.data.image_key),
+            view=View(sizes=sizes, how=how or self.config.eval.resizes[0], image_key=self.config.data.image_key),
             workers=self.config.data.workers,
             group=None if alone else self.ranks.model_group,
             device=self.ranks.device,
         )
 
     def of_tower(self, tower: ShardedTower[Any]) -> dict[str, float]:
-        """Measure a tower: `knn/top1`, `knn/top5`, chance and coverage, and `linear_probe`; nothing without neighbours."""
+        """Measure a tower by `knn` and `linear_probe` (see `evaluate_by_gallery`); nothing without neighbours."""
         return self._by_neighbours(
             "", lambda images: patch_features(tower, images).mean(1), self.config.model.vision.image_size
         )
@@ -244,15 +238,15 @@ class Probe:
 
 
 class ClipProbe(Probe):
-    """What is measured of a CLIP: zero-shot classification and retrieval, beside k-NN and a probe of its vision tower."""
+    """What is measured of a CLIP: zero-shot classification and retrieval, and its vision tower beside."""
 
     def galleries(self, vision: ShardedTower[ImageTower]) -> dict[Resize, Gallery]:
-        """Return the neighbours and their features, for each way of making images square; nothing without neighbours."""
+        """Return the neighbours with their features, for each way of making images square, if there are some."""
         if not self.config.eval.knn_shards:
             return {}
         neighbours = self.neighbours()
         check_in_common([self.test_set(name) for name in self.config.eval.by_name], neighbours)
-        parts = {how: self._embed(vision, neighbours, how, pooled=True) for how in self.resizes}
+        parts = {how: self._embed(vision, neighbours, how, pooled=True) for how in self.config.eval.resizes}
         return {how: self._gallery(neighbours, pooled, images) for how, (images, pooled) in parts.items()}
 
     @torch.no_grad()
@@ -273,7 +267,7 @@ class ClipProbe(Probe):
         data, length = self.test_set(name), self.config.model.text.context_length
         texts = self.texts(data, lambda tokens: infer(text, (tokens,), TextTower.__call__, length))
         results = []
-        for how in self.resizes:
+        for how in self.config.eval.resizes:
             images, pooled = self._embed(vision, data, how, pooled=bool(galleries))
             result = evaluate_clip(data, images, texts, examples=self.config.tracking.pictures)
             classified = self._classified(data, galleries[how], pooled, images) if galleries else {}
