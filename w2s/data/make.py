@@ -2,14 +2,17 @@
 
 import csv
 import hashlib
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from webdataset import TarWriter
 
+from w2s.data.benchmark import BenchmarkSet, describe, natural
 from w2s.data.counter import Purpose, generator
 from w2s.errors import DataError
 
@@ -27,11 +30,19 @@ class Item:
 
     image: Path
     caption: str | None
+    """Several are on lines of their own."""
     label: str | None
-    """Name of its class."""
+    """Name of its class; several are on lines of their own."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of its classes."""
+        return [] if self.label is None else self.label.split("\n")
 
 
-def make_shards(source: Path, out: Path, *, shard_size: int, seed: int, workers: int) -> dict[str, int]:
+def make_shards(
+    source: Path, out: Path, *, shard_size: int, seed: int, workers: int, test_set: BenchmarkSet | None = None
+) -> dict[str, int]:
     """Write the images of a folder or a table into shards, shuffled; what an interrupted call has written is kept.
 
     A sample has the image's file as it is, `KEY.txt` if it has a caption and `KEY.cls` (the number of its name in
@@ -45,6 +56,9 @@ def make_shards(source: Path, out: Path, *, shard_size: int, seed: int, workers:
         shard_size: samples of a shard.
         seed: of the shuffling. Equal input and seed give equal bytes.
         workers: threads that write.
+        test_set: write them in the layout of CLIP_benchmark's test sets. Rows of a table that name the same image are
+            one sample then, with all their captions and classes; several classes of an image are `KEY.npy`, a 1 or a 0
+            for each class.
 
     Returns:
         Number of samples by the shard's name, as in `sizes.json`.
@@ -55,18 +69,26 @@ def make_shards(source: Path, out: Path, *, shard_size: int, seed: int, workers:
     items = read_table(source) if source.suffix in (".csv", ".tsv") else read_folder(source)
     if not items:
         raise DataError(f"{source} has no images: there are none that end in .{', .'.join(EXTENSIONS)}")
-    classes = sorted({item.label for item in items if item.label is not None})
+    items = _joined(items) if test_set else items
+    classes = sorted({name for item in items for name in item.classes}, key=natural if test_set else None)
+    folder, file = (out / test_set.split, "{}.tar") if test_set else (out, "{:06d}.tar")
+    names = test_set.class_names(classes) if test_set else classes
+    prompts = test_set.find_prompts() if test_set else []
     order = generator(seed, Purpose.SHARDS, 0).permutation(len(items))
     parts = [
         [(int(n), items[n]) for n in order[first : first + shard_size]] for first in range(0, len(items), shard_size)
     ]
     try:
-        _begin(out, items, {"shard_size": shard_size, "seed": seed})
-        _write_all([(out / f"{number:06d}.tar", part, classes) for number, part in enumerate(parts)], workers)
-        if classes:
+        _begin(folder, items, {"shard_size": shard_size, "seed": seed})
+        kind = _kind(items) if test_set else ""
+        jobs = [(folder / file.format(number), part, classes, kind) for number, part in enumerate(parts)]
+        _write_all(jobs, workers)
+        if test_set:
+            describe(out, test_set.split, shards=len(parts), names=names, prompts=prompts, kind=kind)
+        elif classes:
             (out / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
-        sizes = {f"{number:06d}.tar": len(part) for number, part in enumerate(parts)}
-        (out / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+        sizes = {file.format(number): len(part) for number, part in enumerate(parts)}
+        (folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot make shards in {out}: {error}") from error
     return sizes
@@ -131,7 +153,7 @@ def _begin(out: Path, items: list[Item], options: dict[str, int]) -> None:
     file.write_text(plan, encoding="utf-8")
 
 
-Job = tuple[Path, list[tuple[int, Item]], list[str]]
+Job = tuple[Path, list[tuple[int, Item]], list[str], str]
 
 
 def _write_all(jobs: list[Job], workers: int) -> None:
@@ -142,21 +164,53 @@ def _write_all(jobs: list[Job], workers: int) -> None:
 
 
 def _write(job: Job) -> None:
-    path, part, classes = job
+    path, part, classes, kind = job
     numbers = {name: number for number, name in enumerate(classes)}
     unfinished = path.with_suffix(".part")
     with TarWriter(str(unfinished), encoder=False, mtime=0) as writer:
-        for sample in _samples(part, numbers):
-            writer.write(sample)
+        for number, item in part:
+            image = {item.image.suffix[1:].lower(): item.image.read_bytes()}
+            writer.write({"__key__": f"{number:09d}", **image, **_beside(item, numbers, kind)})
     unfinished.rename(path)
 
 
-def _samples(part: list[tuple[int, Item]], numbers: dict[str, int]) -> Iterator[dict[str, str | bytes]]:
-    for number, item in part:
-        sample: dict[str, str | bytes] = {"__key__": f"{number:09d}"}
-        sample[item.image.suffix[1:].lower()] = item.image.read_bytes()
-        if item.caption is not None:
-            sample["txt"] = item.caption.encode()
-        if item.label is not None:
-            sample["cls"] = b"%d" % numbers[item.label]
-        yield sample
+def _beside(item: Item, numbers: dict[str, int], kind: str) -> dict[str, bytes]:
+    """The caption and the classes of an item, if it has them, by extension."""
+    files = {} if item.caption is None else {"txt": item.caption.encode()}
+    own = [numbers[name] for name in item.classes]
+    if kind == "multilabel":
+        return files | {"npy": _marks(own, len(numbers))}
+    return files | ({"cls": b"%d" % own[0]} if own else {})
+
+
+def _marks(numbers: list[int], classes: int) -> bytes:
+    """A NumPy file with a 1 for each of an image's classes and a 0 for each other: int64 [classes]."""
+    marks = np.zeros(classes, dtype=np.int64)
+    marks[numbers] = 1
+    stream = io.BytesIO()
+    np.save(stream, marks)
+    return stream.getvalue()
+
+
+def _joined(items: list[Item]) -> list[Item]:
+    """Items of different images, each with all captions and classes that its image has."""
+    by_image: dict[Path, list[Item]] = {}
+    for item in items:
+        by_image.setdefault(item.image, []).append(item)
+    return [
+        Item(image, _lines(item.caption for item in same), _lines(item.label for item in same))
+        for image, same in by_image.items()
+    ]
+
+
+def _lines(values: Iterable[str | None]) -> str | None:
+    """Different texts, a line each; None where there is none."""
+    lines = dict.fromkeys(line.strip() for value in values if value is not None for line in value.splitlines())
+    return "\n".join(line for line in lines if line) or None
+
+
+def _kind(items: list[Item]) -> str:
+    """What CLIP_benchmark calls a set of several classes or of captions alone; one class an image has no name."""
+    if any(len(item.classes) > 1 for item in items):
+        return "multilabel"
+    return "retrieval" if any(item.caption for item in items) and not any(item.classes for item in items) else ""
