@@ -11,8 +11,6 @@ from w2s.evaluation.ranking import rank_of_right
 BLOCK = 256
 """Queries whose scores are in memory at a time."""
 RECALL_AT = (1, 5, 10)
-
-
 SHOWN = 5
 """Findings that are kept of a query."""
 
