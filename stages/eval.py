@@ -18,7 +18,6 @@ from w2s.config.sections import Config, Resize
 from w2s.config.suites import Suite, load_suite
 from w2s.data.builtin.registry import without_left_out
 from w2s.errors import ConfigError
-from w2s.evaluation.dataset import EvalSet
 from w2s.evaluation.evaluate import ClipResult, of_sets, under
 from w2s.evaluation.images import EvalImages
 from w2s.evaluation.suite import as_measured, differences, find_sets, means, score, table
@@ -69,16 +68,17 @@ def evaluate(config: Config, suite: Suite | None, checkpoint: Path, tracker: Tra
     """Measure a checkpoint, show tables and pictures, return the metrics."""
     vision, text = build_clip(config, compute_dtype(config.precision), ranks.device)
     load_all({"vision": vision, "text": text}, checkpoint)
-    measured, resized, tests = dict[str, dict[str, float]](), dict[str, Resize](), dict[str, EvalSet]()
-    for name, probe, result in _measure({"vision": vision, "text": text}, config, suite, ranks):
-        measured[name], resized[name], tests[name] = result.metrics, result.resize, probe.test_set(name)
+    probe = ClipProbe(config, ranks)
+    measured, resized, sizes = dict[str, dict[str, float]](), dict[str, Resize](), dict[str, int]()
+    for name, rules, result in _measure({"vision": vision, "text": text}, probe, suite):
+        measured[name], resized[name], sizes[name] = result.metrics, result.resize, len(rules.test_set(name))
         if config.tracking.pictures:
-            _show(name, result, probe, config.tracking.pictures, tracker)
-    metrics = of_sets(measured) | ClipProbe(config, ranks).baselines()
+            _show(name, result, rules, config.tracking.pictures, tracker)
+    metrics = of_sets(measured) | probe.baselines()
     if suite is not None:
         metrics |= under(Path(config.eval.suite).stem, means(suite, measured))
         tracker.table("suite", *table(suite, _name(checkpoint), measured, resized), suite.title)
-        for difference in differences(suite, tests):
+        for difference in differences(suite, sizes):
             tracker.message(difference)
     meta = read_meta(checkpoint)
     tracker.log(meta.step, meta.samples, metrics)
@@ -86,22 +86,20 @@ def evaluate(config: Config, suite: Suite | None, checkpoint: Path, tracker: Tra
     return metrics
 
 
-def _measure(
-    towers: Towers, config: Config, suite: Suite | None, ranks: Ranks
-) -> Iterator[tuple[str, ClipProbe, ClipResult]]:
-    """Measure the test sets one after the other, each set of a suite by its own rules."""
+def _measure(towers: Towers, probe: ClipProbe, suite: Suite | None) -> Iterator[tuple[str, ClipProbe, ClipResult]]:
+    """Measure the test sets one after the other, each with the probe of its rules."""
     vision, text = towers["vision"], towers["text"]
+    sets = probe.config.eval.by_name
     if suite is None:
-        probe = ClipProbe(config, ranks)
         galleries = probe.galleries(vision)
-        for name in config.eval.by_name:
+        for name in sets:
             yield name, probe, probe.measure(vision, text, name, galleries=galleries)
         return
     for one in suite.sets:
-        if one.name in config.eval.sets:
-            probe = ClipProbe(as_measured(config, suite, one, config.eval.sets[one.name]), ranks)
-            galleries, rule = probe.galleries(vision), partial(score, one, suite)
-            yield one.name, probe, probe.measure(vision, text, one.name, galleries=galleries, score=rule)
+        if one.name in sets:
+            own = ClipProbe(as_measured(probe.config, suite, one, sets[one.name]), probe.ranks)
+            galleries, rule = own.galleries(vision), partial(score, one, suite)
+            yield one.name, own, own.measure(vision, text, one.name, galleries=galleries, score=rule)
 
 
 def _name(checkpoint: Path) -> str:

@@ -8,7 +8,6 @@ from statistics import fmean
 from w2s.config.sections import Config, DataConfig, EvalConfig, Resize
 from w2s.config.suites import Column, Mean, Suite, SuiteSet, columns
 from w2s.errors import DataError
-from w2s.evaluation.dataset import EvalSet
 
 Row = list[str | None]
 
@@ -40,9 +39,11 @@ def folder_of(one: SuiteSet, root: str) -> Path:
 def as_measured(config: Config, suite: Suite, one: SuiteSet, shards: str) -> Config:
     """Return the configuration by which a set is measured: the suite's prompts and resizing, CLIP_benchmark's layout.
 
-    With `eval.linear_probe` k-NN and the probe learn from the set's own training images, where it has some.
+    With `eval.linear_probe` k-NN and the probe learn from the set's own training images, where it has some and each has
+    one class.
     """
     training = Path(shards).parent / "train"
+    learns = config.eval.linear_probe and one.metric not in ("recall", "mean_average_precision")
     rules = replace(
         config.eval,
         suite="",
@@ -52,7 +53,7 @@ def as_measured(config: Config, suite: Suite, one: SuiteSet, shards: str) -> Con
         resize=suite.resize,
         retrieval=one.metric == "recall",
         equal_captions="wrong",
-        knn_shards=str(training) if config.eval.linear_probe and training.is_dir() else "",
+        knn_shards=str(training) if learns and training.is_dir() else "",
     )
     keys = DataConfig()
     return replace(
@@ -66,14 +67,19 @@ def score(one: SuiteSet, suite: Suite, metrics: Mapping[str, float]) -> float:
     return fmean(value for value in values if value is not None)
 
 
-def differences(suite: Suite, measured: Mapping[str, EvalSet]) -> list[str]:
-    """Say, a line each, which sets are missing and which have another number of images than they should."""
-    missing = [one.name for one in suite.sets if one.name not in measured]
+def differences(suite: Suite, sizes: Mapping[str, int]) -> list[str]:
+    """Say, a line each, which sets are missing and which have another number of images than they should.
+
+    Args:
+        suite: what should be there.
+        sizes: number of images by the name of the set.
+    """
+    missing = [one.name for one in suite.sets if one.name not in sizes]
     lines = [f"{len(missing)} of {len(suite.sets)} sets are missing: {', '.join(missing)}"] if missing else []
     return lines + [
-        f"{one.name} has {len(measured[one.name])} images, not {one.images}: its figures are not comparable"
+        f"{one.name} has {sizes[one.name]} images, not {one.images}: its figures are not comparable"
         for one in suite.sets
-        if one.name in measured and one.images not in (0, len(measured[one.name]))
+        if one.name in sizes and one.images not in (0, sizes[one.name])
     ]
 
 
