@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+from w2s.config.requirements import require_folder_name
 from w2s.errors import ConfigError, DataError, MissingPackageError
 
 _IMAGENET = "imagenet1k"
@@ -23,6 +24,9 @@ class BenchmarkSet:
     """Set of CLIP_benchmark whose class names and prompts are taken from its package, such as `vtab/pets`."""
     prompts: Sequence[str] = field(default=())
     """Prompts with {c} in the place of the class name, in place of that set's."""
+
+    def __post_init__(self) -> None:
+        require_folder_name(self.split, "--split", "use test or train")
 
     def class_names(self, folders: Sequence[str]) -> list[str]:
         """Return the names of the classes, by what the source calls them.
