@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.stages.conftest import Material, Run
-from tests.stages.runs import QUIET, result, run_stage
+from tests.stages.runs import DEADLINE, QUIET, result, run_stage, start_command
 from tests.stages.shapes import NAMES, draw_shapes
 from w2s.data.benchmark import BenchmarkSet
 from w2s.data.make import make_shards
@@ -177,3 +177,20 @@ def test_a_suite_that_cannot_be(clip: Path, base: list[str], w2s: Run, options: 
     given = [*base, f"init.checkpoint={clip}", "eval.knn_shards=", "tracking.enabled=false", "run.name=none", *options]
     code, _, error = w2s("stage", "eval", *given)
     assert (code, error.startswith(f"error: {message}")) == (2, True), error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"], ["parallel.pipeline=2"]])
+def test_two_ranks_measure_what_one_measures(
+    clip: Path, base: list[str], material: Material, layout: list[str], tmp_path: Path
+) -> None:
+    """Each rank decodes its share, with a reading process; batches of 7 leave the last one uneven."""
+    options = [*base, f"init.checkpoint={clip}", f"eval.shards={material.train}", "eval.batch_size=7", "data.workers=1"]
+    options += [f"eval.knn_shards={material.test}", "eval.linear_probe=true", "eval.baselines=false"]
+    options += ["tracking.enabled=false"]
+    alone = result(run_stage("eval", [*options, "run.name=one", f"run.root={tmp_path}"]))["metrics"]
+    command = start_command("stage", "eval", *options, *layout, "run.name=two", f"run.root={tmp_path}", "--nproc", "2")
+    assert command.communicate(timeout=5 * DEADLINE)[1] == "" and command.returncode == 0
+    together = result(tmp_path / "two")["metrics"]
+    # Split matrix products are summed in another order, which may turn one of the 192 images.
+    assert together == (pytest.approx(alone, abs=1 / 192) if layout else alone)

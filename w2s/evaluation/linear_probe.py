@@ -19,7 +19,7 @@ HELD_OUT = 10
 """One of so many images chooses the regularisation."""
 STEPS = 1000
 """L-BFGS iterations at most."""
-TOLERANCE = 1e-6
+TOLERANCE = 1e-5
 """Largest gradient at which they end."""
 BLOCK = 8192
 """Images that are scored at a time."""
@@ -121,7 +121,7 @@ def _fit(units: Tensor, labels: Tensor, classes: int, inverse_strength: float) -
     weight = torch.zeros(classes, units.shape[1], device=units.device, requires_grad=True)
     bias = torch.zeros(classes, device=units.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=STEPS, tolerance_grad=TOLERANCE, tolerance_change=0, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=STEPS, tolerance_grad=TOLERANCE, tolerance_change=1e-9, line_search_fn="strong_wolfe"
     )
     decay = 0.5 / (inverse_strength * len(units) * scale.square())
 
