@@ -43,6 +43,7 @@ def test_accuracy_is_scikit_learns(probe):
     assert (probe.scores(tested).argmax(1) != predictions).sum() <= 4
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_the_regularisation_is_one_that_is_best_on_a_held_out_tenth(probe):
     features, labels = draw(800, seed=1)
     units, held_out = F.normalize(features, dim=-1).numpy(), module._held_out(labels).numpy()
