@@ -62,9 +62,17 @@ def as_measured(config: Config, suite: Suite, one: SuiteSet, shards: str) -> Con
 
 
 def score(one: SuiteSet, suite: Suite, metrics: Mapping[str, float]) -> float:
-    """Return what counts of a set: the mean of its columns."""
-    values = [_value(column, metrics) for column in columns(suite) if column.of == one]
-    return fmean(value for value in values if value is not None)
+    """Return what counts of a set: the mean of its columns.
+
+    Raises:
+        DataError: its samples have no labels or captions for its metric.
+    """
+    values = [value for column in columns(suite) if column.of == one and (value := _value(column, metrics)) is not None]
+    if not values:
+        raise DataError(
+            f"{one.name} has no {one.metric}: its samples lack the classes or captions, see docs/evaluation.md"
+        )
+    return fmean(values)
 
 
 def differences(suite: Suite, sizes: Mapping[str, int]) -> list[str]:
