@@ -1,9 +1,12 @@
-"""The evaluation stage: zero-shot classification, retrieval and k-NN of a finished CLIP."""
+"""The evaluation stage: zero-shot classification, retrieval, k-NN and a linear probe of a finished CLIP."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from w2s.checkpoint.find import find
@@ -11,17 +14,26 @@ from w2s.checkpoint.handover import load_all
 from w2s.checkpoint.store import read_meta
 from w2s.config.layout import check_towers
 from w2s.config.load import model_from
-from w2s.config.sections import Config
+from w2s.config.sections import Config, Resize
+from w2s.config.suites import Suite, load_suite
 from w2s.data.builtin.registry import without_left_out
 from w2s.errors import ConfigError
-from w2s.evaluation.dataset import EvalSet, stills
-from w2s.evaluation.evaluate import of_sets
+from w2s.evaluation.evaluate import ClipResult, of_sets, under
+from w2s.evaluation.images import EvalImages, stills
+from w2s.evaluation.suite import as_measured, differences, find_sets, means, score, table
 from w2s.evaluation.zero_shot import ClassResult, ZeroShotResult
 from w2s.megatron.groups import Ranks
+from w2s.megatron.optimizer import Towers
 from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe
 from w2s.towers.build import build_clip
-from w2s.tracking.pictures import ClassExamples, classes_picture
+from w2s.tracking.pictures import (
+    CaptionsFound,
+    ClassExamples,
+    ImagesFound,
+    classes_picture,
+    retrieval_picture,
+)
 from w2s.tracking.tables import Cell
 from w2s.tracking.tracker import Tracker
 from w2s.trainer import open_run, test_inputs, tracked, write_result
@@ -35,7 +47,11 @@ def run(config: Config) -> None:
         raise ConfigError("init.checkpoint=none leaves nothing to evaluate: give a clip run, or latest")
     with open_run(config) as (ranks, pulse, folder):
         pulse.at("evaluating", long=True)
-        config.eval.sets = without_left_out(config.data, config.eval.sets)
+        suite = load_suite(config.eval.suite) if config.eval.suite else None
+        if suite is None:
+            config.eval.sets = without_left_out(config.data, config.eval.sets)
+        else:
+            config.eval.sets = find_sets(config.eval.suite, suite, config.eval.root)
         trained = read_meta(checkpoint)
         loss = replace(config.clip, loss=trained.setting("clip", "loss"))
         config = replace(config, model=model_from(trained.config), clip=loss)
@@ -44,29 +60,85 @@ def run(config: Config) -> None:
         with tracked(tracker):
             tracker.message(f"run folder: {folder}")
             tracker.inputs(test_inputs(config))
-            metrics = evaluate(config, checkpoint, tracker, ranks)
+            metrics = evaluate(config, suite, checkpoint, tracker, ranks)
             write_result(folder, config, metrics, started, ranks)
 
 
-def evaluate(config: Config, checkpoint: Path, tracker: Tracker, ranks: Ranks) -> dict[str, float]:
+def evaluate(config: Config, suite: Suite | None, checkpoint: Path, tracker: Tracker, ranks: Ranks) -> dict[str, float]:
     """Measure a checkpoint, show tables and pictures, return the metrics."""
     vision, text = build_clip(config, compute_dtype(config.precision), ranks.device)
     load_all({"vision": vision, "text": text}, checkpoint)
     probe = ClipProbe(config, ranks)
-    results = {name: probe.measure(vision, text, name) for name in config.eval.by_name}
-    metrics = of_sets({name: result.metrics for name, result in results.items()})
-    metrics |= probe.of_tower(vision) | probe.baselines()
+    measured, resized, sizes = dict[str, dict[str, float]](), dict[str, Resize](), dict[str, int]()
+    for name, rules, result in _measure({"vision": vision, "text": text}, probe, suite):
+        measured[name], resized[name], sizes[name] = result.metrics, result.resize, len(rules.test_set(name))
+        if config.tracking.pictures:
+            _show(name, result, rules, config.tracking.pictures, tracker)
+    metrics = of_sets(measured) | probe.baselines()
+    if suite is not None:
+        metrics |= under(Path(config.eval.suite).stem, means(suite, measured))
+        tracker.table("suite", *table(suite, _name(checkpoint), measured, resized), suite.title)
+        for difference in differences(suite, sizes):
+            tracker.message(difference)
     meta = read_meta(checkpoint)
     tracker.log(meta.step, meta.samples, metrics)
     tracker.results(metrics, str(checkpoint))
-    for name, result in results.items():
-        if result.zero_shot is not None and config.tracking.pictures:
-            test = probe.test_set(config.model.vision.image_size, name)
-            _show_classes(name, result.zero_shot, test, config.tracking.pictures, tracker)
     return metrics
 
 
-def _show_classes(name: str, result: ZeroShotResult, test: EvalSet, count: int, tracker: Tracker) -> None:
+def _measure(towers: Towers, probe: ClipProbe, suite: Suite | None) -> Iterator[tuple[str, ClipProbe, ClipResult]]:
+    """Measure the test sets one after the other, each with the probe of its rules."""
+    vision, text = towers["vision"], towers["text"]
+    sets = probe.config.eval.by_name
+    if suite is None:
+        galleries = probe.galleries(vision)
+        for name in sets:
+            yield name, probe, probe.measure(vision, text, name, galleries=galleries)
+        return
+    for one in suite.sets:
+        if one.name in sets:
+            own = ClipProbe(as_measured(probe.config, suite, one, sets[one.name]), probe.ranks)
+            galleries, rule = own.galleries(vision), partial(score, one, suite)
+            yield one.name, own, own.measure(vision, text, one.name, galleries=galleries, score=rule)
+
+
+def _name(checkpoint: Path) -> str:
+    """The run that a checkpoint is of."""
+    return checkpoint.parent.parent.name if checkpoint.parent.name == "checkpoints" else checkpoint.name
+
+
+def _show(name: str, result: ClipResult, probe: ClipProbe, count: int, tracker: Tracker) -> None:
+    """Tables and pictures of a test set; the main rank alone decodes what is in them."""
+    images = probe.images(probe.test_set(name), probe.config.model.vision.image_size, how=result.resize)
+    if result.zero_shot is not None:
+        _show_classes(name, result.zero_shot, images, count, tracker)
+    if result.found:
+        file = f"retrieval_{name}" if name else "retrieval"
+        tracker.picture(file, lambda path: retrieval_picture(path, *_found(result, images)))
+
+
+def _found(result: ClipResult, images: EvalImages) -> tuple[list[ImagesFound], list[CaptionsFound]]:
+    """What some captions and some images find first."""
+    texts = result.captions.texts if result.captions else []
+    return (
+        [
+            ImagesFound(texts[found.query], _read(images, found.hits), found.right)
+            for found in result.found["text_to_image"]
+        ],
+        [
+            CaptionsFound(_read(images, [found.query])[0], [texts[hit] for hit in found.hits], found.right)
+            for found in result.found["image_to_text"]
+        ],
+    )
+
+
+def _read(images: EvalImages, numbers: list[int]) -> Tensor:
+    """Some images, of clips the middle frames: uint8 [n, 3, S, S]."""
+    (shown,) = images.only(np.array(numbers)).read()
+    return stills(shown)
+
+
+def _show_classes(name: str, result: ZeroShotResult, images: EvalImages, count: int, tracker: Tracker) -> None:
     """Table and picture of the `count` classes of a test set that are recognised best and worst."""
     file = f"classes_{name}" if name else "classes"
     title = f"best and worst classes of {name}" if name else "best and worst classes"
@@ -75,11 +147,15 @@ def _show_classes(name: str, result: ZeroShotResult, test: EvalSet, count: int, 
         [end, c.name, c.top1, c.margin, c.confused_with] for end, classes in ends.items() for c in classes
     ]
     tracker.table(file, ["", "class", "top-1", "margin", "taken for"], rows, title)
-    examples = [[_examples(each, test, result.predictions) for each in classes] for classes in ends.values()]
-    tracker.picture(file, lambda path: classes_picture(path, *examples))
+    tracker.picture(
+        file,
+        lambda path: classes_picture(
+            path, *([_examples(each, images, result.predictions) for each in classes] for classes in ends.values())
+        ),
+    )
 
 
-def _examples(result: ClassResult, test: EvalSet, predictions: Tensor) -> ClassExamples:
+def _examples(result: ClassResult, images: EvalImages, predictions: Tensor) -> ClassExamples:
     numbers = result.images[:2]
-    named = [test.class_names[int(predictions[number])] for number in numbers]
-    return ClassExamples(result.name, result.top1, stills(test.images[numbers]), named)
+    named = [images.data.class_names[int(predictions[number])] for number in numbers]
+    return ClassExamples(result.name, result.top1, _read(images, numbers), named)

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from w2s.config.sections import Config
 from w2s.data.batch import Batch, gather_batch, given, normalize
 from w2s.data.sample import SampleSpec, draw_mask
 from w2s.evaluation.dataset import EvalSet
-from w2s.evaluation.encode import encode_all
+from w2s.evaluation.encode import Rows, encode_all, of_images
 from w2s.evaluation.evaluate import under
+from w2s.evaluation.images import ImageBatch
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.schedule import Loss, Reported, forward_backward, infer, means
@@ -37,9 +38,6 @@ from w2s.towers.vision import MEAN, STD
 from w2s.tracking.pictures import features_picture, masked_picture
 from w2s.tracking.tracker import Tracker
 from w2s.trainer import train_stage
-
-ImagesOfSize = Callable[[int], EvalSet]
-"""Takes a size in pixels, returns the images of a set at that size."""
 
 
 def run(config: Config) -> None:
@@ -192,7 +190,7 @@ class MaskedStage:
         """Cosine on the test images beside that of the best constant prediction, and k-NN of the features."""
         if not self.config.eval.shards:
             return {}
-        return self._cosine("test", self.probe.test_set) | self.probe.of_tower(self.student)
+        return self._cosine("test", self.probe.test_set()) | self.probe.of_tower(self.student)
 
     def finish(self, tracker: Tracker) -> dict[str, float]:
         """Measure the finished student and its baselines, and draw what it has learnt."""
@@ -200,19 +198,18 @@ class MaskedStage:
             return {}
         metrics = self.evaluate() | self.probe.as_clip(self.student, self.teacher) | self.probe.baselines()
         if self.config.eval.knn_shards:
-            metrics |= self._cosine("neighbours", self.probe.neighbours)
+            metrics |= self._cosine("neighbours", self.probe.neighbours())
         tracker.results(metrics, "masked stage")
         if self.config.tracking.pictures:
             self._draw(tracker)
         return metrics
 
-    def _cosine(self, name: str, images: ImagesOfSize) -> dict[str, float]:
-        count = len(images(self.config.model.vision.image_size).images)
+    def _cosine(self, name: str, data: EvalSet) -> dict[str, float]:
         norm = self._norm_for_tests()
 
-        def measure(numbers: Tensor) -> Tensor:
+        def measure(batch: ImageBatch) -> Tensor:
             """Cosine and direction of the targets, first the mean of an image's places, then the summary's if any."""
-            predictions, targets, masks = self._predict(numbers, images, norm)
+            predictions, targets, masks = self._predict(batch, norm)
             at = [at_places(each.patches, self._places(masks)) for each in (predictions, targets)]
             columns = [masked_cosines(*at).mean(1, keepdim=True), F.normalize(at[1], dim=-1).mean(1)]
             if predictions.summary is not None and targets.summary is not None:
@@ -220,28 +217,34 @@ class MaskedStage:
                 columns += [F.normalize(targets.summary, dim=-1)]
             return torch.cat(columns, dim=1)
 
-        size = self.config.eval.batch_size
-        mean = encode_all(measure, torch.arange(count), size, self.ranks.data_group).mean(0)
+        images, size = self.probe.images(data, *self._sizes), self.config.eval.batch_size
+        mean = encode_all(measure, images, size, self.ranks.data_group).mean(0)
         patches, summary = mean.split([1 + self.teacher.width, len(mean) - 1 - self.teacher.width])
         found = {f"{self._kind}_cosine": patches[0].item(), "constant_cosine": patches[1:].norm().item()}
         if self.summary_width:
             found |= {"summary_cosine": summary[0].item(), "summary_constant_cosine": summary[1:].norm().item()}
         return under(name, found)
 
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Sides of an image for the student and for the teacher."""
+        return self.config.model.vision.image_size, self.teacher.image_size
+
     @torch.no_grad()
-    def _predict(self, numbers: Tensor, images: ImagesOfSize, norm: TargetNorm) -> tuple[Outputs, Outputs, Tensor]:
-        """Predictions, targets and masks [n, patches] of some images, at all their patches.
+    def _predict(self, batch: ImageBatch, norm: TargetNorm) -> tuple[Outputs, Outputs, Tensor]:
+        """Predictions, targets and masks [n, patches] of some images of `_sizes`, at all their patches.
 
         Predictions are NaN at patches that the student does not see.
         """
         vision, device = self.config.model.vision, self.ranks.device
-        drawn = [draw_mask(self.spec, 0, number) for number in numbers.tolist()]
+        drawn = [draw_mask(self.spec, 0, number) for number in batch.numbers.tolist()]
         masks = torch.from_numpy(np.stack(drawn)).to(device)
-        seen = normalize(images(vision.image_size).images[numbers].to(device), MEAN, STD)
+        images, teacher_images = batch.views
+        seen = normalize(images.to(device), MEAN, STD)
         places = self._places(masks) if self.config.mim.predict == "visible" else everywhere(masks)
         rows = infer(self.student, (seen, masks, places), MaskedStudent.predict, self.tokens).float()
-        predicted = Outputs.from_rows(rows, self.teacher.width, self.summary_width)
-        targets = self._teach_together(images(self.teacher.image_size).images[numbers], self.ranks.model_group)
+        predicted = self._outputs(rows)
+        targets = self._teach_together(teacher_images, self.ranks.model_group)
         return (
             predicted._replace(patches=put_at_places(predicted.patches, places, vision.patches)),
             targets._replace(patches=norm(targets.patches, update=False)),
@@ -251,28 +254,35 @@ class MaskedStage:
     def _teach_together(self, images: Tensor, group: dist.ProcessGroup) -> Outputs:
         """The teacher's features of images that all ranks of `group` have; each computes those of a share."""
         share = math.ceil(len(images) / dist.get_world_size(group))
+        return self._outputs(encode_all(self._teach_images, Rows(images), share, group))
 
-        def teach(part: Tensor) -> Tensor:
-            features = teacher_features(self.teacher, part)
-            return Outputs(features.patches, self._summary(features)).rows()
+    def _teach_images(self, images: Tensor) -> Tensor:
+        """The teacher's features and summaries of images as rows, see `Outputs`."""
+        features = teacher_features(self.teacher, images)
+        return Outputs(features.patches, self._summary(features)).rows()
 
-        return Outputs.from_rows(encode_all(teach, images, share, group), self.teacher.width, self.summary_width)
+    def _outputs(self, rows: Tensor) -> Outputs:
+        return Outputs.from_rows(rows, self.teacher.width, self.summary_width)
 
     def _norm_for_tests(self) -> TargetNorm:
         """The running statistics; before the first step, those of some of the images that k-NN looks among."""
         norm = copy.deepcopy(self.target_norm)
         if not norm.ready:
-            known = self.probe.neighbours if self.config.eval.knn_shards else self.probe.test_set
-            images = known(self.teacher.image_size).images
-            some = images[:: max(1, len(images) // self.config.eval.batch_size)]
-            norm(self._teach_together(some, self.ranks.world_group).patches, update=True)
+            probe, size, group = self.probe, self.teacher.image_size, self.ranks.world_group
+            data = probe.neighbours() if self.config.eval.knn_shards else probe.test_set()
+            numbers = np.arange(0, len(data), max(1, len(data) // self.config.eval.batch_size))
+            share = math.ceil(len(numbers) / dist.get_world_size(group))
+            some = probe.images(data, size, alone=True).only(numbers)
+            rows = encode_all(of_images(self._teach_images), some, share, group)
+            norm(self._outputs(rows).patches, update=True)
         return norm
 
     def _draw(self, tracker: Tracker) -> None:
-        images = self.probe.test_set(self.config.model.vision.image_size).images
-        numbers = torch.linspace(0, len(images) - 1, self.config.tracking.pictures).long().unique()
-        predictions, targets, masks = self._predict(numbers, self.probe.test_set, self.target_norm)
-        shown, cosines = images[numbers], masked_cosines(predictions.patches, targets.patches)
+        data = self.probe.test_set()
+        numbers = torch.linspace(0, len(data) - 1, self.config.tracking.pictures).long().unique()
+        batch = ImageBatch(numbers, self.probe.images(data, *self._sizes).only(numbers.numpy()).read())
+        predictions, targets, masks = self._predict(batch, self.target_norm)
+        shown, cosines = batch.images, masked_cosines(predictions.patches, targets.patches)
         student = patch_features(self.student, shown)
         tracker.picture("masked", lambda path: masked_picture(path, shown, masks, cosines, self._kind))
         tracker.picture("features", lambda path: features_picture(path, shown, student, targets.patches))

@@ -148,6 +148,11 @@ def test_under_torchrun_it_is_a_rank(w2s: Run, stage: Callable[..., None], monke
         (["stage", "mim", "--nprox", "2"], "No such option: --nprox"),
         (["stages"], "No such command 'stages'"),
         (["run", "deflaut"], "run=deflaut does not exist: did you mean run=default?"),
+        (
+            ["data", "make", "x", "--out", "y", "--like", "pets"],
+            "--like and --prompt are for a test set: name its split",
+        ),
+        (["data", "make", "x", "--out", "y", "--split", "a/b"], "--split=a/b is no folder name: use test or train"),
         (["run", "mmi:train.steps=3"], "mmi:train.steps=3: there is no step mmi: did you mean mim?"),
     ],
 )

@@ -24,7 +24,7 @@ from w2s.config.sections import ModelConfig, Resize
 from w2s.data.batch import normalize
 from w2s.data.tokens import tokenize
 from w2s.encode import EncodeJob, configured, run
-from w2s.evaluation.dataset import eval_transform
+from w2s.evaluation.images import eval_transform
 from w2s.towers.vision import MEAN, STD
 
 TEXTS = ["a red circle", "a dog", "two green squares on a table"]

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from tests.data.shard_files import encode, smooth_photo, write_shard
 from tests.stages.shapes import NAMES, write_shapes
 from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig, Resize
-from w2s.evaluation.dataset import eval_transform
+from w2s.evaluation.images import eval_transform
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import fill
 from w2s.megatron.sharded import ShardedTower, shard
@@ -50,7 +51,8 @@ def random_tower(config: Config) -> ShardedTower[VisionTower]:
 
 
 def test_features_are_those_of_the_patches_alone(alone: Ranks, config: Config) -> None:
-    images = Probe(config, alone).test_set(32).images[:4]
+    probe = Probe(config, alone)
+    (images,) = probe.images(probe.test_set(), 32).only(np.arange(4)).read()
     assert images.shape == (4, 3, 32, 32)
     tower = random_tower(config)
     pixels = (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -84,12 +86,25 @@ def test_nothing_is_measured_without_neighbours_and_no_baselines_where_they_are_
     assert Probe(load_with(config, "baselines", False), alone).baselines() == {}
 
 
-def test_a_set_is_read_once(alone: Ranks, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_linear_probe_is_measured_beside_k_nn_if_wanted(
+    alone: Ranks, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("w2s.evaluation.linear_probe.STEPS", 10)
+    tower = random_tower(config)
+    plain, probed = (Probe(load_with(config, "linear_probe", on), alone).of_tower(tower) for on in (False, True))
+    assert {name for name in probed if name not in plain} == {
+        f"linear_probe/{name}" for name in ("coverage", "top1", "top5", "mean_per_class", "inverse_strength")
+    }
+    assert plain == {name: value for name, value in probed.items() if name in plain}
+
+
+def test_a_set_is_listed_once(alone: Ranks, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = Probe(config, alone)
-    assert probe.test_set(32) is probe.test_set(32)
-    assert probe.test_set(16).images.shape == (len(NAMES), 3, 16, 16)
+    assert probe.test_set() is probe.test_set()
     monkeypatch.setattr("w2s.probe.load_eval_set", None)
-    assert probe.test_set(32).class_names == NAMES
+    (images,) = probe.images(probe.test_set(), 16).read()
+    assert images.shape == (len(NAMES), 3, 16, 16)
+    assert probe.test_set().class_names == NAMES
 
 
 def test_test_images_and_neighbours_are_squashed_alike(alone: Ranks, config: Config, tmp_path: Path) -> None:
@@ -98,8 +113,8 @@ def test_test_images_and_neighbours_are_squashed_alike(alone: Ranks, config: Con
     pixels = torch.from_numpy(photo).permute(2, 0, 1)
     for how in get_args(Resize):
         probe = Probe(load_with(config, "resize", how, shards=str(tmp_path), knn_shards=str(tmp_path)), alone)
-        for images in (probe.test_set(32).images, probe.neighbours(32).images):
-            assert torch.equal(images[0], eval_transform(pixels, 32, how))
+        for data in (probe.test_set(), probe.neighbours()):
+            assert torch.equal(probe.images(data, 32).read()[0][0], eval_transform(pixels, 32, how))
 
 
 def load_with(config: Config, key: str, value: Any, **others: Any) -> Config:

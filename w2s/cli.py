@@ -566,15 +566,26 @@ def data_make(
     shard_size: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the shuffling.")] = 0,
     workers: Workers = 1,
+    split: Annotated[
+        str, typer.Option(help="Make this split (test or train) of a test set, in CLIP_benchmark's layout.")
+    ] = "",
+    like: Annotated[str, typer.Option(help="Set of CLIP_benchmark whose class names and prompts it has.")] = "",
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt with {c} for the class name, or several.")] = None,
     debug: Debug = False,
 ) -> None:
     """Write images, captions and classes into shards. The same command goes on where it was interrupted."""
     with _one_line(debug):
         from pathlib import Path
 
+        from w2s.data.benchmark import BenchmarkSet
         from w2s.data.make import make_shards
 
-        sizes = make_shards(Path(source), Path(out), shard_size=shard_size, seed=seed, workers=workers)
+        if (like or prompt) and not split:
+            raise UserError("--like and --prompt are for a test set: name its split, such as --split test")
+        test_set = BenchmarkSet(split=split, like=like, prompts=prompt or []) if split else None
+        sizes = make_shards(
+            Path(source), Path(out), shard_size=shard_size, seed=seed, workers=workers, test_set=test_set
+        )
         print(f"{sum(sizes.values())} samples in {len(sizes)} shards: {out}")
 
 

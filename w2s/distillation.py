@@ -11,7 +11,6 @@ from torch.distributed import ProcessGroup
 from w2s.config.checks import check_teacher_widths
 from w2s.config.sections import Config, TeacherConfig
 from w2s.data.batch import Batch, given
-from w2s.data.tokens import tokenize
 from w2s.errors import ConfigError, DataError
 from w2s.evaluation.evaluate import evaluate_clip, under
 from w2s.megatron.groups import Ranks
@@ -130,15 +129,12 @@ class Distillation:
 
     @torch.no_grad()
     def _measure(self, probe: Probe) -> dict[str, float]:
-        device, length = self.ranks.device, self.config.model.text.context_length
-        return evaluate_clip(
-            self.config.eval,
-            probe.test_set(self.teacher.image_size),
-            encode_image=lambda images: given(self.teacher(images.to(device), None)[0]),
-            encode_text=lambda tokens: given(self.teacher(None, tokens.to(device))[1]),
-            tokenize=lambda texts: tokenize(texts, length),
-            group=self.ranks.world_group,
-        ).metrics
+        data, device = probe.test_set(), self.ranks.device
+        texts = probe.texts(data, lambda tokens: given(self.teacher(None, tokens)[1]), alone=True)
+        images = probe.features(
+            data, lambda images: given(self.teacher(images.to(device), None)[0]), self.teacher.image_size, alone=True
+        )
+        return evaluate_clip(data, images, texts).metrics
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint has to hold, equal on all ranks."""

@@ -28,8 +28,8 @@ from w2s.data.shards import list_shards, shard_name
 from w2s.data.storage import EXTENSIONS
 from w2s.data.tokens import tokenize
 from w2s.errors import CheckpointError, ConfigError, DataError, UserError
-from w2s.evaluation.dataset import view
-from w2s.evaluation.encode import encode_all, over_frames
+from w2s.evaluation.encode import Rows, encode_all, over_frames
+from w2s.evaluation.images import view
 from w2s.liveness.beating import watched
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
@@ -76,9 +76,11 @@ def configured(checkpoint: Path, model: str | None, overrides: Sequence[str], ra
         ranks: processes in all.
 
     Raises:
-        ConfigError: other people's weights without a model, or a layout that does not work.
+        ConfigError: other people's weights without a model, two ways of resizing, or a layout that does not work.
     """
     config = load("eval", overrides)
+    if len(config.eval.resizes) > 1:
+        raise ConfigError(f"eval.resize={config.eval.resize}: an image has one feature, use crop or squash")
     if model is not None:
         config = replace(config, model=named_model(model))
     elif (checkpoint / "meta.json").is_file():
@@ -161,13 +163,13 @@ def _all_images(job: EncodeJob, encode: Encode, ranks: Ranks) -> tuple[list[str]
             return over_frames(encode)(torch.stack(views)).float()
 
         numbers = torch.arange(len(files))
-        features.append(encode_all(see, numbers, job.batch_size, ranks.data_group).cpu())
+        features.append(encode_all(see, Rows(numbers), job.batch_size, ranks.data_group).cpu())
     return names, torch.cat(features)
 
 
 def _all_texts(job: EncodeJob, texts: list[str], encode: Encode, ranks: Ranks) -> Tensor:
     tokens = tokenize(texts, job.config.model.text.context_length)
-    return encode_all(lambda part: encode(part).float(), tokens, job.batch_size, ranks.data_group).cpu()
+    return encode_all(lambda part: encode(part).float(), Rows(tokens), job.batch_size, ranks.data_group).cpu()
 
 
 def _image_files(source: str, image_key: str) -> Iterator[tuple[str, list[bytes]]]:
@@ -190,7 +192,8 @@ def _image_files(source: str, image_key: str) -> Iterator[tuple[str, list[bytes]
 def _view(name: str, images: list[bytes], config: Config) -> Tensor:
     """An image or a clip after CLIP's test transform."""
     try:
-        return view(images, config.data.frames, config.model.vision.image_size, config.eval.resize)
+        (found,) = view(images, config.data.frames, [config.model.vision.image_size], config.eval.resizes[0])
+        return found
     except BadSample as error:
         raise DataError(f"--images: {name}: {error}, leave it out") from error
 

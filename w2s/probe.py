@@ -1,21 +1,34 @@
-"""What is measured of a vision tower whatever it was trained for: k-NN of its features, beside two baselines."""
+"""What is measured of a tower on test images: k-NN and a linear probe of its features, and a CLIP by its texts."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from w2s.config.sections import Config, PrecisionConfig
+from w2s.config.sections import Config, PrecisionConfig, Resize
 from w2s.data.batch import normalize
 from w2s.data.tokens import tokenize
 from w2s.errors import ConfigError
 from w2s.evaluation.dataset import EvalSet, load_eval_set
-from w2s.evaluation.encode import Encoder
-from w2s.evaluation.evaluate import ClipResult, evaluate_clip, evaluate_knn, of_sets, under
+from w2s.evaluation.encode import Encoder, encode_all, of_images
+from w2s.evaluation.evaluate import (
+    ClipResult,
+    Gallery,
+    Texts,
+    check_in_common,
+    encode_texts,
+    evaluate_by_gallery,
+    evaluate_clip,
+    matched,
+    of_sets,
+    under,
+)
+from w2s.evaluation.images import EvalImages, View
+from w2s.evaluation.linear_probe import train_probe
 from w2s.megatron.groups import Ranks
 from w2s.megatron.schedule import infer
 from w2s.megatron.sharded import ShardedTower
@@ -45,8 +58,20 @@ def teacher_features(teacher: Teacher, images: Tensor, layers: Sequence[int] = (
     return features
 
 
+HEADLINES = ("zero_shot/top1", "zero_shot/mean_average_precision", "retrieval/mean_recall_at_1")
+"""The metric that counts of a test set: the first of these that it has."""
+
+
+def headline(metrics: Mapping[str, float]) -> float:
+    """Return the metric that counts of a test set; 0 where it has none."""
+    return next((metrics[name] for name in HEADLINES if name in metrics), 0.0)
+
+
 class Probe:
-    """The test images of a stage, and k-NN on them.
+    """The test images of a stage, and k-NN and a linear probe of features of them.
+
+    Images are decoded when they are measured, by `data.workers` processes of each rank, and each rank decodes the
+    batches that it encodes alone; the ranks of a model-parallel group, which encode together, decode a share each.
 
     Args:
         config: the stage's configuration; without `eval.shards` and `eval.sets` nothing is measured.
@@ -55,21 +80,43 @@ class Probe:
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
-        self._sets: dict[tuple[str, int], EvalSet] = {}
+        self._sets: dict[str, EvalSet] = {}
 
-    def test_set(self, image_size: int, name: str = "") -> EvalSet:
-        """Return the test images of `eval.shards`, or of a set of `eval.sets`, at a size in pixels."""
-        option = f"eval.sets.{name}" if name else "eval.shards"
-        return self._load(option, self.config.eval.by_name[name], image_size)
+    def test_set(self, name: str = "") -> EvalSet:
+        """Return the test set of `eval.shards`, or one of `eval.sets`, without its images."""
+        return self._load(f"eval.sets.{name}" if name else "eval.shards", self.config.eval.by_name[name])
 
-    def neighbours(self, image_size: int) -> EvalSet:
-        """Return the labelled images that k-NN looks among (`eval.knn_shards`) at a size in pixels."""
-        return self._load("eval.knn_shards", self.config.eval.knn_shards, image_size)
+    def neighbours(self) -> EvalSet:
+        """Return the labelled set of `eval.knn_shards`, without its images."""
+        return self._load("eval.knn_shards", self.config.eval.knn_shards)
+
+    def images(self, data: EvalSet, *sizes: int, how: Resize | None = None, alone: bool = False) -> EvalImages:
+        """Return the images of a set at some sizes in pixels.
+
+        Args:
+            data: the set.
+            sizes: sides of the images.
+            how: how they become square; None as they do first.
+            alone: whether each rank encodes them alone, instead of together with its model-parallel group.
+        """
+        return EvalImages(
+            data=data,
+            numbers=np.arange(len(data)),
+            view=View(
+                sizes=sizes,
+                how=how or self.config.eval.resizes[0],
+                image_key=self.config.data.image_key,
+                frames=self.config.data.frames,
+            ),
+            workers=self.config.data.workers,
+            group=None if alone else self.ranks.model_group,
+            device=self.ranks.device,
+        )
 
     def of_tower(self, tower: ShardedTower[Any]) -> dict[str, float]:
-        """Measure a tower: `knn/top1`, `knn/top5`, chance and coverage; nothing without neighbours."""
-        return self._knn(
-            "knn", lambda images: patch_features(tower, images).mean(1), self.config.model.vision.image_size
+        """Measure a tower by `knn` and `linear_probe` (see `evaluate_by_gallery`); nothing without neighbours."""
+        return self._by_neighbours(
+            "", lambda images: patch_features(tower, images).mean(1), self.config.model.vision.image_size
         )
 
     def baselines(self) -> dict[str, float]:
@@ -87,13 +134,13 @@ class Probe:
             root=config.run.root,
             parallel=config.parallel,
         )
-        measured = self._knn(
-            "knn_random", lambda images: patch_features(random, images).mean(1), vision.image_size
-        ) | self._knn(
-            "knn_teacher",
+        measured = self._by_neighbours(
+            "_random", lambda images: patch_features(random, images).mean(1), vision.image_size
+        ) | self._by_neighbours(
+            "_teacher",
             lambda images: teacher.pooled(teacher_features(teacher, images).patches),
             teacher.image_size,
-            self.ranks.world_group,
+            alone=True,
         )
         return {name: value for name, value in measured.items() if name.endswith(("/top1", "/top5"))}
 
@@ -125,64 +172,126 @@ class Probe:
         def show(images: Tensor) -> Tensor:
             return teacher_features(teacher, images).summary
 
-        size, group = config.model.vision.image_size, self.ranks.world_group
-        ours = self._clip(see, text, self.test_set(size), self.ranks.data_group)
-        theirs = self._clip(show, text, self.test_set(teacher.image_size), group)
+        data = self.test_set()
+        texts = self.texts(data, text, alone=True)
+        ours = evaluate_clip(data, self.features(data, see, config.model.vision.image_size), texts)
+        theirs = evaluate_clip(data, self.features(data, show, teacher.image_size, alone=True), texts)
         return ours.metrics | under("teacher", theirs.metrics)
 
-    def _clip(self, encode_image: Encoder, encode_text: Encoder, test: EvalSet, group: dist.ProcessGroup) -> ClipResult:
-        """Classify and retrieve test images by their texts; the ranks of `group` share the work."""
+    def texts(self, data: EvalSet, encode: Encoder, *, alone: bool = False) -> Texts:
+        """Features of what a test set says in words; `alone` as in `images`."""
         device, length = self.ranks.device, self.config.model.text.context_length
-        return evaluate_clip(
+        return encode_texts(
             self.config.eval,
-            test,
-            encode_image=encode_image,
-            encode_text=lambda texts: encode_text(texts.to(device)),
+            data,
+            encode_text=lambda tokens: encode(tokens.to(device)),
             tokenize=lambda texts: tokenize(texts, length),
-            group=group,
+            group=self._sharing(alone),
         )
 
-    def _knn(
-        self, title: str, encode: Encoder, image_size: int, group: dist.ProcessGroup | None = None
-    ) -> dict[str, float]:
-        """Measure an encoder that the ranks of a model-parallel group run together, or each rank of `group` alone."""
+    def features(
+        self, data: EvalSet, encode: Encoder, image_size: int, *, how: Resize | None = None, alone: bool = False
+    ) -> Tensor:
+        """Features [n, d] of the images of a set, the work shared by the ranks; see `images`."""
+        images = self.images(data, image_size, how=how, alone=alone)
+        return encode_all(of_images(encode), images, self.config.eval.batch_size, self._sharing(alone))
+
+    def _sharing(self, alone: bool) -> Any:
+        """The ranks that share batches: all, or one of each model-parallel group."""
+        return self.ranks.world_group if alone else self.ranks.data_group
+
+    def _by_neighbours(self, suffix: str, encode: Encoder, image_size: int, *, alone: bool = False) -> dict[str, float]:
+        """Measure an encoder by labelled neighbours, under `knn` and `linear_probe` with a suffix."""
         if not self.config.eval.knn_shards:
             return {}
-        measured = evaluate_knn(
-            self.config.eval,
-            {name: self.test_set(image_size, name) for name in self.config.eval.by_name},
-            self.neighbours(image_size),
-            encode=encode,
-            group=group or self.ranks.data_group,
-        )
-        return of_sets({name: under(title, metrics) for name, metrics in measured.items()})
+        tests = {name: self.test_set(name) for name in self.config.eval.by_name}
+        neighbours = self.neighbours()
+        check_in_common(tests.values(), neighbours)
+        known = self.features(neighbours, encode, image_size, alone=alone)
+        gallery = self._gallery(neighbours, known, known)
+        measured = {}
+        for name, data in tests.items():
+            seen = self.features(data, encode, image_size, alone=alone) if _any_matched(data, neighbours) else known[:0]
+            found = self._classified(data, gallery, seen, seen)
+            measured[name] = of_sets({f"{kind}{suffix}": metrics for kind, metrics in found.items()})
+        return of_sets(measured)
 
-    def _load(self, option: str, shards: str, image_size: int) -> EvalSet:
-        if (option, image_size) not in self._sets:
-            self._sets[option, image_size] = load_eval_set(
+    def _gallery(self, neighbours: EvalSet, features: Tensor, probed: Tensor) -> Gallery:
+        if not self.config.eval.linear_probe or neighbours.labels is None:
+            return Gallery(neighbours, features)
+        ranks = self.ranks
+        probe = train_probe(probed, neighbours.labels, rank=ranks.rank, size=ranks.world_size, gather=ranks.gather)
+        return Gallery(neighbours, features, probe)
+
+    def _classified(
+        self, data: EvalSet, gallery: Gallery, features: Tensor, probed: Tensor
+    ) -> dict[str, dict[str, float]]:
+        return evaluate_by_gallery(data, gallery, features=features, probed=probed, k=self.config.eval.knn_k)
+
+    def _load(self, option: str, shards: str) -> EvalSet:
+        if option not in self._sets:
+            self._sets[option] = load_eval_set(
                 shards,
-                image_size,
-                how=self.config.eval.resize,
-                image_key=self.config.data.image_key,
                 caption_key=self.config.data.caption_key,
                 class_key=self.config.eval.class_key,
-                frames=self.config.data.frames,
                 option=option,
+                rank=self.ranks.rank,
+                size=self.ranks.world_size,
+                gather=self.ranks.gather,
             )
-        return self._sets[option, image_size]
+        return self._sets[option]
 
 
 class ClipProbe(Probe):
-    """What is measured of a CLIP: zero-shot classification and retrieval, beside the k-NN of its vision tower."""
+    """What is measured of a CLIP: zero-shot classification and retrieval, and its vision tower beside."""
+
+    def galleries(self, vision: ShardedTower[ImageTower]) -> dict[Resize, Gallery]:
+        """Return the neighbours with their features, for each way of making images square, if there are some."""
+        if not self.config.eval.knn_shards:
+            return {}
+        neighbours = self.neighbours()
+        check_in_common([self.test_set(name) for name in self.config.eval.by_name], neighbours)
+        parts = {how: self._embed(vision, neighbours, how, pooled=True) for how in self.config.eval.resizes}
+        return {how: self._gallery(neighbours, pooled, images) for how, (images, pooled) in parts.items()}
 
     @torch.no_grad()
-    def measure(self, vision: ShardedTower[ImageTower], text: ShardedTower[TextTower], name: str = "") -> ClipResult:
-        """Classify and retrieve the test images of `eval.shards`, or of a set of `eval.sets`, by their texts."""
-        device, length = self.ranks.device, self.config.model.text.context_length
-        tokens = 1 + self.config.model.vision.patches
-        return self._clip(
-            lambda images: infer(vision, (normalize(images.to(device), MEAN, STD),), ImageTower.__call__, tokens),
-            lambda texts: infer(text, (texts,), TextTower.__call__, length),
-            self.test_set(self.config.model.vision.image_size, name),
-            self.ranks.data_group,
-        )
+    def measure(
+        self,
+        vision: ShardedTower[ImageTower],
+        text: ShardedTower[TextTower],
+        name: str = "",
+        *,
+        galleries: Mapping[Resize, Gallery] | None = None,
+        score: Callable[[Mapping[str, float]], float] = headline,
+    ) -> ClipResult:
+        """Classify and retrieve the test images of `eval.shards`, or of a set of `eval.sets`, by their texts.
+
+        With neighbours k-NN and the linear probe are measured on the same features. Where images are made square in
+        several ways, the result with the best score counts.
+        """
+        data, length = self.test_set(name), self.config.model.text.context_length
+        texts = self.texts(data, lambda tokens: infer(text, (tokens,), TextTower.__call__, length))
+        results = []
+        for how in self.config.eval.resizes:
+            images, pooled = self._embed(vision, data, how, pooled=bool(galleries))
+            result = evaluate_clip(data, images, texts, examples=self.config.tracking.pictures)
+            classified = self._classified(data, galleries[how], pooled, images) if galleries else {}
+            results.append(replace(result, resize=how, metrics=result.metrics | of_sets(classified)))
+        return max(results, key=lambda result: score(result.metrics))
+
+    def _embed(
+        self, vision: ShardedTower[ImageTower], data: EvalSet, how: Resize, *, pooled: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings [n, embed_dim] of images, which the linear probe sees too, and k-NN's features [n, width or 0]."""
+        model, device = self.config.model, self.ranks.device
+        forward = ImageTower.embed_and_pool if pooled else ImageTower.__call__
+
+        def see(images: Tensor) -> Tensor:
+            return infer(vision, (normalize(images.to(device), MEAN, STD),), forward, 1 + model.vision.patches)
+
+        both = self.features(data, see, model.vision.image_size, how=how)
+        return both[:, : model.embed_dim], both[:, model.embed_dim :]
+
+
+def _any_matched(data: EvalSet, neighbours: EvalSet) -> bool:
+    return bool((matched(data, neighbours) >= 0).any())

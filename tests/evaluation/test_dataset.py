@@ -4,13 +4,11 @@ import io
 import tarfile
 
 import numpy as np
-import open_clip
 import pytest
-import torch
 from PIL import Image
 
 from w2s.errors import DataError
-from w2s.evaluation.dataset import eval_transform, load_eval_set
+from w2s.evaluation.dataset import EvalSet, load_eval_set
 
 
 def png(colour=(200, 10, 30), size=(40, 30)):
@@ -31,8 +29,14 @@ def write_shard(path, samples):
                 tar.addfile(member, io.BytesIO(data))
 
 
-def load(folder, size=16, how="crop"):
-    return load_eval_set(str(folder), size, how=how, image_key="jpg;png", caption_key="txt", class_key="cls")
+def load(folder, **ranks) -> EvalSet:
+    return load_eval_set(str(folder), caption_key="txt", class_key="cls", **ranks)
+
+
+def npy(*marks):
+    stream = io.BytesIO()
+    np.save(stream, np.array(marks))
+    return stream.getvalue()
 
 
 def test_order_labels_and_names(tmp_path):
@@ -45,8 +49,33 @@ def test_order_labels_and_names(tmp_path):
     assert data.captions == ["fire", "rose", "sea"]
     assert data.labels.tolist() == [0, 0, 1]
     assert data.class_names == ["red things", "blue things"]
-    assert data.images.shape == (3, 3, 16, 16) and data.images.dtype == torch.uint8
-    assert data.images[2, :, 8, 8].tolist() == [0, 0, 255]
+    assert data.shards == [str(tmp_path / f"test/00000{number}.tar") for number in range(2)]
+    assert data.places[:, 0].tolist() == [0, 0, 1] and len(data) == 3
+    with tarfile.open(data.shards[0]) as tar:
+        assert data.places[:2, 1].tolist() == [0, tar.getmember("b.png").offset]
+
+
+def test_several_classes_an_image(tmp_path):
+    shard = [("a", {"png": png(), "npy": npy(1, 0, 1)}), ("b", {"png": png(), "npy": npy(0, 0, 1)})]
+    write_shard(tmp_path / "test/0.tar", shard)
+    (tmp_path / "classnames.txt").write_text("dog\ncat\nbike\n")
+    data = load(tmp_path / "test")
+    assert data.labels.tolist() == [[True, False, True], [False, False, True]]
+    assert data.class_names == ["dog", "cat", "bike"]
+    (tmp_path / "classnames.txt").write_text("dog\ncat\n")
+    with pytest.raises(DataError, match=r"has 2 names but there is an image with 3 classes: repair the test set$"):
+        load(tmp_path / "test")
+
+
+def test_ranks_read_shards_of_their_own_and_know_all(tmp_path, monkeypatch):
+    for number in range(3):
+        write_shard(tmp_path / f"{number}.tar", [(f"{number}", {"png": png(), "txt": f"caption {number}"})])
+    parts = []
+    for rank in range(2):  # what each rank has read, without the others'
+        with pytest.raises(KeyError):
+            load(tmp_path, rank=rank, size=2, gather=lambda own: parts.append(own) or [own])
+    assert [len(part) for part in parts] == [2, 1]
+    assert load(tmp_path, rank=1, size=2, gather=lambda own: parts).captions == load(tmp_path).captions
 
 
 def test_names_beside_the_shards_come_first(tmp_path):
@@ -85,40 +114,15 @@ def test_several_captions_are_no_class(tmp_path):
     assert data.labels is None
 
 
-@pytest.mark.parametrize(("how", "peers"), [("crop", "shortest"), ("squash", "squash")])
-@pytest.mark.parametrize("size", [(97, 150), (150, 97), (20, 31), (32, 32)])
-def test_transform_is_open_clips(size, how, peers):
-    rows, columns = np.mgrid[0 : size[0], 0 : size[1]]
-    photo = np.stack([rows * 2, columns, 127 + 100 * np.sin(rows / 9) * np.cos(columns / 7)], -1).astype(np.uint8)
-    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
-    transform = open_clip.image_transform(32, is_train=False, resize_mode=peers, interpolation="bicubic", **plain)
-    reference = (255 * transform(Image.fromarray(photo))).round()
-    ours = eval_transform(torch.from_numpy(photo).permute(2, 0, 1), 32, how)
-    # Pillow and torch round the filter's weights in different places
-    assert (ours.int() - reference.int()).abs().max() <= 2
-
-
-def test_a_set_is_cropped_or_squashed(tmp_path):
-    """A picture with a red left and a blue right quarter: a crop of its middle shows neither."""
-    picture = np.zeros((20, 40, 3), dtype=np.uint8)
-    picture[:, :10, 0] = picture[:, 30:, 2] = 200
-    stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "PNG")
-    write_shard(tmp_path / "0.tar", [("a", {"png": stream.getvalue(), "txt": "flag"})])
-    cropped, squashed = (load(tmp_path, 20, how).images[0].int() for how in ("crop", "squash"))
-    assert cropped.max() == 0
-    assert squashed[0, :, :4].min() > 190 and squashed[2, :, -4:].min() > 190 and squashed[:, :, 7:13].max() < 10
-
-
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        ([("a", {"png": b"nothing", "txt": "x"})], "a: image cannot be decoded"),
-        ([("a", {"gif": png(), "txt": "x"})], "a: no image .jpg;png"),
         ([("a", {"png": png(), "cls": "1.5"})], "a.cls is '1.5', not a class number"),
         ([("a", {"png": png(), "cls": "9" * 5000})], "a.cls is '99999999999999999999', not a class number"),
         ([("a", {"png": png(), "txt": b"\xff\xfe"})], "a: caption is not UTF-8, repair"),
         ([("a", {"png": png(), "cls": "0"}), ("b", {"png": png()})], "b has no class number .cls"),
+        ([("a", {"png": png(), "npy": b"\x93NUMPY"})], "a.npy is not an array with a number for each class"),
+        ([("a", {"png": png(), "npy": npy("x")})], "a.npy is not an array with a number for each class"),
         ([("a", {"png": png()})], "neither class numbers nor captions"),
         ([("a", {"png": png(), "cls": "7"})], "has 2 names but there is a class number 7"),
         ([], "shard is empty"),

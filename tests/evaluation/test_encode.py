@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import RankError, run_ranks
-from w2s.evaluation.encode import encode_all
+from w2s.evaluation import encode as module
+from w2s.evaluation.encode import Rows, encode_all
 
 
 def encode(batch):
@@ -14,9 +15,12 @@ def encode(batch):
 
 
 def encode_on_ranks(sizes):
+    module.AT_A_TIME = 2
     calls = []
     group = dist.group.WORLD
-    features = [encode_all(lambda batch: calls.append(1) or encode(batch), torch.arange(n), 4, group) for n in sizes]
+    features = [
+        encode_all(lambda batch: calls.append(1) or encode(batch), Rows(torch.arange(n)), 4, group) for n in sizes
+    ]
     return features, len(calls)
 
 
@@ -28,14 +32,14 @@ def fail_on_one_rank():
 
 def test_one_process_encodes_batch_by_batch():
     sizes = []
-    features = encode_all(lambda batch: sizes.append(len(batch)) or encode(batch), torch.arange(10), 4)
+    features = encode_all(lambda batch: sizes.append(len(batch)) or encode(batch), Rows(torch.arange(10)), 4)
     assert sizes == [4, 4, 2]
     assert torch.equal(features[:, 0], torch.arange(10.0))
 
 
 def test_no_graph_is_kept():
     weight = torch.ones(1, 2, requires_grad=True)
-    assert not encode_all(lambda batch: batch[:, None] * weight, torch.ones(3), 2).requires_grad
+    assert not encode_all(lambda batch: batch[:, None] * weight, Rows(torch.ones(3)), 2).requires_grad
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -45,7 +49,7 @@ def test_ranks_share_the_work_and_all_get_the_same(ranks):
     assert [calls for _, calls in results] == [{2: 5, 3: 4}[ranks]] * ranks
     for features, _ in results:
         for size, own in zip(sizes, features, strict=True):
-            assert torch.equal(own, encode_all(encode, torch.arange(size), 4))
+            assert torch.equal(own, encode_all(encode, Rows(torch.arange(size)), 4))
 
 
 def test_a_failing_rank_ends_the_run_with_its_traceback():

@@ -2,28 +2,37 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from w2s.config.sections import EvalConfig
 from w2s.errors import DataError
 from w2s.evaluation.dataset import EvalSet
-from w2s.evaluation.evaluate import evaluate_clip, evaluate_knn, of_sets
+from w2s.evaluation.evaluate import (
+    Gallery,
+    check_in_common,
+    encode_texts,
+    evaluate_by_gallery,
+    evaluate_clip,
+    of_sets,
+)
+from w2s.evaluation.linear_probe import train_probe
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}
 
 
 def eval_set(words, class_names=tuple(COLOURS), captions=None, labels="from words"):
-    """One flat image a word."""
-    images = torch.zeros(len(words), 3, 4, 4, dtype=torch.uint8)
-    for number, word in enumerate(words):
-        images[number, COLOURS[word]] = 200 + number
+    """A set with a sample for each word."""
     numbers = torch.tensor([list(class_names).index(word) for word in words]) if labels else None
-    return EvalSet(images, list(words) if captions is None else captions, numbers, list(class_names), list(words))
+    places = np.zeros((len(words), 2), dtype=np.int64)
+    texts = list(words) if captions is None else captions
+    return EvalSet(["0.tar"], places, texts, numbers, list(class_names), list(words))
 
 
-def encode_image(images):
-    return images.float().mean((2, 3))
+def features(words):
+    """The colours of images, brighter from one to the next."""
+    return torch.eye(3)[[COLOURS[word] for word in words]] * torch.arange(1, len(words) + 1)[:, None]
 
 
 def encode_text(tokens):
@@ -35,17 +44,15 @@ def tokenize(texts):
 
 
 def clip(data, encode_text=encode_text, **config):
-    return evaluate_clip(
-        EvalConfig(batch_size=2, **config),
-        data,
-        encode_image=encode_image,
-        encode_text=encode_text,
-        tokenize=tokenize,
-    )
+    config = EvalConfig(batch_size=2, **config)
+    texts = encode_texts(config, data, encode_text=encode_text, tokenize=tokenize)
+    return evaluate_clip(data, features(data.keys), texts)
 
 
-def knn(tests, neighbours, encode=encode_image):
-    return evaluate_knn(EvalConfig(knn_k=1, batch_size=2), tests, neighbours, encode=encode)
+def by_gallery(test, neighbours, probe=False):
+    known, seen = features(neighbours.keys), features(test.keys)
+    gallery = Gallery(neighbours, known, train_probe(known, neighbours.labels) if probe else None)
+    return evaluate_by_gallery(test, gallery, features=seen, probed=seen, k=1)
 
 
 def test_a_perfect_clip():
@@ -87,25 +94,36 @@ def test_what_a_set_lacks_is_not_measured():
     assert several.metrics["retrieval/text_to_image_recall_at_1"] == 1
 
 
-def test_knn_matches_classes_by_name():
-    neighbours = eval_set(["blue", "red", "red"], class_names=("blue", "red"))
-    assert knn({"": eval_set(["red", "green", "blue"])}, neighbours) == {
-        "": {"top1": 1, "top5": 1, "chance_top1": 1 / 2, "coverage": pytest.approx(2 / 3)}
+def test_several_classes_an_image_are_ranked():
+    data = eval_set(["red", "blue", "red", "green"], captions=[])
+    data.labels = torch.nn.functional.one_hot(data.labels, 3).bool()
+    data.labels[1, 0] = True  # "blue" is "red" too, and last of three among the reds' ties
+    result = clip(data)
+    assert result.zero_shot is None
+    assert result.metrics == {
+        "zero_shot/mean_average_precision": pytest.approx((1 + 1 + 1) / 3),
+        "zero_shot/chance_mean_average_precision": pytest.approx(5 / 12),
     }
 
 
-def test_knn_of_several_sets_encodes_the_neighbours_once():
-    sets = {"warm": eval_set(["red", "red"]), "cold": eval_set(["green"]), "texts": eval_set(["red"], labels=None)}
-    neighbours, encoded = eval_set(["blue", "red"]), []
+def test_knn_matches_classes_by_name():
+    neighbours = eval_set(["blue", "red", "red"], class_names=("blue", "red"))
+    assert by_gallery(eval_set(["red", "green", "blue"]), neighbours) == {
+        "knn": {"top1": 1, "top5": 1, "chance_top1": 1 / 2, "coverage": pytest.approx(2 / 3)}
+    }
 
-    def encode(images):
-        encoded.append(len(images))
-        return encode_image(images)
 
-    result = knn(sets, neighbours, encode)
-    assert result["warm"] == knn({"": sets["warm"]}, neighbours)[""]
-    assert result["cold"] == result["texts"] == {"coverage": 0}
-    assert sum(encoded) == len(neighbours.images) + len(sets["warm"].images)
+def test_a_linear_probe_beside_it():
+    neighbours = eval_set(["blue", "red"] * 10, class_names=("blue", "red"))
+    measured = by_gallery(eval_set(["red", "green", "blue"]), neighbours, probe=True)["linear_probe"]
+    assert measured.pop("inverse_strength") > 0
+    assert measured == {"top1": 1, "top5": 1, "mean_per_class": 1, "coverage": pytest.approx(2 / 3)}
+
+
+def test_a_set_without_classes_in_common_has_no_coverage():
+    neighbours = eval_set(["blue", "red"])
+    for data in (eval_set(["green"]), eval_set(["red"], labels=None)):
+        assert by_gallery(data, neighbours) == {"knn": {"coverage": 0}}
 
 
 def test_metrics_of_named_sets():
@@ -113,12 +131,13 @@ def test_metrics_of_named_sets():
     assert of_sets({"a": {"knn/top1": 1}, "b": {"knn/top1": 0}}) == {"a/knn/top1": 1, "b/knn/top1": 0}
 
 
-def test_knn_needs_classes_in_common():
+def test_neighbours_need_classes_in_common():
     neighbours = eval_set(["blue"])
+    check_in_common([eval_set(["red"]), eval_set(["blue"])], neighbours)
     with pytest.raises(DataError, match="no class in common"):
-        knn({"": eval_set(["red"])}, neighbours)
-    with pytest.raises(DataError, match=r"eval\.knn_shards has several captions"):
-        knn({"": neighbours}, eval_set(["red"], labels=None))
+        check_in_common([eval_set(["red"])], neighbours)
+    with pytest.raises(DataError, match=r"eval\.knn_shards has no class for each image"):
+        check_in_common([neighbours], eval_set(["red"], labels=None))
 
 
 def test_a_set_may_have_prompts_of_its_own():
@@ -130,8 +149,10 @@ def test_a_set_may_have_prompts_of_its_own():
 
     data = replace(eval_set(["red", "blue"], class_names=("red", "blue")), prompts=["a {c} wall", "{c} and {c}"])
     config = EvalConfig(templates="own", retrieval=False)
-    encoders = {"encode_image": encode_image, "encode_text": encode_text, "tokenize": tokenize_and_keep}
-    assert evaluate_clip(config, data, **encoders).metrics["zero_shot/top1"] == 1
+    encoders = {"encode_text": encode_text, "tokenize": tokenize_and_keep}
+    assert (
+        evaluate_clip(data, features(data.keys), encode_texts(config, data, **encoders)).metrics["zero_shot/top1"] == 1
+    )
     assert seen == ["a red wall", "red and red", "a blue wall", "blue and blue"]
     with pytest.raises(DataError, match=r"^eval\.templates=own, but a test set \(red, \.\.\.\) has no prompts: write "):
-        evaluate_clip(config, replace(data, prompts=[]), **encoders)
+        encode_texts(config, replace(data, prompts=[]), **encoders)

@@ -34,6 +34,7 @@ def test_against_a_loop(k, block, monkeypatch):
     features = centres[labels] + 1.5 * torch.randn(30, 6, generator=generator)
     neighbours = centres[neighbour_labels] + 1.5 * torch.randn(60, 6, generator=generator)
     arguments = (features, labels, neighbours, neighbour_labels)
+    monkeypatch.setattr(module, "GALLERY_BLOCK", block + 1)
     result = knn(*arguments, k=k)
     assert result["top1"] == pytest.approx(by_loop(*arguments, k, 1))
     assert result["top5"] == pytest.approx(by_loop(*arguments, k, 5))
@@ -52,7 +53,9 @@ def test_a_class_without_votes_is_never_right():
     assert result == {"top1": 0, "top5": 0, "chance_top1": 1 / 3}
 
 
-def test_equal_neighbours_count_in_order():
+@pytest.mark.parametrize("block", [3, 40])
+def test_equal_neighbours_count_in_order(block, monkeypatch):
+    monkeypatch.setattr(module, "GALLERY_BLOCK", block)
     features, neighbours = torch.ones(1, 2), torch.ones(40, 2)
     labels = torch.arange(40)
     for label, expected in [(0, 1), (4, 1), (5, 0)]:

@@ -23,6 +23,8 @@ from w2s.planning.cards import card
 from w2s.planning.hardware_file import lanes
 from w2s.planning.plan import find_plans
 
+EVALUATIONS = ("classes", "retrieval", "classes_336", "retrieval_336")
+
 
 @pytest.fixture(scope="module")
 def steps() -> dict[str, Config]:
@@ -31,7 +33,7 @@ def steps() -> dict[str, Config]:
 
 
 def test_the_steps_are_the_papers(steps: dict[str, Config]) -> None:
-    assert list(steps) == ["mim", "clip", "clip_336", "squash", "crop", "squash_336", "crop_336"]
+    assert list(steps) == ["mim", "clip", "clip_336", "classes", "retrieval", "classes_336", "retrieval_336"]
     samples = {name: steps[name].train.steps * steps[name].train.global_batch for name in ("mim", "clip", "clip_336")}
     assert samples == pytest.approx({"mim": 6e9, "clip": 6e9, "clip_336": 400e6}, rel=1e-4)
     mim, clip, larger = (steps[name] for name in samples)
@@ -42,9 +44,9 @@ def test_the_steps_are_the_papers(steps: dict[str, Config]) -> None:
     assert clip.data.phases[1].train == f"{clip.data.train}::shards/laion-coco/"
     assert larger.init.vision == larger.init.text and larger.init.vision.endswith("/clip")
     assert (larger.model.vision.image_size, larger.clip.patch_dropout, larger.data.phases) == (336, 0, [])
-    measured = {name: (config.init.checkpoint.rpartition("/")[2], config.eval.resize) for name, config in steps.items()}
+    measured = {name: (config.init.checkpoint.rpartition("/")[2], config.eval.suite) for name, config in steps.items()}
     assert list(measured.values())[3:] == [
-        (clip, resize) for clip in ("clip", "clip_336") for resize in ("squash", "crop")
+        (clip, suite) for clip in ("clip", "clip_336") for suite in ("clip27", "retrieval")
     ]
 
 
@@ -68,7 +70,9 @@ def test_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )  # in this process: sooner
     torch.save(released(named_model("tiny")), tmp_path / "teacher.pt")
     train = write_shapes(tmp_path / "train", shards=4, seed=0)
-    write_shapes(tmp_path / "test", shards=1, seed=1)
+    for name in ("wds_vtab-pets", "wds_mscoco_captions"):
+        write_shapes(tmp_path / "sets" / name / "test", shards=1, seed=1)
+    (tmp_path / "sets" / "wds_vtab-pets" / "zeroshot_classification_templates.txt").write_text("a {c}\n")
     report = run_pipeline(
         "eva_18b",
         [
@@ -78,8 +82,8 @@ def test_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "hardware=cpu",
             "model=tiny",
             "clip_336:model.vision.image_size=48",
-            "squash_336:model.vision.image_size=48",
-            "crop_336:model.vision.image_size=48",
+            "classes_336:model.vision.image_size=48",
+            "retrieval_336:model.vision.image_size=48",
             f"teacher.source=eva:tiny@{tmp_path / 'teacher.pt'}",
             "precision.compute=fp32",
             "teacher.precision=fp32",
@@ -88,24 +92,22 @@ def test_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             f"clip:data.phases=[{{samples: 8, patch_dropout: 0.5}}, {{patch_dropout: 0.0, train: {train}/000000.tar}}]",
             "data.lanes=1",
             "data.workers=0",
-            f"eval.sets={{shapes: {tmp_path / 'test'}}}",
-            "eval.templates=none",
             *(
                 f"{step}:{override}"
                 for step in ("mim", "clip", "clip_336")
                 for override in ("train.steps=2", "train.global_batch=8", "train.micro_batch=4", "optim.warmup=1")
             ),
-            *(f"{step}:eval.sets={{}}" for step in ("mim", "clip", "clip_336")),
+            *(f"{step}:eval.root={tmp_path / 'sets'}" for step in EVALUATIONS),
         ],
         ranks=1,
         fresh=False,
     )
     folder = report.parent
     results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/result.json")}
-    assert results.keys() == {"mim", "clip", "clip_336", "squash", "crop", "squash_336", "crop_336"}
-    for name in ("squash", "crop", "squash_336", "crop_336"):
-        measured = results[name]["metrics"].keys()
-        assert {"shapes/zero_shot/top1", "shapes/retrieval/text_to_image_recall_at_1"} <= measured
+    assert results.keys() == {"mim", "clip", "clip_336", *EVALUATIONS}
+    for name in EVALUATIONS:
+        wanted = "pets/zero_shot/top1" if "classes" in name else "coco/retrieval/text_to_image_recall_at_1"
+        assert wanted in results[name]["metrics"]
     parents = [read_meta(newest(folder / name)).parent or "" for name in ("clip", "clip_336")]
     assert "/mim/" in parents[0] and "/clip/" in parents[1]
     # Two steps at the text tower's small rate move it hardly at all.

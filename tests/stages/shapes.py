@@ -18,7 +18,7 @@ def write_shapes(folder: Path, shards: int, seed: int) -> Path:
     """Write shards that hold every name once: images in `png`, names in `txt`, class numbers in `cls`."""
     folder.mkdir(parents=True)
     (folder / "classnames.txt").write_text("\n".join(NAMES) + "\n")
-    for number, shard in enumerate(_shards(shards, seed)):
+    for number, shard in enumerate(draw_shapes(shards, seed)):
         with TarWriter(str(folder / f"{number:06d}.tar"), encoder=False, mtime=0) as writer:
             for place, (label, image) in enumerate(shard):
                 files = {"png": image, "txt": NAMES[label].encode(), "cls": str(label).encode()}
@@ -30,7 +30,7 @@ def write_clips(folder: Path, shards: int, seed: int, frames: int) -> Path:
     """Write shards as `write_shapes`, of clips: in each frame the shape is somewhere else, on another ground."""
     folder.mkdir(parents=True)
     (folder / "classnames.txt").write_text("\n".join(NAMES) + "\n")
-    parts = [list(_shards(shards, seed + frame)) for frame in range(frames)]
+    parts = [list(draw_shapes(shards, seed + frame)) for frame in range(frames)]
     for number in range(shards):
         pictures = [dict(part[number]) for part in parts]
         with TarWriter(str(folder / f"{number:06d}.tar"), encoder=False, mtime=0) as writer:
@@ -41,7 +41,8 @@ def write_clips(folder: Path, shards: int, seed: int, frames: int) -> Path:
     return folder
 
 
-def _shards(count: int, seed: int) -> Iterator[list[tuple[int, bytes]]]:
+def draw_shapes(count: int, seed: int) -> Iterator[list[tuple[int, bytes]]]:
+    """Every name once in each of `count` shards: its number and the image."""
     rng = random.Random(seed)
     for _ in range(count):
         labels = list(range(len(NAMES)))

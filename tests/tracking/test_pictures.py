@@ -8,11 +8,14 @@ from PIL import Image
 from w2s.errors import UserError
 from w2s.tracking.charts import curve_svg
 from w2s.tracking.pictures import (
+    CaptionsFound,
     ClassExamples,
+    ImagesFound,
     classes_picture,
     features_picture,
     masked_picture,
     principal_components,
+    retrieval_picture,
 )
 
 RED, BLUE = (220, 30, 30), (30, 30, 220)
@@ -83,6 +86,21 @@ def test_classes_picture_frames_right_and_wrong(tmp_path: Path) -> None:
     assert share(tmp_path / "c.png", RED) == pytest.approx(3 * share(tmp_path / "c.png", BLUE), rel=0.02)
     good, bad = share(tmp_path / "c.png", (21, 128, 61)), share(tmp_path / "c.png", (185, 28, 28))
     assert good > 2 * bad > 0
+
+
+def test_retrieval_picture_marks_what_is_right(tmp_path: Path) -> None:
+    red, blue = plain(1, RED), plain(1, BLUE)
+    by_text = [ImagesFound("a red square", torch.cat([red, blue, blue]), [True, False, False])]
+    for name, right in (("right", True), ("wrong", False)):
+        by_image = [CaptionsFound(blue[0], ["red " * 60], [right])]
+        retrieval_picture(tmp_path / f"{name}.png", by_text, by_image)
+    picture = tmp_path / "right.png"
+    assert share(picture, BLUE) == pytest.approx(3 * share(picture, RED), rel=0.02)
+    good, bad = (
+        [share(tmp_path / f"{name}.png", c) for name in ("right", "wrong")] for c in ((21, 128, 61), (185, 28, 28))
+    )
+    assert good[0] > good[1] > 0 and bad[1] > bad[0] > 0  # the caption has changed sides
+    assert bad[0] == pytest.approx(2 * good[1], rel=0.05)  # two frames and one
 
 
 def test_names_are_no_formulas(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from w2s.config.layout import (
     views_in_phases,
 )
 from w2s.config.linears import check_fp8_layout, check_linears
-from w2s.config.sections import ClipConfig, Config, HardwareConfig, InitConfig, MimConfig, OptimConfig
+from w2s.config.sections import ClipConfig, Config, EvalConfig, HardwareConfig, InitConfig, MimConfig, OptimConfig
+from w2s.config.suites import load_suite
 from w2s.errors import ConfigError
 
 _INTERVALS = {
@@ -156,8 +157,11 @@ def _check_training(config: Config, world_size: int) -> None:
         raise ConfigError("data.train is empty: give the training shards, such as data.train='shards/{0000..0099}.tar'")
     if config.checkpoint.memory and config.precision.fp8_primary_weights:
         raise ConfigError("checkpoint.memory=true with precision.fp8_primary_weights=true: leave one of them out")
-    if config.eval.sets:
-        raise ConfigError(f"eval.sets is for w2s stage eval: {config.stage} is measured on eval.shards alone")
+    for key, given in (("eval.sets", config.eval.sets), ("eval.suite", config.eval.suite)):
+        if given:
+            raise ConfigError(f"{key} is for w2s stage eval: {config.stage} is measured on eval.shards alone")
+    if len(config.eval.resizes) > 1:
+        raise ConfigError(f"eval.resize={config.eval.resize} is for w2s stage eval: use crop or squash")
     check_towers(config)
     check_micro_batches(config, world_size)
     check_lanes(config.data.lanes, config.train.global_batch, world_size, config.parallel)
@@ -264,7 +268,10 @@ def _check_graphs(config: Config) -> None:
 
 
 def _check_eval(config: Config) -> None:
-    if not config.eval.by_name:
+    _check_suite(config.eval)
+    if config.eval.linear_probe and not (config.eval.knn_shards or config.eval.suite):
+        raise ConfigError("eval.linear_probe=true has nothing to learn from: give labelled images in eval.knn_shards")
+    if not config.eval.by_name and not config.eval.suite:
         raise ConfigError("eval.shards is empty: give the test shards, such as eval.shards='test/{00..09}.tar'")
     if config.eval.sets and config.eval.shards:
         raise ConfigError(
@@ -272,6 +279,26 @@ def _check_eval(config: Config) -> None:
         )
     if config.init.checkpoint == "none":
         raise ConfigError("init.checkpoint=none leaves nothing to evaluate: give a clip run, or latest")
+
+
+def _check_suite(eval_config: EvalConfig) -> None:
+    """A suite is all that is measured, and says how."""
+    if not eval_config.suite:
+        if eval_config.root:
+            raise ConfigError(
+                f"eval.root={eval_config.root} does nothing without eval.suite: name one, or leave it out"
+            )
+        return
+    load_suite(eval_config.suite)
+    if not eval_config.root:
+        raise ConfigError(f"eval.suite={eval_config.suite}: give the folder of its sets in eval.root")
+    plain = EvalConfig()
+    for name in ("shards", "sets", "knn_shards", "templates", "resize", "retrieval", "equal_captions", "class_key"):
+        if getattr(eval_config, name) != getattr(plain, name):
+            raise ConfigError(
+                f"eval.{name}={getattr(eval_config, name)} does nothing with eval.suite={eval_config.suite}, which "
+                f"says what is measured and how: leave it at eval.{name}={getattr(plain, name)}"
+            )
 
 
 def _check_interval(config: Config, key: str, interval: str) -> None:

@@ -213,6 +213,14 @@ class EvalConfig:
     """Test shards with images and captions or class labels; empty turns evaluation off."""
     sets: dict[str, str] = field(default_factory=dict)
     """Several test sets for `w2s stage eval`, shards by name, in place of `shards`; metrics are called NAME/METRIC."""
+    suite: str = ""
+    """Test sets that are measured together, and the table that they fill, in place of `shards` and `sets`.
+
+    `clip27`, `imagenet_robust`, `retrieval` or `video` of configs/suite, or a path that ends in .yaml. Its file says
+    prompts, resizing and metrics.
+    """
+    root: str = ""
+    """Folder with the folders of a suite's sets, in the layout of CLIP_benchmark's webdatasets."""
     class_key: str = "cls"
     """Extension of the class number in a sample; `classnames.txt` beside the shards has a name a line."""
     templates: Literal["none", "simple", "openai", "own"] = "none"
@@ -220,16 +228,29 @@ class EvalConfig:
 
     `own` is the file zeroshot_classification_templates.txt beside classnames.txt: a prompt a line, {c} for the name.
     """
-    resize: Resize = "crop"
-    """Make a test image square by a centre `crop`, or `squash` the whole of it (the papers, for retrieval)."""
+    resize: Literal["crop", "squash", "better"] = "crop"
+    """Make a test image square by a centre `crop`, or `squash` the whole of it (the papers, for retrieval).
+
+    `better`, for `w2s stage eval`, measures both and takes the better for each test set (the papers, for classes).
+    """
     batch_size: int = 256
     """Images or texts of one forward pass."""
     retrieval: bool = True
     """Measure image-text retrieval (recall at 1, 5 and 10, both ways)."""
+    equal_captions: Literal["right", "wrong"] = "right"
+    """Whether an image is a right answer to a caption that equals one of its own; CLIP_benchmark says `wrong`."""
     knn_shards: str = ""
-    """Labelled shards that k-NN takes its neighbours from; empty leaves k-NN out."""
+    """Labelled shards that k-NN takes its neighbours from; empty leaves k-NN and the linear probe out.
+
+    The sets of a suite have their own, in `train/` beside `test/`.
+    """
     knn_k: int = 20
     """Neighbours that vote."""
+    linear_probe: bool = False
+    """Train a linear classifier on the features of those shards too, and measure it on the test sets.
+
+    In a suite it is what turns on k-NN, too.
+    """
     baselines: bool = True
     """Measure k-NN of a random student and of the teacher too."""
 
@@ -239,6 +260,11 @@ class EvalConfig:
                 re.fullmatch(r"[\w-]+", name, re.ASCII) is not None,
                 f"eval.sets: '{name}' is no name of a test set: use letters, digits, _ and -",
             )
+
+    @property
+    def resizes(self) -> tuple[Resize, ...]:
+        """How images are made square: in one way, or in all, of which the better counts."""
+        return ("crop", "squash") if self.resize == "better" else (self.resize,)
 
     @property
     def by_name(self) -> dict[str, str]:

@@ -32,9 +32,14 @@ class Item:
     caption: str | None
     """Several are on lines of their own."""
     label: str | None
-    """Name of its class."""
+    """Name of its class; several are on lines of their own."""
     row: int = 0
     """Its row in a parquet file."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of its classes."""
+        return [] if self.label is None else self.label.split("\n")
 
 
 def find_items(source: Path) -> list[Item]:

@@ -25,7 +25,7 @@ from w2s.data.reader import LaneStates, Part, ReadPlan
 from w2s.data.sample import SampleSpec
 from w2s.data.shards import without_secrets
 from w2s.data.sources import Phase, Source, find_sources, plan_phases
-from w2s.data.workers import end_reading, kill_readers, reader_pids, start_reading
+from w2s.data.workers import RESTARTS, end_reading, kill_readers, reader_pids, start_reading
 from w2s.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,6 @@ Position = dict[str, Any]
 
 _VERSION = 2
 """Of the order of samples: positions of another one mean other samples."""
-_RESTARTS = 3
-"""Times that the reading processes are started for one step."""
 _LONG = 1.0
 """Seconds of waiting for samples of which the log tells who is to blame."""
 
@@ -221,7 +219,7 @@ class Stream:
 
     def _read_step(self) -> list[Part]:
         """Read the parts of the next step, with new reading processes where one died."""
-        for _ in range(_RESTARTS):
+        for _ in range(RESTARTS):
             try:
                 return [self._next_part() for _ in range(max(1, self._workers))]
             except (RuntimeError, OSError, EOFError) as error:  # torch or a broken connection: a process was killed

@@ -4,24 +4,34 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from w2s.data.reader import Part, PartDataset, ReadPlan
 from w2s.errors import DataError
 from w2s.stopping import SIGNALS, end_with_parent, signals_blocked
 
+RESTARTS = 3
+"""Times that the reading processes are started for the same samples."""
+
+T = TypeVar("T")
+
 
 def start_reading(plan: ReadPlan, workers: int) -> Iterator[Part | DataError]:
-    """Return the parts of all steps; item `i` is from worker `i % workers`. 0 workers read in this process.
+    """Return the parts of all steps, as `start_workers` does."""
+    return start_workers(PartDataset(plan), workers)
+
+
+def start_workers(dataset: IterableDataset[T], workers: int) -> Iterator[T]:
+    """Return the items of a data set; item `i` is from worker `i % workers`. 0 workers read in this process.
 
     Workers are forked from a server process that has imported the reader and nothing else, so that they have no CUDA
     context, process groups, threads or torch function mode of the trainer. A signal that stops the trainer (Ctrl-C or
     SIGTERM to its whole process group) leaves them alone: the trainer finishes its step, saves and ends them itself.
     If it is killed, they end at once.
     """
-    dataset = PartDataset(plan)
     # The loader draws a seed that nothing here uses; its own generator keeps the trainer's untouched.
     generator = torch.Generator()
     if workers == 0:
@@ -43,13 +53,13 @@ def start_reading(plan: ReadPlan, workers: int) -> Iterator[Part | DataError]:
         return iter(loader)
 
 
-def reader_pids(parts: Iterator[Part | DataError]) -> list[int]:
-    """Return the ids of the processes of `start_reading`."""
+def reader_pids(parts: Iterator[Any]) -> list[int]:
+    """Return the ids of the processes of `start_workers`."""
     return [process.pid for process in getattr(parts, "_workers", ())]
 
 
-def end_reading(parts: Iterator[Part | DataError]) -> None:
-    """End the processes of `start_reading`; a stopped one would not hear that it is asked to."""
+def end_reading(parts: Iterator[Any]) -> None:
+    """End the processes of `start_workers`; a stopped one would not hear that it is asked to."""
     processes = list(getattr(parts, "_workers", ()))
     if processes:
         parts._shutdown_workers()  # type: ignore[attr-defined]
@@ -57,8 +67,8 @@ def end_reading(parts: Iterator[Part | DataError]) -> None:
         process.kill()
 
 
-def kill_readers(parts: Iterator[Part | DataError]) -> None:
-    """Kill the processes of `start_reading` of which one died: the others may wait for a lock that it held."""
+def kill_readers(parts: Iterator[Any]) -> None:
+    """Kill the processes of `start_workers` of which one died: the others may wait for a lock that it held."""
     for process in getattr(parts, "_workers", ()):
         process.kill()
 

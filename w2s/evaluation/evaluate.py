@@ -1,56 +1,83 @@
-"""The two evaluations that stages ask for: of a CLIP, and of a vision tower's features."""
+"""The evaluations that stages ask for: a CLIP's features by texts, and a vision tower's by those of labelled images."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from w2s.config.sections import EvalConfig
+from w2s.config.sections import EvalConfig, Resize
 from w2s.errors import DataError
+from w2s.evaluation.average_precision import mean_average_precision
 from w2s.evaluation.dataset import CLASS_NAMES, PROMPTS, EvalSet
-from w2s.evaluation.encode import Encoder, Tokenizer, encode_all, over_frames
+from w2s.evaluation.encode import Encoder, Rows, Tokenizer, encode_all
 from w2s.evaluation.knn import knn
-from w2s.evaluation.retrieval import retrieval, split_captions
+from w2s.evaluation.linear_probe import LinearProbe
+from w2s.evaluation.retrieval import Captions, Found, first_found, retrieval, split_captions
 from w2s.evaluation.zero_shot import TEMPLATES, Template, ZeroShotResult, class_embeddings, zero_shot
 
 
 @dataclass(frozen=True)
+class Texts:
+    """What a test set says in words, and its features."""
+
+    classes: Tensor | None
+    """Class vectors [C, d], normalised; None where the set has no classes."""
+    captions: Captions | None
+    """None where the set has no captions, or retrieval is not wanted."""
+    features: Tensor | None
+    """Those of the captions, [m, d]."""
+
+
+@dataclass(frozen=True)
 class ClipResult:
-    """Metrics of a CLIP and the details of its zero-shot classification."""
+    """Metrics of a CLIP and what pictures need."""
 
     metrics: dict[str, float]
     """By MLflow name (`zero_shot/top1`, `retrieval/image_to_text_recall_at_1`, ...), fractions of 1."""
     zero_shot: ZeroShotResult | None
-    """None where the test set has no classes."""
+    """None where an image of the test set has no class, or several."""
+    captions: Captions | None = None
+    """The captions that were retrieved."""
+    resize: Resize = "crop"
+    """How the images were made square."""
+    found: dict[str, list[Found]] = field(default_factory=dict)
+    """What some queries found first, `image_to_text` and `text_to_image`."""
 
 
-def evaluate_clip(
+@dataclass(frozen=True)
+class Gallery:
+    """A labelled set and its features, which other images are classified by."""
+
+    data: EvalSet
+    features: Tensor
+    """What neighbours are found by, [m, w]."""
+    probe: LinearProbe | None = None
+    """Trained on the set, if it is wanted."""
+
+
+def encode_texts(
     config: EvalConfig,
     data: EvalSet,
     *,
-    encode_image: Encoder,
     encode_text: Encoder,
     tokenize: Tokenizer,
     group: dist.ProcessGroup | None = None,
-) -> ClipResult:
-    """Zero-shot classification where the test set has classes, and retrieval where it has captions and is wanted.
+) -> Texts:
+    """Features of a test set's class names, and of its captions where retrieval is wanted.
 
     Args:
         config: prompts, batch size, and whether to measure retrieval.
         data: the test set, the same on every rank.
-        encode_image: uint8 images [b, 3, S, S] to features [b, d]; those of a clip are the mean of its frames'.
         encode_text: tokens [b, context] to features [b, d].
         tokenize: texts to tokens.
         group: ranks that share the work; None for this process alone.
     """
-    images = encode_all(over_frames(encode_image), data.images, config.batch_size, group)
-    metrics: dict[str, float] = {}
-    result = None
+    classes = captions = features = None
     if data.labels is not None:
-        vectors = class_embeddings(
+        classes = class_embeddings(
             data.class_names,
             templates=_templates(config, data),
             encode_text=encode_text,
@@ -58,14 +85,32 @@ def evaluate_clip(
             batch_size=config.batch_size,
             group=group,
         )
-        result = zero_shot(images, vectors, data.labels, data.class_names)
-        metrics |= under("zero_shot", result.metrics)
     if config.retrieval and data.captions:
-        texts, text_numbers, image_numbers = split_captions(data.captions)
-        features = encode_all(encode_text, tokenize(texts), config.batch_size, group)
-        recalls = retrieval(images, features, image_numbers, text_numbers)
-        metrics |= under("retrieval", recalls)
-    return ClipResult(metrics, result)
+        captions = split_captions(data.captions, equal_is_right=config.equal_captions == "right")
+        features = encode_all(encode_text, Rows(tokenize(captions.texts)), config.batch_size, group)
+    return Texts(classes, captions, features)
+
+
+def evaluate_clip(data: EvalSet, images: Tensor, texts: Texts, *, examples: int = 0) -> ClipResult:
+    """Zero-shot classification where the test set has classes, and retrieval where it has captions and is wanted.
+
+    Args:
+        data: the test set.
+        images: features of its images, [n, d].
+        texts: its words.
+        examples: queries each way whose first findings are kept.
+    """
+    metrics: dict[str, float] = {}
+    result, found = None, dict[str, list[Found]]()
+    if data.labels is not None and texts.classes is not None:
+        if data.labels.ndim == 1:
+            result = zero_shot(images, texts.classes, data.labels, data.class_names)
+        measured = result.metrics if result else mean_average_precision(images, texts.classes, data.labels)
+        metrics |= under("zero_shot", measured)
+    if texts.captions is not None and texts.features is not None:
+        metrics |= under("retrieval", retrieval(images, texts.features, texts.captions))
+        found = first_found(images, texts.features, texts.captions, examples)
+    return ClipResult(metrics, result, texts.captions, found=found)
 
 
 def under(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -79,53 +124,54 @@ def of_sets(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {metric: value for part in parts for metric, value in part.items()}
 
 
-def evaluate_knn(
-    config: EvalConfig,
-    tests: Mapping[str, EvalSet],
-    neighbours: EvalSet,
-    *,
-    encode: Encoder,
-    group: dist.ProcessGroup | None = None,
-) -> dict[str, dict[str, float]]:
-    """k-NN classification of test sets by labelled neighbours; classes are matched by their names.
-
-    Test images of classes that no neighbour has are left out; `coverage` is the fraction that remains. A set of which
-    nothing remains has a coverage of 0 and no other metric.
-
-    Args:
-        config: number of neighbours and batch size.
-        tests: test sets by name, the same on every rank.
-        neighbours: the labelled set that neighbours are taken from, the same on every rank.
-        encode: uint8 images [b, 3, S, S] to features [b, d]; those of a clip are the mean of its frames'.
-        group: ranks that share the work; None for this process alone.
-
-    Returns:
-        for every test set `top1`, `top5`, `chance_top1` and `coverage`, fractions of 1.
+def check_in_common(tests: Iterable[EvalSet], neighbours: EvalSet) -> None:
+    """Refuse labelled images by which no test set can be classified.
 
     Raises:
         DataError: the neighbours have no classes, or none in common with any test set.
     """
-    if neighbours.labels is None:
-        raise DataError("eval.knn_shards has several captions an image and no classes: k-NN needs class numbers")
-    matched = {name: _matched(data, neighbours) for name, data in tests.items()}
-    if all((labels < 0).all() for labels in matched.values()):
+    if neighbours.labels is None or neighbours.labels.ndim > 1:
+        raise DataError("eval.knn_shards has no class for each image, but several or captions: give class numbers")
+    if all((matched(data, neighbours) < 0).all() for data in tests):
         raise DataError("the test images and eval.knn_shards have no class in common: give the same class names")
-    encode = over_frames(encode)
-    gallery = encode_all(encode, neighbours.images, config.batch_size, group)
-    measured = {}
-    for name, labels in matched.items():
-        kept = labels >= 0
-        measured[name] = {"coverage": kept.double().mean().item()}
-        if kept.any():
-            features = encode_all(encode, tests[name].images[kept], config.batch_size, group)
-            measured[name] |= knn(features, labels[kept], gallery, neighbours.labels, k=config.knn_k)
+
+
+def evaluate_by_gallery(
+    data: EvalSet, gallery: Gallery, *, features: Tensor, probed: Tensor, k: int
+) -> dict[str, dict[str, float]]:
+    """k-NN classification and, if there is one, the linear probe; classes are matched by their names.
+
+    Test images of classes that the gallery lacks are left out; `coverage` is the fraction that remains. A set of which
+    nothing remains has a coverage of 0 and no other metric.
+
+    Args:
+        data: the test set.
+        gallery: the labelled set.
+        features: what neighbours are found by, [n, w].
+        probed: what the linear probe sees, [n, d].
+        k: neighbours that vote.
+
+    Returns:
+        for `knn` top1, top5, chance_top1 and coverage, for `linear_probe` also mean_per_class and the inverse of the
+        chosen regularisation; fractions of 1.
+    """
+    labels = matched(data, gallery.data)
+    kept = labels >= 0
+    coverage = {"coverage": kept.double().mean().item()}
+    measured = {"knn": coverage.copy()}
+    if gallery.probe:
+        measured["linear_probe"] = coverage.copy()
+    if kept.any() and gallery.data.labels is not None:
+        measured["knn"] |= knn(features[kept], labels[kept], gallery.features, gallery.data.labels, k=k)
+        if gallery.probe:
+            measured["linear_probe"] |= gallery.probe.metrics(probed[kept], labels[kept])
     return measured
 
 
-def _matched(data: EvalSet, neighbours: EvalSet) -> Tensor:
+def matched(data: EvalSet, neighbours: EvalSet) -> Tensor:
     """The class number that each test image has among the neighbours, int64 [n]; -1 where they lack its class."""
-    if data.labels is None or neighbours.labels is None:
-        return torch.full((len(data.images),), -1)
+    if data.labels is None or data.labels.ndim > 1 or neighbours.labels is None:
+        return torch.full((len(data),), -1)
     numbers = {neighbours.class_names[number]: number for number in neighbours.labels.unique().tolist()}
     return torch.tensor([numbers.get(data.class_names[number], -1) for number in data.labels.tolist()])
 

@@ -8,6 +8,8 @@ from w2s.evaluation.ranking import one_hot, rank_of_right
 
 BLOCK = 256
 """Images whose neighbours are looked up at a time."""
+GALLERY_BLOCK = 1 << 15
+"""Neighbours that are looked through at a time."""
 TEMPERATURE = 0.07
 
 
@@ -41,10 +43,24 @@ def knn(features: Tensor, labels: Tensor, neighbours: Tensor, neighbour_labels: 
 
 def _ranks(features: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, k: int, classes: int) -> Tensor:
     """Rank of the true class by votes, beyond every k where it has none."""
-    cosines = F.normalize(features.float(), dim=-1) @ gallery.T
-    nearest, index = cosines.sort(dim=1, descending=True, stable=True)
-    weights = (nearest[:, :k] / TEMPERATURE).exp()
-    votes = weights.new_zeros(len(features), classes).scatter_add(1, gallery_labels[index[:, :k]], weights)
+    nearest, index = _nearest(F.normalize(features.float(), dim=-1), gallery, k)
+    weights = (nearest / TEMPERATURE).exp()
+    votes = weights.new_zeros(len(features), classes).scatter_add(1, gallery_labels[index], weights)
     ranks = rank_of_right(votes, one_hot(labels, classes))
     voteless = votes.gather(1, labels[:, None])[:, 0] == 0
     return ranks.masked_fill(voteless, torch.iinfo(ranks.dtype).max)
+
+
+def _nearest(units: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and numbers of the k nearest of the gallery, [n, at most k] each; of equal ones the earlier first."""
+    cosines, numbers = (
+        units.new_empty(len(units), 0),
+        torch.empty(len(units), 0, dtype=torch.int64, device=units.device),
+    )
+    for first in range(0, len(gallery), GALLERY_BLOCK):
+        block = gallery[first : first + GALLERY_BLOCK]
+        seen = torch.arange(first, first + len(block), device=units.device).expand(len(units), -1)
+        # Those found before stand first, and the sort leaves equal ones in their order.
+        cosines, order = torch.cat([cosines, units @ block.T], 1).sort(dim=1, descending=True, stable=True)
+        cosines, numbers = cosines[:, :k], torch.cat([numbers, seen], 1).gather(1, order[:, :k])
+    return cosines, numbers

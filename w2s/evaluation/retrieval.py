@@ -1,5 +1,7 @@
 """Image-text retrieval: how often a right answer is among the first k, both ways."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,48 +11,64 @@ from w2s.evaluation.ranking import rank_of_right
 BLOCK = 256
 """Queries whose scores are in memory at a time."""
 RECALL_AT = (1, 5, 10)
+SHOWN = 5
+"""Findings that are kept of a query."""
 
 
-def split_captions(captions: list[str]) -> tuple[list[str], Tensor, Tensor]:
-    """All captions of a test set, and which of them belong to which image.
+@dataclass(frozen=True)
+class Captions:
+    """The captions of a test set, and which are right answers to which image: those that have a number in common."""
 
-    Equal captions get one number: an image that has a caption is a right answer to every equal one.
+    texts: list[str]
+    """The m captions, in order."""
+    text_numbers: Tensor
+    """int64 [m, 1]."""
+    image_numbers: Tensor
+    """int64 [n, most captions of an image], filled up with -1."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a query finds first."""
+
+    query: int
+    """Number of the image or the caption."""
+    hits: list[int]
+    """Numbers of the captions or the images, the nearest first."""
+    right: list[bool]
+    """Whether each of them is a right answer."""
+
+
+def split_captions(captions: list[str], *, equal_is_right: bool = True) -> Captions:
+    """Take the texts of a test set apart.
 
     Args:
         captions: a text an image, its captions on lines of their own.
-
-    Returns:
-        The m captions in order; their numbers, int64 [m, 1]; the numbers of each image's captions, int64 [n, most
-        captions of an image], filled up with -1.
+        equal_is_right: give equal captions one number, so that an image that has a caption is a right answer to every
+            equal one; else a caption is a right answer to its own image alone, as CLIP_benchmark counts.
     """
     lines = [[line.strip() for line in text.splitlines() if line.strip()] or [""] for text in captions]
     texts = [line for image in lines for line in image]
-    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    most = max(len(image) for image in lines)
-    owners = [[numbers[line] for line in image] + [-1] * (most - len(image)) for image in lines]
-    return texts, torch.tensor([[numbers[text]] for text in texts]), torch.tensor(owners)
+    by_text = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    numbers = [by_text[text] for text in texts] if equal_is_right else list(range(len(texts)))
+    most, of_caption = max(len(image) for image in lines), iter(numbers)
+    owners = [[next(of_caption) for _ in image] + [-1] * (most - len(image)) for image in lines]
+    return Captions(texts, torch.tensor(numbers)[:, None], torch.tensor(owners))
 
 
-def retrieval(
-    image_features: Tensor, text_features: Tensor, image_numbers: Tensor, text_numbers: Tensor
-) -> dict[str, float]:
+def retrieval(image_features: Tensor, text_features: Tensor, captions: Captions) -> dict[str, float]:
     """Recall at 1, 5 and 10 from image to text and from text to image, by cosine.
 
     Args:
         image_features: [n, d], not normalised.
         text_features: [m, d], not normalised.
-        image_numbers: caption numbers of the images, int64 [n, a] (see `split_captions`).
-        text_numbers: caption numbers of the texts, int64 [m, 1].
+        captions: of which these are the features.
 
     Returns:
         `image_to_text_recall_at_K`, `text_to_image_recall_at_K` and `mean_recall_at_K` of both ways, fractions of 1.
     """
-    images, texts = F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
-    image_numbers, text_numbers = image_numbers.to(images.device), text_numbers.to(images.device)
-    ranks = {
-        "image_to_text": _ranks(images, texts, image_numbers, text_numbers),
-        "text_to_image": _ranks(texts, images, text_numbers, image_numbers),
-    }
+    ways = _ways(image_features, text_features, captions)
+    ranks = {way: _ranks(*sides) for way, sides in ways.items()}
     found = {way: [(rank < k).double().mean().item() for k in RECALL_AT] for way, rank in ranks.items()}
     found["mean"] = [sum(both) / len(found) for both in zip(*found.values(), strict=True)]
     return {
@@ -58,6 +76,33 @@ def retrieval(
         for way, values in found.items()
         for k, value in zip(RECALL_AT, values, strict=True)
     }
+
+
+def first_found(
+    image_features: Tensor, text_features: Tensor, captions: Captions, count: int
+) -> dict[str, list[Found]]:
+    """What some queries find first, of `count` queries each way, evenly chosen; as `retrieval`."""
+    ways = _ways(image_features, text_features, captions) if count else {}
+    return {way: _first(*sides, count) for way, sides in ways.items()}
+
+
+def _ways(
+    image_features: Tensor, text_features: Tensor, captions: Captions
+) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Queries, gallery and their numbers, from images to texts and back."""
+    images, texts = F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
+    of_images, of_texts = captions.image_numbers.to(images.device), captions.text_numbers.to(images.device)
+    return {
+        "image_to_text": (images, texts, of_images, of_texts),
+        "text_to_image": (texts, images, of_texts, of_images),
+    }
+
+
+def _first(queries: Tensor, gallery: Tensor, query_numbers: Tensor, gallery_numbers: Tensor, count: int) -> list[Found]:
+    chosen = torch.linspace(0, len(queries) - 1, count, device=queries.device).long().unique()
+    hits = (queries[chosen] @ gallery.T).sort(dim=1, descending=True, stable=True).indices[:, :SHOWN]
+    right = _share(query_numbers[chosen], gallery_numbers).gather(1, hits)
+    return [Found(*each) for each in zip(chosen.tolist(), hits.tolist(), right.tolist(), strict=True)]
 
 
 def _ranks(queries: Tensor, gallery: Tensor, query_numbers: Tensor, gallery_numbers: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 from torch import Tensor
 
-from w2s.evaluation.encode import Encoder, Tokenizer, encode_all
+from w2s.evaluation.encode import Encoder, Rows, Tokenizer, encode_all
 from w2s.evaluation.ranking import one_hot, rank_of_right
 
 Template = Callable[[str], str]
@@ -74,7 +74,7 @@ def class_embeddings(
         float32 [C, d].
     """
     prompts = [template(name) for name in names for template in templates]
-    features = F.normalize(encode_all(encode_text, tokenize(prompts), batch_size, group).float(), dim=-1)
+    features = F.normalize(encode_all(encode_text, Rows(tokenize(prompts)), batch_size, group).float(), dim=-1)
     return F.normalize(features.unflatten(0, (len(names), -1)).mean(1), dim=-1)
 
 

@@ -113,7 +113,8 @@ def infer(tower: ShardedTower[Any], inputs: Sequence[Tensor], forward: Callable[
     if tower.parts[0].config.sequence_parallel:
         tensor = parallel_state.get_tensor_model_parallel_world_size()
         size = math.ceil(size / tensor) * tensor
-    padded = [torch.cat([whole, whole[-1:].expand(parts * size - count, *whole.shape[1:])]) for whole in inputs]
+    missing = parts * size - count
+    padded = [torch.cat([each, each[-1:].expand(missing, *each.shape[1:])]) if missing else each for each in inputs]
     micro_batches = list(zip(*(whole.split(size) for whole in padded), strict=True))
     with without_fp8(tower.parts):
         outputs = forward_only(tower, micro_batches, lambda chunk, micro: forward(chunk, *micro), size * tokens)

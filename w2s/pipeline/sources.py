@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from w2s.config.sections import Config
+from w2s.config.suites import load_suite
 from w2s.data.builtin.registry import ensure_builtin, without_left_out
 from w2s.data.shards import list_shards
 from w2s.data.sources import list_sources
+from w2s.evaluation.suite import find_sets
 
 
 def check_data(configs: Sequence[Config]) -> None:
@@ -30,5 +32,8 @@ def check_data(configs: Sequence[Config]) -> None:
 
 
 def _tests(config: Config) -> dict[str, str]:
-    sets = without_left_out(config.data, config.eval.sets)
+    if config.eval.suite:
+        sets = find_sets(config.eval.suite, load_suite(config.eval.suite), config.eval.root)
+    else:
+        sets = without_left_out(config.data, config.eval.sets)
     return replace(config.eval, sets=sets).by_key

@@ -48,6 +48,20 @@ class ImageTower(VisionTower):
         tokens = self.encode(images, kept=kept, branches=branches)
         return self.head(tokens[:, 0]) if self.last else tokens
 
+    def embed_and_pool(self, images: Tensor) -> Tensor:
+        """Embed images and average their patch tokens, in one pass.
+
+        Args:
+            images: [n, 3, side, side], normalised.
+
+        Returns:
+            float32 [n, embed_dim + width], the embedding first, in the last chunk; packed rows elsewhere.
+        """
+        tokens = self.encode(images)
+        if not self.last:
+            return tokens
+        return torch.cat([self.head(tokens[:, 0]).float(), tokens[:, 1:].float().mean(1)], dim=1)
+
 
 class TextTower(Tower):
     """CLIP's causal text transformer; it also keeps the scalars of the loss, which live where the features are made.

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from w2s.tracking.files import writing
 
 _DPI = 150
 _CELL = 1.35  # inches of one image
+_HEAD = 0.42  # of a heading
 _GREY = 168
 _INK, _FAINT, _GOOD, _BAD = "#1f2430", "#6b7280", "#15803d", "#b91c1c"
 _MOST_NUMBERS = 49  # patches of an image that still leave room for a number in each
@@ -41,6 +43,36 @@ class ClassExamples:
     accuracy: float
     images: Tensor
     predictions: Sequence[str]
+
+
+@dataclass(frozen=True)
+class ImagesFound:
+    """What a caption finds first.
+
+    Attributes:
+        caption: the query.
+        images: the hits, the nearest first: uint8 [k, 3, S, S].
+        right: whether each of them is a right answer.
+    """
+
+    caption: str
+    images: Tensor
+    right: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class CaptionsFound:
+    """What an image finds first.
+
+    Attributes:
+        image: the query, uint8 [3, S, S].
+        captions: the hits, the nearest first.
+        right: whether each of them is a right answer.
+    """
+
+    image: Tensor
+    captions: Sequence[str]
+    right: Sequence[bool]
 
 
 def masked_picture(path: Path, images: Tensor, masks: Tensor, cosines: Tensor, kind: str = "masked") -> None:
@@ -145,13 +177,13 @@ def classes_picture(path: Path, best: Sequence[ClassExamples], worst: Sequence[C
     across = min(max(1, 8 // cells), max(len(best), len(worst)))
     blocks = [("recognised best", best), ("recognised worst", worst)]
     heights = [-(-len(items) // across) for _, items in blocks]
-    row_inches, head_inches = _CELL + 0.85, 0.42
-    height = sum(heights) * row_inches + len(blocks) * head_inches
+    row_inches = _CELL + 0.85
+    height = sum(heights) * row_inches + len(blocks) * _HEAD
     figure = Figure(figsize=(across * (cells * _CELL + 0.3), height))
     top = height
     for (title, items), rows in zip(blocks, heights, strict=True):
         figure.text(0.012, (top - 0.28) / height, title, fontsize=12, weight="bold", color=_INK)
-        top -= head_inches
+        top -= _HEAD
         for index, item in enumerate(items):
             left = (index % across) * (cells * _CELL + 0.3) + 0.15
             _draw_class(figure, item, left, top - (index // across) * row_inches)
@@ -175,6 +207,54 @@ def _draw_class(figure: Figure, item: ClassExamples, left: float, top: float) ->
         axes.set_xlabel(name, fontsize=7.5, color=colour, labelpad=3, parse_math=False)
         for spine in axes.spines.values():
             spine.set(visible=True, color=colour, linewidth=1.2)
+
+
+def retrieval_picture(path: Path, by_text: Sequence[ImagesFound], by_image: Sequence[CaptionsFound]) -> None:
+    """Draws captions with the images that they find first, and images with their captions; right ones are green.
+
+    Args:
+        path: PNG to write.
+        by_text: captions, each with at least one image.
+        by_image: images, each with at least one caption.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    across = 2 + max(len(found.images) for found in by_text)
+    figure = Figure(figsize=(across * _CELL, (len(by_text) + len(by_image)) * _CELL + 2 * _HEAD))
+    top = figure.get_figheight()
+    for title, rows in (("text to image", by_text), ("image to text", by_image)):
+        _write(figure, 0.1, top - _HEAD / 2, title, fontsize=12, weight="bold")
+        top -= _HEAD
+        for found in rows:
+            if isinstance(found, ImagesFound):
+                _write(figure, 0.1, top - _CELL / 2, _lines(found.caption, room=34, most=5), fontsize=8.5)
+                for place, (image, right) in enumerate(zip(found.images, found.right, strict=True), start=2):
+                    _framed(figure, image, place * _CELL, top, _GOOD if right else _BAD)
+            else:
+                _framed(figure, found.image, _CELL / 2, top, _FAINT)
+                for line, (caption, right) in enumerate(zip(found.captions, found.right, strict=True)):
+                    height = top - (line + 0.5) * (_CELL - 0.1) / len(found.captions)
+                    shown = _lines(caption, room=12 * across, most=1)
+                    _write(figure, 2 * _CELL, height, shown, fontsize=8, color=_GOOD if right else _BAD)
+            top -= _CELL
+    _save(figure, path)
+
+
+def _write(figure: Figure, left: float, middle: float, text: str, **style: Any) -> None:
+    """Writes text that begins at `left` around the height `middle`, in inches from the lower left corner."""
+    width, height = figure.get_size_inches()
+    figure.text(left / width, middle / height, text, va="center", parse_math=False, **{"color": _INK} | style)
+
+
+def _framed(figure: Figure, image: Tensor, left: float, top: float, colour: str) -> None:
+    """Draws an image with a frame, its upper left corner at (left, top), in inches from the lower left corner."""
+    width, height = figure.get_size_inches()
+    side = _CELL - 0.1
+    axes = figure.add_axes((left / width, (top - side) / height, side / width, side / height))
+    _show(axes, _pixels(image))
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=colour, linewidth=2)
 
 
 def _grid_figure(rows: Sequence[str], columns: int, *, bar: bool = False) -> tuple[Figure, NDArray[np.object_]]:
@@ -264,7 +344,11 @@ def _side(patches: int) -> int:
 
 
 def _two_lines(text: str, room: int) -> str:
-    return "\n".join(textwrap.wrap(printable(text), room, max_lines=2, placeholder="…"))
+    return _lines(text, room, most=2)
+
+
+def _lines(text: str, room: int, most: int) -> str:
+    return "\n".join(textwrap.wrap(printable(text), room, max_lines=most, placeholder="…"))
 
 
 def _save(figure: Figure, path: Path) -> None:

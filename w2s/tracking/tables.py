@@ -14,6 +14,9 @@ from w2s.tracking.files import write_text
 
 Cell = str | int | float | None
 
+MOST_COLUMNS = 12
+"""A table of more is turned on a terminal: its columns become rows."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -31,6 +34,8 @@ class Table:
 
     def to_rich(self) -> rich.table.Table:
         """The table for a terminal."""
+        if len(self.columns) > MOST_COLUMNS:
+            return self._turned().to_rich()
         table = rich.table.Table(title=Text(shown(self.title)), title_justify="left", box=rich.box.SIMPLE_HEAD)
         for index, column in enumerate(self.columns):
             table.add_column(Text(shown(column)), justify="right" if self.is_number(index) else "left")
@@ -43,6 +48,10 @@ class Table:
         lines = [self.columns, [("---:" if self.is_number(n) else "---") for n in range(len(self.columns))], *self.rows]
         rows = ["| " + " | ".join(cell_text(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
         return "\n".join([f"**{self.title}**", "", *rows, ""])
+
+    def _turned(self) -> "Table":
+        first, *others = zip(self.columns, *self.rows, strict=True)
+        return Table(self.title, [cell_text(cell) for cell in first], others)
 
     def is_number(self, column: int) -> bool:
         """Whether a column holds numbers."""
