@@ -47,7 +47,6 @@ def _go_on(config: Config, before: Path | None, after: Path) -> list[float]:
                 stage.optimizer.zero_grad()
                 losses.append(means(ranks, stage.step(batches[number]))["loss"])
                 stage.optimizer.step(lr_factor(number, config.train.steps, config.optim))
-                stage.after_update()
             return losses
 
         if before is None:
