@@ -188,6 +188,7 @@ def _check_fully_sharded(config: Config, replicas: int) -> None:
         f"parallel.pipeline={parallel.pipeline}": parallel.pipeline > 1,
         "parallel.cuda_graphs=true": parallel.cuda_graphs,
         "precision.fp8_primary_weights=true": config.precision.fp8_primary_weights,
+        "clip.learn_logit_scale=false": config.stage == "clip" and not config.clip.learn_logit_scale,
         "parallel.overlap_grad_reduce=true (it always does)": parallel.overlap_grad_reduce,
         "parallel.overlap_param_gather=true (it always does)": parallel.overlap_param_gather,
     }

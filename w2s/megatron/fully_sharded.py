@@ -23,14 +23,14 @@ class Share:
     """Of the run in the flattened parameter."""
     weight: Tensor
     """In the type that the model computes in."""
-    master: Tensor | None
-    """In float32; None where the parameter is not trained."""
-    gradient: Tensor | None
-    """The reduced gradient."""
+    master: Tensor
+    """In float32."""
+    gradient: Tensor
+    """Reduced."""
 
 
 class FullySharded(FullyShardedDataParallel):
-    """A chunk of a model that Megatron's FSDP drives.
+    """A chunk of a model, all of whose parameters are trained, that Megatron's FSDP drives.
 
     Megatron has DTensors of the shares stand in for the chunk's parameters whenever no pass runs. Here the parameters
     stay what they are, whole in shape, with numbers during a pass alone; optimizer and checkpoints work on `shares`.
@@ -92,4 +92,4 @@ def _shares(group: Any) -> Iterator[tuple[nn.Parameter, Share]]:
     for number, parameter in enumerate(group.params):
         begin, _ = weights._get_item_slice_in_shard(number)
         buffers = weights, group.main_weight_buffer, group.main_grad_buffer
-        yield parameter, Share(begin, *(buffer and buffer.get_item(number, only_shard=True) for buffer in buffers))
+        yield parameter, Share(begin, *(buffer.get_item(number, only_shard=True) for buffer in buffers))

@@ -42,9 +42,7 @@ class FullyShardedOptimizer:
         self._clip_grad, self._guard, self._group = clip_grad, guard, group
         self.shares: dict[nn.Parameter, Share] = {p: share for chunk in chunks for p, share in chunk.shares.items()}
         self.masters = {
-            parameter: nn.Parameter(share.master)
-            for parameter, share in self.shares.items()
-            if share.master is not None and share.master.numel()
+            parameter: nn.Parameter(share.master) for parameter, share in self.shares.items() if share.master.numel()
         }
         for each in inner.param_groups:
             each["params"] = [self.masters[parameter] for parameter in each["params"] if parameter in self.masters]
@@ -61,8 +59,7 @@ class FullyShardedOptimizer:
     def step(self) -> tuple[bool, Tensor, None]:
         """Judge, clip and update; the next pass gathers the new weights. The second result is the gradient norm."""
         for parameter, master in self.masters.items():
-            gradient = self.shares[parameter].gradient
-            master.grad = None if gradient is None else gradient.float()
+            master.grad = self.shares[parameter].gradient.float()
         moving = [p.grad for each in self.param_groups if not each["frozen"] for p in each["params"]]
         norm = judge_and_clip(self.optimizer, moving, self._guard, self._clip_grad, self._group, self.loss)
         self.optimizer.step()

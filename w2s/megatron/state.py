@@ -238,16 +238,12 @@ def _own_shares(weights: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]
     """Describe of each weight what this rank's share of the optimizer's state has of it."""
     runs = optimizer.sharded.runs()
 
-    def dealt(part: Any) -> bool:
-        # Fully sharded, what is not trained is dealt out too.
-        return _is_shared(part) or (isinstance(part, ShardedTensor) and _is_plain(part) and part.data in runs)
-
     def share(part: ShardedTensor) -> list[ShardedTensor]:
         begin, run = runs.get(part.data, (0, torch.empty(0)))
         return sharded_boxes(part, part.key, run, begin)
 
     shares = {
-        chunk: {key: share(part) if dealt(part) else part for key, part in parts.items()}
+        chunk: {key: share(part) if _is_shared(part) else part for key, part in parts.items()}
         for chunk, parts in weights.items()
     }
     return {chunk: {key: part for key, part in parts.items() if part != []} for chunk, parts in shares.items()}
@@ -266,11 +262,7 @@ def _is_shared(part: Any) -> bool:
     What is not trained is nobody's, and weights in FP8 have scales for the whole.
     """
     trained = isinstance(part, ShardedTensor) and isinstance(part.data, nn.Parameter) and part.data.requires_grad
-    return trained and _is_plain(part)
-
-
-def _is_plain(part: ShardedTensor) -> bool:
-    return not is_float8tensor(part.data)
+    return trained and not is_float8tensor(part.data)
 
 
 def _known(weights: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -146,6 +146,8 @@ def _check_settings(config: Config, card: Card) -> None:
         raise UserError("hardware.device=cpu is not planned: leave it out, a plan is for GPUs")
     if config.parallel.cuda_graphs:
         raise UserError("parallel.cuda_graphs=true is not planned: leave it out")
+    if config.parallel.shard == "full":
+        raise UserError("parallel.shard=full is not planned: leave it out")
     if config.precision.compute != "bf16":
         raise UserError(f"precision.compute={config.precision.compute} is not planned: use precision.compute=bf16")
 
