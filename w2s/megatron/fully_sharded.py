@@ -11,8 +11,11 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
+
+from w2s.megatron.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,10 @@ class FullySharded(FullyShardedDataParallel):
     stay what they are, whole in shape, with numbers during a pass alone; optimizer and checkpoints work on `shares`.
     """
 
-    def __init__(self, part: MegatronModule, settings: DistributedDataParallelConfig) -> None:
-        super().__init__(part.config, settings, part, device=next(part.parameters()).device)
+    def __init__(self, part: Tower, settings: DistributedDataParallelConfig) -> None:
+        units, device = [TransformerLayer, *part.gathered_apart], next(part.parameters()).device
+        with _without_dtensors():
+            super().__init__(part.config, settings, part, fsdp_unit_modules=units, device=device)
         self.module._replace_param_with_raw_if_needed()
         self.module._replace_param_with_distributed_if_needed = _nothing
         self.module.attach_grad_to_optimizer_state = _nothing
@@ -83,6 +88,17 @@ class FullySharded(FullyShardedDataParallel):
 
 def _nothing() -> None:
     """Do nothing."""
+
+
+@contextmanager
+def _without_dtensors() -> Iterator[None]:
+    """Inside, no DTensors are made of shares: nobody needs them, ranks would compare each, and scalars are refused."""
+    genuine = param_and_grad_buffer.make_fsdp_dtensor
+    param_and_grad_buffer.make_fsdp_dtensor = lambda local_tensor, *unused, **unused_too: local_tensor
+    try:
+        yield
+    finally:
+        param_and_grad_buffer.make_fsdp_dtensor = genuine
 
 
 def _shares(group: Any) -> Iterator[tuple[nn.Parameter, Share]]:

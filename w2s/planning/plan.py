@@ -9,6 +9,7 @@ from w2s.config.layout import model_parallel_size
 from w2s.config.linears import check_useless_fp8
 from w2s.config.sections import Config
 from w2s.errors import UserError
+from w2s.planning import fully_sharded
 from w2s.planning.cards import Card
 from w2s.planning.duration import StepModel, StepTime
 from w2s.planning.flops import StageFlops, stage_flops
@@ -146,8 +147,6 @@ def _check_settings(config: Config, card: Card) -> None:
         raise UserError("hardware.device=cpu is not planned: leave it out, a plan is for GPUs")
     if config.parallel.cuda_graphs:
         raise UserError("parallel.cuda_graphs=true is not planned: leave it out")
-    if config.parallel.shard == "full":
-        raise UserError("parallel.shard=full is not planned: leave it out")
     if config.precision.compute != "bf16":
         raise UserError(f"precision.compute={config.precision.compute} is not planned: use precision.compute=bf16")
 
@@ -246,6 +245,9 @@ class _SplitStage:
         self.towers = planned_towers(split, **widths)
         parallel = split.parallel
         last, size = parallel.pipeline - 1, gpus // model_parallel_size(parallel)
+        if parallel.shard == "full":
+            self.states = {0: fully_sharded.rank_states(self.towers, split.precision, size)}
+            return
         self.states = {
             rank: rank_states(self.towers, parallel, split.precision, data_size=size, data_rank=0, stage=rank)
             for rank in sorted({0, min(1, last), last})
