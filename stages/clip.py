@@ -67,7 +67,9 @@ class ContrastiveStage:
             data_parallel(tower, config.parallel, config.precision) for tower in build_clip(config, dtype, ranks.device)
         )
         self.towers: Towers = {"vision": self.vision, "text": self.text}
-        self.optimizer = Optimizer(self.towers, config.optim, dtype, config.init.scratch)
+        # As baaivision/EVA, shinji/training/train.py.
+        bounds = {"logit_scale": (0.0, math.log(config.clip.logit_scale_max))}
+        self.optimizer = Optimizer(self.towers, config.optim, dtype, config.init.scratch, bounds)
         self.probe = ClipProbe(config, ranks)
         self.distillation = Distillation(config, config.taught_by, ranks) if config.taught_by else None
         self.teacher = self.distillation.teacher if self.distillation else None
@@ -83,10 +85,7 @@ class ContrastiveStage:
         whole = gather_batch(taught.to(self.ranks.device), self.ranks.model_group)
         micro_batches = whole.split(self.config.train.micro_batch)
         direct = len(micro_batches) == 1 and self.config.parallel.pipeline == 1 and self.config.clip.two_pass == "auto"
-        losses = self._one_pass(whole) if direct else self._two_passes(whole, micro_batches)
-        if self.text.tail is None:
-            return {}
-        return {**losses, "logit_scale": self.text.tail.logit_scale.exp()}
+        return self._one_pass(whole) if direct else self._two_passes(whole, micro_batches)
 
     def _loss(self, images: Tensor, texts: Tensor, scalars: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Reported]:
         """The loss of the features of a whole batch, over the data-parallel ranks: contrastive, and distillation's."""
@@ -96,7 +95,7 @@ class ContrastiveStage:
         loss = sigmoid_loss if clip.loss == "sigmoid" else contrastive_loss
         scale = logit_scale.exp()
         value = loss(*units, scale, *bias, group=self.ranks.data_group, labels=labels, tile=clip.tile)
-        reported = {"loss": value.detach()}
+        reported = {"loss": value.detach(), "logit_scale": scale.detach()}
         if self.distillation is not None and self.distillation.on:
             distance = self.distillation.loss(*units, scale, batch, self.ranks.data_group)
             value = value + self.distillation.weight * distance
@@ -179,12 +178,6 @@ class ContrastiveStage:
         if self.text.tail is not None and self.config.clip.logit_scale is not None:
             self.text.tail.logit_scale.data.fill_(math.log(self.config.clip.logit_scale))
         return handover
-
-    @torch.no_grad()
-    def after_update(self) -> None:
-        """Keep the logit scale between 1 and its maximum (baaivision/EVA, shinji/training/train.py)."""
-        if self.text.tail is not None:
-            self.text.tail.logit_scale.clamp_(0, math.log(self.config.clip.logit_scale_max))
 
     def extra_state(self) -> dict[str, Tensor]:
         """Whether the teacher has been passed, if there is one."""

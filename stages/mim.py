@@ -173,9 +173,6 @@ class MaskedStage:
         """Take over the vision tower that `init.vision` names."""
         return take_over(self.towers, self.config)
 
-    def after_update(self) -> None:
-        """Nothing follows an update here."""
-
     def extra_state(self) -> dict[str, Tensor]:
         """The statistics of the targets."""
         return self.target_norm.state_dict() | self.layer_norms.state_dict(prefix="layers.")

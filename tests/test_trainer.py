@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.megatron.spawn import make_student
 from tests.processes import running_after
+from tests.stages.runs import after_each_update
 from tests.stages.shapes import write_shapes
 from w2s.checkpoint import store
 from w2s.checkpoint.handover import Handover
@@ -40,6 +41,8 @@ class Counting:
         self.ranks = ranks
         self.towers: Towers = {"vision": make_student()}
         self.optimizer = Optimizer(self.towers, config.optim, torch.float32)
+        self.after_update = self.count_update
+        after_each_update(self.optimizer, lambda: self.after_update())
         self.spec = SampleSpec(image_size=8, grid=1)
         self.seen = 0
         self.indices: list[int] = []
@@ -61,7 +64,7 @@ class Counting:
         # By the data that were seen, as it is for a bad sample: to go back and on brings others.
         return {"loss": torch.tensor(float("nan") if max(self.indices) in self.wrong else float(self.seen))}
 
-    def after_update(self) -> None:
+    def count_update(self) -> None:
         self.calls.append("update")
         if self.calls.count("update") == self.stop_at:
             signal.raise_signal(signal.SIGTERM)
@@ -179,6 +182,25 @@ def test_a_fault_that_has_passed_costs_nothing(
     out = " ".join(capsys.readouterr().out.split())
     assert "step 2 was skipped; repeated, it is not reproducible" in out and "the step is taken again" in out
     assert read_history(tmp_path / "run-True")[2]["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [((4,), "step 5, it is not reproducible"), ((4, 6), "step 5, it is reproducible, and there is no other")],
+)
+def test_a_step_that_was_skipped_between_two_lines_is_repeated_at_the_next(
+    alone: Ranks, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: tuple[int], says: str
+) -> None:
+    """The sixth call is the repetition. The weights have moved on: the step is not taken again."""
+    config = load("mim", options)
+    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    stage.passing = bad
+    trainer.train()
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"step 4 was skipped; repeated at {says}" in out and "taken again" not in out
+    assert stage.indices == [*range(20), *range(12, 16), *range(20, 28)]
+    skipped = [(line["step"], line.get("skipped_steps")) for line in read_history(tmp_path / "run") if line["step"]]
+    assert skipped == [(3, None), (5, 1), (6, 1), (7, 1)]
 
 
 def test_a_step_that_is_bad_again_is_counted_once(alone: Ranks, options: list[str], tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.replicas import mend
+from w2s.megatron.sharded import whole
 from w2s.megatron.watch import Float8Watch, float8_metrics
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
@@ -69,9 +70,6 @@ class Stage(Protocol):
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Accumulate the gradients of a global batch, of which this rank read a share; return what to log."""
-
-    def after_update(self) -> None:
-        """Do what follows an update of the weights."""
 
     def evaluate(self) -> dict[str, float]:
         """Measure on the test set; the same on every rank."""
@@ -185,7 +183,8 @@ class Trainer:
             check_shapes(self.stage.towers, other)
             meta = self._take_up(other)
             return meta.step, str(other), None, dict(meta.data)
-        handover = self.stage.begin()
+        with whole(self.stage.towers.values()):
+            handover = self.stage.begin()
         if handover is None:
             return 0, None, None, None
         self.stage.optimizer.reload_weights()
@@ -212,6 +211,7 @@ class Trainer:
             W2SError: steps are skipped again and again.
         """
         train, keep = self.config.train, self.config.checkpoint
+        unlogged: list[Batch] = []
         meter = StepMeter(self.ranks.device)
         if self.handover is not None:
             self.tracker.table("handover", ["", "tensors", "names"], self.handover.rows(), self.handover.title)
@@ -229,9 +229,10 @@ class Trainer:
                 with self.watch.looking() if logs else nullcontext():
                     batch, metrics = self._step()
                 meter.update(train.global_batch, self.stream.wait_seconds)
+                unlogged.append(batch)
                 if logs:
-                    if self._skipped_in_a_row:
-                        metrics = self._repeat(batch, before) or metrics
+                    metrics = self._repeat(unlogged, before) or metrics
+                    unlogged.clear()
                     self._log(metrics, meter.read())
                     # A run ends with a good step only.
                     skipped, most = self._skipped_in_a_row, train.bad_steps if self.step < train.steps else 1
@@ -274,14 +275,28 @@ class Trainer:
     def _lr_factor(self) -> float:
         return lr_factor(self.step, self.config.train.steps, self.config.optim)
 
-    def _repeat(self, batch: Batch, before: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """Say whose fault it is that the last step was skipped; where the fault has passed, take the step after all."""
-        self.pulse.at("repeating a bad step", self.step, long=True)
-        verdict = explain(self.stage, batch, self.ranks)
-        again = "; the step is taken again" if verdict.passing else ""
-        self.tracker.message(f"warning: step {self.step} was skipped; repeated, it is {verdict.words}{again}")
-        if not verdict.passing:
+    def _repeat(self, batches: Sequence[Batch], before: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Say whose fault it is that one of the last steps was skipped, if one was.
+
+        Where it was the last step and the fault has passed, the step is taken after all.
+
+        Args:
+            batches: of the steps since the last that was logged.
+            before: the stage's state before the last of them.
+        """
+        since = int(self.stage.optimizer.guard.since)
+        # Fully sharded, no rank has gradients of its own to compare.
+        if since >= len(batches) or self.config.parallel.shard == "full":
             return None
+        self.pulse.at("repeating a bad step", self.step, long=True)
+        verdict = explain(self.stage, batches[-1 - since], self.ranks)
+        again = verdict.passing and not since
+        when = f" at step {self.step}" if since else ""
+        words = f"{verdict.words}{'; the step is taken again' if again else ''}"
+        self.tracker.message(f"warning: step {self.step - since} was skipped; repeated{when}, it is {words}")
+        return self._take_again(batches[-1], before) if again else None
+
+    def _take_again(self, batch: Batch, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self.step -= 1
         self.stage.load_extra_state(before)
         self.stage.optimizer.forget_skipped()
@@ -456,7 +471,6 @@ def train_step(stage: Stage, batch: Batch, factor: float) -> dict[str, Tensor]:
     stage.optimizer.zero_grad()
     metrics = stage.step(batch)
     grad_norm = stage.optimizer.step(factor, metrics.get("loss"))
-    stage.after_update()
     return {**metrics, "grad_norm": grad_norm, "lr": torch.tensor(stage.optimizer.highest_lr)}
 
 

@@ -152,3 +152,24 @@ def test_a_named_micro_batch_passes() -> None:
 def test_overlapped_gathering_needs_overlapped_reduction() -> None:
     message = refusal("mim", 2, "parallel.overlap_param_gather=true", "train.micro_batch=32")
     assert message.endswith("needs parallel.overlap_grad_reduce=true: set both")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "reason"),
+    [
+        (1, [], "one data-parallel rank"),
+        (4, ["parallel.tensor=2"], "parallel.tensor=2"),
+        (4, ["parallel.pipeline=2", "train.micro_batch=16"], "parallel.pipeline=2"),
+        (2, ["parallel.overlap_grad_reduce=true"], r"parallel.overlap_grad_reduce=true (it always does)"),
+    ],
+)
+def test_full_sharding_is_for_data_parallel_ranks(ranks: int, options: list[str], reason: str) -> None:
+    assert accepts("mim", 2, *BIG, "parallel.shard=full")
+    refused = refusal("mim", ranks, *BIG, "parallel.shard=full", *options)
+    assert refused == f"parallel.shard=full is not for {reason}: leave one of the two out"
+
+
+def test_full_sharding_trains_every_weight() -> None:
+    options = [*BIG[:-1], "init.vision=none", "parallel.shard=full"]
+    assert accepts("clip", 2, *options)
+    assert "clip.learn_logit_scale=false" in refusal("clip", 2, *options, "clip.learn_logit_scale=false")

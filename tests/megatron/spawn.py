@@ -28,15 +28,18 @@ def _call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return fn(ranks, *args)
 
 
-def make_student(dtype: torch.dtype = torch.float32) -> ShardedTower[MaskedStudent]:
+def make_student(
+    parallel: ParallelConfig | None = None, dtype: torch.dtype = torch.float32
+) -> ShardedTower[MaskedStudent]:
     """A student on one model-parallel rank, ready to be trained."""
+    layout = parallel or ParallelConfig()
 
     def chunk(number: int) -> MaskedStudent:
-        student = MaskedStudent(SHAPE, TARGET_WIDTH, ParallelConfig(), dtype, number)
+        student = MaskedStudent(SHAPE, TARGET_WIDTH, layout, dtype, number)
         fill(student, vision_rule(SHAPE, post_norm=0.5), seed=1)
         return student
 
-    return data_parallel(shard(chunk, ParallelConfig(), torch.device("cpu")), ParallelConfig(), PrecisionConfig())
+    return data_parallel(shard(chunk, layout, torch.device("cpu")), layout, PrecisionConfig())
 
 
 def make_batch(ranks: Ranks, images: int = 8) -> dict[str, torch.Tensor]:

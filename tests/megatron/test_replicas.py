@@ -18,7 +18,7 @@ def _flip(weight: Tensor, bit: int) -> None:
 
 def _one_bit(ranks: Ranks, dtype: torch.dtype, bit: int) -> tuple[list[Odd], bool, list[Odd]]:
     """What is found of a flipped bit on rank 1, whether all weights are as before, and what is found then."""
-    towers = {"vision": make_student(dtype)}
+    towers = {"vision": make_student(dtype=dtype)}
     weights = dict(towers["vision"].parts[0].named_parameters())
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     assert mend(towers, ranks.data_group) == []

@@ -28,7 +28,7 @@ class Run:
 
     def __init__(self, ranks: Ranks, optim: OptimConfig, dtype: torch.dtype = torch.float32) -> None:
         self.ranks = ranks
-        self.student = make_student(dtype)
+        self.student = make_student(dtype=dtype)
         (self.tower,) = self.student.parts
         self.optimizer = Optimizer({"vision": self.student}, optim, dtype)
         self.batch = make_batch(ranks)

@@ -65,6 +65,13 @@ def allocated(stage: MaskedStage | ContrastiveStage, config: Config, ranks: Rank
     """Bytes of weights, gradients and optimizer (moments and master copies) that Megatron holds on this rank."""
     optimizer = stage.optimizer
     optimizer.prepare_to_load()
+    if config.parallel.shard == "full":
+        groups = [group for chunk in optimizer.chunks for group in chunk.param_and_grad_buffer.parameter_groups]
+        return (
+            size_of([group.model_weight_buffer.data for group in groups]),
+            size_of([group.main_grad_buffer.data for group in groups]),
+            3 * size_of([group.main_weight_buffer.data for group in groups]),  # two moments beside
+        )
     buffers = [buffer for chunk in optimizer.chunks for buffer in chunk.buffers]
     masters = [part for group in optimizer.sharded.shard_fp32_from_float16_groups for part in group]
     moments = [

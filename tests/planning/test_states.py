@@ -1,14 +1,17 @@
 """Bytes of weights, gradients and optimizer states against what Megatron allocates, to the byte."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.planning.measured import SMALL, allocated, on_ranks
+from tests.planning.measured import SMALL, Place, allocated, on_ranks
 from tests.stages.shapes import write_shapes
 from w2s.config.load import load
-from w2s.planning.states import rank_states
-from w2s.planning.towers import planned_towers
+from w2s.config.sections import Config
+from w2s.planning import fully_sharded
+from w2s.planning.states import States, rank_states
+from w2s.planning.towers import PlannedTower, planned_towers
 
 TARGET_WIDTH = 1280
 """Channels of the teacher, EfficientNet-Lite0."""
@@ -17,12 +20,15 @@ DEEP = ["model.vision.layers=5", "model.text.layers=6", "train.global_batch=12",
 PRE_NORM = ["model.vision.norm_placement=pre", "model.vision.norm=layernorm", "model.vision.qkv_bias=true"]
 BF16 = ["precision.compute=bf16"]
 WIDE = ["model.vision.layers=2", "model.vision.width=64", "model.vision.mlp_width=160000"]
+FULLY = "parallel.shard=full"
 BUCKETS = [*BF16, "parallel.overlap_grad_reduce=true", *WIDE]
 """Two layers of 20 million weights: a bucket ends where there are 40 million, before the embedding."""
 TWO = {
     "data": [],
     "data, bf16": BF16,
     "data, bf16 gradients": [*BF16, "precision.gradients=bf16"],
+    "fully sharded": [FULLY],
+    "fully sharded, bf16": [*BF16, FULLY, "precision.gradients=bf16"],
     "tensor": [*BF16, *PRE_NORM, "parallel.tensor=2"],
     "tensor, sequence": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch=4"],
     "pipeline": [*PRE_NORM, "parallel.pipeline=2", "parallel.vision_split=[1,4]"],
@@ -34,7 +40,7 @@ LAYERS = [
     "mim.layers=[{student: 0, teacher: 3}, {student: 1, teacher: 1}, {student: 4, teacher: 5}]",
     "teacher.source=timm:test_vit", "parallel.pipeline=2", "parallel.vision_split=[2,3]", *BF16,
 ]  # fmt: skip
-THREE = {"data": BF16, "pipeline": ["parallel.pipeline=3"]}
+THREE = {"data": BF16, "fully sharded": [*BF16, FULLY], "pipeline": ["parallel.pipeline=3"]}
 """Three ranks make buckets end at a multiple of 384."""
 SUMMARY = {
     "summary": [*BF16, "mim.summary_weight=1", "model.vision.qkv_bias=true"],
@@ -42,6 +48,19 @@ SUMMARY = {
     "summary and layers": [*LAYERS, "mim.summary_weight=1"],
 }  # fmt: skip
 SIGMOID = ["clip.loss=sigmoid", "clip.learn_logit_scale=false", "clip.logit_scale=10"]
+
+
+def _planned(config: Config, towers: Sequence[PlannedTower], place: Place) -> States:
+    if config.parallel.shard == "full":
+        return fully_sharded.rank_states(towers, config.precision, place.data_size)
+    return rank_states(
+        towers,
+        config.parallel,
+        config.precision,
+        data_size=place.data_size,
+        data_rank=place.data_rank,
+        stage=place.stage,
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,12 +84,5 @@ def test_states_are_megatrons_to_the_byte(
         width, layer_width = VIT_WIDTHS if config.mim.layers else (TARGET_WIDTH, 0)
         towers = planned_towers(config, width, layer_width, config.mim.summary_width(width, width))
         for place, found in ranks:
-            planned = rank_states(
-                towers,
-                config.parallel,
-                config.precision,
-                data_size=place.data_size,
-                data_rank=place.data_rank,
-                stage=place.stage,
-            )
+            planned = _planned(config, towers, place)
             assert (planned.weights, planned.gradients, planned.optimizer) == found, (name, place)

@@ -16,8 +16,10 @@ from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.stream import Stream
 from w2s.megatron import groups
+from w2s.megatron.fully_sharded import Share
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import global_name
+from w2s.megatron.sharded import whole
 from w2s.optim.schedule import lr_factor
 
 STAGES = {"mim": MaskedStage, "clip": ContrastiveStage}
@@ -76,20 +78,30 @@ def _steps(config: Config, ranks: Ranks, steps: int) -> dict[str, Any]:
         if step == 0:
             gradients = _gradients(stage, ranks)
         stage.optimizer.step(lr_factor(step, config.train.steps, config.optim))
-        stage.after_update()
     stage.optimizer.gather_weights()
-    weights = _pieces(stage, lambda parameter: parameter.detach().clone())
+    with whole(stage.towers.values()):
+        weights = _pieces(stage, lambda parameter: parameter.detach().clone())
     return {"logs": logs, "gradients": gradients, "weights": weights}
 
 
 def _gradients(stage: Any, ranks: Ranks) -> Pieces:
     """Every data-parallel rank has reduced its slices of the buffers alone: join them first."""
+    if ranks.data_size > 1 and stage.config.parallel.shard == "full":
+        shares = {p: share for tower in stage.towers.values() for c in tower.chunks for p, share in c.shares.items()}
+        return _pieces(stage, lambda parameter: _joined(parameter, shares[parameter], ranks))
     for tower in stage.towers.values():
         for buffer in (buffer for chunk in tower.chunks for buffer in chunk.buffers):
             for bucket in buffer.buckets:
                 own = bucket.grad_data.chunk(ranks.data_size)[ranks.data_rank].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, own, group=ranks.data_group)
     return _pieces(stage, lambda parameter: parameter.main_grad.clone())
+
+
+def _joined(parameter: Tensor, share: Share, ranks: Ranks) -> Tensor:
+    own = torch.zeros(parameter.shape).flatten()
+    own[share.begin :][: share.gradient.numel()] = share.gradient
+    dist.all_reduce(own, group=ranks.data_group)
+    return own.view(parameter.shape)
 
 
 def _pieces(stage: Any, take: Any) -> Pieces:

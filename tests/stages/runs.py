@@ -7,13 +7,18 @@ import signal
 import subprocess
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
+from torch import Tensor
 
 from w2s.config.load import load
 from w2s.config.naming import run_folder
 from w2s.config.sections import Config
+from w2s.megatron.optimizer import Optimizer
 
 DEADLINE = 120.0
 """Seconds after which a command that did not come as far as it should is a failure."""
@@ -73,3 +78,24 @@ def interrupt(command: subprocess.Popen[str], number: signal.Signals, run: Path,
     command.send_signal(number)
     error = command.communicate(timeout=DEADLINE)[1]
     return command.returncode, error
+
+
+def after_each_update(optimizer: Optimizer | type[Optimizer], call: Callable[[], None]) -> None:
+    """Call after every update of an optimizer, or of all of them."""
+    genuine = optimizer.step
+
+    def step(*arguments: Any) -> Tensor:
+        norm = genuine(*arguments)
+        call()
+        return norm
+
+    optimizer.step = step  # type: ignore[method-assign]
+
+
+@contextmanager
+def killed_at_each_update(number: signal.Signals = signal.SIGTERM) -> Iterator[None]:
+    """Inside, this process sends itself a signal after every update."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimizer, "step", Optimizer.step)  # what comes back at the end
+        after_each_update(Optimizer, lambda: os.kill(os.getpid(), number))
+        yield

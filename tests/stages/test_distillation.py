@@ -15,6 +15,7 @@ from stages.clip import ContrastiveStage, read, see
 from tests.objectives.pairs import softmax_definition
 from tests.objectives.test_distillation import definition
 from tests.stages.runs import QUIET, history, records, run_stage
+from w2s import trainer
 from w2s.config.checks import check
 from w2s.config.load import load
 from w2s.data.batch import given
@@ -111,17 +112,17 @@ def test_the_weight_goes_down_to_zero_over_the_first_steps(alone: Ranks, options
 
 def stopped_after(step: int, patch: pytest.MonkeyPatch, options: list[str]) -> None:
     """Run up to a step, after which the run is told to stop."""
-    update = ContrastiveStage.after_update
+    genuine = trainer.train_step
 
-    def after_update(stage: ContrastiveStage) -> None:
-        update(stage)
+    def train_step(stage: ContrastiveStage, *arguments: Any) -> dict[str, Tensor]:
+        metrics = genuine(stage, *arguments)
         if stage.distillation is not None and stage.distillation.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        return metrics
 
-    with patch.context() as during:
-        during.setattr(ContrastiveStage, "after_update", after_update)
-        with pytest.raises(StopRun):
-            run_stage("clip", options)
+    with patch.context() as during, pytest.raises(StopRun):
+        during.setattr(trainer, "train_step", train_step)
+        run_stage("clip", options)
 
 
 @pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])

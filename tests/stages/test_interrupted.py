@@ -1,6 +1,5 @@
 """A run that is killed, stopped or fails, and the same command again."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,16 @@ from mlflow import MlflowClient
 
 from stages.mim import MaskedStage
 from tests.stages.conftest import Run
-from tests.stages.runs import QUIET, history, interrupt, records, result, run_stage, start_command
+from tests.stages.runs import (
+    QUIET,
+    history,
+    interrupt,
+    killed_at_each_update,
+    records,
+    result,
+    run_stage,
+    start_command,
+)
 from w2s.checkpoint import store
 from w2s.errors import StopRun, UserError
 
@@ -85,15 +93,13 @@ def test_interrupted_runs_give_the_numbers_of_one_that_was_not(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_between_checkpoints_saves_at_the_step(
-    number: signal.Signals, base: list[str], root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, base: list[str], root: Path, client: MlflowClient
 ) -> None:
     name = f"stopped-{number.name}"
     options = [*base, "eval.shards=", "eval.knn_shards=", f"run.name={name}", "checkpoint.every=100"]
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(MaskedStage, "after_update", lambda self: os.kill(os.getpid(), number))
-        with pytest.raises(StopRun) as caught:
-            run_stage("mim", options)
+    with killed_at_each_update(number), pytest.raises(StopRun) as caught:
+        run_stage("mim", options)
     assert caught.value.exit_code == 128 + number
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert store.latest(root / name) == root / name / "checkpoints" / "step-00000001"

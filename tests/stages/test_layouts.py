@@ -18,6 +18,7 @@ RELATIVE = 1e-5
 some hundred rows in another order differ by a few of these a layer, and five steps pass them on."""
 
 TENSOR, SEQUENCE, PIPELINE = "parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"
+FULLY = "parallel.shard=full"
 DROP_PATH = "model.vision.drop_path=0.4"
 VIRTUAL = "parallel.virtual_pipeline=2"
 SPLITS = ["parallel.vision_split=[1,3]", "parallel.text_split=[3,1]"]
@@ -33,6 +34,8 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
     2: {
         "data": ["train.micro_batch=8"],
         "data, overlapped": ["train.micro_batch=4", *OVERLAP],
+        "fully sharded": [FULLY, "train.micro_batch=4"],
+        "fully sharded, recomputed": [FULLY, "train.micro_batch=8", "parallel.recompute=full"],
         "tensor": [TENSOR],
         "tensor and sequence": [TENSOR, SEQUENCE],
         "pipeline": [PIPELINE, "train.micro_batch=4"],
@@ -108,11 +111,20 @@ ONLY = {
 """Where some variants are compared; the others are everywhere."""
 GROUPS = ("virtual pipeline in larger groups", "tensor, sequence, virtual pipeline", "virtual pipeline, data")
 BRIEF = ONLY | {
-    "mim": ("full recompute", "data, overlapped", "tensor", "uneven pipeline", *GROUPS, "pipeline, data"),
+    "mim": (
+        "full recompute",
+        "data, overlapped",
+        "fully sharded",
+        "tensor",
+        "uneven pipeline",
+        *GROUPS,
+        "pipeline, data",
+    ),
     "clip": (
         "accumulation",
         "selective recompute",
         "data",
+        "fully sharded, recomputed",
         "tensor and sequence",
         *GROUPS,
         "tensor, pipeline",

@@ -1,9 +1,7 @@
 """The masked stage: what a step computes, and what its checkpoint keeps."""
 
 import copy
-import os
 import shutil
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from stages.mim import MaskedStage
-from tests.stages.runs import QUIET, history, result, run_stage
+from tests.stages.runs import QUIET, history, killed_at_each_update, result, run_stage
 from w2s.checkpoint.exporting import export_checkpoint
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.config.load import load
@@ -256,17 +254,13 @@ def test_single_layers_learn_single_layers_of_the_teacher(alone: Ranks, config: 
         assert (parameter.main_grad - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
 
 
-def test_layers_that_learn_go_on_where_they_were_stopped(
-    base: list[str], root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_that_learn_go_on_where_they_were_stopped(base: list[str], root: Path) -> None:
     """Bit for bit: the statistics of their targets, their heads and their weight, which falls over the steps."""
     layers = ["mim.layers=[{student: 0, teacher: 3}]", "mim.layers_until=0.75", "teacher.target_norm=standardize"]
     options = [*base, *QUIET, *layers, "mim.predict=visible", "mim.loss=mse"]
     whole = run_stage("mim", [*options, "run.name=layers-whole"])
-    with monkeypatch.context() as patch:
-        patch.setattr(MaskedStage, "after_update", lambda self: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(StopRun):
-            run_stage("mim", [*options, "run.name=layers-broken"])
+    with killed_at_each_update(), pytest.raises(StopRun):
+        run_stage("mim", [*options, "run.name=layers-broken"])
     run_stage("mim", [*options, "run.name=layers-broken"])
     for name in ("loss", "layers/0", "grad_norm"):
         assert history(root / "layers-broken", name) == history(whole, name), name

@@ -15,10 +15,12 @@ from w2s.data.stream import Stream
 from w2s.megatron import groups, state
 from w2s.optim.schedule import lr_factor
 
-TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
+TENSOR, PIPELINE, FULLY = "parallel.tensor=2", "parallel.pipeline=2", "parallel.shard=full"
 CHAIN: list[tuple[int, list[str]]] = [
     (4, [TENSOR, PIPELINE, "train.micro_batch=4"]),
+    (2, [FULLY, "train.micro_batch=8"]),
     (1, ["train.micro_batch=16"]),
+    (2, [FULLY, "train.micro_batch=4"]),
     (2, ["train.micro_batch=8"]),
     (2, [TENSOR, "train.micro_batch=16"]),
 ]
@@ -47,7 +49,6 @@ def _go_on(config: Config, before: Path | None, after: Path) -> list[float]:
                 stage.optimizer.zero_grad()
                 losses.append(means(ranks, stage.step(batches[number]))["loss"])
                 stage.optimizer.step(lr_factor(number, config.train.steps, config.optim))
-                stage.after_update()
             return losses
 
         if before is None:

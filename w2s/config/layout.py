@@ -192,6 +192,26 @@ def _check_options(config: Config, replicas: int) -> None:
         raise ConfigError(f"parallel.recompute_layers={parallel.recompute_layers} must be 0 (all layers) or more")
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise ConfigError("parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true: set both")
+    if parallel.shard == "full":
+        _check_fully_sharded(config, replicas)
+
+
+def _check_fully_sharded(config: Config, replicas: int) -> None:
+    """Refuse what Megatron's FSDP cannot do here, or does anyway."""
+    parallel = config.parallel
+    refused = {
+        "one data-parallel rank": replicas == 1,
+        f"parallel.tensor={parallel.tensor}": parallel.tensor > 1,
+        f"parallel.pipeline={parallel.pipeline}": parallel.pipeline > 1,
+        "parallel.cuda_graphs=true": parallel.cuda_graphs,
+        "precision.fp8_primary_weights=true": config.precision.fp8_primary_weights,
+        "clip.learn_logit_scale=false": config.stage == "clip" and not config.clip.learn_logit_scale,
+        "parallel.overlap_grad_reduce=true (it always does)": parallel.overlap_grad_reduce,
+        "parallel.overlap_param_gather=true (it always does)": parallel.overlap_param_gather,
+    }
+    for reason, holds in refused.items():
+        if holds:
+            raise ConfigError(f"parallel.shard=full is not for {reason}: leave one of the two out")
 
 
 def _check_sharded_teacher(config: Config) -> None:

@@ -89,6 +89,9 @@ class ParallelConfig:
     """Reduce gradients over data-parallel ranks while the backward pass still runs."""
     overlap_param_gather: bool = False
     """Gather updated weights over data-parallel ranks while the next forward pass already runs."""
+    shard: Literal["optimizer", "full"] = "optimizer"
+    """What data-parallel ranks share out: optimizer states, or weights and gradients too (Megatron-Core's FSDP), which
+    layers gather while they compute. Data parallelism alone."""
     cuda_graphs: bool = False
     """Replay the layers from CUDA graphs, which small layers on a fast GPU gain from; data parallelism alone."""
 

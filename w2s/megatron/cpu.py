@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer as fsdp_buffers
 from megatron.core.tensor_parallel import random as megatron_random
+from torch.distributed import _coalescing_manager
 from torch.overrides import TorchFunctionMode
 
 
@@ -25,8 +27,29 @@ class _Stream:
     def wait_event(self, event: Any) -> None:
         """Return at once: there is nothing to wait for."""
 
+    def record_event(self, event: Any = None) -> Any:
+        """Return an event that has come."""
+        return event or _Event()
+
     def synchronize(self) -> None:
         """Return at once: there is nothing to wait for."""
+
+
+class _Event:
+    """A CUDA event on a machine that has none: it has come."""
+
+    def record(self, stream: Any = None) -> None:
+        """Take note of nothing."""
+
+    def query(self) -> bool:
+        """Say that it has come."""
+        return True
+
+    def wait(self, stream: Any = None) -> None:
+        """Return at once."""
+
+    def synchronize(self) -> None:
+        """Return at once."""
 
 
 def _is_cuda(device: Any) -> bool:
@@ -43,6 +66,8 @@ class CudaOnCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.cuda:
             return args[0]
+        if func is torch.device and args and _is_cuda(args[0]):
+            return torch.device("cpu")
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = torch.device("cpu")
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
@@ -73,6 +98,14 @@ class NoRngTracker:
         """Take nothing back."""
 
 
+@contextlib.contextmanager
+def _waited_for(*arguments: Any, **settings: Any) -> Iterator[Any]:
+    """Exchange together what is exchanged inside, and wait for it."""
+    with _coalescing_manager(*arguments, **settings) as exchanged:
+        yield exchanged
+    exchanged.wait()
+
+
 _enabled: list[CudaOnCpu] = []
 
 
@@ -86,7 +119,9 @@ def enable() -> None:
         "current_stream": lambda *_: _Stream(),
         "Stream": _Stream,  # a type: others write `torch.cuda.Stream | None`
         "stream": lambda _: contextlib.nullcontext(),
+        "Event": _Event,
         "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
         "FloatTensor": lambda values: torch.tensor(values, dtype=torch.float),
         "IntTensor": lambda values: torch.tensor(values, dtype=torch.int),
     }
@@ -95,6 +130,8 @@ def enable() -> None:
     # Recomputed activations save and restore it.
     megatron_random._get_cuda_rng_state = lambda *_, **__: None
     megatron_random._set_cuda_rng_state = lambda *_, **__: None
+    # FSDP orders what it frees and what is still on its way by streams, of which there are none.
+    fsdp_buffers._coalescing_manager = _waited_for
     mode = CudaOnCpu()
     mode.__enter__()
     _enabled.append(mode)

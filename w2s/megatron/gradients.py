@@ -1,12 +1,16 @@
-"""The norm of gradients that lie in slices on many ranks."""
+"""The norm of gradients that lie in slices on many ranks, and what follows from it."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from w2s.optim.guard import StepGuard
 
 
 def global_norm(
@@ -25,3 +29,26 @@ def global_norm(
         squares = squares + 0 * beside.detach().to(device, non_blocking=True)
     dist.all_reduce(squares, group=group)
     return squares.sqrt()
+
+
+def judge_and_clip(
+    inner: Any, moving: Sequence[Tensor], guard: StepGuard, limit: float, group: ProcessGroup, loss: Tensor | None
+) -> Tensor:
+    """Let the guard judge a step and scale the gradients so that their global norm is at most `limit`.
+
+    Args:
+        inner: the optimizer, which takes no step that the guard does not take.
+        moving: the gradients that this rank answers for, of what is not frozen.
+        guard: judges the norm.
+        limit: may be infinite.
+        group: the ranks that hold gradients.
+        loss: the step's, where this rank has it.
+
+    Returns:
+        The norm before clipping, a scalar that nobody has waited for.
+    """
+    norm = global_norm(moving, group, guard.device, loss)
+    inner.found_inf = (~guard.judge(norm)).float()
+    if limit < math.inf:
+        clip_grads_with_norm_([p for each in inner.param_groups for p in each["params"]], limit, norm)
+    return norm

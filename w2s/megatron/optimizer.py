@@ -1,6 +1,5 @@
 """Megatron's distributed optimizer around AdamW or LAMB, for towers split in any way."""
 
-import math
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
@@ -11,14 +10,17 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from w2s.config.sections import OptimConfig
 from w2s.megatron import compat
-from w2s.megatron.gradients import global_norm
+from w2s.megatron.fully_sharded import FullySharded
+from w2s.megatron.fully_sharded_optimizer import FullyShardedOptimizer
+from w2s.megatron.gradients import judge_and_clip
 from w2s.megatron.initialize import global_name
 from w2s.megatron.sharded import ShardedTower
 from w2s.megatron.slices import sharded_boxes
@@ -38,14 +40,22 @@ class Optimizer:
         config: the optimizer's settings.
         dtype: type of the weights.
         scratch: names of the towers that start from scratch.
+        bounds: least and largest value that parameters may have after an update, by global name.
 
     Attributes:
         guard: what judges the steps, and counts those that were skipped.
     """
 
-    def __init__(self, towers: Towers, config: OptimConfig, dtype: torch.dtype, scratch: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        towers: Towers,
+        config: OptimConfig,
+        dtype: torch.dtype,
+        scratch: Collection[str] = (),
+        bounds: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
         wrapped = [chunk for tower in towers.values() for chunk in tower.chunks]
-        self.chunks = [chunk for chunk in wrapped if isinstance(chunk, DistributedDataParallel)]
+        self.chunks = [chunk for chunk in wrapped if isinstance(chunk, (DistributedDataParallel, FullySharded))]
         parameters = _named_parameters(towers)
         groups = parameter_groups(parameters, config, _on_any_stage)
         for group in groups:
@@ -65,12 +75,17 @@ class Optimizer:
         kind = lamb if config.name == "lamb" else adamw
         self.updates = 0
         inner = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-        self.guard = StepGuard(config.spike_window, config.spike_deviations, self.chunks[0].buffers[0].grad_data.device)
+        self.guard = StepGuard(config.spike_window, config.spike_deviations, parameters[0][-1].device)
         self.sharded = _distribute(inner, self.chunks, config, dtype, self.guard)
         self._settings = [{key: group[key] for key in group if key != "params"} for group in self.sharded.param_groups]
+        slices = self.sharded.slices()
         if isinstance(inner, Lamb):
             exempt = {p for tower, _, _, p in parameters if not has_trust_ratio(tower, p, config.trust_1d, scratch)}
-            _share_slices(inner, self.sharded, self.chunks, exempt)
+            _share_slices(inner, slices, [parameter for *_, parameter in parameters], exempt)
+        limits = {
+            slices[p]: (bounds or {})[name] for _, name, _, p in parameters if name in (bounds or {}) and p in slices
+        }
+        inner.register_step_post_hook(lambda *_: _clamp(limits))
 
     def zero_grad(self) -> None:
         """Clear all gradients."""
@@ -111,7 +126,7 @@ class Optimizer:
     def gather_weights(self) -> None:
         """Make the towers whole after a step whose gathering of weights waits for the next training pass."""
         for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
     def prepare_to_load(self) -> None:
@@ -158,12 +173,10 @@ class Optimizer:
 
     def spread_weights(self) -> None:
         """Make the towers' weights of the master weights, on all ranks."""
-        self.sharded._copy_main_params_to_model_params()
-        for chunk in self.chunks:
-            chunk.start_param_sync(force_sync=True)
+        self.sharded.spread()
 
     def reload_weights(self) -> None:
-        """Take the towers' weights over into the master weights (after weights were loaded or clamped)."""
+        """Take the towers' weights over into the master weights, after weights were loaded."""
         self.sharded.reload_model_params()
 
 
@@ -186,20 +199,30 @@ class _DistributedOptimizer(DistributedOptimizer):
 
     def clip_grad_norm(self, clip_grad: float) -> Tensor:
         """Scale the gradients so that their global norm is at most `clip_grad`; return the norm before that."""
-        norm = global_norm(compat.gradients_for_norm(self), self.grad_stats_parallel_group, self.device, self.loss)
-        self.optimizer.found_inf = (~self.guard.judge(norm)).float()
-        if clip_grad < math.inf:
-            clip_grads_with_norm_(super().get_parameters(), clip_grad, norm)
-        return norm
+        moving, group = compat.gradients_for_norm(self), self.grad_stats_parallel_group
+        return judge_and_clip(self.optimizer, moving, self.guard, clip_grad, group, self.loss)
 
-    def spans(self) -> dict[torch.nn.Parameter, range]:
-        """Return which numbers of each flattened parameter are this rank's share."""
+    def slices(self) -> dict[torch.nn.Parameter, Tensor]:
+        """Return this rank's slice of the master weight of each parameter that it has one of."""
+        return {
+            parameter: self.optimizer.param_groups[group]["params"][place]
+            for parameter, (group, place) in self.model_param_group_index_map.items()
+        }
+
+    def runs(self) -> dict[torch.nn.Parameter, tuple[int, Tensor]]:
+        """Return where this rank's share of each flattened parameter begins, and its numbers in the model's type."""
         maps = (bucket["param_map"] for buffer in self.gbuf_ranges for buckets in buffer.values() for bucket in buckets)
         return {
-            parameter: range(places["param"].start, places["param"].end)
+            parameter: (places["param"].start, _run(parameter, places["param"]))
             for each in maps
             for parameter, places in each.items()
         }
+
+    def spread(self) -> None:
+        """Make the weights of the master weights, on all ranks."""
+        self._copy_main_params_to_model_params()
+        for chunk in self.model_chunks:
+            chunk.start_param_sync(force_sync=True)
 
     def sharded_param_state_fully_reshardable(
         self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
@@ -208,19 +231,17 @@ class _DistributedOptimizer(DistributedOptimizer):
         whole = {part.data: part for part in nested_values(model_sharded_state_dict) if isinstance(part, ShardedTensor)}
         return {
             number: {
-                name: sharded_boxes(
-                    whole[parameter], f"optimizer.state.{name}.{whole[parameter].key}", tensor, span.start
-                )
+                name: sharded_boxes(whole[parameter], f"optimizer.state.{name}.{whole[parameter].key}", tensor, begin)
                 for name, tensor in self._get_main_param_and_optimizer_states(parameter).items()
                 if name != "step"
             }
-            for number, (parameter, span) in enumerate(self.spans().items())
+            for number, (parameter, (begin, _)) in enumerate(self.runs().items())
         }
 
     @torch.no_grad()
     def load_parameter_state_from_fully_reshardable(self, state_dict: Any) -> None:
         """Take up what was read into the parts that `sharded_param_state_fully_reshardable` describes."""
-        for parameter, parts in zip(self.spans(), state_dict.values(), strict=True):
+        for parameter, parts in zip(self.runs(), state_dict.values(), strict=True):
             runs = {name: torch.cat([part.flatten() for part in each]) for name, each in parts.items()}
             self._set_main_param_and_optimizer_states(parameter, runs)
 
@@ -247,25 +268,41 @@ def _on_any_stage(kinds: set[Any]) -> set[Any]:
     return set().union(*everywhere)
 
 
+def _run(parameter: torch.nn.Parameter, places: Any) -> Tensor:
+    """This rank's share of a flattened parameter; of weights in FP8, which lie in scales for the whole, none."""
+    if is_float8tensor(parameter):
+        return torch.empty(0)
+    return parameter.detach().flatten()[places.start : places.end]
+
+
+def _clamp(limits: Mapping[Tensor, tuple[float, float]]) -> None:
+    with torch.no_grad():
+        for own, (least, largest) in limits.items():
+            own.clamp_(least, largest)
+
+
 def _distribute(
     inner: torch.optim.Optimizer,
-    chunks: list[DistributedDataParallel],
+    chunks: list[Any],
     config: OptimConfig,
     dtype: torch.dtype,
     guard: StepGuard,
-) -> DistributedOptimizer:
+) -> "_DistributedOptimizer | FullyShardedOptimizer":
+    # Without a limit Megatron would not measure the norm either.
+    limit = config.clip_grad or float("inf")
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if isinstance(chunks[0], FullySharded):
+        return FullyShardedOptimizer(inner, chunks, limit, guard, group)
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        # Without a limit Megatron would not measure the norm either.
-        clip_grad=config.clip_grad or float("inf"),
+        clip_grad=limit,
         use_distributed_optimizer=True,
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         fp8_recipe=chunks[0].config.fp8_recipe if chunks[0].config.fp8 else None,
     )
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     optimizer = _DistributedOptimizer(
         inner,
         settings,
@@ -280,7 +317,6 @@ def _distribute(
     )
     # The gradient norm is summed over every rank: each holds its own slices.
     optimizer.grad_stats_parallel_group = dist.group.WORLD
-    optimizer.device = chunks[0].buffers[0].grad_data.device
     optimizer.guard = guard
     optimizer.tp_group = parallel_state.get_tensor_model_parallel_group()
     return optimizer
@@ -298,23 +334,16 @@ def _empty_state(inner: torch.optim.Optimizer, config: Any = None) -> None:
 
 def _share_slices(
     lamb: Lamb,
-    sharded: DistributedOptimizer,
-    chunks: list[DistributedDataParallel],
+    own: Mapping[torch.nn.Parameter, Tensor],
+    weights: list[torch.nn.Parameter],
     exempt: Collection[torch.nn.Parameter],
 ) -> None:
     """Tell LAMB which weight each of this rank's slices belongs to, and how norms add up over the ranks.
 
     The weights of `exempt` have no trust ratio.
     """
-    weights = [parameter for chunk in chunks for parameter in chunk.module.parameters()]
     number = {parameter: index for index, parameter in enumerate(weights)}
-    slices = {}
-    for whole_groups, slice_groups in (
-        (sharded.model_fp32_groups, sharded.shard_fp32_groups),
-        (sharded.model_float16_groups, sharded.shard_fp32_from_float16_groups),
-    ):
-        for wholes, parts in zip(whole_groups, slice_groups, strict=True):
-            slices.update({part: number[whole] for whole, part in zip(wholes, parts, strict=True) if part is not None})
+    slices = {part: number[whole] for whole, part in own.items()}
     split = torch.tensor([bool(getattr(weight, "tensor_model_parallel", False)) for weight in weights])
 
     def add_up(squares: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from w2s.megatron.fully_sharded import FullySharded
 from w2s.megatron.initialize import global_name
 from w2s.megatron.optimizer import Towers
 
@@ -65,7 +66,9 @@ def _mend(name: str, weight: Tensor, digests: list[int], group: ProcessGroup) ->
 
 def _weights(towers: Towers) -> Iterator[tuple[str, Tensor]]:
     for tower_name, tower in towers.items():
-        for part in tower.parts:
+        for part, chunk in zip(tower.parts, tower.chunks, strict=True):
+            if isinstance(chunk, FullySharded):
+                continue  # of a share there is one
             for name, weight in part.named_parameters():
                 # Transformer Engine's quantized weights are no plain numbers.
                 if type(weight.data) is Tensor:

@@ -142,7 +142,7 @@ def _run(
 ) -> list[Reported]:
     def step(batches: Iterator[Any], chunk: nn.Module) -> tuple[Any, Loss]:
         # The wrapper adds nothing to a forward pass: its hooks sit on the layers.
-        output, loss = forward(getattr(chunk, "module", chunk), next(batches))
+        output, loss = forward(parts[chunk], next(batches))
 
         def reported_apart(output: Any) -> tuple[Tensor, Reported]:
             value, reported = loss(output)
@@ -152,6 +152,7 @@ def _run(
         return output, reported_apart
 
     ask_for_weights(tower)
+    parts = dict(zip(tower.chunks, tower.parts, strict=True))
     iterators = [iter(micro_batches) for _ in tower.chunks]
     with weights_stay(tower.parts), messages_arrive():
         result: list[Reported] = get_forward_backward_func()(

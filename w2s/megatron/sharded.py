@@ -1,15 +1,18 @@
 """What a rank holds of a tower: the chunks of its pipeline stage, wrapped for data parallelism for training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from torch import nn
 
 from w2s.config.sections import ParallelConfig, PrecisionConfig
 from w2s.megatron import engine
+from w2s.megatron.fully_sharded import FullySharded
 from w2s.megatron.tower import Tower
 
 AnyTower = TypeVar("AnyTower", bound=Tower)
@@ -48,7 +51,37 @@ def shard(build: Callable[[int], AnyTower], parallel: ParallelConfig, device: to
 def data_parallel(
     tower: ShardedTower[AnyTower], parallel: ParallelConfig, precision: PrecisionConfig
 ) -> ShardedTower[AnyTower]:
-    """Wrap a tower for data parallelism: gradients in one buffer, averaged over the data-parallel group."""
+    """Wrap a tower for data parallelism: gradients are averaged over the data-parallel group."""
+    for part in tower.parts:
+        engine.forget_first_values(part)
+    full = parallel.shard == "full"
+    chunks = _fully_sharded(tower, precision) if full else _optimizer_sharded(tower, parallel, precision)
+    driver = tower.parts[0].config
+    driver.finalize_model_grads_func = finalize_model_grads
+    if full or parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        driver.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    return ShardedTower(tower.parts, list(chunks))
+
+
+def _fully_sharded(tower: ShardedTower[AnyTower], precision: PrecisionConfig) -> list[Any]:
+    """Each rank keeps a share of weights and gradients too."""
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        use_megatron_fsdp=True,
+        data_parallel_sharding_strategy="optim_grads_params",
+        grad_reduce_in_fp32=precision.gradients == "fp32",
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+        gradient_reduce_div_fusion=dist.get_backend() == "nccl",  # a reduction that scales is NCCL's own
+    )
+    return [FullySharded(part, settings) for part in tower.parts]
+
+
+def _optimizer_sharded(
+    tower: ShardedTower[AnyTower], parallel: ParallelConfig, precision: PrecisionConfig
+) -> list[Any]:
+    """Each rank has whole weights, and whole gradients in one buffer; it updates a share."""
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=precision.gradients == "fp32",
@@ -57,19 +90,22 @@ def data_parallel(
         align_param_gather=parallel.overlap_param_gather,  # `ask_for_weights` asks for all
         fp8_param_gather=precision.fp8_primary_weights,
     )
-    for part in tower.parts:
-        engine.forget_first_values(part)
     # Later chunks reduce in one bucket: there is enough of a backward pass left to hide it behind.
-    chunks = [
+    return [
         DistributedDataParallel(part.config, settings, part, disable_bucketing=number > 0)
         for number, part in enumerate(tower.parts)
     ]
-    driver = tower.parts[0].config
-    driver.finalize_model_grads_func = finalize_model_grads
-    if parallel.overlap_grad_reduce:
-        no_sync = [chunk.no_sync for chunk in chunks]
-        driver.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-    return ShardedTower(tower.parts, list(chunks))
+
+
+@contextmanager
+def whole(towers: Iterable[ShardedTower[Any]]) -> Iterator[None]:
+    """Inside, ranks have the towers' weights whole, between passes too; what is written into them stays."""
+    with torch.no_grad(), ExitStack() as stack:
+        for tower in towers:
+            for chunk in tower.chunks:
+                if isinstance(chunk, FullySharded):
+                    stack.enter_context(chunk.whole())
+        yield
 
 
 def ask_for_weights(tower: ShardedTower[AnyTower]) -> None:

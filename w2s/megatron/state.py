@@ -18,7 +18,9 @@ from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor, nn
 
 from w2s.errors import CheckpointError
+from w2s.megatron.fully_sharded import FullySharded
 from w2s.megatron.optimizer import Optimizer, Towers
+from w2s.megatron.sharded import whole
 from w2s.megatron.slices import sharded_boxes
 from w2s.megatron.stored import StoredTensors
 from w2s.megatron.unpickling import COMMON, check_common, check_state, read_metadata
@@ -62,13 +64,14 @@ def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[
     Raises:
         CheckpointError: the files are damaged.
     """
-    weights = _weights(towers)
-    optimizer.prepare_to_load()
-    wanted = optimizer.sharded.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
-    state = _load({**_unshared(_known(weights, folder)), "optimizer": wanted}, folder)
-    if "extra" not in state:
-        raise CheckpointError(f"{folder / COMMON} is not that of a training: use another checkpoint")
-    _into_towers(towers, state)
+    with whole(towers.values()):
+        weights = _weights(towers)
+        optimizer.prepare_to_load()
+        wanted = optimizer.sharded.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
+        state = _load({**_unshared(_known(weights, folder)), "optimizer": wanted}, folder)
+        if "extra" not in state:
+            raise CheckpointError(f"{folder / COMMON} is not that of a training: use another checkpoint")
+        _into_towers(towers, state)
     if "guard" in state:  # checkpoints of older releases have none
         optimizer.guard.load(state["guard"])
     optimizer.load(state["optimizer"], step)
@@ -106,18 +109,29 @@ def take_up(tensors: Mapping[str, Tensor], towers: Towers, optimizer: Optimizer,
         for name, part in own.items():
             part.copy_(held[name])
     _take_scales(towers, kinds["scales"])
+    for chunk in (chunk for tower in towers.values() for chunk in tower.chunks if isinstance(chunk, FullySharded)):
+        chunk.release()
     optimizer.go_on_from(step)
     return kinds["extra"]
 
 
 def _own_weights(towers: Towers) -> dict[str, Tensor]:
-    """Weights and buffers of this rank's chunks, by tower, number of the chunk, and name: the tensors themselves."""
+    """Weights and buffers of this rank's chunks, by tower, number of the chunk, and name: the tensors themselves.
+
+    Of weights that are fully sharded it is this rank's shares.
+    """
     return {
         f"{name}.{number}.{key}": tensor.data
         for name, tower in towers.items()
-        for number, part in enumerate(tower.parts)
-        for key, tensor in (*part.named_parameters(), *part.named_buffers())
+        for number, (part, chunk) in enumerate(zip(tower.parts, tower.chunks, strict=True))
+        for key, tensor in (*_parameters_of(part, chunk), *part.named_buffers())
     }
+
+
+def _parameters_of(part: nn.Module, chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    shares = chunk.shares if isinstance(chunk, FullySharded) else {}
+    for name, parameter in part.named_parameters():
+        yield name, shares[parameter].weight if parameter in shares else parameter
 
 
 def _own_scales(towers: Towers) -> dict[str, Tensor]:
@@ -148,11 +162,12 @@ def load_weights(folder: Path, towers: Towers, names: Iterable[str]) -> None:
         CheckpointError: the files are damaged.
     """
     names = set(names)
-    wanted = {
-        chunk: {key: part for key, part in parts.items() if isinstance(part, ShardedTensor) and part.key in names}
-        for chunk, parts in _weights(towers).items()
-    }
-    _into_towers(towers, _load(wanted, folder))
+    with whole(towers.values()):
+        wanted = {
+            chunk: {key: part for key, part in parts.items() if isinstance(part, ShardedTensor) and part.key in names}
+            for chunk, parts in _weights(towers).items()
+        }
+        _into_towers(towers, _load(wanted, folder))
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -221,11 +236,11 @@ def _worth_keeping(weights: dict[str, Any]) -> dict[str, Any]:
 
 def _own_shares(weights: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """Describe of each weight what this rank's share of the optimizer's state has of it."""
-    spans = optimizer.sharded.spans()
+    runs = optimizer.sharded.runs()
 
     def share(part: ShardedTensor) -> list[ShardedTensor]:
-        span = spans.get(part.data, range(0))
-        return sharded_boxes(part, part.key, part.data.detach().flatten()[span.start : span.stop], span.start)
+        begin, run = runs.get(part.data, (0, torch.empty(0)))
+        return sharded_boxes(part, part.key, run, begin)
 
     shares = {
         chunk: {key: share(part) if _is_shared(part) else part for key, part in parts.items()}

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2s.config.sections import ParallelConfig
 from w2s.megatron.backend import LOCAL, Linears
@@ -103,10 +103,13 @@ class Tower(MegatronModule):
     """Base of the towers: a chunk of a model that a Megatron schedule can drive.
 
     Attributes:
+        gathered_apart: classes of modules beside the layers that are gathered by themselves where weights are sharded.
         first: whether this chunk embeds the input.
         last: whether this chunk makes the output.
         blocks: the transformer layers of this chunk.
     """
+
+    gathered_apart: tuple[type[nn.Module], ...] = ()
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 _NORMAL = 1.4826
 """Standard deviation of a normal distribution by its median absolute deviation."""
+_NEVER = 1 << 40
 _LEAST_DEVIATION = 0.05
 """The deviation is at least this share of the median: norms that hardly vary make no spike of a slightly larger one."""
 
@@ -26,6 +27,7 @@ class StepGuard:
     Attributes:
         skipped: steps that were not taken, int64.
         in_a_row: those of them since the last one that was, int64.
+        since: steps since the last one that was not taken, int64; very many where there was none.
     """
 
     def __init__(self, window: int, deviations: float, device: torch.device) -> None:
@@ -33,6 +35,12 @@ class StepGuard:
         self._norms = torch.full((window,), torch.inf, device=device)
         self._seen = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped, self.in_a_row = torch.zeros_like(self._seen), torch.zeros_like(self._seen)
+        self.since = torch.full_like(self._seen, _NEVER)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the norms come from."""
+        return self._norms.device
 
     def judge(self, norm: Tensor) -> Tensor:
         """Whether a step with this gradient norm is to be taken; scalars on the device."""
@@ -44,12 +52,14 @@ class StepGuard:
         self._seen += finite
         self.skipped += ~good
         self.in_a_row.copy_(torch.where(good, 0, self.in_a_row + 1))
+        self.since.copy_(torch.where(good, self.since + 1, 0))
         return good
 
     def forget_skipped(self) -> None:
         """Count the last step, which was skipped, no more; its norm stays among those that are remembered."""
         self.skipped -= 1
         self.in_a_row -= 1
+        self.since.fill_(_NEVER)
 
     def _is_spike(self, norm: Tensor) -> Tensor:
         median = self._median(self._norms)

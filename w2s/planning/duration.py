@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 from w2s.config.layout import model_parallel_size
 from w2s.config.sections import Config
+from w2s.planning import fully_sharded
 from w2s.planning.activations import local_rows
 from w2s.planning.cards import Card
 from w2s.planning.flops import loss_flops, micro_batches, passes, recomputed_layers, share
@@ -193,12 +194,28 @@ class _Run:
 
     def trained(self, gathers: bool) -> _Taken:
         """Return what forward and backward passes take; `gathers` says whether they are the first with new weights."""
+        if self._parallel.shard == "full":
+            return self._fully_sharded(backward=True)
         exchanged = replace(self._exchange, new_weights=gathers)
         return self._taken(self._chunks(self._forward), self._chunks(self._backward), exchanged)
 
     def seen(self) -> _Taken:
         """Return what forward passes alone take, which are the first with new weights."""
+        if self._parallel.shard == "full":
+            return self._fully_sharded(backward=False)
         return self._taken(self._chunks(self._forward), (), replace(self._exchange, gradients=False))
+
+    def _fully_sharded(self, backward: bool) -> _Taken:
+        """The same where weights are gathered layer by layer, with what is outside of layers before and after all."""
+        layers, ends, exchange = self._tower.layers, self._ends[0].total, self._exchange
+        forwards = self._layer.forward.total
+        backwards = (self._backward(0) - 2 / 3 * ends) / layers if backward else 0.0
+        part = self._tower.layer_elements / exchange.sizes[0]
+        gather, reduce = exchange.gather(0), exchange.reduce(0)
+        delay = fully_sharded.exposed(layers, self.count, forwards, backwards, part * gather, part * reduce, ahead=2)
+        outside = (1 - layers * part) * (gather + backward * self.count * reduce)
+        busy = self.count * (layers * (forwards + backwards) + ends * (1 if backward else 1 / 3))
+        return _Taken(busy, 0.0, 0.0, delay + outside)
 
     def _taken(self, forward: Chunks, backward: Chunks, exchange: "_Exchange") -> _Taken:
         both = zip(forward, backward or ((0.0,),) * len(forward), strict=True)

@@ -32,7 +32,8 @@ class Layouts:
         """Tensor, pipeline and virtual pipeline sizes; data-parallel ranks overlap what they exchange."""
         for pipeline in self._choices("parallel.pipeline", divisors(self.world_size)):
             for tensor in self._choices("parallel.tensor", self._tensor(pipeline)):
-                overlap = self.world_size > tensor * pipeline
+                # Fully sharded, they do so without being asked.
+                overlap = self.world_size > tensor * pipeline and self.config.parallel.shard != "full"
                 for virtual in self._choices("parallel.virtual_pipeline", self._virtual(pipeline)):
                     split = self._parallel(
                         self.config,

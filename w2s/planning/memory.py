@@ -64,7 +64,7 @@ def rank_memory(
     own = share(config, world_size)
     samples, count = min(config.train.micro_batch, own), micro_batches(config, world_size)
     standing = Memory(
-        weights=states.weights + sum(_fp8_weights(config, tower, stage) for tower in towers),
+        weights=states.weights + states.gathered + sum(_fp8_weights(config, tower, stage) for tower in towers),
         gradients=states.gradients,
         optimizer=states.optimizer,
         teacher=_teacher_weights(config, teacher) if teacher else 0,

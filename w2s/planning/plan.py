@@ -9,6 +9,7 @@ from w2s.config.layout import model_parallel_size
 from w2s.config.linears import check_useless_fp8
 from w2s.config.sections import Config
 from w2s.errors import UserError
+from w2s.planning import fully_sharded
 from w2s.planning.cards import Card
 from w2s.planning.duration import StepModel, StepTime
 from w2s.planning.flops import StageFlops, stage_flops
@@ -244,6 +245,9 @@ class _SplitStage:
         self.towers = planned_towers(split, **widths)
         parallel = split.parallel
         last, size = parallel.pipeline - 1, gpus // model_parallel_size(parallel)
+        if parallel.shard == "full":
+            self.states = {0: fully_sharded.rank_states(self.towers, split.precision, size)}
+            return
         self.states = {
             rank: rank_states(self.towers, parallel, split.precision, data_size=size, data_rank=0, stage=rank)
             for rank in sorted({0, min(1, last), last})

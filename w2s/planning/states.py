@@ -8,7 +8,7 @@ rank's share of a bucket holds of parameters, two moments and, beside weights in
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 from w2s.config.sections import ParallelConfig, PrecisionConfig
@@ -24,9 +24,11 @@ class States:
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
+    gathered: int = 0
+    """Weights and gradients of others, while they are gathered or wait to be reduced (`parallel.shard=full`)."""
 
     def __add__(self, other: "States") -> "States":
-        return States(self.weights + other.weights, self.gradients + other.gradients, self.optimizer + other.optimizer)
+        return States(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
 
 def rank_states(

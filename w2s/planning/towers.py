@@ -1,5 +1,6 @@
 """The towers of a stage as the planner sees them: sizes of what a pipeline stage holds, without building it."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -75,6 +76,21 @@ class PlannedTower:
     def linear_weights(self, tensor: int) -> int:
         """Elements of a layer's four weight matrices on one tensor-parallel rank."""
         return (4 * self.width**2 + 2 * self.width * self.mlp_width) // tensor
+
+    @property
+    def layer_elements(self) -> int:
+        """Parameters of a layer."""
+        return sum(self._layer(1))
+
+    @property
+    def patch_row(self) -> int:
+        """Pixels of a patch, a row of the patch embedding; 0 without one."""
+        return self.first[0] // self.width if self.first else 0
+
+    @property
+    def outer_row(self) -> int:
+        """Elements of a row that those of all other parameters outside of layers divide: of the positions."""
+        return self.own_first[1] if self.first else math.lcm(self.width, self.head_width)
 
     def chunk(self, stage: int, tensor: int, with_scalars: bool) -> tuple[int, ...]:
         """Sizes of a chunk's parameters on one tensor-parallel rank, in Megatron's order.

@@ -91,6 +91,8 @@ def _check_rehearsed(config: Config) -> None:
             f"precision.fp8={config.precision.fp8} is not rehearsed, as its products are Transformer Engine's: "
             "rehearse with precision.fp8=none, and plan with it (w2s plan)"
         )
+    if config.parallel.shard == "full":
+        raise UserError("parallel.shard=full is not rehearsed: leave it out")
 
 
 def _refusal(config: Config, world_size: int, card: Card) -> str:

@@ -54,6 +54,9 @@ class VisionTower(Tower):
         shape: the configuration that it was built from.
     """
 
+    # Megatron's FSDP deals out whole rows: those of a patch's pixels divide no other's.
+    gathered_apart = (PatchEmbedding,)
+
     def __init__(
         self,
         shape: VisionConfig,

@@ -1,0 +1,38 @@
+"""What full sharding costs: gathers and reductions that hide behind layers, or do not."""
+
+import pytest
+
+from tests.planning.test_plan import eva_18b
+from w2s.planning.cards import card
+from w2s.planning.fully_sharded import exposed
+from w2s.planning.plan import find_plans
+
+LAYERS = 10
+
+
+@pytest.mark.parametrize(
+    ("gather", "reduce", "delay"),
+    [
+        (0.0, 0.0, 0.0),
+        (0.5, 0.0, 0.5),  # the first gather
+        (0.5, 1.0, 1.5),  # and the last reduction
+        (2.0, 0.0, 2 * LAYERS * 2.0 + 2.0 - LAYERS * 3.0),  # nothing but gathers, and the last backward pass
+    ],
+)
+def test_what_hides_behind_layers(gather: float, reduce: float, delay: float) -> None:
+    assert exposed(LAYERS, 1, 1.0, 2.0, gather, reduce, ahead=2) == pytest.approx(delay)
+
+
+def test_a_slow_network_is_the_step() -> None:
+    """All that is exchanged goes one after the other: 2 gathers and a reduction of each layer."""
+    delay = exposed(LAYERS, 3, 1.0, 2.0, 10.0, 20.0, ahead=2)
+    assert delay + 3 * LAYERS * 3.0 == pytest.approx(3 * LAYERS * 40.0, rel=0.01)
+
+
+def test_eva_18b_has_no_bubble_and_fits() -> None:
+    """One pass of 16 images a GPU beside what the best pipeline takes."""
+    full = find_plans(eva_18b("mim", "parallel.shard=full"), card("h100"), 256, ["parallel.shard"]).fastest[0]
+    other = find_plans(eva_18b("mim"), card("h100"), 256).fastest[0]
+    assert (full.config.parallel.tensor, full.config.parallel.pipeline, full.data_size) == (1, 1, 256)
+    assert full.time.bubble == 0 and full.seconds < other.seconds
+    assert full.memory.optimizer * 64 == pytest.approx(other.memory.optimizer * 64, rel=0.1), "a share of all weights"

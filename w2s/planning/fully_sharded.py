@@ -1,0 +1,95 @@
+"""Memory and time of Megatron's FSDP (`parallel.shard=full`) on data-parallel ranks alone.
+
+A layer's weights are gathered before it computes, in each forward and each backward pass; its gradients are reduced as
+soon as they are there. Some of the weights that come next are gathered ahead, and some gradients wait for their turn
+(megatron/core/distributed/fsdp/src/megatron_fsdp/megatron_fsdp.py, `suggested_communication_unit_size`). What is
+outside of layers is gathered once and reduced at the end of a backward pass.
+"""
+
+import math
+from collections.abc import Sequence
+
+from w2s.config.sections import PrecisionConfig
+from w2s.planning.states import States
+from w2s.planning.towers import PlannedTower
+
+_BF16, _FP32 = 2, 4
+_UNIT = 1_000_000_000
+"""Elements whose gradients may wait; half as many weights are gathered ahead. Two layers of it, if they are larger."""
+
+
+def rank_states(towers: Sequence[PlannedTower], precision: PrecisionConfig, data_size: int) -> States:
+    """Bytes on a rank, padding included, that of the first rank, which has full shares."""
+    total = States()
+    for tower in towers:
+        total += _states(tower, precision, data_size)
+    return total
+
+
+def _states(tower: PlannedTower, precision: PrecisionConfig, data_size: int) -> States:
+    weight, gradient = _widths(precision)
+    layer, rest = _padded(tower, data_size, with_scalars=weight == _FP32)
+    # Beside weights in bfloat16 the scalars of the loss are float32.
+    scalars = _round_up(tower.scalars, data_size) // data_size if weight != _FP32 else 0
+    share = (tower.layers * layer + rest) // data_size
+    unit = max(_UNIT, 2 * layer)
+    ahead = min(tower.layers, 1 + math.ceil(unit / 2 / layer)) * layer
+    waiting = min(tower.layers * layer, unit + layer)
+    return States(
+        weights=weight * share + _FP32 * scalars,
+        gradients=gradient * share + _FP32 * scalars,
+        optimizer=3 * _FP32 * (share + scalars),
+        gathered=weight * (ahead + rest) + gradient * waiting + weight * rest,  # of the rest, gradients are kept
+    )
+
+
+def _widths(precision: PrecisionConfig) -> tuple[int, int]:
+    """Bytes of a weight and of a gradient."""
+    wide = precision.compute == "fp32"
+    return _FP32 if wide else _BF16, _FP32 if wide or precision.gradients == "fp32" else _BF16
+
+
+def _padded(tower: PlannedTower, data_size: int, with_scalars: bool) -> tuple[int, int]:
+    """Elements of a layer, and of all that is outside of layers, with which all ranks have whole rows."""
+    layer, patches = tower.layer_elements, sum(tower.first)
+    rest = sum(tower.chunk(0, 1, with_scalars)) - tower.layers * layer - patches
+    embedding = _round_up(patches, data_size * tower.patch_row) if patches else 0
+    return (
+        _round_up(layer, data_size * max(tower.width, tower.mlp_width)),
+        _round_up(rest, data_size * tower.outer_row) + embedding,
+    )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def exposed(
+    layers: int, micro_batches: int, forward: float, backward: float, gather: float, reduce: float, ahead: int
+) -> float:
+    """Return the seconds by which what ranks exchange delays the passes of a tower.
+
+    One thing is exchanged at a time, in the order in which it is asked for: weights `ahead` layers before they compute,
+    gradients when they are there.
+
+    Args:
+        layers: the tower's.
+        micro_batches: how many pass through it.
+        forward: seconds of a layer's forward pass.
+        backward: of its backward pass; 0 where there are forward passes alone.
+        gather: of gathering its weights.
+        reduce: of reducing its gradients.
+        ahead: layers whose weights are asked for while one computes.
+    """
+    pairs = ((forward, 0.0), (backward, reduce)) if backward else ((forward, 0.0),)
+    turns = [pair for _ in range(micro_batches) for pair in pairs for _ in range(layers)]
+    computed, exchanged = 0.0, ahead * gather
+    there = [(number + 1) * gather for number in range(ahead)]
+    for number, (seconds, reduced) in enumerate(turns):
+        if number + ahead < len(turns):
+            exchanged = max(exchanged, computed) + gather
+            there.append(exchanged)
+        computed = max(computed, there[number]) + seconds
+        if reduced:
+            exchanged = max(exchanged, computed) + reduced
+    return max(computed, exchanged) - sum(seconds for seconds, _ in turns)
