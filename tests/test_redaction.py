@@ -33,6 +33,11 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://h/a.tar?sv=2024&se=2026&sig=ab%2Fc::https://h/b.tar?sig=d", "https://h/a.tar?***::https://h/b.tar?***"),
         (f"https://h/a.tar?file=3&token={PASSWORD}&x=1", "https://h/a.tar?file=3&token=***&x=1"),
         (f"pipe:curl -H 'Authorization: Bearer {PASSWORD}' https://h/a.tar", "pipe:curl -H 'Authorization: Bearer ***' https://h/a.tar"),
+        (f"http://bob:pa/{PASSWORD}@word@host/x.tar", "http://bob:***@host/x.tar"),
+        (f"s3://KEY:sec+ret/{PASSWORD}@bucket/a.tar", "s3://KEY:***@bucket/a.tar"),
+        (f"https://h/a.tar?AWSAccessKeyId={PASSWORD}#token={PASSWORD}", "https://h/a.tar?AWSAccessKeyId=***#token=***"),
+        (f"pipe:curl -u bob:{PASSWORD} https://h/a.tar", "pipe:curl -u bob:*** https://h/a.tar"),
+        (f"pipe:curl -H 'X-Api-Key: {PASSWORD}' https://h/a.tar", "pipe:curl -H 'X-Api-Key: ***' https://h/a.tar"),
         # What is no secret stays.
         ("abfs://container@account.dfs.core.windows.net/a.tar", "abfs://container@account.dfs.core.windows.net/a.tar"),
         ("https://h/get?file=a.tar&key=b", "https://h/get?file=a.tar&key=b"),

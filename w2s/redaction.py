@@ -17,15 +17,21 @@ SIGNED = "?***"
 
 _TAKEN = re.compile(r"\$\{oc\.env:\s*(\w+)")
 _WRITTEN = re.compile(r"\$\{oc\.env:(\w+)\}")
-_PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^/\s]*@")
+_PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):(?!\d+/)[^\s\"']*@")
+"""A slash may be part of a password, but what follows a port is a path."""
 _LOGIN = re.compile(r"(https?://)[^/@:\s]+@")
 _QUERY = r"(?:(?!::)[^\s\"'#,;])*"
 _SIGNED = re.compile(rf"\?(?=(?:{_QUERY}&)?(?:[\w.-]*signature|sig)=){_QUERY}", re.IGNORECASE)
 """The query of a URL that is signed: all of it changes when it is signed again."""
 _PARAMETER = re.compile(
-    r"([?&](?:[\w.-]*(?:credential|token|secret|password|passwd|api[_-]?key)|pwd|auth)=)[^&;#,\s\"']*", re.IGNORECASE
+    r"([?&#](?:[\w.-]*(?:credential|token|secret|password|passwd|api[_-]?key|access[_-]?key(?:id)?)|pwd|auth)=)"
+    r"[^&;#,\s\"']*",
+    re.IGNORECASE,
 )
 _HEADER = re.compile(r"(authorization[\"']?\s*[:=]\s*[\"']?\w+)\s+[^\s\"']+", re.IGNORECASE)
+_OWN_HEADER = re.compile(r"(\bx-[\w-]*(?:key|token|secret)[\"']?\s*:\s*)[^\s\"']+", re.IGNORECASE)
+_USER_OPTION = re.compile(r"(\s(?:-u|--user)[\s=]+[\"']?[^\s:\"']+:)[^\s\"']+")
+"""curl's."""
 _SECRET_NAME = re.compile(
     r"(?:^|_)(?:PASSWORD|PASSWD|PASSPHRASE|PASS|SECRET|TOKEN|CREDENTIALS?|API_?KEY|KEY|KEY_ID|AUTH|SAS|CONNECTION_STRING)"
     r"(?:_|$)",
@@ -60,7 +66,7 @@ def without_url_secrets(text: str) -> str:
     """Return a text without passwords and signed parameters of URLs, and without authorisation headers."""
     text = _LOGIN.sub(r"\1***@", _PASSWORD.sub(r"\1:***@", text))
     text = _PARAMETER.sub(r"\1***", _SIGNED.sub(SIGNED, text))
-    return _HEADER.sub(r"\1 ***", text)
+    return _USER_OPTION.sub(r"\1***", _OWN_HEADER.sub(r"\1***", _HEADER.sub(r"\1 ***", text)))
 
 
 def identity(text: str) -> str:

@@ -2,13 +2,17 @@
 
 import io
 import pickle
+import resource
 import shutil
+import struct
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -109,6 +113,29 @@ def test_damage_is_one_line(content: bytes, checkpoint: Path) -> None:
     (checkpoint / ".metadata").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"start/\.metadata cannot be read \("):
         read_metadata(checkpoint)
+
+
+def test_a_few_bytes_make_no_room_for_many_objects(checkpoint: Path) -> None:
+    """An object is put at a place far away: an unpickler with a list of places would make room for all before it."""
+    (checkpoint / ".metadata").write_bytes(b"\x80\x02Nr" + struct.pack("<I", 2**31) + b".")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"\.metadata cannot be read \(ValueError it is no description"):
+            read_metadata(checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize("name", ["common.pt", "weights.pt"])
+def test_an_archive_that_unfolds_is_refused(checkpoint: Path, name: str) -> None:
+    path = checkpoint / name
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**26 + 1))
+    load = check_common if name == "common.pt" else open_weights
+    with pytest.raises(CheckpointError, match=r"data\.pkl is compressed, and 64 MiB: use another file"):
+        load(checkpoint if name == "common.pt" else path)
 
 
 def test_tensors_lie_in_files_of_the_folder(checkpoint: Path) -> None:

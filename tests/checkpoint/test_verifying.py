@@ -59,6 +59,13 @@ def make_folder(path: Path) -> None:
     path.mkdir()
 
 
+def renamed(path: Path, name: str) -> None:
+    """A flipped bit in a name."""
+    text = path.read_text()
+    assert name in text
+    path.write_text(text.replace(name, chr(ord(name[0]) ^ 1) + name[1:]))
+
+
 def forget(path: Path) -> None:
     """The manifest and the meta.json of the layout before: no checkpoint of today becomes one of them."""
     (path / "manifest.json").unlink()
@@ -90,8 +97,22 @@ KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest of an older one": (lambda path: older(path / "manifest.json"), "manifest.json is of step 4"),
     "another step in the manifest": (
         lambda path: of_another_step(path / "manifest.json"),
-        "manifest.json is of step 4",
+        "manifest.json has changed since it was written",
     ),
+    "a name in the manifest": (
+        lambda path: renamed(path / "manifest.json", FILE),
+        "manifest.json has changed since it was written",
+    ),
+    "no step in the manifest": (
+        lambda path: (path / "manifest.json").write_text('{"step": Infinity, "files": {}}'),
+        "manifest.json has changed since it was written",
+    ),
+    "no size in the manifest": (
+        lambda path: (path / "manifest.json").write_text('{"step": 6, "files": {"a": {"bytes": "x", "crc32": ""}}}'),
+        "manifest.json has changed since it was written",
+    ),
+    "a deep manifest": (lambda path: (path / "manifest.json").write_text("[" * 10**5), "manifest.json cannot be read"),
+    "a deep meta.json": (lambda path: (path / "meta.json").write_text('{"a":' * 10**5), "meta.json has 500000 of "),
     "both removed": (
         lambda path: [(path / name).unlink() for name in ("manifest.json", "meta.json")],
         "manifest.json is missing, meta.json cannot be read",

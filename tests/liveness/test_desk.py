@@ -15,7 +15,9 @@ class Clock:
 
 
 def row(rank: int, age: float, place: int = 3, **about: object) -> Row:
-    return Row(rank=rank, host=f"node{rank}", pid=40 + rank, place=place, age=age, limit=60, **about)  # type: ignore[arg-type]
+    return Row(
+        rank=rank, host=f"node{rank}", pid=40 + rank, place=place, age=age, **{"limit": 60, "lost_limit": 60, **about}
+    )  # type: ignore[arg-type]
 
 
 def test_two_ranks_over_a_socket(tmp_path: Path) -> None:
@@ -65,6 +67,20 @@ def test_a_rank_that_is_not_heard_of_any_more_is_lost_and_one_that_is_done_is_no
         "rank 1 on node1 (process 41) has stood still for 65 s starting: its machine does not answer" in ended.message
     )
     assert LOST_SECONDS < 65
+
+
+def test_a_rank_that_is_lost_where_it_may_take_long_is_no_longer_waited_for_than_another() -> None:
+    """Its watcher would beat whatever it does: machine and watcher are gone, or stand still."""
+    clock = Clock()
+    hub = Hub(2, 1800, None, "", clock)
+    hub._take(row(1, age=0, limit=1800), "")
+    hub.tell(row(0, age=0), "")
+    clock.now = 59
+    assert hub.tell(row(0, age=59), "") == Answer()
+    clock.now = 61
+    assert hub.tell(row(0, age=61), "a stack") == Answer()
+    ended = hub.tell(row(0, age=61), "a stack").verdict
+    assert ended is not None and "rank 1 on node1" in ended.message and "its machine does not answer" in ended.message
 
 
 def test_without_the_hub_a_watcher_decides_alone() -> None:

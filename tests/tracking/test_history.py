@@ -9,6 +9,20 @@ from w2s.errors import UserError
 from w2s.tracking.history import FILE_NAME, History, read_history
 
 
+def test_lines_with_anything_but_numbers_are_left_out(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 1, "loss": 1.5}',
+        '{"step": 2, "loss": "y"}',
+        '{"step": 3, "loss": 1' + "0" * 400 + "}",
+        '{"step": 1' + "0" * 400 + "}",
+        '{"step": true, "loss": 1}',
+        '{"step": 4, "loss": null}',
+        "garbage",
+    ]
+    (tmp_path / FILE_NAME).write_text("\n".join(lines))
+    assert [record["step"] for record in read_history(tmp_path)] == [1, 4]
+
+
 def test_lines_that_the_system_refuses_are_written_when_it_takes_them(tmp_path: Path) -> None:
     history = History(tmp_path, 0)
     history.append(1, 8, {"loss": 1.0})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from w2s.checkpoint.torchscript import read_torchscript
 from w2s.errors import CheckpointError
-from w2s.megatron.unpickling import refused_name
+from w2s.megatron.unpickling import check_records, refused_name
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 WRAPPERS = ("model", "module", "state_dict")
@@ -157,6 +157,7 @@ def _open_all(paths: list[Path], name: Path) -> Tensors:
 
 
 def _load(path: Path) -> Any:
+    check_records(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:

@@ -1,14 +1,16 @@
 """manifest.json: the files that make up a checkpoint, with their sizes and checksums, and its step.
 
-It is written last: a folder that has one was written whole.
+It is written last: a folder that has one was written whole. It has a checksum of its own.
 """
 
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from w2s.checksum import THREADS, Checksum, checksum
 from w2s.errors import CheckpointError
@@ -59,7 +61,8 @@ class Manifest:
 
 def write_manifest(folder: Path, step: int, files: Mapping[str, Checksum]) -> None:
     """Write the manifest of a checkpoint whose other files are there."""
-    content = {"step": step, "files": {name: asdict(each) for name, each in sorted(files.items())}}
+    content: dict[str, Any] = {"step": step, "files": {name: asdict(each) for name, each in sorted(files.items())}}
+    content["crc32"] = _own_checksum(content)
     with (folder / NAME).open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.flush()
@@ -74,9 +77,18 @@ def read_manifest(folder: Path) -> Manifest:
     """
     try:
         content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        own = content.pop("crc32", None)  # there was none in w2s 0.1
         files = {name: Checksum(**each) for name, each in content["files"].items()}
-        return Manifest(int(content["step"]), files)
+        sound = type(content["step"]) is int and all(type(each.bytes) is int for each in files.values())
+        if own not in (None, _own_checksum(content)) or content.keys() != {"step", "files"} or not sound:
+            raise CheckpointError(f"{NAME} has changed since it was written")
+        return Manifest(content["step"], files)
     except FileNotFoundError:
         raise CheckpointError(f"{NAME} is missing") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{NAME} cannot be read") from error
+
+
+def _own_checksum(content: Mapping[str, Any]) -> str:
+    """Of step and files, whatever the spaces between them."""
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"

@@ -104,7 +104,8 @@ def all_of(run: Path) -> list[Path]:
 
 def set_aside_of(run: Path) -> list[Path]:
     """Return the damaged checkpoints of a run that it has set aside."""
-    return sorted(checkpoints_of(run).glob(f"step-*{DAMAGED}"))
+    found = checkpoints_of(run).glob(f"step-*{DAMAGED}")
+    return sorted(path for path in found if STEP_NAME.fullmatch(path.name.removesuffix(DAMAGED)) and path.is_dir())
 
 
 def latest(run: Path) -> Path | None:

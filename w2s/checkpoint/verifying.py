@@ -147,6 +147,6 @@ def _known(checkpoint: Path) -> dict[str, Any]:
     """What meta.json says; nothing where it is damaged."""
     try:
         content = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -105,7 +105,7 @@ class Hub:
         for row, at in self._rows.values():
             row = replace(row, age=row.age + now - at)
             if now - at > LOST_SECONDS and row.condition != "dead":
-                row = replace(row, condition="lost")
+                row = replace(row, condition="lost", age=now - at, limit=row.lost_limit)
             rows.append(row if everyone else replace(row, limit=max(row.limit, self._slow_timeout)))
         return rows
 

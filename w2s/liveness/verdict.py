@@ -39,6 +39,8 @@ class Row:
     """Seconds without a sign of life."""
     limit: float = 0.0
     """Seconds that it may be without one here."""
+    lost_limit: float = 0.0
+    """Seconds that its watcher may be unheard of, which beats whatever the rank does."""
     awaits: str = ""
     """Kind of the helper processes that it waits for here, if it does."""
     helpers: str = ""

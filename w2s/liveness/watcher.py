@@ -128,6 +128,7 @@ class Watcher:
             doing=phase.doing,
             age=now - (self._since if hopeless else self._sign_at),
             limit=setup.slow_timeout if slow else setup.timeout,
+            lost_limit=setup.timeout,
             awaits=phase.awaits,
             helpers=beat.helpers,
             signal=beat.signal,

@@ -191,7 +191,7 @@ def _load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
             state = dist_checkpointing.load(wanted, str(folder))
     # A connection to a rank that died is a RuntimeError, and no fault of the files.
     except (CheckpointingException, LookupError, TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"cannot read {folder} ({reason}): use another checkpoint") from error
     _check_states(state, folder)
     return state

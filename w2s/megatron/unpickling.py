@@ -11,6 +11,7 @@ import pathlib
 import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,12 +51,16 @@ _KNOWN: dict[str, Any] = {
 """What `.metadata` may name, and what stands for it."""
 
 
+_LARGEST_COMPRESSED = 2**26
+"""Bytes of a record that is compressed in an archive, as the program in one of TorchScript is."""
 _STORAGES = ("torch.storage._load_from_bytes", "megatron.core.safe_globals.safe_load_from_bytes")
 """What a pickled tensor names for its values: torch's function, or what Megatron-Core 0.19 puts in its place."""
 
 
-class Unpickler(pickle.Unpickler):
+class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     """Knows the classes of the distributed format, and no others.
+
+    Python's own unpickler, as that in C makes room for as many objects as a pickle of some bytes may ask for.
 
     Args:
         data: a pickle.
@@ -152,8 +157,24 @@ def check_common(folder: Path) -> None:
     """
     path = folder / COMMON
     if path.is_file():
+        check_records(path)
         with reading(str(path)):
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_records(path: Path) -> None:
+    """Refuse an archive of torch whose objects are many times larger than its file: torch compresses none.
+
+    Raises:
+        CheckpointError: a record of pickled objects is compressed, and large.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with reading(str(path)), zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED and record.file_size > _LARGEST_COMPRESSED:
+                size = record.file_size / 2**20
+                raise CheckpointError(f"{path}: {record.filename} is compressed, and {size:.0f} MiB: use another file")
 
 
 def check_state(state: object, place: str) -> None:

@@ -54,6 +54,16 @@ class History:
         self._size, self._waiting = self._size + len(self._waiting), b""
 
 
+def _is_record(record: dict[str, Any]) -> bool:
+    """Whether a line has a step, and numbers or null by their names."""
+    step, values = record.get("step"), record.values()
+    return type(step) is int and 0 <= step < 2**63 and all(value is None or _is_number(value) for value in values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < 2**1023
+
+
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
     """Every whole line of a run's metrics.jsonl, oldest first.
 
@@ -68,6 +78,6 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict) and _is_record(record):
             records.append(record)
     return records
