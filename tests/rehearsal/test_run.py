@@ -81,7 +81,7 @@ def test_a_rehearsal_calls_what_real_ranks_call(stage: str, layout: str, ranks: 
     real = run_ranks(real_calls, ranks, config, STAGES[stage], 2)
     for rank, report in enumerate(found.ranks):
         assert calls_of(report) == real[rank], f"rank {rank}"
-        assert len(real[rank]) > 100
+        assert len(real[rank]) > 50
 
 
 def test_ranks_of_each_kind_stand_for_all() -> None:

