@@ -75,7 +75,7 @@ def test_pictures_are_in_the_report(group: Path) -> None:
             assert min(image.size) > 64
             assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 16, f"{path} is blank"
         assert embedded(group / step / "report.html") == {path.read_bytes() for path in pictures.values()}
-    assert len(embedded(group / "report.html")) == 4  # two of mim and one of each eval
+    assert len(embedded(group / "report.html")) == 6  # two of mim and of each eval
 
 
 def test_mlflow_has_parameters_metrics_files_and_the_data(group: Path, client: MlflowClient) -> None:
