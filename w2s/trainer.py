@@ -212,6 +212,8 @@ class Trainer:
         """
         train, keep = self.config.train, self.config.checkpoint
         unlogged: list[Batch] = []
+        # Fully sharded, no rank has gradients of its own to compare: nothing is repeated.
+        repeats = self.config.parallel.shard != "full"
         meter = StepMeter(self.ranks.device)
         if self.handover is not None:
             self.tracker.table("handover", ["", "tensors", "names"], self.handover.rows(), self.handover.title)
@@ -229,7 +231,8 @@ class Trainer:
                 with self.watch.looking() if logs else nullcontext():
                     batch, metrics = self._step()
                 meter.update(train.global_batch, self.stream.wait_seconds)
-                unlogged.append(batch)
+                if repeats:
+                    unlogged.append(batch)
                 if logs:
                     metrics = self._repeat(unlogged, before) or metrics
                     unlogged.clear()
@@ -285,8 +288,7 @@ class Trainer:
             before: the stage's state before the last of them.
         """
         since = int(self.stage.optimizer.guard.since)
-        # Fully sharded, no rank has gradients of its own to compare.
-        if since >= len(batches) or self.config.parallel.shard == "full":
+        if since >= len(batches):
             return None
         self.pulse.at("repeating a bad step", self.step, long=True)
         verdict = explain(self.stage, batches[-1 - since], self.ranks)
