@@ -26,6 +26,7 @@ from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Towers
 from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe
+from w2s.run import open_run, test_inputs, tracked, write_result
 from w2s.towers.build import build_clip
 from w2s.tracking.pictures import (
     CaptionsFound,
@@ -36,7 +37,6 @@ from w2s.tracking.pictures import (
 )
 from w2s.tracking.tables import Cell
 from w2s.tracking.tracker import Tracker
-from w2s.trainer import open_run, test_inputs, tracked, write_result
 
 
 def run(config: Config) -> None:

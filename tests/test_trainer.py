@@ -29,9 +29,10 @@ from w2s.liveness.pulse import WRITER
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.replicas import Odd
+from w2s.run import tracked
 from w2s.tracking.history import read_history
 from w2s.tracking.tracker import Tracker
-from w2s.trainer import Trainer, tracked
+from w2s.trainer import Trainer
 
 
 class Counting:

@@ -1,10 +1,9 @@
 """The loop that every training stage shares: restore, step, log, evaluate, save, stop."""
 
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from w2s.checkpoint import store
 from w2s.checkpoint.continued import find_continued, with_its_start
-from w2s.checkpoint.find import is_finished, unfinished_folder
 from w2s.checkpoint.handover import Handover, check_shapes
 from w2s.checkpoint.memory import HostMemory, host_memory
 from w2s.checkpoint.verifying import recover, verify
@@ -22,16 +20,12 @@ from w2s.config.checks import doubts
 from w2s.config.naming import difference, written
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
-from w2s.data.builtin.registry import ensure_builtin
 from w2s.data.sample import SampleSpec
-from w2s.data.shards import list_shards, shards_digest
 from w2s.data.sizes import Counting, count_samples
-from w2s.data.sources import Source, find_sources
+from w2s.data.sources import Source
 from w2s.data.stream import Position, Stream, merge_positions
 from w2s.errors import CheckpointError, StopRun, UserError, W2SError
 from w2s.host import compute_deterministically
-from w2s.liveness.beating import watched
-from w2s.liveness.owner import owned
 from w2s.liveness.pulse import READERS, WRITER, Pulse
 from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
@@ -42,14 +36,11 @@ from w2s.megatron.watch import Float8Watch, float8_metrics
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
 from w2s.rerun import clones, explain
-from w2s.stopping import stop_at_once, stop_when_ready
-from w2s.tracking.files import write_text
-from w2s.tracking.meters import StepMeter, over_ranks, peak_memory_gib
-from w2s.tracking.mlflow_run import DataInput
+from w2s.run import open_run, share_sources, test_inputs, tracked, training_inputs, write_result
+from w2s.stopping import stop_when_ready
+from w2s.tracking.meters import StepMeter, over_ranks
 from w2s.tracking.tracker import Tracker
 
-STACKS = "stacks.txt"
-"""File of a run folder with the Python stacks of all ranks, when they stood still."""
 PACKAGES = ("w2s", "torch", "megatron-core")
 
 
@@ -82,33 +73,6 @@ class Stage(Protocol):
 
     def load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
         """Take back what `extra_state` gave."""
-
-
-@contextmanager
-def open_run(config: Config) -> Iterator[tuple[Ranks, Pulse, Path]]:
-    """Be a rank of a run, watched, with its data built: give the ranks, where to note what is done, and its folder."""
-    with (
-        stop_at_once(),
-        groups.start(config.parallel, config.hardware) as ranks,
-        watched(config.hardware, ranks) as pulse,
-        owned_folder(config, ranks) as run,
-    ):
-        pulse.report = run / STACKS
-        prepare_data(config, ranks)
-        yield ranks, pulse, run
-
-
-@contextmanager
-def owned_folder(config: Config, ranks: Ranks) -> Iterator[Path]:
-    """Own the folder of this run, and give it; every rank calls.
-
-    A named run is that run. A run without a name is the interrupted one of the same configuration, else a new one.
-    """
-    folder = ranks.share(unfinished_folder(config) if ranks.main else Path())
-    if is_finished(folder):
-        raise UserError(f"run.name={config.run.name}: {folder} is finished: choose another name")
-    with owned(folder, ranks):
-        yield folder
 
 
 class Trainer:
@@ -476,17 +440,6 @@ def train_step(stage: Stage, batch: Batch, factor: float) -> dict[str, Tensor]:
     return {**metrics, "grad_norm": grad_norm, "lr": torch.tensor(stage.optimizer.highest_lr)}
 
 
-def share_sources(config: Config, ranks: Ranks) -> list[Source]:
-    """Find the sources of the training samples: one rank lists and checks the shards, all get the result.
-
-    Raises:
-        ConfigError: the sources are not what the configuration says; on every rank.
-        DataError: shards that are missing or lack something; on every rank.
-    """
-    batch, captions = config.train.global_batch, config.stage == "clip"
-    return ranks.from_main(lambda: find_sources(config.data, batch, ranks.world_size, captions=captions))
-
-
 def open_stream(
     config: Config,
     spec: SampleSpec,
@@ -544,67 +497,3 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
             if metrics:
                 trainer.tracker.log(trainer.step, trainer.samples, metrics)
             write_result(run, config, metrics, started, ranks)
-
-
-def prepare_data(config: Config, ranks: Ranks) -> None:
-    """Build the built-in data set where it is missing; one rank works, the others wait."""
-    if ranks.main and config.data.builtin != "none":
-        ensure_builtin(config.data)
-    ranks.barrier()
-
-
-def training_inputs(config: Config, sources: Sequence[Source]) -> list[DataInput]:
-    """Describe the sources of the training samples for MLflow."""
-    names = ["training"] if len(sources) == 1 else [source.name for source in sources]
-    return [
-        DataInput(f"{config.data.name} {name}", source.pattern, source.digest, "training")
-        for name, source in zip(names, sources, strict=True)
-    ]
-
-
-def test_inputs(config: Config) -> list[DataInput]:
-    """Describe the sets that a stage is measured on."""
-    contexts = {"eval.shards": "evaluation", "eval.knn_shards": "neighbours"}
-    contexts |= {f"eval.sets.{name}": f"evaluation {name}" for name in config.eval.sets}
-    return [_data_input(config, key, shards, contexts[key]) for key, shards in config.eval.by_key.items()]
-
-
-def _data_input(config: Config, key: str, source: str, context: str) -> DataInput:
-    """Describe the shards of a configuration key for MLflow: the digest is over their names and sizes in bytes."""
-    digest = shards_digest(list_shards(source, key, allow_pipe=config.data.allow_pipe))
-    return DataInput(f"{config.data.name} {context}", source, digest, context)
-
-
-def write_result(run: Path, config: Config, metrics: Mapping[str, float], started: float, ranks: Ranks) -> None:
-    """Mark a run as finished: result.json holds its stage, metrics, seconds of computing and peak memory in GiB.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    if ranks.main:
-        result = {
-            "stage": config.stage,
-            "metrics": dict(metrics),
-            "seconds": time.perf_counter() - started,
-            "peak_memory_gib": peak_memory_gib(ranks.device),
-        }
-        write_text(run / "result.json", json.dumps(result, indent=1))
-
-
-@contextmanager
-def tracked(tracker: Tracker) -> Iterator[None]:
-    """End the tracked run as it ended: FINISHED, KILLED when it was asked to stop, else FAILED.
-
-    What ended it is what the user is told, also where a full disk takes no report.
-    """
-    try:
-        yield
-    except StopRun:
-        with suppress(UserError):
-            tracker.finish("KILLED")
-        raise
-    except BaseException:
-        with suppress(UserError):
-            tracker.finish("FAILED")
-        raise
-    tracker.finish("FINISHED")

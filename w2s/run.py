@@ -1,0 +1,128 @@
+"""What a stage finds when it begins, and leaves when it ends: ranks, folder, samples; inputs, result, status."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from w2s.checkpoint.find import is_finished, unfinished_folder
+from w2s.config.sections import Config
+from w2s.data.builtin.registry import ensure_builtin
+from w2s.data.shards import list_shards, shards_digest
+from w2s.data.sources import Source, find_sources
+from w2s.errors import StopRun, UserError
+from w2s.liveness.beating import watched
+from w2s.liveness.owner import owned
+from w2s.liveness.pulse import Pulse
+from w2s.megatron import groups
+from w2s.megatron.groups import Ranks
+from w2s.stopping import stop_at_once
+from w2s.tracking.files import write_text
+from w2s.tracking.meters import peak_memory_gib
+from w2s.tracking.mlflow_run import DataInput
+from w2s.tracking.tracker import Tracker
+
+STACKS = "stacks.txt"
+"""File of a run folder with the Python stacks of all ranks, when they stood still."""
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[tuple[Ranks, Pulse, Path]]:
+    """Be a rank of a run, watched, with its data built: give the ranks, where to note what is done, and its folder."""
+    with (
+        stop_at_once(),
+        groups.start(config.parallel, config.hardware) as ranks,
+        watched(config.hardware, ranks) as pulse,
+        owned_folder(config, ranks) as run,
+    ):
+        pulse.report = run / STACKS
+        prepare_data(config, ranks)
+        yield ranks, pulse, run
+
+
+@contextmanager
+def owned_folder(config: Config, ranks: Ranks) -> Iterator[Path]:
+    """Own the folder of this run, and give it; every rank calls.
+
+    A named run is that run. A run without a name is the interrupted one of the same configuration, else a new one.
+    """
+    folder = ranks.from_main(lambda: unfinished_folder(config))
+    if is_finished(folder):
+        raise UserError(f"run.name={config.run.name}: {folder} is finished: choose another name")
+    with owned(folder, ranks):
+        yield folder
+
+
+def prepare_data(config: Config, ranks: Ranks) -> None:
+    """Build the built-in data set where it is missing; one rank works, the others wait."""
+    if config.data.builtin != "none":
+        ranks.from_main(lambda: ensure_builtin(config.data))
+
+
+def share_sources(config: Config, ranks: Ranks) -> list[Source]:
+    """Find the sources of the training samples: one rank lists and checks the shards, all get the result.
+
+    Raises:
+        ConfigError: the sources are not what the configuration says; on every rank.
+        DataError: shards that are missing or lack something; on every rank.
+    """
+    batch, captions = config.train.global_batch, config.stage == "clip"
+    return ranks.from_main(lambda: find_sources(config.data, batch, ranks.world_size, captions=captions))
+
+
+def training_inputs(config: Config, sources: Sequence[Source]) -> list[DataInput]:
+    """Describe the sources of the training samples for MLflow."""
+    names = ["training"] if len(sources) == 1 else [source.name for source in sources]
+    return [
+        DataInput(f"{config.data.name} {name}", source.pattern, source.digest, "training")
+        for name, source in zip(names, sources, strict=True)
+    ]
+
+
+def test_inputs(config: Config) -> list[DataInput]:
+    """Describe the sets that a stage is measured on."""
+    contexts = {"eval.shards": "evaluation", "eval.knn_shards": "neighbours"}
+    contexts |= {f"eval.sets.{name}": f"evaluation {name}" for name in config.eval.sets}
+    return [_data_input(config, key, shards, contexts[key]) for key, shards in config.eval.by_key.items()]
+
+
+def _data_input(config: Config, key: str, source: str, context: str) -> DataInput:
+    """Describe the shards of a configuration key for MLflow: the digest is over their names and sizes in bytes."""
+    digest = shards_digest(list_shards(source, key, allow_pipe=config.data.allow_pipe))
+    return DataInput(f"{config.data.name} {context}", source, digest, context)
+
+
+def write_result(run: Path, config: Config, metrics: Mapping[str, float], started: float, ranks: Ranks) -> None:
+    """Mark a run as finished: result.json holds its stage, metrics, seconds of computing and peak memory in GiB.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if ranks.main:
+        result = {
+            "stage": config.stage,
+            "metrics": dict(metrics),
+            "seconds": time.perf_counter() - started,
+            "peak_memory_gib": peak_memory_gib(ranks.device),
+        }
+        write_text(run / "result.json", json.dumps(result, indent=1))
+
+
+@contextmanager
+def tracked(tracker: Tracker) -> Iterator[None]:
+    """End the tracked run as it ended: FINISHED, KILLED when it was asked to stop, else FAILED.
+
+    What ended it is what the user is told, also where a full disk takes no report.
+    """
+    try:
+        yield
+    except StopRun:
+        with suppress(UserError):
+            tracker.finish("KILLED")
+        raise
+    except BaseException:
+        with suppress(UserError):
+            tracker.finish("FAILED")
+        raise
+    tracker.finish("FINISHED")
