@@ -1,0 +1,67 @@
+"""w2s checkpoint list, verify, prune."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from w2s.cli.app import Debug, Root, app, one_line, print_table
+from w2s.errors import W2SError
+
+checkpoint = typer.Typer(help="List, verify and prune the checkpoints of a run.")
+app.add_typer(checkpoint, name="checkpoint")
+
+
+OneRun = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name below --root.")]
+
+
+@checkpoint.command("list")
+def checkpoint_list(run: OneRun, root: Root = "runs", debug: Debug = False) -> None:
+    """List a run's checkpoints; damage is told from names and sizes alone, as no file is read."""
+    with one_line(debug):
+        from w2s.checkpoint.find import find_run
+        from w2s.checkpoint.upkeep import COLUMNS, look_at
+
+        path = find_run(run, Path(root).expanduser())
+        print_table(str(path), COLUMNS, [found.row() for found in look_at(path, quick=True)])
+
+
+@checkpoint.command("verify")
+def checkpoint_verify(run: OneRun, root: Root = "runs", debug: Debug = False) -> None:
+    """Read every file of a run's checkpoints; exit code 1 if one is damaged."""
+    with one_line(debug):
+        from w2s.checkpoint.find import find_run
+        from w2s.checkpoint.upkeep import COLUMNS, look_at
+
+        path = find_run(run, Path(root).expanduser())
+        checkpoints = look_at(path, quick=False)
+        print_table(str(path), COLUMNS, [found.row() for found in checkpoints])
+        damaged = [found for found in checkpoints if found.damage]
+        for found in damaged:
+            print(f"{found.path}: {', '.join(found.damage)}")
+        if damaged:
+            raise W2SError(f"{len(damaged)} of {len(checkpoints)} checkpoints of {path} are damaged: see above")
+
+
+@checkpoint.command("prune")
+def checkpoint_prune(
+    run: OneRun,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Whole checkpoints that stay; without it all of them.")
+    ] = None,
+    root: Root = "runs",
+    debug: Debug = False,
+) -> None:
+    """Read a run's checkpoints and remove those that are damaged, and all but the newest whole ones.
+
+    The one that the run goes on from stays, and what checkpoint.keep_at keeps for other runs.
+    """
+    with one_line(debug):
+        from w2s.checkpoint.find import find_run
+        from w2s.checkpoint.upkeep import prune
+
+        path = find_run(run, Path(root).expanduser())
+        removed = prune(path, keep)
+        for found in removed:
+            print(f"removed {found.path.name}: {found.state}")
+        print(f"{sum(found.bytes for found in removed):,} bytes freed in {path}")

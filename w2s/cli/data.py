@@ -1,0 +1,123 @@
+"""w2s data make, build, index, check, show."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from w2s.cli.app import Debug, Overrides, app, one_line
+from w2s.errors import UserError, W2SError
+from w2s.redaction import shown
+
+data = typer.Typer(help="Make, count, check and show shards.")
+app.add_typer(data, name="data")
+
+
+Shards = Annotated[str, typer.Argument(help="What data.train takes: a folder, a glob, a brace pattern or a URL.")]
+Workers = Annotated[int, typer.Option(min=1, help="Threads that work side by side.")]
+IMAGE_KEY, CAPTION_KEY = "jpg;jpeg;png;webp;bmp;gif;tif;tiff;image", "txt;text;caption"  # as DataConfig's
+ImageKey = Annotated[str, typer.Option(help="Extensions (columns) of the image, separated by ;")]
+CaptionKey = Annotated[
+    str, typer.Option(help="Extensions (columns) of the caption, or json.KEY; empty for images only.")
+]
+
+
+@data.command("make")
+def data_make(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A folder of images, a .csv, .tsv or .jsonl table, a .parquet file.")
+    ],
+    out: Annotated[str, typer.Option(help="Folder for the shards.")],
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffling.")] = 0,
+    workers: Workers = 1,
+    split: Annotated[
+        str, typer.Option(help="Make this split (test or train) of a test set, in CLIP_benchmark's layout.")
+    ] = "",
+    like: Annotated[str, typer.Option(help="Set of CLIP_benchmark whose class names and prompts it has.")] = "",
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt with {c} for the class name, or several.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write images, captions and classes into shards. The same command goes on where it was interrupted."""
+    with one_line(debug):
+        from w2s.data.benchmark import BenchmarkSet
+        from w2s.data.make import make_shards
+
+        if (like or prompt) and not split:
+            raise UserError("--like and --prompt are for a test set: name its split, such as --split test")
+        test_set = BenchmarkSet(split=split, like=like, prompts=prompt or []) if split else None
+        sizes = make_shards(
+            Path(source), Path(out), shard_size=shard_size, seed=seed, workers=workers, test_set=test_set
+        )
+        print(f"{sum(sizes.values())} samples in {len(sizes)} shards: {out}")
+
+
+@data.command("build")
+def data_build(
+    name: Annotated[str, typer.Argument(help="emoji or showcase, as in data=NAME.")], debug: Debug = False
+) -> None:
+    """Build a data set that w2s makes from packages; one that lacks some of its sources is built again."""
+    with one_line(debug):
+        from w2s.config.load import load
+        from w2s.data.builtin.registry import ensure_builtin
+        from w2s.launch import show_notes
+
+        show_notes()
+        folder = ensure_builtin(load("mim", [f"data={name}"]).data, renew=True)
+        for sizes in sorted(folder.glob("*/sizes.json")):
+            print(f"{sizes.parent}: {sum(json.loads(sizes.read_text()).values())} pairs")
+
+
+@data.command("index")
+def data_index(overrides: Overrides = None, debug: Debug = False) -> None:
+    """Count the samples of data.train and keep the result in data.index, where runs find it."""
+    with one_line(debug):
+        from w2s.config.load import load, refuse_expanded_braces
+        from w2s.data.sizes import index_shards
+        from w2s.data.sources import list_sources
+
+        refuse_expanded_braces(overrides or [])
+        section = load("mim", overrides or []).data
+        for source in list_sources(section):
+            sizes = index_shards(source.shards, Path(section.index))
+            print(f"{source.name}: {sum(sizes.values())} samples in {len(sizes)} shards")
+
+
+@data.command("check")
+def data_check(
+    shards: Shards,
+    image_key: ImageKey = IMAGE_KEY,
+    caption_key: CaptionKey = CAPTION_KEY,
+    workers: Workers = 1,
+    debug: Debug = False,
+) -> None:
+    """Read and decode every sample, and report what a run would skip; exit code 1 if there is something."""
+    with one_line(debug):
+        from w2s.data.inspect import check_shards
+        from w2s.data.shards import list_shards
+
+        report = check_shards(list_shards(shards, "SHARDS"), image_key, caption_key or None, workers)
+        print("\n".join(map(shown, report.lines())))
+        if report.bad or report.wrong_sizes:
+            raise W2SError(f"{sum(report.bad.values())} of {report.samples} samples are bad: see above")
+
+
+@data.command("show")
+def data_show(
+    shards: Shards,
+    out: Annotated[str, typer.Option(help="PNG file for a sheet of images with their captions.")] = "sheet.png",
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Images in the sheet.")] = 24,
+    image_key: ImageKey = IMAGE_KEY,
+    caption_key: CaptionKey = CAPTION_KEY,
+    debug: Debug = False,
+) -> None:
+    """Print what is inside of shards, and save a sheet of images with their captions."""
+    with one_line(debug):
+        from w2s.data.inspect import describe_shards, draw_sheet
+        from w2s.data.shards import list_shards
+
+        found = list_shards(shards, "SHARDS")
+        print("\n".join(map(shown, describe_shards(found))))
+        drawn = draw_sheet(found, image_key, caption_key or None, count, Path(out))
+        print(f"{drawn} samples drawn: {out}")

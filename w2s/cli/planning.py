@@ -1,0 +1,100 @@
+"""w2s plan, w2s rehearse."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from w2s.cli.app import Debug, Json, Overrides, app, one_line, warn_of_doubts
+from w2s.errors import UserError
+
+
+@app.command()
+def plan(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="STAGE... OVERRIDES", help="mim, clip or both, then key=value.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="Number of GPUs.")] = 0,
+    card: Annotated[str, typer.Option(help="Their kind: a100-40, a100-80, h100, h200 or b200.")] = "h100",
+    batch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[STAGE=]N", help="Samples of a step; without it the configuration's, or the nearest legal."
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=0, help="Layouts that are shown; 0 shows all.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="Write the fastest layout as a file for hardware=FILE.")] = None,
+    simulate: Annotated[int | None, typer.Option(min=8, help="Plan on 8, 16, ... up to this many GPUs too.")] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Show what the planner says of runs that others have published.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell which layouts of a stage fit on GPUs and how fast they should be; no GPU is needed."""
+    with one_line(debug):
+        from w2s.planning import hardware_file, report, scaling
+        from w2s.planning.cards import card as card_of
+        from w2s.planning.plan import find_plans
+        from w2s.planning.request import request
+
+        if published:
+            from w2s.planning.published import print_rows
+
+            print_rows(as_json)
+            return
+        if not gpus:
+            raise UserError("w2s plan asks for no GPUs: say how many with --gpus N")
+        asked = request(arguments or [], gpus, card, batch or [])
+        if out:
+            hardware_file.check_name(out)
+        kind = card_of(card)
+        found = {stage: find_plans(asked.config(stage, gpus), kind, gpus, asked.fixed, top) for stage in asked.stages}
+        for stage in asked.stages:
+            warn_of_doubts(asked.config(stage, gpus))
+        curves = {stage: scaling.simulate(asked, stage, simulate) for stage in asked.stages} if simulate else {}
+        if out:
+            hardware_file.write(out, asked, [plans.fastest[0] for plans in found.values()])
+        if as_json:
+            print(json.dumps(report.document(asked, kind, found, curves), indent=2))
+        else:
+            report.print_report(asked, kind, found, curves)
+
+
+@app.command()
+def rehearse(
+    name: Annotated[str, typer.Argument(metavar="STAGE", help="mim or clip.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
+    card: Annotated[str, typer.Option(help="Their kind: a100-40, a100-80, h100, h200 or b200.")] = "h100",
+    ranks: Annotated[
+        str, typer.Option(help="kinds: one of each kind; pipeline: one of each stage; or ranks such as 0,64.")
+    ] = "kinds",
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each rank.")] = 2,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the simulated steps as a trace for Perfetto or chrome://tracing.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Rehearse a job for a cluster on this machine: will it start, fit, hang, and how long does a step take?"""
+    with one_line(debug):
+        from w2s.planning.cards import card as card_of
+        from w2s.planning.request import request
+        from w2s.rehearsal import report
+        from w2s.rehearsal.kinds import chosen
+        from w2s.rehearsal.run import run as run_rehearsal
+        from w2s.rehearsal.trace import write_trace
+
+        asked = request([name, *(overrides or [])], gpus, card)
+        config = asked.config(name, gpus)
+        found = run_rehearsal(config, gpus, card_of(card), chosen(ranks, config.parallel, gpus), steps)
+        if trace:
+            write_trace(trace, found)
+        if as_json:
+            print(json.dumps(report.document(found), indent=2))
+        else:
+            report.print_report(found)
+    if found.wrong:
+        raise typer.Exit(1)

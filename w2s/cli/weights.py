@@ -1,0 +1,100 @@
+"""w2s import, w2s export, w2s inspect, w2s encode."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from w2s.cli.app import Debug, Nproc, Overrides, Root, app, one_line, print_table
+from w2s.errors import UserError
+from w2s.stopping import stop_at_once
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A weights file, an index, a folder, or a run.")],
+    model: Annotated[str, typer.Option(help="What it holds: a name of configs/model, or a path that ends in .yaml.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    image_size: Annotated[int | None, typer.Option(min=1, help="Resize to images of this side in pixels.")] = None,
+    patch_size: Annotated[int | None, typer.Option(min=1, help="Resize to patches of this side in pixels.")] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="A name, or a pattern with *, that may be missing or unexpected.")
+    ] = None,
+    root: Root = "runs",
+    debug: Debug = False,
+) -> None:
+    """Turn EVA-CLIP's, open_clip's or timm's weights into a checkpoint that every stage can start from."""
+    with one_line(debug), stop_at_once():
+        from w2s.checkpoint.find import find_any
+        from w2s.checkpoint.importing import import_checkpoint, with_size
+        from w2s.config.load import named_model
+
+        path, held = find_any(source, Path(root).expanduser(), key="SRC"), named_model(model)
+        found = import_checkpoint(path, with_size(held, image_size, patch_size), out, allowed=allow or [])
+        print_table(f"{path} -> {out}", ["", "tensors", "names"], found.rows())
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, a checkpoint, or an MLflow run id.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    format: Annotated[str, typer.Option(help="eva, open_clip, timm or safetensors.")] = "open_clip",
+    root: Root = "runs",
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint as a folder that open_clip, timm or the EVA-CLIP code loads."""
+    with one_line(debug), stop_at_once():
+        from w2s.checkpoint.exporting import export_checkpoint
+        from w2s.checkpoint.find import find_any
+
+        path = find_any(run, Path(root).expanduser(), key="RUN")
+        written = export_checkpoint(path, format, out)
+        print_table(f"{path} -> {out}", ["file", "bytes"], [[name, f"{size:,}"] for name, size in written.items()])
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A run, a checkpoint, or anybody's weights.")],
+    root: Root = "runs",
+    debug: Debug = False,
+) -> None:
+    """Tell what a checkpoint is: format, model, parameters, step, samples, parent."""
+    with one_line(debug):
+        from w2s.checkpoint.find import find_any
+        from w2s.checkpoint.inspecting import inspect as inspect_checkpoint
+
+        found = find_any(path, Path(root).expanduser(), key="PATH")
+        about = inspect_checkpoint(found)
+        print_table(str(found), ["", ""], [[name, value] for name, value in about.items()])
+
+
+@app.command()
+def encode(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, a checkpoint, or anybody's weights.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    overrides: Overrides = None,
+    images: Annotated[str, typer.Option(help="Image files or shards: a glob, braces, or a folder of shards.")] = "",
+    texts: Annotated[Path | None, typer.Option(help="A file with a text a line.")] = None,
+    model: Annotated[str | None, typer.Option(help="What other people's weights are: a name of configs/model.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Images or texts of one forward pass.")] = 64,
+    nproc: Nproc = 1,
+    root: Root = "runs",
+    debug: Debug = False,
+) -> None:
+    """Write the features of images and texts."""
+    with one_line(debug):
+        from w2s.checkpoint.find import find_any
+        from w2s.encode import EncodeJob, configured, run
+        from w2s.launch import adopt_slurm, is_rank, launch
+
+        if not images and texts is None:
+            raise UserError("w2s encode asks for nothing: give --images, --texts, or both")
+        path = find_any(checkpoint, Path(root).expanduser(), key="CHECKPOINT")
+        adopt_slurm()
+        ranks = int(os.environ["WORLD_SIZE"]) if is_rank() else nproc
+        job = EncodeJob(path, configured(path, model, overrides or [], ranks), images, texts, out, batch_size)
+        if is_rank() or nproc == 1:
+            run(job)
+        else:
+            launch(run, job, nproc)
