@@ -38,7 +38,9 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"https://h/a.tar?AWSAccessKeyId={PASSWORD}#token={PASSWORD}", "https://h/a.tar?AWSAccessKeyId=***#token=***"),
         (f"pipe:curl -u bob:{PASSWORD} https://h/a.tar", "pipe:curl -u bob:*** https://h/a.tar"),
         (f"pipe:curl -H 'X-Api-Key: {PASSWORD}' https://h/a.tar", "pipe:curl -H 'X-Api-Key: ***' https://h/a.tar"),
+        (f"https://h/a.tar?key=AIza{PASSWORD}-{PASSWORD}&x=1", "https://h/a.tar?key=***&x=1"),
         # What is no secret stays.
+        ("https://h/get?key=a-folder/with-a-long-name.tar", "https://h/get?key=a-folder/with-a-long-name.tar"),
         ("abfs://container@account.dfs.core.windows.net/a.tar", "abfs://container@account.dfs.core.windows.net/a.tar"),
         ("https://h/get?file=a.tar&key=b", "https://h/get?file=a.tar&key=b"),
         ("http://host:5000/x/a@1.tar", "http://host:5000/x/a@1.tar"),

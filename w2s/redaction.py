@@ -28,6 +28,8 @@ _PARAMETER = re.compile(
     r"[^&;#,\s\"']*",
     re.IGNORECASE,
 )
+_KEY = re.compile(r"([?&](?:key|code)=)[\w~%-]{20,}={0,2}(?=[&;#,\s\"']|$)", re.IGNORECASE)
+"""Keys of Google's and Azure's services: long, and no name of a file."""
 _HEADER = re.compile(r"(authorization[\"']?\s*[:=]\s*[\"']?\w+)\s+[^\s\"']+", re.IGNORECASE)
 _OWN_HEADER = re.compile(r"(\bx-[\w-]*(?:key|token|secret)[\"']?\s*:\s*)[^\s\"']+", re.IGNORECASE)
 _USER_OPTION = re.compile(r"(\s(?:-u|--user)[\s=]+[\"']?[^\s:\"']+:)[^\s\"']+")
@@ -65,7 +67,7 @@ def redact(text: str) -> str:
 def without_url_secrets(text: str) -> str:
     """Return a text without passwords and signed parameters of URLs, and without authorisation headers."""
     text = _LOGIN.sub(r"\1***@", _PASSWORD.sub(r"\1:***@", text))
-    text = _PARAMETER.sub(r"\1***", _SIGNED.sub(SIGNED, text))
+    text = _KEY.sub(r"\1***", _PARAMETER.sub(r"\1***", _SIGNED.sub(SIGNED, text)))
     return _USER_OPTION.sub(r"\1***", _OWN_HEADER.sub(r"\1***", _HEADER.sub(r"\1 ***", text)))
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.checkpoint.saved import Written, meta, save
 from tests.distributed import run_ranks
-from w2s.checkpoint.find import find
+from w2s.checkpoint.find import find, is_finished
 from w2s.checkpoint.store import Saving, kept_steps, latest, read_meta
 from w2s.checksum import Checksum
 from w2s.config.sections import CheckpointConfig, ParallelConfig
@@ -175,6 +175,15 @@ def test_what_cannot_be_found_is_one_line_with_the_key(alone: Ranks, tmp_path: P
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         find("empty", tmp_path, key="init.vision", stage="mim")
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"stage": "m', b"[]", b'{"stage": 1}', b"[" * 100_000])
+def test_a_run_with_a_damaged_result_is_not_finished(damage: bytes, alone: Ranks, tmp_path: Path) -> None:
+    save(tmp_path, meta(1), keep=1, ranks=alone)
+    finish(tmp_path)
+    assert is_finished(tmp_path)
+    (tmp_path / "result.json").write_bytes(damage)
+    assert not is_finished(tmp_path)
 
 
 def test_an_unfinished_run_is_not_the_latest(alone: Ranks, tmp_path: Path) -> None:

@@ -214,6 +214,16 @@ def test_a_damaged_pointer_is_survived(
     assert pointer.read_text() == "step-00000006"
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_pointer_that_is_no_file_is_replaced(make: Callable[[Path], None], run: Path, alone: Ranks) -> None:
+    pointer = run / "checkpoints" / "latest"
+    pointer.unlink()
+    make(pointer)
+    recover(run, alone, strict=False)
+    assert pointer.is_file()
+    assert pointer.read_text() == "step-00000006"
+
+
 def test_a_user_may_point_to_an_older_one(run: Path, alone: Ranks) -> None:
     point(run, all_of(run)[0])
     recover(run, alone, strict=True)

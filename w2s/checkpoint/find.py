@@ -67,8 +67,8 @@ def find_run(what: str, root: Path) -> Path:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether a run has come to its end."""
-    return (run / "result.json").is_file()
+    """Whether a run has come to its end. One whose result is damaged has not."""
+    return _stage_of(run) is not None
 
 
 def unfinished_folder(config: Config) -> Path:
@@ -89,7 +89,7 @@ def _latest_of(run: Path, key: str) -> Path:
 
 
 def _newest_finished(root: Path, key: str, stage: str) -> Path:
-    finished = [run for run in _runs(root) if is_finished(run) and _stage_of(run) == stage]
+    finished = [run for run in _runs(root) if _stage_of(run) == stage]
     if not finished:
         raise CheckpointError(
             f"{key}=latest: there is no finished {stage} run in {root}: run `w2s stage {stage}` first, "
@@ -105,11 +105,14 @@ def _runs(root: Path) -> Iterator[Path]:
 
 
 def _stage_of(run: Path) -> str | None:
+    """Return the stage of a finished run, by its result."""
+    path = run / "result.json"
     try:
-        content = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    except ValueError:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return None
-    return content.get("stage") if isinstance(content, dict) else None
+    stage = content.get("stage") if isinstance(content, dict) else None
+    return stage if isinstance(stage, str) else None
 
 
 def _mlflow_run_id(run: Path) -> str | None:

@@ -121,9 +121,10 @@ def newest_step(run: Path) -> int:
 
 
 def named_latest(run: Path) -> str:
-    """Return what stands in a run's file `latest`; nothing if there is none."""
+    """Return what stands in a run's file `latest`; nothing if there is none, or if it is no file."""
+    path = checkpoints_of(run) / "latest"
     try:
-        return (checkpoints_of(run) / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
     except OSError:
         return ""
 
@@ -309,9 +310,11 @@ def seal(folder: Path, meta: Meta, files: Mapping[str, Checksum]) -> None:
 
 def point(run: Path, checkpoint: Path) -> None:
     """Make a checkpoint of a run its latest."""
-    scratch = checkpoints_of(run) / ".latest.partial"
+    scratch, pointer = checkpoints_of(run) / ".latest.partial", checkpoints_of(run) / "latest"
     scratch.write_text(checkpoint.name, encoding="utf-8")
-    os.replace(scratch, checkpoints_of(run) / "latest")
+    if pointer.is_dir() and not pointer.is_symlink():
+        shutil.rmtree(pointer)
+    os.replace(scratch, pointer)
 
 
 def remove(checkpoint: Path) -> None:
