@@ -40,6 +40,10 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, a checkpoint, or an MLflow run id.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],
     format: Annotated[str, typer.Option(help="eva, open_clip, timm or safetensors.")] = "open_clip",
+    hub: Annotated[str, typer.Option(help="OWNER/NAME that the folder will have on a hub.")] = "",
+    license: Annotated[
+        str, typer.Option(help="Licence of the weights, as the hub calls it: apache-2.0, ...")
+    ] = "unknown",
     root: Root = "runs",
     debug: Debug = False,
 ) -> None:
@@ -49,8 +53,11 @@ def export(
         from w2s.checkpoint.find import find_any
 
         path = find_any(run, Path(root).expanduser(), key="RUN")
-        written = export_checkpoint(path, format, out)
-        print_table(f"{path} -> {out}", ["file", "bytes"], [[name, f"{size:,}"] for name, size in written.items()])
+        exported = export_checkpoint(path, format, out, hub=hub, licence=license)
+        rows = [[name, f"{size:,}"] for name, size in exported.files.items()]
+        print_table(f"{path} -> {out}", ["file", "bytes"], rows)
+        first = exported.guide.snippets[0]
+        print(f"{first.peer} (more in {out / 'README.md'}):\n\n{first.code.replace('FOLDER', str(out))}")
 
 
 @app.command()

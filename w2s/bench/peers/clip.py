@@ -12,7 +12,8 @@ from torch import Tensor
 from stages.clip import sample_spec
 from w2s.bench.marks import Marks
 from w2s.bench.peers.base import Peer, forward_flops
-from w2s.checkpoint.formats import open_clip_config, timm_config
+from w2s.checkpoint.formats.open_clip import open_clip_config
+from w2s.checkpoint.formats.timm import timm_config
 from w2s.config.sections import Config
 from w2s.data.batch import Batch, given, normalize
 from w2s.towers.vision import MEAN, STD
@@ -50,11 +51,8 @@ def open_clip_model(config: Config, device: torch.device) -> CustomTextCLIP:
     """Return open_clip's module for a CLIP: timm's vision tower with patch dropout, and its own text tower."""
     model, dropout = config.model, config.clip.patch_dropout
     with tempfile.TemporaryDirectory() as folder, device:
-        description = json.dumps(timm_config(model.vision, model.embed_dim))
+        description = json.dumps(timm_config(model.vision, features=0))
         (Path(folder) / "config.json").write_text(description, encoding="utf-8")
-        settings = open_clip_config(model, Path(folder), logit_bias=False)["model_cfg"]
+        settings = open_clip_config(model, f"local-dir:{folder}", logit_bias=False)["model_cfg"]
         vision = {**settings["vision_cfg"], "patch_dropout": dropout}
-        clip = CustomTextCLIP(settings["embed_dim"], vision, settings["text_cfg"])
-    if not model.vision.qkv_bias:
-        clip.visual.trunk.head.bias = None  # nor has EVA's
-    return clip
+        return CustomTextCLIP(settings["embed_dim"], vision, settings["text_cfg"])

@@ -1,0 +1,188 @@
+"""Where a checkpoint comes from, and what was measured of it, as far as the runs and files are still there.
+
+No folder of the machine is named: a run is called by its name, and so is a file.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from w2s.checkpoint.files import SUFFIXES, holds_weights
+from w2s.checkpoint.manifest import NAME as MANIFEST
+from w2s.checkpoint.store import Meta, latest, read_meta
+from w2s.tracking.history import read_history
+from w2s.tracking.tables import Table
+
+ROLES = {"mim": "masked run", "clip": "contrastive run", "import": "imported weights"}
+"""What wrote a checkpoint, by its stage."""
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """A checkpoint, a file of weights or a teacher that weights come from; what is not known is empty."""
+
+    role: str
+    """What it was for."""
+    name: str
+    """A run, a file or a model."""
+    step: int | None = None
+    """Optimizer steps done."""
+    samples: int | None = None
+    """Samples seen in them."""
+    commit: str = ""
+    """Commit of w2s that trained it."""
+    config: str = ""
+    """Digest of its configuration."""
+    data: str = ""
+    """Its training data, with a digest of the shards' names."""
+    weights: str = ""
+    """SHA-256 of a file, or of a checkpoint's manifest, which has the checksums of all its files."""
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a checkpoint says that it comes from: its path where it is still there."""
+
+    role: str
+    name: str
+    path: Path | None = None
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lineage(checkpoint: Path) -> list[Ancestor]:
+    """Return a checkpoint, its teachers and parents, theirs, and so on, each once."""
+    found: dict[tuple[str, Path | None], Ancestor] = {}
+    waiting = [_Origin("", checkpoint.name, checkpoint)]
+    while waiting:
+        origin = waiting.pop(0)
+        key = (origin.name, origin.path.resolve() if origin.path else None)
+        if key in found:
+            continue
+        if origin.path is not None and (origin.path / "meta.json").is_file():
+            meta = read_meta(origin.path)
+            found[key] = _of_checkpoint(origin.role, origin.path, meta)
+            waiting += _origins(origin.path, meta)
+        else:
+            found[key] = Ancestor(origin.role, origin.name, weights=_digest(origin.path))
+    return list(found.values())
+
+
+def measurements(checkpoint: Path) -> Iterator[tuple[str, Mapping[str, float]]]:
+    """Yield what was measured of a checkpoint, and the run that did: its own, then evaluations in the same folder."""
+    run = run_of(checkpoint)
+    if run is not None:
+        own = _measured_in_training(run, checkpoint)
+        if own:
+            yield run.name, own
+    beside, parts = (run or checkpoint).absolute().parent, 3 if run else 1
+    for path in sorted({*beside.glob("*/tables/results.json"), *beside.parent.glob("*/tables/results.json")}):
+        result = _json(path.parent.parent / "result.json")
+        if result.get("stage") != "eval":
+            continue
+        measured = Path(Table.load(path).title)
+        if measured.parts[-parts:] == checkpoint.absolute().parts[-parts:]:
+            yield path.parent.parent.name, result["metrics"]
+
+
+def data_licences(checkpoint: Path) -> str:
+    """Return what LICENSES.txt beside the training data of a checkpoint says; nothing where there is none."""
+    data = Path(str(read_meta(checkpoint).config.get("data", {}).get("train") or "."))
+    files = [folder / "LICENSES.txt" for folder in (data, data.parent)]
+    return next((path.read_text(encoding="utf-8").strip() for path in files if path.is_file()), "")
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the run that a checkpoint lies in."""
+    folder = checkpoint.absolute().parent
+    return folder.parent if folder.name == "checkpoints" else None
+
+
+def _of_checkpoint(role: str, checkpoint: Path, meta: Meta) -> Ancestor:
+    kind, run = ROLES.get(meta.stage, meta.stage), run_of(checkpoint)
+    known = Ancestor(
+        role=f"{role}, {kind}" if role else kind,
+        name=run.name if run else checkpoint.name,
+        config=str(meta.config.get("digest", "")),
+        weights=_digest(checkpoint / MANIFEST),
+    )
+    if meta.stage == "import":
+        return known
+    shards = meta.data.get("order", {}).get("data.train", "")
+    data = f"{meta.setting('data', 'name')}, {shards}"
+    return replace(known, step=meta.step, samples=meta.samples, commit=_commit(run), data=data)
+
+
+def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
+    """What taught a checkpoint, then what it began with."""
+    teacher = meta.setting("teacher", "source") if meta.stage == "mim" else "none"
+    if meta.stage == "clip":
+        teacher = meta.config["clip"].get("distill", {}).get("source", "none")
+        teacher = meta.setting("teacher", "source") if teacher == "teacher" else teacher
+    if teacher != "none":
+        kind, _, rest = teacher.partition(":")
+        model, _, file = rest.partition("@")
+        if kind == "w2s":
+            yield _origin("teacher", rest, checkpoint)
+        elif file or kind == "hf":
+            found = _origin("teacher", file or rest, checkpoint)
+            yield replace(found, name=f"{kind}:{model}, {found.name}" if file else f"{kind}:{found.name}")
+        else:
+            yield _Origin("teacher", teacher)
+    for parent in meta.parent.split(" and ") if meta.parent else ():
+        yield _origin("weights" if meta.stage == "import" else "began with", parent, checkpoint)
+
+
+def _origin(role: str, what: str, near: Path) -> _Origin:
+    """A run or a file by the path or the name that a checkpoint has of it, which may be relative to a folder above."""
+    path = Path(what).expanduser()
+    name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
+    for folder in (Path(), *near.absolute().parents):
+        found = folder / path
+        if (found / "meta.json").is_file() or found.is_file() or holds_weights(found):
+            return _Origin(role, name, found)
+        newest = latest(found)
+        if newest is not None:
+            return _Origin(role, name, newest)
+    return _Origin(role, name)
+
+
+def _digest(path: Path | None) -> str:
+    """SHA-256 of a file, or of the only file of weights in a folder."""
+    files = [path] if path is not None else []
+    if path is not None and path.is_dir():
+        files = [file for file in path.iterdir() if file.suffix in SUFFIXES]
+    return sha256(files[0]) if len(files) == 1 and files[0].is_file() else ""
+
+
+def _commit(run: Path | None) -> str:
+    """The commit in a run's environment.txt."""
+    path = run / "environment.txt" if run else None
+    lines = path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else []
+    return next((line.removeprefix("git: ") for line in lines if line.startswith("git: ")), "")
+
+
+def _measured_in_training(run: Path, checkpoint: Path) -> Mapping[str, float]:
+    """The results of a finished run for its last checkpoint, for another what was logged of evaluations at its step."""
+    step, newest = read_meta(checkpoint).step, latest(run)
+    result = _json(run / "result.json")
+    if result and newest is not None and newest.name == checkpoint.name:
+        metrics: Mapping[str, float] = result["metrics"]
+        return metrics
+    lines = [line for line in read_history(run) if line["step"] == step and "loss" not in line]
+    return {name: value for line in lines for name, value in line.items() if "/" in name and value is not None}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
