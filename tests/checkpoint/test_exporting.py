@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.checkpoint.peers import captions, images, model_of, released, text_tower, timm_tower
 from w2s.checkpoint.exporting import export_checkpoint
-from w2s.checkpoint.formats import named_tower, timm_config
+from w2s.checkpoint.formats.timm import named_tower, timm_config
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.config.load import load
 from w2s.config.sections import ModelConfig
@@ -22,19 +22,32 @@ from w2s.errors import CheckpointError, ConfigError
 
 KINDS = ("18b", "8b", "e", "g")
 
-LOAD_ELSEWHERE = """
-import sys, torch, timm, open_clip
+LOAD_ELSEWHERE = r"""
+import os, re, sys, torch, timm, open_clip
+from PIL import Image
 from safetensors.torch import load_file, save_file
+
+def as_the_card_says(folder, peer):
+    text = open(f"{folder}/README.md").read()
+    code = re.search(rf"^{peer}:\n\n```python\n(.*?)\n```", text, re.S | re.M)[1].replace("FOLDER", folder)
+    scope = {"image": Image.new("RGB", (40, 50))}
+    exec(code, scope)
+    return scope
+
 for folder in sys.argv[1:]:
     given = load_file(f"{folder}/in.safetensors")
+    os.chdir("/")
     with torch.no_grad():
-        tower = timm.create_model(f"local-dir:{folder}/timm", pretrained=True).eval()
-        clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}/open_clip")
-        tokens = open_clip.get_tokenizer(f"local-dir:{folder}/open_clip")(["a cat"])
-        clip.eval()
+        tower = as_the_card_says(f"{folder}/moved/timm", "timm")["tower"]
+        scope = as_the_card_says(f"{folder}/moved/open_clip", "open_clip, from anywhere")
+        anywhere, preprocess = scope["model"].eval(), scope["preprocess"]
+        os.chdir(f"{folder}/moved/open_clip")
+        clip = as_the_card_says(".", "open_clip, in the folder")["model"].eval()
+        tokens = open_clip.get_tokenizer("local-dir:.")(["a cat"])
         save_file({
             "timm": tower(given["images"]),
             "images": clip.encode_image(given["images"]),
+            "anywhere": anywhere.encode_image(given["images"]),
             "texts": clip.encode_text(given["captions"]),
             "scale": clip.logit_scale.detach(),
             "length": torch.tensor(tokens.shape[1]),
@@ -58,6 +71,8 @@ def test_timm_and_open_clip_compute_the_same_without_w2s(tmp_path: Path) -> None
         checkpoint = checkpoint_of(model, folder)
         for format in ("timm", "open_clip"):
             export_checkpoint(checkpoint, format, folder / format)
+            (folder / "moved").mkdir(exist_ok=True)
+            (folder / format).rename(folder / "moved" / format)
         save_file({"images": images(model), "captions": captions(model)}, folder / "in.safetensors")
     subprocess.run([sys.executable, "-c", LOAD_ELSEWHERE, *map(str, folders.values())], check=True, cwd=tmp_path)
     for kind, folder in folders.items():
@@ -67,7 +82,7 @@ def test_timm_and_open_clip_compute_the_same_without_w2s(tmp_path: Path) -> None
             expected = timm_tower(model)(images(model))
             texts = text_tower(model)(captions(model))
         # the same library and the same weights: what may differ is the order of sums in another attention kernel
-        for name, value in (("timm", expected), ("images", expected), ("texts", texts)):
+        for name, value in (("timm", expected), ("images", expected), ("anywhere", expected), ("texts", texts)):
             torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
         assert found["scale"] == 2.5
         assert found["length"] == model.text.context_length
@@ -123,14 +138,26 @@ def test_a_masked_student_is_a_timm_model_without_a_head(tmp_path: Path) -> None
     assert not [path for path in tmp_path.iterdir() if "no" in path.name]
 
 
-def test_the_bias_of_the_sigmoid_loss_goes_to_open_clip_alone(tmp_path: Path) -> None:
+def test_the_bias_of_the_sigmoid_loss_goes_to_open_clip_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("18b")
     checkpoint = checkpoint_of(model, tmp_path, {**released(model), "logit_bias": torch.tensor(-7.5)})
     export_checkpoint(checkpoint, "open_clip", tmp_path / "open_clip")
-    assert open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}").logit_bias == -7.5
+    monkeypatch.chdir(tmp_path / "open_clip")
+    assert open_clip.create_model("local-dir:.").logit_bias == -7.5
     with pytest.raises(CheckpointError, match="sigmoid loss"):
         export_checkpoint(checkpoint, "eva", tmp_path / "eva")
     assert not (tmp_path / "eva").exists()
+
+
+def test_open_clip_finds_a_tower_that_it_has_no_name_for_on_the_hub(tmp_path: Path) -> None:
+    model = model_of("18b")
+    export_checkpoint(checkpoint_of(model, tmp_path), "open_clip", tmp_path / "out", hub="owner/name")
+    config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())["model_cfg"]
+    # what timm reads of hf-hub:owner/name is the folder's own config.json
+    assert config["vision_cfg"]["timm_model_name"] == "hf-hub:owner/name"
+    tower = timm.create_model(f"local-dir:{tmp_path / 'out'}")
+    assert (tower.num_classes, tower.num_features) == (0, model.vision.width)
+    assert 'create_model_and_transforms("hf-hub:owner/name")' in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_shapes_that_timm_knows_are_called_by_name() -> None:
@@ -149,8 +176,10 @@ def test_shapes_that_timm_knows_are_called_by_name() -> None:
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
     model = model_of("18b")
     checkpoint = checkpoint_of(model, tmp_path)
-    with pytest.raises(ConfigError, match="--format onnx does not exist: use eva, open_clip, timm, safetensors"):
-        export_checkpoint(checkpoint, "onnx", tmp_path / "out")
+    with pytest.raises(ConfigError, match="--format caffe does not exist: use eva, open_clip, timm, safetensors"):
+        export_checkpoint(checkpoint, "caffe", tmp_path / "out")
+    with pytest.raises(ConfigError, match="--hub nobody is no name of a hub: use OWNER/NAME"):
+        export_checkpoint(checkpoint, "eva", tmp_path / "out", hub="nobody")
     with pytest.raises(CheckpointError, match=r"clip\.pt is no checkpoint of w2s: make one of it with `w2s import`"):
         export_checkpoint(tmp_path / "clip.pt", "eva", tmp_path / "out")
     next((checkpoint).glob("*.distcp")).write_bytes(b"gone")

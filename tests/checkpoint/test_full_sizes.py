@@ -9,7 +9,8 @@ import timm
 import torch
 
 from w2s.checkpoint.eva_format import released_name
-from w2s.checkpoint.formats import open_clip_config, open_clip_name, timm_config, timm_name
+from w2s.checkpoint.formats.open_clip import open_clip_config, open_clip_name
+from w2s.checkpoint.formats.timm import timm_config, timm_name
 from w2s.config.load import load
 from w2s.megatron.groups import Ranks
 from w2s.towers.shapes import model_shapes
@@ -19,16 +20,15 @@ from w2s.towers.shapes import model_shapes
 def test_full_sizes_have_open_clips_and_timms_names_and_shapes(alone: Ranks, tmp_path: Path, name: str) -> None:
     model = load("clip", [f"model={name}"]).model
     shapes = {released_name(key): shape for key, shape in model_shapes(model).items()}
-    if not model.vision.qkv_bias:
-        shapes["visual.head.bias"] = (model.embed_dim,)  # of zeros
-    (tmp_path / "timm").mkdir()
-    (tmp_path / "timm" / "config.json").write_text(json.dumps(timm_config(model.vision, model.embed_dim)))
-    config = open_clip_config(model, tmp_path / "timm", logit_bias=False)["model_cfg"]
+    (tmp_path / "config.json").write_text(json.dumps(timm_config(model.vision, model.embed_dim)))
+    config = open_clip_config(model, f"local-dir:{tmp_path}", logit_bias=False)["model_cfg"]
     config.pop("custom_text")
     with torch.device("meta"):
-        tower = timm.create_model(f"local-dir:{tmp_path / 'timm'}")
+        tower = timm.create_model(f"local-dir:{tmp_path}")
         clip = open_clip.CustomTextCLIP(**config)
     theirs = {key: tuple(value.shape) for key, value in clip.state_dict().items() if key != "text.attn_mask"}
     assert theirs == {open_clip_name(key): shape for key, shape in shapes.items()}
+    if not model.vision.qkv_bias:
+        shapes["visual.head.bias"] = (model.embed_dim,)  # of zeros
     vision = {timm_name(key): shape for key, shape in shapes.items() if key.startswith("visual.")}
     assert {key: tuple(value.shape) for key, value in tower.state_dict().items()} == vision

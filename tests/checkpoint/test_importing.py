@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from tests.checkpoint.ours import assert_holds, features
 from tests.checkpoint.peers import (
     EMBED,
     captions,
@@ -25,11 +26,8 @@ from w2s.checkpoint.files import open_weights
 from w2s.checkpoint.importing import import_checkpoint, with_size
 from w2s.checkpoint.released import open_released, rename
 from w2s.checkpoint.store import read_meta
-from w2s.config.sections import HardwareConfig, ModelConfig, ParallelConfig
+from w2s.config.sections import ModelConfig
 from w2s.errors import CheckpointError, UserError
-from w2s.megatron import groups, state
-from w2s.megatron.sharded import ShardedTower
-from w2s.towers.clip import ImageTower, TextTower
 
 TOLERANCE = 1e-5
 """Relative to the largest value: float32 sums over 128 products, a few layers deep."""
@@ -51,14 +49,6 @@ def open_clip_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace("visual.", "visual.trunk.").removeprefix("text."): value for name, value in tensors.items()}
 
 
-def assert_same_tensors(checkpoint: Path, expected: dict[str, Tensor]) -> None:
-    found = open_released(checkpoint)
-    assert found.meta.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found.read(name).dtype == value.dtype
-        assert torch.equal(found.read(name), value), name
-
-
 @pytest.mark.parametrize("kind", ["18b", "8b", "e", "g"])
 def test_an_imported_clip_gives_the_peers_features(tmp_path: Path, kind: str) -> None:
     model = model_of(kind)
@@ -66,18 +56,15 @@ def test_an_imported_clip_gives_the_peers_features(tmp_path: Path, kind: str) ->
     found = import_checkpoint(tmp_path / "clip.pt", model, tmp_path / "out")
     assert (found.missing, found.unexpected, found.resized) == ([], [], [])
     assert len(found.loaded) == len(released(model))
-    with groups.start(ParallelConfig(), HardwareConfig(device="cpu")), torch.no_grad():
-        vision = ImageTower(model.vision, EMBED, ParallelConfig(), torch.float32)
-        text = TextTower(model.text, EMBED, ParallelConfig(), torch.float32)
-        towers = {name: ShardedTower([tower], [tower]) for name, tower in (("vision", vision), ("text", text))}
-        state.load_weights(tmp_path / "out", towers, found.loaded)
+    own = features(tmp_path / "out", model)
+    with torch.no_grad():
         pairs = [
-            (vision(images(model)), timm_tower(model)(images(model))),
-            (text(captions(model)), text_tower(model)(captions(model))),
+            (own.images, timm_tower(model)(images(model))),
+            (own.texts, text_tower(model)(captions(model))),
         ]
     for ours, theirs in pairs:
         assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
-    assert text.logit_scale == 2.5
+    assert own.logit_scale == 2.5
 
 
 @pytest.mark.parametrize(
@@ -109,10 +96,10 @@ def test_every_kind_of_file(tmp_path: Path, ending: str, wrapping: str) -> None:
     else:
         torch.save(wrap(tensors, wrapping), path)
     import_checkpoint(path, model, tmp_path / "out")
-    assert_same_tensors(tmp_path / "out", tensors)
+    assert_holds(tmp_path / "out", tensors)
     if "index" in ending:  # the folder that holds it will do
         import_checkpoint(tmp_path, model, tmp_path / "again")
-        assert_same_tensors(tmp_path / "again", tensors)
+        assert_holds(tmp_path / "again", tensors)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore::torch.jit.TracerWarning")
@@ -130,12 +117,12 @@ def test_names_of_open_clip_timm_and_the_masked_stage(tmp_path: Path) -> None:
     clip = released(model)
     torch.save(open_clip_names(clip), tmp_path / "open_clip.pt")
     import_checkpoint(tmp_path / "open_clip.pt", model, tmp_path / "from_open_clip")
-    assert_same_tensors(tmp_path / "from_open_clip", clip)
+    assert_holds(tmp_path / "from_open_clip", clip)
 
     tower = timm_tower(model).state_dict()
     torch.save(tower, tmp_path / "timm.pt")
     import_checkpoint(tmp_path / "timm.pt", model, tmp_path / "from_timm")
-    assert_same_tensors(tmp_path / "from_timm", {f"visual.{name}": value for name, value in tower.items()})
+    assert_holds(tmp_path / "from_timm", {f"visual.{name}": value for name, value in tower.items()})
 
     student = {name: value for name, value in tower.items() if not name.startswith("head")}
     student |= {
@@ -145,7 +132,7 @@ def test_names_of_open_clip_timm_and_the_masked_stage(tmp_path: Path) -> None:
     }
     torch.save(student, tmp_path / "mim.pt")
     import_checkpoint(tmp_path / "mim.pt", model, tmp_path / "from_mim")
-    assert_same_tensors(tmp_path / "from_mim", {f"visual.{name}": value for name, value in student.items()})
+    assert_holds(tmp_path / "from_mim", {f"visual.{name}": value for name, value in student.items()})
 
 
 def test_the_bias_of_zeros_that_timms_heads_have_is_left_out(tmp_path: Path) -> None:
@@ -206,7 +193,7 @@ def test_a_checkpoint_of_ours_can_be_imported_for_another_size(tmp_path: Path) -
     import_checkpoint(tmp_path / "small", with_size(model, 48, None), tmp_path / "large")
     import_checkpoint(tmp_path / "clip.pt", with_size(model, 48, None), tmp_path / "direct")
     direct = open_released(tmp_path / "direct")
-    assert_same_tensors(tmp_path / "large", {name: direct.read(name) for name in direct.meta})
+    assert_holds(tmp_path / "large", {name: direct.read(name) for name in direct.meta})
 
 
 def test_a_shorter_context_keeps_the_first_positions(tmp_path: Path) -> None:
@@ -291,7 +278,7 @@ def test_gaps_may_be_allowed_by_name(tmp_path: Path) -> None:
     assert [row[:2] for row in found.rows()] == [
         ["loaded", str(len(clip))], ["resized", "0"], ["missing", "1"], ["unexpected", "1"]
     ]  # fmt: skip
-    assert_same_tensors(tmp_path / "out", clip)
+    assert_holds(tmp_path / "out", clip)
 
 
 def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:

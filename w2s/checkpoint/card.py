@@ -145,8 +145,8 @@ def _lineage_table(facts: Facts) -> str:
     seen = sum(each.samples or 0 for each in facts.lineage if not each.role.startswith("teacher"))
     return (
         f"{_table(columns, rows)}\n\nSamples seen without those of the teachers: {seen:,}. Digests are of all "
-        "settings that change the result, of the names of the shards, and, for weights, the first digits of the SHA-256 "
-        "of a file or of the list of a checkpoint's checksums. What is empty was not known where this was exported."
+        "settings that change the result, of the names of the shards, and of weights the first digits of the SHA-256 "
+        "of a file or of a checkpoint's list of checksums. What is empty was not known when this was exported."
     )
 
 

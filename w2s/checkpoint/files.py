@@ -4,6 +4,7 @@ PyTorch files (`.pt`, `.pth`, `.bin`), safetensors, TorchScript archives (OpenAI
 these or an index of several.
 """
 
+import argparse
 import json
 import pickle
 from collections.abc import Iterator, Mapping
@@ -19,9 +20,10 @@ from w2s.checkpoint.torchscript import read_torchscript
 from w2s.errors import CheckpointError
 from w2s.megatron.unpickling import check_records, refused_name
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-WRAPPERS = ("model", "module", "state_dict")
-"""Keys below which training programs put the weights."""
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".pth.tar")
+"""Endings of weight files; the last one is what timm's training writes, a file of torch."""
+WRAPPERS = ("state_dict_ema", "model_ema", "model", "module", "state_dict")
+"""Keys below which training programs put the weights; their average over the steps first, as timm takes them."""
 FILES = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
 """Names of the weights in a folder, without their ending, as open_clip, timm and transformers write them."""
 
@@ -81,7 +83,7 @@ def open_weights(path: Path) -> Tensors:
         raise CheckpointError(f"{path} does not exist (from {Path.cwd()}): give the path of a weights file")
     if path.name.endswith(".index.json"):
         return _open_all(_indexed(path), path)
-    if path.suffix not in SUFFIXES:
+    if not path.name.endswith(SUFFIXES):
         raise CheckpointError(f"{path} is no weights file: give one that ends in {', '.join(SUFFIXES)}, or an index")
     return _open_all([path], path)
 
@@ -125,7 +127,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _is_weights(path: Path) -> bool:
-    return path.suffix in SUFFIXES or path.name.endswith(".index.json")
+    return path.name.endswith(SUFFIXES) or path.name.endswith(".index.json")
 
 
 def _indexed(index: Path) -> list[Path]:
@@ -159,7 +161,9 @@ def _open_all(paths: list[Path], name: Path) -> Tensors:
 def _load(path: Path) -> Any:
     check_records(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # timm saves the arguments of its command beside the weights: plain values in an object without code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
         if "TorchScript" not in str(error):
             raise

@@ -44,8 +44,10 @@ def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: S
     with groups.start(ParallelConfig(), HardwareConfig(device="cpu")):
         widths = {"target_width": _channels(released, "lm_head"), "summary_width": _channels(released, "summary_proj")}
         shapes = model_shapes(model, logit_bias="logit_bias" in released.meta, **widths)
-    found = fit(released, _wanted(released, shapes), {"vision": model.vision.heads, "text": model.text.heads})
-    refuse_gaps(found, [*allowed, OWN_HEADS], model.name)
+    classifier = _classifier(released, shapes)
+    wanted = {name: shape for name, shape in _wanted(released, shapes).items() if released_name(name) not in classifier}
+    found = fit(released, wanted, {"vision": model.vision.heads, "text": model.text.heads})
+    refuse_gaps(found, [*allowed, OWN_HEADS, *map(released.origin, classifier)], model.name)
     meta = {
         name: torch.empty(shapes[name], dtype=released.meta[released_name(name)].dtype, device="meta")
         for name in found.taken
@@ -80,6 +82,14 @@ def _wanted(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
         and (whole or not name.startswith(PROJECTIONS) or released.holds(name))
         and (not name.startswith(STAGE_ONLY) or released.holds(name))
     }
+
+
+def _classifier(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Released names of a vision tower's head that gives classes: a peer has put it in the place of the projection."""
+    head = released.meta.get("visual.head.weight")
+    if head is None or released.has("text") or head.shape[0] == shapes["vision.head.weight"][0]:
+        return []
+    return [name for name in released.meta if name.startswith("visual.head.")]
 
 
 def _channels(released: Released, linear: str) -> int:

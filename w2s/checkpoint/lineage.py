@@ -13,6 +13,7 @@ from typing import Any
 from w2s.checkpoint.files import SUFFIXES, holds_weights
 from w2s.checkpoint.manifest import NAME as MANIFEST
 from w2s.checkpoint.store import Meta, latest, read_meta
+from w2s.errors import CheckpointError
 from w2s.tracking.history import read_history
 from w2s.tracking.tables import Table
 
@@ -59,19 +60,14 @@ def sha256(path: Path) -> str:
 
 def lineage(checkpoint: Path) -> list[Ancestor]:
     """Return a checkpoint, its teachers and parents, theirs, and so on, each once."""
-    found: dict[tuple[str, Path | None], Ancestor] = {}
+    found: dict[Path | str, Ancestor] = {}
     waiting = [_Origin("", checkpoint.name, checkpoint)]
     while waiting:
         origin = waiting.pop(0)
-        key = (origin.name, origin.path.resolve() if origin.path else None)
-        if key in found:
-            continue
-        if origin.path is not None and (origin.path / "meta.json").is_file():
-            meta = read_meta(origin.path)
-            found[key] = _of_checkpoint(origin.role, origin.path, meta)
-            waiting += _origins(origin.path, meta)
-        else:
-            found[key] = Ancestor(origin.role, origin.name, weights=_digest(origin.path))
+        key = origin.path.resolve() if origin.path else origin.name
+        if key not in found:
+            found[key], origins = _look_at(origin)
+            waiting += origins
     return list(found.values())
 
 
@@ -94,8 +90,8 @@ def measurements(checkpoint: Path) -> Iterator[tuple[str, Mapping[str, float]]]:
 
 def data_licences(checkpoint: Path) -> str:
     """Return what LICENSES.txt beside the training data of a checkpoint says; nothing where there is none."""
-    data = Path(str(read_meta(checkpoint).config.get("data", {}).get("train") or "."))
-    files = [folder / "LICENSES.txt" for folder in (data, data.parent)]
+    data = str(read_meta(checkpoint).config.get("data", {}).get("train", ""))
+    files = [folder / "LICENSES.txt" for folder in (Path(data), Path(data).parent)] if data else []
     return next((path.read_text(encoding="utf-8").strip() for path in files if path.is_file()), "")
 
 
@@ -103,6 +99,17 @@ def run_of(checkpoint: Path) -> Path | None:
     """Return the run that a checkpoint lies in."""
     folder = checkpoint.absolute().parent
     return folder.parent if folder.name == "checkpoints" else None
+
+
+def _look_at(origin: _Origin) -> tuple[Ancestor, list[_Origin]]:
+    """What is known of a checkpoint or of weights, and what it comes from."""
+    try:
+        if origin.path is not None and (origin.path / "meta.json").is_file():
+            meta = read_meta(origin.path)
+            return _of_checkpoint(origin.role, origin.path, meta), list(_origins(origin.path, meta))
+    except CheckpointError:  # of a parent that is damaged there is still a name
+        return Ancestor(origin.role, origin.name), []
+    return Ancestor(origin.role, origin.name, weights=_digest(origin.path)), []
 
 
 def _of_checkpoint(role: str, checkpoint: Path, meta: Meta) -> Ancestor:
@@ -124,7 +131,7 @@ def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
     """What taught a checkpoint, then what it began with."""
     teacher = meta.setting("teacher", "source") if meta.stage == "mim" else "none"
     if meta.stage == "clip":
-        teacher = meta.config["clip"].get("distill", {}).get("source", "none")
+        teacher = meta.config.get("clip", {}).get("distill", {}).get("source", "none")
         teacher = meta.setting("teacher", "source") if teacher == "teacher" else teacher
     if teacher != "none":
         kind, _, rest = teacher.partition(":")
@@ -158,7 +165,7 @@ def _digest(path: Path | None) -> str:
     """SHA-256 of a file, or of the only file of weights in a folder."""
     files = [path] if path is not None else []
     if path is not None and path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix in SUFFIXES]
+        files = [file for file in path.iterdir() if file.name.endswith(SUFFIXES)]
     return sha256(files[0]) if len(files) == 1 and files[0].is_file() else ""
 
 

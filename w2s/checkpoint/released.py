@@ -6,12 +6,12 @@
 | EVA's masked stage, timm                  | the vision tower's, without a prefix                    |
 | open_clip, with a vision tower of timm's  | `visual.trunk.…`, and text with or without `text.`      |
 | open_clip and OpenAI, with their own ViT  | `visual.conv1.…`: only the text tower is of our kind    |
-| transformers                              | `vision_model.…`, `text_model.…`: teachers only         |
+| transformers, a CLIP                      | `vision_model.…`, `text_model.…`                        |
 | w2s                                       | `vision.…`, `text.…` with Megatron's names              |
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -19,12 +19,13 @@ from torch import Tensor
 from w2s.checkpoint.eva_format import is_fused, released_name, separate
 from w2s.checkpoint.files import Tensors, open_weights
 from w2s.checkpoint.store import read_meta
+from w2s.checkpoint.transformers_clip import TransformersClip, is_transformers_clip
 from w2s.config.load import model_from
 from w2s.errors import CheckpointError
 from w2s.megatron.stored import StoredTensors
 
-WRAPPING = ("module.", "_orig_mod.", "model.")
-"""Prefixes that data parallelism and `torch.compile` put before every name."""
+WRAPPING = ("module.", "_orig_mod.", "model.", "timm_model.")
+"""Prefixes that data parallelism, `torch.compile` and transformers put before every name."""
 BUFFERS = re.compile(
     r"(^|\.)(attn_mask|input_resolution|context_length|vocab_size|position_ids|rope\.freqs_(cos|sin)|k_bias)$"
 )
@@ -106,10 +107,21 @@ def open_released(path: Path) -> Released:
 
 def rename(tensors: Tensors, path: Path) -> Released:
     """Return other people's tensors under released names."""
-    prefix = next((start for start in WRAPPING if all(name.startswith(start) for name in tensors.meta)), "")
-    bare = {name.removeprefix(prefix): name for name in tensors.meta}
+    bare = _unwrapped(tensors.meta)
+    format = _format_of(bare)
+    if is_transformers_clip(bare):
+        tensors = TransformersClip(tensors, bare)
+        bare = {name: name for name in tensors.meta}
     origins = {_released(name): origin for name, origin in bare.items() if not BUFFERS.search(name)}
-    return Released(tensors, origins, _format_of(bare), path, lambda _, tensor: tensor)
+    return Released(tensors, origins, format, path, lambda _, tensor: tensor)
+
+
+def _unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names by what is left of them without the prefixes that all have."""
+    bare = {name: name for name in names}
+    while prefix := next((start for start in WRAPPING if all(name.startswith(start) for name in bare)), ""):
+        bare = {name.removeprefix(prefix): origin for name, origin in bare.items()}
+    return bare
 
 
 def _of_run(checkpoint: Path) -> Released:

@@ -1,0 +1,120 @@
+"""README.md of an export: where the weights come from, what was measured, and what the files are."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+from tests.checkpoint.peers import model_of, released
+from tests.checkpoint.saved import save
+from w2s.checkpoint.exporting import export_checkpoint
+from w2s.checkpoint.importing import import_checkpoint
+from w2s.checkpoint.lineage import lineage, measurements
+from w2s.checkpoint.store import Meta
+from w2s.config.load import load
+from w2s.config.naming import digest, written
+from w2s.config.sections import Config
+from w2s.megatron.groups import Ranks
+from w2s.tracking.tables import Table
+
+COMMIT = "0123456789abcdef" * 2
+
+
+def trained(root: Path, config: Config, ranks: Ranks, parent: str | None, name: str, step: int = 4) -> Path:
+    """A checkpoint of a run that holds no tensors."""
+    data = {"order": {"data.train": f"8 shards of-{name}"}}
+    meta = Meta(
+        stage=config.stage, step=step, samples=100 * step, config=written(config), data=data, parent=parent,
+        mlflow_run_id=None, versions={},
+    )  # fmt: skip
+    checkpoint = save(root / name, meta, keep=2, ranks=ranks)
+    (root / name / "environment.txt").write_text(f"w2s: 0.1.0\ngit: {COMMIT}\n")
+    return checkpoint
+
+
+@pytest.fixture
+def clip(alone: Ranks, tmp_path: Path) -> Path:
+    """A contrastive run after a masked one, whose teacher is a run that began with somebody's file."""
+    root = tmp_path / "runs"
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"somebody's")
+    weak = trained(root, load("clip", ["model=tiny"]), alone, str(weights), "weak")
+    mim = trained(root, load("mim", ["model=tiny", "teacher.source=w2s:weak"]), alone, None, "mim")
+    # as a run that was started in the folder above has it
+    return trained(root, load("clip", ["model=tiny"]), alone, f"runs/mim/checkpoints/{mim.name} and {weak}", "clip")
+
+
+def test_the_chain_of_parents(clip: Path) -> None:
+    found = lineage(clip)
+    assert [(each.role, each.name) for each in found] == [
+        ("contrastive run", "clip"),
+        ("began with, masked run", "mim"),
+        ("began with, contrastive run", "weak"),
+        ("began with", "weights.safetensors"),
+    ]
+    own, mim, _, file = found
+    assert (own.step, own.samples, own.commit) == (4, 400, COMMIT)
+    assert own.config == digest(load("clip", ["model=tiny"])) != mim.config
+    assert own.data == "emoji, 8 shards of-clip"
+    assert own.weights == hashlib.sha256((clip / "manifest.json").read_bytes()).hexdigest()
+    assert file.weights == hashlib.sha256(b"somebody's").hexdigest()
+
+
+def test_parents_that_are_gone_are_named(clip: Path) -> None:
+    (clip.parents[3] / "weights.safetensors").unlink()
+    (clip.parents[2] / "mim").rename(clip.parents[2] / "elsewhere")
+    found = {each.name: each for each in lineage(clip)}
+    assert (found["weights.safetensors"].weights, found["mim"].commit) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("efficientnet_lite0", "efficientnet_lite0"),
+        ("timm:vit_tiny@{folder}/tiny.safetensors", "timm:vit_tiny, tiny.safetensors"),
+        ("hf:{folder}/dino", "hf:dino"),
+    ],
+)
+def test_teachers(alone: Ranks, tmp_path: Path, source: str, name: str) -> None:
+    (tmp_path / "dino").mkdir()
+    for path in (tmp_path / "tiny.safetensors", tmp_path / "dino" / "model.safetensors"):
+        path.write_bytes(b"somebody's")
+    config = load("mim", ["model=tiny", f"teacher.source={source.format(folder=tmp_path)}"])
+    _, teacher = lineage(trained(tmp_path, config, alone, None, "mim"))
+    known = "" if "lite" in source else hashlib.sha256(b"somebody's").hexdigest()
+    assert (teacher.role, teacher.name, teacher.weights) == ("teacher", name, known)
+
+
+def test_what_was_measured(alone: Ranks, clip: Path) -> None:
+    run = clip.parents[1]
+    (run / "result.json").write_text(json.dumps({"stage": "clip", "metrics": {"zero_shot/top1": 0.5}}))
+    (run / "metrics.jsonl").write_text('{"step": 2, "zero_shot/top1": 0.25}\n{"step": 2, "loss": 3.0, "a/b": 1}\n')
+    evaluation = run.parent / "evaluated"
+    Table("runs/clip/checkpoints/step-00000004", ["a"], []).save(evaluation / "tables" / "results.json")
+    (evaluation / "result.json").write_text(json.dumps({"stage": "eval", "metrics": {"mean": 0.75}}))
+    assert list(measurements(clip)) == [("clip", {"zero_shot/top1": 0.5}), ("evaluated", {"mean": 0.75})]
+    early = trained(run.parent, load("clip", ["model=tiny"]), alone, None, "clip", step=2)
+    (run / "checkpoints" / "latest").write_text(clip.name)
+    assert list(measurements(early)) == [("clip", {"zero_shot/top1": 0.25})]
+
+
+def test_the_card_of_an_export(tmp_path: Path) -> None:
+    model = model_of("18b")
+    torch.save(released(model), tmp_path / "clip.pt")
+    import_checkpoint(tmp_path / "clip.pt", model, tmp_path / "start")
+    out = tmp_path / "out"
+    export_checkpoint(tmp_path / "start", "open_clip", out, hub="owner/name", licence="apache-2.0")
+    text = (out / "README.md").read_text()
+    data = ModelCard(text).data.to_dict()
+    assert (data["license"], data["library_name"]) == ("apache-2.0", "open_clip")
+    assert data["pipeline_tag"] == "zero-shot-image-classification"
+    assert str(tmp_path) not in text
+    assert "| weights | clip.pt |" in text
+    for path in out.iterdir():
+        if path.name != "README.md":
+            assert f"| {path.name} | {path.stat().st_size} | {hashlib.sha256(path.read_bytes()).hexdigest()} |" in text
+    assert yaml.safe_load((out / "model.yaml").read_text())["model"]["vision"]["norm_placement"] == "post"

@@ -1,0 +1,92 @@
+"""A CLIP that transformers saved, under open_clip's names.
+
+It is a `VisionTextDualEncoderModel` with a vision tower of timm's, or a `CLIPModel`. Q, K and V of a layer are three
+tensors there, and the projections are linears, whose weights open_clip has transposed.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from w2s.checkpoint.files import Tensors
+
+_TOWERS = (
+    (r"^text_model\.(text_model\.)?", "text."),
+    (r"^vision_model\.(vision_model\.)?(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.)", "visual."),
+    (r"^vision_model\.(timm_model\.)?", "visual.trunk."),
+)
+_NAMES = {
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding": "conv1",
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "encoder.layers.": "transformer.resblocks.",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post",
+    "final_layer_norm": "ln_final",
+}
+"""open_clip's words for those of a CLIP in transformers."""
+_FUSED = re.compile(r"self_attn\.[qkv]_proj\.(weight|bias)$")
+_TRANSPOSED = ("text.text_projection", "visual.proj")
+_MARKS = ("text_model.embeddings.token_embedding.weight", "text_projection.weight", "visual_projection.weight")
+"""What such a CLIP has, and a SigLIP has not."""
+
+
+def is_transformers_clip(names: Iterable[str]) -> bool:
+    """Whether names are those of a CLIP of transformers, without what may stand before all of them."""
+    found = {name.replace("text_model.text_model.", "text_model.", 1) for name in names}
+    return found.issuperset(_MARKS)
+
+
+class TransformersClip:
+    """The tensors of such a CLIP.
+
+    Args:
+        tensors: the checkpoint.
+        names: its names, by what is left of them without what stands before all of them.
+    """
+
+    def __init__(self, tensors: Tensors, names: Mapping[str, str]) -> None:
+        self._tensors = tensors
+        of_timm = not any(".embeddings.patch_embedding." in name for name in names)
+        self._origins: dict[str, list[str]] = {}
+        for name in sorted(names, key=_qkv):
+            self._origins.setdefault(_open_clip_name(name, of_timm), []).append(names[name])
+        self.meta = {name: self._made(name, [tensors.meta[each] for each in of]) for name, of in self._origins.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor in open_clip's layout."""
+        return self._made(name, [self._tensors.read(origin) for origin in self._origins[name]])
+
+    @staticmethod
+    def _made(name: str, parts: list[Tensor]) -> Tensor:
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return tensor.T if name in _TRANSPOSED else tensor
+
+
+def _qkv(name: str) -> int:
+    """Q before K before V; the order of all others does not matter."""
+    found = re.search(r"self_attn\.([qkv])_proj", name)
+    return "qkv".index(found[1]) if found else 0
+
+
+def _open_clip_name(name: str, of_timm: bool) -> str:
+    if name == "visual_projection.weight":
+        return "visual.head.proj.weight" if of_timm else "visual.proj"
+    if name == "text_projection.weight":
+        return "text.text_projection"
+    for pattern, tower in _TOWERS:
+        name = re.sub(pattern, tower, name)
+    if name.startswith("visual.trunk."):
+        return name
+    name = _FUSED.sub(r"attn.in_proj_\1", name)
+    for theirs, ours in _NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
