@@ -5,14 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
-from huggingface_hub import ModelCard
 
-from tests.checkpoint.peers import model_of, released
 from tests.checkpoint.saved import save
-from w2s.checkpoint.exporting import export_checkpoint
-from w2s.checkpoint.importing import import_checkpoint
 from w2s.checkpoint.lineage import lineage, measurements
 from w2s.checkpoint.store import Meta
 from w2s.config.load import load
@@ -100,21 +94,3 @@ def test_what_was_measured(alone: Ranks, clip: Path) -> None:
     early = trained(run.parent, load("clip", ["model=tiny"]), alone, None, "clip", step=2)
     (run / "checkpoints" / "latest").write_text(clip.name)
     assert list(measurements(early)) == [("clip", {"zero_shot/top1": 0.25})]
-
-
-def test_the_card_of_an_export(tmp_path: Path) -> None:
-    model = model_of("18b")
-    torch.save(released(model), tmp_path / "clip.pt")
-    import_checkpoint(tmp_path / "clip.pt", model, tmp_path / "start")
-    out = tmp_path / "out"
-    export_checkpoint(tmp_path / "start", "open_clip", out, hub="owner/name", licence="apache-2.0")
-    text = (out / "README.md").read_text()
-    data = ModelCard(text).data.to_dict()
-    assert (data["license"], data["library_name"]) == ("apache-2.0", "open_clip")
-    assert data["pipeline_tag"] == "zero-shot-image-classification"
-    assert str(tmp_path) not in text
-    assert "| weights | clip.pt |" in text
-    for path in out.iterdir():
-        if path.name != "README.md":
-            assert f"| {path.name} | {path.stat().st_size} | {hashlib.sha256(path.read_bytes()).hexdigest()} |" in text
-    assert yaml.safe_load((out / "model.yaml").read_text())["model"]["vision"]["norm_placement"] == "post"

@@ -84,6 +84,8 @@ def test_what_timm_trained_as_a_classifier(tmp_path: Path, average: bool) -> Non
     tower = timm.create_model(f"local-dir:{exported}", pretrained=True, num_classes=10)
     ema = timm.utils.ModelEmaV3(tower) if average else None
     optimizer = train(tower, lambda: nn.functional.cross_entropy(tower(images(model)), torch.arange(3)))
+    if ema:
+        ema.update(tower)
     saver = timm.utils.CheckpointSaver(
         tower, optimizer, Namespace(model="vit", lr=0.01), ema, checkpoint_dir=str(tmp_path)
     )
@@ -131,6 +133,7 @@ def test_what_transformers_saved_of_a_whole_clip(tmp_path: Path) -> None:
     model = model_of("18b")
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**text_config(model), eos_token_id=79))
     vision = transformers.AutoModel.from_pretrained(export(tmp_path, model, "timm"))
+    vision.config.hidden_size = model.vision.width
     config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
         vision.config, text.config, projection_dim=model.embed_dim
     )
