@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.peers import model_of
 from tests.checkpoint.saved import save
+from w2s.checkpoint.card import Facts, card
+from w2s.checkpoint.formats.base import Guide
 from w2s.checkpoint.lineage import Measurement, lineage, measurements
 from w2s.checkpoint.store import Meta
 from w2s.config.load import load, to_yaml
@@ -65,6 +68,14 @@ def test_parents_that_are_gone_are_named(clip: Path) -> None:
     (clip.parents[2] / "mim").rename(clip.parents[2] / "elsewhere")
     found = {each.name: each for each in lineage(clip)}
     assert (found["weights.safetensors"].weights, found["mim"].commit) == ("", "")
+
+
+def test_a_run_that_goes_on_counts_the_samples_of_the_first_part(alone: Ranks, tmp_path: Path) -> None:
+    first = trained(tmp_path, load("clip", ["model=tiny"]), alone, None, "first", step=2)
+    second = trained(tmp_path, load("clip", ["model=tiny", f"init.checkpoint={first}"]), alone, str(first), "second")
+    assert [each.role for each in lineage(second)] == ["contrastive run", "goes on from, contrastive run"]
+    facts = Facts("a", "mit", model_of("g"), 1, ["float32"], ["visual"], lineage(second), [], "")
+    assert "Samples seen without those of the teachers: 400." in card(facts, Guide("timm", "images", []), {})
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,18 @@ def test_what_transformers_saved_of_a_whole_clip(tmp_path: Path) -> None:
     train(clip, lambda: clip(**inputs, return_loss=True).loss)
     clip.eval().save_pretrained(tmp_path / "tuned")
     import_checkpoint(tmp_path / "tuned", model, tmp_path / "back")
+    # transformers 4 names the towers inside of the towers
+    nested = {"vision_model.": "vision_model.timm_model.", "text_model.": "text_model.text_model."}
+    older = clip.state_dict()
+    for prefix, long in nested.items():
+        older = {
+            name if name.startswith(long) else name.replace(prefix, long, 1) if name.startswith(prefix) else name: value
+            for name, value in older.items()
+        }
+    torch.save(older, tmp_path / "older.bin")
+    import_checkpoint(tmp_path / "older.bin", model, tmp_path / "again")
+    again = open_released(tmp_path / "again")
+    assert_holds(tmp_path / "back", {name: again.read(name) for name in again.meta})
     own = features(tmp_path / "back", model)
     with torch.no_grad():
         pairs = [

