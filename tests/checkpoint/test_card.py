@@ -10,7 +10,7 @@ from tests.checkpoint.peers import model_of
 from tests.checkpoint.saved import save
 from w2s.checkpoint.card import Facts, card
 from w2s.checkpoint.formats.base import Guide
-from w2s.checkpoint.lineage import Measurement, lineage, measurements
+from w2s.checkpoint.lineage import Measurement, data_licences, lineage, measurements
 from w2s.checkpoint.store import Meta
 from w2s.config.load import load, to_yaml
 from w2s.config.naming import digest, written
@@ -68,6 +68,16 @@ def test_parents_that_are_gone_are_named(clip: Path) -> None:
     (clip.parents[2] / "mim").rename(clip.parents[2] / "elsewhere")
     found = {each.name: each for each in lineage(clip)}
     assert (found["weights.safetensors"].weights, found["mim"].commit) == ("", "")
+
+
+def test_what_the_makers_of_the_data_ask(alone: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "LICENSES.txt").write_text("drawings: CC-BY\n")
+    known = load("clip", ["model=tiny", f"data.train={tmp_path / 'data' / 'train'}"])
+    assert data_licences(trained(tmp_path, known, alone, None, "known")) == "drawings: CC-BY"
+    many = "::".join(f"s3://bucket/{{0000..{number}}}.tar" for number in range(1000, 1100))
+    unknown = load("clip", ["model=tiny", "data=shards", f"data.train={many}"])
+    assert data_licences(trained(tmp_path, unknown, alone, None, "unknown")) == ""
 
 
 def test_a_run_that_goes_on_counts_the_samples_of_the_first_part(alone: Ranks, tmp_path: Path) -> None:

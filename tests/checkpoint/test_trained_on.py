@@ -1,15 +1,19 @@
-"""A CLIP goes to open_clip_train and comes back: its own command trains the export, and our stage goes on from that."""
+"""A CLIP goes to a peer, is trained on there, and comes back: our contrastive stage goes on from that."""
 
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from torch import Tensor, nn
 
 from tests.checkpoint.ours import assert_holds
-from tests.checkpoint.test_coming_back import as_released
+from tests.checkpoint.test_coming_back import as_released, train
 from tests.stages.runs import QUIET, history, run_stage
 from tests.stages.shapes import write_shapes
 from w2s.checkpoint.exporting import export_checkpoint
@@ -19,24 +23,65 @@ from w2s.config.load import named_model
 
 pytestmark = pytest.mark.slow
 
+Trained = tuple[Path, dict[str, Tensor]]
+"""What a peer has saved, and the weights that it has left, under the released names."""
 
-def test_open_clip_train_trains_an_export_and_we_go_on(tmp_path: Path) -> None:
-    train = write_shapes(tmp_path / "train", shards=8, seed=0)
-    options = ["model=tiny", "hardware=cpu", "data.builtin=none", f"data.train={train}", "data.workers=0", *QUIET]
+
+def by_open_clip_train(exported: Path, folder: Path) -> Trained:
+    command = [sys.executable, "-m", "open_clip_train.main", "--model", "local-dir:.", "--dataset-type", "synthetic"]
+    command += ["--train-num-samples", "8", "--batch-size", "4", "--epochs", "1", "--lr", "1e-3", "--warmup", "1"]
+    command += ["--workers", "0", "--precision", "fp32", "--logs", str(folder), "--name", "tuned"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=exported, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    saved = folder / "tuned" / "checkpoints" / "epoch_1.pt"
+    return saved, as_released(torch.load(saved, weights_only=True)["state_dict"])
+
+
+def by_timm(exported: Path, folder: Path) -> Trained:
+    tower = timm.create_model(f"local-dir:{exported}", pretrained=True, num_classes=10)
+    optimizer = train(tower, lambda: loss_of_classes(tower(torch.randn(4, 3, 32, 32))))
+    saver = timm.utils.CheckpointSaver(tower, optimizer, Namespace(model="vit", lr=0.01), checkpoint_dir=str(folder))
+    saver.save_checkpoint(epoch=1, metric=0.5)
+    return folder / "last.pth.tar", of_tower(tower)
+
+
+def by_transformers(exported: Path, folder: Path) -> Trained:
+    transformers = pytest.importorskip("transformers", reason="an optional package: pip install 'w2s[hf]'")
+    tower = transformers.AutoModelForImageClassification.from_pretrained(
+        exported, num_labels=10, ignore_mismatched_sizes=True
+    )
+    train(tower, lambda: loss_of_classes(tower(torch.randn(4, 3, 32, 32)).logits))
+    tower.save_pretrained(folder)
+    return folder, of_tower(tower.timm_model)
+
+
+def loss_of_classes(logits: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, torch.arange(4))
+
+
+def of_tower(tower: nn.Module) -> dict[str, Tensor]:
+    return {f"visual.{name}": value for name, value in tower.state_dict().items() if not name.startswith("head.")}
+
+
+@pytest.mark.parametrize(
+    ("format", "peer"), [("open_clip", by_open_clip_train), ("timm", by_timm), ("timm", by_transformers)]
+)
+def test_a_peer_trains_an_export_and_we_go_on(
+    tmp_path: Path, format: str, peer: Callable[[Path, Path], Trained]
+) -> None:
+    shards = write_shapes(tmp_path / "train", shards=8, seed=0)
+    options = ["model=tiny", "hardware=cpu", "data.builtin=none", f"data.train={shards}", "data.workers=0", *QUIET]
     options += [f"run.root={tmp_path / 'runs'}", "train.global_batch=24", "train.micro_batch=24", "train.log_every=1"]
     options += ["optim.warmup=1"]
     run = run_stage("clip", [*options, "run.name=first", "init.vision=none", "train.steps=4"])
-    export_checkpoint(find_any(str(run), tmp_path, key="RUN"), "open_clip", tmp_path / "exported")
+    export_checkpoint(find_any(str(run), tmp_path, key="RUN"), format, tmp_path / "exported")
     moved = (tmp_path / "exported").rename(tmp_path / "moved")
     run.rename(tmp_path / "gone")
-    command = [sys.executable, "-m", "open_clip_train.main", "--model", "local-dir:.", "--dataset-type", "synthetic"]
-    command += ["--train-num-samples", "8", "--batch-size", "4", "--epochs", "1", "--lr", "1e-3", "--warmup", "1"]
-    command += ["--workers", "0", "--precision", "fp32", "--logs", str(tmp_path / "logs"), "--name", "tuned"]
-    done = subprocess.run(command, cwd=moved, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    saved = tmp_path / "logs" / "tuned" / "checkpoints" / "epoch_1.pt"
+    (tmp_path / "peer").mkdir()
+    saved, weights = peer(moved, tmp_path / "peer")
     import_checkpoint(saved, named_model(str(moved / "model.yaml")), tmp_path / "runs" / "tuned")
-    weights = torch.load(saved, weights_only=True)["state_dict"]
-    assert_holds(tmp_path / "runs" / "tuned", as_released(weights))
-    again = run_stage("clip", [*options, "run.name=again", "init.vision=tuned", "init.text=tuned", "train.steps=2"])
+    assert_holds(tmp_path / "runs" / "tuned", weights)
+    text = "tuned" if format == "open_clip" else "none"
+    again = run_stage("clip", [*options, "run.name=again", "init.vision=tuned", f"init.text={text}", "train.steps=2"])
     assert len(history(again, "loss")) == 2

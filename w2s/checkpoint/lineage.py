@@ -6,6 +6,7 @@ No folder of the machine is named: a run is called by its name, and so is a file
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,10 @@ def data_licences(checkpoint: Path) -> str:
     """Return what LICENSES.txt beside the training data of a checkpoint says; nothing where there is none."""
     data = str(read_meta(checkpoint).config.get("data", {}).get("train", ""))
     folder = Path(data).expanduser()
-    files = [path / "LICENSES.txt" for path in (folder, folder.parent)] if data else []
-    return next((path.read_text(encoding="utf-8").strip() for path in files if path.is_file()), "")
+    for path in (folder, folder.parent) if data else ():
+        with suppress(OSError):  # what names the data may be no folder
+            return (path / "LICENSES.txt").read_text(encoding="utf-8", errors="replace").strip()
+    return ""
 
 
 def run_of(checkpoint: Path) -> Path | None:
