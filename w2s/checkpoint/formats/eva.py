@@ -12,9 +12,7 @@ from w2s.errors import CheckpointError
 LOAD = """\
 import eva_clip  # baaivision/EVA, EVA-CLIP-18B/shinji
 eva_clip.add_model_config("FOLDER/{name}.json")
-model, _, preprocess = eva_clip.create_model_and_transforms(
-    "{name}", "FOLDER/{name}.pt", force_custom_clip=True
-)"""
+model, _, preprocess = eva_clip.create_model_and_transforms("{name}", "FOLDER/{name}.pt", force_custom_clip=True)"""
 
 
 def write(export: Export, folder: Path) -> Guide:
