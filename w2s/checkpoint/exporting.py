@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from w2s.checkpoint.card import gather_facts, write_card
-from w2s.checkpoint.folder import new_folder
 from w2s.checkpoint.cast import Cast, numbers
+from w2s.checkpoint.folder import new_folder
 from w2s.checkpoint.formats import eva, onnx, open_clip, safetensors, timm, torch_export, transformers
 from w2s.checkpoint.formats.base import Export, Guide, Snippet, Write
 from w2s.checkpoint.released import open_released

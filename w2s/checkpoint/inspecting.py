@@ -87,7 +87,7 @@ def _dimensions_of(model: ModelConfig) -> dict[str, int | str | bool]:
 
 
 def _is_plain_vit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether it is a plain ViT of timm's: K has a bias, which EVA's have not, and there is no norm before the layers."""
+    """Whether K has a bias, as EVA's has not, and there is no norm before the layers: a plain ViT of timm's."""
     return "visual.blocks.0.attn.qkv.bias" in shapes and RELEASED_MARK not in shapes
 
 

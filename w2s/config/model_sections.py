@@ -11,9 +11,9 @@ class VisionConfig:
     """Shape of the vision tower: an EVA vision transformer, or a CLIP's own."""
 
     kind: Literal["eva", "clip"] = "eva"
-    """`eva`; or `clip`, the vision transformer of OpenAI and open_clip: a norm of the embedded patches before the layers, a
-    bias on Q, K and V, none on the patch embedding and the projection head. It has norm=layernorm, norm_placement=pre and
-    qkv_bias=true."""
+    """`eva`; or `clip`, the vision transformer of OpenAI and open_clip: a norm of the embedded patches before the
+    layers, a bias on Q, K and V, none on the patch embedding and the projection head. It has norm=layernorm,
+    norm_placement=pre and qkv_bias=true."""
     image_size: int = 64
     """Side of the square input in pixels."""
     patch_size: int = 16

@@ -1,6 +1,6 @@
-"""The activations of an MLP: GELU(hidden + bias), exact (Hendrycks and Gimpel 2016: by erf, not by tanh), and QuickGELU.
+"""The activations of an MLP: GELU(hidden + bias), exact (Hendrycks and Gimpel 2016: by erf, not by tanh), or QuickGELU.
 
-QuickGELU(x) = x sigmoid(1.702 x) is the approximation that OpenAI's CLIPs were trained with.
+QuickGELU(x) = x sigmoid(1.702 x) is what OpenAI's CLIPs were trained with.
 """
 
 from typing import Any
@@ -57,19 +57,16 @@ class _BiasGelu(torch.autograd.Function):
 
 
 class _BiasQuickGelu(torch.autograd.Function):
-    """By itself PyTorch would keep three tensors of this size."""
+    """By SiLU, x sigmoid(x), for which PyTorch has kernels; by itself it would keep their inputs."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, bias)
-        x = hidden + bias
-        return x * torch.sigmoid(QUICK * x)
+        return F.silu(QUICK * (hidden + bias)) / QUICK
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         hidden, bias = ctx.saved_tensors
-        x = hidden + bias
-        gate = torch.sigmoid(QUICK * x)
-        by_sum = outputs[0] * (gate + QUICK * x * gate * (1 - gate))
+        by_sum = torch.ops.aten.silu_backward(outputs[0], QUICK * (hidden + bias))
         return by_sum, by_sum.flatten(0, -2).sum(0)

@@ -37,9 +37,7 @@ def write(export: Export, folder: Path) -> Guide:
             "add --precision fp32 or fp16"
         )
     write_graphs(export, folder, _save)
-    return Guide(
-        "onnx", EMBEDS_BOTH, [Snippet("ONNX Runtime, images", IMAGES), Snippet("ONNX Runtime, texts", TEXTS)]
-    )
+    return Guide("onnx", EMBEDS_BOTH, [Snippet("ONNX Runtime, images", IMAGES), Snippet("ONNX Runtime, texts", TEXTS)])
 
 
 def _save(graph: Graph, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """A CLIP for `open_clip.create_model_and_transforms("local-dir:FOLDER")`.
 
-A vision tower of OpenAI's kind is open_clip's own. One of EVA's kind is timm's: open_clip's configuration can name one by a name that timm knows, by a path, or by a hub:
-where timm knows no name, config.json beside it describes the tower, and the configuration names the folder that it
-stands in: that of the hub, or the one where the program runs.
+A vision tower of OpenAI's kind is open_clip's own. One of EVA's kind is timm's: open_clip's configuration can name it by
+a name that timm knows, by a path, or by a hub. Where timm knows no name, config.json beside it describes the tower, and
+the configuration names the folder that it stands in: that of the hub, or the one where the program runs.
 """
 
 from pathlib import Path
@@ -71,8 +71,8 @@ def _write_plain(export: Export, folder: Path, names: list[str]) -> Guide:
     released, model = export.released, export.model
     if model.vision.activation != model.text.activation:
         raise CheckpointError(
-            f"{released.path} has {model.vision.activation} in its vision tower and {model.text.activation} in its text "
-            "tower, and open_clip one for both: use --format transformers"
+            f"{released.path} has {model.vision.activation} in its vision tower and {model.text.activation} in its "
+            "text tower, and open_clip one for both: use --format transformers"
         )
     write_json(folder / "open_clip_config.json", open_clip_config(model, "", logit_bias="logit_bias" in released.meta))
     weights = folder / "open_clip_model.safetensors"

@@ -1,8 +1,8 @@
 """What stands beside exported towers: how images and texts become their inputs, in the files of transformers.
 
-The tokenizer is CLIP's byte-pair encoding, whose vocabulary and merges are open_clip's. `tokenizer.json` alone gives, by
-the `tokenizers` library, the rows that w2s and open_clip make: start token, text, end token, zeros. What it leaves out is
-the repair of broken characters and HTML entities before.
+The tokenizer is CLIP's byte-pair encoding, whose vocabulary and merges are open_clip's. With `tokenizer.json` alone the
+`tokenizers` library gives the rows that w2s and open_clip make: start token, text, end token, zeros. What it leaves out
+is the repair of broken characters and HTML entities before.
 """
 
 from pathlib import Path

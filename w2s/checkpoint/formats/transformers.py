@@ -90,15 +90,15 @@ def write(export: Export, folder: Path) -> Guide:
             "use --format open_clip, onnx or torch_export"
         )
     plain = model.vision.kind == "clip"
-    origins = dict(_clip_vision(released) if plain else _timm_vision(released)) | dict(_rest(released, plain))
-    meta = {name: origin.change(released.meta[origin.name]) for name, origin in origins.items()}
+    made = origins(released, plain)
+    meta = {name: origin.change(released.meta[origin.name]) for name, origin in made.items()}
     (common, _), *_ = Counter(tensor.dtype for tensor in meta.values()).most_common(1)
     config = clip_config(model) if plain else dual_encoder_config(model)
     write_json(folder / "config.json", config | {"dtype": TYPES[common], "torch_dtype": TYPES[common]})
     write_processor(folder, model, "CLIPProcessor" if plain else "VisionTextDualEncoderProcessor")
 
     def read(name: str) -> Tensor:
-        return origins[name].change(released.read(origins[name].name))
+        return made[name].change(released.read(made[name].name))
 
     write_safetensors(folder / "model.safetensors", meta, read, {"model": model.name})
     needs = "" if plain else "  # needs timm too"
@@ -186,6 +186,11 @@ def _text_config(text: TextConfig, embed_dim: int) -> dict[str, Any]:
         "eos_token_id": text.vocab_size - 1,
         "pad_token_id": text.vocab_size - 1,
     }
+
+
+def origins(released: Released, plain: bool) -> dict[str, Origin]:
+    """Return what each tensor of a `CLIPModel` (`plain`), or of a dual encoder over timm's tower, is made of."""
+    return dict(_clip_vision(released) if plain else _timm_vision(released)) | dict(_rest(released, plain))
 
 
 def _timm_vision(released: Released) -> Iterator[tuple[str, Origin]]:
