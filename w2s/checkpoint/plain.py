@@ -60,10 +60,14 @@ def _clip(vision: VisionConfig, **shape: Any) -> VisionTransformer:
 
 
 def text_tower(model: ModelConfig, *, device: torch.device | str = "meta") -> TextTransformer:
-    """open_clip's module for the text tower of a CLIP, with random weights, on `device`."""
-    quick = model.text.activation == "quick_gelu"
+    """open_clip's module for the text tower of a CLIP, with random weights, on `device`.
+
+    Its blocks are the `custom` ones: the same weights and function without the transposed rows of torch's attention, at
+    whose graph ONNX Runtime 1.32 crashes in float16 on a CPU.
+    """
+    quick, text = model.text.activation == "quick_gelu", text_config(model.text) | {"block_type": "custom"}
     with torch.device(device):
-        return open_clip.CustomTextCLIP(model.embed_dim, SMALLEST_VISION_TOWER, text_config(model.text), quick).text
+        return open_clip.CustomTextCLIP(model.embed_dim, SMALLEST_VISION_TOWER, text, quick).text
 
 
 def loaded_image_tower(released: Released, model: ModelConfig, dtype: torch.dtype) -> nn.Module:
