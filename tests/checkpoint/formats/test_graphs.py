@@ -22,20 +22,23 @@ def inputs(kind: str) -> list[Tensor]:
     return [images(model), captions(model)]
 
 
-@pytest.mark.parametrize("kind", ["e", "vit"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("e", marks=pytest.mark.slow)])
 def test_torch_export_gives_the_same(tmp_path: Path, kind: str) -> None:
-    folder = write(small(kind), "torch_export", tmp_path)
+    tensors = {**released(small(kind)), "logit_bias": torch.tensor(-7.5)}
+    folder = write(small(kind), "torch_export", tmp_path, tensors)
     for file, given, expected in zip(FILES, inputs(kind), features(small(kind)), strict=True):
         graph = torch.export.load(folder / f"{file}.pt2").module()
         assert torch.equal(graph(given), expected)
         torch.testing.assert_close(graph(given[:1]), expected[:1], atol=1e-6, rtol=1e-5)
     about = json.loads((folder / "clip.json").read_text())
     assert about["logit_scale"] == pytest.approx(12.1825, abs=1e-4)
+    assert about["logit_bias"] == -7.5
     assert (about["image_size"], about["context_length"], about["embed_dim"]) == (32, 16, 16)
     for file in folder.iterdir():
         assert str(tmp_path).encode() not in file.read_bytes(), f"{file.name} names a folder of this machine"
 
 
+@pytest.mark.slow
 def test_half_precision_is_close(tmp_path: Path) -> None:
     folder = write(small("18b"), "torch_export", tmp_path, precision="bf16")
     for file, given, expected in zip(FILES, inputs("18b"), features(small("18b")), strict=True):
@@ -43,12 +46,6 @@ def test_half_precision_is_close(tmp_path: Path) -> None:
         assert found.dtype == torch.float32
         # bfloat16 has eight bits; errors of two layers add up to a few of its steps.
         assert 0 < float((found - expected).abs().max() / expected.abs().max()) < 2**-5
-
-
-def test_the_bias_of_the_sigmoid_loss_is_named(tmp_path: Path) -> None:
-    tensors = {**released(small("8b")), "logit_bias": torch.tensor(-7.5)}
-    folder = write(small("8b"), "torch_export", tmp_path, tensors)
-    assert json.loads((folder / "clip.json").read_text())["logit_bias"] == -7.5
 
 
 def test_what_cannot_be_served_is_one_line(tmp_path: Path) -> None:
@@ -65,6 +62,7 @@ def test_what_cannot_be_served_is_one_line(tmp_path: Path) -> None:
         write(model, "onnx", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "precision"), [("18b", ""), ("e", ""), ("g", ""), ("vit", ""), ("8b", "fp16")])
 def test_onnx_runtime_gives_the_same(tmp_path: Path, kind: str, precision: str) -> None:
     for package in ("onnx", "onnxscript"):

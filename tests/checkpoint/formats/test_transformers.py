@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.formats.pieces import features, small, write
 from tests.checkpoint.peers import captions, images, released
+from w2s.checkpoint.importing import import_checkpoint
+from w2s.checkpoint.plain import loaded_image_tower
+from w2s.checkpoint.released import open_released
 from w2s.data.batch import normalize
 from w2s.data.tokens import tokenize
 from w2s.errors import CheckpointError
@@ -42,6 +45,18 @@ def test_features_and_logits_are_those_of_the_towers(tmp_path: Path, kind: str, 
     torch.testing.assert_close(found.image_embeds, seen, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.text_embeds, read, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.logits_per_image, torch.tensor(2.5).exp() * seen @ read.T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["e", "vit"])
+def test_what_it_saves_again_comes_back(tmp_path: Path, kind: str) -> None:
+    model = small(kind)
+    peer = transformers.AutoModel.from_pretrained(write(model, "transformers", tmp_path))
+    peer.save_pretrained(tmp_path / "saved")
+    found = import_checkpoint(tmp_path / "saved", model, tmp_path / "checkpoint")
+    assert (found.missing, found.unexpected) == ([], [])
+    tower = loaded_image_tower(open_released(tmp_path / "checkpoint"), model, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(tower(images(model)), features(model)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_quick_gelu_goes_along(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """A CLIP for `open_clip.create_model_and_transforms("local-dir:FOLDER")`.
 
-A vision tower of OpenAI's kind is open_clip's own. One of EVA's kind is timm's: open_clip's configuration can name it by
-a name that timm knows, by a path, or by a hub. Where timm knows no name, config.json beside it describes the tower, and
-the configuration names the folder that it stands in: that of the hub, or the one where the program runs.
+A vision tower of OpenAI's kind is open_clip's own. One of EVA's kind is timm's: open_clip's configuration can name it
+by a name that timm knows, by a path, or by a hub. Where timm knows no name, config.json beside it describes the tower,
+and the configuration names the folder that it stands in: that of the hub, or the one where the program runs.
 """
 
 from pathlib import Path
