@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from w2s.checkpoint.files import open_weights
 from w2s.checkpoint.fit import MASKED_STAGE
-from w2s.checkpoint.plain import image_tower, zero_key_biases
+from w2s.checkpoint.formats.plain import image_tower, zero_key_biases
 from w2s.checkpoint.released import Released, open_released, rename
 from w2s.checkpoint.store import read_meta
 from w2s.config.load import model_from, named_model

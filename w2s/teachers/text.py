@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from w2s.checkpoint.files import open_weights
 from w2s.checkpoint.find import find, find_any
 from w2s.checkpoint.formats.open_clip import text_config
-from w2s.checkpoint.plain import SMALLEST_VISION_TOWER
+from w2s.checkpoint.formats.plain import SMALLEST_VISION_TOWER
 from w2s.checkpoint.released import Released, open_released, rename
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify

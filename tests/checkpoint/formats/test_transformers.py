@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.formats.pieces import features, small, write
 from tests.checkpoint.peers import captions, images, released
+from w2s.checkpoint.formats.plain import loaded_image_tower
 from w2s.checkpoint.importing import import_checkpoint
-from w2s.checkpoint.plain import loaded_image_tower
 from w2s.checkpoint.released import open_released
 from w2s.data.batch import normalize
 from w2s.data.tokens import tokenize

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from stages.mim import sample_spec
 from w2s.bench.marks import Marks
 from w2s.bench.peers.base import Peer, forward_flops
-from w2s.checkpoint.plain import image_tower
+from w2s.checkpoint.formats.plain import image_tower
 from w2s.config.sections import Config, ModelConfig
 from w2s.data.batch import Batch, given, normalize
 from w2s.objectives.masked import LOSSES

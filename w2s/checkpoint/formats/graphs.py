@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from w2s.checkpoint.formats.base import Export, write_json
+from w2s.checkpoint.formats.plain import loaded_image_tower, loaded_text_tower
 from w2s.checkpoint.formats.processor import write_processor
 from w2s.checkpoint.formats.transformers import require_clip
-from w2s.checkpoint.plain import loaded_image_tower, loaded_text_tower
 
 
 @dataclass(frozen=True)

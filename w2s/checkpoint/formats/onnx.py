@@ -41,8 +41,9 @@ def write(export: Export, folder: Path) -> Guide:
 
 
 def _save(graph: Graph, folder: Path) -> None:
-    names = {"input_names": [graph.input], "output_names": [graph.output]}
-    program: Any = torch.onnx.export(traced(graph), (), **names, dynamo=True, verbose=False)
+    program: Any = torch.onnx.export(
+        traced(graph), (), input_names=[graph.input], output_names=[graph.output], dynamo=True, verbose=False
+    )
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
     program.save(folder / f"{graph.file}.onnx", external_data=True)
