@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.checkpoint.formats.pieces import features, small, write
-from tests.checkpoint.peers import captions, images, released
+from tests.checkpoint.formats.pieces import features, run_snippets, small, write, write_guided
+from tests.checkpoint.peers import captions, images, released, text_tower
+from w2s.data.tokens import tokenize
 from w2s.errors import CheckpointError, ConfigError, MissingPackageError
 
 NEEDS = "an optional package: pip install 'w2s[onnx]'"
@@ -79,6 +80,19 @@ def test_onnx_runtime_gives_the_same(tmp_path: Path, kind: str, precision: str) 
     for path in folder.iterdir():
         content = path.read_bytes()
         assert str(tmp_path).encode() not in content and sys.prefix.encode() not in content
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["torch_export", "onnx"])
+def test_the_cards_lines_work(tmp_path: Path, format: str) -> None:
+    for package in ("transformers", *(("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ())):
+        pytest.importorskip(package, reason=NEEDS)
+    seen, read = run_snippets(*write_guided(small("18b"), format, tmp_path))
+    assert tuple(seen["embeddings"].shape) == (1, 16)
+    tokens = tokenize(["a cat", "a dog"], 16)
+    with torch.no_grad():
+        expected = text_tower(small("18b"))(tokens)
+    torch.testing.assert_close(torch.as_tensor(read["embeddings"]), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_onnx_in_bfloat16_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoint.formats.pieces import features, small, write
+from tests.checkpoint.formats.pieces import features, run_snippets, small, write, write_guided
 from tests.checkpoint.peers import captions, images, released
 from w2s.checkpoint.formats.plain import loaded_image_tower
 from w2s.checkpoint.importing import import_checkpoint
@@ -115,6 +115,14 @@ def test_what_transformers_cannot_hold_is_one_line(tmp_path: Path) -> None:
     vision = {name: value for name, value in released(model).items() if name.startswith("visual.")}
     with pytest.raises(CheckpointError, match=r"is not a whole CLIP.*--format timm"):
         write(model, "transformers", tmp_path, vision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["18b", "vit"])
+def test_the_cards_lines_work(tmp_path: Path, kind: str) -> None:
+    loaded, classified = run_snippets(*write_guided(small(kind), "transformers", tmp_path))
+    assert tuple(loaded["probabilities"].shape) == (1, 2)
+    assert classified["answers"][0]["label"] in ("cat", "dog")
 
 
 FRESH = """

@@ -26,7 +26,7 @@ def write(export: Export, folder: Path) -> Guide:
         CheckpointError: it is no whole CLIP.
     """
     write_graphs(export, folder, _save)
-    return Guide("torch", EMBEDS_BOTH, [Snippet("torch, images", IMAGES), Snippet("torch, texts", TEXTS)])
+    return Guide("pytorch", EMBEDS_BOTH, [Snippet("torch, images", IMAGES), Snippet("torch, texts", TEXTS)])
 
 
 def _save(graph: Graph, folder: Path) -> None:

@@ -60,7 +60,7 @@ probabilities = model(**inputs).logits_per_image.softmax(-1)"""
 PIPELINE = """\
 from transformers import pipeline
 classify = pipeline("zero-shot-image-classification", "{place}")
-classify(image, candidate_labels=["cat", "dog"], tokenizer_kwargs={{"truncation": True}})"""
+answers = classify(image, candidate_labels=["cat", "dog"], tokenizer_kwargs={{"truncation": True}})"""
 TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
