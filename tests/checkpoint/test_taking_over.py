@@ -127,6 +127,14 @@ def test_what_does_not_fit_names_the_first_tensor(source: Path) -> None:
         taken(replace(model_of("e"), vision=replace(model_of("e").vision, mlp_width=96)), vision=str(source))
 
 
+def test_what_it_is_instead_is_said_as_by_import(alone: Ranks, tmp_path: Path) -> None:
+    names = {"visual.blocks.0.attn.q_proj.weight": "with rotary positions", "visual.attn_pool.latent": "by attention"}
+    for name, hint in names.items():
+        save_file({**released(model_of("e")), name: torch.zeros(2)}, tmp_path / "other.safetensors")
+        with pytest.raises(CheckpointError, match=f"this model has no {name} .*{hint}.*: use it as a teacher"):
+            taken(model_of("e"), vision=str(tmp_path / "other.safetensors"))
+
+
 def split(path: Path) -> list[tuple[dict[str, Tensor], set[str]]]:
     """This rank's vision tower under TP2 and under PP2, by global name, and the tensors that it has read."""
     results = []

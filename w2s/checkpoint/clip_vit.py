@@ -5,7 +5,7 @@ Source of the names: openai/CLIP, clip/model.py; mlfoundations/open_clip, src/op
 
 from torch import Tensor
 
-MARK = "visual.conv1.weight"
+MARK = "visual.class_embedding"
 """A tensor that such a tower has and no other."""
 RELEASED_MARK = "visual.norm_pre.weight"
 """What of it no other has under the released names: the norm before the layers."""

@@ -102,14 +102,13 @@ def write(export: Export, folder: Path) -> Guide:
 
     write_safetensors(folder / "model.safetensors", meta, read, {"model": model.name})
     needs = "" if plain else "  # needs timm too"
-    return Guide(
-        "transformers",
-        EMBEDS_BOTH,
-        [
-            Snippet("transformers", LOAD.format(place=export.hub or "FOLDER", needs=needs)),
-            Snippet("transformers' pipeline", PIPELINE.format(place=export.hub or "FOLDER")),
-        ],
-    )
+    snippets = [
+        Snippet("transformers", LOAD.format(place="FOLDER", needs=needs)),
+        Snippet("transformers' pipeline", PIPELINE.format(place="FOLDER")),
+    ]
+    if export.hub:
+        snippets.append(Snippet("transformers, from the hub", LOAD.format(place=export.hub, needs=needs)))
+    return Guide("transformers", EMBEDS_BOTH, snippets)
 
 
 def require_clip(released: Released, peer: str) -> None:
