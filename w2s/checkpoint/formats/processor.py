@@ -1,8 +1,7 @@
 """What stands beside exported towers: how images and texts become their inputs, in the files of transformers.
 
 The tokenizer is CLIP's byte-pair encoding, whose vocabulary and merges are open_clip's. With `tokenizer.json` alone the
-`tokenizers` library gives the rows that w2s and open_clip make: start token, text, end token, zeros. What it leaves out
-is the repair of broken characters and HTML entities before.
+`tokenizers` library gives the rows that w2s and open_clip make: start token, text, end token, zeros.
 """
 
 from pathlib import Path
@@ -19,6 +18,12 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 """What is encoded piece by piece: contractions, words, single digits, runs of other signs."""
 BICUBIC = 3
 """Pillow's number of the filter."""
+LIMITS = (
+    "transformers' image processor cuts out the middle of an image one pixel off from where w2s and open_clip do, for "
+    "half of the margins that are odd.",
+    "The tokenizer leaves out open_clip's repair of broken characters and HTML entities.",
+)
+"""How what it makes differs from what w2s and open_clip do."""
 
 
 def write_processor(folder: Path, model: ModelConfig, processor: str | None = None) -> None:

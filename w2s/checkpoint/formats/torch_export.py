@@ -6,6 +6,7 @@ import torch
 
 from w2s.checkpoint.formats.base import EMBEDS_BOTH, Export, Guide, Snippet
 from w2s.checkpoint.formats.graphs import Graph, traced, write_graphs
+from w2s.checkpoint.formats.processor import LIMITS
 
 IMAGES = """\
 import torch
@@ -26,7 +27,7 @@ def write(export: Export, folder: Path) -> Guide:
         CheckpointError: it is no whole CLIP.
     """
     write_graphs(export, folder, _save)
-    return Guide("pytorch", EMBEDS_BOTH, [Snippet("torch, images", IMAGES), Snippet("torch, texts", TEXTS)])
+    return Guide("pytorch", EMBEDS_BOTH, [Snippet("torch, images", IMAGES), Snippet("torch, texts", TEXTS)], LIMITS)
 
 
 def _save(graph: Graph, folder: Path) -> None:

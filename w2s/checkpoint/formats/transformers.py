@@ -17,7 +17,7 @@ from torch import Tensor
 
 from w2s.checkpoint.fit import MASKED_STAGE
 from w2s.checkpoint.formats.base import EMBEDS_BOTH, HEAD, HEAD_BIAS, Export, Guide, Snippet, write_json
-from w2s.checkpoint.formats.processor import write_processor
+from w2s.checkpoint.formats.processor import LIMITS, write_processor
 from w2s.checkpoint.formats.timm import timm_config, timm_name
 from w2s.checkpoint.released import Released
 from w2s.checkpoint.writing import write_safetensors
@@ -27,7 +27,7 @@ from w2s.towers.clip import TEXT_NORM_EPS
 
 Change = Callable[[Tensor], Tensor]
 
-TEXT = {
+TEXT: Mapping[str, str] = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
     "transformer.resblocks.": "encoder.layers.",
@@ -39,7 +39,7 @@ TEXT = {
     ".mlp.c_fc.": ".mlp.fc1.",
     ".mlp.c_proj.": ".mlp.fc2.",
 }
-VISION = {
+VISION: Mapping[str, str] = {
     "cls_token": "embeddings.class_embedding",
     "pos_embed": "embeddings.position_embedding.weight",
     "patch_embed.proj.": "embeddings.patch_embedding.",
@@ -60,7 +60,7 @@ probabilities = model(**inputs).logits_per_image.softmax(-1)"""
 PIPELINE = """\
 from transformers import pipeline
 classify = pipeline("zero-shot-image-classification", "{place}")
-answers = classify(image, candidate_labels=["cat", "dog"], tokenizer_kwargs={{"truncation": True}})"""
+answers = classify(image, candidate_labels=["cat", "dog"])  # with "This is a photo of", no longer than a caption"""
 TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -108,7 +108,7 @@ def write(export: Export, folder: Path) -> Guide:
     ]
     if export.hub:
         snippets.append(Snippet("transformers, from the hub", LOAD.format(place=export.hub, needs=needs)))
-    return Guide("transformers", EMBEDS_BOTH, snippets)
+    return Guide("transformers", EMBEDS_BOTH, snippets, LIMITS)
 
 
 def require_clip(released: Released, peer: str) -> None:
