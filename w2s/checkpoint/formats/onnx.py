@@ -8,6 +8,7 @@ import torch
 
 from w2s.checkpoint.formats.base import EMBEDS_BOTH, Export, Guide, Snippet
 from w2s.checkpoint.formats.graphs import Graph, dtype_of, traced, write_graphs
+from w2s.checkpoint.formats.processor import LIMITS
 from w2s.errors import CheckpointError, MissingPackageError
 
 IMAGES = """\
@@ -37,7 +38,8 @@ def write(export: Export, folder: Path) -> Guide:
             "add --precision fp32 or fp16"
         )
     write_graphs(export, folder, _save)
-    return Guide("onnx", EMBEDS_BOTH, [Snippet("ONNX Runtime, images", IMAGES), Snippet("ONNX Runtime, texts", TEXTS)])
+    snippets = [Snippet("ONNX Runtime, images", IMAGES), Snippet("ONNX Runtime, texts", TEXTS)]
+    return Guide("onnx", EMBEDS_BOTH, snippets, LIMITS)
 
 
 def _save(graph: Graph, folder: Path) -> None:
