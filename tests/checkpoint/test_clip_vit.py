@@ -35,7 +35,7 @@ def peer_of(model: ModelConfig) -> open_clip.CLIP:
     return clip
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("activation", [pytest.param("gelu", marks=pytest.mark.slow), "quick_gelu"])
 def test_open_clips_weights_come_in_and_go_out_again(tmp_path: Path, activation: str) -> None:
     model = vit(activation)
     peer = peer_of(model)

@@ -47,7 +47,7 @@ def test_features_and_logits_are_those_of_the_towers(tmp_path: Path, kind: str, 
     torch.testing.assert_close(found.logits_per_image, torch.tensor(2.5).exp() * seen @ read.T, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["e", "vit"])
+@pytest.mark.parametrize("kind", ["e", pytest.param("vit", marks=pytest.mark.slow)])
 def test_what_it_saves_again_comes_back(tmp_path: Path, kind: str) -> None:
     model = small(kind)
     peer = transformers.AutoModel.from_pretrained(write(model, "transformers", tmp_path))
