@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from stages.mim import sample_spec
@@ -33,7 +34,9 @@ class TimmStudent(nn.Module):
         patches = self.trunk.patch_embed(images)
         if not self.drops_masked:
             patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
-        tokens, _ = self.trunk._pos_embed(patches)
+        placed = self.trunk._pos_embed(patches)
+        # Eva's gives rotary positions too, which are none here; the ViT has a norm before the layers.
+        tokens = placed[0] if isinstance(self.trunk, Eva) else self.trunk.norm_pre(placed)
         if self.drops_masked:
             tokens = torch.cat([tokens[:, :1], at_places(tokens[:, 1:], places)], dim=1)
         for block in self.trunk.blocks:
