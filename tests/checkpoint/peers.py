@@ -8,6 +8,7 @@ import torch
 from open_clip.transformer import TextTransformer
 from timm.layers import LayerNorm, RmsNorm
 from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from w2s.config.sections import ModelConfig, TextConfig, VisionConfig
@@ -19,14 +20,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "8b": {"norm": "rmsnorm", "norm_placement": "pre", "qkv_bias": False},
     "e": {"norm": "layernorm", "norm_placement": "post", "qkv_bias": True},
     "g": {"norm": "layernorm", "norm_placement": "pre", "qkv_bias": True},
+    "vit": {"kind": "clip", "norm": "layernorm", "norm_placement": "pre", "qkv_bias": True, "mlp_width": 128},
 }
 
 
 def model_of(kind: str, image_size: int = 32, patch_size: int = 8) -> ModelConfig:
-    """A small CLIP of EVA-18B's, EVA-8B's, EVA02-E's or EVA01-g's kind."""
-    vision = VisionConfig(
-        image_size=image_size, patch_size=patch_size, layers=2, width=32, heads=2, mlp_width=64, **KINDS[kind]
-    )
+    """A small CLIP of EVA-18B's, EVA-8B's, EVA02-E's, EVA01-g's or open_clip's own kind."""
+    shape = {"mlp_width": 64, **KINDS[kind]}
+    vision = VisionConfig(image_size=image_size, patch_size=patch_size, layers=2, width=32, heads=2, **shape)
     return ModelConfig(name=f"small-{kind}", embed_dim=EMBED, vision=vision, text=TEXT)
 
 
@@ -40,17 +41,23 @@ def stir(module: nn.Module, seed: int) -> None:
     module.eval()
 
 
-def timm_tower(model: ModelConfig, seed: int = 0) -> Eva:
-    """timm's Eva; its head has a bias only where the released one has."""
+def timm_tower(model: ModelConfig, seed: int = 0) -> Eva | VisionTransformer:
+    """timm's Eva, or its ViT with a norm before the layers; its head has a bias only where the released one has."""
     vision = model.vision
     norm = RmsNorm if vision.norm == "rmsnorm" else LayerNorm
-    tower = Eva(
-        img_size=vision.image_size, patch_size=vision.patch_size, embed_dim=vision.width, depth=vision.layers,
-        num_heads=vision.heads, mlp_ratio=vision.mlp_width / vision.width, qkv_bias=vision.qkv_bias,
-        use_post_norm=vision.norm_placement == "post", norm_layer=partial(norm, eps=1e-6),
-        num_classes=model.embed_dim, global_pool="token",
-    )  # fmt: skip
-    if not vision.qkv_bias:
+    shape: dict[str, Any] = {
+        "img_size": vision.image_size, "patch_size": vision.patch_size, "embed_dim": vision.width,
+        "depth": vision.layers, "num_heads": vision.heads, "mlp_ratio": vision.mlp_width / vision.width,
+        "qkv_bias": vision.qkv_bias, "num_classes": model.embed_dim, "global_pool": "token",
+    }  # fmt: skip
+    if vision.kind == "clip":
+        tower = VisionTransformer(
+            pre_norm=True, norm_layer=partial(norm, eps=1e-5), act_layer=vision.activation, **shape
+        )
+    else:
+        post = vision.norm_placement == "post"
+        tower = Eva(use_post_norm=post, norm_layer=partial(norm, eps=1e-6), **shape)
+    if not vision.head_bias:
         tower.head.bias = None
     stir(tower, seed)
     return tower

@@ -181,7 +181,7 @@ def test_the_text_tower_of_a_clip_model_of_transformers(tmp_path: Path) -> None:
         theirs = clip.get_text_features(input_ids=captions(model)).pooler_output
     ours = features(tmp_path / "text", model, ["text"]).texts
     assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
-    assert open_released(tmp_path / "clip").meta["visual.proj"].shape == (32, model.embed_dim)
+    assert open_released(tmp_path / "clip").meta["visual.head.weight"].shape == (model.embed_dim, 32)
 
 
 def text_config(model: ModelConfig) -> dict[str, Any]:

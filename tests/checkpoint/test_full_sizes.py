@@ -9,8 +9,11 @@ import timm
 import torch
 
 from w2s.checkpoint.eva_format import released_name
+from w2s.checkpoint.files import InMemory
 from w2s.checkpoint.formats.open_clip import open_clip_config, open_clip_name
 from w2s.checkpoint.formats.timm import named_tower, timm_config, timm_name
+from w2s.checkpoint.formats.transformers import clip_config, dual_encoder_config, origins
+from w2s.checkpoint.released import rename
 from w2s.config.load import load
 from w2s.megatron.groups import Ranks
 from w2s.towers.shapes import model_shapes
@@ -33,3 +36,20 @@ def test_full_sizes_have_open_clips_and_timms_names_and_shapes(alone: Ranks, tmp
         shapes["visual.head.bias"] = (model.embed_dim,)  # of zeros
     vision = {timm_name(key): shape for key, shape in shapes.items() if key.startswith("visual.")}
     assert {key: tuple(value.shape) for key, value in tower.state_dict().items()} == vision
+
+
+@pytest.mark.parametrize("name", ["eva_18b", "eva02_e_plus", "vit_bigg_14"])
+def test_full_sizes_have_the_names_and_shapes_of_transformers_classes(alone: Ranks, name: str) -> None:
+    """Names and shapes on the meta device, of EVA-18B too."""
+    transformers = pytest.importorskip("transformers", reason="an optional package: pip install 'w2s[hf]'")
+    model = load("clip", [f"model={name}"]).model
+    shapes = model_shapes(model)
+    tensors = {released_name(key): torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    plain = model.vision.kind == "clip"
+    config = (clip_config if plain else dual_encoder_config)(model)
+    with torch.device("meta"):
+        peer = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config))
+    made = origins(rename(InMemory(tensors), Path("x")), plain)
+    found = {name.replace("text_model.text_model.", "text_model."): made[name] for name in made}
+    expected = {name: tuple(value.shape) for name, value in peer.state_dict().items()}
+    assert {name: tuple(of.change(tensors[of.name]).shape) for name, of in found.items()} == expected

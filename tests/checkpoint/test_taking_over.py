@@ -114,7 +114,7 @@ def test_the_text_tower_of_open_clips_vit(alone: Ranks, tmp_path: Path) -> None:
     assert torch.equal(text["token_embedding"], clip.token_embedding.weight)
     expected = by_head(clip.transformer.resblocks[0].attn.in_proj_bias, 2).flatten()
     assert torch.equal(text["blocks.layers.0.self_attention.linear_qkv.bias"], expected)
-    with pytest.raises(CheckpointError, match=r"vit\.pt is of another model: it has no vision\.blocks"):
+    with pytest.raises(CheckpointError, match=r"vit\.pt is of another model: .*kind: model=vit_b_16 is one"):
         taken(model, vision=str(tmp_path / "vit.pt"))
 
 
@@ -125,6 +125,14 @@ def test_what_does_not_fit_names_the_first_tensor(source: Path) -> None:
         taken(replace(model_of("e"), vision=replace(model_of("e").vision, layers=1)), vision=str(source))
     with pytest.raises(CheckpointError, match=r"linear_fc1\.bias is \[64\] there and \[96\] here"):
         taken(replace(model_of("e"), vision=replace(model_of("e").vision, mlp_width=96)), vision=str(source))
+
+
+def test_what_it_is_instead_is_said_as_by_import(alone: Ranks, tmp_path: Path) -> None:
+    names = {"visual.blocks.0.attn.q_proj.weight": "with rotary positions", "visual.attn_pool.latent": "by attention"}
+    for name, hint in names.items():
+        save_file({**released(model_of("e")), name: torch.zeros(2)}, tmp_path / "other.safetensors")
+        with pytest.raises(CheckpointError, match=f"this model has no {name} .*{hint}.*: use it as a teacher"):
+            taken(model_of("e"), vision=str(tmp_path / "other.safetensors"))
 
 
 def split(path: Path) -> list[tuple[dict[str, Tensor], set[str]]]:

@@ -2,6 +2,7 @@
 
 from importlib.resources import files
 
+import open_clip
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +24,10 @@ PARAMETERS = {
     "eva01_g_plus": (1_012_588_928, 354_032_640, 1_366_621_569),
     "eva01_g": (1_012_588_928, 123_846_912, 1_136_435_841),
 }
+OPEN_CLIP = {
+    "vit_b_32": "ViT-B-32", "vit_b_16": "ViT-B-16", "vit_l_14": "ViT-L-14", "vit_h_14": "ViT-H-14",
+    "vit_bigg_14": "ViT-bigG-14",
+}  # fmt: skip
 # Billions of multiply-adds for an image and for a caption of 77 tokens, as counted there.
 COST = {
     "eva_18b": (4560.6, 48.93),
@@ -50,6 +55,19 @@ def multiply_adds(tower: torch.nn.Module, inputs: torch.Tensor) -> float:
     with FlopCounterMode(display=False) as counter:
         tower(inputs)
     return counter.get_total_flops() / 2e9
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name.startswith("vit_")])
+def test_open_clips_own_models_have_its_parameters(alone: Ranks, name: str) -> None:
+    model = load("clip", [f"model={name}"]).model
+    theirs = open_clip.get_model_config(OPEN_CLIP[name.removesuffix("_quickgelu")])
+    with torch.device("meta"):
+        peer = open_clip.CLIP(**theirs)
+    vision, text = towers(model)
+    assert count(vision) == sum(parameter.numel() for parameter in peer.visual.parameters())
+    assert count(vision) + count(text) + 1 == sum(parameter.numel() for parameter in peer.parameters())
+    assert model.vision.heads == peer.visual.transformer.resblocks[0].attn.num_heads
+    assert model.text.heads == peer.transformer.resblocks[0].attn.num_heads
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

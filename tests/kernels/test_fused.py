@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.cases import DEFINITION, DTYPES, PLAIN, fused, inputs, results
+from w2s.kernels.gelu import bias_quick_gelu
 
 ERRORS = {"fp32": 2**-21, "bf16": 2**-7}
 """Largest error beside the largest value: a few roundings of 2^-24; of 2^-9 each where the inputs of a sum are rounded
@@ -31,6 +32,15 @@ def assert_close(ours: list[Tensor], name: str, kind: str) -> None:
 @cases
 def test_plain_is_the_definition(name: str, kind: str) -> None:
     assert_close(results(PLAIN[name], inputs(name, DTYPES[kind])), name, kind)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_quick_gelu_is_its_definition(kind: str) -> None:
+    """It has no Triton kernel."""
+    tensors = inputs("gelu", DTYPES[kind])
+    exact = results(lambda hidden, bias: (x := hidden + bias) * torch.sigmoid(1.702 * x), [t.double() for t in tensors])
+    for value, reference in zip(results(bias_quick_gelu, tensors), exact, strict=True):
+        assert (value.double() - reference).abs().max() / reference.abs().max() < ERRORS[kind]
 
 
 @pytest.fixture(scope="module")

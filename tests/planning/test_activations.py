@@ -20,6 +20,8 @@ DEEP = [
 ]  # fmt: skip
 BF16 = ["precision.compute=bf16"]
 PRE_NORM = ["model.vision.norm_placement=pre", "model.vision.norm=layernorm", "model.vision.qkv_bias=true"]
+PLAIN = [*PRE_NORM, "model.vision.kind=clip"]
+"""As OpenAI's: a norm before the layers too."""
 FULL, SELECTIVE = ["parallel.recompute=full"], ["parallel.recompute=selective"]
 TENSOR, SEQUENCE = ["parallel.tensor=2"], ["parallel.tensor=2", "parallel.sequence=true"]
 PIPELINE, VIRTUAL = ["parallel.pipeline=2"], ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
@@ -31,7 +33,7 @@ MIM = {
     "tensor, selective": [*TENSOR, *SELECTIVE, *PRE_NORM],
     "sequence": [*BF16, *SEQUENCE],
     "pipeline": [*BF16, *PIPELINE],
-    "pipeline, full": [*PIPELINE, *FULL, *PRE_NORM],
+    "pipeline, full": [*PIPELINE, *FULL, *PLAIN],
     "virtual": VIRTUAL,
     "visible": ["mim.predict=visible"],
     "all": ["mim.predict=all", *BF16, *PIPELINE],
@@ -40,7 +42,7 @@ MIM = {
     "layers, sequence, full": [*SEQUENCE, *FULL, *LAYERS, "mim.predict=all"],
 }
 CLIP = {
-    "data": [*BF16, *PRE_NORM],
+    "data": [*BF16, *PLAIN],
     "data, selective": SELECTIVE,
     "tensor": [*BF16, *TENSOR],
     "sequence, full": [*SEQUENCE, *FULL],

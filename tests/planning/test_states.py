@@ -18,6 +18,8 @@ TARGET_WIDTH = 1280
 
 DEEP = ["model.vision.layers=5", "model.text.layers=6", "train.global_batch=12", "train.micro_batch=3"]
 PRE_NORM = ["model.vision.norm_placement=pre", "model.vision.norm=layernorm", "model.vision.qkv_bias=true"]
+PLAIN = [*PRE_NORM, "model.vision.kind=clip"]
+"""As OpenAI's: a norm before the layers too."""
 BF16 = ["precision.compute=bf16"]
 WIDE = ["model.vision.layers=2", "model.vision.width=64", "model.vision.mlp_width=160000"]
 FULLY = "parallel.shard=full"
@@ -27,11 +29,11 @@ TWO = {
     "data": [],
     "data, bf16": BF16,
     "data, bf16 gradients": [*BF16, "precision.gradients=bf16"],
-    "fully sharded": [FULLY],
+    "fully sharded": [FULLY, *PLAIN],
     "fully sharded, bf16": [*BF16, FULLY, "precision.gradients=bf16"],
     "tensor": [*BF16, *PRE_NORM, "parallel.tensor=2"],
     "tensor, sequence": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch=4"],
-    "pipeline": [*PRE_NORM, "parallel.pipeline=2", "parallel.vision_split=[1,4]"],
+    "pipeline": [*PLAIN, "parallel.pipeline=2", "parallel.vision_split=[1,4]"],
     "virtual pipeline": [*BF16, "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
 }  # fmt: skip
 VIT_WIDTHS = 64, 64

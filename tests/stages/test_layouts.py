@@ -59,6 +59,11 @@ LAYERS = "mim.layers=[{student: 0, teacher: 3}, {student: 1, teacher: 1}, {stude
 """In the middle of a pipeline stage, at the end of an early one and of the last one, in turn with the layout."""
 TAUGHT = ["clip.distill.source=eva:tiny", "clip.distill.until=0.6", "clip.tile=5"]
 """A CLIP with random weights teaches the first three steps."""
+PLAIN = [
+    "model.vision.kind=clip", "model.vision.norm=layernorm", "model.vision.norm_placement=pre",
+    "model.vision.qkv_bias=true", "model.vision.activation=quick_gelu",
+]  # fmt: skip
+"""A tower as OpenAI's: a norm before the layers, QuickGELU."""
 
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "mim": ("mim", []),
@@ -67,6 +72,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "summary": ("mim", ["mim.summary_weight=0.5", "model.embed_dim=64"]),
     "pooled": ("mim", ["mim.summary_weight=2", "mim.summary=pooled", "mim.predict=visible"]),
     "clip": ("clip", ["init.vision=none"]),
+    "mim, CLIP's own tower": ("mim", PLAIN),
+    "clip, CLIP's own tower": ("clip", ["init.vision=none", *PLAIN, "model.text.activation=quick_gelu"]),
     "mim, drop path": ("mim", [DROP_PATH]),
     "clip, drop path": ("clip", ["init.vision=none", DROP_PATH, "model.vision.norm_placement=pre"]),
     "sigmoid": ("clip", ["init.vision=none", "clip.loss=sigmoid", "clip.logit_scale=10"]),
@@ -89,6 +96,8 @@ DROPPED = (
     "tensor, sequence, virtual pipeline",
 )
 ONLY = {
+    "mim, CLIP's own tower": (*DROPPED, "tensor", "uneven pipeline"),
+    "clip, CLIP's own tower": (*DROPPED, "pipeline"),
     "layers": (
         "accumulation",
         "full recompute",
@@ -111,6 +120,8 @@ ONLY = {
 """Where some variants are compared; the others are everywhere."""
 GROUPS = ("virtual pipeline in larger groups", "tensor, sequence, virtual pipeline", "virtual pipeline, data")
 BRIEF = ONLY | {
+    "mim, CLIP's own tower": ("selective recompute", "tensor", "uneven pipeline"),
+    "clip, CLIP's own tower": ("tensor and sequence", "pipeline"),
     "mim": (
         "full recompute",
         "data, overlapped",

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from open_clip.transformer import TextTransformer
@@ -10,6 +11,7 @@ from timm.layers import RmsNorm
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from w2s.checkpoint import clip_vit
 from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES, from_eva, to_eva
 from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
 from w2s.megatron.groups import Ranks
@@ -115,6 +117,55 @@ def test_drop_path_is_timms(alone: Ranks, placement: Any) -> None:
     branches = torch.where(branches > 0.5, 1 / (1 - torch.linspace(0, 0.6, 3)[:, None]), 0)
     assert_same(tower, tower(images, branches=branches), peer, theirs, VISION_NAMES)
     assert_close("without", tower(images), peer.eval()(images))
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_clips_own_towers_are_open_clips(alone: Ranks, quick: bool) -> None:
+    """A norm before the layers, biases on Q, K and V, and in OpenAI's weights QuickGELU."""
+    sizes = {"width": 64, "layers": 2, "heads": 4, "mlp_width": 256}
+    activation: Any = "quick_gelu" if quick else "gelu"
+    peer = open_clip.CLIP(
+        EMBED,
+        {"image_size": 32, "patch_size": 8, "layers": 2, "width": 64, "head_width": 16},
+        {"context_length": 12, "vocab_size": 60, "width": 64, "heads": 4, "layers": 2},
+        quick_gelu=quick,
+    )
+    with torch.no_grad():
+        for number, parameter in enumerate(peer.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.1)
+    shape = VisionConfig(
+        kind="clip", image_size=32, patch_size=8, norm="layernorm", norm_placement="pre", qkv_bias=True,
+        activation=activation, **sizes,
+    )  # fmt: skip
+    tower = image_tower(shape)
+    assign(tower, from_eva(_released(peer.state_dict()), names_of(tower), VISION_NAMES, 4))
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    ours, theirs = tower(images), peer.encode_image(images)
+    assert_close("image features", ours, theirs)
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5))
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    expected = _released({name: p.grad for name, p in peer.named_parameters() if p.grad is not None})
+    got = gradients(tower, VISION_NAMES)
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(name, got[name], gradient)
+    text = TextTower(
+        TextConfig(context_length=12, vocab_size=60, activation=activation, **sizes),
+        EMBED,
+        ParallelConfig(),
+        torch.float32,
+    )
+    copy_from(text, peer, TEXT_NAMES, logit_scale=torch.tensor(0.0))
+    captions = torch.randint(1, 58, (5, 12), generator=torch.Generator().manual_seed(0))
+    captions[:, 7] = 59
+    assert_close("text features", text(captions), peer.encode_text(captions))
+
+
+def _released(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Vision tensors of open_clip's own under released names, without the prefix."""
+    found = {clip_vit.released_from(name): value for name, value in tensors.items() if name.startswith("visual.")}
+    return {name.removeprefix("visual."): clip_vit.to_released(name, value) for name, value in found.items()}
 
 
 def test_text_tower_is_open_clips(alone: Ranks) -> None:

@@ -13,6 +13,7 @@ VISION_NAMES = {
     "self_attention.linear_qkv.weight": "attn.qkv.weight",
     "self_attention.linear_qkv.q_bias": "attn.q_bias",
     "self_attention.linear_qkv.v_bias": "attn.v_bias",
+    "self_attention.linear_qkv.bias": "attn.qkv.bias",
     "self_attention.linear_proj": "attn.proj",
     "mlp.linear_fc": "mlp.fc",
     "self_attn_bda.norm": "norm1",

@@ -8,8 +8,9 @@ from pathlib import Path
 import yaml
 
 from w2s.checkpoint.card import gather_facts, write_card
+from w2s.checkpoint.cast import Cast, numbers
 from w2s.checkpoint.folder import new_folder
-from w2s.checkpoint.formats import eva, open_clip, safetensors, timm
+from w2s.checkpoint.formats import eva, onnx, open_clip, safetensors, timm, torch_export, transformers
 from w2s.checkpoint.formats.base import Export, Guide, Snippet, Write
 from w2s.checkpoint.released import open_released
 from w2s.checkpoint.store import read_meta
@@ -22,6 +23,9 @@ FORMATS: Mapping[str, Write] = {
     "open_clip": open_clip.write,
     "timm": timm.write,
     "safetensors": safetensors.write,
+    "transformers": transformers.write,
+    "onnx": onnx.write,
+    "torch_export": torch_export.write,
 }
 """What writes each format."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -42,21 +46,25 @@ class Exported:
     """How to load it."""
 
 
-def export_checkpoint(checkpoint: Path, format: str, out: Path, *, hub: str = "", licence: str = "unknown") -> Exported:
+def export_checkpoint(
+    checkpoint: Path, format: str, out: Path, *, precision: str = "", hub: str = "", licence: str = "unknown"
+) -> Exported:
     """Write a checkpoint in another program's format, with its shape as model.yaml and a card as README.md.
 
-    Types of numbers stay what they are. No more than one tensor is in memory at a time.
+    No more than one tensor is in memory at a time; `onnx` and `torch_export` take the towers as a whole.
 
     Args:
         checkpoint: a folder with meta.json.
         format: one of `FORMATS`.
         out: the new folder.
+        precision: `fp32`, `fp16` or `bf16`; empty leaves the types of numbers what they are.
         hub: OWNER/NAME that it will have on a hub.
         licence: the licence of the weights, as the hub calls it.
 
     Raises:
-        ConfigError: there is no such format, or `hub` is no OWNER/NAME.
+        ConfigError: there is no such format or precision, or `hub` is no OWNER/NAME.
         CheckpointError: the checkpoint is damaged, or the format cannot hold it.
+        MissingPackageError: the format needs a package that is not installed.
         UserError: `out` exists already.
     """
     if format not in FORMATS:
@@ -67,6 +75,8 @@ def export_checkpoint(checkpoint: Path, format: str, out: Path, *, hub: str = ""
         raise CheckpointError(f"{checkpoint} is no checkpoint of w2s: make one of it with `w2s import`")
     verify(checkpoint)
     model, released = model_from(read_meta(checkpoint).config), open_released(checkpoint)
+    if precision:
+        released = Cast(released, numbers(precision))
     with new_folder(out) as folder:
         guide = FORMATS[format](Export(released, model, hub), folder)
         guide = replace(guide, snippets=[*guide.snippets, BACK])

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from w2s.checkpoint.clip_vit import RELEASED_MARK
 from w2s.checkpoint.eva_format import by_head, is_fused, released_name
-from w2s.checkpoint.released import CLIP_VIT, Released
+from w2s.checkpoint.released import Released
 from w2s.checkpoint.resize import resize_patch_kernel, resize_positions, shorten_context
 from w2s.errors import CheckpointError
 
@@ -123,7 +124,7 @@ def refuse_gaps(found: Fit, allowed: Sequence[str], model: str) -> None:
     """
     if found.misfits:
         raise CheckpointError(
-            f"{found.source.path} does not hold the model {model}: {found.misfit()}{_hint(found.source)}; "
+            f"{found.source.path} does not hold the model {model}: {found.misfit()}{hint(found.source)}; "
             "choose the model that it holds"
         )
     for kind, names in (("missing", found.missing), ("unexpected", found.surplus)):
@@ -131,7 +132,7 @@ def refuse_gaps(found: Fit, allowed: Sequence[str], model: str) -> None:
         if rest:
             raise CheckpointError(
                 f"{found.source.path} does not hold the model {model}: {len(rest)} tensors are {kind}, such as "
-                f"{rest[0]}{_hint(found.source)}; choose the model that it holds, or allow them by name"
+                f"{rest[0]}{hint(found.source)}; choose the model that it holds, or allow them by name"
             )
 
 
@@ -164,9 +165,12 @@ def _is_empty(source: Released, name: str) -> bool:
     return name == "visual.head.bias" and not bool(torch.any(source.read(name)))
 
 
-def _hint(source: Released) -> str:
-    if CLIP_VIT in source.meta:
-        return " (it is the ViT of OpenAI and open_clip, with a norm before the layers: use it as a teacher)"
+def hint(source: Released) -> str:
+    """Say what a checkpoint is that does not fit a model, and what can be done with it; empty where that is unknown."""
+    if any(".attn_pool." in name or ".attnpool." in name for name in source.meta):
+        return " (it pools by attention, as SigLIP, CoCa and OpenAI's ResNets: use it as a teacher)"
+    if RELEASED_MARK in source.meta:
+        return " (it is a ViT of OpenAI's and open_clip's kind: model=vit_b_16 is one, model.vision.kind=clip)"
     if source.format == "hf":
         return " (it is a model of transformers: use its folder as a teacher, hf:FOLDER)"
     if any("q_proj" in name for name in source.meta):

@@ -39,6 +39,7 @@ _AXES: Mapping[str, tuple[str, ...]] = {
     "attn.qkv.weight": ("qkv", "/width"),
     "attn.in_proj_weight": ("qkv", "/width"),
     "attn.in_proj_bias": ("qkv",),
+    "attn.qkv.bias": ("qkv",),
     "attn.q_bias": ("heads",),
     "attn.v_bias": ("heads",),
     "attn.proj.weight": ("width", "/heads"),
@@ -61,7 +62,7 @@ _AXES: Mapping[str, tuple[str, ...]] = {
 whose weights the copies share. Norms run over the width; what is not here stays as it is."""
 _BRANCHES = re.compile(r"(attn\.(out_)?proj|mlp\.(fc2|c_proj))\.(weight|bias)$")
 """What a layer without norms after its branches adds to the residual stream."""
-_NORMS = re.compile(r"(norm\d?|ln_\d|ln_final)\.(weight|bias)$")
+_NORMS = re.compile(r"(norm\d?|norm_pre|ln_\d|ln_final)\.(weight|bias)$")
 
 
 @dataclass(frozen=True)

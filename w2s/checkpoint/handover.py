@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from w2s.checkpoint.eva_format import released_name
 from w2s.checkpoint.find import find
-from w2s.checkpoint.fit import OPTIONAL, PROJECTIONS, SCALARS, STAGE_ONLY, Fit, fit, summary
+from w2s.checkpoint.fit import OPTIONAL, PROJECTIONS, SCALARS, STAGE_ONLY, Fit, fit, hint, summary
 from w2s.checkpoint.growth import NO_GROWTH, Grown, Growth, Size
 from w2s.checkpoint.released import Released, open_released
 from w2s.checkpoint.store import read_meta
@@ -203,7 +203,7 @@ def _check(taken: Fit, tower: str) -> None:
         reason = f"this model has no {taken.source.origin(surplus[0])}"
     else:
         return
-    raise _another_model(taken.source.path, reason)
+    raise _another_model(taken.source.path, f"{reason}{hint(taken.source)}")
 
 
 def _another_model(checkpoint: Path, reason: str) -> CheckpointError:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from w2s.checkpoint.clip_vit import RELEASED_MARK
 from w2s.checkpoint.eva_format import released_name
 from w2s.checkpoint.fit import PROJECTIONS, STAGE_ONLY, Fit, fit, refuse_gaps
 from w2s.checkpoint.folder import new_folder
@@ -72,9 +73,13 @@ def with_size(model: ModelConfig, image_size: int | None, patch_size: int | None
 
 
 def _wanted(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The tensors of the towers that the source has; projections are needed only where there are both towers."""
+    """The tensors of the towers that the source has; projections are needed only where there are both towers.
+
+    Nothing of a vision tower with a norm before the layers goes into one without.
+    """
     whole = all(released.has(prefix) for prefix in PREFIXES.values())
-    towers = tuple(f"{tower}." for tower, prefix in PREFIXES.items() if released.has(prefix))
+    foreign = "vision" if RELEASED_MARK in released.meta and "vision.norm_pre.weight" not in shapes else ""
+    towers = tuple(f"{tower}." for tower, prefix in PREFIXES.items() if released.has(prefix) and tower != foreign)
     return {
         name: shape
         for name, shape in shapes.items()

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 
-from w2s.checkpoint.released import CLIP_VIT, Released, open_released
+from w2s.checkpoint.clip_vit import RELEASED_MARK
+from w2s.checkpoint.released import Released, open_released
 from w2s.checkpoint.store import Meta, read_meta
 from w2s.config.load import model_from, read_document
 from w2s.config.sections import ModelConfig
@@ -24,7 +25,7 @@ FORMATS = {
 VISION_OF_OURS = {
     "visual.cls_token", "visual.pos_embed", "visual.patch_embed.proj.weight", "visual.blocks.0.mlp.fc1.weight"
 }  # fmt: skip
-"""What every vision tower of EVA's kind has."""
+"""What every vision tower of w2s's kinds has."""
 
 
 def inspect(path: Path) -> dict[str, str]:
@@ -59,13 +60,14 @@ def dimensions(released: Released) -> dict[str, int | str | bool]:
     if shapes.keys() >= VISION_OF_OURS and len(shapes["visual.pos_embed"]) == 3 and not _is_plain_vit(shapes):
         patch = shapes["visual.patch_embed.proj.weight"][-1]
         found |= {
+            "vision.kind": "clip" if RELEASED_MARK in shapes else "eva",
             "vision.width": shapes["visual.pos_embed"][2],
             "vision.patch_size": patch,
             "vision.image_size": math.isqrt(shapes["visual.pos_embed"][1] - 1) * patch,
             "vision.layers": _layers(shapes, r"visual\.blocks\.(\d+)\."),
             "vision.mlp_width": shapes["visual.blocks.0.mlp.fc1.weight"][0],
             "vision.norm": "layernorm" if "visual.blocks.0.norm1.bias" in shapes else "rmsnorm",
-            "vision.qkv_bias": "visual.blocks.0.attn.q_bias" in shapes,
+            "vision.qkv_bias": any(f"visual.blocks.0.attn.{name}" in shapes for name in ("q_bias", "qkv.bias")),
         }
     if "text.token_embedding.weight" in shapes and len(shapes.get("text.positional_embedding", ())) == 2:
         found |= {
@@ -85,8 +87,8 @@ def _dimensions_of(model: ModelConfig) -> dict[str, int | str | bool]:
 
 
 def _is_plain_vit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether K has a bias too, as in timm's plain ViTs: EVA's Q and V alone have one."""
-    return "visual.blocks.0.attn.qkv.bias" in shapes
+    """Whether K has a bias, as EVA's has not, and there is no norm before the layers: a plain ViT of timm's."""
+    return "visual.blocks.0.attn.qkv.bias" in shapes and RELEASED_MARK not in shapes
 
 
 def _layers(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
@@ -128,13 +130,12 @@ def _towers(released: Released) -> dict[str, str]:
     lines = {}
     if "vision.width" in found:
         bias = "with" if found["vision.qkv_bias"] else "without"
+        biased = "Q, K and V and a norm before the layers" if found["vision.kind"] == "clip" else "Q and V"
         lines["vision tower"] = (
             f"{found['vision.layers']} layers x {found['vision.width']}, MLP {found['vision.mlp_width']}, "
             f"{found['vision.image_size']} px in patches of {found['vision.patch_size']}, {found['vision.norm']}, "
-            f"{bias} a bias on Q and V"
+            f"{bias} a bias on {biased}"
         )
-    elif CLIP_VIT in released.meta:
-        lines["vision tower"] = "OpenAI's and open_clip's ViT, with a norm before the layers"
     elif released.has("visual"):
         lines["vision tower"] = "of another kind than w2s's"
     if "text.width" in found:

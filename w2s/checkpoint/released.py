@@ -5,7 +5,7 @@
 | EVA-CLIP (`CustomCLIP`)                   | `visual.…`, `text.…`, `logit_scale`: the released names |
 | EVA's masked stage, timm                  | the vision tower's, without a prefix                    |
 | open_clip, with a vision tower of timm's  | `visual.trunk.…`, and text with or without `text.`      |
-| open_clip and OpenAI, with their own ViT  | `visual.conv1.…`: only the text tower is of our kind    |
+| open_clip and OpenAI, with their own ViT  | `visual.conv1.…`, which is renamed as timm names it     |
 | transformers, a CLIP                      | `vision_model.…`, `text_model.…`                        |
 | w2s                                       | `vision.…`, `text.…` with Megatron's names              |
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from w2s.checkpoint import clip_vit
 from w2s.checkpoint.eva_format import is_fused, released_name, separate
 from w2s.checkpoint.files import Tensors, open_weights
 from w2s.checkpoint.store import read_meta
@@ -32,8 +33,6 @@ BUFFERS = re.compile(
 """What is no weight: it follows from the shape of the model."""
 PLAIN_TEXT = ("token_embedding.", "positional_embedding", "transformer.resblocks.", "ln_final.", "text_projection")
 """Where the text tower of a CLIP without the prefix `text.` begins."""
-CLIP_VIT = "visual.conv1.weight"
-"""Marks the vision transformer of OpenAI and open_clip, which has a norm before the layers."""
 
 TRANSFORMERS = ("vision_model.", "text_model.", "embeddings.patch_embeddings.")
 """How names begin in the CLIPs, SigLIPs and DINOv2s of transformers."""
@@ -64,12 +63,12 @@ class Released:
             origins: its names by released name.
             format: who wrote it.
             path: where it comes from.
-            change: makes the released layout out of a tensor and its name there.
+            change: makes the released layout out of a tensor, which may be on the meta device, and its name there.
             heads: attention heads by released prefix, where they are known.
         """
         self._tensors, self._origins, self._change = tensors, origins, change
         self.format, self.path, self.heads = format, path, dict(heads or {})
-        self.meta = {name: tensors.meta[origin] for name, origin in origins.items()}
+        self.meta = {name: change(origin, tensors.meta[origin]) for name, origin in origins.items()}
 
     def read(self, name: str) -> Tensor:
         """Return a tensor in the released layout."""
@@ -112,8 +111,19 @@ def rename(tensors: Tensors, path: Path) -> Released:
     if is_transformers_clip(bare):
         tensors = TransformersClip(tensors, bare)
         bare = {name: name for name in tensors.meta}
-    origins = {_released(name): origin for name, origin in bare.items() if not BUFFERS.search(name)}
-    return Released(tensors, origins, format, path, lambda _, tensor: tensor)
+    names = {origin: _released(name) for name, origin in bare.items() if not BUFFERS.search(name)}
+    if clip_vit.MARK not in bare:
+        return Released(tensors, _swapped(names), format, path, lambda _, tensor: tensor)
+    names = {origin: clip_vit.released_from(name) for origin, name in names.items()}
+
+    def shaped(origin: str, tensor: Tensor) -> Tensor:
+        return clip_vit.to_released(names[origin], tensor)
+
+    return Released(tensors, _swapped(names), format, path, shaped)
+
+
+def _swapped(names: Mapping[str, str]) -> dict[str, str]:
+    return {name: origin for origin, name in names.items()}
 
 
 def _unwrapped(names: Iterable[str]) -> dict[str, str]:
@@ -152,7 +162,7 @@ def _format_of(names: dict[str, str]) -> str:
         return "hf"
     if "mask_token" in names or "lm_head.weight" in names:
         return "mim"
-    if any(name.startswith("visual.trunk.") for name in names) or CLIP_VIT in names:
+    if any(name.startswith("visual.trunk.") for name in names) or clip_vit.MARK in names:
         return "open_clip"
     if any(name.startswith(PLAIN_TEXT) for name in names):
         return "open_clip" if prefixed else "text"

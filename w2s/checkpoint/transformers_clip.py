@@ -34,6 +34,7 @@ _NAMES = {
 }
 """open_clip's words for those of a CLIP in transformers."""
 _FUSED = re.compile(r"self_attn\.[qkv]_proj\.(weight|bias)$")
+_HEAD, _HEAD_BIAS = "visual.head.proj.weight", "visual.head.proj.bias"
 _TRANSPOSED = ("text.text_projection", "visual.proj")
 _MARKS = ("text_model.embeddings.token_embedding.weight", "text_projection.weight", "visual_projection.weight")
 """What such a CLIP has, and a SigLIP has not."""
@@ -60,9 +61,14 @@ class TransformersClip:
         for name in sorted(names, key=_qkv):
             self._origins.setdefault(_open_clip_name(name, of_timm), []).append(names[name])
         self.meta = {name: self._made(name, [tensors.meta[each] for each in of]) for name, of in self._origins.items()}
+        if of_timm:  # its projection has no bias, as one of zeros
+            head = self.meta[_HEAD]
+            self.meta[_HEAD_BIAS] = torch.empty(head.shape[0], dtype=head.dtype, device="meta")
 
     def read(self, name: str) -> Tensor:
         """Return a tensor in open_clip's layout."""
+        if name not in self._origins:
+            return torch.zeros_like(self.meta[name], device="cpu")
         return self._made(name, [self._tensors.read(origin) for origin in self._origins[name]])
 
     @staticmethod
@@ -79,7 +85,7 @@ def _qkv(name: str) -> int:
 
 def _open_clip_name(name: str, of_timm: bool) -> str:
     if name == "visual_projection.weight":
-        return "visual.head.proj.weight" if of_timm else "visual.proj"
+        return _HEAD if of_timm else "visual.proj"
     if name == "text_projection.weight":
         return "text.text_projection"
     for pattern, tower in _TOWERS:

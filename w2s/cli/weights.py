@@ -39,7 +39,10 @@ def import_(
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, a checkpoint, or an MLflow run id.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],
-    format: Annotated[str, typer.Option(help="eva, open_clip, timm or safetensors.")] = "open_clip",
+    format: Annotated[
+        str, typer.Option(help="open_clip, timm, transformers, onnx, torch_export, eva or safetensors.")
+    ] = "open_clip",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16 instead of the checkpoint's own.")] = "",
     hub: Annotated[str, typer.Option(help="OWNER/NAME that the folder will have on a hub.")] = "",
     license: Annotated[
         str, typer.Option(help="Licence of the weights, as the hub calls it: apache-2.0, ...")
@@ -47,13 +50,13 @@ def export(
     root: Root = "runs",
     debug: Debug = False,
 ) -> None:
-    """Write a checkpoint as a folder that open_clip, timm or the EVA-CLIP code loads."""
+    """Write a checkpoint as a folder that open_clip, timm, transformers, a server or the EVA-CLIP code loads."""
     with one_line(debug), stop_at_once():
         from w2s.checkpoint.exporting import export_checkpoint
         from w2s.checkpoint.find import find_any
 
         path = find_any(run, Path(root).expanduser(), key="RUN")
-        exported = export_checkpoint(path, format, out, hub=hub, licence=license)
+        exported = export_checkpoint(path, format, out, precision=precision, hub=hub, licence=license)
         rows = [[name, f"{size:,}"] for name, size in exported.files.items()]
         print_table(f"{path} -> {out}", ["file", "bytes"], rows)
         first = exported.guide.snippets[0]

@@ -8,8 +8,12 @@ from w2s.config.requirements import require, require_folder_name, require_positi
 
 @dataclass(kw_only=True)
 class VisionConfig:
-    """Shape of the vision tower (an EVA vision transformer)."""
+    """Shape of the vision tower: an EVA vision transformer, or a CLIP's own."""
 
+    kind: Literal["eva", "clip"] = "eva"
+    """`eva`; or `clip`, the vision transformer of OpenAI and open_clip: a norm of the embedded patches before the
+    layers, a bias on Q, K and V, none on the patch embedding and the projection head. It has norm=layernorm,
+    norm_placement=pre and qkv_bias=true."""
     image_size: int = 64
     """Side of the square input in pixels."""
     patch_size: int = 16
@@ -23,11 +27,13 @@ class VisionConfig:
     mlp_width: int = 960
     """Hidden width of the MLP (EVA-18B: 5 x width)."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Kind of norm, with eps 1e-6."""
+    """Kind of norm, with eps 1e-6 (kind=clip: 1e-5)."""
     norm_placement: Literal["post", "pre"] = "post"
     """`post` norms the branch output before it is added (EVA-18B, EVA02-E), `pre` norms the branch input (EVA-8B)."""
     qkv_bias: bool = False
-    """Bias on Q and V (never on K) and on the projection head."""
+    """Bias on Q and V (on K too with kind=clip alone) and on the projection head (never with kind=clip)."""
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """Of the MLPs: the exact GELU, or x sigmoid(1.702 x), which OpenAI's weights want."""
     drop_path: float = 0.0
     """Probability that training leaves out a branch of the last layer, rising linearly from 0 in the first (EVA-01)."""
 
@@ -43,6 +49,31 @@ class VisionConfig:
             self.width % self.heads == 0,
             f"model.vision.width={self.width} is not divisible by heads={self.heads}: change one of them",
         )
+        require(
+            self.kind == "eva" or (self.norm, self.norm_placement, self.qkv_bias) == ("layernorm", "pre", True),
+            f"model.vision.kind={self.kind} has norm=layernorm, norm_placement=pre and qkv_bias=true: set all three",
+        )
+        require(
+            self.kind == "clip" or self.activation == "gelu",
+            f"model.vision.activation={self.activation} is of CLIP's own towers: use kind=clip, or gelu",
+        )
+
+    @property
+    def biases(self) -> Literal["none", "qv", "qkv"]:
+        """Which of Q, K and V have a bias."""
+        if not self.qkv_bias:
+            return "none"
+        return "qkv" if self.kind == "clip" else "qv"
+
+    @property
+    def head_bias(self) -> bool:
+        """Whether the projection head has a bias."""
+        return self.qkv_bias and self.kind == "eva"
+
+    @property
+    def norm_eps(self) -> float:
+        """What norms add to the variance."""
+        return 1e-5 if self.kind == "clip" else 1e-6
 
     @property
     def grid(self) -> int:
@@ -71,6 +102,8 @@ class TextConfig:
     """Attention heads."""
     mlp_width: int = 512
     """Hidden width of the MLP (CLIP: 4 x width)."""
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """Of the MLPs: the exact GELU, or x sigmoid(1.702 x), which OpenAI's weights want."""
 
     def __post_init__(self) -> None:
         require_positive(self, "model.text", ("context_length", "vocab_size", "layers", "width", "heads", "mlp_width"))

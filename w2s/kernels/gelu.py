@@ -1,4 +1,7 @@
-"""The activation of an MLP: GELU(hidden + bias), exact (Hendrycks and Gimpel 2016: by erf, not by tanh)."""
+"""The activations of an MLP: GELU(hidden + bias), exact (Hendrycks and Gimpel 2016: by erf, not by tanh), or QuickGELU.
+
+QuickGELU(x) = x sigmoid(1.702 x) is what OpenAI's CLIPs were trained with.
+"""
 
 from typing import Any
 
@@ -6,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+QUICK = 1.702
+"""Slope of QuickGELU's sigmoid."""
 
 
 def bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
@@ -28,6 +34,12 @@ def plain_bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
+def bias_quick_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
+    """Return QuickGELU(hidden + bias), out of PyTorch's operators everywhere; shapes as in `bias_gelu`."""
+    out: Tensor = _BiasQuickGelu.apply(hidden, bias)
+    return out
+
+
 class _BiasGelu(torch.autograd.Function):
     """By itself PyTorch would keep the sum."""
 
@@ -41,4 +53,20 @@ class _BiasGelu(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         hidden, bias = ctx.saved_tensors
         by_sum = torch.ops.aten.gelu_backward(outputs[0], hidden + bias)
+        return by_sum, by_sum.flatten(0, -2).sum(0)
+
+
+class _BiasQuickGelu(torch.autograd.Function):
+    """By SiLU, x sigmoid(x), for which PyTorch has kernels; by itself it would keep their inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, bias)
+        return F.silu(QUICK * (hidden + bias)) / QUICK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        hidden, bias = ctx.saved_tensors
+        by_sum = torch.ops.aten.silu_backward(outputs[0], QUICK * (hidden + bias))
         return by_sum, by_sum.flatten(0, -2).sum(0)

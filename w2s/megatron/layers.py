@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from w2s.kernels.add_norm import add_rms_norm
-from w2s.kernels.gelu import bias_gelu
 from w2s.megatron import compat
 
 _SHORT = 128
@@ -165,11 +164,11 @@ class Layer(TransformerLayer):
 
 
 class GeluMLP(MLP):
-    """An MLP with the exact GELU, which takes the bias of the first linear along."""
+    """An MLP whose activation, a GELU, takes the bias of the first linear along."""
 
     def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, Tensor | None]:
         """Return what Megatron's MLP returns: the output [rows, 1, width] and the bias to be added to it."""
-        return self.linear_fc2(bias_gelu(*self.linear_fc1(hidden_states)))
+        return self.linear_fc2(self.activation_func(*self.linear_fc1(hidden_states)))
 
 
 class LeanMLP(MLP):
@@ -178,14 +177,14 @@ class LeanMLP(MLP):
     def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, Tensor | None]:
         """Return what Megatron's MLP returns: the output [rows, 1, width] and the bias to be added to it."""
         hidden, bias = self.linear_fc1(hidden_states)
-        active = bias_gelu(hidden, bias)
+        active = self.activation_func(hidden, bias)
         place = active.data_ptr()  # what is saved keeps `forget`, which must not keep `active`
 
         def forget(kept: Tensor) -> Tensor | None:
             return None if kept.data_ptr() == place else kept
 
         def remember(kept: Tensor | None) -> Tensor:
-            return bias_gelu(hidden.detach(), bias.detach()) if kept is None else kept
+            return self.activation_func(hidden.detach(), bias.detach()) if kept is None else kept
 
         with torch.autograd.graph.saved_tensors_hooks(forget, remember):
             return self.linear_fc2(active)
@@ -240,7 +239,7 @@ def qkv_linear(bias: str, column: type) -> type[nn.Module]:
     """Return the fused Q, K, V projection over a column-parallel linear.
 
     Args:
-        bias: `none`, `qv` (on Q and V only: EVA02-E, EVA01-g) or `qkv` (CLIP's text tower).
+        bias: `none`, `qv` (on Q and V only: EVA02-E, EVA01-g) or `qkv` (CLIP's own towers).
         column: the linear's class.
     """
     return type(f"QKV{column.__name__}", (*_QKV_BIASES[bias], column), {})

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import (
@@ -24,11 +23,15 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from w2s.config.sections import ParallelConfig
+from w2s.kernels.gelu import bias_gelu, bias_quick_gelu
 from w2s.megatron.backend import LOCAL, Linears
 from w2s.megatron.graphs import LayerGraphs
 from w2s.megatron.layers import layer_spec, mark_split_weights
 from w2s.megatron.split import pipeline_layout
 from w2s.megatron.taps import Tap, tapped, tie
+
+ACTIVATIONS = {"gelu": bias_gelu, "quick_gelu": bias_quick_gelu}
+"""Of an MLP: functions of what its first linear gives and of that linear's bias."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class StackShape:
     """`pre` or `post`."""
     norm_eps: float
     qkv_bias: str
-    """`none`, `qv` (EVA) or `qkv` (CLIP's text tower)."""
+    """`none`, `qv` (EVA) or `qkv` (CLIP's own towers)."""
+    activation: str
+    """`gelu` or `quick_gelu`."""
     causal: bool
     split: list[int]
     """Layers of each pipeline stage."""
@@ -54,7 +59,7 @@ class StackShape:
 def transformer_config(
     shape: StackShape, parallel: ParallelConfig, dtype: torch.dtype, linears: Linears = LOCAL
 ) -> TransformerConfig:
-    """Return Megatron's configuration of a stack: exact GELU, no dropout, weights left for us to fill."""
+    """Return Megatron's configuration of a stack: no dropout, weights left for us to fill."""
     interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=shape.layers,
@@ -63,7 +68,7 @@ def transformer_config(
         ffn_hidden_size=shape.mlp_width,
         normalization="RMSNorm" if shape.norm == "rmsnorm" else "LayerNorm",
         layernorm_epsilon=shape.norm_eps,
-        activation_func=F.gelu,
+        activation_func=ACTIVATIONS[shape.activation],
         add_bias_linear=True,
         attention_dropout=0.0,
         hidden_dropout=0.0,

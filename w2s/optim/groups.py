@@ -8,7 +8,9 @@ from torch import nn
 
 from w2s.config.sections import OptimConfig
 
-EMBEDDINGS = ("patch_embed", "cls_token", "pos_embed", "mask_token", "token_embedding", "positional_embedding")
+EMBEDDINGS = (
+    "patch_embed", "cls_token", "pos_embed", "norm_pre", "mask_token", "token_embedding", "positional_embedding",
+)  # fmt: skip
 SCALARS = ("logit_scale", "logit_bias")
 """Of the loss, in float32 whatever the weights are."""
 NEVER_DECAYED = ("pos_embed", "cls_token", "positional_embedding", "logit_scale")

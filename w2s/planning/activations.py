@@ -58,7 +58,9 @@ def peak(
         _chunk(parallel, tower.split[number], whole, entry) + tower.layer_heads_of(number) * head for number in virtual
     ]
     if stage == 0:
-        chunks[0] += samples * tower.embedding_elements * types.value
+        normed = samples * tower.tokens
+        before = _norm(tower, types, normed) if tower.norm_pre else 0
+        chunks[0] += samples * tower.embedding_elements * types.value + before
     tail = _after_layers(tower, types, samples) if stage == parallel.pipeline - 1 else 0
     last = tower.split[virtual[-1]]
     # A recomputed layer is there as a whole; the layers after it are not kept any longer then.

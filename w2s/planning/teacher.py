@@ -125,11 +125,13 @@ def _eva_bytes(vision: VisionConfig, embed_dim: int, narrow: int) -> int:
     width, hidden = vision.width, vision.mlp_width
     vectors = 1 if vision.norm == "rmsnorm" else 2
     linears = vision.layers * (4 * width**2 + width + 2 * width * hidden + hidden + width)
-    patches = 3 * vision.patch_size**2 * width + width
-    head = width * embed_dim + (embed_dim if vision.qkv_bias else 0)
-    # Q and V have a bias, and a buffer of zeros stands for K's.
-    others = vision.layers * (2 * vectors + (3 if vision.qkv_bias else 0)) * width + vectors * width
-    return narrow * (linears + patches + head) + 4 * (others + width + (1 + vision.patches) * width)
+    patches = 3 * vision.patch_size**2 * width + (width if vision.kind == "eva" else 0)
+    head = width * embed_dim + (embed_dim if vision.head_bias else 0)
+    norms = (2 * vision.layers + (2 if vision.kind == "clip" else 1)) * vectors * width
+    # Where Q and V alone have a bias, it is apart from the linear, and a buffer of zeros stands for K's.
+    biases = vision.layers * 3 * width if vision.qkv_bias else 0
+    whole, apart = (biases, 0) if vision.kind == "clip" else (0, biases)
+    return narrow * (linears + patches + head + whole) + 4 * (norms + apart + width + (1 + vision.patches) * width)
 
 
 def _model_of_run(name: str, root: Path) -> ModelConfig:

@@ -57,6 +57,8 @@ class PlannedTower:
     """Channels that the head gives."""
     flops: TowerFlops
     """Operations of a sample's forward pass."""
+    norm_pre: tuple[int, ...] = ()
+    """Parameters of the norm before the layers, in the first chunk."""
     layer_heads: tuple[int, ...] = ()
     """Layers that have a head of their own after them."""
     layer_width: int = 0
@@ -106,7 +108,8 @@ class PlannedTower:
         layers = self._layer(tensor) * self.split[stage]
         head = (self.width,) * self.norm_vectors + (self.width * self.layer_width, self.layer_width)
         heads = head * self.layer_heads_of(stage)
-        return own + scalars + layers + (self.first if is_first else ()) + (self.last if is_last else ()) + heads
+        outer = (self.first + self.norm_pre if is_first else ()) + (self.last if is_last else ())
+        return own + scalars + layers + outer + heads
 
     def layer_heads_of(self, stage: int) -> int:
         """Heads after single layers of a chunk, given its pipeline stage, virtual ones counted."""
@@ -160,7 +163,7 @@ def _image_tower(config: Config) -> PlannedTower:
 def _image_head(config: Config) -> tuple[int, ...]:
     """Parameters of the projection of the class token."""
     vision, embed = config.model.vision, config.model.embed_dim
-    return (vision.width * embed, embed) if vision.qkv_bias else (vision.width * embed,)
+    return (vision.width * embed, embed) if vision.head_bias else (vision.width * embed,)
 
 
 def _vision(
@@ -183,11 +186,11 @@ def _vision(
         sequence=sequence,
         post_norm=vision.norm_placement == "post",
         norm_vectors=vectors,
-        qkv_bias="qv" if vision.qkv_bias else "none",
+        qkv_bias=vision.biases,
         split=tuple(vision_layers(vision, head_width, config.parallel)),
         own_first=(width, (1 + vision.patches) * width, *mask_token),
         own_last=(),
-        first=(3 * vision.patch_size**2 * width, width),
+        first=(3 * vision.patch_size**2 * width, *((width,) if vision.kind == "eva" else ())),
         last=(width,) * vectors + head,
         scalars=0,
         embedding_elements=3 * vision.patch_size**2 * frames * (sequence - 1),
@@ -195,6 +198,7 @@ def _vision(
         head_tokens=head_tokens,
         head_width=head_width,
         flops=flops,
+        norm_pre=(width,) * vectors if vision.kind == "clip" else (),
     )
 
 

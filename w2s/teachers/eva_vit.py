@@ -4,16 +4,16 @@ The network is timm's `Eva`, a plain module that every rank holds whole. Its wei
 arithmetic is the file's.
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
-from timm.layers import LayerNorm, RmsNorm
 from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from w2s.checkpoint.files import open_weights
 from w2s.checkpoint.fit import MASKED_STAGE
+from w2s.checkpoint.formats.plain import image_tower, zero_key_biases
 from w2s.checkpoint.released import Released, open_released, rename
 from w2s.checkpoint.store import read_meta
 from w2s.config.load import model_from, named_model
@@ -21,7 +21,7 @@ from w2s.config.sections import ModelConfig
 from w2s.errors import CheckpointError
 from w2s.teachers.base import Precision
 from w2s.teachers.timm_vit import TimmTokens, resize_input
-from w2s.towers.vision import MEAN, NORM_EPS, STD
+from w2s.towers.vision import MEAN, STD
 
 
 def eva_vit(name: str, file: Path | None, *, image_size: int, precision: Precision) -> TimmTokens:
@@ -38,7 +38,7 @@ def eva_vit(name: str, file: Path | None, *, image_size: int, precision: Precisi
         CheckpointError: the file cannot be read or holds another model.
     """
     if file is None:
-        return _wrapped(eva_tower(named_model(name), has_head=True, device="cpu"), image_size)
+        return _wrapped(image_tower(named_model(name), has_head=True, device="cpu"), image_size)
     return _network(rename(open_weights(file), file), named_model(name), image_size, precision)
 
 
@@ -55,54 +55,23 @@ def w2s_run(checkpoint: Path, *, image_size: int, precision: Precision) -> TimmT
 
 def without_weights(model: ModelConfig, *, image_size: int) -> TimmTokens:
     """The network of a CLIP's vision tower, on the meta device."""
-    return _wrapped(eva_tower(model, has_head=True), image_size)
-
-
-def eva_tower(model: ModelConfig, *, has_head: bool, device: torch.device | str = "meta") -> Eva:
-    """timm's module for the vision tower of a CLIP, with random weights.
-
-    Args:
-        model: the CLIP.
-        has_head: whether it ends in the projection into the shared space.
-        device: where it is made; on `meta` it has no memory for its weights.
-    """
-    vision = model.vision
-    norm = RmsNorm if vision.norm == "rmsnorm" else LayerNorm
-    with torch.device(device):
-        tower = Eva(
-            img_size=vision.image_size,
-            patch_size=vision.patch_size,
-            embed_dim=vision.width,
-            depth=vision.layers,
-            num_heads=vision.heads,
-            mlp_ratio=(vision.mlp_width + 0.5) / vision.width,  # rounded down there
-            qkv_bias=vision.qkv_bias,
-            use_post_norm=vision.norm_placement == "post",
-            norm_layer=partial(norm, eps=NORM_EPS),
-            num_classes=model.embed_dim if has_head else 0,
-            global_pool="token",
-        )
-    if isinstance(tower.head, nn.Linear) and not vision.qkv_bias:
-        tower.head.register_parameter("bias", None)
-    return tower
+    return _wrapped(image_tower(model, has_head=True), image_size)
 
 
 def _network(released: Released, model: ModelConfig, image_size: int, precision: Precision) -> TimmTokens:
-    tower = eva_tower(model, has_head="visual.head.weight" in released.meta)
+    tower = image_tower(model, has_head="visual.head.weight" in released.meta)
     tower.load_state_dict(_weights(tower, released, precision), assign=True)
-    for module in tower.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, torch.zeros_like(buffer, device="cpu"), persistent=False)  # K's bias
+    zero_key_biases(tower)
     return _wrapped(tower, image_size, masked=released.is_masked)
 
 
-def _wrapped(tower: Eva, image_size: int, masked: bool = False) -> TimmTokens:
+def _wrapped(tower: Eva | VisionTransformer, image_size: int, masked: bool = False) -> TimmTokens:
     if image_size:
         resize_input(tower, image_size)
     return TimmTokens(tower, nn.Identity() if masked else tower.head, projection=tower.head, mean=MEAN, std=STD)
 
 
-def _weights(tower: Eva, released: Released, precision: Precision) -> dict[str, Tensor]:
+def _weights(tower: nn.Module, released: Released, precision: Precision) -> dict[str, Tensor]:
     """The tower's tensors out of the file's, none of them kept in a wider type than is used."""
     wanted = {f"visual.{name}": value for name, value in tower.state_dict().items()}
     found = {name for name in released.meta if name.startswith("visual.") and not name.startswith(MASKED_STAGE)}

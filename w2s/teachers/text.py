@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from w2s.checkpoint.files import open_weights
 from w2s.checkpoint.find import find, find_any
 from w2s.checkpoint.formats.open_clip import text_config
+from w2s.checkpoint.formats.plain import SMALLEST_VISION_TOWER
 from w2s.checkpoint.released import Released, open_released, rename
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify
@@ -28,9 +29,6 @@ from w2s.teachers.base import Precision
 from w2s.teachers.weights import unknown_model, weights_file
 
 logger = logging.getLogger(__name__)
-
-SMALLEST_VISION_TOWER = {"image_size": 1, "patch_size": 1, "width": 1, "head_width": 1, "layers": 1}
-"""open_clip builds a text tower in a whole CLIP; this is the rest of it."""
 
 
 class TextTeacher(nn.Module):
@@ -173,10 +171,10 @@ def text_weights(config: Config) -> Path:
             f"init.text=teacher: the text tower of teacher.source={teacher.source} has {shape.heads} heads, "
             f"use model.text.heads={shape.heads}"
         )
-    if found.quick_gelu:
+    if found.quick_gelu and config.model.text.activation != "quick_gelu":
         logger.warning(
             "the text tower of teacher.source=%s was trained with QuickGELU and computes GELU here: its embeddings "
-            "differ a little until it has trained on", teacher.source
+            "differ a little until it has trained on; model.text.activation=quick_gelu keeps them", teacher.source
         )  # fmt: skip
     return found.released.path
 
@@ -227,7 +225,8 @@ def _described(config: TeacherConfig, root: Path) -> _Described:
 
 def _of_model(model: ModelConfig, released: Released | None, source: str) -> _Described:
     _check(released, source)
-    return _Described(model.embed_dim, text_config(model.text), quick_gelu=False, released=released)
+    quick = model.text.activation == "quick_gelu"
+    return _Described(model.embed_dim, text_config(model.text), quick_gelu=quick, released=released)
 
 
 def _of_open_clip(name: str, released: Released | None, source: str) -> _Described:

@@ -97,6 +97,7 @@ class TextTower(Tower):
             norm_placement="pre",
             norm_eps=TEXT_NORM_EPS,
             qkv_bias="qkv",
+            activation=shape.activation,
             causal=True,
             split=text_layers(shape, embed_dim, parallel),
         )

@@ -11,7 +11,7 @@ from w2s.config.sections import MimConfig, ParallelConfig, VisionConfig
 from w2s.megatron.backend import LOCAL, Linears
 from w2s.megatron.taps import Tap
 from w2s.towers.norms import make_norm
-from w2s.towers.vision import NORM_EPS, VisionTower, image_head
+from w2s.towers.vision import VisionTower, image_head
 
 LayerLoss = Callable[[int, Tensor], Tensor]
 """Takes the number of a layer and what its head predicts [n, k, width], returns a loss: a float32 scalar."""
@@ -140,7 +140,7 @@ class LayerHead(nn.Sequential):
     """From the patch tokens after a layer to the features of a layer of the teacher: a norm and a linear."""
 
     def __init__(self, shape: VisionConfig, target_width: int, dtype: torch.dtype) -> None:
-        norm = make_norm(shape.norm, shape.width, NORM_EPS, dtype)
+        norm = make_norm(shape.norm, shape.width, shape.norm_eps, dtype)
         super().__init__(OrderedDict(norm=norm, linear=nn.Linear(shape.width, target_width, dtype=dtype)))
 
 

@@ -12,10 +12,11 @@ class PatchEmbedding(nn.Conv2d):
         patch_size: side of a patch in pixels.
         width: channels of an embedding.
         dtype: type of the weights.
+        bias: whether the embeddings have one.
     """
 
-    def __init__(self, patch_size: int, width: int, dtype: torch.dtype) -> None:
-        super().__init__(3, width, kernel_size=patch_size, stride=patch_size, dtype=dtype)
+    def __init__(self, patch_size: int, width: int, dtype: torch.dtype, bias: bool = True) -> None:
+        super().__init__(3, width, kernel_size=patch_size, stride=patch_size, dtype=dtype, bias=bias)
         self.patch_size = patch_size
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:

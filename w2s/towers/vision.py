@@ -1,4 +1,4 @@
-"""The EVA vision transformer: patch embedding, CLS token, learned positions, layers, final norm."""
+"""The vision transformer of EVA, or of CLIP: patch embedding, CLS token, learned positions, layers, final norm."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,6 @@ from w2s.megatron.tower import StackShape, Tower
 from w2s.towers.norms import make_norm
 from w2s.towers.patches import PatchEmbedding
 
-NORM_EPS = 1e-6
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Mean of the input's channels, pixels in 0..1 (CLIP's)."""
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -21,7 +20,9 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def vision_stack(config: VisionConfig, head_width: int, parallel: ParallelConfig) -> StackShape:
-    """Return the shape of the vision tower's layers (baaivision/EVA, shinji/eva_clip/eva_vit_model.py).
+    """Return the shape of the vision tower's layers.
+
+    Sources: baaivision/EVA, shinji/eva_clip/eva_vit_model.py; openai/CLIP, clip/model.py, `VisionTransformer`.
 
     Args:
         config: the tower.
@@ -35,8 +36,9 @@ def vision_stack(config: VisionConfig, head_width: int, parallel: ParallelConfig
         mlp_width=config.mlp_width,
         norm=config.norm,
         norm_placement=config.norm_placement,
-        norm_eps=NORM_EPS,
-        qkv_bias="qv" if config.qkv_bias else "none",
+        norm_eps=config.norm_eps,
+        qkv_bias=config.biases,
+        activation=config.activation,
         causal=False,
         split=vision_layers(config, head_width, parallel),
     )
@@ -44,7 +46,7 @@ def vision_stack(config: VisionConfig, head_width: int, parallel: ParallelConfig
 
 def image_head(config: VisionConfig, embed_dim: int, dtype: torch.dtype) -> nn.Linear:
     """Return the projection of the CLS token into the space shared with text."""
-    return nn.Linear(config.width, embed_dim, bias=config.qkv_bias, dtype=dtype)
+    return nn.Linear(config.width, embed_dim, bias=config.head_bias, dtype=dtype)
 
 
 class VisionTower(Tower):
@@ -69,11 +71,14 @@ class VisionTower(Tower):
         super().__init__(vision_stack(shape, head_width, parallel), parallel, dtype, chunk, linears)
         self.shape = shape
         if self.first:
-            self.patch_embed = PatchEmbedding(shape.patch_size, shape.width, dtype)
+            has_bias = shape.kind == "eva"
+            self.patch_embed = PatchEmbedding(shape.patch_size, shape.width, dtype, bias=has_bias)
             self.cls_token = nn.Parameter(torch.empty(1, 1, shape.width, dtype=dtype))
             self.pos_embed = nn.Parameter(torch.empty(1, 1 + shape.patches, shape.width, dtype=dtype))
+            if shape.kind == "clip":
+                self.norm_pre = make_norm(shape.norm, shape.width, shape.norm_eps, dtype)
         if self.last:
-            self.norm = make_norm(shape.norm, shape.width, NORM_EPS, dtype)
+            self.norm = make_norm(shape.norm, shape.width, shape.norm_eps, dtype)
 
     def encode(
         self,
@@ -111,4 +116,5 @@ class VisionTower(Tower):
             patches = torch.where(masks.unsqueeze(-1), self.mask_token, patches)
         patches = patches + (self.pos_embed[:, 1:] if kept is None else self.pos_embed[0, 1:][kept])
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
-        return torch.cat([cls_token, patches], dim=1)
+        tokens = torch.cat([cls_token, patches], dim=1)
+        return self.norm_pre(tokens) if self.shape.kind == "clip" else tokens

@@ -55,4 +55,5 @@ def open_clip_model(config: Config, device: torch.device) -> CustomTextCLIP:
         (Path(folder) / "config.json").write_text(description, encoding="utf-8")
         settings = open_clip_config(model, f"local-dir:{folder}", logit_bias=False)["model_cfg"]
         vision = {**settings["vision_cfg"], "patch_dropout": dropout}
-        return CustomTextCLIP(settings["embed_dim"], vision, settings["text_cfg"])
+        quick = settings.get("quick_gelu", False)
+        return CustomTextCLIP(settings["embed_dim"], vision, settings["text_cfg"], quick_gelu=quick)

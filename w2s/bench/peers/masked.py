@@ -1,18 +1,19 @@
-"""The masked stage with timm's `Eva` as the student."""
+"""The masked stage with timm's module as the student."""
 
 from dataclasses import replace
 
 import torch
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from stages.mim import sample_spec
 from w2s.bench.marks import Marks
 from w2s.bench.peers.base import Peer, forward_flops
+from w2s.checkpoint.formats.plain import image_tower
 from w2s.config.sections import Config, ModelConfig
 from w2s.data.batch import Batch, given, normalize
 from w2s.objectives.masked import LOSSES
 from w2s.teachers.build import build_teacher
-from w2s.teachers.eva_vit import eva_tower
 from w2s.towers.masked import at_places, places_to_predict
 from w2s.towers.vision import MEAN, STD
 
@@ -23,7 +24,7 @@ class TimmStudent(nn.Module):
     def __init__(self, model: ModelConfig, target_width: int, device: torch.device, drops_masked: bool = False) -> None:
         super().__init__()
         self.drops_masked = drops_masked
-        self.trunk = eva_tower(model, has_head=False, device=device)
+        self.trunk = image_tower(model, has_head=False, device=device)
         if not drops_masked:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, model.vision.width, device=device))
         self.lm_head = nn.Linear(model.vision.width, target_width, device=device)
@@ -33,7 +34,9 @@ class TimmStudent(nn.Module):
         patches = self.trunk.patch_embed(images)
         if not self.drops_masked:
             patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
-        tokens, _ = self.trunk._pos_embed(patches)
+        placed = self.trunk._pos_embed(patches)
+        # Eva's gives rotary positions too, which are none here; the ViT has a norm before the layers.
+        tokens = placed[0] if isinstance(self.trunk, Eva) else self.trunk.norm_pre(placed)
         if self.drops_masked:
             tokens = torch.cat([tokens[:, :1], at_places(tokens[:, 1:], places)], dim=1)
         for block in self.trunk.blocks:

@@ -64,7 +64,13 @@ Write = Callable[[Export, Path], Guide]
 
 
 def write_renamed(
-    path: Path, export: Export, names: Iterable[str], rename: Callable[[str], str], *, head_bias: bool = False
+    path: Path,
+    export: Export,
+    names: Iterable[str],
+    rename: Callable[[str], str],
+    *,
+    head_bias: bool = False,
+    reshape: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
 ) -> None:
     """Write tensors as a safetensors file under other names.
 
@@ -74,16 +80,19 @@ def write_renamed(
         names: released names of those that are written.
         rename: gives the name there.
         head_bias: give a head without a bias one of zeros.
+        reshape: makes of a tensor, given its released name, what is written.
     """
     released = export.released
     origins = {rename(name): name for name in names}
-    meta = {name: released.meta[origin] for name, origin in origins.items()}
+    meta = {name: reshape(origin, released.meta[origin]) for name, origin in origins.items()}
     if head_bias and HEAD in released.meta and HEAD_BIAS not in released.meta:
         head = released.meta[HEAD]
         meta[rename(HEAD_BIAS)] = torch.empty(head.shape[0], dtype=head.dtype, device="meta")
 
     def read(name: str) -> Tensor:
-        return released.read(origins[name]) if name in origins else torch.zeros_like(meta[name], device="cpu")
+        if name not in origins:
+            return torch.zeros_like(meta[name], device="cpu")
+        return reshape(origins[name], released.read(origins[name]))
 
     write_safetensors(path, meta, read, {"model": export.model.name})
 

@@ -19,9 +19,14 @@ def write(export: Export, folder: Path) -> Guide:
     """Write NAME.pt and NAME.json.
 
     Raises:
-        CheckpointError: it has the bias of the sigmoid loss.
+        CheckpointError: it has the bias of the sigmoid loss, or a vision tower of another kind.
     """
     released, model = export.released, export.model
+    if model.vision.kind != "eva":
+        raise CheckpointError(
+            f"{released.path} has a vision tower of OpenAI's kind, which EVA-CLIP's code does not have: "
+            "use --format open_clip"
+        )
     if "logit_bias" in released.meta:
         raise CheckpointError(
             f"{released.path} was trained with the sigmoid loss, whose bias EVA-CLIP's code does not have: "
@@ -53,4 +58,5 @@ def eva_config(model: ModelConfig) -> dict[str, Any]:
             "use_rms_norm": vision.norm == "rmsnorm",
         },
         "text_cfg": text_config(model.text),
+        **({"quick_gelu": True} if model.text.activation == "quick_gelu" else {}),
     }

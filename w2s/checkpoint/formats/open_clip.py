@@ -1,13 +1,14 @@
 """A CLIP for `open_clip.create_model_and_transforms("local-dir:FOLDER")`.
 
-The vision tower is timm's. open_clip's configuration can name one by a name that timm knows, by a path, or by a hub:
-where timm knows no name, config.json beside it describes the tower, and the configuration names the folder that it
-stands in: that of the hub, or the one where the program runs.
+A vision tower of OpenAI's kind is open_clip's own. One of EVA's kind is timm's: open_clip's configuration can name it
+by a name that timm knows, by a path, or by a hub. Where timm knows no name, config.json beside it describes the tower,
+and the configuration names the folder that it stands in: that of the hub, or the one where the program runs.
 """
 
 from pathlib import Path
 from typing import Any
 
+from w2s.checkpoint import clip_vit
 from w2s.checkpoint.fit import MASKED_STAGE
 from w2s.checkpoint.formats.base import (
     EMBEDS_BOTH,
@@ -20,7 +21,7 @@ from w2s.checkpoint.formats.base import (
     write_renamed,
 )
 from w2s.checkpoint.formats.timm import named_tower, timm_config
-from w2s.config.sections import ModelConfig, TextConfig
+from w2s.config.sections import ModelConfig, TextConfig, VisionConfig
 from w2s.errors import CheckpointError
 from w2s.towers.vision import MEAN, STD
 
@@ -54,6 +55,8 @@ def write(export: Export, folder: Path) -> Guide:
             "export a clip run, or use --format timm"
         )
     names = [name for name in released.meta if not name.startswith(MASKED_STAGE)]
+    if model.vision.kind == "clip":
+        return _write_plain(export, folder, names)
     named, place = named_tower(model.vision), f"hf-hub:{export.hub}" if export.hub else HERE
     config = open_clip_config(model, named or place, logit_bias="logit_bias" in released.meta)
     write_json(folder / "open_clip_config.json", config)
@@ -61,6 +64,20 @@ def write(export: Export, folder: Path) -> Guide:
         write_json(folder / "config.json", timm_config(model.vision, features=0))
     write_renamed(folder / "open_clip_model.safetensors", export, names, open_clip_name)
     return Guide("open_clip", EMBEDS_BOTH, _snippets(named is not None, export.hub))
+
+
+def _write_plain(export: Export, folder: Path, names: list[str]) -> Guide:
+    """Write a CLIP whose vision tower is open_clip's own; both towers have one activation there."""
+    released, model = export.released, export.model
+    if model.vision.activation != model.text.activation:
+        raise CheckpointError(
+            f"{released.path} has {model.vision.activation} in its vision tower and {model.text.activation} in its "
+            "text tower, and open_clip one for both: use --format transformers"
+        )
+    write_json(folder / "open_clip_config.json", open_clip_config(model, "", logit_bias="logit_bias" in released.meta))
+    weights = folder / "open_clip_model.safetensors"
+    write_renamed(weights, export, names, clip_vit.name_from, reshape=clip_vit.from_released)
+    return Guide("open_clip", EMBEDS_BOTH, _snippets(True, export.hub))
 
 
 def _snippets(named: bool, hub: str) -> list[Snippet]:
@@ -92,22 +109,16 @@ def open_clip_config(model: ModelConfig, tower: str, logit_bias: bool) -> dict[s
 
     Args:
         model: the CLIP.
-        tower: timm's name of the vision tower, or of the place whose config.json describes it.
+        tower: timm's name of a vision tower of EVA's kind, or of the place whose config.json describes it.
         logit_bias: whether the loss has a bias beside its scale (SigLIP).
     """
     return {
         "model_cfg": {
             "embed_dim": model.embed_dim,
             "custom_text": True,
-            "vision_cfg": {
-                "image_size": model.vision.image_size,
-                "timm_model_name": tower,
-                "timm_model_pretrained": False,
-                "timm_pool": "token",
-                "timm_proj": "linear",
-                "timm_proj_bias": model.vision.qkv_bias,
-            },
+            "vision_cfg": _vision_config(model.vision, tower),
             "text_cfg": text_config(model.text),
+            **({"quick_gelu": True} if model.text.activation == "quick_gelu" else {}),
             **({"init_logit_bias": -10} if logit_bias else {}),
         },
         "preprocess_cfg": {
@@ -118,6 +129,26 @@ def open_clip_config(model: ModelConfig, tower: str, logit_bias: bool) -> dict[s
             "interpolation": "bicubic",
             "resize_mode": "shortest",
         },
+    }
+
+
+def _vision_config(vision: VisionConfig, tower: str) -> dict[str, Any]:
+    if vision.kind == "clip":
+        return {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "layers": vision.layers,
+            "width": vision.width,
+            "head_width": vision.width // vision.heads,
+            "mlp_ratio": mlp_ratio(vision.mlp_width, vision.width),
+        }
+    return {
+        "image_size": vision.image_size,
+        "timm_model_name": tower,
+        "timm_model_pretrained": False,
+        "timm_pool": "token",
+        "timm_proj": "linear",
+        "timm_proj_bias": vision.head_bias,
     }
 
 

@@ -103,7 +103,9 @@ def timm_config(vision: VisionConfig, features: int) -> dict[str, Any]:
 
 
 def named_tower(vision: VisionConfig) -> str | None:
-    """Return the name that timm has for a tower, if it has one."""
+    """Return the name that timm has for a tower of EVA's kind, if it has one."""
+    if vision.kind != "eva":
+        return None
     shape = (
         vision.image_size, vision.patch_size, vision.layers, vision.width, vision.heads, vision.mlp_width,
         vision.norm, vision.norm_placement, vision.qkv_bias,
@@ -113,6 +115,8 @@ def named_tower(vision: VisionConfig) -> str | None:
 
 def _architecture(vision: VisionConfig) -> str:
     """The entry of timm's registry whose arguments can describe a tower."""
+    if vision.kind == "clip":
+        return f"vit_base_patch16_clip_{'quickgelu_' if vision.activation == 'quick_gelu' else ''}224"
     match vision.norm, vision.norm_placement, vision.qkv_bias:
         case "layernorm", "post", _:
             return "eva02_enormous_patch14_clip_224"

@@ -1,0 +1,95 @@
+"""The towers of a CLIP as modules of timm and open_clip, which need no Megatron: for teachers, servers and peers."""
+
+from functools import partial
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transformer import TextTransformer
+from timm.layers import LayerNorm, RmsNorm
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from w2s.checkpoint.fit import MASKED_STAGE
+from w2s.checkpoint.formats.open_clip import text_config
+from w2s.checkpoint.formats.timm import timm_name
+from w2s.checkpoint.released import Released
+from w2s.config.sections import ModelConfig, VisionConfig
+
+SMALLEST_VISION_TOWER = {"image_size": 1, "patch_size": 1, "width": 1, "head_width": 1, "layers": 1}
+"""open_clip builds a text tower in a whole CLIP; this is the rest of it."""
+
+
+def image_tower(model: ModelConfig, *, has_head: bool, device: torch.device | str = "meta") -> Eva | VisionTransformer:
+    """timm's module for the vision tower of a CLIP, with random weights.
+
+    Args:
+        model: the CLIP.
+        has_head: whether it ends in the projection into the shared space.
+        device: where it is made; on `meta` it has no memory for its weights.
+    """
+    vision = model.vision
+    norm = RmsNorm if vision.norm == "rmsnorm" else LayerNorm
+    build = _eva if vision.kind == "eva" else _clip
+    with torch.device(device):
+        tower = build(
+            vision,
+            img_size=vision.image_size,
+            patch_size=vision.patch_size,
+            embed_dim=vision.width,
+            depth=vision.layers,
+            num_heads=vision.heads,
+            mlp_ratio=(vision.mlp_width + 0.5) / vision.width,  # rounded down there
+            qkv_bias=vision.qkv_bias,
+            norm_layer=partial(norm, eps=vision.norm_eps),
+            num_classes=model.embed_dim if has_head else 0,
+            global_pool="token",
+        )
+    if isinstance(tower.head, nn.Linear) and not vision.head_bias:
+        tower.head.register_parameter("bias", None)
+    return tower
+
+
+def _eva(vision: VisionConfig, **shape: Any) -> Eva:
+    return Eva(use_post_norm=vision.norm_placement == "post", **shape)
+
+
+def _clip(vision: VisionConfig, **shape: Any) -> VisionTransformer:
+    return VisionTransformer(pre_norm=True, act_layer=vision.activation, **shape)
+
+
+def text_tower(model: ModelConfig, *, device: torch.device | str = "meta") -> TextTransformer:
+    """open_clip's module for the text tower of a CLIP, with random weights, on `device`.
+
+    Its blocks are the `custom` ones: the same weights and function without the transposed rows of torch's attention, at
+    whose graph ONNX Runtime 1.32 crashes in float16 on a CPU.
+    """
+    quick, text = model.text.activation == "quick_gelu", text_config(model.text) | {"block_type": "custom"}
+    with torch.device(device):
+        return open_clip.CustomTextCLIP(model.embed_dim, SMALLEST_VISION_TOWER, text, quick).text
+
+
+def loaded_image_tower(released: Released, model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """Return the vision tower of a checkpoint in evaluation mode, its weights in `dtype`."""
+    tower = image_tower(model, has_head="visual.head.weight" in released.meta)
+    names = [name for name in released.meta if name.startswith("visual.") and not name.startswith(MASKED_STAGE)]
+    tower.load_state_dict({timm_name(name): released.read(name).to(dtype) for name in names}, assign=True)
+    zero_key_biases(tower, dtype)
+    return tower.eval().requires_grad_(False)
+
+
+def loaded_text_tower(released: Released, model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """Return the text tower of a checkpoint in evaluation mode, its weights in `dtype`."""
+    tower = text_tower(model)
+    names = [name for name in released.meta if name.startswith("text.")]
+    tower.load_state_dict({name.removeprefix("text."): released.read(name).to(dtype) for name in names}, assign=True)
+    tower.attn_mask = torch.full(tower.attn_mask.shape, -torch.inf, dtype=dtype).triu_(1)
+    return tower.eval().requires_grad_(False)
+
+
+def zero_key_biases(tower: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Give memory to what a tower of the meta device has beside its weights: zeros for the biases of K."""
+    for module in tower.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.zeros_like(buffer, device="cpu", dtype=dtype), persistent=False)
