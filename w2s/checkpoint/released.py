@@ -6,6 +6,7 @@
 | EVA's masked stage, timm                  | the vision tower's, without a prefix                    |
 | open_clip, with a vision tower of timm's  | `visual.trunk.…`, and text with or without `text.`      |
 | open_clip and OpenAI, with their own ViT  | `visual.conv1.…`: only the text tower is of our kind    |
+| EVA-CLIP's own folders of transformers    | `vision_model.…`, `text_model.…`: see `evaclip_folder`  |
 | transformers                              | `vision_model.…`, `text_model.…`: teachers only         |
 | w2s                                       | `vision.…`, `text.…` with Megatron's names              |
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from w2s.checkpoint.eva_format import is_fused, released_name, separate
+from w2s.checkpoint.evaclip_folder import EvaClipFolder, is_evaclip
 from w2s.checkpoint.files import Tensors, open_weights
 from w2s.checkpoint.store import read_meta
 from w2s.config.load import model_from
@@ -106,6 +108,8 @@ def open_released(path: Path) -> Released:
 
 def rename(tensors: Tensors, path: Path) -> Released:
     """Return other people's tensors under released names."""
+    if is_evaclip(tensors.meta):
+        tensors = EvaClipFolder(tensors)
     prefix = next((start for start in WRAPPING if all(name.startswith(start) for name in tensors.meta)), "")
     bare = {name.removeprefix(prefix): name for name in tensors.meta}
     origins = {_released(name): origin for name, origin in bare.items() if not BUFFERS.search(name)}

@@ -18,9 +18,10 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from w2s.checkpoint.files import open_weights
 from w2s.errors import ConfigError
 from w2s.teachers.base import Features, PatchNetwork, check_image_size
-from w2s.teachers.weights import reading, unknown_model
+from w2s.teachers.weights import LOCAL, reading, unknown_model
 
 
 class TimmTokens(PatchNetwork):
@@ -135,7 +136,7 @@ def sizes_of(trunk: Any, pool: Callable[[Tensor], Tensor], name: str, image_size
 
 
 def timm_model(name: str, file: Path | None, *, image_size: int) -> PatchNetwork:
-    """The timm model `name`, written `ARCHITECTURE` or `ARCHITECTURE.TAG`.
+    """The timm model `name`, written `ARCHITECTURE`, `ARCHITECTURE.TAG`, or `local-dir:FOLDER` with a config.json.
 
     The file may be timm's, open_clip's or EVA-CLIP's release: timm's own conversion reads all of them. The head is kept
     where it is the projection of a CLIP and left out where it is a classifier.
@@ -149,14 +150,12 @@ def timm_model(name: str, file: Path | None, *, image_size: int) -> PatchNetwork
         ConfigError: timm has no such model, or the image size does not suit it.
         CheckpointError: the file cannot be read or holds another model.
     """
-    architecture, _, tag = name.partition(".")
-    known = timm.list_pretrained(f"{architecture}.*") if tag and timm.is_model(architecture) else timm.list_models()
-    if name not in known:
-        raise unknown_model("timm", name, known)
-    local = {"file": str(file), "custom_load": False}
+    if not name.startswith(LOCAL):
+        _check_name(name)
     with reading(file, name):
-        trunk = timm.create_model(name, pretrained=file is not None, pretrained_cfg_overlay=local if file else None)
-    settings = trunk.pretrained_cfg
+        local = _overlay(file)
+        trunk = timm.create_model(name, pretrained=file is not None, pretrained_cfg_overlay=local)
+    settings, architecture = trunk.pretrained_cfg, trunk.pretrained_cfg["architecture"]
     mean, std = settings["mean"], settings["std"]
     if not isinstance(trunk, Eva | VisionTransformer):
         size = image_size or settings["input_size"][-1]
@@ -164,6 +163,24 @@ def timm_model(name: str, file: Path | None, *, image_size: int) -> PatchNetwork
     is_projection = "_clip_" in architecture and "_ft_" not in (settings["tag"] or "")
     resize_input(trunk, image_size)
     return TimmTokens(trunk, trunk.head if is_projection else nn.Identity(), mean=mean, std=std)
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that timm does not know."""
+    architecture, _, tag = name.partition(".")
+    known = timm.list_pretrained(f"{architecture}.*") if tag and timm.is_model(architecture) else timm.list_models()
+    if name not in known:
+        raise unknown_model("timm", name, known)
+
+
+def _overlay(file: Path | None) -> dict[str, Any] | None:
+    """What makes timm load a file instead of a download; several files that an index names are read first."""
+    if file is None:
+        return None
+    if file.name.endswith(".index.json"):
+        tensors = open_weights(file)
+        return {"state_dict": {key: tensors.read(key) for key in tensors.meta}, "source": "", "custom_load": False}
+    return {"file": str(file), "source": "", "custom_load": False}
 
 
 def resize_input(trunk: Eva | VisionTransformer, image_size: int) -> None:

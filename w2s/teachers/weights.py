@@ -8,8 +8,21 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from w2s.checkpoint.files import weights_in
 from w2s.errors import CheckpointError, ConfigError
 from w2s.megatron.unpickling import refusal, refused_name
+
+LOCAL = "local-dir:"
+"""What timm and open_clip put before a folder that describes a model and holds its weights."""
+
+
+def name_and_weights(rest: str) -> tuple[str, str]:
+    """Split what follows `KIND:` in a source: `MODEL[@PATH]`, or `local-dir:FOLDER`, which is both."""
+    if rest.startswith(LOCAL):
+        folder = str(Path(rest.removeprefix(LOCAL)).expanduser())
+        return f"{LOCAL}{folder}", folder
+    name, _, path = rest.partition("@")
+    return name, path
 
 
 def unknown_model(library: str, name: str, known: Sequence[str]) -> ConfigError:
@@ -19,7 +32,7 @@ def unknown_model(library: str, name: str, known: Sequence[str]) -> ConfigError:
 
 
 def weights_file(path: str, kind: str, name: str) -> Path | None:
-    """The file of `teacher.source=KIND:NAME@PATH`; None where no path is given.
+    """The file of `teacher.source=KIND:NAME@PATH`, in PATH if that is a folder; None where no path is given.
 
     Raises:
         CheckpointError: there is no such file.
@@ -28,9 +41,9 @@ def weights_file(path: str, kind: str, name: str) -> Path | None:
     if file is not None and not file.exists():
         raise CheckpointError(
             f"teacher weights {path} do not exist (from {Path.cwd()}): download them and give their path with "
-            f"teacher.source={kind}:{name}@FILE"
+            f"teacher.source={kind}:{name}{'' if name.startswith(LOCAL) else '@FILE'}"
         )
-    return file
+    return weights_in(file) if file is not None and file.is_dir() else file
 
 
 @contextmanager
