@@ -64,9 +64,8 @@ def evaclip_folder(folder: Path, settings: Mapping[str, Any], *, image_size: int
         CheckpointError: the weights are missing, or are no EVA-CLIP's.
     """
     released = rename(open_weights(folder), folder)
-    return _network(
-        released, _evaclip_model(released, settings.get("vision_config") or settings), image_size, precision
-    )
+    model = _evaclip_model(released, settings.get("vision_config") or settings)
+    return _network(released, model, image_size, precision)
 
 
 def _evaclip_model(released: Released, vision: Mapping[str, Any]) -> ModelConfig:

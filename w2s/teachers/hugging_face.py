@@ -33,6 +33,11 @@ TOWERS = ("vision_model", "vision_tower", "vision_encoder")
 """Where a model of images and texts has its vision tower."""
 MOST_PREFIX_TOKENS = 16
 """Class tokens and registers before the patches: RADIO has ten, Pixio eight."""
+OTHER_CODE = {
+    name: "use a folder of InternVL in transformers' own format (…-hf), or timm:vit_intern300m_patch14_448@FILE"
+    for name in ("intern_vit_6b", "internvl_chat")
+}
+"""Where the models of folders that bring code of their own are found, by `model_type`."""
 ROUTE = "use a model of timm:, open_clip: or transformers that gives tokens of patches, or a map"
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
@@ -132,15 +137,15 @@ def _places(count: int, image_size: int, patch: int) -> tuple[int, int]:
         possible = [count - grid**2]
     else:
         # patches that were merged on the way
-        possible = [
-            prefix for prefix in range(count) if _divides(math.isqrt(count - prefix), count - prefix, image_size)
-        ]
+        possible = [prefix for prefix in range(count) if _is_map(count - prefix, image_size)]
     if not possible or possible[0] > MOST_PREFIX_TOKENS:
         raise ValueError(f"it makes {count} tokens of {image_size} px, which are no square map of patches")
     return possible[0], math.isqrt(count - possible[0])
 
 
-def _divides(side: int, places: int, image_size: int) -> bool:
+def _is_map(places: int, image_size: int) -> bool:
+    """Whether places are as many as squares of an image can be."""
+    side = math.isqrt(places)
     return side**2 == places and image_size % side == 0
 
 
@@ -164,9 +169,9 @@ def _norms(tower: nn.Module, width: int) -> Iterator[nn.Module]:
     """Norms of a tower outside of its layers, the last one first."""
     for name, module in reversed(list(tower.named_modules())):
         kind, weight = type(module).__name__.lower(), getattr(module, "weight", None)
-        if name.count(".") < 2 and "norm" in kind and "batch" not in kind and weight is not None:
-            if weight.shape == (width,):
-                yield module
+        outside = name.count(".") < 2 and "norm" in kind and "batch" not in kind
+        if outside and weight is not None and weight.shape == (width,):
+            yield module
 
 
 def hugging_face_model(folder: Path, *, image_size: int, precision: Precision) -> PatchNetwork:
@@ -193,7 +198,7 @@ def hugging_face_model(folder: Path, *, image_size: int, precision: Precision) -
         transformers = import_module("transformers")
     except ModuleNotFoundError as error:
         raise MissingPackageError(f"{source} needs transformers: pip install 'w2s[hf]'") from error
-    kind = str(settings.get("model_type"))
+    kind = settings.get("model_type") or "folder without a model_type"
     cls = _class(transformers, settings, kind, source)
     with reading(folder, kind):
         model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True)
@@ -212,7 +217,7 @@ def _class(transformers: Any, settings: dict[str, Any], kind: str, source: str) 
         raise ConfigError(f"{source} is a {kind}, which transformers {transformers.__version__} does not have: {other}")
     config = transformers.CONFIG_MAPPING[kind]
     named = (settings.get("architectures") or [""])[0]
-    cls = transformers.MODEL_MAPPING[config] if config in transformers.MODEL_MAPPING else None
+    cls = transformers.MODEL_MAPPING.get(config, None)
     if named.endswith("WithProjection"):
         cls = getattr(transformers, named, cls)
     sees = cls is not None and (hasattr(cls, "get_image_features") or cls.main_input_name == "pixel_values")

@@ -13,7 +13,7 @@ def called_with_images(tower: Any) -> nn.Module:
 
 
 class NaFlex(nn.Module):
-    """SigLIP 2 for images of any shape: it takes patches, which of them count, and the rows and columns of each image."""
+    """SigLIP 2 for images of any shape: it takes patches, which of them count, and an image's rows and columns."""
 
     def __init__(self, tower: Any) -> None:
         super().__init__()

@@ -45,10 +45,8 @@ def _in_folder(folder: Path) -> Described:
         config = content["model_cfg"]
         vision = config["vision_cfg"]
     except (OSError, ValueError, KeyError) as error:
-        other = f": use hf:{folder}" if (folder / "config.json").is_file() else ""
-        raise CheckpointError(
-            f"teacher.source: {path} cannot be read, {folder} is no folder of open_clip{other}"
-        ) from error
+        other = f"use hf:{folder}" if (folder / "config.json").is_file() else "give a folder of open_clip"
+        raise CheckpointError(f"teacher.source: {path} cannot be read: {other}") from error
     if ":" in vision.get("timm_model_name", "") and (folder / "config.json").is_file():
         # a tower without a name in timm, described beside it wherever the folder is now
         vision["timm_model_name"] = f"{LOCAL}{folder}"
