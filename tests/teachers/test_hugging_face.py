@@ -105,7 +105,7 @@ def test_tokens_after_a_layer_are_what_the_next_one_reads(tmp_path: Path, kind: 
     save(kind, tmp_path)
     teacher, images = build(tmp_path), torch.randn(2, 3, 32, 32)
     read: list[Tensor] = []
-    encoder = teacher.network.tokens.encoder
+    encoder = teacher.network.tower.encoder
     second = (encoder.layer if "dino" in kind else encoder.layers)[1]
     second.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     last, first = teacher(images, [1, 0]).layers
@@ -130,7 +130,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read: give a folder of transformers"):
         build(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ConfigError, match="is a bert: use one of clip"):
+    with pytest.raises(ConfigError, match="is a bert, which gives no features of an image's patches: use a model of timm:"):
         build(tmp_path)
     save("clip", tmp_path)
     with pytest.raises(ConfigError, match=r"teacher\.image_size=30 is not a multiple .* use 32"):

@@ -246,7 +246,7 @@ def _parts(model: Any, missing: Sequence[str], folder: Path) -> Parts:
 def _wrap(parts: Parts, kind: str, folder: Path, image_size: int, source: str) -> HuggingFaceFeatures:
     config = parts.tower.config
     config.tie_last_hidden_states = False  # of the last layer, too, tokens are asked for without a norm
-    patch = _side(getattr(config, "patch_size", 0))
+    patch = _side(getattr(config, "patch_stride", None) or getattr(config, "patch_size", 0))
     own = _own_size(config, folder, patch)
     size = image_size or own
     if patch:

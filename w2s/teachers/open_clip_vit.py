@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+from open_clip.factory import load_state_dict
 from open_clip.model import resize_pos_embed
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
@@ -18,12 +19,11 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
-from w2s.checkpoint.files import open_weights
 from w2s.teachers.base import Features, PatchNetwork, check_image_size
 from w2s.teachers.open_clip_maps import OpenClipMaps, OpenClipResNet
 from w2s.teachers.open_clip_names import Described, described
 from w2s.teachers.timm_vit import TimmTokens, resize_input
-from w2s.teachers.weights import reading
+from w2s.teachers.weights import indexed, reading
 
 # A teacher needs no text tower, and a real one costs memory or, for Hugging Face's, a download.
 SMALLEST_TEXT_TOWER = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
@@ -113,9 +113,8 @@ def _build(config: dict[str, Any], image_size: int) -> open_clip.CLIP:
 
 def _load_visual(model: open_clip.CLIP, file: Path) -> None:
     """Load the vision tower's part of a checkpoint, its positions resampled to the model's grid."""
-    tensors = open_weights(file)
-    names = {name.removeprefix("module."): name for name in tensors.meta}
+    whole = indexed(file) or load_state_dict(str(file))
     # in float32: half precision cannot be resampled on a CPU
-    state = {name: tensors.read(own).float() for name, own in names.items() if name.startswith("visual.")}
+    state = {key: value.float() for key, value in whole.items() if key.startswith("visual.")}
     resize_pos_embed(state, model)
     model.visual.load_state_dict({key.removeprefix("visual."): value for key, value in state.items()})

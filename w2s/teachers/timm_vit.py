@@ -18,10 +18,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from w2s.checkpoint.files import open_weights
 from w2s.errors import ConfigError
 from w2s.teachers.base import Features, PatchNetwork, check_image_size
-from w2s.teachers.weights import LOCAL, reading, unknown_model
+from w2s.teachers.weights import LOCAL, indexed, reading, unknown_model
 
 
 class TimmTokens(PatchNetwork):
@@ -174,13 +173,11 @@ def _check_name(name: str) -> None:
 
 
 def _overlay(file: Path | None) -> dict[str, Any] | None:
-    """What makes timm load a file instead of a download; several files that an index names are read first."""
+    """What makes timm load a file instead of a download."""
     if file is None:
         return None
-    if file.name.endswith(".index.json"):
-        tensors = open_weights(file)
-        return {"state_dict": {key: tensors.read(key) for key in tensors.meta}, "source": "", "custom_load": False}
-    return {"file": str(file), "source": "", "custom_load": False}
+    tensors = indexed(file)
+    return {"source": "", "custom_load": False, **({"state_dict": tensors} if tensors else {"file": str(file)})}
 
 
 def resize_input(trunk: Eva | VisionTransformer, image_size: int) -> None:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor
 
-from w2s.checkpoint.files import weights_in
+from w2s.checkpoint.files import open_weights, weights_in
 from w2s.errors import CheckpointError, ConfigError
 from w2s.megatron.unpickling import refusal, refused_name
 
@@ -44,6 +45,18 @@ def weights_file(path: str, kind: str, name: str) -> Path | None:
             f"teacher.source={kind}:{name}{'' if name.startswith(LOCAL) else '@FILE'}"
         )
     return weights_in(file) if file is not None and file.is_dir() else file
+
+
+def indexed(file: Path) -> dict[str, Tensor]:
+    """The tensors of the files that an index names; none if `file` is no index.
+
+    Raises:
+        CheckpointError: one of them is missing or damaged.
+    """
+    if not file.name.endswith(".index.json"):
+        return {}
+    tensors = open_weights(file)
+    return {name: tensors.read(name) for name in tensors.meta}
 
 
 @contextmanager

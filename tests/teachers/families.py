@@ -1,0 +1,233 @@
+"""Kinds of teacher: each built small from a configuration, with what its own modules make of an image.
+
+The README's table is this list (`test_families.py`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from tests.teachers.evaclip import EvaClip, save_evaclip
+
+Pair = tuple[Tensor, Tensor]
+
+PROJECTED = "`projection(norm(patch))`"
+NORMED = "`norm(patch)`"
+BARE = "`patch`, as the last layer leaves it"
+PLACES = "each place of the last map, through the norm that comes after pooling where there is one"
+
+SIZE = {"image_size": 32, "patch_size": 8}
+TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {**SIZE, **TOWER, "intermediate_size": 64}
+TEXT = {**TOWER, "hidden_size": 16, "intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": 8}
+PYRAMID = {"hidden_sizes": [8, 8, 16, 32], "depths": [1, 1, 1, 1], "image_size": 64}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of teacher."""
+
+    name: str
+    target: str
+    """What a feature is, for the table."""
+    save: Callable[[Path], Any]
+    """Write a model with random weights into a folder; return the model."""
+    expected: Callable[[Any, Tensor], Pair]
+    """Patch features [n, P, D] and summary [n, E] of images [n, 3, T, T], by the model's own modules."""
+    source: str = "hf:FOLDER"
+    size: int = 32
+    """Side of its images in pixels."""
+    other_size: int = 48
+    """Another side that it takes; 0 if it takes none."""
+
+
+def saved(kind: str, config: str, **settings: Any) -> Callable[[Path], Any]:
+    """What saves the transformers model `kind` of the configuration `config`."""
+
+    def save(folder: Path) -> Any:
+        torch.manual_seed(0)
+        model = getattr(transformers, kind)(getattr(transformers, config)(**settings))
+        perturb(model)
+        model.save_pretrained(folder)
+        return model
+
+    return save
+
+
+def perturb(model: torch.nn.Module) -> None:
+    """Random weights where a model begins with ones and zeros."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.eval()
+
+
+def clip(model: Any, images: Tensor) -> Pair:
+    """The way of a class token to the embedding, for every patch."""
+    tower = model.vision_model
+    hidden = tower(images).last_hidden_state
+    embedded = model.visual_projection(tower.post_layernorm(hidden))
+    return embedded[:, 1:], embedded[:, 0]
+
+
+def tokens(prefix: int, tower: Callable[[Any], Any] = lambda model: model) -> Callable[[Any, Tensor], Pair]:
+    """Tokens after the prefix, and the pooled output."""
+
+    def expected(model: Any, images: Tensor) -> Pair:
+        outputs = tower(model)(images)
+        return outputs.last_hidden_state[:, prefix:], outputs.pooler_output.flatten(1)
+
+    return expected
+
+
+def unpooled(prefix: int) -> Callable[[Any, Tensor], Pair]:
+    """Tokens after the prefix, and the class token, or the mean where there is none."""
+
+    def expected(model: Any, images: Tensor) -> Pair:
+        hidden = model(images).last_hidden_state
+        return hidden[:, prefix:], hidden[:, 0] if prefix else hidden.mean(1)
+
+    return expected
+
+
+def maps(norm: str = "") -> Callable[[Any, Tensor], Pair]:
+    """Places of the last map through the norm `norm`, and the pooled output."""
+
+    def expected(model: Any, images: Tensor) -> Pair:
+        outputs = model(images)
+        places = outputs.last_hidden_state.flatten(2).transpose(1, 2)
+        return model.get_submodule(norm)(places) if norm else places, outputs.pooler_output.flatten(1)
+
+    return expected
+
+
+def naflex(model: Any, images: Tensor) -> Pair:
+    """SigLIP 2's own cut into patches, image by image."""
+    from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
+
+    patches = torch.stack([convert_image_to_patches(image, 8) for image in images])
+    shapes = torch.tensor([[4, 4]] * len(images))
+    outputs = model.vision_model(patches, torch.ones(patches.shape[:2], dtype=torch.int32), shapes)
+    return outputs.last_hidden_state, outputs.pooler_output
+
+
+def masked(model: Any, images: Tensor) -> Pair:
+    """A masked autoencoder's tokens, put back in their order."""
+    model.config.mask_ratio = 0.0
+    outputs = model(images)
+    hidden, places = outputs.last_hidden_state, outputs.ids_restore
+    return torch.gather(hidden[:, 1:], 1, places[..., None].expand(-1, -1, hidden.shape[2])), hidden[:, 0]
+
+
+def radio(model: Any, images: Tensor) -> Pair:
+    """RADIO's own features and summary."""
+    outputs = model(images)
+    return outputs.features, outputs.summary
+
+
+def beit(model: Any, images: Tensor) -> Pair:
+    """BEiT's norm comes after the mean over the patches."""
+    outputs = model(images)
+    return model.pooler.layernorm(outputs.last_hidden_state[:, 1:]), outputs.pooler_output
+
+
+def rerolled(model: Any, images: Tensor) -> Pair:
+    """Hiera's last map in the order of rows."""
+    outputs = model(images, output_hidden_states=True)
+    return model.pooler.layernorm(outputs.reshaped_hidden_states[-1].flatten(1, 2)), outputs.pooler_output
+
+
+def evaclip(model: EvaClip, images: Tensor) -> Pair:
+    """EVA-CLIP's way of a class token to the embedding, for every patch."""
+    embedded = model(images)
+    return embedded[:, 1:], embedded[:, 0]
+
+
+def dual(model: Any, images: Tensor) -> Pair:
+    """A vision model and a text model under two projections."""
+    outputs = model.vision_model(images)
+    return model.visual_projection(outputs.last_hidden_state[:, 1:]), model.visual_projection(outputs.pooler_output)
+
+
+def two(vision: Mapping[str, Any] = VISION, text: Mapping[str, Any] = TEXT, **settings: Any) -> dict[str, Any]:
+    """Settings of a model with both towers."""
+    return {"vision_config": dict(vision), "text_config": dict(text), **settings}
+
+
+def save_dual(folder: Path) -> Any:
+    """DINOv2 and a text model, as transformers' own training script pairs them."""
+    torch.manual_seed(0)
+    vision = transformers.Dinov2Config(**SIZE, **TOWER, mlp_ratio=2)
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision, transformers.CLIPTextConfig(**TEXT), projection_dim=12
+    )
+    model = transformers.VisionTextDualEncoderModel(config)
+    perturb(model)
+    model.save_pretrained(folder)
+    return model
+
+
+LLAMA = {"model_type": "llama", **TEXT, "num_key_value_heads": 2}
+
+FAMILIES = [
+    Family("CLIP", PROJECTED, saved("CLIPModel", "CLIPConfig", **two(projection_dim=12)), clip),
+    Family(
+        "CLIP's vision tower", PROJECTED,
+        saved("CLIPVisionModelWithProjection", "CLIPVisionConfig", **VISION, projection_dim=12), clip,
+    ),
+    Family("MetaCLIP 2", PROJECTED, saved("MetaClip2Model", "MetaClip2Config", **two(projection_dim=12)), clip),
+    Family("AltCLIP", PROJECTED, saved("AltCLIPModel", "AltCLIPConfig", **two(projection_dim=12)), clip),
+    Family("Chinese CLIP", PROJECTED, saved("ChineseCLIPModel", "ChineseCLIPConfig", **two(projection_dim=12)), clip),
+    Family("BLIP", PROJECTED, saved("BlipModel", "BlipConfig", **two(projection_dim=12)), clip),
+    Family("VisionTextDualEncoder", PROJECTED, save_dual, dual),
+    Family("EVA-CLIP-8B", PROJECTED, save_evaclip("pre"), evaclip),
+    Family("EVA-CLIP-18B", PROJECTED, save_evaclip("post"), evaclip),
+    Family(
+        "SigLIP", NORMED, saved("SiglipModel", "SiglipConfig", **two()), tokens(0, lambda model: model.vision_model)
+    ),
+    Family(
+        "SigLIP 2 (NaFlex)", NORMED,
+        saved("Siglip2Model", "Siglip2Config", **two({**TOWER, "intermediate_size": 64, "patch_size": 8, "num_patches": 16})),
+        naflex,
+    ),
+    Family("AIMv2", NORMED, saved("Aimv2VisionModel", "Aimv2VisionConfig", **VISION), tokens(0), other_size=0),
+    Family(
+        "TIPSv2", NORMED, saved("Tipsv2Model", "Tipsv2Config", **two({**SIZE, **TOWER, "mlp_ratio": 2}, {**TEXT, "hidden_size": 32})),
+        tokens(2, lambda model: model.vision_model),
+    ),
+    Family("DINOv2", NORMED, saved("Dinov2Model", "Dinov2Config", **SIZE, **TOWER, mlp_ratio=2), tokens(1)),
+    Family(
+        "DINOv2 with registers", NORMED,
+        saved("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **SIZE, **TOWER, mlp_ratio=2, num_register_tokens=3),
+        tokens(4),
+    ),
+    Family("DINOv3", NORMED, saved("DINOv3ViTModel", "DINOv3ViTConfig", **VISION, num_register_tokens=4), tokens(5)),
+    Family("DINOv3 ConvNeXt", NORMED, saved("DINOv3ConvNextModel", "DINOv3ConvNextConfig", **PYRAMID), tokens(1), size=64,
+           other_size=96),
+    Family("Pixio", NORMED, saved("PixioModel", "PixioConfig", **SIZE, **TOWER, mlp_ratio=2), tokens(8)),
+    Family("I-JEPA", NORMED, saved("IJepaModel", "IJepaConfig", **VISION), unpooled(0)),
+    Family("ViT", NORMED, saved("ViTModel", "ViTConfig", **VISION), tokens(1)),
+    Family("DeiT", NORMED, saved("DeiTModel", "DeiTConfig", **VISION), tokens(2)),
+    Family("ViT-MAE", NORMED, saved("ViTMAEModel", "ViTMAEConfig", **VISION), masked),
+    Family("ViT-MSN", NORMED, saved("ViTMSNModel", "ViTMSNConfig", **VISION), unpooled(1)),
+    Family("BEiT", NORMED, saved("BeitModel", "BeitConfig", **VISION), beit),
+    Family("Data2Vec", BARE, saved("Data2VecVisionModel", "Data2VecVisionConfig", **VISION), unpooled(1)),
+    Family("MLCD", NORMED, saved("MLCDVisionModel", "MLCDVisionConfig", **VISION),
+           lambda model, images: (model.post_layernorm(model(images).last_hidden_state)[:, 1:], model(images).pooler_output)),
+    Family("InternVL's vision tower", BARE, saved("InternVLVisionModel", "InternVLVisionConfig", **VISION), unpooled(1)),
+    Family("RADIO", BARE, saved("RadioModel", "RadioConfig", **SIZE, **TOWER, mlp_ratio=2.0, max_img_size=64), radio),
+    Family("LLaVA's vision tower", BARE, saved("LlavaModel", "LlavaConfig", vision_config={"model_type": "siglip_vision_model", **VISION, "vision_use_head": False}, text_config=LLAMA),
+           lambda model, images: unpooled(0)(model.vision_tower, images)),
+    Family("SAM", PLACES, saved("SamVisionModel", "SamVisionConfig", **SIZE, **TOWER, output_channels=16, mlp_dim=64, global_attn_indexes=[1], window_size=2),
+           lambda model, images: (model(images).last_hidden_state.flatten(2).mT, model(images).last_hidden_state.flatten(2).mean(2)), other_size=0),
+    Family("ConvNeXt", PLACES, saved("ConvNextModel", "ConvNextConfig", **PYRAMID), maps("layernorm"), size=64, other_size=96),
+    Family("ConvNeXt V2", PLACES, saved("ConvNextV2Model", "ConvNextV2Config", **PYRAMID), maps("layernorm"), size=64, other_size=96),
+    Family("ResNet", PLACES, saved("ResNetModel", "ResNetConfig", hidden_sizes=[8, 8, 16, 32], depths=[1, 1, 1, 1], embedding_size=8), maps(), size=224, other_size=96),
+    Family("Swin", PLACES, saved("SwinModel", "SwinConfig", image_size=64, patch_size=4, window_size=2, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2]), tokens(0), size=64, other_size=96),
+    Family("Hiera", PLACES, saved("HieraModel", "HieraConfig", image_size=[64, 64], embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], masked_unit_size=[8, 8]), rerolled, size=64, other_size=0),
+]
