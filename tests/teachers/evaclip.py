@@ -31,9 +31,7 @@ class Layer(nn.Module):
         return tokens
 
     def attention(self, tokens: Tensor) -> Tensor:
-        q, k, v = (
-            self.self_attn[f"{name}_proj"](tokens).unflatten(2, (HEADS, -1)).transpose(1, 2) for name in "qkv"
-        )
+        q, k, v = (self.self_attn[f"{name}_proj"](tokens).unflatten(2, (HEADS, -1)).transpose(1, 2) for name in "qkv")
         weights = (q @ k.mT / (WIDTH // HEADS) ** 0.5).softmax(-1)
         return self.self_attn["out_proj"]((weights @ v).transpose(1, 2).flatten(2))
 

@@ -130,7 +130,9 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read: give a folder of transformers"):
         build(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ConfigError, match="is a bert, which gives no features of an image's patches: use a model of timm:"):
+    with pytest.raises(
+        ConfigError, match="is a bert, which gives no features of an image's patches: use a model of timm:"
+    ):
         build(tmp_path)
     save("clip", tmp_path)
     with pytest.raises(ConfigError, match=r"teacher\.image_size=30 is not a multiple .* use 32"):

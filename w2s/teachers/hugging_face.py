@@ -18,18 +18,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from w2s.errors import CheckpointError, ConfigError, MissingPackageError
 from w2s.teachers.base import Features, PatchNetwork, Precision, check_image_size
 from w2s.teachers.eva_vit import evaclip_folder, is_evaclip
 from w2s.teachers.hugging_face_inputs import called_with_images
-from w2s.teachers.timm_vit import timm_model
+from w2s.teachers.timm_vit import TimmTokens, resize_input, timm_model
 from w2s.teachers.weights import LOCAL, reading, weights_file
 
 logger = logging.getLogger(__name__)
 
-TOWERS = ("vision_model", "vision_tower", "vision_encoder")
+TOWERS = ("vision_model", "vision_tower", "vision_encoder", "image_model")
 """Where a model of images and texts has its vision tower."""
 MOST_PREFIX_TOKENS = 16
 """Class tokens and registers before the patches: RADIO has ten, Pixio eight."""
@@ -60,7 +62,7 @@ class HuggingFaceFeatures(PatchNetwork):
     def __init__(
         self, parts: Parts, *, image_size: int, patch: int, options: dict[str, Any], normalisation: dict[str, Any]
     ) -> None:
-        """Wrap a model and look at what it makes of an image.
+        """Wrap a model and look at what it makes of two images.
 
         Args:
             parts: the model.
@@ -73,11 +75,11 @@ class HuggingFaceFeatures(PatchNetwork):
             ValueError: its features are no square map.
         """
         layered = hasattr(getattr(parts.tower, "config", None), "num_hidden_layers")
-        image = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            outputs = parts.tower(image, **options, **({"output_hidden_states": True} if layered else {}))
+            outputs = parts.tower(images, **options, **({"output_hidden_states": True} if layered else {}))
             tokens = _rows(outputs.last_hidden_state)
-            prefix, grid = _places(tokens.shape[1], image_size, patch)
+            prefix, grid = _places(tokens, image_size, patch)
             norm, head = _pooling(parts, outputs, tokens, prefix)
             features = _features(outputs, prefix, norm, head, parts.projection)
         hidden = (outputs.hidden_states or [])[1:] if layered else []
@@ -126,19 +128,19 @@ def _rows(hidden: Tensor) -> Tensor:
     return hidden.movedim(1 if hidden.shape[2] == hidden.shape[3] else 3, 1).flatten(2).transpose(1, 2)
 
 
-def _places(count: int, image_size: int, patch: int) -> tuple[int, int]:
-    """Tokens before the patches, and patches along one side.
+def _places(tokens: Tensor, image_size: int, patch: int) -> tuple[int, int]:
+    """Tokens before the patches, and patches along one side, of what a model makes of two images.
 
     Raises:
-        ValueError: they are no square map of the image.
+        ValueError: they are no square map of an image.
     """
-    grid = image_size // patch if patch else 0
+    count, grid = tokens.shape[1], image_size // patch if patch else 0
     if grid and count >= grid**2:
         possible = [count - grid**2]
     else:
-        # patches that were merged on the way
-        possible = [prefix for prefix in range(count) if _is_map(count - prefix, image_size)]
-    if not possible or possible[0] > MOST_PREFIX_TOKENS:
+        # patches that were merged on the way, behind at most a class token
+        possible = [prefix for prefix in (0, 1) if _is_map(count - prefix, image_size)]
+    if len(tokens) != 2 or not possible or possible[0] > MOST_PREFIX_TOKENS:
         raise ValueError(f"it makes {count} tokens of {image_size} px, which are no square map of patches")
     return possible[0], math.isqrt(count - possible[0])
 
@@ -146,7 +148,7 @@ def _places(count: int, image_size: int, patch: int) -> tuple[int, int]:
 def _is_map(places: int, image_size: int) -> bool:
     """Whether places are as many as squares of an image can be."""
     side = math.isqrt(places)
-    return side**2 == places and image_size % side == 0
+    return places > 0 and side**2 == places and image_size % side == 0
 
 
 def _pooling(parts: Parts, outputs: Any, tokens: Tensor, prefix: int) -> tuple[nn.Module, nn.Module]:
@@ -190,7 +192,7 @@ def hugging_face_model(folder: Path, *, image_size: int, precision: Precision) -
     settings = _settings(folder)
     if is_evaclip(settings):
         return evaclip_folder(folder, settings, image_size=image_size, precision=precision)
-    if "architecture" in settings:  # of timm, or transformers' TimmWrapper
+    if "architecture" in settings and "model_type" not in settings:
         file = weights_file(str(folder), "hf", str(folder))
         return timm_model(f"{LOCAL}{folder}", file, image_size=image_size)
     source = f"teacher.source=hf:{folder}"
@@ -198,7 +200,7 @@ def hugging_face_model(folder: Path, *, image_size: int, precision: Precision) -
         transformers = import_module("transformers")
     except ModuleNotFoundError as error:
         raise MissingPackageError(f"{source} needs transformers: pip install 'w2s[hf]'") from error
-    kind = settings.get("model_type") or "folder without a model_type"
+    kind = settings.get("model_type") or "none"
     cls = _class(transformers, settings, kind, source)
     with reading(folder, kind):
         model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True)
@@ -214,7 +216,8 @@ def _class(transformers: Any, settings: dict[str, Any], kind: str, source: str) 
     """
     if kind not in transformers.CONFIG_MAPPING:
         other = OTHER_CODE.get(kind, ROUTE)
-        raise ConfigError(f"{source} is a {kind}, which transformers {transformers.__version__} does not have: {other}")
+        version = transformers.__version__
+        raise ConfigError(f"{source} is of the type {kind}, which transformers {version} does not have: {other}")
     config = transformers.CONFIG_MAPPING[kind]
     named = (settings.get("architectures") or [""])[0]
     cls = transformers.MODEL_MAPPING.get(config, None)
@@ -222,7 +225,7 @@ def _class(transformers: Any, settings: dict[str, Any], kind: str, source: str) 
         cls = getattr(transformers, named, cls)
     sees = cls is not None and (hasattr(cls, "get_image_features") or cls.main_input_name == "pixel_values")
     if not sees or settings.get("is_encoder_decoder") or "detr" in kind:
-        raise ConfigError(f"{source} is a {kind}, which gives no features of an image's patches: {ROUTE}")
+        raise ConfigError(f"{source} is of the type {kind}, which gives no features of an image's patches: {ROUTE}")
     return cls
 
 
@@ -243,11 +246,15 @@ def _parts(model: Any, missing: Sequence[str], folder: Path) -> Parts:
     return Parts(tower.float().eval(), None if pooling else projection.float().eval())
 
 
-def _wrap(parts: Parts, kind: str, folder: Path, image_size: int, source: str) -> HuggingFaceFeatures:
+def _wrap(parts: Parts, kind: str, folder: Path, image_size: int, source: str) -> PatchNetwork:
+    trunk = getattr(parts.tower, "timm_model", None)
+    normalisation = _normalisation(folder, kind, trunk)
+    if isinstance(trunk, Eva | VisionTransformer):
+        return _timm_tokens(trunk, parts.projection or nn.Identity(), image_size, normalisation)
     config = parts.tower.config
     config.tie_last_hidden_states = False  # of the last layer, too, tokens are asked for without a norm
     patch = _side(getattr(config, "patch_stride", None) or getattr(config, "patch_size", 0))
-    own = _own_size(config, folder, patch)
+    own = _own_size(config, folder, patch) if trunk is None else trunk.pretrained_cfg["input_size"][-1]
     size = image_size or own
     if patch:
         check_image_size(size, patch)
@@ -255,14 +262,24 @@ def _wrap(parts: Parts, kind: str, folder: Path, image_size: int, source: str) -
     options = {"interpolate_pos_encoding": True} if resizes else {}
     seen = parts._replace(tower=called_with_images(parts.tower))
     try:
-        return HuggingFaceFeatures(
-            seen, image_size=size, patch=patch, options=options, normalisation=_normalisation(folder, kind)
-        )
+        return HuggingFaceFeatures(seen, image_size=size, patch=patch, options=options, normalisation=normalisation)
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         if image_size not in (0, own):
             raise ConfigError(f"teacher.image_size={size} does not suit {source}: {reason}; use {own}") from error
-        raise ConfigError(f"{source} is a {kind}, which gives no features of an image: {reason}; {ROUTE}") from error
+        raise ConfigError(
+            f"{source} is of the type {kind}, which gives no features of an image: {reason}; {ROUTE}"
+        ) from error
+
+
+def _timm_tokens(
+    trunk: Eva | VisionTransformer, projection: nn.Module, image_size: int, normalisation: dict[str, Any]
+) -> TimmTokens:
+    """A vision transformer of timm in a model of transformers, which would not resize its positions."""
+    resize_input(trunk, image_size)
+    head = projection if trunk.attn_pool is None else nn.Identity()
+    mean, std = normalisation["image_mean"], normalisation["image_std"]
+    return TimmTokens(trunk, head, projection=projection, mean=mean, std=std)
 
 
 def _side(size: Any) -> int:
@@ -281,9 +298,11 @@ def _own_size(config: Any, folder: Path, patch: int) -> int:
     return int(next(iter(size.values())) if isinstance(size, dict) else _side(size))
 
 
-def _normalisation(folder: Path, kind: str) -> dict[str, Any]:
-    """Mean and std of the folder's preprocessing, or those that are usual for the kind of model."""
+def _normalisation(folder: Path, kind: str, trunk: Any) -> dict[str, Any]:
+    """Mean and std of the folder's preprocessing, or those that are usual for the kind of model or timm's trunk."""
     found, usual = _preprocessing(folder), _usual(kind)
+    if trunk is not None:
+        usual = {"image_mean": trunk.pretrained_cfg["mean"], "image_std": trunk.pretrained_cfg["std"]}
     if found is None:
         logger.warning(
             "%s has no preprocessor_config.json: its images get mean %s and std %s, as is usual for a %s",
@@ -298,7 +317,7 @@ def _usual(kind: str) -> dict[str, Any]:
         return PLAIN
     if kind.startswith("siglip") or kind in ("vit", "beit", "data2vec-vision"):
         return HALF
-    return CLIP if "clip" in kind or kind.startswith(("aimv2", "mlcd", "blip")) else IMAGENET
+    return CLIP if "clip" in kind or kind.startswith(("aimv2", "mlcd", "blip", "owl")) else IMAGENET
 
 
 def _preprocessing(folder: Path) -> dict[str, Any] | None:
@@ -326,5 +345,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"teacher.source: {path} cannot be read: give a folder of transformers") from error
+        raise CheckpointError(
+            f"teacher.source: {path} cannot be read: give a model's folder on disk"
+        ) from error
     return content

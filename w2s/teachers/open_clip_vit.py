@@ -19,6 +19,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
+from w2s.errors import ConfigError
 from w2s.teachers.base import Features, PatchNetwork, check_image_size
 from w2s.teachers.open_clip_maps import OpenClipMaps, OpenClipResNet
 from w2s.teachers.open_clip_names import Described, described
@@ -57,11 +58,13 @@ class OpenClipTokens(PatchNetwork):
         return Features(patches, outputs["image_features"], tuple(found[layer] for layer in layers))
 
     def _alone(self, tokens: Tensor) -> Tensor:
-        """What attentional pooling makes of each token, all of whose queries see the same; tokens without it."""
+        """What attentional pooling makes of each token alone, whatever the query; the tokens where there is none."""
         pool = self.visual.attn_pool
         if pool is None:
             return tokens
-        return pool(tokens.flatten(0, 1)[:, None])[:, 0].unflatten(0, tokens.shape[:2])
+        alone = pool.ln_k(tokens).flatten(0, 1)[:, None]
+        query = pool.ln_q(pool.query[:1]).expand(len(alone), 1, -1)
+        return pool.attn(query, alone, alone, need_weights=False)[0].view(*tokens.shape[:2], -1)
 
 
 def open_clip_model(name: str, file: Path | None, *, image_size: int) -> PatchNetwork:
@@ -90,6 +93,8 @@ def _wrapped(visual: Any, found: Described, name: str, image_size: int) -> Patch
     if isinstance(visual, ModifiedResNet):
         return OpenClipResNet(visual, image_size=image_size, mean=mean, std=std)
     if not isinstance(visual, TimmModel):
+        if visual.attn_pool is not None and visual.attn_pool_contrastive is not None:
+            raise ConfigError(f"teacher.source: {name} pools by attention twice: use a CoCa with attentional_pool=true")
         return OpenClipTokens(visual, mean=mean, std=std)
     if isinstance(visual.trunk, Eva | TimmVisionTransformer):
         resize_input(visual.trunk, image_size)
