@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+TEXT = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50,
+    "max_position_embeddings": 8, "hidden_act": "gelu", "projection_dim": 12, "eos_token_id": 2,
+}  # fmt: skip
 WIDTH, HEADS, LAYERS, PATCH, SIDE, EMBED = 32, 2, 2, 8, 32, 12
 
 
@@ -53,7 +58,7 @@ class Embeddings(nn.Module):
 
 
 class EvaClip(nn.Module):
-    """The vision tower and its projection, and weights of a text tower, under the names in the folder."""
+    """The towers and projections under the names in the folder; the text tower is transformers' own of a CLIP."""
 
     def __init__(self, placement: str) -> None:
         super().__init__()
@@ -62,7 +67,8 @@ class EvaClip(nn.Module):
             {"embeddings": Embeddings(), "encoder": encoder, "post_layernorm": nn.RMSNorm(WIDTH, 1e-6)}
         )
         self.visual_projection = nn.Linear(WIDTH, EMBED, bias=False)
-        self.text_projection = nn.Linear(16, EMBED, bias=False)
+        self.text = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT))
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, images: Tensor) -> Tensor:
         """Every token of images as if it were the class token's: [n, 1 + P, embed]."""
@@ -81,7 +87,7 @@ def save_evaclip(placement: str) -> Callable[[Path], EvaClip]:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-        state = model.state_dict()
+        state = {name.removeprefix("text."): value for name, value in model.state_dict().items()}
         names = sorted(state)
         halves = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
         for file, held in halves.items():

@@ -306,7 +306,7 @@ HUGGING_FACE = [
     Family("OWL-ViT", PROJECTED, saved("OwlViTModel", "OwlViTConfig", **two(projection_dim=12)), clip),
     Family("BLIP", PROJECTED, saved("BlipModel", "BlipConfig", **two(projection_dim=12)), clip),
     Family("VisionTextDualEncoder", PROJECTED, save_dual(transformers.Dinov2Config(**DINO)), dual),
-    Family("the same with a tower of timm", PROJECTED,
+    Family("VisionTextDualEncoder with a tower of timm", PROJECTED,
            save_dual(transformers.TimmWrapperConfig(architecture="test_vit", hidden_size=64)), dual, size=160),
     Family("EVA-CLIP-8B", PROJECTED, save_evaclip("pre"), evaclip),
     Family("EVA-CLIP-18B", PROJECTED, save_evaclip("post"), evaclip),

@@ -10,7 +10,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="an optional package: pip install 'w2s[hf]'")
 
-from tests.teachers.families import FAMILIES, TEXT, VISION, Family, saved  # noqa: E402
+from tests.teachers.families import DINO, FAMILIES, TEXT, VISION, Family, saved  # noqa: E402
 from w2s.config.sections import TeacherConfig  # noqa: E402
 from w2s.errors import ConfigError, W2SError  # noqa: E402
 from w2s.teachers.base import Teacher  # noqa: E402
@@ -95,7 +95,10 @@ def halve(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     for file in folder.glob("*.safetensors"):
-        state = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()}
+        state = {
+            name: tensor.bfloat16() if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(file).items()
+        }
         save_file(state, file, {"format": "pt"})
 
 
@@ -161,15 +164,38 @@ REFUSED = {
     "EVA-02's folder": (
         "hf:FOLDER",
         describe(model_type="clip", architectures=["EvaCLIPModel"], vision_config={"use_rope": True}),
-        "holds no weights file",
+        r"has use_rope=true, use timm:eva02_…_clip_…@FILE",
     ),
     "a folder of open_clip": (
         "hf:FOLDER", lambda folder: (folder / "open_clip_config.json").write_text("{}"), "use open_clip:local-dir:FOLDER"
     ),
     "a run": ("hf:FOLDER", lambda folder: (folder / "meta.json").write_text("{}"), "use w2s:FOLDER"),
     "transformers' folder at open_clip:": (
-        "open_clip:local-dir:FOLDER", describe(model_type="clip"), "holds no weights|use hf:FOLDER"
+        "open_clip:local-dir:FOLDER", saved("Dinov2Model", "Dinov2Config", **DINO), "open_clip_config.json cannot be read: use hf:FOLDER"
     ),
-    "transformers' folder at timm:": ("timm:local-dir:FOLDER", describe(model_type="clip"), "holds no weights|use hf:FOLDER"),
+    "transformers' folder at timm:": (
+        "timm:local-dir:FOLDER", saved("Dinov2Model", "Dinov2Config", **DINO), "describes no model of timm: use hf:FOLDER"
+    ),
     "a hub's name": ("timm:hf-hub:timm/test_vit", lambda folder: None, "fetch it and give timm:local-dir:FOLDER"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*REFUSED])
+def test_what_is_no_teacher_is_told_the_way(name: str, tmp_path: Path) -> None:
+    source, write, message = REFUSED[name]
+    write(tmp_path)
+    with pytest.raises(
+        W2SError, match=message.replace("FOLDER", str(tmp_path)) if "use " in message else message
+    ) as error:
+        build(source.replace("FOLDER", str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+def test_the_readme_has_a_row_of_each_way_to_a_feature() -> None:
+    ways: dict[tuple[str, str], list[str]] = {}
+    for family in FAMILIES:
+        ways.setdefault((family.source, family.target), []).append(family.name)
+    table = README.read_text(encoding="utf-8")
+    for (source, target), names in ways.items():
+        row = f"| `{source}` | {', '.join(names)} | {target} |"
+        assert row in table, f"README.md lacks the row\n{row}"

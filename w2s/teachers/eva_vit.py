@@ -63,16 +63,16 @@ def evaclip_folder(folder: Path, settings: Mapping[str, Any], *, image_size: int
         ConfigError: it is a kind of tower that only timm has.
         CheckpointError: the weights are missing, or are no EVA-CLIP's.
     """
+    vision = settings.get("vision_config") or settings
+    for key in ("use_rope", "use_sub_ln", "use_swiglu_mlp"):
+        if vision.get(key):
+            raise ConfigError(f"teacher.source=hf:{folder} has {key}=true, use timm:eva02_…_clip_…@FILE instead")
     released = rename(open_weights(folder), folder)
-    model = _evaclip_model(released, settings.get("vision_config") or settings)
-    return _network(released, model, image_size, precision)
+    return _network(released, _evaclip_model(released, vision), image_size, precision)
 
 
 def _evaclip_model(released: Released, vision: Mapping[str, Any]) -> ModelConfig:
     """The shape of a folder's vision tower: of its weights, and for what they do not say of its config.json."""
-    for key in ("use_rope", "use_sub_ln", "use_swiglu_mlp"):
-        if vision.get(key):
-            raise ConfigError(f"teacher.source: {released.path} has {key}=true, use timm:eva02_…_clip_…@FILE instead")
     shapes = {name: tensor.shape for name, tensor in released.meta.items()}
     try:
         width, mlp = shapes["visual.cls_token"][-1], shapes["visual.blocks.0.mlp.fc1.weight"][0]

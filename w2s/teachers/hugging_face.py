@@ -251,7 +251,7 @@ def _wrap(parts: Parts, kind: str, folder: Path, image_size: int, source: str) -
     normalisation = _normalisation(folder, kind, trunk)
     if isinstance(trunk, Eva | VisionTransformer):
         return _timm_tokens(trunk, parts.projection or nn.Identity(), image_size, normalisation)
-    config = parts.tower.config
+    config: Any = parts.tower.config
     config.tie_last_hidden_states = False  # of the last layer, too, tokens are asked for without a norm
     patch = _side(getattr(config, "patch_stride", None) or getattr(config, "patch_size", 0))
     own = _own_size(config, folder, patch) if trunk is None else trunk.pretrained_cfg["input_size"][-1]
@@ -345,7 +345,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"teacher.source: {path} cannot be read: give a model's folder on disk"
-        ) from error
+        raise CheckpointError(f"teacher.source: {path} cannot be read: give a model's folder on disk") from error
     return content

@@ -47,10 +47,17 @@ def _in_folder(folder: Path) -> Described:
     except (OSError, ValueError, KeyError) as error:
         other = f"use hf:{folder}" if (folder / "config.json").is_file() else "give a folder of open_clip"
         raise CheckpointError(f"teacher.source: {path} cannot be read: {other}") from error
-    if ":" in vision.get("timm_model_name", "") and (folder / "config.json").is_file():
-        # a tower without a name in timm, described beside it wherever the folder is now
-        vision["timm_model_name"] = f"{LOCAL}{folder}"
+    if ":" in vision.get("timm_model_name", ""):
+        vision["timm_model_name"] = _tower_in(folder, vision["timm_model_name"])
     return _with_preprocessing(config, content.get("preprocess_cfg") or {})
+
+
+def _tower_in(folder: Path, name: str) -> str:
+    """What timm builds a tower from that it has no name for: the description in the folder, wherever that is now."""
+    for place in (folder / Path(name).name, folder, Path(name.removeprefix(LOCAL))):
+        if (place / "config.json").is_file():
+            return f"{LOCAL}{place}"
+    raise CheckpointError(f"teacher.source: {folder} names its tower {name}, put that one's config.json into {folder}")
 
 
 def _with_preprocessing(config: dict[str, Any], preprocessing: dict[str, Any]) -> Described:

@@ -29,9 +29,7 @@ def name_and_weights(rest: str) -> tuple[str, str]:
 def unknown_model(library: str, name: str, known: Sequence[str]) -> ConfigError:
     """The error for a model that `library` does not have, with the nearest names that it has."""
     if ":" in name:
-        return ConfigError(
-            f"teacher.source: {name} is not downloaded: fetch it and give {library}:{LOCAL}FOLDER"
-        )
+        return ConfigError(f"teacher.source: {name} is not downloaded: fetch it and give {library}:{LOCAL}FOLDER")
     near = difflib.get_close_matches(name, known, cutoff=0.4) or known[:3]
     return ConfigError(f"teacher.source: {library} has no model {name}, the nearest are {', '.join(near)}")
 
