@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("transformers", reason="an optional package: pip install 'w2s[hf]'")
 
-from tests.teachers.evaclip import EMBED, HEADS, LAYERS, PATCH, SIDE, TEXT, WIDTH, save_evaclip  # noqa: E402
-from w2s.checkpoint.importing import import_checkpoint  # noqa: E402
-from w2s.config.sections import ModelConfig, TeacherConfig, TextConfig, VisionConfig  # noqa: E402
-from w2s.teachers import eva_vit, text  # noqa: E402
-from w2s.teachers.build import build_teacher  # noqa: E402
-from w2s.teachers.text import build_text_teacher  # noqa: E402
+from tests.teachers.evaclip import EMBED, HEADS, LAYERS, PATCH, SIDE, TEXT, WIDTH, save_evaclip
+from w2s.checkpoint.importing import import_checkpoint
+from w2s.config.sections import ModelConfig, TeacherConfig, TextConfig, VisionConfig
+from w2s.teachers import eva_vit, text
+from w2s.teachers.build import build_teacher
+from w2s.teachers.text import build_text_teacher
 
 MODEL = ModelConfig(
     embed_dim=EMBED,

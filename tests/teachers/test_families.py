@@ -10,31 +10,43 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="an optional package: pip install 'w2s[hf]'")
 
-from tests.teachers.families import DINO, FAMILIES, TEXT, VISION, Family, saved  # noqa: E402
+from tests.teachers.families import DINO, FAMILIES, OPEN_CLIP_VIT, TEXT, VISION, Family, saved, saved_by_open_clip  # noqa: E402
 from w2s.config.sections import TeacherConfig  # noqa: E402
 from w2s.errors import ConfigError, W2SError  # noqa: E402
 from w2s.teachers.base import Teacher  # noqa: E402
-from w2s.teachers.build import build_teacher  # noqa: E402
+from w2s.teachers.build import build_teacher, without_weights  # noqa: E402
 
 README = Path(__file__).parents[2] / "README.md"
 QUICK = {
-    ("hf", "EVA-CLIP-8B"), ("hf", "SigLIP 2"), ("hf", "DINOv3"), ("hf", "BEiT"), ("hf", "RADIO"), ("hf", "ConvNeXt V2"),
-    ("open_clip", "CoCa"), ("timm", "EVA-02"),
-}  # fmt: skip
+    "hf": {
+        "CLIP",
+        "SigLIP",
+        "SigLIP 2",
+        "DINOv2 with registers",
+        "DINOv3",
+        "BEiT",
+        "RADIO",
+        "ConvNeXt V2",
+        "EVA-CLIP-8B",
+    },
+    "open_clip": {"CoCa"},
+    "timm": {"EVA-02"},
+}
 """Families of the default tests: one of each way to a feature."""
+MODEL = ": use a model of timm:"
 
 
 def kind_of(family: Family) -> str:
     return family.source.partition(":")[0]
 
 
-def families(*, quick: bool = True) -> list:
+def families() -> list:
     """All families; those that are not quick are marked as slow."""
     return [
         pytest.param(
             family,
             id=f"{kind_of(family)}-{family.name}",
-            marks=[] if quick and (kind_of(family), family.name) in QUICK else [pytest.mark.slow],
+            marks=[] if family.name in QUICK[kind_of(family)] else [pytest.mark.slow],
         )
         for family in FAMILIES
     ]
@@ -70,11 +82,12 @@ def test_features_and_summary_are_the_models_own(family: Family, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", families(quick=False))
+@pytest.mark.parametrize("family", families())
 @torch.no_grad()
 def test_half_precision_is_read_and_computed(family: Family, tmp_path: Path) -> None:
     """Files in bfloat16 give what they hold, in float32 and at another size; bf16 arithmetic is near."""
-    model, size = family.save(tmp_path), family.other_size or family.size
+    family.save(tmp_path)
+    size = family.other_size or family.size
     source = family.source.replace("FOLDER", str(tmp_path))
     images = torch.randn(2, 3, size, size)
     exact = build(source, size)(images)
@@ -87,7 +100,17 @@ def test_half_precision_is_read_and_computed(family: Family, tmp_path: Path) -> 
         # weights of 8 bits: 0.4 % each, which the layers of a random network may add up
         assert (getattr(rounded, part) - own).abs().max() < 0.1 * scale
         assert (getattr(computed, part) - own).abs().max() < 0.2 * scale
-    del model
+
+
+@pytest.mark.parametrize("family", families())
+def test_a_plan_needs_shapes_alone(family: Family, tmp_path: Path) -> None:
+    family.save(tmp_path)
+    config = TeacherConfig(source=family.source.replace("FOLDER", str(tmp_path)))
+    network = without_weights(config, grid=4)
+    images = torch.empty(2, 3, family.size, family.size, device="meta")
+    features = network(images)
+    assert features.patches.shape == (2, network.grid**2, network.width)
+    assert features.summary.shape == (2, network.summary_width)
 
 
 def halve(folder: Path) -> None:
@@ -102,8 +125,7 @@ def halve(folder: Path) -> None:
         save_file(state, file, {"format": "pt"})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", families(quick=False))
+@pytest.mark.parametrize("family", families())
 @torch.no_grad()
 def test_tokens_after_a_layer_have_no_norm(family: Family, tmp_path: Path) -> None:
     family.save(tmp_path)
@@ -129,65 +151,59 @@ def describe(**settings: object) -> Callable[[Path], None]:
     return lambda folder: (folder / "config.json").write_text(json.dumps(settings))
 
 
+NO_PATCHES = "is of the type KIND, which gives no features of an image's patches" + MODEL
+NO_MAP = "tokens of 32 px, which are no square map of patches; use a model of timm:"
+GROUPS = {**VISION, "depths": [1, 1, 0], "num_group_tokens": [9, 8, 0], "num_output_groups": [9, 8, 0]}
+DINOV2 = saved("Dinov2Model", "Dinov2Config", **DINO)
+
 REFUSED = {
-    "InternViT's own folder": (
-        "hf:FOLDER",
-        describe(model_type="intern_vit_6b", architectures=["InternVisionModel"], auto_map={"AutoModel": "m.M"}),
-        r"is of the type intern_vit_6b, which transformers .* does not have: use a folder of InternVL .* or timm:vit_intern",
+    "InternViT's own code": (
+        "hf:FOLDER", describe(model_type="intern_vit_6b", auto_map={"AutoModel": "m.InternVisionModel"}),
+        "does not have: use a folder of InternVL .* or timm:vit_intern300m_patch14_448@FILE",
     ),
-    "code of its own": (
-        "hf:FOLDER",
-        describe(model_type="new_vit", auto_map={"AutoModel": "modeling_new.NewViT"}),
-        "is of the type new_vit, which transformers .* does not have: use a model of timm:",
+    "any other code of its own": (
+        "hf:FOLDER", describe(model_type="new_vit", auto_map={"AutoModel": "modeling_new.NewViT"}),
+        "is of the type new_vit, which transformers .* does not have" + MODEL,
     ),
-    "a text model": ("hf:FOLDER", describe(model_type="bert"), "is of the type bert, which gives no .*: use a model of timm:"),
-    "a detector": ("hf:FOLDER", describe(model_type="detr"), "is of the type detr, which gives no .*: use a model of timm:"),
-    "detection tokens": (
-        "hf:FOLDER",
-        saved("YolosModel", "YolosConfig", **{**VISION, "image_size": [32, 32]}),
-        "it makes 117 tokens of 32 px, which are no square map of patches; use a model of timm:",
+    "EVA-02's code": (
+        "hf:FOLDER", describe(architectures=["EvaCLIPModel"], vision_config={"use_rope": True}),
+        "has use_rope=true, use timm:eva02_…_clip_…@FILE instead",
+    ),
+    "a text model": ("hf:FOLDER", describe(model_type="bert"), NO_PATCHES.replace("KIND", "bert")),
+    "a detector": ("hf:FOLDER", describe(model_type="detr"), NO_PATCHES.replace("KIND", "detr")),
+    "tokens of detections": (
+        "hf:FOLDER", saved("YolosModel", "YolosConfig", **{**VISION, "image_size": [32, 32]}), NO_MAP
     ),
     "groups of patches": (
-        "hf:FOLDER",
-        saved(
-            "GroupViTModel", "GroupViTConfig", text_config=TEXT, projection_dim=12,
-            vision_config={**VISION, "depths": [1, 1, 0], "num_group_tokens": [9, 8, 0], "num_output_groups": [9, 8, 0]},
-        ),
-        "it makes 8 tokens of 32 px, which are no square map of patches; use a model of timm:",
+        "hf:FOLDER", saved("GroupViTModel", "GroupViTConfig", text_config=TEXT, vision_config=GROUPS), NO_MAP
     ),
-    "packed images": (
-        "hf:FOLDER", saved("PixtralVisionModel", "PixtralVisionConfig", **VISION), "no square map of patches; use a model"
-    ),
-    "clips": (
-        "hf:FOLDER", saved("VideoMAEModel", "VideoMAEConfig", **VISION), "is of the type videomae, .*; use a model of timm:"
-    ),
-    "EVA-02's folder": (
-        "hf:FOLDER",
-        describe(model_type="clip", architectures=["EvaCLIPModel"], vision_config={"use_rope": True}),
-        r"has use_rope=true, use timm:eva02_…_clip_…@FILE",
-    ),
+    "images in one row": ("hf:FOLDER", saved("PixtralVisionModel", "PixtralVisionConfig", **VISION), NO_MAP),
+    "clips": ("hf:FOLDER", saved("VideoMAEModel", "VideoMAEConfig", **VISION), "gives no features of an image.*timm:"),
     "a folder of open_clip": (
-        "hf:FOLDER", lambda folder: (folder / "open_clip_config.json").write_text("{}"), "use open_clip:local-dir:FOLDER"
+        "hf:FOLDER", lambda folder: (folder / "open_clip_config.json").touch(), "use open_clip:local-dir:FOLDER"
     ),
     "a run": ("hf:FOLDER", lambda folder: (folder / "meta.json").write_text("{}"), "use w2s:FOLDER"),
-    "transformers' folder at open_clip:": (
-        "open_clip:local-dir:FOLDER", saved("Dinov2Model", "Dinov2Config", **DINO), "open_clip_config.json cannot be read: use hf:FOLDER"
+    "a folder of transformers at open_clip:": ("open_clip:local-dir:FOLDER", DINOV2, "cannot be read: use hf:FOLDER"),
+    "a folder of transformers at timm:": ("timm:local-dir:FOLDER", DINOV2, "no model of timm: use hf:FOLDER"),
+    "CoCa with a pool of its own for the contrast": (
+        "open_clip:local-dir:FOLDER",
+        saved_by_open_clip(coca=True, **OPEN_CLIP_VIT, attentional_pool="parallel", attn_pooler_heads=2),
+        "pools by attention twice: use a CoCa with attentional_pool=true",
     ),
-    "transformers' folder at timm:": (
-        "timm:local-dir:FOLDER", saved("Dinov2Model", "Dinov2Config", **DINO), "describes no model of timm: use hf:FOLDER"
-    ),
-    "a hub's name": ("timm:hf-hub:timm/test_vit", lambda folder: None, "fetch it and give timm:local-dir:FOLDER"),
+    "a name of a hub": ("timm:hf-hub:timm/test_vit", lambda folder: None, "fetch it and give timm:local-dir:FOLDER"),
 }  # fmt: skip
+"""What is no teacher: its source, what writes it, and the way that it is told."""
 
 
 @pytest.mark.parametrize("name", [*REFUSED])
 def test_what_is_no_teacher_is_told_the_way(name: str, tmp_path: Path) -> None:
     source, write, message = REFUSED[name]
     write(tmp_path)
+    given = source.replace("FOLDER", str(tmp_path))
     with pytest.raises(
-        W2SError, match=message.replace("FOLDER", str(tmp_path)) if "use " in message else message
+        W2SError, match=message if given == source else message.replace("FOLDER", str(tmp_path))
     ) as error:
-        build(source.replace("FOLDER", str(tmp_path)))
+        build(given)
     assert "\n" not in str(error.value)
 
 

@@ -13,7 +13,7 @@ def called_with_images(tower: Any) -> nn.Module:
 
 
 class NaFlex(nn.Module):
-    """SigLIP 2 for images of any shape: it takes patches, which of them count, and an image's rows and columns."""
+    """SigLIP 2 for images of any shape: it takes patches, and the rows and columns of each image."""
 
     def __init__(self, tower: Any) -> None:
         super().__init__()
@@ -26,8 +26,8 @@ class NaFlex(nn.Module):
         patches = images.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 4, 5, 1)
         patches = patches.reshape(len(images), rows * columns, -1)
         shapes = torch.tensor([[rows, columns]] * len(images))
-        counts = torch.ones(patches.shape[:2], dtype=torch.int32, device=images.device)
-        return self.tower(patches, pixel_attention_mask=counts, spatial_shapes=shapes, **options)
+        # All patches count; a mask that says so would be read from the device in every step.
+        return self.tower(patches, pixel_attention_mask=None, spatial_shapes=shapes, **options)
 
 
 class Unmasked(nn.Module):
