@@ -27,10 +27,12 @@ def test_a_siglip_without_its_head_has_the_mean_as_its_summary(tmp_path: Path) -
 
 
 @torch.no_grad()
-def test_a_classifier_is_published_without_a_pooler(tmp_path: Path) -> None:
+def test_a_classifier_is_published_without_a_pooler(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = saved("ViTForImageClassification", "ViTConfig", **VISION)(tmp_path)
     images = torch.randn(2, 3, 32, 32)
+    capfd.readouterr()
     tokens, features = model.vit(images).last_hidden_state, build(tmp_path)(images)
+    assert "MISSING" not in capfd.readouterr().err
     torch.testing.assert_close(features.patches, tokens[:, 1:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(features.summary, tokens[:, 0], atol=1e-5, rtol=1e-5)  # what the classifier reads
 
@@ -86,3 +88,8 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         build(tmp_path)
     assert "\n" not in str(error.value)
+    weights.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"do not fit clip_vision_model, give the file of this model: .*no file named"
+    ):
+        build(tmp_path)
