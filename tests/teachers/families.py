@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.teachers.evaclip import EvaClip, save_evaclip
+from tests.teachers.internvit import InternViT, save_internvit
 
 Pair = tuple[Tensor, Tensor]
 
@@ -150,6 +151,12 @@ def evaclip(model: EvaClip, images: Tensor) -> Pair:
     """EVA-CLIP's way of a class token to the embedding, for every patch."""
     embedded = model(images)
     return embedded[:, 1:], embedded[:, 0]
+
+
+def internvit(model: InternViT, images: Tensor) -> Pair:
+    """InternViT's tokens, whose first one is its summary."""
+    after = model(images)
+    return after[:, 1:], after[:, 0]
 
 
 def dual(model: Any, images: Tensor) -> Pair:
@@ -335,6 +342,8 @@ HUGGING_FACE = [
            lambda model, images: unpooled(0)(model.vision_tower, images)),
     Family("RADIO", BARE, saved("RadioModel", "RadioConfig", **{**DINO, "mlp_ratio": 2.0}, max_img_size=64), radio),
     Family("InternVL's tower", BARE, saved("InternVLVisionModel", "InternVLVisionConfig", **VISION), unpooled(1)),
+    Family("InternViT-300M", BARE, save_internvit(large=False), internvit),
+    Family("InternViT-6B in an InternVL", BARE, save_internvit(large=True), internvit),
     Family("Data2Vec", BARE, saved("Data2VecVisionModel", "Data2VecVisionConfig", **VISION), unpooled(1)),
     Family("ConvNeXt", PLACES, saved("ConvNextModel", "ConvNextConfig", **PYRAMID), maps("layernorm"), size=64,
            other_size=96),

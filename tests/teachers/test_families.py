@@ -157,11 +157,7 @@ GROUPS = {**VISION, "depths": [1, 1, 0], "num_group_tokens": [9, 8, 0], "num_out
 DINOV2 = saved("Dinov2Model", "Dinov2Config", **DINO)
 
 REFUSED = {
-    "InternViT's own code": (
-        "hf:FOLDER", describe(model_type="intern_vit_6b", auto_map={"AutoModel": "m.InternVisionModel"}),
-        "does not have: use a folder of InternVL .* or timm:vit_intern300m_patch14_448@FILE",
-    ),
-    "any other code of its own": (
+    "code of its own": (
         "hf:FOLDER", describe(model_type="new_vit", auto_map={"AutoModel": "modeling_new.NewViT"}),
         "is of the type new_vit, which transformers .* does not have" + MODEL,
     ),

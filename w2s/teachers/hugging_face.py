@@ -25,6 +25,7 @@ from w2s.teachers.base import PatchNetwork, Precision, check_image_size
 from w2s.teachers.eva_vit import evaclip_folder, is_evaclip
 from w2s.teachers.hugging_face_features import HuggingFaceFeatures, Parts
 from w2s.teachers.hugging_face_inputs import called_with_images
+from w2s.teachers.internvit_folder import KINDS, internvit
 from w2s.teachers.timm_vit import TimmTokens, resize_input, timm_model
 from w2s.teachers.weights import LOCAL, reading, weights_file
 
@@ -32,11 +33,6 @@ logger = logging.getLogger(__name__)
 
 TOWERS = ("vision_model", "vision_tower", "vision_encoder", "image_model")
 """Where a model of images and texts has its vision tower."""
-OTHER_CODE = {
-    name: "use a folder of InternVL in transformers' own format (…-hf), or timm:vit_intern300m_patch14_448@FILE"
-    for name in ("intern_vit_6b", "internvl_chat")
-}
-"""Where the models of folders that bring code of their own are found, by `model_type`."""
 ROUTE = "use a model of timm:, open_clip: or transformers that gives tokens of patches, or a map"
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
@@ -69,6 +65,10 @@ def hugging_face_model(folder: Path, *, image_size: int, precision: Precision) -
     except ModuleNotFoundError as error:
         raise MissingPackageError(f"{source} needs transformers: pip install 'w2s[hf]'") from error
     kind = settings.get("model_type") or "none"
+    if kind in KINDS:
+        with reading(folder, kind):
+            tower = internvit(transformers, folder, settings).float().eval()
+        return _wrap(Parts(tower, nn.Identity()), kind, folder, image_size, source)
     cls = _class(transformers, settings, kind, source)
     with reading(folder, kind), _quiet(transformers.logging):
         model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True)
@@ -97,9 +97,8 @@ def _class(transformers: Any, settings: dict[str, Any], kind: str, source: str) 
         ConfigError: transformers has none.
     """
     if kind not in transformers.CONFIG_MAPPING:
-        other = OTHER_CODE.get(kind, ROUTE)
         version = transformers.__version__
-        raise ConfigError(f"{source} is of the type {kind}, which transformers {version} does not have: {other}")
+        raise ConfigError(f"{source} is of the type {kind}, which transformers {version} does not have: {ROUTE}")
     config = transformers.CONFIG_MAPPING[kind]
     named = (settings.get("architectures") or [""])[0]
     cls = transformers.MODEL_MAPPING.get(config, None)
