@@ -159,7 +159,7 @@ DINOV2 = saved("Dinov2Model", "Dinov2Config", **DINO)
 REFUSED = {
     "code of its own": (
         "hf:FOLDER", describe(model_type="new_vit", auto_map={"AutoModel": "modeling_new.NewViT"}),
-        "is of the type new_vit, which transformers .* does not have" + MODEL,
+        "is of the type new_vit, which transformers .* does not have: install a newer one, or use a model of timm:",
     ),
     "EVA-02's code": (
         "hf:FOLDER", describe(architectures=["EvaCLIPModel"], vision_config={"use_rope": True}),

@@ -66,6 +66,8 @@ def hugging_face_model(folder: Path, *, image_size: int, precision: Precision) -
         raise MissingPackageError(f"{source} needs transformers: pip install 'w2s[hf]'") from error
     kind = settings.get("model_type") or "none"
     if kind in KINDS:
+        if not hasattr(transformers, "InternVLVisionModel"):
+            raise MissingPackageError(f"{source} needs transformers of 2025 or later: pip install -U transformers")
         with reading(folder, kind):
             tower = internvit(transformers, folder, settings).float().eval()
         return _wrap(Parts(tower, nn.Identity()), kind, folder, image_size, source)
@@ -97,8 +99,8 @@ def _class(transformers: Any, settings: dict[str, Any], kind: str, source: str) 
         ConfigError: transformers has none.
     """
     if kind not in transformers.CONFIG_MAPPING:
-        version = transformers.__version__
-        raise ConfigError(f"{source} is of the type {kind}, which transformers {version} does not have: {ROUTE}")
+        newer = f"which transformers {transformers.__version__} does not have: install a newer one, or {ROUTE}"
+        raise ConfigError(f"{source} is of the type {kind}, {newer}")
     config = transformers.CONFIG_MAPPING[kind]
     named = (settings.get("architectures") or [""])[0]
     cls = transformers.MODEL_MAPPING.get(config, None)
@@ -119,7 +121,9 @@ def _parts(model: Any, missing: Sequence[str], folder: Path) -> Parts:
     tower = next((getattr(model, name) for name in TOWERS if hasattr(model, name)), model)
     projection = getattr(model, "visual_projection", nn.Identity())
     kept = {id(parameter) for part in (tower, projection) for parameter in part.parameters()}
-    lacking = sorted(name for name, parameter in model.named_parameters() if name in missing and id(parameter) in kept)
+    # transformers 4 may put the base model's prefix before a name
+    absent = {*missing, *(name.removeprefix(f"{model.base_model_prefix}.") for name in missing)}
+    lacking = sorted(name for name, parameter in model.named_parameters() if name in absent and id(parameter) in kept)
     pooling = [name for name in lacking if {"pooler", "head"} & set(name.split("."))]
     needed = [name for name in lacking if name not in pooling and not name.endswith("mask_token")]
     if needed:
