@@ -44,7 +44,7 @@ def eva_vit(name: str, file: Path | None, *, image_size: int, precision: Precisi
     return _network(rename(open_weights(file), file), named_model(name), image_size, precision)
 
 
-def is_evaclip(settings: Mapping[str, Any]) -> bool:
+def describes_evaclip(settings: Mapping[str, Any]) -> bool:
     """Whether the config.json of a folder of transformers is of EVA-CLIP's own code."""
     named = [*(settings.get("architectures") or []), *(settings.get("auto_map") or {}).values()]
     return any("evaclip" in str(name).lower() for name in named)

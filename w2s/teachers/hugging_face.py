@@ -22,7 +22,7 @@ from torch import nn
 
 from w2s.errors import CheckpointError, ConfigError, MissingPackageError
 from w2s.teachers.base import PatchNetwork, Precision, check_image_size
-from w2s.teachers.eva_vit import evaclip_folder, is_evaclip
+from w2s.teachers.eva_vit import describes_evaclip, evaclip_folder
 from w2s.teachers.hugging_face_features import HuggingFaceFeatures, Parts
 from w2s.teachers.hugging_face_inputs import called_with_images
 from w2s.teachers.internvit_folder import KINDS, internvit
@@ -54,7 +54,7 @@ def hugging_face_model(folder: Path, *, image_size: int, precision: Precision) -
         CheckpointError: the folder cannot be read or lacks weights.
     """
     settings = _settings(folder)
-    if is_evaclip(settings):
+    if describes_evaclip(settings):
         return evaclip_folder(folder, settings, image_size=image_size, precision=precision)
     if "architecture" in settings and "model_type" not in settings:
         file = weights_file(str(folder), "hf", str(folder))
@@ -64,18 +64,28 @@ def hugging_face_model(folder: Path, *, image_size: int, precision: Precision) -
         transformers = import_module("transformers")
     except ModuleNotFoundError as error:
         raise MissingPackageError(f"{source} needs transformers: pip install 'w2s[hf]'") from error
-    kind = settings.get("model_type") or "none"
+    kind = settings.get("model_type") or "unnamed"
+    return _wrap(_load(transformers, settings, kind, folder), kind, folder, image_size, source)
+
+
+def _load(transformers: Any, settings: dict[str, Any], kind: str, folder: Path) -> Parts:
+    """The parts of a folder's model that make features.
+
+    Raises:
+        MissingPackageError: transformers is too old for a model that it has under another name.
+        ConfigError: transformers has no class for it.
+        CheckpointError: weights of them are missing, or cannot be read.
+    """
+    source = f"teacher.source=hf:{folder}"
     if kind in KINDS:
         if not hasattr(transformers, "InternVLVisionModel"):
             raise MissingPackageError(f"{source} needs transformers of 2025 or later: pip install -U transformers")
         with reading(folder, kind):
-            tower = internvit(transformers, folder, settings).float().eval()
-        return _wrap(Parts(tower, nn.Identity()), kind, folder, image_size, source)
+            return Parts(internvit(transformers, folder, settings).float().eval(), nn.Identity())
     cls = _class(transformers, settings, kind, source)
     with reading(folder, kind), _quiet(transformers.logging):
         model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    parts = _parts(model, info["missing_keys"], folder)
-    return _wrap(parts, kind, folder, image_size, source)
+    return _parts(model, info["missing_keys"], folder)
 
 
 @contextmanager
