@@ -58,7 +58,7 @@ def test_a_run_of_ours_by_name_and_by_path(model: ModelConfig, tmp_path: Path) -
         torch.testing.assert_close(teacher(images(model)).patches, targets(model), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("peer", ["timm", "open_clip"])
+@pytest.mark.parametrize("peer", ["open_clip", pytest.param("timm", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_an_export_of_ours_that_was_moved(peer: str, tmp_path: Path) -> None:
     model = model_of("18b")  # the kind that timm knows by no name
