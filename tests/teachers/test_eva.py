@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.checkpoint.peers import images, masked_stage, model_of, released, timm_tower
+from w2s.checkpoint.exporting import export_checkpoint
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.config.sections import ModelConfig, TeacherConfig
 from w2s.errors import CheckpointError, ConfigError
@@ -55,6 +56,19 @@ def test_a_run_of_ours_by_name_and_by_path(model: ModelConfig, tmp_path: Path) -
     for source in ("w2s:start", f"w2s:{tmp_path / 'runs' / 'start'}"):
         teacher = build(source, root=tmp_path / "runs")
         torch.testing.assert_close(teacher(images(model)).patches, targets(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("peer", ["open_clip", pytest.param("timm", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_an_export_of_ours_that_was_moved(peer: str, tmp_path: Path) -> None:
+    model = model_of("18b")  # the kind that timm knows by no name
+    torch.save(released(model), tmp_path / "clip.pt")
+    import_checkpoint(tmp_path / "clip.pt", model, tmp_path / "start")
+    export_checkpoint(tmp_path / "start", peer, tmp_path / "exported")
+    (tmp_path / "exported").rename(tmp_path / "moved")
+    features = build(f"{peer}:local-dir:{tmp_path / 'moved'}")(images(model))
+    torch.testing.assert_close(features.patches, targets(model), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features.summary, timm_tower(model)(images(model)), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

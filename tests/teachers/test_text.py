@@ -1,5 +1,6 @@
 """Text towers of teachers: the embeddings of the CLIP that they come from, or a refusal."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,9 +66,11 @@ def test_of_open_clip_and_openai(
     clip, tokens = open_clip.CLIP(**config).eval(), captions(model)
     clip.load_state_dict(open_clip_model(model).state_dict())
     save_file(clip.state_dict(), tmp_path / "clip.safetensors")
-    teacher = build(f"open_clip:small@{tmp_path / 'clip.safetensors'}")
-    check(teacher, clip.encode_text(tokens), tokens)
-    assert teacher.width == 16
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    for source in (f"open_clip:small@{tmp_path / 'clip.safetensors'}", f"open_clip:local-dir:{tmp_path}"):
+        teacher = build(source)
+        check(teacher, clip.encode_text(tokens), tokens)
+        assert teacher.width == 16
 
 
 def test_random_weights_are_equal_and_leave_the_generator_alone(model: ModelConfig) -> None:

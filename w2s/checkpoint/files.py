@@ -78,7 +78,7 @@ def open_weights(path: Path) -> Tensors:
         CheckpointError: there is no such file, it is damaged, or it holds no tensors.
     """
     if path.is_dir():
-        path = _weights_in(path)
+        path = weights_in(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist (from {Path.cwd()}): give the path of a weights file")
     if path.name.endswith(".index.json"):
@@ -113,8 +113,12 @@ def reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read: {reason}") from error
 
 
-def _weights_in(folder: Path) -> Path:
-    """The weights file of a folder: a known name, or the only one."""
+def weights_in(folder: Path) -> Path:
+    """The weights file of a folder, or its index: a known name, or the only one.
+
+    Raises:
+        CheckpointError: there is none, or several of unknown names.
+    """
     endings = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".pt")
     known = [folder / f"{name}{ending}" for name in FILES for ending in endings]
     found = [path for path in known if path.is_file()] or [

@@ -6,6 +6,7 @@
 | EVA's masked stage, timm                  | the vision tower's, without a prefix                    |
 | open_clip, with a vision tower of timm's  | `visual.trunk.…`, and text with or without `text.`      |
 | open_clip and OpenAI, with their own ViT  | `visual.conv1.…`, which is renamed as timm names it     |
+| EVA-CLIP's own folders of transformers    | `vision_model.…`, `text_model.…`: see `evaclip_folder`  |
 | transformers, a CLIP                      | `vision_model.…`, `text_model.…`                        |
 | w2s                                       | `vision.…`, `text.…` with Megatron's names              |
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from w2s.checkpoint import clip_vit
 from w2s.checkpoint.eva_format import is_fused, released_name, separate
+from w2s.checkpoint.evaclip_folder import EvaClipFolder, is_evaclip
 from w2s.checkpoint.files import Tensors, open_weights
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.transformers_clip import TransformersClip, is_transformers_clip
@@ -106,6 +108,8 @@ def open_released(path: Path) -> Released:
 
 def rename(tensors: Tensors, path: Path) -> Released:
     """Return other people's tensors under released names."""
+    if is_evaclip(tensors.meta):
+        tensors = EvaClipFolder(tensors)
     bare = _unwrapped(tensors.meta)
     format = _format_of(bare)
     if is_transformers_clip(bare):

@@ -138,10 +138,10 @@ class TeacherConfig:
     """Name of the teacher, as in configs/teacher/NAME.yaml."""
     source: str = "efficientnet_lite0"
     """`efficientnet_lite0` or `efficientnet_lite2` (weights from packages), `timm:MODEL[@FILE]`,
-    `open_clip:MODEL[@FILE]`, `hf:FOLDER` (transformers), `eva:MODEL[@FILE]` (a model of configs/model, in the released
-    names) or `w2s:RUN`.
+    `open_clip:MODEL[@FILE]`, `timm:local-dir:FOLDER`, `open_clip:local-dir:FOLDER`, `hf:FOLDER` (transformers),
+    `eva:MODEL[@FILE]` (a model of configs/model, in the released names) or `w2s:RUN`.
 
-    Without a file the weights are random.
+    FILE may be the folder that it is in. Without a file the weights are random.
     """
     image_size: int = 0
     """Side of the teacher's input in pixels; 0 is its own, and for a convolutional net a feature per student patch."""

@@ -15,11 +15,11 @@ from w2s.teachers.base import PatchNetwork, Teacher
 from w2s.teachers.efficientnet import SIZES, EfficientNetLite
 from w2s.teachers.eva_vit import eva_vit, w2s_run
 from w2s.teachers.eva_vit import without_weights as eva_without_weights
-from w2s.teachers.hugging_face import hugging_face_vit
+from w2s.teachers.hugging_face import hugging_face_model
 from w2s.teachers.open_clip_vit import open_clip_model
 from w2s.teachers.sharded_run import ShardedRun
 from w2s.teachers.timm_vit import timm_model
-from w2s.teachers.weights import weights_file
+from w2s.teachers.weights import name_and_weights, weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +75,11 @@ def without_weights(config: TeacherConfig, *, grid: int) -> PatchNetwork:
         CheckpointError: a folder of transformers that does not exist.
     """
     kind, _, rest = config.source.partition(":")
-    name = rest.partition("@")[0]
+    name, _ = name_and_weights(rest)
     if config.source in SIZES:
         network: PatchNetwork = EfficientNetLite(config.source, image_size=config.image_size, grid=grid)
     elif kind == "hf" and rest:
-        network = hugging_face_vit(Path(rest).expanduser(), image_size=config.image_size)
+        network = _hugging_face(config, rest)
     elif kind == "eva" and name:
         network = eva_without_weights(named_model(name), image_size=config.image_size)
     elif kind in ("timm", "open_clip") and name:
@@ -98,10 +98,10 @@ def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelCon
     if kind not in FORMS or not rest:
         raise _no_teacher(config.source, kind)
     if kind == "hf":
-        return hugging_face_vit(Path(rest).expanduser(), image_size=size)
+        return _hugging_face(config, rest)
     if kind == "w2s":
         return _run(config, rest, root, parallel)
-    name, _, path = rest.partition("@")
+    name, path = name_and_weights(rest)
     if not name:
         raise _no_teacher(config.source, kind)
     file = weights_file(path, kind, name)
@@ -112,6 +112,10 @@ def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelCon
     if file is None:
         logger.warning("the teacher's weights are random: give a file with teacher.source=%s@FILE", config.source)
     return network
+
+
+def _hugging_face(config: TeacherConfig, folder: str) -> PatchNetwork:
+    return hugging_face_model(Path(folder).expanduser(), image_size=config.image_size, precision=config.precision)
 
 
 def _run(config: TeacherConfig, name: str, root: Path, parallel: ParallelConfig) -> PatchNetwork:

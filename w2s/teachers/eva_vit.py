@@ -1,10 +1,12 @@
-"""EVA's vision towers as teachers: a released file, or a run of ours.
+"""EVA's vision towers as teachers: a released file, its folder of transformers, or a run of ours.
 
 The network is timm's `Eva`, a plain module that every rank holds whole. Its weights stay mapped to their file where the
 arithmetic is the file's.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.eva import Eva
@@ -17,8 +19,8 @@ from w2s.checkpoint.formats.plain import image_tower, zero_key_biases
 from w2s.checkpoint.released import Released, open_released, rename
 from w2s.checkpoint.store import read_meta
 from w2s.config.load import model_from, named_model
-from w2s.config.sections import ModelConfig
-from w2s.errors import CheckpointError
+from w2s.config.sections import ModelConfig, VisionConfig
+from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import Precision
 from w2s.teachers.timm_vit import TimmTokens, resize_input
 from w2s.towers.vision import MEAN, STD
@@ -40,6 +42,56 @@ def eva_vit(name: str, file: Path | None, *, image_size: int, precision: Precisi
     if file is None:
         return _wrapped(image_tower(named_model(name), has_head=True, device="cpu"), image_size)
     return _network(rename(open_weights(file), file), named_model(name), image_size, precision)
+
+
+def describes_evaclip(settings: Mapping[str, Any]) -> bool:
+    """Whether the config.json of a folder of transformers is of EVA-CLIP's own code."""
+    named = [*(settings.get("architectures") or []), *(settings.get("auto_map") or {}).values()]
+    return any("evaclip" in str(name).lower() for name in named)
+
+
+def evaclip_folder(folder: Path, settings: Mapping[str, Any], *, image_size: int, precision: Precision) -> TimmTokens:
+    """The vision tower of EVA-CLIP's own folder of transformers, without the code in it.
+
+    Args:
+        folder: the folder; its weights may be in several files.
+        settings: its config.json.
+        image_size: side of the input in pixels, 0 for the size that the weights are of.
+        precision: what the matrix multiplications compute in.
+
+    Raises:
+        ConfigError: it is a kind of tower that only timm has.
+        CheckpointError: the weights are missing, or are no EVA-CLIP's.
+    """
+    vision = settings.get("vision_config") or settings
+    for key in ("use_rope", "use_sub_ln", "use_swiglu_mlp"):
+        if vision.get(key):
+            raise ConfigError(f"teacher.source=hf:{folder} has {key}=true, use timm:eva02_…_clip_…@FILE instead")
+    released = rename(open_weights(folder), folder)
+    return _network(released, _evaclip_model(released, vision), image_size, precision)
+
+
+def _evaclip_model(released: Released, vision: Mapping[str, Any]) -> ModelConfig:
+    """The shape of a folder's vision tower: of its weights, and for what they do not say of its config.json."""
+    shapes = {name: tensor.shape for name, tensor in released.meta.items()}
+    try:
+        width, mlp = shapes["visual.cls_token"][-1], shapes["visual.blocks.0.mlp.fc1.weight"][0]
+        return ModelConfig(
+            embed_dim=shapes["visual.head.weight"][0] if "visual.head.weight" in shapes else 1,
+            vision=VisionConfig(
+                image_size=vision["image_size"],
+                patch_size=vision["patch_size"],
+                layers=vision["num_hidden_layers"],
+                width=width,
+                heads=vision["num_attention_heads"],
+                mlp_width=mlp,
+                norm="layernorm" if "visual.norm.bias" in shapes else "rmsnorm",
+                norm_placement="post" if vision.get("post_layernorm") else "pre",
+                qkv_bias="visual.blocks.0.attn.q_bias" in shapes,
+            ),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"teacher weights {released.path} are no whole EVA-CLIP: {error} is missing") from error
 
 
 def w2s_run(checkpoint: Path, *, image_size: int, precision: Precision) -> TimmTokens:

@@ -1,11 +1,13 @@
 """Vision towers of open_clip as teachers, with weights from a local file or random ones.
 
 A feature is a patch token after the final norm and the projection into the space shared with text, the summary is
-`encode_image`. Towers that are no ViT are in `w2s.teachers.open_clip_maps`.
+`encode_image`. Where attention pools the tokens first (CoCa), a feature is what the pool makes of one token alone: its
+values and output projection (Zhou et al. 2022, MaskCLIP). Towers that are no ViT are in `w2s.teachers.open_clip_maps`.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import open_clip
 from open_clip.factory import load_state_dict
@@ -20,8 +22,9 @@ from torch import Tensor, nn
 from w2s.errors import ConfigError
 from w2s.teachers.base import Features, PatchNetwork, check_image_size
 from w2s.teachers.open_clip_maps import OpenClipMaps, OpenClipResNet
+from w2s.teachers.open_clip_names import Described, described
 from w2s.teachers.timm_vit import TimmTokens, resize_input
-from w2s.teachers.weights import reading, unknown_model
+from w2s.teachers.weights import indexed, reading
 
 # A teacher needs no text tower, and a real one costs memory or, for Hugging Face's, a download.
 SMALLEST_TEXT_TOWER = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
@@ -51,38 +54,47 @@ class OpenClipTokens(PatchNetwork):
         wanted = sorted({*layers, last})
         outputs = self.visual.forward_intermediates(images, indices=wanted, output_fmt="NLC")
         found = dict(zip(wanted, outputs["image_intermediates"], strict=True))
-        patches = self.visual.ln_post(found[last]) @ self.visual.proj
+        patches = self.visual.ln_post(self._alone(found[last])) @ self.visual.proj
         return Features(patches, outputs["image_features"], tuple(found[layer] for layer in layers))
+
+    def _alone(self, tokens: Tensor) -> Tensor:
+        """What attentional pooling makes of each token alone, whatever the query; the tokens where there is none."""
+        pool = self.visual.attn_pool
+        if pool is None:
+            return tokens
+        alone = pool.ln_k(tokens).flatten(0, 1)[:, None]
+        query = pool.ln_q(pool.query[:1]).expand(len(alone), 1, -1)
+        return pool.attn(query, alone, alone, need_weights=False)[0].view(*tokens.shape[:2], -1)
 
 
 def open_clip_model(name: str, file: Path | None, *, image_size: int) -> PatchNetwork:
     """The vision tower of the open_clip model `name`, from a file in open_clip's format.
 
     Args:
-        name: the model.
+        name: the model, or `local-dir:FOLDER` with an open_clip_config.json.
         file: its weights (PyTorch or safetensors); None leaves them random.
         image_size: side of the input in pixels, 0 for the model's own.
 
     Raises:
-        ConfigError: open_clip has no such model, it has no patch tokens, or the image size does not suit it.
+        ConfigError: open_clip has no such model, or the image size does not suit it.
         CheckpointError: the file cannot be read or holds another model.
     """
-    known = open_clip.list_models()
-    if name not in known:
-        raise unknown_model("open_clip", name, known)
-    model = _build(name, image_size)
+    found = described(name)
     with reading(file, name):
+        model = _build(found.config, image_size)
         if file is not None:
             _load_visual(model, file)
-    return _wrapped(model, name, image_size)
+    return _wrapped(model.visual, found, name, image_size)
 
 
-def _wrapped(model: open_clip.CLIP, name: str, image_size: int) -> PatchNetwork:
+def _wrapped(visual: Any, found: Described, name: str, image_size: int) -> PatchNetwork:
     """The vision tower as a teacher's network, by its kind."""
-    visual, (mean, std) = model.visual, _normalisation(name)
+    config, mean, std = found
     if isinstance(visual, ModifiedResNet):
         return OpenClipResNet(visual, image_size=image_size, mean=mean, std=std)
     if not isinstance(visual, TimmModel):
+        if visual.attn_pool is not None and visual.attn_pool_contrastive is not None:
+            raise ConfigError(f"teacher.source: {name} pools by attention twice: use a CoCa with attentional_pool=true")
         return OpenClipTokens(visual, mean=mean, std=std)
     if isinstance(visual.trunk, Eva | TimmVisionTransformer):
         resize_input(visual.trunk, image_size)
@@ -90,18 +102,12 @@ def _wrapped(model: open_clip.CLIP, name: str, image_size: int) -> PatchNetwork:
         # Where attention pools the tokens first, single ones do not go through the projection.
         head = projection if visual.trunk.attn_pool is None else nn.Identity()
         return TimmTokens(visual.trunk, head, projection=projection, mean=mean, std=std)
-    width = open_clip.get_model_config(name)["embed_dim"]
-    return OpenClipMaps(visual, name, image_size=image_size, width=width, mean=mean, std=std)
+    return OpenClipMaps(visual, name, image_size=image_size, width=config["embed_dim"], mean=mean, std=std)
 
 
-def _build(name: str, image_size: int) -> open_clip.CLIP:
-    """A CLIP with random weights and the vision tower of `name`; open_clip's own ViT already has its input size."""
-    config = open_clip.get_model_config(name)
+def _build(config: dict[str, Any], image_size: int) -> open_clip.CLIP:
+    """A CLIP with random weights and a described vision tower; open_clip's own ViT already has its input size."""
     vision = config["vision_cfg"]
-    if vision.get("attentional_pool"):
-        raise ConfigError(
-            f"teacher.source: {name} has no patch tokens after its final norm, choose one without attentional pooling"
-        )
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
     elif image_size and isinstance(vision["layers"], int):
@@ -112,14 +118,8 @@ def _build(name: str, image_size: int) -> open_clip.CLIP:
 
 def _load_visual(model: open_clip.CLIP, file: Path) -> None:
     """Load the vision tower's part of a checkpoint, its positions resampled to the model's grid."""
-    state = {key: value for key, value in load_state_dict(str(file)).items() if key.startswith("visual.")}
+    whole = indexed(file) or load_state_dict(str(file))
+    # in float32: half precision cannot be resampled on a CPU
+    state = {key: value.float() for key, value in whole.items() if key.startswith("visual.")}
     resize_pos_embed(state, model)
     model.visual.load_state_dict({key.removeprefix("visual."): value for key, value in state.items()})
-
-
-def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and std of the preprocessing that open_clip states for the first published weights of a model."""
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    published = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
-    mean = published.get("mean") or open_clip.OPENAI_DATASET_MEAN
-    return mean, published.get("std") or open_clip.OPENAI_DATASET_STD

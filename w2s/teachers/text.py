@@ -26,7 +26,8 @@ from w2s.config.load import model_from, named_model
 from w2s.config.sections import ClipConfig, Config, ModelConfig, TeacherConfig, TextConfig
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import Precision
-from w2s.teachers.weights import unknown_model, weights_file
+from w2s.teachers.open_clip_names import described
+from w2s.teachers.weights import name_and_weights, weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ def _described(config: TeacherConfig, root: Path) -> _Described:
     if kind == "w2s":
         checkpoint = find_any(rest, root, key="teacher.source")
         return _of_model(model_from(read_meta(checkpoint).config), open_released(checkpoint), config.source)
-    name, _, path = rest.partition("@")
+    name, path = name_and_weights(rest)
     file = weights_file(path, kind, name)
     released = None if file is None else rename(open_weights(file), file)
     if kind == "eva":
@@ -230,10 +231,7 @@ def _of_model(model: ModelConfig, released: Released | None, source: str) -> _De
 
 
 def _of_open_clip(name: str, released: Released | None, source: str) -> _Described:
-    known = open_clip.list_models()
-    if name not in known:
-        raise unknown_model("open_clip", name, known)
-    config = open_clip.get_model_config(name)
+    config = described(name).config
     text = config["text_cfg"]
     if text.get("hf_tokenizer_name") or text.get("embed_cls"):
         raise ConfigError(

@@ -6,6 +6,7 @@ The summary is what timm's own head makes of all of them: pooled, and through th
 """
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,9 +19,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from w2s.errors import ConfigError
+from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import Features, PatchNetwork, check_image_size
-from w2s.teachers.weights import reading, unknown_model
+from w2s.teachers.weights import LOCAL, indexed, reading, unknown_model
 
 
 class TimmTokens(PatchNetwork):
@@ -135,7 +136,7 @@ def sizes_of(trunk: Any, pool: Callable[[Tensor], Tensor], name: str, image_size
 
 
 def timm_model(name: str, file: Path | None, *, image_size: int) -> PatchNetwork:
-    """The timm model `name`, written `ARCHITECTURE` or `ARCHITECTURE.TAG`.
+    """The timm model `name`, written `ARCHITECTURE`, `ARCHITECTURE.TAG`, or `local-dir:FOLDER` with a config.json.
 
     The file may be timm's, open_clip's or EVA-CLIP's release: timm's own conversion reads all of them. The head is kept
     where it is the projection of a CLIP and left out where it is a classifier.
@@ -149,21 +150,49 @@ def timm_model(name: str, file: Path | None, *, image_size: int) -> PatchNetwork
         ConfigError: timm has no such model, or the image size does not suit it.
         CheckpointError: the file cannot be read or holds another model.
     """
-    architecture, _, tag = name.partition(".")
-    known = timm.list_pretrained(f"{architecture}.*") if tag and timm.is_model(architecture) else timm.list_models()
-    if name not in known:
-        raise unknown_model("timm", name, known)
-    local = {"file": str(file), "custom_load": False}
+    _check_name(name)
     with reading(file, name):
-        trunk = timm.create_model(name, pretrained=file is not None, pretrained_cfg_overlay=local if file else None)
-    settings = trunk.pretrained_cfg
+        local = _overlay(file)
+        trunk = timm.create_model(name, pretrained=file is not None, pretrained_cfg_overlay=local)
+    settings, architecture = trunk.pretrained_cfg, trunk.pretrained_cfg["architecture"]
     mean, std = settings["mean"], settings["std"]
     if not isinstance(trunk, Eva | VisionTransformer):
         size = image_size or settings["input_size"][-1]
         return TimmMaps(trunk, name, image_size=size, mean=mean, std=std)
-    is_projection = "_clip_" in architecture and "_ft_" not in (settings["tag"] or "")
+    tag = settings["tag"] or ""
+    is_projection = "_clip_" in f"_{architecture}_{tag}_" and "_ft_" not in tag
     resize_input(trunk, image_size)
     return TimmTokens(trunk, trunk.head if is_projection else nn.Identity(), mean=mean, std=std)
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that timm does not know, or a folder that does not describe a model of timm."""
+    if name.startswith(LOCAL):
+        return _check_folder(Path(name.removeprefix(LOCAL)))
+    architecture, _, tag = name.partition(".")
+    known = timm.list_pretrained(f"{architecture}.*") if tag and timm.is_model(architecture) else timm.list_models()
+    if name not in known:
+        raise unknown_model("timm", name, known)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that does not describe a model of timm, and name the source that suits it."""
+    try:
+        described = "architecture" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        described = False
+    if not described:
+        others = {"open_clip_config.json": f"open_clip:{LOCAL}{folder}", "config.json": f"hf:{folder}"}
+        suits = next((source for name, source in others.items() if (folder / name).is_file()), "timm:MODEL@FILE")
+        raise CheckpointError(f"teacher.source: {folder}/config.json describes no model of timm: use {suits}")
+
+
+def _overlay(file: Path | None) -> dict[str, Any] | None:
+    """What makes timm load a file instead of a download."""
+    if file is None:
+        return None
+    tensors = indexed(file)
+    return {"source": "", "custom_load": False, **({"state_dict": tensors} if tensors else {"file": str(file)})}
 
 
 def resize_input(trunk: Eva | VisionTransformer, image_size: int) -> None:

@@ -7,19 +7,35 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor
 
+from w2s.checkpoint.files import open_weights, weights_in
 from w2s.errors import CheckpointError, ConfigError
 from w2s.megatron.unpickling import refusal, refused_name
+
+LOCAL = "local-dir:"
+"""What timm and open_clip put before a folder that describes a model and holds its weights."""
+
+
+def name_and_weights(rest: str) -> tuple[str, str]:
+    """Split what follows `KIND:` in a source: `MODEL[@PATH]`, or `local-dir:FOLDER`, which is both."""
+    if rest.startswith(LOCAL):
+        folder = str(Path(rest.removeprefix(LOCAL)).expanduser())
+        return f"{LOCAL}{folder}", folder
+    name, _, path = rest.partition("@")
+    return name, path
 
 
 def unknown_model(library: str, name: str, known: Sequence[str]) -> ConfigError:
     """The error for a model that `library` does not have, with the nearest names that it has."""
+    if ":" in name:
+        return ConfigError(f"teacher.source: {name} is not downloaded: fetch it and give {library}:{LOCAL}FOLDER")
     near = difflib.get_close_matches(name, known, cutoff=0.4) or known[:3]
     return ConfigError(f"teacher.source: {library} has no model {name}, the nearest are {', '.join(near)}")
 
 
 def weights_file(path: str, kind: str, name: str) -> Path | None:
-    """The file of `teacher.source=KIND:NAME@PATH`; None where no path is given.
+    """The file of `teacher.source=KIND:NAME@PATH`, in PATH if that is a folder; None where no path is given.
 
     Raises:
         CheckpointError: there is no such file.
@@ -28,9 +44,21 @@ def weights_file(path: str, kind: str, name: str) -> Path | None:
     if file is not None and not file.exists():
         raise CheckpointError(
             f"teacher weights {path} do not exist (from {Path.cwd()}): download them and give their path with "
-            f"teacher.source={kind}:{name}@FILE"
+            f"teacher.source={kind}:{name}{'' if name.startswith(LOCAL) else '@FILE'}"
         )
-    return file
+    return weights_in(file) if file is not None and file.is_dir() else file
+
+
+def indexed(file: Path) -> dict[str, Tensor]:
+    """The tensors of the files that an index names; none if `file` is no index.
+
+    Raises:
+        CheckpointError: one of them is missing or damaged.
+    """
+    if not file.name.endswith(".index.json"):
+        return {}
+    tensors = open_weights(file)
+    return {name: tensors.read(name) for name in tensors.meta}
 
 
 @contextmanager
@@ -42,7 +70,9 @@ def reading(file: Path | None, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+    except (
+        RuntimeError, KeyError, ValueError, EOFError, OSError, ImportError, pickle.UnpicklingError, SafetensorError
+    ) as error:  # fmt: skip
         if refused_name(error):
             raise refusal(f"teacher weights {file}", refused_name(error)) from error
         reason = " ".join(str(error).split())[:200]

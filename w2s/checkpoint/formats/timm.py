@@ -94,6 +94,7 @@ def timm_config(vision: VisionConfig, features: int) -> dict[str, Any]:
             "crop_pct": 1.0,
             "mean": list(MEAN),
             "std": list(STD),
+            "tag": "clip",
             "num_classes": features,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
