@@ -174,8 +174,9 @@ class Probe:
 
         data = self.test_set()
         texts = self.texts(data, text, alone=True)
-        ours = evaluate_clip(data, self.features(data, see, config.model.vision.image_size), texts)
-        theirs = evaluate_clip(data, self.features(data, show, teacher.image_size, alone=True), texts)
+        group = self.ranks.world_group
+        ours = evaluate_clip(data, self.features(data, see, config.model.vision.image_size), texts, group=group)
+        theirs = evaluate_clip(data, self.features(data, show, teacher.image_size, alone=True), texts, group=group)
         return ours.metrics | under("teacher", theirs.metrics)
 
     def texts(self, data: EvalSet, encode: Encoder, *, alone: bool = False) -> Texts:
@@ -226,7 +227,9 @@ class Probe:
     def _classified(
         self, data: EvalSet, gallery: Gallery, features: Tensor, probed: Tensor
     ) -> dict[str, dict[str, float]]:
-        return evaluate_by_gallery(data, gallery, features=features, probed=probed, k=self.config.eval.knn_k)
+        return evaluate_by_gallery(
+            data, gallery, features=features, probed=probed, k=self.config.eval.knn_k, group=self.ranks.world_group
+        )
 
     def _load(self, option: str, shards: str) -> EvalSet:
         if option not in self._sets:
@@ -274,7 +277,9 @@ class ClipProbe(Probe):
         results = []
         for how in self.config.eval.resizes:
             images, pooled = self._embed(vision, data, how, pooled=bool(galleries))
-            result = evaluate_clip(data, images, texts, examples=self.config.tracking.pictures)
+            result = evaluate_clip(
+                data, images, texts, examples=self.config.tracking.pictures, group=self.ranks.world_group
+            )
             classified = self._classified(data, galleries[how], pooled, images) if galleries else {}
             results.append(replace(result, resize=how, metrics=result.metrics | of_sets(classified)))
         return max(results, key=lambda result: score(result.metrics))

@@ -125,7 +125,7 @@ def test_several_captions_are_no_class(tmp_path):
         ([("a", {"png": png(), "npy": npy("x")})], "a.npy is not an array with a number for each class"),
         ([("a", {"png": png()})], "neither class numbers nor captions"),
         ([("a", {"png": png(), "cls": "7"})], "has 2 names but there is a class number 7"),
-        ([], "shard is empty"),
+        ([], "has no samples: its shards are empty"),
     ],
 )
 def test_bad_sets_are_one_line(tmp_path, samples, message):

@@ -11,6 +11,7 @@ from tests.stages.conftest import Material, Run
 from tests.stages.runs import DEADLINE, QUIET, result, run_stage, start_command
 from tests.stages.shapes import NAMES, draw_shapes
 from w2s.data.benchmark import BenchmarkSet
+from w2s.data.items import find_items
 from w2s.data.make import make_shards
 
 
@@ -97,7 +98,7 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (pictures / "captions.csv", "captions", test),
         (pictures / "classes.csv", "several", test),
     ):
-        make_shards(source, root / f"wds_{name}", shard_size=10, seed=0, workers=1, test_set=split)
+        make_shards(find_items(source), root / f"wds_{name}", shard_size=10, seed=0, workers=1, test_set=split)
     return root
 
 

@@ -100,6 +100,8 @@ def load_eval_set(
     parts = gather({path: _scan(path, caption_key, class_key) for path in paths[rank::size]})
     read = {path: entries for part in parts for path, entries in part.items()}
     entries = [entry for path in paths for entry in read[path]]
+    if not entries:
+        raise DataError(f"{option}={shards} has no samples: its shards are empty")
     places = [(number, entry.start) for number, path in enumerate(paths) for entry in read[path]]
     keys = [entry.key for entry in entries]
     texts = _all_or_none([entry.caption for entry in entries], keys, f"caption .{caption_key}")
