@@ -149,7 +149,7 @@ def test_a_coco_caption_file(pictures: Path, tmp_path: Path, place: str) -> None
     }
     elsewhere = find_items(table, images=coco / place)
     assert [item.image for item in elsewhere] == [coco / place / name for name in found]
-    with pytest.raises(DataError, match="2 of 2 images are missing, the first is .* name their folder with --images"):
+    with pytest.raises(DataError, match=r"2 of 2 images are missing, the first is .* name their folder with --images"):
         find_items(table, images=tmp_path)
     make(table, tmp_path / "a")
     samples = {sample.files["txt"].decode(): sample for sample in read_shard(str(tmp_path / "a" / "000000.tar"))}
@@ -243,7 +243,9 @@ def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
 
 
 def test_paths_in_a_parquet_file(pictures: Path) -> None:
-    write_rows(pictures / "t.parquet", [{"file_name": "ant/0.jpg", "text": "a"}, {"file_name": "cat/1.jpg", "text": "b"}])
+    write_rows(
+        pictures / "t.parquet", [{"file_name": "ant/0.jpg", "text": "a"}, {"file_name": "cat/1.jpg", "text": "b"}]
+    )
     found = [(item.image, item.captions) for item in find_items(pictures / "t.parquet")]
     assert found == [(pictures / "ant/0.jpg", ("a",)), (pictures / "cat/1.jpg", ("b",))]
 

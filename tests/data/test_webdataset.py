@@ -8,7 +8,6 @@ from pathlib import Path
 import webdataset
 
 from tests.data.shard_files import write_shard
-from w2s.bench.data import open_clip_images
 from w2s.data.containers import read_shard
 
 

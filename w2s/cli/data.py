@@ -43,7 +43,9 @@ def data_make(
     caption_column: Annotated[str, typer.Option(help="Column of the captions.")] = "",
     class_column: Annotated[str, typer.Option(help="Column of the classes.")] = "",
     class_names: Annotated[str, typer.Option(help="File that maps folders or numbers to names of classes.")] = "",
-    layout: Annotated[Layout, typer.Option(help="shards to train on, or a test set as CLIP_benchmark has it.")] = "shards",
+    layout: Annotated[
+        Layout, typer.Option(help="shards to train on, or a test set as CLIP_benchmark has it.")
+    ] = "shards",
     split: Annotated[str, typer.Option(help="Split of the test set, train or test (taken if none is named).")] = "",
     like: Annotated[str, typer.Option(help="Set of CLIP_benchmark whose class names and prompts it has.")] = "",
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt with {c} for the class name, or several.")] = None,

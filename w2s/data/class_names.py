@@ -11,10 +11,10 @@ from w2s.errors import DataError
 def named_classes(labels: Sequence[str], path: Path) -> tuple[dict[str, int], list[str]]:
     """Number and name the classes of a source by a file.
 
-    It is JSON (`{"n01440764": "tench"}`, `{"0": ["n01440764", "tench"]}` as ImageNet's index, `{"tench": 0}` or a list),
-    a `.csv` or `.tsv` table of a label and a name in its first columns, or a text with one of these a line: a label and
-    a name behind it, or a name alone. Of names without labels the first is that of class 0, and all of them are classes,
-    whether the source has images of them or not.
+    It is JSON (`{"n01440764": "tench"}`, `{"0": ["n01440764", "tench"]}` as ImageNet's index, `{"tench": 0}`, or a
+    list), a `.csv` or `.tsv` table of a label and a name in its first columns, or a text with a label and a name, or a
+    name alone, a line. Of names without labels the first is that of class 0, and all of them are classes, whether the
+    source has images of them or not.
 
     Args:
         labels: what the source calls its classes, in the order of their numbers.
@@ -28,14 +28,16 @@ def named_classes(labels: Sequence[str], path: Path) -> tuple[dict[str, int], li
     """
     try:
         pairs, listed = _read(path)
-    except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, csv.Error) as error:
         raise DataError(f"--class-names {path} cannot be read: {error}") from error
     missing = [label for label in labels if label not in pairs]
     if not missing:
         return {label: number for number, label in enumerate(labels)}, [pairs[label] for label in labels]
     if listed and all(label.isdecimal() and int(label) < len(listed) for label in labels):
         return {label: int(label) for label in labels}, listed
-    raise DataError(f"--class-names {path} has no name for {len(missing)} of {len(labels)} classes, such as {missing[0]}")
+    raise DataError(
+        f"--class-names {path} has no name for {len(missing)} of {len(labels)} classes, such as {missing[0]}"
+    )
 
 
 def _read(path: Path) -> tuple[Mapping[str, str], list[str]]:

@@ -105,7 +105,9 @@ def _check_shard(shard: str, image_key: str, caption_key: str | None) -> bool:
     sample = None
     for sample in read_shard(shard, link=Link(waits=_WAITS_AT_THE_START)):
         if sample.damage == _COMPRESSED:
-            raise DataError(f"{shard} is compressed, which shards must not be: mv {shard} {shard}.gz; gunzip {shard}.gz")
+            raise DataError(
+                f"{shard} is compressed, which shards must not be: mv {shard} {shard}.gz; gunzip {shard}.gz"
+            )
         if sample.damage:
             raise _DamagedError(f"{sample.damage}: replace or remove {shard}")
         extensions |= set(map(kind, sample.files))

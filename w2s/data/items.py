@@ -147,7 +147,9 @@ def _of_rows(path: Path, rows: Sequence[Row], columns: Columns, images: Path | N
     image = choose(there, columns.image, IMAGE_COLUMNS, path)
     caption, label = _beside(path, there, columns)
     if image is None:
-        raise DataError(f"{path} has the columns {', '.join(there)}: name the one with the files `image`{_links(there)}")
+        raise DataError(
+            f"{path} has the columns {', '.join(there)}: name the one with the files `image`{_links(there)}"
+        )
     # A row that ends early has None in its last columns.
     folder = images or image_folder(path, str(rows[0].get(image)))
     items = [Item(folder / str(row.get(image) or ""), texts(row, caption), texts(row, label)) for row in rows]
@@ -199,7 +201,9 @@ def _of_parquet(path: Path, columns: Columns, images: Path | None) -> list[Item]
     caption, label = _beside(path, [name for name in there if name not in pictures], columns)
     names = class_names(path, label) if label else []
     return [
-        Item(path, texts(row, caption), tuple(_named(each, names) for each in texts(row, label)), number, column.lower())
+        Item(
+            path, texts(row, caption), tuple(_named(each, names) for each in texts(row, label)), number, column.lower()
+        )
         for number, row in enumerate(read_texts(path, [name for name in (caption, label) if name]))
     ]
 

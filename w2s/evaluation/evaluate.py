@@ -172,9 +172,7 @@ def evaluate_by_gallery(
     if gallery.probe:
         measured["linear_probe"] = coverage.copy()
     if kept.any() and gallery.data.labels is not None:
-        measured["knn"] |= knn(
-            features[kept], labels[kept], gallery.features, gallery.data.labels, k=k, group=group
-        )
+        measured["knn"] |= knn(features[kept], labels[kept], gallery.features, gallery.data.labels, k=k, group=group)
         if gallery.probe:
             measured["linear_probe"] |= gallery.probe.metrics(probed[kept], labels[kept], group)
     return measured

@@ -46,9 +46,7 @@ class LinearProbe:
         """Logits [n, classes] of features [n, d], not normalised."""
         return (F.normalize(features.float(), dim=-1) - self.centre) @ self.weight.T + self.bias
 
-    def metrics(
-        self, features: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None
-    ) -> dict[str, float]:
+    def metrics(self, features: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """Classify features.
 
         Args:
