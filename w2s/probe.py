@@ -104,7 +104,7 @@ class Probe:
             return data
         if not self._told:
             logger.warning(
-                "no k-NN and linear probe: no test image has a class of eval.knn_shards=%s, whose classes are called %s",
+                "no k-NN and linear probe: no test image has a class of eval.knn_shards=%s, which are called %s",
                 without_secrets(self.config.eval.knn_shards),
                 ", ".join([*data.class_names[:3], "..."]),
             )

@@ -58,7 +58,7 @@ def test_every_file_loads_for_every_stage_and_carries_its_name(stage: str, group
 
 @pytest.mark.parametrize("name", names_of("data"))
 def test_every_data_set_is_read_by_the_keys_that_find_what_is_there(name: str) -> None:
-    """With a built-in data set too: its users evaluate on sets of their own, with images and captions of other kinds."""
+    """With a built-in data set too: its users evaluate on sets of their own, which have other kinds of images."""
     data, default = load("eval", [f"data={name}"]).data, DataConfig()
     assert (data.image_key, data.caption_key) == (default.image_key, default.caption_key)
     assert (default.image_key, default.caption_key) == (IMAGE_KEY, CAPTION_KEY), "those of `w2s data check`"

@@ -193,5 +193,5 @@ def test_two_ranks_measure_what_one_measures(
     command = start_command("stage", "eval", *options, *layout, "run.name=two", f"run.root={tmp_path}", "--nproc", "2")
     assert command.communicate(timeout=5 * DEADLINE)[1] == "" and command.returncode == 0
     together = result(tmp_path / "two")["metrics"]
-    # Split matrix products are summed in another order, which may turn one of the 192 images.
-    assert together == (pytest.approx(alone, abs=1 / 192) if layout else alone)
+    # Split matrix products are summed in another order, which may turn one of the 192 images; stages split none.
+    assert together == (pytest.approx(alone, abs=1 / 192) if layout == ["parallel.tensor=2"] else alone)
