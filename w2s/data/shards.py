@@ -72,6 +72,11 @@ def shard_name(shard: str) -> str:
     return without_secrets(shard).removesuffix(SIGNED).rpartition("/")[2]
 
 
+def shard_folder(shard: str) -> str:
+    """Return the folder of a shard with the slash behind it, so that a name can follow."""
+    return shard[: len(shard) - len(shard_name(shard))]
+
+
 def is_parquet(shard: str) -> bool:
     """Whether a shard is a parquet file, by its name."""
     return shard_name(shard).lower().endswith(".parquet")
