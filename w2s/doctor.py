@@ -166,11 +166,10 @@ def _ask(uri: str, until: float) -> None:
     while True:
         try:
             connect(uri).search_experiments(max_results=1)
+            return
         except Exception as error:  # as in `_problem`
-            if isinstance(root(error), TimeoutError) and time.monotonic() < until:
-                continue
-            raise
-        return
+            if not isinstance(root(error), TimeoutError) or time.monotonic() > until:
+                raise
 
 
 def _problem(call: Callable[[], None]) -> str | None:

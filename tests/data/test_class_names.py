@@ -66,6 +66,15 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, name: str, text: str, messag
     assert "\n" not in str(caught.value)
 
 
+def test_there_has_to_be_something_to_name(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(encode(noise(0)))
+    (tmp_path / "names.txt").write_text("cat\n")
+    with pytest.raises(DataError, match="has nothing to name: the images have no classes, see --class-column"):
+        items = find_items(tmp_path / "in")
+        make_shards(items, tmp_path / "a", shard_size=9, seed=0, workers=1, class_names=tmp_path / "names.txt")
+
+
 @pytest.mark.parametrize("test_set", [None, BenchmarkSet(split="test", prompts=["a {c}"])])
 def test_shards_have_the_names(tmp_path: Path, test_set: BenchmarkSet | None) -> None:
     for number, label in enumerate(["2", "0"]):

@@ -255,7 +255,7 @@ def test_a_parquet_file_that_cannot_be_is_one_line(rows: Path, tmp_path: Path) -
     write_rows(tmp_path / "null.parquet", [{"jpg": encode(noise(0))}, {"jpg": None}])
     rows.write_bytes(rows.read_bytes()[:-50])
     for name, message in (
-        ("none", "none.parquet has the columns text: name the one with the files `image`"),
+        ("none", "none.parquet has the columns text: name the one of the images"),
         ("null", "row 1: image is missing, repair the file"),
         ("rows", "cannot be read: "),
     ):
@@ -285,8 +285,8 @@ def test_what_is_made_is_read_with_the_default_keys(tmp_path: Path, format: str)
     ("text", "message"),
     [
         ("image\nnone.jpg\n", "1 of 1 images are missing, the first is .*none.jpg"),
-        ("picture\na.jpg\n", "has the columns picture: name the one with the files `image`$"),
-        ("url,text\na,b\n", "has the columns url, text: name .* or fetch what its URLs name with img2dataset"),
+        ("picture\na.jpg\n", "has the columns picture: name the one of the images with --image-column$"),
+        ("url,text\na,b\n", "has the columns url, text: .*, or fetch what its URLs name with img2dataset"),
         ("image\n", "has no images"),
         ("caption,image\na\n", "1 of 1 images are missing"),
         (f"image,caption\na.jpg,{'x' * 200_000}\n", "cannot be read: field larger than field limit"),

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from w2s.errors import DataError
@@ -24,8 +24,10 @@ def named_classes(labels: Sequence[str], path: Path) -> tuple[dict[str, int], li
         The number of each label, and the names by number.
 
     Raises:
-        DataError: the file cannot be read, or lacks a label.
+        DataError: the file cannot be read, or lacks a label, or there are no labels.
     """
+    if not labels:
+        raise DataError(f"--class-names {path} has nothing to name: the images have no classes, see --class-column")
     try:
         pairs, listed = _read(path)
     except (OSError, ValueError, TypeError, LookupError, RecursionError, csv.Error) as error:
@@ -48,10 +50,12 @@ def _read(path: Path) -> tuple[Mapping[str, str], list[str]]:
         return ({}, [str(name) for name in document]) if isinstance(document, list) else (_of_mapping(document), [])
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if path.suffix in (".csv", ".tsv"):
-        rows = list(csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ","))
-    else:
-        rows = [line.split("\t") if "\t" in line else line.split(maxsplit=1) for line in lines]
-    return {row[0].strip(): row[1].strip() for row in rows if len(row) > 1}, lines
+        return _of_pairs(csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")), []
+    return _of_pairs(line.split("\t") if "\t" in line else line.split(maxsplit=1) for line in lines), lines
+
+
+def _of_pairs(rows: Iterable[Sequence[str]]) -> dict[str, str]:
+    return {row[0].strip(): row[1].strip() for row in rows if len(row) > 1}
 
 
 def _of_mapping(document: Mapping[str, object]) -> dict[str, str]:

@@ -148,7 +148,7 @@ def _of_rows(path: Path, rows: Sequence[Row], columns: Columns, images: Path | N
     caption, label = _beside(path, there, columns)
     if image is None:
         raise DataError(
-            f"{path} has the columns {', '.join(there)}: name the one with the files `image`{_links(there)}"
+            f"{path} has the columns {', '.join(there)}: name the one of the images with --image-column{_links(there)}"
         )
     # A row that ends early has None in its last columns.
     folder = images or image_folder(path, str(rows[0].get(image)))
@@ -197,6 +197,8 @@ def _of_parquet(path: Path, columns: Columns, images: Path | None) -> list[Item]
     there, pictures = column_names(path), image_columns(path)
     if not pictures:
         return _of_rows(path, read_texts(path, there), columns, images)
+    if images is not None:
+        raise DataError(f"--images is for the paths of a table, and {path} has images inside: leave it out")
     column = choose(pictures, columns.image, IMAGE_COLUMNS, path) or pictures[0]
     caption, label = _beside(path, [name for name in there if name not in pictures], columns)
     names = class_names(path, label) if label else []
