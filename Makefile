@@ -8,6 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The webdataset that open_clip's training code asks for, beside the one of the environment.
+OLDEST := $(VENV)/webdataset-0.2.86
 
 .DEFAULT_GOAL := help
 .PHONY: help demo showcase-data test check format clean
@@ -21,14 +23,18 @@ demo: $(VENV)/.demo
 showcase-data: $(VENV)/.demo
 	$(BIN)/w2s data build showcase
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(OLDEST)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/data/test_webdataset.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy w2s stages
 	$(BIN)/lint-imports
+
+$(OLDEST): | $(VENV)/.dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ webdataset==0.2.86
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix

@@ -150,9 +150,12 @@ def test_under_torchrun_it_is_a_rank(w2s: Run, stage: Callable[..., None], monke
         (["run", "deflaut"], "run=deflaut does not exist: did you mean run=default?"),
         (
             ["data", "make", "x", "--out", "y", "--like", "pets"],
-            "--like and --prompt are for a test set: name its split",
+            "--split, --like and --prompt are for a test set: add --layout clip_benchmark",
         ),
-        (["data", "make", "x", "--out", "y", "--split", "a/b"], "--split=a/b is no folder name: use test or train"),
+        (
+            ["data", "make", "x", "--out", "y", "--layout", "clip_benchmark", "--split", "a/b"],
+            "--split=a/b is no folder name: use test or train",
+        ),
         (["run", "mmi:train.steps=3"], "mmi:train.steps=3: there is no step mmi: did you mean mim?"),
     ],
 )

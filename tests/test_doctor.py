@@ -3,6 +3,8 @@ import socket
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from rich.console import Console
 
 import w2s.doctor
@@ -103,6 +105,28 @@ def test_a_store_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
         row = finding("MLflow store", tmp_path)
     assert row.state == "broken" and "does not answer" in row.value
+
+
+def test_a_store_that_answers_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that has just been started takes longer than a request may."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    asked = []
+
+    def search(_: object, max_results: int) -> None:
+        asked.append(max_results)
+        if len(asked) < 3:
+            try:
+                raise TimeoutError("timed out")
+            except TimeoutError as error:
+                raise MlflowException("API request failed") from error
+
+    monkeypatch.setattr(MlflowClient, "search_experiments", search)
+    assert finding("MLflow store", tmp_path) == Finding("MLflow store", "http://127.0.0.1:9")
+    assert len(asked) == 3
+    monkeypatch.setattr("w2s.doctor._PATIENCE", -1.0)
+    asked.clear()
+    late = finding("MLflow store", tmp_path)
+    assert late.state == "broken" and "TimeoutError: timed out" in late.note
 
 
 def test_a_store_that_answers(tmp_path: Path) -> None:

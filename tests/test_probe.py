@@ -86,6 +86,17 @@ def test_nothing_is_measured_without_neighbours_and_no_baselines_where_they_are_
     assert Probe(load_with(config, "baselines", False), alone).baselines() == {}
 
 
+def test_neighbours_that_no_test_image_has_a_class_of_are_left_out_with_a_line(
+    alone: Ranks, config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a user names test sets of his own, and the labelled images are those of the default data set."""
+    write_shard(tmp_path / "0.tar", [("a", {"jpg": encode(smooth_photo(), "JPEG"), "txt": b"a cat\na pet"})])
+    probe = Probe(load_with(config, "shards", str(tmp_path)), alone)
+    assert probe.of_tower(random_tower(config)) == probe.baselines() == {}
+    (line,) = caplog.messages
+    assert line.startswith("no k-NN and linear probe: no test image has a class of eval.knn_shards=")
+
+
 def test_a_linear_probe_is_measured_beside_k_nn_if_wanted(
     alone: Ranks, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,7 +134,7 @@ class Distillation:
         images = probe.features(
             data, lambda images: given(self.teacher(images.to(device), None)[0]), self.teacher.image_size, alone=True
         )
-        return evaluate_clip(data, images, texts).metrics
+        return evaluate_clip(data, images, texts, group=self.ranks.world_group).metrics
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint has to hold, equal on all ranks."""

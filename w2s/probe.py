@@ -11,6 +11,7 @@ from torch import Tensor
 
 from w2s.config.sections import Config, PrecisionConfig, Resize
 from w2s.data.batch import normalize
+from w2s.data.shards import without_secrets
 from w2s.data.tokens import tokenize
 from w2s.errors import ConfigError
 from w2s.evaluation.dataset import EvalSet, load_eval_set
@@ -19,11 +20,10 @@ from w2s.evaluation.evaluate import (
     ClipResult,
     Gallery,
     Texts,
-    check_in_common,
     encode_texts,
     evaluate_by_gallery,
     evaluate_clip,
-    matched,
+    in_common,
     of_sets,
     under,
 )
@@ -81,6 +81,7 @@ class Probe:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self._sets: dict[str, EvalSet] = {}
+        self._told = False
 
     def test_set(self, name: str = "") -> EvalSet:
         """Return the test set of `eval.shards`, or one of `eval.sets`, without its images."""
@@ -89,6 +90,26 @@ class Probe:
     def neighbours(self) -> EvalSet:
         """Return the labelled set of `eval.knn_shards`, without its images."""
         return self._load("eval.knn_shards", self.config.eval.knn_shards)
+
+    def classifying(self) -> EvalSet | None:
+        """Return the labelled set, or None without one by which an image of a test set can be classified.
+
+        Raises:
+            DataError: its images have no class each.
+        """
+        if not self.config.eval.knn_shards:
+            return None
+        data = self.neighbours()
+        if in_common(map(self.test_set, self.config.eval.by_name), data):
+            return data
+        if not self._told:
+            logger.warning(
+                "no k-NN and linear probe: no test image has a class of eval.knn_shards=%s, which are called %s",
+                without_secrets(self.config.eval.knn_shards),
+                ", ".join([*data.class_names[:3], "..."]),
+            )
+        self._told = True
+        return None
 
     def images(self, data: EvalSet, *sizes: int, how: Resize | None = None, alone: bool = False) -> EvalImages:
         """Return the images of a set at some sizes in pixels.
@@ -122,7 +143,7 @@ class Probe:
     def baselines(self) -> dict[str, float]:
         """Measure a tower with random weights (`knn_random/…`) and the teacher (`knn_teacher/…`), if wanted."""
         config = self.config
-        if not config.eval.baselines or not config.eval.knn_shards:
+        if not config.eval.baselines or self.classifying() is None:
             return {}
         vision = config.model.vision
         plain = replace(config, precision=PrecisionConfig(linear="local"))
@@ -174,8 +195,9 @@ class Probe:
 
         data = self.test_set()
         texts = self.texts(data, text, alone=True)
-        ours = evaluate_clip(data, self.features(data, see, config.model.vision.image_size), texts)
-        theirs = evaluate_clip(data, self.features(data, show, teacher.image_size, alone=True), texts)
+        group = self.ranks.world_group
+        ours = evaluate_clip(data, self.features(data, see, config.model.vision.image_size), texts, group=group)
+        theirs = evaluate_clip(data, self.features(data, show, teacher.image_size, alone=True), texts, group=group)
         return ours.metrics | under("teacher", theirs.metrics)
 
     def texts(self, data: EvalSet, encode: Encoder, *, alone: bool = False) -> Texts:
@@ -202,16 +224,15 @@ class Probe:
 
     def _by_neighbours(self, suffix: str, encode: Encoder, image_size: int, *, alone: bool = False) -> dict[str, float]:
         """Measure an encoder by labelled neighbours, under `knn` and `linear_probe` with a suffix."""
-        if not self.config.eval.knn_shards:
+        neighbours = self.classifying()
+        if neighbours is None:
             return {}
-        tests = {name: self.test_set(name) for name in self.config.eval.by_name}
-        neighbours = self.neighbours()
-        check_in_common(tests.values(), neighbours)
         known = self.features(neighbours, encode, image_size, alone=alone)
         gallery = self._gallery(neighbours, known, known)
         measured = {}
-        for name, data in tests.items():
-            seen = self.features(data, encode, image_size, alone=alone) if _any_matched(data, neighbours) else known[:0]
+        for name in self.config.eval.by_name:
+            data = self.test_set(name)
+            seen = self.features(data, encode, image_size, alone=alone) if in_common([data], neighbours) else known[:0]
             found = self._classified(data, gallery, seen, seen)
             measured[name] = of_sets({f"{kind}{suffix}": metrics for kind, metrics in found.items()})
         return of_sets(measured)
@@ -226,7 +247,9 @@ class Probe:
     def _classified(
         self, data: EvalSet, gallery: Gallery, features: Tensor, probed: Tensor
     ) -> dict[str, dict[str, float]]:
-        return evaluate_by_gallery(data, gallery, features=features, probed=probed, k=self.config.eval.knn_k)
+        return evaluate_by_gallery(
+            data, gallery, features=features, probed=probed, k=self.config.eval.knn_k, group=self.ranks.world_group
+        )
 
     def _load(self, option: str, shards: str) -> EvalSet:
         if option not in self._sets:
@@ -247,10 +270,9 @@ class ClipProbe(Probe):
 
     def galleries(self, vision: ShardedTower[ImageTower]) -> dict[Resize, Gallery]:
         """Return the neighbours with their features, for each way of making images square, if there are some."""
-        if not self.config.eval.knn_shards:
+        neighbours = self.classifying()
+        if neighbours is None:
             return {}
-        neighbours = self.neighbours()
-        check_in_common([self.test_set(name) for name in self.config.eval.by_name], neighbours)
         parts = {how: self._embed(vision, neighbours, how, pooled=True) for how in self.config.eval.resizes}
         return {how: self._gallery(neighbours, pooled, images) for how, (images, pooled) in parts.items()}
 
@@ -274,7 +296,9 @@ class ClipProbe(Probe):
         results = []
         for how in self.config.eval.resizes:
             images, pooled = self._embed(vision, data, how, pooled=bool(galleries))
-            result = evaluate_clip(data, images, texts, examples=self.config.tracking.pictures)
+            result = evaluate_clip(
+                data, images, texts, examples=self.config.tracking.pictures, group=self.ranks.world_group
+            )
             classified = self._classified(data, galleries[how], pooled, images) if galleries else {}
             results.append(replace(result, resize=how, metrics=result.metrics | of_sets(classified)))
         return max(results, key=lambda result: score(result.metrics))
@@ -291,7 +315,3 @@ class ClipProbe(Probe):
 
         both = self.features(data, see, model.vision.image_size, how=how)
         return both[:, : model.embed_dim], both[:, model.embed_dim :]
-
-
-def _any_matched(data: EvalSet, neighbours: EvalSet) -> bool:
-    return bool((matched(data, neighbours) >= 0).any())

@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from w2s.cli.data import CAPTION_KEY, IMAGE_KEY
 from w2s.config.load import GROUPS, STAGES, load, refuse_expanded_braces, to_yaml
-from w2s.config.sections import Config, PhaseConfig
+from w2s.config.sections import Config, DataConfig, PhaseConfig
+from w2s.data.items import IMAGES, VIDEOS
 from w2s.errors import ConfigError
 
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
@@ -52,6 +54,15 @@ def test_every_file_loads_for_every_stage_and_carries_its_name(stage: str, group
     for name in names_of(group):
         config = load(stage, [f"{group}={name}"])
         assert getattr(config, group).name == name
+
+
+@pytest.mark.parametrize("name", names_of("data"))
+def test_every_data_set_is_read_by_the_keys_that_find_what_is_there(name: str) -> None:
+    """With a built-in data set too: its users evaluate on sets of their own, which have other kinds of images."""
+    data, default = load("eval", [f"data={name}"]).data, DataConfig()
+    assert (data.image_key, data.caption_key) == (default.image_key, default.caption_key)
+    assert (default.image_key, default.caption_key) == (IMAGE_KEY, CAPTION_KEY), "those of `w2s data check`"
+    assert {*IMAGES, *VIDEOS} <= {*IMAGE_KEY.split(";")}, "all that `w2s data make` writes"
 
 
 def test_shapes_of_the_published_models() -> None:
@@ -230,7 +241,7 @@ def test_phases_are_typed_sections() -> None:
         ("data.weights=[1, 3]", r"data.weights=\[1.0, 3.0\] are no probabilities that sum to 1: use \[0.25, 0.75\]"),
         ("data.weights=[1.5, -0.5]", "use only numbers above 0"),
         ("data.weights=half", "data.weights=half is not a list, each entry a number"),
-        ("data.caption_weights=[0.5, 0.5]", "are not one for each of data.caption_key=txt: give 1"),
+        ("data.caption_weights=[0.5, 0.5]", "are not one for each of data.caption_key=txt;text;caption: give 3"),
     ],
 )
 def test_sources_and_phases_that_cannot_be_are_refused(override: str, message: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from tests.data.shard_files import encode, noise
 from w2s.data.benchmark import BenchmarkSet, natural
 from w2s.data.containers import read_shard
+from w2s.data.items import find_items
 from w2s.data.make import make_shards
 from w2s.data.shards import list_shards
 from w2s.errors import ConfigError, DataError, MissingPackageError
@@ -46,7 +47,7 @@ def pictures(folder: Path, *names: str) -> Path:
 
 def make(source: Path, out: Path, *, shard_size: int = 2, split: str = "test", like: str = "", prompts=()) -> None:
     test_set = BenchmarkSet(split=split, like=like, prompts=prompts)
-    make_shards(source, out, shard_size=shard_size, seed=0, workers=1, test_set=test_set)
+    make_shards(find_items(source), out, shard_size=shard_size, seed=0, workers=1, test_set=test_set)
 
 
 def load(out: Path):

@@ -3,6 +3,7 @@
 import io
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.shard_files import write_shards
+from tests.data.shard_files import encode, noise, write_shard, write_shards
 from tests.data.web import Faults, serve
 from w2s.config.sections import DataConfig
 from w2s.data.containers import read_shard
@@ -116,6 +117,41 @@ def test_a_server_that_is_away_for_a_minute_costs_time_alone(
     assert sum(WAITS) > 60
     assert stream.reopened["status 503"] == 8 and not stream.bad
     assert sum(pauses) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_server_that_is_away_for_a_real_minute_loses_nothing(
+    web: tuple[str, Faults], tmp_path: Path, workers: int
+) -> None:
+    url, faults = web
+    with closing(open_stream(shards(url), workers=workers)) as stream:
+        first = stream.next().keys
+        faults.away_until = time.monotonic() + 60
+        rest = [stream.next().keys for _ in range(STEPS - 1)]
+        assert time.monotonic() > faults.away_until, "the whole epoch had been read before"
+    assert [first, *rest] == keys(open_stream(str(tmp_path / "a")))
+    # A lane asks again after 0.5, 1, 2, 4, 8, 15, 15 and 15 s, then the server is back.
+    assert set(stream.reopened) == {"status 503"} and stream.reopened["status 503"] >= 8
+    assert not stream.bad
+
+
+@pytest.mark.slow
+def test_a_server_that_cuts_each_connection_after_a_megabyte_loses_nothing(tmp_path: Path) -> None:
+    """Shards of 4 MB take at least four connections each."""
+    (tmp_path / "a").mkdir()
+    for shard, size in enumerate(SIZES):
+        files = [{"png": encode(noise(100 * shard + n, 210, 210))} for n in range(size)]
+        write_shard(tmp_path / "a" / f"{shard:06d}.tar", [(f"{shard}-{n}", each) for n, each in enumerate(files)])
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "a").iterdir())]
+    expected = keys(open_stream(str(tmp_path / "a")))
+    with serve(tmp_path / "a") as (url, faults):
+        faults.most = 1_000_000
+        stream = open_stream(shards(url))
+        assert keys(stream) == expected
+    assert set(stream.reopened) == {"connection was cut"} and not stream.bad
+    # All but the end of the next epoch's windows is read once; a cut comes after each full megabyte.
+    assert stream.reopened["connection was cut"] >= sum(size // 1_000_000 for size in sizes) - len(sizes)
 
 
 def test_a_server_that_never_answers_loses_its_shards_and_holds_up_nothing(

@@ -208,7 +208,7 @@ def test_damage_ends_a_file_and_the_row_groups_before_and_behind_are_read(tmp_pa
     for name in ("000001", "000002"):
         assert [sample.damage for sample in read_shard(str(folder / f"{name}.parquet"))] == ["shard is damaged"]
     write_rows(folder / "3.parquet", [], pa.schema([("image", IMAGE)]))
-    assert [sample.damage for sample in read_shard(str(folder / "3.parquet"))] == ["shard is empty"]
+    assert list(read_shard(str(folder / "3.parquet"))) == [], "it is empty"
     assert [sample.damage for sample in read_shard(str(folder / "4.parquet"))] == ["shard is gone"]
 
 

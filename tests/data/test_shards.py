@@ -1,3 +1,5 @@
+import gzip
+import re
 from pathlib import Path
 
 import fsspec
@@ -85,9 +87,9 @@ def test_a_cut_shard_gives_its_whole_samples_and_then_says_so(folder: Path) -> N
     assert samples[:2] == whole[:2]
 
 
-def test_an_empty_and_a_missing_shard_are_damage(tmp_path: Path) -> None:
+def test_a_missing_shard_is_damage_and_an_empty_one_is_none(tmp_path: Path) -> None:
     write_shard(tmp_path / "empty.tar", [])
-    assert [s.damage for s in read_shard(str(tmp_path / "empty.tar"))] == ["shard is empty"]
+    assert list(read_shard(str(tmp_path / "empty.tar"))) == []
     assert [s.damage for s in read_shard(str(tmp_path / "gone.tar"))] == ["shard is gone"]
 
 
@@ -99,11 +101,36 @@ def test_needed_files_are_checked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.tar has no image '.jpg', only .cls, .json, .png: set data.image_key"):
         check_source([f"{tmp_path}/a.tar"], "jpg", None)
     write_shard(tmp_path / "b.tar", [])
-    with pytest.raises(DataError, match=r"shard is empty: replace or remove .*b.tar"):
-        check_source([f"{tmp_path}/b.tar"], "jpg", None)
-    check_source([f"{tmp_path}/b.tar", f"{tmp_path}/a.tar"], "png", None)
+    with pytest.raises(DataError, match=r"b.tar and the other shards of its source have no samples"):
+        check_source([f"{tmp_path}/b.tar"] * 9, "jpg", None)
+    check_source([*[f"{tmp_path}/b.tar"] * 9, f"{tmp_path}/a.tar"], "png", None)
     with pytest.raises(DataError, match=r"a.tar has no image '.jpg'"):
         check_source([f"{tmp_path}/b.tar", f"{tmp_path}/a.tar"], "jpg", None)
+
+
+@pytest.mark.parametrize(("suffix", "command"), [("tar.gz", "gunzip"), ("tgz", "gunzip"), ("tar.zst", "zstd -d --rm")])
+def test_compressed_shards_are_refused_with_what_unpacks_them(tmp_path: Path, suffix: str, command: str) -> None:
+    write_shards(tmp_path / "a", [2])
+    packed = tmp_path / "b" / f"0.{suffix}"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress((tmp_path / "a/000000.tar").read_bytes()))
+    message = re.escape(f"{packed} is compressed") + rf".*unpack with {command} \*.{suffix} and name the .tar files"
+    for named in (packed, packed.parent, f"{packed.parent}/*", f"file://{packed}"):
+        with pytest.raises(DataError, match=message) as caught:
+            list_shards(str(named))
+        assert "\n" not in str(caught.value)
+    if command == "gunzip":
+        assert len(list(read_shard(f"pipe:gunzip -c {packed}"))) == 2
+        assert list_shards(f"pipe:gunzip -c {packed}", allow_pipe=True)
+
+
+def test_a_compressed_shard_under_another_name(tmp_path: Path) -> None:
+    write_shards(tmp_path, [2])
+    shard = tmp_path / "000000.tar"
+    shard.write_bytes(gzip.compress(shard.read_bytes()))
+    assert [sample.damage for sample in read_shard(str(shard))] == ["shard is compressed"]
+    with pytest.raises(DataError, match=rf"is compressed.*: mv {shard} {shard}.gz; gunzip {shard}.gz"):
+        check_source([str(shard)], "png", None)
 
 
 def test_semicolons_commas_and_lists_join_too(folder: Path, tmp_path: Path) -> None:

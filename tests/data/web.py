@@ -1,5 +1,6 @@
 """A web server of a folder with the faults of a real one."""
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ class Faults:
         """Requests by the name of the file."""
         self.refusals: list[int] = []
         """Status codes of the next answers."""
+        self.away_until = 0.0
+        """Until when every answer is 503, by `time.monotonic`."""
         self.most: int | None = None
         """Bytes after which every connection is cut."""
         self.stalls: list[int] = []
@@ -38,6 +41,8 @@ class _Handler(SlowHandler):
             self.faults.asked[Path(self.path).name] += 1
             refusal = self.faults.refusals.pop() if self.faults.refusals else None
             self.stall = self.faults.stalls.pop() if self.faults.stalls and refusal is None else None
+        if time.monotonic() < self.faults.away_until:
+            refusal = 503
         if refusal is not None:
             return self.send_error(refusal)
         if self.stall == 0:

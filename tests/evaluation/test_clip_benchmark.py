@@ -19,6 +19,7 @@ from tests.stages.shapes import NAMES, draw_shapes, write_shapes
 from w2s.checkpoint.exporting import export_checkpoint
 from w2s.checkpoint.find import find_any
 from w2s.data.benchmark import BenchmarkSet
+from w2s.data.items import find_items
 from w2s.data.make import make_shards
 
 COMMAND = os.environ.get("W2S_CLIP_BENCHMARK") or shutil.which("clip_benchmark")
@@ -64,7 +65,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("several", pictures / "classes.csv"),
     ):
         test_set = BenchmarkSet(split="test", prompts=prompts)
-        make_shards(source, root / name, shard_size=500, seed=0, workers=1, test_set=test_set)
+        make_shards(find_items(source), root / name, shard_size=500, seed=0, workers=1, test_set=test_set)
     return root
 
 

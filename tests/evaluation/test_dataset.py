@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.web import serve
 from w2s.errors import DataError
 from w2s.evaluation.dataset import EvalSet, load_eval_set
 
@@ -125,7 +126,7 @@ def test_several_captions_are_no_class(tmp_path):
         ([("a", {"png": png(), "npy": npy("x")})], "a.npy is not an array with a number for each class"),
         ([("a", {"png": png()})], "neither class numbers nor captions"),
         ([("a", {"png": png(), "cls": "7"})], "has 2 names but there is a class number 7"),
-        ([], "shard is empty"),
+        ([], "has no samples: its shards are empty"),
     ],
 )
 def test_bad_sets_are_one_line(tmp_path, samples, message):
@@ -134,6 +135,17 @@ def test_bad_sets_are_one_line(tmp_path, samples, message):
     with pytest.raises(DataError) as error:
         load(tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_set_on_a_server_is_the_same_as_on_the_disk(tmp_path):
+    write_shard(tmp_path / "set/test/0.tar", [("a", {"png": png(), "cls": "1"})])
+    (tmp_path / "set/classnames.txt").write_text("one\ntwo\n")
+    (tmp_path / "set/test/zeroshot_classification_templates.txt").write_text("a {c}\n")
+    with serve(tmp_path) as (url, _):
+        theirs = load(f"{url}/set/test/0.tar")
+    for ours in (load(tmp_path / "set/test"), load(f"file://{tmp_path}/set/test/0.tar")):
+        assert (ours.class_names, ours.prompts) == (theirs.class_names, theirs.prompts) == (["one", "two"], ["a {c}"])
+        assert ours.labels.tolist() == theirs.labels.tolist() == [1]
 
 
 @pytest.mark.parametrize("name", ["classnames.txt", "zeroshot_classification_templates.txt"])

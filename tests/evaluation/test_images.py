@@ -127,7 +127,7 @@ def test_ranks_that_need_the_same_batches_decode_a_share_each(seventy):
     ("files", "message"),
     [
         ({"png": b"nothing", "txt": "x"}, "0.tar: a: image cannot be decoded, repair the test set"),
-        ({"gif": png(), "txt": "x"}, "0.tar: a: no image .jpg;png, repair the test set"),
+        ({"gif": png(), "txt": "x"}, "0.tar: a: no image .jpg;png, set data.image_key or repair the test set"),
     ],
 )
 def test_a_bad_image_is_one_line(tmp_path, files, message, workers):

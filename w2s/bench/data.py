@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,8 @@ def open_clip_images(shards: Shards, boxes: Boxes | None, workers: int) -> Itera
         seed=SEED,
     )
     # Newer releases of webdataset than it was written for add a mark at the end of every shard.
-    peer.tar_file_expander = partial(tar_file_expander, eof_value=None)
+    if "eof_value" in signature(tar_file_expander).parameters:
+        peer.tar_file_expander = partial(tar_file_expander, eof_value=None)
     info = peer.get_wds_dataset(args, peer_transform(boxes), is_train=True, tokenizer=SimpleTokenizer())
     for images, _ in info.dataloader:
         yield images

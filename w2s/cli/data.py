@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,7 +16,9 @@ app.add_typer(data, name="data")
 
 Shards = Annotated[str, typer.Argument(help="What data.train takes: a folder, a glob, a brace pattern or a URL.")]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that work side by side.")]
-IMAGE_KEY, CAPTION_KEY = "jpg;jpeg;png;webp;bmp;gif;tif;tiff;image", "txt;text;caption"  # as DataConfig's
+Layout = Literal["shards", "clip_benchmark"]
+# As DataConfig's.
+IMAGE_KEY, CAPTION_KEY = "jpg;jpeg;png;webp;bmp;gif;tif;tiff;image;img;mp4;mov;mkv;webm;avi", "txt;text;caption"
 ImageKey = Annotated[str, typer.Option(help="Extensions (columns) of the image, separated by ;")]
 CaptionKey = Annotated[
     str, typer.Option(help="Extensions (columns) of the caption, or json.KEY; empty for images only.")
@@ -26,15 +28,25 @@ CaptionKey = Annotated[
 @data.command("make")
 def data_make(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A folder of images, a .csv, .tsv or .jsonl table, a .parquet file.")
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of images, a .csv, .tsv, .jsonl or .json table, a COCO caption file, parquet files.",
+        ),
     ],
     out: Annotated[str, typer.Option(help="Folder for the shards.")],
     shard_size: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the shuffling.")] = 0,
     workers: Workers = 1,
-    split: Annotated[
-        str, typer.Option(help="Make this split (test or train) of a test set, in CLIP_benchmark's layout.")
-    ] = "",
+    images: Annotated[str, typer.Option(help="Folder that the paths in a table are relative to.")] = "",
+    image_column: Annotated[str, typer.Option(help="Column of the images or their paths.")] = "",
+    caption_column: Annotated[str, typer.Option(help="Column of the captions.")] = "",
+    class_column: Annotated[str, typer.Option(help="Column of the classes.")] = "",
+    class_names: Annotated[str, typer.Option(help="File that maps folders or numbers to names of classes.")] = "",
+    layout: Annotated[
+        Layout, typer.Option(help="shards to train on, or a test set as CLIP_benchmark has it.")
+    ] = "shards",
+    split: Annotated[str, typer.Option(help="Split of the test set, train or test (taken if none is named).")] = "",
     like: Annotated[str, typer.Option(help="Set of CLIP_benchmark whose class names and prompts it has.")] = "",
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt with {c} for the class name, or several.")] = None,
     debug: Debug = False,
@@ -42,13 +54,26 @@ def data_make(
     """Write images, captions and classes into shards. The same command goes on where it was interrupted."""
     with one_line(debug):
         from w2s.data.benchmark import BenchmarkSet
+        from w2s.data.items import find_items
         from w2s.data.make import make_shards
+        from w2s.data.tables import Columns
+        from w2s.launch import show_notes
 
-        if (like or prompt) and not split:
-            raise UserError("--like and --prompt are for a test set: name its split, such as --split test")
-        test_set = BenchmarkSet(split=split, like=like, prompts=prompt or []) if split else None
+        show_notes()
+        if (like or prompt or split) and layout == "shards":
+            raise UserError("--split, --like and --prompt are for a test set: add --layout clip_benchmark")
+        test_set = None
+        if layout == "clip_benchmark":
+            test_set = BenchmarkSet(split=split or "test", like=like, prompts=prompt or [])
+        columns = Columns(image=image_column, caption=caption_column, label=class_column)
         sizes = make_shards(
-            Path(source), Path(out), shard_size=shard_size, seed=seed, workers=workers, test_set=test_set
+            find_items(Path(source), columns, Path(images) if images else None),
+            Path(out),
+            shard_size=shard_size,
+            seed=seed,
+            workers=workers,
+            test_set=test_set,
+            class_names=Path(class_names) if class_names else None,
         )
         print(f"{sum(sizes.values())} samples in {len(sizes)} shards: {out}")
 

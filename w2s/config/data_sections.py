@@ -71,8 +71,8 @@ class DataConfig:
     """Flip half of the images left to right."""
     half_scale: bool = False
     """Decode a JPEG at exactly half its size where the crop is at least twice the view: faster, slightly different."""
-    image_key: str = "jpg;jpeg;png;webp;bmp;gif;tif;tiff;image"
-    """Extensions of the image in a sample, or of the video (`mp4`); the first that is there is taken.
+    image_key: str = "jpg;jpeg;png;webp;bmp;gif;tif;tiff;image;img;mp4;mov;mkv;webm;avi"
+    """Extensions of the image or the video in a sample; the first that is there is taken.
 
     Columns of a parquet file are extensions.
     """

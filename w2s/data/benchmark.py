@@ -1,4 +1,4 @@
-"""Test sets in the layout of CLIP_benchmark's webdatasets: `w2s data make --split`."""
+"""Test sets in the layout of CLIP_benchmark's webdatasets: `w2s data make --layout clip_benchmark`."""
 
 import json
 import re

@@ -17,12 +17,15 @@ from w2s.data.clips import find_images, kind
 from w2s.data.link import Link
 from w2s.data.samples import DONE, RawSample, caption_file
 from w2s.data.shards import is_parquet
-from w2s.data.tar import read_tar
+from w2s.data.tar import CompressedError, read_tar
 from w2s.data.video import check_decoder, is_video
 from w2s.errors import DataError
 
 _WAITS_AT_THE_START = (0.5, 2.0, 8.0)
 """Seconds before each new try while a name may be wrong."""
+_COMPRESSED = "shard is compressed"
+_TRIED = 3
+"""Damaged shards after which a source is refused."""
 
 
 def read_shard(
@@ -30,8 +33,8 @@ def read_shard(
 ) -> Iterator[RawSample]:
     """Yield the samples of a shard in order, undecoded.
 
-    A shard that is damaged, gone or empty ends with a sample that says so, so that the loss is counted and the order
-    of all other samples stays what it was.
+    A shard that is damaged or gone ends with a sample that says so, so that the loss is counted and the order of all
+    other samples stays what it was. An empty one has none.
 
     Args:
         shard: path or URL.
@@ -48,9 +51,6 @@ def read_shard(
             count += 1
     except Exception as error:  # tarfile and the drivers of fsspec stumble in many ways
         yield RawSample(f"sample {count}", shard, {}, damage=_reason(error))
-        return
-    if start == count == 0:
-        yield RawSample("sample 0", shard, {}, damage="shard is empty")
 
 
 def _reader(shard: str) -> Callable[[str, int, Container[str] | None, Link], Iterator[RawSample]]:
@@ -64,12 +64,14 @@ def _reader(shard: str) -> Callable[[str, int, Container[str] | None, Link], Ite
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "shard is gone"
+    if isinstance(error, CompressedError):
+        return _COMPRESSED
     damaged = isinstance(error, tarfile.TarError | EOFError | ValueError)
     return "shard is damaged" if damaged else "shard cannot be read"
 
 
 def check_source(shards: Sequence[str], image_key: str, caption_key: str | None) -> None:
-    """Check that shards hold what a stage needs, by the first of them that is sound (of the first three).
+    """Check that shards hold what a stage needs, by the first of them that is sound; three may be damaged before it.
 
     Args:
         shards: the shards of a source; a damaged one among them is skipped in training, and so it is here.
@@ -77,27 +79,37 @@ def check_source(shards: Sequence[str], image_key: str, caption_key: str | None)
         caption_key: where captions are, separated by `;`; None where they are not needed.
 
     Raises:
-        DataError: they are damaged or empty, no sample has an image, or the first one with an image has no caption.
+        DataError: they are damaged, compressed or empty, no sample of the first sound one has an image, or the first
+            one with an image has no caption.
         MissingPackageError: it has a video, and PyAV is not installed.
     """
-    damages = []
-    for shard in shards[:3]:
+    damages: list[_DamagedError] = []
+    for shard in shards:
         try:
-            return _check_shard(shard, image_key, caption_key)
-        except _Damaged as damage:
+            if _check_shard(shard, image_key, caption_key):
+                return
+        except _DamagedError as damage:
             damages.append(damage)
-    raise damages[0]
+            if len(damages) == _TRIED:
+                break
+    raise damages[0] if damages else DataError(f"{shards[0]} and the other shards of its source have no samples")
 
 
-class _Damaged(DataError):
+class _DamagedError(DataError):
     """A shard that cannot be read from its start."""
 
 
-def _check_shard(shard: str, image_key: str, caption_key: str | None) -> None:
+def _check_shard(shard: str, image_key: str, caption_key: str | None) -> bool:
+    """Check the first sample with an image; return whether there is any sample."""
     extensions: set[str] = set()
+    sample = None
     for sample in read_shard(shard, link=Link(waits=_WAITS_AT_THE_START)):
+        if sample.damage == _COMPRESSED:
+            raise DataError(
+                f"{shard} is compressed, which shards must not be: mv {shard} {shard}.gz; gunzip {shard}.gz"
+            )
         if sample.damage:
-            raise _Damaged(f"{sample.damage}: replace or remove {shard}")
+            raise _DamagedError(f"{sample.damage}: replace or remove {shard}")
         extensions |= set(map(kind, sample.files))
         images = find_images(sample.files, image_key)
         if not images:
@@ -109,7 +121,9 @@ def _check_shard(shard: str, image_key: str, caption_key: str | None) -> None:
                 f"sample {sample.key} of {shard} has no caption '.{caption_key}', only {_names(extensions)}: "
                 "set data.caption_key"
             )
-        return
+        return True
+    if sample is None:
+        return False
     raise DataError(f"{shard} has no image '.{image_key}', only {_names(extensions)}: set data.image_key")
 
 

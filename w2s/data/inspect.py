@@ -38,6 +38,8 @@ class Report:
     """Samples that a run would skip, by reason."""
     examples: list[Skipped] = field(default_factory=list)
     """The first of them."""
+    empty: int = 0
+    """Shards without a sample, which a run passes by."""
     wrong_sizes: list[str] = field(default_factory=list)
     """Shards with another number of samples than is noted beside them."""
 
@@ -45,6 +47,7 @@ class Report:
         """Take in what was found in another shard."""
         self.shards += other.shards
         self.samples += other.samples
+        self.empty += other.empty
         self.extensions += other.extensions
         self.bad += other.bad
         self.examples = (self.examples + other.examples)[:_LISTED]
@@ -52,7 +55,8 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """Yield the report as text."""
-        yield f"{self.shards} shards, {self.samples} samples, {sum(self.bad.values())} of them bad"
+        empty = f" ({self.empty} of them empty)" if self.empty else ""
+        yield f"{self.shards} shards{empty}, {self.samples} samples, {sum(self.bad.values())} of them bad"
         yield "files: " + ", ".join(f".{name} in {count}" for name, count in sorted(self.extensions.items()))
         for reason, count in self.bad.most_common():
             yield f"bad: {count} x {reason}"
@@ -90,6 +94,7 @@ def _check(job: tuple[str, str, str | None, int | None]) -> Report:
             report.examples = [*report.examples, Skipped(sample.key, shard, str(error))][:_LISTED]
         report.samples += 1
         report.extensions.update({kind(extension) for extension in sample.files})
+    report.empty = int(report.samples == 0)
     if noted is not None and noted != report.samples:
         report.wrong_sizes.append(f"{shard} has {report.samples} samples, but {noted} are noted beside it")
     return report
@@ -139,12 +144,13 @@ def describe_shards(shards: Sequence[str]) -> Iterator[str]:
     """Yield, as text, the size of each shard (some of many) and the files of the first sample of the first one."""
     for shard in shards[:_LISTED]:
         samples = list(read_shard(shard, wanted=()))
-        damage = f", then {samples[-1].damage}" if samples[-1].damage else ""
+        damage = f", then {samples[-1].damage}" if samples and samples[-1].damage else ""
         yield f"{shard}: {sum(not sample.damage for sample in samples)} samples{damage}"
     if len(shards) > _LISTED:
         yield f"... {len(shards)} shards in all"
-    first = next(read_shard(shards[0]))
-    yield f"{first.key}: {', '.join(f'.{name} ({len(data)} bytes)' for name, data in first.files.items())}"
+    first = next(read_shard(shards[0]), None)
+    if first is not None:
+        yield f"{first.key}: {', '.join(f'.{name} ({len(data)} bytes)' for name, data in first.files.items())}"
 
 
 def _good(shards: Sequence[str], image_key: str, caption_key: str | None) -> Iterator[tuple[Image.Image, str]]:

@@ -1,26 +1,40 @@
 """What `w2s data make` makes shards of: images in folders, named by tables, or inside of parquet files."""
 
-import csv
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import glob
+import logging
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from w2s.data.clips import extension_of, kind
 from w2s.data.containers import read_shard
 from w2s.data.shards import is_parquet
+from w2s.data.tables import (
+    CAPTION_COLUMNS,
+    CLASS_COLUMNS,
+    IMAGE_COLUMNS,
+    SUFFIXES,
+    Columns,
+    Row,
+    choose,
+    image_folder,
+    read_table,
+    texts,
+)
 from w2s.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 VIDEOS = ("mp4", "mov", "mkv", "webm", "avi")
-_TABLES = (".csv", ".tsv", ".jsonl")
 
 _METADATA = ("metadata.csv", "metadata.jsonl")
 """Tables that name the images of a folder, by the rules of Hugging Face's `datasets`."""
-_IMAGE_COLUMNS = ("image", "file_name", "path", "filepath", "file")
-_CAPTION_COLUMNS = ("caption", "title", "text")
-_CLASS_COLUMNS = ("class", "label")
+_SPLITS = {"train", "val", "valid", "validation", "dev", "test"}
+_PART = re.compile(r"(.+)-\d+-of-\d+\.parquet")
+"""A parquet file of a split, as `datasets` names it."""
 
 
 @dataclass(frozen=True)
@@ -29,29 +43,41 @@ class Item:
 
     image: Path
     """Its file, or the parquet file that has it."""
-    caption: str | None
-    """Several are on lines of their own."""
-    label: str | None
-    """Name of its class; several are on lines of their own."""
+    captions: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    """Names of its classes."""
     row: int = 0
     """Its row in a parquet file."""
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of its classes."""
-        return [] if self.label is None else self.label.split("\n")
+    column: str = ""
+    """Its column there."""
 
 
-def find_items(source: Path) -> list[Item]:
-    """Find the images of a folder, a table or a parquet file, in their order.
+def find_items(source: Path, columns: Columns | None = None, images: Path | None = None) -> list[Item]:
+    """Find the images of a folder, a table or parquet files, in their order.
+
+    In a folder the caption of an image is the text file beside it, its class the folder below `source` where all images
+    lie in one; `metadata.csv` or `metadata.jsonl` in it is a table. A table (`.csv`, `.tsv`, `.jsonl`, or a list in
+    `.json`) has a column of paths (`image`, `file_name`, ...), and may have captions and classes; a list in a cell is
+    several. A COCO caption file has all captions of an image. Parquet files (one, a folder, a glob) have images in a
+    column, or paths.
+
+    Args:
+        source: the folder, the table, the parquet file or a glob of these.
+        columns: which columns have what; None takes the usual ones.
+        images: folder that a table's paths are relative to; None is the table's own, or COCO's.
 
     Raises:
         DataError: there is none, or one is missing.
     """
+    columns = columns or Columns()
     if is_parquet(str(source)):
-        items = _read_parquet(source)
+        items = _of_parquet_files(source, columns, images)
+    elif source.suffix in SUFFIXES:
+        items = _of_rows(source, read_table(source), columns, images)
     else:
-        items = _read_table(source) if source.suffix in _TABLES else _read_folder(source)
+        if images is not None:
+            raise DataError(f"--images is for the paths of a table, and {source} is a folder: leave it out")
+        items = _of_folder(source, columns)
     if not items:
         raise DataError(f"{source} has no images: there are none that end in .{', .'.join((*IMAGES, *VIDEOS))}")
     return items
@@ -61,13 +87,18 @@ def read_images(items: Sequence[Item]) -> Iterator[dict[str, bytes]]:
     """Read the image of each item, or the images of its clip, by extension.
 
     Args:
-        items: files in any order, or rows of a parquet file in theirs.
+        items: files in any order; rows of a parquet file stand together, in theirs.
     """
-    if not is_parquet(str(items[0].image)):
-        yield from ({item.image.suffix[1:].lower(): item.image.read_bytes()} for item in items)
-        return
-    path, rows = items[0].image, {item.row for item in items}
-    samples = read_shard(str(path), min(rows), {_image_column(path)})
+    for path, same in groupby(items, lambda item: item.image):
+        if is_parquet(str(path)):
+            yield from _read_rows(path, list(same))
+        else:
+            yield from ({path.suffix[1:].lower(): path.read_bytes()} for _ in same)
+
+
+def _read_rows(path: Path, items: Sequence[Item]) -> Iterator[dict[str, bytes]]:
+    rows = {item.row for item in items}
+    samples = read_shard(str(path), min(rows), {items[0].column})
     for row, sample in zip(range(min(rows), max(rows) + 1), samples, strict=False):
         if sample.damage or (row in rows and not sample.files):
             raise DataError(f"{path}: {sample.key}: {sample.damage or 'image is missing'}, repair the file")
@@ -75,94 +106,110 @@ def read_images(items: Sequence[Item]) -> Iterator[dict[str, bytes]]:
             yield {name.removesuffix(kind(name)) + extension_of(data): data for name, data in sample.files.items()}
 
 
-def _read_folder(folder: Path) -> list[Item]:
-    """Those below a folder, in the order of their paths, or those that the folder's metadata name."""
+def _of_folder(folder: Path, columns: Columns) -> list[Item]:
+    """Those below a folder, in the order of their paths, or those that the folder's metadata or parquet files name."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is neither a folder nor a {', '.join(_TABLES)} or .parquet file")
+        raise DataError(f"{folder} is neither a folder nor a {', '.join(SUFFIXES)} or .parquet file")
     tables = sorted(path for path in folder.rglob("metadata.*") if path.name in _METADATA)
     if tables and tables[0].parent == folder:
-        return _read_table(tables[0])
+        return _of_rows(tables[0], read_table(tables[0]), columns, None)
     if tables:
         raise DataError(f"{folder} has no {' or '.join(_METADATA)}, but {tables[0].parent} has: name that folder")
-    images = [path for path in sorted(folder.rglob("*")) if path.suffix[1:].lower() in (*IMAGES, *VIDEOS)]
-    classes = [path.relative_to(folder).parts[0] for path in images]
-    labelled = all(len(path.relative_to(folder).parts) > 1 for path in images)
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix[1:].lower() in (*IMAGES, *VIDEOS)]
+    if not paths and any(folder.glob("*.parquet")):
+        return _of_parquet_files(Path(glob.escape(str(folder))) / "*.parquet", columns, None)
+    if columns != Columns():
+        raise DataError(f"{folder} has no {' or '.join(_METADATA)}, so there are no columns to name: leave them out")
+    parts = [path.relative_to(folder).parts for path in paths]
+    labelled = all(len(each) > 1 for each in parts)
+    labels = {each[0] for each in parts} if labelled else set()
+    if labels and labels <= _SPLITS:
+        raise DataError(f"{folder} has the splits {', '.join(sorted(labels))}: name one of them")
     return [
-        Item(path, _text_beside(path), name if labelled else None) for path, name in zip(images, classes, strict=True)
+        Item(path, _text_beside(path), each[:1] if labelled else ()) for path, each in zip(paths, parts, strict=True)
     ]
 
 
-def _text_beside(image: Path) -> str | None:
+def _text_beside(image: Path) -> tuple[str, ...]:
     text = image.with_suffix(".txt")
     try:
-        return text.read_text(encoding="utf-8").strip() if text.is_file() else None
+        words = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+        return (words,) if words else ()
     except UnicodeDecodeError as error:
         raise DataError(f"{text} is not UTF-8 text: repair it") from error
 
 
-def _read_table(path: Path) -> list[Item]:
-    """Those that a table names, in its order; paths are relative to it."""
-    rows = _rows(path)
-    columns = list(rows[0]) if rows else []
-    image, caption, label = (_column(columns, names) for names in (_IMAGE_COLUMNS, _CAPTION_COLUMNS, _CLASS_COLUMNS))
-    if rows and image is None:
-        raise DataError(f"{path} has the columns {', '.join(columns)}: name the one with the files `image`")
-    items = [
-        # A row that ends early has None in its last columns.
-        Item(path.parent / (_text(row, image) or ""), _text(row, caption), _text(row, label))
-        for row in rows
-    ]
+def _of_rows(path: Path, rows: Sequence[Row], columns: Columns, images: Path | None) -> list[Item]:
+    """Those that a table names, in its order."""
+    there = list(rows[0]) if rows else []
+    if not rows:
+        return []
+    image = choose(there, columns.image, IMAGE_COLUMNS, path)
+    caption, label = _beside(path, there, columns)
+    if image is None:
+        raise DataError(
+            f"{path} has the columns {', '.join(there)}: name the one of the images with --image-column{_links(there)}"
+        )
+    # A row that ends early has None in its last columns.
+    folder = images or image_folder(path, str(rows[0].get(image)))
+    items = [Item(folder / str(row.get(image) or ""), texts(row, caption), texts(row, label)) for row in rows]
     missing = [item.image for item in items if not item.image.is_file()]
     if missing:
-        raise DataError(f"{path}: {len(missing)} of {len(items)} images are missing, the first is {missing[0]}")
+        raise DataError(
+            f"{path}: {len(missing)} of {len(items)} images are missing, the first is {missing[0]}: name their folder "
+            "with --images"
+        )
     return items
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin their files with a mark
-            if path.suffix == ".jsonl":
-                return [dict(json.loads(line)) for line in file if line.strip()]
-            return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+def _beside(path: Path, there: Sequence[str], columns: Columns) -> tuple[str | None, str | None]:
+    """The columns of captions and of classes."""
+    caption = choose(there, columns.caption, CAPTION_COLUMNS, path)
+    label = choose(there, columns.label, CLASS_COLUMNS, path)
+    if caption is label is None:
+        logger.info(
+            "%s has no captions or classes that are known by their name, only the columns %s: name one with "
+            "--caption-column or --class-column if it has some", path, ", ".join(there)
+        )  # fmt: skip
+    return caption, label
 
 
-def _read_parquet(path: Path) -> list[Item]:
+def _links(columns: Sequence[str]) -> str:
+    if not {"url", "image_url"} & {column.lower() for column in columns}:
+        return ""
+    return ", or fetch what its URLs name with img2dataset, whose shards are read as they are"
+
+
+def _of_parquet_files(source: Path, columns: Columns, images: Path | None) -> list[Item]:
+    if not glob.has_magic(str(source)):
+        return _of_parquet(source, columns, images)
+    files = sorted(map(Path, glob.glob(str(source))))
+    splits = sorted({part[1] for path in files if (part := _PART.fullmatch(path.name))})
+    if len(splits) > 1:
+        raise DataError(f"{source} has the splits {', '.join(splits)}: name one, such as {splits[0]}-*.parquet")
+    return [item for path in files for item in _of_parquet(path, columns, images)]
+
+
+def _of_parquet(path: Path, columns: Columns, images: Path | None) -> list[Item]:
     """The rows of a parquet file; class numbers that `datasets` has made are names again."""
-    from w2s.data.parquet import class_names, read_texts
+    from w2s.data.parquet import class_names, column_names, image_columns, read_texts
 
-    rows = read_texts(path, (*_CAPTION_COLUMNS, *_CLASS_COLUMNS))
-    columns = list(rows[0]) if rows else []
-    caption, label = (_column(columns, names) for names in (_CAPTION_COLUMNS, _CLASS_COLUMNS))
+    there, pictures = column_names(path), image_columns(path)
+    if not pictures:
+        return _of_rows(path, read_texts(path, there), columns, images)
+    if images is not None:
+        raise DataError(f"--images is for the paths of a table, and {path} has images inside: leave it out")
+    column = choose(pictures, columns.image, IMAGE_COLUMNS, path) or pictures[0]
+    caption, label = _beside(path, [name for name in there if name not in pictures], columns)
     names = class_names(path, label) if label else []
     return [
-        Item(path, _text(values, caption), _named(_text(values, label), names), row) for row, values in enumerate(rows)
+        Item(
+            path, texts(row, caption), tuple(_named(each, names) for each in texts(row, label)), number, column.lower()
+        )
+        for number, row in enumerate(read_texts(path, [name for name in (caption, label) if name]))
     ]
 
 
-def _image_column(path: Path) -> str:
-    """The column of a parquet file that has the images."""
-    from w2s.data.parquet import image_columns
-
-    columns = image_columns(path)
-    if not columns:
-        raise DataError(f"{path} has no images: there is no column of bytes")
-    return _column(columns, _IMAGE_COLUMNS) or columns[0]
-
-
-def _named(label: str | None, names: Sequence[str]) -> str | None:
+def _named(label: str, names: Sequence[str]) -> str:
     """The name of a class that is a number."""
-    return names[int(label)] if label and label.isdecimal() and int(label) < len(names) else label
-
-
-def _text(row: Mapping[str, Any], column: str | None) -> str | None:
-    """What a row has in a column, if there is one; of several captions each is a line."""
-    value = row.get(column) if column else None
-    if isinstance(value, list):
-        return "\n".join(" ".join(str(each).split()) for each in value)
-    return None if value is None else str(value)
-
-
-def _column(columns: Collection[str], names: Sequence[str]) -> str | None:
-    return next((name for name in names if name in columns), None)
+    return names[int(label)] if label.isdecimal() and int(label) < len(names) else label

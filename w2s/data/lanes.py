@@ -17,7 +17,7 @@ from w2s.data.ahead import ReadAhead
 from w2s.data.containers import read_shard
 from w2s.data.counter import Purpose, generator
 from w2s.data.link import Link
-from w2s.data.samples import RawSample
+from w2s.data.samples import DONE, RawSample
 
 _FEW = 4
 """Samples of a first window, or up to twice as many."""
@@ -143,11 +143,16 @@ class Lane:
 
     def _walk(self, shard: int, offset: int) -> Generator[_Step, None, None]:
         """Yield the lane's samples in the order of its shards, from a place on."""
+        empty = 0
         while True:
             path = self._shards[self._order.draw(self._number, shard)]
+            empty += 1
             for sample in read_shard(path, offset, self._wanted, self._link):
                 self._link.came(sample.size)
                 yield _Step(sample, sample.size, shard, sample.end)
+                empty = 0
+            if empty > len(self._shards):  # counted as bad ones, so that the run ends
+                yield _Step(RawSample("", path, {}, damage="shard is empty"), 0, shard, DONE)
             if self._order.ends_epoch(self._number, shard):
                 yield _Step(None, 0, shard + 1, 0)
             shard, offset = shard + 1, 0

@@ -57,7 +57,17 @@ def image_columns(path: Path) -> list[str]:
         DataError: it cannot be read.
     """
     with _readable(path) as file:
-        return [field.name.lower() for field in file.schema_arrow if _has_images(field.type)]
+        return [field.name for field in file.schema_arrow if _has_images(field.type)]
+
+
+def column_names(path: Path) -> list[str]:
+    """Return all columns of a local file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with _readable(path) as file:
+        return list(file.schema_arrow.names)
 
 
 def read_texts(path: Path, columns: Collection[str]) -> list[dict[str, Any]]:

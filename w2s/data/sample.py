@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from w2s.config.sections import Config
+from w2s.config.sections import Config, DataConfig
 from w2s.data.bad import BadSample
 from w2s.data.captions import draw_caption
 from w2s.data.clips import Picture, choose_frames, find_images
@@ -61,9 +61,9 @@ class SampleSpec:
     """Flip half of the images left to right."""
     half_scale: bool = False
     """Decode a JPEG at half its size where the crop is at least twice the larger view."""
-    image_key: str = "jpg;jpeg;png;webp;bmp;gif;tif;tiff;image"
+    image_key: str = DataConfig.image_key
     """Extensions of the image; the first that is there is taken."""
-    caption_key: str = "txt;text;caption"
+    caption_key: str = DataConfig.caption_key
     """Where the caption is: extensions or `json.KEY`, separated by `;`."""
     caption_weights: tuple[float, ...] = ()
     """Probability of each of these; empty takes the first that is there."""

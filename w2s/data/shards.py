@@ -6,11 +6,12 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import braceexpand
 
-from w2s.data.storage import EXTENSIONS, PIPE, find_remote, first_kind, is_local
+from w2s.data.storage import EXTENSIONS, PIPE, UNPACK, find_remote, first_kind, is_local
 from w2s.errors import ConfigError, DataError
 from w2s.redaction import SIGNED, without_url_secrets
 
@@ -48,7 +49,10 @@ def list_shards(source: str, option: str = "data.train", *, allow_pipe: bool = F
         MissingPackageError: the driver for a kind of URL is not installed.
     """
     patterns = [pattern for part in split_sources(source, option) for pattern in _split_list(part)]
-    return sorted(shard for pattern in patterns for shard in _expand(pattern, option, allow_pipe))
+    found = [_expand(pattern, option, allow_pipe) for pattern in patterns]
+    for shards in found:
+        _refuse_compressed(shards[0], option)
+    return sorted(chain.from_iterable(found))
 
 
 def shards_digest(shards: Sequence[str]) -> str:
@@ -66,6 +70,11 @@ def names_digest(shards: Sequence[str]) -> str:
 def shard_name(shard: str) -> str:
     """Return a shard's name without its folder, and without what a URL is signed with."""
     return without_secrets(shard).removesuffix(SIGNED).rpartition("/")[2]
+
+
+def shard_folder(shard: str) -> str:
+    """Return the folder of a shard with the slash behind it, so that a name can follow."""
+    return shard[: len(shard) - len(shard_name(shard))]
 
 
 def is_parquet(shard: str) -> bool:
@@ -104,6 +113,15 @@ def _expand(pattern: str, option: str, allow_pipe: bool) -> list[str]:
     if pattern.endswith(".txt"):
         return _read_list(pattern, option, allow_pipe)
     return _local(pattern, names, option)
+
+
+def _refuse_compressed(shard: str, option: str) -> None:
+    suffix = next((suffix for suffix in UNPACK if shard.lower().endswith(suffix)), "")
+    if suffix and not shard.startswith(PIPE):
+        raise DataError(
+            f"{option}: {shard} is compressed, so that no run could go on in the middle of it, and images hardly "
+            f"shrink: unpack with {UNPACK[suffix]} *{suffix} and name the .tar files"
+        )
 
 
 def _check_number(pattern: str, option: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from w2s.data.containers import read_shard
-from w2s.data.shards import shard_name, without_secrets
+from w2s.data.shards import shard_folder, shard_name, without_secrets
 from w2s.data.storage import read_text
 from w2s.errors import DataError
 
@@ -27,7 +27,7 @@ def count_samples(shards: Sequence[str], index: Path) -> int | None:
         shards: paths or URLs.
         index: folder of the indices.
     """
-    folders = set(map(_folder, shards))
+    folders = set(map(shard_folder, shards))
     sizes = read_index(shards, index) or _listed_sizes(shards, folders)
     if len(sizes) == len(shards):
         return sum(sizes.values())
@@ -37,7 +37,7 @@ def count_samples(shards: Sequence[str], index: Path) -> int | None:
 
 def known_sizes(shards: Sequence[str]) -> dict[str, int]:
     """Return the samples of those shards that have `sizes.json` or img2dataset's `*_stats.json` beside them."""
-    sizes = _listed_sizes(shards, set(map(_folder, shards)))
+    sizes = _listed_sizes(shards, set(map(shard_folder, shards)))
     missing = [shard for shard in shards if shard not in sizes]
     with ThreadPoolExecutor(_THREADS) as pool:
         stats = pool.map(_read_stats, missing)
@@ -127,17 +127,14 @@ def _count(shard: str) -> int:
     return count
 
 
-def _folder(shard: str) -> str:
-    return shard[: len(shard) - len(shard_name(shard))]
-
-
 def _listed_sizes(shards: Sequence[str], folders: Collection[str]) -> dict[str, int]:
     """Return the samples of those shards that a `sizes.json` in one of their folders names."""
     listed = {folder: _read_numbers(f"{folder}sizes.json") for folder in folders}
     if not any(listed.values()):
         return {}
     sizes = (
-        (shard, _number(listed[_folder(shard)], shard_name(shard), f"{_folder(shard)}sizes.json")) for shard in shards
+        (shard, _number(listed[shard_folder(shard)], shard_name(shard), f"{shard_folder(shard)}sizes.json"))
+        for shard in shards
     )
     return {shard: size for shard, size in sizes if size is not None}
 

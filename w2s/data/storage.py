@@ -15,6 +15,14 @@ from w2s.errors import DataError, MissingPackageError
 
 EXTENSIONS = (".tar", ".parquet")
 """Of files that are shards; beside tar files parquet files are lists."""
+UNPACK = {
+    ".tar.gz": "gunzip",
+    ".tgz": "gunzip",
+    ".tar.bz2": "bunzip2",
+    ".tar.xz": "unxz",
+    ".tar.zst": "zstd -d --rm",
+}
+"""What unpacks a compressed tar file, by its extension."""
 
 _BUFFER = 1 << 17
 """Bytes that files are read by: threads hand Python's lock on at each read."""
@@ -70,9 +78,12 @@ def find_remote(urls: Sequence[str], option: str) -> list[str]:
 
 
 def first_kind(paths: Iterable[str]) -> list[str]:
-    """Return those of a folder's files that are its shards: the tar files or, where none is, the parquet files."""
+    """Return those of a folder's files that are its shards: the tar files or, where none is, the parquet files.
+
+    Where that is not either, those that are tar files once they are unpacked.
+    """
     files = list(paths)
-    return next(filter(None, ([path for path in files if path.endswith(kind)] for kind in EXTENSIONS)), [])
+    return next(filter(None, ([path for path in files if path.endswith(kind)] for kind in (*EXTENSIONS, *UNPACK))), [])
 
 
 def _has_magic(url: str) -> bool:

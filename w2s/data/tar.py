@@ -13,6 +13,8 @@ from w2s.data.storage import open_at
 
 MAX_FILE = 256 << 20
 """Bytes of a file; the sample of a larger one is left out unread."""
+_GZIP = b"\x1f\x8b"
+"""How a gzip file begins."""
 _MAX_SIZE = 1 << 50
 """Bytes that no disk has."""
 _EXTENDED = (
@@ -22,9 +24,22 @@ _MAX_HEADER = 1 << 20
 """Bytes of a long name or another extended header; a longer one is damage."""
 
 
+class CompressedError(ValueError):
+    """A tar file inside of a gzip file, which could only be read from its start."""
+
+
 def read_tar(shard: str, start: int, wanted: Container[str] | None, link: Link) -> Iterator[RawSample]:
     """Yield the samples of a tar file from a byte on; see `containers`."""
-    with open_at(shard, start, link) as stream, _StrictTar.open(fileobj=stream, mode="r:") as tar:
+    with open_at(shard, start, link) as stream:
+        if start == 0:
+            if stream.read(len(_GZIP)) == _GZIP:
+                raise CompressedError(shard)
+            stream.seek(0)
+        yield from _samples(shard, stream, wanted)
+
+
+def _samples(shard: str, stream: IO[bytes], wanted: Container[str] | None) -> Iterator[RawSample]:
+    with _StrictTar.open(fileobj=stream, mode="r:") as tar:
         key, files, damage = "", dict[str, bytes](), ""
         member = tar.first
         while member is not None:

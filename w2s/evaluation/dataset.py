@@ -16,7 +16,8 @@ from w2s.data.captions import draw_caption
 from w2s.data.containers import read_shard
 from w2s.data.counter import Purpose, generator
 from w2s.data.samples import RawSample, caption_file
-from w2s.data.shards import list_shards
+from w2s.data.shards import list_shards, shard_folder
+from w2s.data.storage import is_local, read_text
 from w2s.errors import DataError
 
 CLASS_NAMES = "classnames.txt"
@@ -100,20 +101,21 @@ def load_eval_set(
     parts = gather({path: _scan(path, caption_key, class_key) for path in paths[rank::size]})
     read = {path: entries for part in parts for path, entries in part.items()}
     entries = [entry for path in paths for entry in read[path]]
+    if not entries:
+        raise DataError(f"{option}={shards} has no samples: its shards are empty")
     places = [(number, entry.start) for number, path in enumerate(paths) for entry in read[path]]
     keys = [entry.key for entry in entries]
     texts = _all_or_none([entry.caption for entry in entries], keys, f"caption .{caption_key}")
     classes = _all_or_none([entry.number for entry in entries], keys, f"class number .{class_key}")
     several = _all_or_none([entry.several for entry in entries], keys, f"classes .{SEVERAL_CLASSES}")
-    folder = Path(paths[0]).parent
     labels: Tensor | None
     if classes:
-        labels, names = _named_classes(classes, folder)
+        labels, names = _named_classes(classes, paths[0])
     elif several:
-        labels, names = _several_classes(several, folder)
+        labels, names = _several_classes(several, paths[0])
     else:
         labels, names = _caption_classes(texts, f"{option}={shards}")
-    return EvalSet(paths, np.array(places), texts, labels, names, keys, _prompts(folder))
+    return EvalSet(paths, np.array(places), texts, labels, names, keys, _prompts(paths[0]))
 
 
 def _scan(shard: str, caption_key: str, class_key: str) -> list[_Entry]:
@@ -178,22 +180,23 @@ def _all_or_none(values: Sequence[T | None], keys: list[str], what: str) -> list
     return present
 
 
-def _names(folder: Path) -> tuple[Path, list[str]]:
-    file = _beside(folder, CLASS_NAMES)
-    if file is None:
-        raise DataError(f"{folder / CLASS_NAMES} does not exist: write the classes' names into it, one a line")
-    return file, _lines(file)
+def _names(shard: str) -> tuple[str, list[str]]:
+    file, names = _beside(shard, CLASS_NAMES)
+    if not file:
+        missing = f"{shard_folder(shard)}{CLASS_NAMES}"
+        raise DataError(f"{missing} does not exist: write the classes' names into it, one a line")
+    return file, names
 
 
-def _named_classes(numbers: list[int], folder: Path) -> tuple[Tensor, list[str]]:
-    file, names = _names(folder)
+def _named_classes(numbers: list[int], shard: str) -> tuple[Tensor, list[str]]:
+    file, names = _names(shard)
     if max(numbers) >= len(names):
         raise DataError(f"{file} has {len(names)} names but there is a class number {max(numbers)}: add the names")
     return torch.tensor(numbers), names
 
 
-def _several_classes(marks: list[NDArray[np.bool_]], folder: Path) -> tuple[Tensor, list[str]]:
-    file, names = _names(folder)
+def _several_classes(marks: list[NDArray[np.bool_]], shard: str) -> tuple[Tensor, list[str]]:
+    file, names = _names(shard)
     wrong = next((len(row) for row in marks if len(row) != len(names)), None)
     if wrong is not None:
         raise DataError(
@@ -202,25 +205,29 @@ def _several_classes(marks: list[NDArray[np.bool_]], folder: Path) -> tuple[Tens
     return torch.from_numpy(np.stack(marks)), names
 
 
-def _prompts(folder: Path) -> list[str]:
-    file = _beside(folder, PROMPTS)
-    prompts = _lines(file) if file else []
+def _prompts(shard: str) -> list[str]:
+    file, prompts = _beside(shard, PROMPTS)
     wrong = next((prompt for prompt in prompts if "{c}" not in prompt), None)
     if wrong is not None:
         raise DataError(f"{file}: '{wrong}' has no {{c}} in the place of the class name: write it, and no empty line")
     return prompts
 
 
-def _lines(file: Path) -> list[str]:
+def _beside(shard: str, name: str) -> tuple[str, list[str]]:
+    """A file in the folder of a shard, or in the folder above, and its lines; an empty path where there is none."""
+    if not is_local(shard):
+        folder = shard_folder(shard)
+        for place in (folder, shard_folder(folder.removesuffix("/"))):
+            text = read_text(f"{place}{name}")
+            if text is not None:
+                return f"{place}{name}", text.splitlines()
+        return "", []
+    parent = Path(shard.removeprefix("file://")).parent
+    file = next((place / name for place in (parent, parent.parent) if (place / name).is_file()), None)
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return ("", []) if file is None else (str(file), file.read_text(encoding="utf-8").splitlines())
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text: repair it") from error
-
-
-def _beside(folder: Path, name: str) -> Path | None:
-    """A file in the folder of the shards, or in the folder above."""
-    return next((place / name for place in (folder, folder.parent) if (place / name).is_file()), None)
 
 
 def _caption_classes(captions: list[str], source: str) -> tuple[Tensor | None, list[str]]:

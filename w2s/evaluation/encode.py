@@ -1,4 +1,4 @@
-"""Features of many images or texts, the work split over ranks."""
+"""Features of many images or texts, and scores of these, the work split over ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
@@ -97,6 +97,23 @@ def encode_all(
         part = whole[place : place + len(some) * size * batch_size]
         part.copy_(_exchanged(some, min(batch_size, len(items)), group)[: len(part)])
     return whole
+
+
+def score_all(
+    score: Callable[[Tensor], Tensor], features: Tensor, block: int, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Scores of all features, in order, on every rank; each rank computes some blocks, as `encode_all` does.
+
+    Args:
+        score: numbers of some features, int64 [b], to what is known of each, [b, c].
+        features: [n, d], the same on every rank.
+        block: features of one call.
+        group: ranks that share the work; None for this process alone.
+
+    Returns:
+        [n, c], in the type that `score` returns.
+    """
+    return encode_all(score, Rows(torch.arange(len(features), device=features.device)), block, group)
 
 
 def _exchanged(own: list[Tensor], batch_size: int, group: dist.ProcessGroup | None) -> Tensor:

@@ -91,7 +91,9 @@ def encode_texts(
     return Texts(classes, captions, features)
 
 
-def evaluate_clip(data: EvalSet, images: Tensor, texts: Texts, *, examples: int = 0) -> ClipResult:
+def evaluate_clip(
+    data: EvalSet, images: Tensor, texts: Texts, *, examples: int = 0, group: dist.ProcessGroup | None = None
+) -> ClipResult:
     """Zero-shot classification where the test set has classes, and retrieval where it has captions and is wanted.
 
     Args:
@@ -99,16 +101,17 @@ def evaluate_clip(data: EvalSet, images: Tensor, texts: Texts, *, examples: int 
         images: features of its images, [n, d].
         texts: its words.
         examples: queries each way whose first findings are kept.
+        group: ranks that have the same features and share the scoring; None for this process alone.
     """
     metrics: dict[str, float] = {}
     result, found = None, dict[str, list[Found]]()
     if data.labels is not None and texts.classes is not None:
         if data.labels.ndim == 1:
-            result = zero_shot(images, texts.classes, data.labels, data.class_names)
-        measured = result.metrics if result else mean_average_precision(images, texts.classes, data.labels)
+            result = zero_shot(images, texts.classes, data.labels, data.class_names, group)
+        measured = result.metrics if result else mean_average_precision(images, texts.classes, data.labels, group)
         metrics |= under("zero_shot", measured)
     if texts.captions is not None and texts.features is not None:
-        metrics |= under("retrieval", retrieval(images, texts.features, texts.captions))
+        metrics |= under("retrieval", retrieval(images, texts.features, texts.captions, group))
         found = first_found(images, texts.features, texts.captions, examples)
     return ClipResult(metrics, result, texts.captions, found=found)
 
@@ -124,20 +127,25 @@ def of_sets(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {metric: value for part in parts for metric, value in part.items()}
 
 
-def check_in_common(tests: Iterable[EvalSet], neighbours: EvalSet) -> None:
-    """Refuse labelled images by which no test set can be classified.
+def in_common(tests: Iterable[EvalSet], neighbours: EvalSet) -> bool:
+    """Whether images of any test set have a class of the labelled images.
 
     Raises:
-        DataError: the neighbours have no classes, or none in common with any test set.
+        DataError: the labelled images have no class each.
     """
     if neighbours.labels is None or neighbours.labels.ndim > 1:
         raise DataError("eval.knn_shards has no class for each image, but several or captions: give class numbers")
-    if all((matched(data, neighbours) < 0).all() for data in tests):
-        raise DataError("the test images and eval.knn_shards have no class in common: give the same class names")
+    return any(bool((matched(data, neighbours) >= 0).any()) for data in tests)
 
 
 def evaluate_by_gallery(
-    data: EvalSet, gallery: Gallery, *, features: Tensor, probed: Tensor, k: int
+    data: EvalSet,
+    gallery: Gallery,
+    *,
+    features: Tensor,
+    probed: Tensor,
+    k: int,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, dict[str, float]]:
     """k-NN classification and, if there is one, the linear probe; classes are matched by their names.
 
@@ -150,6 +158,7 @@ def evaluate_by_gallery(
         features: what neighbours are found by, [n, w].
         probed: what the linear probe sees, [n, d].
         k: neighbours that vote.
+        group: ranks that have the same features and share the scoring; None for this process alone.
 
     Returns:
         for `knn` top1, top5, chance_top1 and coverage, for `linear_probe` also mean_per_class and the inverse of the
@@ -162,9 +171,9 @@ def evaluate_by_gallery(
     if gallery.probe:
         measured["linear_probe"] = coverage.copy()
     if kept.any() and gallery.data.labels is not None:
-        measured["knn"] |= knn(features[kept], labels[kept], gallery.features, gallery.data.labels, k=k)
+        measured["knn"] |= knn(features[kept], labels[kept], gallery.features, gallery.data.labels, k=k, group=group)
         if gallery.probe:
-            measured["linear_probe"] |= gallery.probe.metrics(probed[kept], labels[kept])
+            measured["linear_probe"] |= gallery.probe.metrics(probed[kept], labels[kept], group)
     return measured
 
 

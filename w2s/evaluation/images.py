@@ -74,8 +74,12 @@ class View:
         """An image or a clip at all sizes."""
         images = find_images(sample.files, self.image_key)
         if not images:
-            reason = sample.damage or f"no image .{self.image_key}"
-            raise DataError(f"{sample.shard}: {sample.key}: {reason}, repair the test set")
+            reason = (
+                f"{sample.damage}, repair the test set"
+                if sample.damage
+                else (f"no image .{self.image_key}, set data.image_key or repair the test set")
+            )
+            raise DataError(f"{sample.shard}: {sample.key}: {reason}")
         try:
             return view(images, self.frames, self.sizes, self.how)
         except BadSample as error:

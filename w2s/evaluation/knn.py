@@ -1,9 +1,11 @@
 """Weighted k-nearest-neighbour classification of features (Wu et al. 2018, as DINO evaluates)."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from w2s.evaluation.encode import score_all
 from w2s.evaluation.ranking import one_hot, rank_of_right
 
 BLOCK = 256
@@ -13,7 +15,15 @@ GALLERY_BLOCK = 1 << 15
 TEMPERATURE = 0.07
 
 
-def knn(features: Tensor, labels: Tensor, neighbours: Tensor, neighbour_labels: Tensor, *, k: int) -> dict[str, float]:
+def knn(
+    features: Tensor,
+    labels: Tensor,
+    neighbours: Tensor,
+    neighbour_labels: Tensor,
+    *,
+    k: int,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, float]:
     """Classify by the k nearest neighbours in cosine, each voting for its class with `exp(cosine / 0.07)`.
 
     Of equally near neighbours the earlier one counts, of classes with equal votes the lower number; a class without a
@@ -25,6 +35,7 @@ def knn(features: Tensor, labels: Tensor, neighbours: Tensor, neighbour_labels: 
         neighbours: features that are looked through, [m, d].
         neighbour_labels: int64 [m].
         k: neighbours that vote; all of them where there are fewer.
+        group: ranks that share the work; None for this process alone.
 
     Returns:
         top1, top5 and, for the classes that neighbours have, chance_top1; fractions of 1.
@@ -32,8 +43,11 @@ def knn(features: Tensor, labels: Tensor, neighbours: Tensor, neighbour_labels: 
     gallery = F.normalize(neighbours.float(), dim=-1)
     labels, neighbour_labels = labels.to(gallery.device), neighbour_labels.to(gallery.device)
     classes = int(max(labels.max(), neighbour_labels.max())) + 1
-    blocks = zip(features.split(BLOCK), labels.split(BLOCK), strict=True)
-    ranks = torch.cat([_ranks(block, truth, gallery, neighbour_labels, k, classes) for block, truth in blocks])
+
+    def score(some: Tensor) -> Tensor:
+        return _ranks(features[some], labels[some], gallery, neighbour_labels, k, classes)[:, None]
+
+    ranks = score_all(score, features, BLOCK, group)
     return {
         "top1": (ranks < 1).double().mean().item(),
         "top5": (ranks < 5).double().mean().item(),

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from w2s.evaluation.encode import score_all
 from w2s.evaluation.ranking import one_hot, rank_of_right
 
 COARSE = tuple(10.0**power for power in range(-6, 7))
@@ -22,7 +24,7 @@ STEPS = 1000
 TOLERANCE = 1e-5
 """Largest gradient at which they end."""
 BLOCK = 8192
-"""Images that are scored at a time."""
+"""Images that are classified at a time."""
 
 Gather = Callable[[Any], list[Any]]
 
@@ -44,19 +46,23 @@ class LinearProbe:
         """Logits [n, classes] of features [n, d], not normalised."""
         return (F.normalize(features.float(), dim=-1) - self.centre) @ self.weight.T + self.bias
 
-    def metrics(self, features: Tensor, labels: Tensor) -> dict[str, float]:
+    def metrics(self, features: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """Classify features.
 
         Args:
             features: [n, d], not normalised.
             labels: int64 [n].
+            group: ranks that share the work; None for this process alone.
 
         Returns:
             top1, top5, mean_per_class (over the classes that there are) and inverse_strength; fractions of 1.
         """
         labels = labels.to(features.device)
-        blocks = zip(features.split(BLOCK), labels.split(BLOCK), strict=True)
-        ranks = torch.cat([rank_of_right(self.scores(x), one_hot(y, len(self.bias))) for x, y in blocks])
+
+        def score(some: Tensor) -> Tensor:
+            return rank_of_right(self.scores(features[some]), one_hot(labels[some], len(self.bias)))[:, None]
+
+        ranks = score_all(score, features, BLOCK, group)[:, 0]
         right = (ranks < 1).double()
         present, inverse = labels.unique(return_inverse=True)
         of_class = right.new_zeros(len(present)).scatter_add(0, inverse, right) / inverse.bincount()
@@ -84,22 +90,35 @@ def train_probe(
         size: number of these.
         gather: gives what every one of them has found.
     """
-    units, labels = F.normalize(features.float(), dim=-1), labels.to(features.device)
+    labels = labels.to(features.device)
     held_out = _held_out(labels)
-    classes = int(labels.max()) + 1
+    order = torch.cat([(~held_out).nonzero(), held_out.nonzero()])[:, 0]
+    kept, classes = int((~held_out).sum()), int(labels.max()) + 1
+    inputs, labels = features[order].float(), labels[order]  # the one copy of the features, which is changed in place
+    inputs.div_(inputs.norm(dim=1, keepdim=True).clamp_min_(1e-12))
+    # The bias takes up the mean, and the weights the scale: both change the number of iterations alone.
+    centre = inputs.mean(0)
+    scale = inputs.sub_(centre).norm().div(math.sqrt(len(inputs))).clamp_min(1e-12)
+    inputs.div_(scale)
+
+    def fit(count: int, strength: float) -> tuple[Tensor, Tensor]:
+        """Train on the first images."""
+        return _fit(inputs[:count], labels[:count], classes, 0.5 / (strength * count * scale.square()))
 
     def rights(strengths: Sequence[float]) -> dict[float, int]:
         """Right answers on the held-out images by the inverse strength."""
         found = {}
         for strength in strengths[rank::size]:
-            probe = _fit(units[~held_out], labels[~held_out], classes, strength)
-            found[strength] = int((probe.scores(units[held_out]).argmax(1) == labels[held_out]).sum())
+            weight, bias = fit(kept, strength)
+            blocks = zip(inputs[kept:].split(BLOCK), labels[kept:].split(BLOCK), strict=True)
+            found[strength] = sum(int((F.linear(x, weight, bias).argmax(1) == y).sum()) for x, y in blocks)
         return {strength: count for part in gather(found) for strength, count in part.items()}
 
     counts = rights(COARSE)
     best = _best(counts)
     counts |= rights([best * factor for factor in FINE])
-    return _fit(units, labels, classes, _best(counts))
+    weight, bias = fit(len(inputs), _best(counts))
+    return LinearProbe(weight / scale, bias, centre, _best(counts))
 
 
 def _best(counts: dict[float, int]) -> float:
@@ -113,24 +132,24 @@ def _held_out(labels: Tensor) -> Tensor:
     return held_out
 
 
-def _fit(units: Tensor, labels: Tensor, classes: int, inverse_strength: float) -> LinearProbe:
-    # The bias takes up the mean, and the weights the scale: both change the number of iterations alone.
-    centre = units.mean(0)
-    scale = (units - centre).square().sum(1).mean().sqrt().clamp_min(1e-12)
-    inputs = (units - centre) / scale
-    weight = torch.zeros(classes, units.shape[1], device=units.device, requires_grad=True)
-    bias = torch.zeros(classes, device=units.device, requires_grad=True)
+def _fit(inputs: Tensor, labels: Tensor, classes: int, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimise the mean cross entropy + decay |W|^2, block by block: a step needs no memory beyond the inputs."""
+    weight = torch.zeros(classes, inputs.shape[1], device=inputs.device, requires_grad=True)
+    bias = torch.zeros(classes, device=inputs.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=STEPS, tolerance_grad=TOLERANCE, tolerance_change=1e-9, line_search_fn="strong_wolfe"
     )
-    decay = 0.5 / (inverse_strength * len(units) * scale.square())
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(inputs @ weight.T + bias, labels) + decay * weight.square().sum()
+        loss = decay * weight.square().sum()
         loss.backward()
+        for block, truth in zip(inputs.split(BLOCK), labels.split(BLOCK), strict=True):
+            part = F.cross_entropy(F.linear(block, weight, bias), truth, reduction="sum") / len(inputs)
+            part.backward()
+            loss = loss.detach() + part.detach()
         return loss
 
     with torch.enable_grad():
         optimizer.step(closure)
-    return LinearProbe(weight.detach() / scale, bias.detach(), centre, inverse_strength)
+    return weight.detach(), bias.detach()

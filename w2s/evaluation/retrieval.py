@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from w2s.evaluation.encode import score_all
 from w2s.evaluation.ranking import rank_of_right
 
 BLOCK = 256
@@ -56,19 +58,22 @@ def split_captions(captions: list[str], *, equal_is_right: bool = True) -> Capti
     return Captions(texts, torch.tensor(numbers)[:, None], torch.tensor(owners))
 
 
-def retrieval(image_features: Tensor, text_features: Tensor, captions: Captions) -> dict[str, float]:
+def retrieval(
+    image_features: Tensor, text_features: Tensor, captions: Captions, group: dist.ProcessGroup | None = None
+) -> dict[str, float]:
     """Recall at 1, 5 and 10 from image to text and from text to image, by cosine.
 
     Args:
         image_features: [n, d], not normalised.
         text_features: [m, d], not normalised.
         captions: of which these are the features.
+        group: ranks that share the work; None for this process alone.
 
     Returns:
         `image_to_text_recall_at_K`, `text_to_image_recall_at_K` and `mean_recall_at_K` of both ways, fractions of 1.
     """
     ways = _ways(image_features, text_features, captions)
-    ranks = {way: _ranks(*sides) for way, sides in ways.items()}
+    ranks = {way: _ranks(*sides, group) for way, sides in ways.items()}
     found = {way: [(rank < k).double().mean().item() for k in RECALL_AT] for way, rank in ranks.items()}
     found["mean"] = [sum(both) / len(found) for both in zip(*found.values(), strict=True)]
     return {
@@ -105,10 +110,19 @@ def _first(queries: Tensor, gallery: Tensor, query_numbers: Tensor, gallery_numb
     return [Found(*each) for each in zip(chosen.tolist(), hits.tolist(), right.tolist(), strict=True)]
 
 
-def _ranks(queries: Tensor, gallery: Tensor, query_numbers: Tensor, gallery_numbers: Tensor) -> Tensor:
-    """For every query the number of wrong gallery items before its best right one."""
-    blocks = zip(queries.split(BLOCK), query_numbers.split(BLOCK), strict=True)
-    return torch.cat([rank_of_right(block @ gallery.T, _share(own, gallery_numbers)) for block, own in blocks])
+def _ranks(
+    queries: Tensor,
+    gallery: Tensor,
+    query_numbers: Tensor,
+    gallery_numbers: Tensor,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """For every query the number of wrong gallery items before its best right one, [n, 1]."""
+
+    def score(some: Tensor) -> Tensor:
+        return rank_of_right(queries[some] @ gallery.T, _share(query_numbers[some], gallery_numbers))[:, None]
+
+    return score_all(score, queries, BLOCK, group)
 
 
 def _share(first: Tensor, second: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from statistics import fmean
 
 from w2s.config.sections import Config, DataConfig, EvalConfig, Resize
 from w2s.config.suites import Column, Mean, Suite, SuiteSet, columns
-from w2s.data.items import VIDEOS
 from w2s.errors import DataError
 
 Row = list[str | None]
@@ -57,8 +56,8 @@ def as_measured(config: Config, suite: Suite, one: SuiteSet, shards: str) -> Con
         knn_shards=str(training) if learns and training.is_dir() else "",
     )
     keys = DataConfig()
-    image_key = ";".join((keys.image_key, *VIDEOS))
-    return replace(config, eval=rules, data=replace(config.data, image_key=image_key, caption_key=keys.caption_key))
+    data = replace(config.data, image_key=keys.image_key, caption_key=keys.caption_key)
+    return replace(config, eval=rules, data=data)
 
 
 def score(one: SuiteSet, suite: Suite, metrics: Mapping[str, float]) -> float:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 from torch import Tensor
 
-from w2s.evaluation.encode import Encoder, Rows, Tokenizer, encode_all
+from w2s.evaluation.encode import Encoder, Rows, Tokenizer, encode_all, score_all
 from w2s.evaluation.ranking import one_hot, rank_of_right
 
 Template = Callable[[str], str]
@@ -78,7 +78,13 @@ def class_embeddings(
     return F.normalize(features.unflatten(0, (len(names), -1)).mean(1), dim=-1)
 
 
-def zero_shot(image_features: Tensor, classes: Tensor, labels: Tensor, names: list[str]) -> ZeroShotResult:
+def zero_shot(
+    image_features: Tensor,
+    classes: Tensor,
+    labels: Tensor,
+    names: list[str],
+    group: dist.ProcessGroup | None = None,
+) -> ZeroShotResult:
     """Classify images by the cosine with class vectors; of equal cosines the lower class number wins.
 
     Args:
@@ -86,10 +92,13 @@ def zero_shot(image_features: Tensor, classes: Tensor, labels: Tensor, names: li
         classes: normalised class vectors [C, d], float32.
         labels: int64 [n], the true classes.
         names: the C class names.
+        group: ranks that share the work; None for this process alone.
     """
-    blocks = zip(image_features.split(BLOCK), labels.to(classes.device).split(BLOCK), strict=True)
-    parts = [_classify(images, classes, truth) for images, truth in blocks]
-    ranks, predictions, margins = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    truth = labels.to(classes.device)
+    scored = score_all(
+        lambda some: _classify(image_features[some], classes, truth[some]), image_features, BLOCK, group
+    ).cpu()
+    ranks, predictions, margins = scored[:, 0].long(), scored[:, 1].long(), scored[:, 2].float()
     results = _class_results(ranks, predictions, margins, labels.cpu(), names)
     metrics = {
         "top1": _mean(ranks < 1),
@@ -101,13 +110,13 @@ def zero_shot(image_features: Tensor, classes: Tensor, labels: Tensor, names: li
     return ZeroShotResult(metrics, predictions, results)
 
 
-def _classify(image_features: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rank of the true class, nearest class, and margin of the true class over the nearest other one, [n] each."""
+def _classify(image_features: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
+    """Rank of the true class, nearest class, and margin of the true class over the nearest other one: double [n, 3]."""
     scores = F.normalize(image_features.float(), dim=-1) @ classes.T
     right = one_hot(labels, len(classes))
     others = scores.masked_fill(right, -torch.inf).amax(1)
     margins = scores.gather(1, labels[:, None])[:, 0] - others
-    return rank_of_right(scores, right), scores.argmax(1), margins
+    return torch.stack([part.double() for part in (rank_of_right(scores, right), scores.argmax(1), margins)], 1)
 
 
 def _class_results(

@@ -58,9 +58,15 @@ def connect(uri: str) -> "MlflowClient":
     return MlflowClient(tracking_uri=uri)
 
 
-def reason(error: BaseException) -> str:
-    """Why it failed, in one line: the error at the root, which MLflow wraps in long messages of its own."""
+def root(error: BaseException) -> BaseException:
+    """The error that MLflow and its libraries have wrapped in others."""
     while inner := error.__cause__ or error.__context__:
         error = inner
+    return error
+
+
+def reason(error: BaseException) -> str:
+    """Why it failed, in one line: the error at the root, which MLflow wraps in long messages of its own."""
+    error = root(error)
     lines = str(error).strip().splitlines() or [""]
     return redact(f"{type(error).__name__}: {lines[0]}")[:220]
