@@ -26,7 +26,7 @@ from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Towers
 from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe
-from w2s.run import open_run, test_inputs, tracked, write_result
+from w2s.run import open_run, origins, test_inputs, tracked, write_result
 from w2s.towers.build import build_clip
 from w2s.tracking.pictures import (
     CaptionsFound,
@@ -56,7 +56,8 @@ def run(config: Config) -> None:
         loss = replace(config.clip, loss=trained.setting("clip", "loss"))
         config = replace(config, model=model_from(trained.config), clip=loss)
         check_towers(config)
-        tracker = Tracker(config, folder, main=ranks.main, tags={"w2s.parent_checkpoint": str(checkpoint)})
+        facts = {**origins(config, str(checkpoint)), "checkpoint": str(checkpoint.absolute())}
+        tracker = Tracker(config, folder, main=ranks.main, facts=facts)
         with tracked(tracker):
             tracker.message(f"run folder: {folder}")
             tracker.inputs(test_inputs(config))

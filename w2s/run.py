@@ -1,12 +1,14 @@
 """What a stage finds when it begins, and leaves when it ends: ranks, folder, samples; inputs, result, status."""
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from w2s.checkpoint.find import is_finished, unfinished_folder
+from w2s.checkpoint.find import find_any, is_finished, unfinished_folder
+from w2s.checkpoint.store import read_meta
 from w2s.config.sections import Config
 from w2s.data.builtin.registry import ensure_builtin
 from w2s.data.shards import list_shards, shards_digest
@@ -20,7 +22,7 @@ from w2s.megatron.groups import Ranks
 from w2s.stopping import stop_at_once
 from w2s.tracking.files import write_text
 from w2s.tracking.meters import peak_memory_gib
-from w2s.tracking.mlflow_run import DataInput
+from w2s.tracking.datasets import DataInput
 from w2s.tracking.tracker import Tracker
 
 STACKS = "stacks.txt"
@@ -69,6 +71,33 @@ def share_sources(config: Config, ranks: Ranks) -> list[Source]:
     """
     batch, captions = config.train.global_batch, config.stage == "clip"
     return ranks.from_main(lambda: find_sources(config.data, batch, ranks.world_size, captions=captions))
+
+
+def origins(config: Config, parent: str | None) -> dict[str, str]:
+    """Tell what a run comes from: its teacher, the checkpoints that it began with, and the MLflow runs of all these.
+
+    Args:
+        config: the run's configuration.
+        parent: the checkpoint, or `VISION and TEXT`, that its weights come from; None for none.
+    """
+    taught, root = config.taught_by, Path(config.run.root).expanduser()
+    sources = [Path(part) for part in parent.split(" and ")] if parent else []
+    if taught and taught.source.startswith("w2s:"):
+        sources.append(find_any(taught.source.removeprefix("w2s:"), root, key="teacher.source"))
+    metas = [read_meta(source) for source in sources if (source / "meta.json").is_file()]
+    runs = ", ".join(dict.fromkeys(meta.mlflow_run_id for meta in metas if meta.mlflow_run_id))
+    found = {"teacher": taught and taught.source, "parent_checkpoint": parent, "parent_runs": runs}
+    return {name: text for name, text in found.items() if text}
+
+
+def counted(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Tell the parameters of weights whose names begin with that of their tower: in all, and of each tower."""
+    towers: dict[str, int] = {}
+    for name, shape in shapes.items():
+        tower = name.partition(".")[0]
+        towers[tower] = towers.get(tower, 0) + math.prod(shape)
+    parts = ", ".join(f"{name} {count:,}" for name, count in towers.items())
+    return f"{sum(towers.values()):,} ({parts})"
 
 
 def training_inputs(config: Config, sources: Sequence[Source]) -> list[DataInput]:

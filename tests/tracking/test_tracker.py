@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from w2s.config import Config
 from w2s.errors import UserError
 from w2s.tracking.history import read_history
-from w2s.tracking.mlflow_run import DataInput
+from w2s.tracking.datasets import DataInput
 from w2s.tracking.tracker import Tracker
 
 
@@ -18,7 +18,7 @@ def steps(run_dir: Path) -> list[int]:
 
 def test_a_whole_run(root: Path, config: Config, client: MlflowClient, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = root / "mim-demo"
-    tracker = Tracker(config, run_dir, main=True, tags={"w2s.parent_checkpoint": "none"})
+    tracker = Tracker(config, run_dir, main=True, facts={"parent_checkpoint": "none"})
     tracker.inputs([DataInput("emoji", "shards", "abc", "training")])
     tracker.log(10, 640, {"loss": -0.5, "grad_norm": 1.25, "lr": 1e-3, "data_wait": 0.034})
     tracker.message("halfway [there]")

@@ -13,15 +13,19 @@ from w2s.config.naming import run_folder
 from w2s.host import prepare_cuda
 from w2s.launch import launch_stage
 from w2s.pipeline.choose import Chosen
+from w2s.pipeline.meaning import meaning_of
+from w2s.pipeline.parent import metrics, params
 from w2s.pipeline.pictures import draw
 from w2s.pipeline.plan import Plan, Task
 from w2s.pipeline.results import Results, Run
 from w2s.pipeline.sources import check_data
 from w2s.pipeline.steps import load_pipeline
 from w2s.pipeline.tables import tables
+from w2s.tracking.about import About
+from w2s.tracking.console import say
 from w2s.tracking.files import write_text
-from w2s.tracking.mlflow_run import parent_run
-from w2s.tracking.report import write_group_report
+from w2s.tracking.mlflow_run import MlflowRun, parent_run
+from w2s.tracking.report import write_group, write_report
 
 
 def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool, restarts: int = 0) -> Path:
@@ -50,22 +54,29 @@ def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool
         check(config, ranks, ranks)
     check_data([config for config in configs if not is_finished(run_folder(config))])
     console = Console()
-    with parent_run(configs[0].tracking, plan.folder, tags={"w2s.pipeline": name}) as parent:
-        results, choices = _Runner(plan, ranks, restarts, parent.run_id or "", console).run()
+    about = About(plan.folder, {"pipeline": name}, resumed=True)
+    write_group(plan.folder, plan.pipeline.title, [task.name for task in plan.tasks()])
+    given = params(name, plan)
+    with parent_run(plan.tracking, plan.folder, tags=about.tags, params=given) as parent:
+        results, choices = _Runner(plan, ranks, restarts, parent, console).run()
         shown = tables(results, choices)
+        meaning = meaning_of(results)
+        about.note({"meaning": meaning})
+        parent.note({"mlflow.note.content": "\n\n".join([meaning, *(table.to_markdown() for table in shown.values())])})
         files = draw(results, plan.folder / "pictures") if plan.pipeline.seeds else []
-        for file, table in shown.items() if plan.pipeline.seeds else ():
+        for file, table in shown.items():
             files.append(plan.folder / "tables" / f"{file}.md")
             write_text(files[-1], table.to_markdown())
-        folders = [run.folder for run in results.runs]
-        report = write_group_report(plan.folder, plan.pipeline.title, folders, list(shown.values()))
+            table.save(files[-1].with_suffix(".json"))
+        report = write_report(plan.folder)
         for path in [report, *files]:
             parent.artifact(path)
     for table in shown.values():
         console.print(table.to_rich())
-    console.print(f"report: {report}", soft_wrap=True)
+    say(console, meaning)
+    say(console, f"report: {report}")
     for warning in parent.warnings():
-        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        say(console, f"warning: {warning}")
     return report
 
 
@@ -92,8 +103,8 @@ class _Runner:
     plan: Plan
     ranks: int
     restarts: int
-    parent_run: str
-    """Id of the MLflow run above all."""
+    parent: MlflowRun
+    """The MLflow run above all."""
     console: Console
 
     def run(self) -> tuple[Results, list[Chosen]]:
@@ -107,20 +118,21 @@ class _Runner:
                 trials = [self._run(trial, values) for trial in self.plan.trials(task.step)]
                 chosen = choices[task.step.name] = Chosen(task.step, choice, trials)
                 values[task.step.name] = chosen.value
-                self.console.print(
-                    f"{task.step.name}: {choice.key}={chosen.value} has the best {choice.by}", soft_wrap=True
-                )
+                self.parent.note({}, {f"{task.step.name}.{choice.key}": chosen.value})
+                say(self.console, f"{task.step.name}: {choice.key}={chosen.value} has the best {choice.by}")
             runs.append(self._run(task, values))
+            of_step = [run for run in runs if run.task.step is task.step]
+            self.parent.log(metrics(of_step), len(of_step))
         return Results(self.plan.pipeline, runs), list(choices.values())
 
     def _run(self, task: Task, chosen: dict[str, str]) -> Run:
         config = self.plan.config(task, chosen)
         folder = run_folder(config)
         if is_finished(folder):
-            self.console.print(f"{task.name}: finished before, in {folder}", soft_wrap=True)
+            say(self.console, f"{task.name}: finished before, in {folder}")
         else:
-            self.console.print(f"{task.name}: w2s stage {config.stage}, in {folder}", soft_wrap=True)
-            child = replace(config.tracking, parent_run=self.parent_run)
+            say(self.console, f"{task.name}: w2s stage {config.stage}, in {folder}")
+            child = replace(config.tracking, parent_run=self.parent.run_id or "")
             prepare_cuda(config.parallel.tensor, config.train.deterministic)
             launch_stage(replace(config, tracking=child), self.ranks, self.restarts)
         return Run(task, config, self.plan.begins_at(task, config, chosen))

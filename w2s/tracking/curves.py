@@ -1,0 +1,173 @@
+"""Which metrics of a run, or of several, share a chart; the first charts are those that one looks at first."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from w2s.tracking.charts import Chart, Curve
+
+Records = Sequence[Mapping[str, Any]]
+"""The lines of a metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Metrics that belong together.
+
+    Attributes:
+        title: of the chart.
+        metrics: label by name; what is in brackets there is what the others are compared with.
+    """
+
+    title: str
+    metrics: Mapping[str, str]
+
+
+def _recalls(way: str) -> dict[str, str]:
+    return {f"retrieval/{way}_recall_at_{k}": f"at {k}" for k in (1, 5, 10)}
+
+
+def _classified(kind: str) -> dict[str, str]:
+    others = {"random": "(random weights)", "teacher": "(teacher)"}
+    return {
+        f"{kind}/top1": "student",
+        **{f"{kind}_{other}/top1": label for other, label in others.items()},
+        f"{kind}/chance_top1": "(chance)",
+    }
+
+
+def _over_ranks(name: str) -> dict[str, str]:
+    return {f"ranks/{name}_{which}": f"{which} of the ranks" for which in ("min", "median", "max")}
+
+
+GROUPS = (
+    Group("loss", {"loss": "training"}),
+    Group("loss of distillation", {"distill_loss": "training"}),
+    Group(
+        "cosine with the teacher's features",
+        {
+            "cosine": "training",
+            "test/masked_cosine": "test, masked patches",
+            "test/visible_cosine": "test, visible patches",
+            "test/all_cosine": "test, all patches",
+            "test/unmasked_cosine": "test",
+            "constant_cosine": "(training, best constant)",
+            "test/constant_cosine": "(test, best constant)",
+        },
+    ),
+    Group(
+        "cosine with the teacher's summary",
+        {
+            "summary_cosine": "training",
+            "test/summary_cosine": "test",
+            "summary_constant_cosine": "(training, best constant)",
+            "test/summary_constant_cosine": "(test, best constant)",
+        },
+    ),
+    Group(
+        "zero-shot accuracy",
+        {
+            "zero_shot/top1": "top-1",
+            "zero_shot/top5": "top-5",
+            "zero_shot/chance_top1": "(chance, top-1)",
+            "zero_shot/chance_top5": "(chance, top-5)",
+        },
+    ),
+    Group(
+        "mean average precision",
+        {"zero_shot/mean_average_precision": "student", "zero_shot/chance_mean_average_precision": "(chance)"},
+    ),
+    Group("recall, image to text", _recalls("image_to_text")),
+    Group("recall, text to image", _recalls("text_to_image")),
+    Group("recall, both ways", _recalls("mean")),
+    Group("k-NN top-1", _classified("knn")),
+    Group("linear probe top-1", _classified("linear_probe")),
+    Group("gradient norm", {"grad_norm": "before clipping"}),
+    Group("learning rate", {"lr": "highest"}),
+    Group("logit scale", {"logit_scale": "inverse temperature"}),
+    Group("samples a second", {"samples_per_second": "all ranks"}),
+    Group("seconds a step", {"seconds_per_step": "main rank", **_over_ranks("seconds_per_step")}),
+    Group("share of the time spent waiting for data", {"data_wait": "main rank", **_over_ranks("data_wait")}),
+    Group("memory, GiB", {"memory_gib": "main rank"}),
+)
+
+_NO_METRICS = ("step", "samples_seen", "time")
+
+
+def charts(records: Records) -> tuple[list[Chart], dict[str, float]]:
+    """Charts of a run's metrics, and the figures that did not change, by name.
+
+    What was logged at one step alone has no curve.
+    """
+    records = [_with_cosine(record) for record in records]
+    drawn, figures = [], dict[str, float]()
+    for group in _groups(_names(records)):
+        curves: list[Curve] = []
+        for name, label in group.metrics.items():
+            steps, values = _points(records, name, "step")
+            if len(steps) < 2:
+                continue
+            if _does_not_change(values) and not label.startswith("("):
+                figures[name] = next((value for value in values if value is not None), float("nan"))
+                continue
+            curves.append(Curve(label.strip("()"), steps, values, len(curves), dotted=label.startswith("(")))
+        if any(not curve.dotted for curve in curves):
+            drawn.append(Chart(group.title, curves))
+    return drawn, figures
+
+
+def comparing(runs: Mapping[str, Records], title: str) -> list[Chart]:
+    """A chart for each metric that two runs or more have a curve of, over the training samples.
+
+    Args:
+        runs: the lines of each run by its name.
+        title: stands before the names of the metrics.
+    """
+    lines = {name: [_with_cosine(record) for record in records] for name, records in runs.items()}
+    drawn = []
+    for group in _groups(_names(record for records in lines.values() for record in records)):
+        several = len(group.metrics) > 1
+        for metric, label in group.metrics.items():
+            found = [(run, _points(records, metric, "samples_seen")) for run, records in lines.items()]
+            curves = [
+                Curve(run, samples, values, number)
+                for number, (run, (samples, values)) in enumerate(found)
+                if len(samples) > 1 and not label.startswith("(")
+            ]
+            if len(curves) > 1 and not all(_does_not_change(curve.values) for curve in curves):
+                name = f"{group.title}: {label}" if several else group.title
+                drawn.append(Chart(f"{title}{name}", curves, "training samples"))
+    return drawn
+
+
+def _with_cosine(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A line of the masked stage with its cosine, which it leaves out where the loss is the negative cosine."""
+    if "constant_cosine" not in record or "cosine" in record or record.get("loss") is None:
+        return record
+    return {**record, "cosine": -record["loss"]}
+
+
+def _names(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The metrics that may have a curve: those of FP8 in every layer are hundreds, the worst of them has one."""
+    names = dict.fromkeys(name for record in records for name in record)
+    return [name for name in names if name not in _NO_METRICS and not name.startswith("fp8/")]
+
+
+def _groups(names: Sequence[str]) -> list[Group]:
+    """The groups, the sources of the data, and each other metric for itself."""
+    grouped = {name for group in GROUPS for name in group.metrics}
+    shares = {name: name.split("/")[1] for name in names if name.startswith("source/") and name.endswith("/share")}
+    others = [
+        Group(name, {name: name}) for name in names if name not in grouped and name not in shares
+    ]
+    return [*GROUPS, Group("share of each source", shares), *others]
+
+
+def _points(records: Records, name: str, over: str) -> tuple[list[float], list[float | None]]:
+    found = [(record.get(over, record["step"]), record[name]) for record in records if name in record]
+    return [place for place, _ in found], [value for _, value in found]
+
+
+def _does_not_change(values: Iterable[float | None]) -> bool:
+    """Whether values look the same at three digits."""
+    return len({f"{value:.3g}" for value in values if value is not None}) < 2
