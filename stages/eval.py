@@ -66,7 +66,7 @@ def run(config: Config) -> None:
             tracker.inputs(test_inputs(config))
             metrics = evaluate(config, suite, checkpoint, tracker, ranks)
             write_result(folder, config, metrics, started, ranks)
-        register_clip(config, folder, checkpoint, ranks)
+    register_clip(config, folder, checkpoint, ranks)
 
 
 def evaluate(config: Config, suite: Suite | None, checkpoint: Path, tracker: Tracker, ranks: Ranks) -> dict[str, float]:

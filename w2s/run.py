@@ -22,12 +22,12 @@ from w2s.liveness.pulse import Pulse
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.stopping import stop_at_once
+from w2s.tracking.datasets import DataInput
 from w2s.tracking.files import write_text
 from w2s.tracking.meters import peak_memory_gib
 from w2s.tracking.mlflow_run import stored_run_id
 from w2s.tracking.registry import register, save_model
 from w2s.tracking.store import reason, tracking_uri
-from w2s.tracking.datasets import DataInput
 from w2s.tracking.tracker import Tracker
 
 STACKS = "stacks.txt"

@@ -36,7 +36,17 @@ from w2s.megatron.watch import Float8Watch, float8_metrics
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
 from w2s.rerun import clones, explain
-from w2s.run import counted, open_run, origins, register_clip, share_sources, test_inputs, tracked, training_inputs, write_result
+from w2s.run import (
+    counted,
+    open_run,
+    origins,
+    register_clip,
+    share_sources,
+    test_inputs,
+    tracked,
+    training_inputs,
+    write_result,
+)
 from w2s.stopping import stop_when_ready
 from w2s.tracking.meters import StepMeter, over_ranks
 from w2s.tracking.tracker import Tracker
@@ -497,4 +507,4 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
             if metrics:
                 trainer.tracker.log(trainer.step, trainer.samples, metrics)
             write_result(run, config, metrics, started, ranks)
-        register_clip(config, run, store.latest(run), ranks)
+    register_clip(config, run, store.latest(run), ranks)

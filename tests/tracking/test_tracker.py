@@ -7,8 +7,8 @@ from mlflow import MlflowClient
 
 from w2s.config import Config
 from w2s.errors import UserError
-from w2s.tracking.history import read_history
 from w2s.tracking.datasets import DataInput
+from w2s.tracking.history import read_history
 from w2s.tracking.tracker import Tracker
 
 

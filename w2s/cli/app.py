@@ -25,9 +25,7 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        help="key=value, or model=NAME for configs/model/NAME.yaml.", autocompletion=complete_override
-    ),
+    typer.Argument(help="key=value, or model=NAME for configs/model/NAME.yaml.", autocompletion=complete_override),
 ]
 Nproc = Annotated[int, typer.Option(min=1, help="Ranks on this machine.")]
 Restarts = Annotated[

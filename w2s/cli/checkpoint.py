@@ -13,7 +13,9 @@ checkpoint = typer.Typer(help="List, verify and prune the checkpoints of a run."
 app.add_typer(checkpoint, name="checkpoint")
 
 
-OneRun = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name below --root.", autocompletion=complete_run)]
+OneRun = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's folder, or its name below --root.", autocompletion=complete_run)
+]
 
 
 @checkpoint.command("list")

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import typer
+
 STAGES = ("mim", "clip", "eval")
 
 
@@ -10,39 +12,36 @@ def complete_stage(incomplete: str) -> list[str]:
     return [stage for stage in STAGES if stage.startswith(incomplete)]
 
 
-def complete_override(args: list[str], incomplete: str) -> list[str]:
-    """Keys with `=`, and behind that the names or the words that a key takes.
+def complete_override(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return keys with `=`, and behind that the names or the words that a key takes.
 
     Args:
-        args: words before; bash makes three of `model=eva`.
+        ctx: with the words before; bash makes three of `model=eva`.
         incomplete: the word that is being written.
     """
     from w2s.config.fields import FIELDS
     from w2s.config.load import GROUPS
 
-    if incomplete == "=" or (args and args[-1] == "="):  # bash
-        key, text = args[-1 if incomplete == "=" else -2], incomplete.lstrip("=")
-        return [value for value in _values(key) if value.startswith(text)]
+    before = [word for words in ctx.params.values() if isinstance(words, list | tuple) for word in words]
+    asked = before[-2] if before[-1:] == ["="] and len(before) > 1 else before[-1] if before else ""
+    if asked in (*GROUPS, *FIELDS):  # bash
+        return [value for value in _values(asked) if value.startswith(incomplete)]
     key, equals, text = incomplete.partition("=")
     if equals:  # zsh, fish
         return [f"{key}={value}" for value in _values(key) if value.startswith(text)]
     return [f"{name}=" for name in (*GROUPS, *FIELDS) if name.startswith(incomplete)]
 
 
-def complete_pipeline(args: list[str], incomplete: str) -> list[str]:
-    """The files of `configs/run`, then overrides."""
-    return [name for name in _files("run") if name.startswith(incomplete)] + complete_override(args, incomplete)
+def complete_pipeline(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the files of `configs/run`, then what `complete_override` returns."""
+    return [name for name in _files("run") if name.startswith(incomplete)] + complete_override(ctx, incomplete)
 
 
 def complete_run(incomplete: str) -> list[str]:
-    """The runs below ./runs, and those inside of a `w2s run`."""
-    folders = [path.parent for pattern in ("*/*.json", "*/*/*.json") for path in Path("runs").glob(pattern)]
-    names = dict.fromkeys(str(folder.relative_to("runs")) for folder in sorted(folders) if _is_run(folder))
+    """Return the runs below ./runs, and those inside of a `w2s run`."""
+    places = [depth + name for depth in ("*/", "*/*/") for name in ("config.yaml", "group.json")]
+    names = sorted(path.parent.relative_to("runs").as_posix() for place in places for path in Path("runs").glob(place))
     return [name for name in names if name.startswith(incomplete)]
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.yaml", "group.json"))
 
 
 def _values(key: str) -> list[str]:

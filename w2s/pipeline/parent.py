@@ -22,7 +22,9 @@ def params(name: str, plan: Plan) -> dict[str, object]:
             task = next(task for task in plan.tasks() if task.step is step)
             given["train.steps"] = str(plan.config(task, {}).train.steps)
         choice = plan.choice(step)
-        found |= {f"{step.name}.{key}": redact(value) for key, value in given.items() if not choice or key != choice.key}
+        found |= {
+            f"{step.name}.{key}": redact(value) for key, value in given.items() if not choice or key != choice.key
+        }
     return found
 
 

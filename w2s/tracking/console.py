@@ -122,7 +122,7 @@ def say(console: Console, text: str) -> None:
 
 
 def _folded(line: str, width: int) -> list[str]:
-    """A line as several of at most `width` characters, the later ones indented; a longer word, such as a path, stays."""
+    """A line as several of at most `width` characters, the later ones indented; a longer word (a path) stays whole."""
     lines = [""]
     for part in line.split("  "):
         between = "  "

@@ -157,9 +157,7 @@ def _groups(names: Sequence[str]) -> list[Group]:
     """The groups, the sources of the data, and each other metric for itself."""
     grouped = {name for group in GROUPS for name in group.metrics}
     shares = {name: name.split("/")[1] for name in names if name.startswith("source/") and name.endswith("/share")}
-    others = [
-        Group(name, {name: name}) for name in names if name not in grouped and name not in shares
-    ]
+    others = [Group(name, {name: name}) for name in names if name not in grouped and name not in shares]
     return [*GROUPS, Group("share of each source", shares), *others]
 
 

@@ -39,7 +39,8 @@ def _of_clip(known: Mapping[str, float]) -> str:
             prefix = name.removesuffix("zero_shot/top1")
             chance = known.get(f"{prefix}zero_shot/chance_top1")
             guess = f", where guessing has {chance:.1%}" if chance is not None else ""
-            return f"Without training on its classes it names {top1:.1%} of {_of_set(prefix)} right{guess}.{_found(known, prefix)}"
+            right = f"Without training on its classes it names {top1:.1%} of {_of_set(prefix)} right{guess}."
+            return right + _found(known, prefix)
     for name in known:
         if name.endswith("retrieval/mean_recall_at_10"):
             return _found(known, name.removesuffix("retrieval/mean_recall_at_10")).strip()
@@ -50,7 +51,8 @@ def _found(known: Mapping[str, float], prefix: str) -> str:
     recall = known.get(f"{prefix}retrieval/mean_recall_at_10")
     if recall is None:
         return ""
-    return f" In {recall:.1%} of the searches among {_of_set(prefix)} and their captions a right answer is in the first ten."
+    searches = f"searches among {_of_set(prefix)} and their captions"
+    return f" In {recall:.1%} of the {searches} a right answer is in the first ten."
 
 
 def _of_set(prefix: str) -> str:

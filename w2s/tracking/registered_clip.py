@@ -8,16 +8,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import open_clip
 import pandas as pd
 import torch
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
 from PIL import Image
 
 _BATCH = 64
 
 
-class Clip(mlflow.pyfunc.PythonModel):
+class Clip(PythonModel):
     """A CLIP that takes rows with an encoded `image`, a `text`, or both."""
 
     def load_context(self, context: Any) -> None:
@@ -72,4 +73,4 @@ def _by_batch(entries: list[Any], embed: Any) -> list[list[float] | None]:
     return found
 
 
-mlflow.models.set_model(Clip())
+set_model(Clip())

@@ -27,13 +27,13 @@ def save_model(exported: Path, folder: Path) -> None:
     from mlflow.types.schema import Array, DataType
 
     kinds = {"image": DataType.binary, "text": DataType.string}
-    inputs = [ColSpec(kind, name, required=False) for name, kind in kinds.items()]
-    outputs = [ColSpec(Array(DataType.float), f"{name}_embedding", required=False) for name in kinds]
+    inputs = Schema([ColSpec(kind, name, required=False) for name, kind in kinds.items()])
+    outputs = Schema([ColSpec(Array(DataType.float), f"{name}_embedding", required=False) for name in kinds])
     mlflow.pyfunc.save_model(
         folder,
         python_model=str(_CODE),
         artifacts={"clip": str(exported)},
-        signature=ModelSignature(Schema(inputs), Schema(outputs)),
+        signature=ModelSignature(inputs, outputs),
         pip_requirements=[f"{name}=={version(name)}" for name in _NEEDED],
     )
 

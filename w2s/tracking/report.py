@@ -223,9 +223,7 @@ def _compared(runs: Sequence[Path]) -> list[Chart]:
     for run in runs:
         by_stage.setdefault(_settings(run).get("stage", ""), {})[run.name] = read_history(run)
     several = len([stage for stage, found in by_stage.items() if len(found) > 1]) > 1
-    return [
-        chart for stage, found in by_stage.items() for chart in comparing(found, f"{stage}: " if several else "")
-    ]
+    return [chart for stage, found in by_stage.items() for chart in comparing(found, f"{stage}: " if several else "")]
 
 
 def _settings(run: Path) -> dict[str, Any]:
