@@ -15,7 +15,7 @@ from w2s.config.sections import Config
 from w2s.data.builtin.registry import ensure_builtin
 from w2s.data.shards import list_shards, shards_digest
 from w2s.data.sources import Source, find_sources
-from w2s.errors import StopRun, UserError
+from w2s.errors import CheckpointError, StopRun, UserError
 from w2s.liveness.beating import watched
 from w2s.liveness.owner import owned
 from w2s.liveness.pulse import Pulse
@@ -86,12 +86,15 @@ def origins(config: Config, parent: str | None) -> dict[str, str]:
         parent: the checkpoint, or `VISION and TEXT`, that its weights come from; None for none.
     """
     taught, root = config.taught_by, Path(config.run.root).expanduser()
-    sources = [Path(part) for part in parent.split(" and ")] if parent else []
+    sources = parent.split(" and ") if parent else []
     if taught and taught.source.startswith("w2s:"):
-        sources.append(find_any(taught.source.removeprefix("w2s:"), root, key="teacher.source"))
-    metas = [read_meta(source) for source in sources if (source / "meta.json").is_file()]
-    runs = ", ".join(dict.fromkeys(meta.mlflow_run_id for meta in metas if meta.mlflow_run_id))
-    found = {"teacher": taught and taught.source, "parent_checkpoint": parent, "parent_runs": runs}
+        sources.append(taught.source.removeprefix("w2s:"))
+    runs: dict[str, None] = {}
+    for source in sources:
+        with suppress(CheckpointError):  # an interrupted run goes on without what it was begun from, too
+            run_id = read_meta(find_any(source, root, key="parent")).mlflow_run_id
+            runs |= {run_id: None} if run_id else {}
+    found = {"teacher": taught and taught.source, "parent_checkpoint": parent, "parent_runs": ", ".join(runs)}
     return {name: text for name, text in found.items() if text}
 
 
