@@ -155,9 +155,10 @@ class MaskedStage:
     @torch.no_grad()
     def _cosines(self, predictions: Outputs, targets: Outputs) -> Reported:
         """Cosine of predictions and targets, where that is not the loss, and the best constant's; of summaries too."""
-        found = {"constant_cosine": constant_cosine(targets.patches.flatten(0, 1))}
+        found = {}
         if self.config.mim.loss != "cosine" or self.summary_width:
             found["cosine"] = masked_cosines(predictions.patches, targets.patches).mean()
+        found["constant_cosine"] = constant_cosine(targets.patches.flatten(0, 1))
         if predictions.summary is not None:
             summaries = given(targets.summary)
             found["summary_cosine"] = masked_cosines(predictions.summary, summaries).mean()

@@ -33,13 +33,14 @@ def test_what_belongs_together_is_in_one_chart_and_the_loss_comes_first() -> Non
         "cosine with the teacher's features": [
             "training",
             "test, masked patches",
-            "(training, best constant)",
-            "(test, best constant)",
+            "(best constant, training)",
+            "(best constant, test)",
         ],
         "learning rate": ["highest"],
         "share of each source": ["a", "b"],
         "own": ["own"],
     }
+    assert [curve.colour for curve in drawn[1].curves] == [0, 1, 0, 1]
     # The loss is the negative cosine where that is not logged beside it.
     assert drawn[1].curves[0].values == [0.4, 0.5]
     assert figures == {}

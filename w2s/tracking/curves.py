@@ -1,13 +1,21 @@
 """Which metrics of a run, or of several, share a chart; the first charts are those that one looks at first."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from w2s.tracking.charts import Chart, Curve
 
 Records = Sequence[Mapping[str, Any]]
 """The lines of a metrics.jsonl."""
+
+
+class Baseline(NamedTuple):
+    """What metrics are compared with: its label, and the metrics whose colour it has where one of them is drawn."""
+
+    label: str
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -16,72 +24,73 @@ class Group:
 
     Attributes:
         title: of the chart.
-        metrics: label by name; what is in brackets there is what the others are compared with.
+        metrics: label by name.
+        baselines: by name.
     """
 
     title: str
     metrics: Mapping[str, str]
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
 
 
 def _recalls(way: str) -> dict[str, str]:
     return {f"retrieval/{way}_recall_at_{k}": f"at {k}" for k in (1, 5, 10)}
 
 
-def _classified(kind: str) -> dict[str, str]:
-    others = {"random": "(random weights)", "teacher": "(teacher)"}
-    return {
-        f"{kind}/top1": "student",
-        **{f"{kind}_{other}/top1": label for other, label in others.items()},
-        f"{kind}/chance_top1": "(chance)",
+def _classified(title: str, kind: str) -> Group:
+    others = {
+        f"{kind}_random/top1": "random weights",
+        f"{kind}_teacher/top1": "teacher",
+        f"{kind}/chance_top1": "chance",
     }
+    return Group(title, {f"{kind}/top1": "student"}, {kind + end: Baseline(label) for end, label in others.items()})
 
 
 def _over_ranks(name: str) -> dict[str, str]:
     return {f"ranks/{name}_{which}": f"{which} of the ranks" for which in ("min", "median", "max")}
 
 
+_ON_TEST = {
+    "test/masked_cosine": "test, masked patches",
+    "test/visible_cosine": "test, visible patches",
+    "test/all_cosine": "test, all patches",
+    "test/unmasked_cosine": "test",
+}
+
 GROUPS = (
     Group("loss", {"loss": "training"}),
     Group("loss of distillation", {"distill_loss": "training"}),
     Group(
         "cosine with the teacher's features",
+        {"cosine": "training", **_ON_TEST},
         {
-            "cosine": "training",
-            "test/masked_cosine": "test, masked patches",
-            "test/visible_cosine": "test, visible patches",
-            "test/all_cosine": "test, all patches",
-            "test/unmasked_cosine": "test",
-            "constant_cosine": "(training, best constant)",
-            "test/constant_cosine": "(test, best constant)",
+            "constant_cosine": Baseline("best constant, training", ("cosine",)),
+            "test/constant_cosine": Baseline("best constant, test", tuple(_ON_TEST)),
         },
     ),
     Group(
         "cosine with the teacher's summary",
+        {"summary_cosine": "training", "test/summary_cosine": "test"},
         {
-            "summary_cosine": "training",
-            "test/summary_cosine": "test",
-            "summary_constant_cosine": "(training, best constant)",
-            "test/summary_constant_cosine": "(test, best constant)",
+            "summary_constant_cosine": Baseline("best constant, training", ("summary_cosine",)),
+            "test/summary_constant_cosine": Baseline("best constant, test", ("test/summary_cosine",)),
         },
     ),
     Group(
         "zero-shot accuracy",
-        {
-            "zero_shot/top1": "top-1",
-            "zero_shot/top5": "top-5",
-            "zero_shot/chance_top1": "(chance, top-1)",
-            "zero_shot/chance_top5": "(chance, top-5)",
-        },
+        {f"zero_shot/top{k}": f"top-{k}" for k in (1, 5)},
+        {f"zero_shot/chance_top{k}": Baseline(f"chance, top-{k}", (f"zero_shot/top{k}",)) for k in (1, 5)},
     ),
     Group(
         "mean average precision",
-        {"zero_shot/mean_average_precision": "student", "zero_shot/chance_mean_average_precision": "(chance)"},
+        {"zero_shot/mean_average_precision": "student"},
+        {"zero_shot/chance_mean_average_precision": Baseline("chance", ("zero_shot/mean_average_precision",))},
     ),
+    Group("recall, both ways", _recalls("mean")),
     Group("recall, image to text", _recalls("image_to_text")),
     Group("recall, text to image", _recalls("text_to_image")),
-    Group("recall, both ways", _recalls("mean")),
-    Group("k-NN top-1", _classified("knn")),
-    Group("linear probe top-1", _classified("linear_probe")),
+    _classified("k-NN top-1", "knn"),
+    _classified("linear probe top-1", "linear_probe"),
     Group("gradient norm", {"grad_norm": "before clipping"}),
     Group("learning rate", {"lr": "highest"}),
     Group("logit scale", {"logit_scale": "inverse temperature"}),
@@ -102,18 +111,28 @@ def charts(records: Records) -> tuple[list[Chart], dict[str, float]]:
     records = [_with_cosine(record) for record in records]
     drawn, figures = [], dict[str, float]()
     for group in _groups(_names(records)):
-        curves: list[Curve] = []
+        curves: dict[str, Curve] = {}
         for name, label in group.metrics.items():
             steps, values = _points(records, name, "step")
             if len(steps) < 2:
                 continue
-            if _does_not_change(values) and not label.startswith("("):
-                figures[name] = next((value for value in values if value is not None), float("nan"))
+            if _does_not_change(values):
+                figures[name] = next((value for value in values if value is not None), math.nan)
                 continue
-            curves.append(Curve(label.strip("()"), steps, values, len(curves), dotted=label.startswith("(")))
-        if any(not curve.dotted for curve in curves):
-            drawn.append(Chart(group.title, curves))
+            curves[name] = Curve(label, steps, values, len(curves))
+        if curves:
+            drawn.append(Chart(group.title, [*curves.values(), *_baselines(group, curves, records)]))
     return drawn, figures
+
+
+def _baselines(group: Group, curves: Mapping[str, Curve], records: Records) -> Iterator[Curve]:
+    number = len(curves)
+    for name, (label, beside) in group.baselines.items():
+        steps, values = _points(records, name, "step")
+        if len(steps) > 1:
+            partner = next((curves[each] for each in beside if each in curves), None)
+            yield Curve(label, steps, values, partner.colour if partner else number, dotted=True)
+            number += partner is None
 
 
 def comparing(runs: Mapping[str, Records], title: str) -> list[Chart]:
@@ -132,7 +151,7 @@ def comparing(runs: Mapping[str, Records], title: str) -> list[Chart]:
             curves = [
                 Curve(run, samples, values, number)
                 for number, (run, (samples, values)) in enumerate(found)
-                if len(samples) > 1 and not label.startswith("(")
+                if len(samples) > 1
             ]
             if len(curves) > 1 and not all(_does_not_change(curve.values) for curve in curves):
                 name = f"{group.title}: {label}" if several else group.title
@@ -155,7 +174,7 @@ def _names(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _groups(names: Sequence[str]) -> list[Group]:
     """The groups, the sources of the data, and each other metric for itself."""
-    grouped = {name for group in GROUPS for name in group.metrics}
+    grouped = {name for group in GROUPS for name in (*group.metrics, *group.baselines)}
     shares = {name: name.split("/")[1] for name in names if name.startswith("source/") and name.endswith("/share")}
     others = [Group(name, {name: name}) for name in names if name not in grouped and name not in shares]
     return [*GROUPS, Group("share of each source", shares), *others]

@@ -103,7 +103,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         charts=_compared(runs),
         pictures=_pictures(folder),
     )
-    return _write(path, head, [_section(run) for run in runs])
+    return _write(path, head, [_section(run, known=facts) for run in runs])
 
 
 def write_comparison(path: Path, runs: Sequence[Path]) -> None:
@@ -181,13 +181,14 @@ def _write(path: Path, head: Section, sections: Sequence[Section]) -> Path:
     return path
 
 
-def _section(run: Path) -> Section:
+def _section(run: Path, known: Mapping[str, str] | None = None) -> Section:
+    """What the page shows of a run, without the facts that are known from above."""
     records = read_history(run)
     drawn, figures = charts(records)
     paths = [*sorted(run.glob("*.yaml")), run / "environment.txt"]
     return Section(
         title=run.name,
-        facts=_facts(run, records),
+        facts={name: text for name, text in _facts(run, records).items() if (known or {}).get(name) != text},
         meaning=meaning_of_run(run),
         tables=_tables(run),
         charts=drawn,
@@ -204,7 +205,7 @@ def _facts(run: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         ended = strftime("%Y-%m-%d %H:%M:%S", localtime(records[-1]["time"] or 0))
         finished = "finished" if (run / "result.json").is_file() else "not finished"
         facts["state"] = f"{finished}, step {records[-1]['step']:,}, last logged {ended}"
-    first = ("state", BEGUN, "command", "teacher", "parameters", "checkpoint")
+    first = ("stage", "state", BEGUN, "command", "teacher", "parameters", "checkpoint")
     return {name: facts[name] for name in (*first, *facts) if name in facts}
 
 
