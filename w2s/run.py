@@ -153,7 +153,8 @@ def register_clip(config: Config, run: Path, checkpoint: Path | None, ranks: Ran
     """
     if not (config.tracking.register and checkpoint and ranks.main):
         return
-    name, again = config.tracking.register, f"w2s stage eval init.checkpoint={checkpoint} tracking.register=NAME"
+    name = config.tracking.register
+    again = f"w2s stage eval init.checkpoint={checkpoint} tracking.register={name}"
     try:
         with tempfile.TemporaryDirectory(dir=run) as scratch:
             exported, model = Path(scratch, "clip"), Path(scratch, "model")
