@@ -26,11 +26,13 @@ class Group:
         title: of the chart.
         metrics: label by name.
         baselines: by name.
+        compared: whether runs are compared by it; else another group says enough.
     """
 
     title: str
     metrics: Mapping[str, str]
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
+    compared: bool = True
 
 
 def _recalls(way: str) -> dict[str, str]:
@@ -87,8 +89,8 @@ GROUPS = (
         {"zero_shot/chance_mean_average_precision": Baseline("chance", ("zero_shot/mean_average_precision",))},
     ),
     Group("recall, both ways", _recalls("mean")),
-    Group("recall, image to text", _recalls("image_to_text")),
-    Group("recall, text to image", _recalls("text_to_image")),
+    Group("recall, image to text", _recalls("image_to_text"), compared=False),
+    Group("recall, text to image", _recalls("text_to_image"), compared=False),
     _classified("k-NN top-1", "knn"),
     _classified("linear probe top-1", "linear_probe"),
     Group("gradient norm", {"grad_norm": "before clipping"}),
@@ -144,7 +146,8 @@ def comparing(runs: Mapping[str, Records], title: str) -> list[Chart]:
     """
     lines = {name: [_with_cosine(record) for record in records] for name, records in runs.items()}
     drawn = []
-    for group in _groups(_names(record for records in lines.values() for record in records)):
+    groups = _groups(_names(record for records in lines.values() for record in records))
+    for group in (group for group in groups if group.compared):
         several = len(group.metrics) > 1
         for metric, label in group.metrics.items():
             found = [(run, _points(records, metric, "samples_seen")) for run, records in lines.items()]

@@ -152,7 +152,7 @@ def attention_picture(path: Path, images: Tensor, weights: Tensor) -> None:
         UserError: the file cannot be written.
     """
     grid = _side(weights.shape[1])
-    figure, axes = _grid_figure(["image", "attention\nof CLS", "the same\nalone"], len(images), bar=True)
+    figure, axes = _grid_figure(["image", "lit by CLS's\nattention", "share of the\nstrongest"], len(images), bar=True)
     for column, (image, weight) in enumerate(zip(images.cpu(), weights.float().cpu(), strict=True)):
         share = (weight / weight.max().clamp_min(1e-12)).reshape(1, 1, grid, grid)
         light = functional.interpolate(share, size=image.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
