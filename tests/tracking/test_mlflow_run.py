@@ -164,6 +164,15 @@ def test_parent_and_child(root: Path, client: MlflowClient, error: BaseException
         assert again.run_id == parent.run_id
 
 
+def test_a_child_that_began_before_its_parent_is_adopted(root: Path, client: MlflowClient) -> None:
+    child = start(root)
+    child.end("FINISHED")
+    with parent_run(QUIET, root / "run-1234", tags={}, params={}) as parent:
+        parent.adopt(str(child.run_id))
+    stored = client.get_run(str(child.run_id))
+    assert (stored.data.tags["mlflow.parentRunId"], stored.info.status) == (parent.run_id, "FINISHED")
+
+
 def test_tracking_that_is_off_never_loads_mlflow(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from w2s.config.sections import TrackingConfig\n"

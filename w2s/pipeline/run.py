@@ -24,7 +24,7 @@ from w2s.pipeline.tables import tables
 from w2s.tracking.about import About
 from w2s.tracking.console import say
 from w2s.tracking.files import write_text
-from w2s.tracking.mlflow_run import MlflowRun, parent_run
+from w2s.tracking.mlflow_run import MlflowRun, parent_run, stored_run_id
 from w2s.tracking.report import write_group, write_report
 
 
@@ -135,4 +135,6 @@ class _Runner:
             child = replace(config.tracking, parent_run=self.parent.run_id or "")
             prepare_cuda(config.parallel.tensor, config.train.deterministic)
             launch_stage(replace(config, tracking=child), self.ranks, self.restarts)
+        if (child_run := stored_run_id(folder)) is not None:
+            self.parent.adopt(child_run)
         return Run(task, config, self.plan.begins_at(task, config, chosen))

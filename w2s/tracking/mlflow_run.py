@@ -192,6 +192,16 @@ class MlflowRun:
         """Writes further tags, and parameters that the run does not have yet, without waiting."""
         self._send(lambda opened: _write(opened.client, opened.run_id, tags, params or {}))
 
+    def adopt(self, run_id: str) -> None:
+        """Makes another run a child of this one, without waiting: it may have begun before this one's store answered."""
+
+        def write(opened: _Opened) -> None:
+            from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+            opened.client.set_tag(run_id, MLFLOW_PARENT_RUN_ID, opened.run_id)
+
+        self._send(write)
+
     def inputs(self, inputs: Iterable[DataInput]) -> None:
         """Notes the data sets that the run reads, without waiting."""
         listed = list(inputs)

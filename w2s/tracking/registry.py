@@ -1,10 +1,11 @@
 """A finished CLIP as a new version of a model in MLflow's registry, which `mlflow.pyfunc` loads."""
 
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from w2s.tracking.store import connect
+from w2s.tracking.store import connect, load_mlflow
 
 _NEEDED = ("mlflow", "open_clip_torch", "timm", "torch", "torchvision", "pillow", "pandas")
 _CODE = Path(__file__).with_name("registered_clip.py")
@@ -21,6 +22,7 @@ def save_model(exported: Path, folder: Path) -> None:
         exported: a CLIP as a folder of open_clip.
         folder: the new folder.
     """
+    load_mlflow()
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
@@ -29,13 +31,15 @@ def save_model(exported: Path, folder: Path) -> None:
     kinds = {"image": DataType.binary, "text": DataType.string}
     inputs = Schema([ColSpec(kind, name, required=False) for name, kind in kinds.items()])
     outputs = Schema([ColSpec(Array(DataType.float), f"{name}_embedding", required=False) for name in kinds])
-    mlflow.pyfunc.save_model(
-        folder,
-        python_model=str(_CODE),
-        artifacts={"clip": str(exported)},
-        signature=ModelSignature(inputs, outputs),
-        pip_requirements=[f"{name}=={version(name)}" for name in _NEEDED],
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is no example of an input
+        mlflow.pyfunc.save_model(
+            folder,
+            python_model=str(_CODE),
+            artifacts={"clip": str(exported)},
+            signature=ModelSignature(inputs, outputs),
+            pip_requirements=[f"{name}=={version(name)}" for name in _NEEDED],
+        )
 
 
 def register(uri: str, run_id: str, name: str, model: Path, tags: Mapping[str, str]) -> str:

@@ -120,9 +120,9 @@ def write_comparison(path: Path, runs: Sequence[Path]) -> None:
     results = {run.name: _newest_metrics(run) for run in runs}
     settings = {run.name: _settings(run) for run in runs}
     tables = [
-        _side_by_side("What they are", {run.name: read_about(run) for run in runs}),
         _side_by_side("Results", {name: _results_only(metrics) for name, metrics in results.items()}),
         _side_by_side("Settings that differ", settings, only_different=True),
+        _side_by_side("Facts that differ", {run.name: read_about(run) for run in runs}, only_different=True),
     ]
     head = Section(title=", ".join(names), tables=[table for table in tables if table.rows], charts=_compared(runs))
     _write(path, head, [_section(run) for run in runs])
@@ -202,11 +202,18 @@ def _facts(run: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What is known of a run, with how far it has come."""
     facts = read_about(run)
     if records:
-        ended = strftime("%Y-%m-%d %H:%M:%S", localtime(records[-1]["time"] or 0))
         finished = "finished" if (run / "result.json").is_file() else "not finished"
-        facts["state"] = f"{finished}, step {records[-1]['step']:,}, last logged {ended}"
+        facts["state"] = f"{finished}, step {records[-1]['step']:,}{_moment(records[-1])}"
     first = ("stage", "state", BEGUN, "command", "teacher", "parameters", "checkpoint")
     return {name: facts[name] for name in (*first, *facts) if name in facts}
+
+
+def _moment(record: Mapping[str, Any]) -> str:
+    """When a line was logged; a damaged one may say anything."""
+    try:
+        return strftime(", last logged %Y-%m-%d %H:%M:%S", localtime(record["time"]))
+    except (LookupError, TypeError, ValueError, OverflowError, OSError):
+        return ""
 
 
 def _tables(folder: Path) -> list[Table]:
