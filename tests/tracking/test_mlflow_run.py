@@ -173,6 +173,15 @@ def test_a_child_that_began_before_its_parent_is_adopted(root: Path, client: Mlf
     assert (stored.data.tags["mlflow.parentRunId"], stored.info.status) == (parent.run_id, "FINISHED")
 
 
+def test_the_page_of_a_run_is_in_the_view_for_training(root: Path, client: MlflowClient) -> None:
+    run = start(root)
+    assert run.page is None  # a file has none
+    run._uri = "https://host:5000/mlflow/"
+    (stored,) = runs(client)
+    address = f"https://host:5000/mlflow/#/experiments/{stored.info.experiment_id}/runs/{run.run_id}"
+    assert run.page == f"{address}?workflowType=machine_learning"
+
+
 def test_tracking_that_is_off_never_loads_mlflow(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from w2s.config.sections import TrackingConfig\n"

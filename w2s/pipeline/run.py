@@ -58,6 +58,8 @@ def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool
     write_group(plan.folder, plan.pipeline.title, [task.name for task in plan.tasks()])
     given = params(name, plan)
     with parent_run(plan.tracking, plan.folder, tags=about.tags, params=given) as parent:
+        if parent.page:
+            say(console, f"MLflow: {parent.page}")
         results, choices = _Runner(plan, ranks, restarts, parent, console).run()
         shown = tables(results, choices)
         meaning = meaning_of(results)

@@ -29,6 +29,8 @@ _LONGEST_PARAM = 6000
 _LONGEST_TAG = 8000
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 """The tag by which MLflow's pages open an experiment in their view for model training."""
+_VIEW = "workflowType=machine_learning"
+"""What makes those of 3.17 do so, which go by the address and by what the browser has last chosen."""
 _FLUSH_SECONDS = 60.0
 _SLOW_SECONDS = 1.0
 _PAUSE_FACTOR = 10.0  # after a call that failed in 10 s nothing is tried for 100 s
@@ -54,6 +56,7 @@ class _Opened:
     """What the store answered."""
 
     client: "MlflowClient"
+    experiment_id: str
     run_id: str
     monitor: "SystemMetricsMonitor | None"
     lost_run_id: str | None
@@ -121,6 +124,15 @@ class MlflowRun:
         run = cls(uri, _Request(uri, tracking, root, name, tags, params, wanted, parent_run_id, folder), history)
         run._begin()
         return run
+
+    @property
+    def page(self) -> str | None:
+        """Where a browser shows the run, in the view for model training; None of a store that is no server, as yet."""
+        opened = self._opened
+        if opened is None or not self._uri.startswith(("http://", "https://")):
+            return None
+        place = f"experiments/{opened.experiment_id}/runs/{opened.run_id}"
+        return f"{self._uri.rstrip('/')}/#/{place}?{_VIEW}"
 
     def _begin(self) -> None:
         try:
@@ -193,7 +205,7 @@ class MlflowRun:
         self._send(lambda opened: _write(opened.client, opened.run_id, tags, params or {}))
 
     def adopt(self, run_id: str) -> None:
-        """Makes another run a child of this one, without waiting: it may have begun before this one's store answered."""
+        """Makes another run, which may have begun before this one's store answered, a child of it, without waiting."""
 
         def write(opened: _Opened) -> None:
             from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
@@ -249,7 +261,8 @@ def _open_run(request: _Request) -> _Opened:
     run = known or _new_run(client, request.uri, request)
     _write(client, run.info.run_id, request.tags, {} if run.data.params else request.params)
     monitor = _start_monitor(request.uri, run.info.run_id) if request.tracking.system_metrics else None
-    return _Opened(client, run.info.run_id, monitor, request.run_id if known is None else None)
+    lost = request.run_id if known is None else None
+    return _Opened(client, run.info.experiment_id, run.info.run_id, monitor, lost)
 
 
 def _continue_run(client: "MlflowClient", run_id: str) -> "Run | None":

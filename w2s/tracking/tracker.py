@@ -176,6 +176,8 @@ class _Parts:
             folder=run_dir,
             history=read_history(run_dir),
         )
+        if page := self.mlflow.page:
+            self.console.print(f"MLflow: {page}")
 
 
 def _write_config(run_dir: Path, text: str, resumed_step: int) -> None:
