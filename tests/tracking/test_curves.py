@@ -59,7 +59,7 @@ def test_what_was_logged_once_and_fp8_of_every_layer_have_no_curve() -> None:
 
 def test_runs_are_compared_over_their_samples_and_keep_their_colours() -> None:
     runs = {"a": lines(loss=[3.0, 2.0], x=[1.0, 2.0]), "b": lines(loss=[3.0, None]), "c": lines(x=[1.0, 3.0])}
-    losses, x = comparing(runs, "clip: ")
-    assert (losses.title, losses.over, x.title) == ("clip: loss", "training samples", "clip: x")
+    losses, x = comparing(runs)
+    assert (losses.title, losses.over, x.title) == ("loss", "training samples", "x")
     assert [(curve.label, curve.colour, curve.steps) for curve in losses.curves] == [("a", 0, [0, 4]), ("b", 1, [0, 4])]
     assert [(curve.label, curve.colour) for curve in x.curves] == [("a", 0), ("c", 2)]

@@ -91,7 +91,7 @@ def test_a_group_begins_with_the_summary_and_has_every_run_that_has_begun(tmp_pa
     About(tmp_path, {"meaning": "clip is ahead."}, resumed=True)
     page = Page(write_report(tmp_path).read_text())
     order = [
-        page.text.index(text) for text in ("demo", "clip is ahead.", "Summary", "training samples", "did not change")
+        page.text.index(text) for text in ("demo", "clip is ahead.", "training samples", "Summary", "did not change")
     ]
     assert order == sorted(order)
     assert page.tags.count("section") == 2

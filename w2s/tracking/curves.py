@@ -137,12 +137,11 @@ def _baselines(group: Group, curves: Mapping[str, Curve], records: Records) -> I
             number += partner is None
 
 
-def comparing(runs: Mapping[str, Records], title: str) -> list[Chart]:
+def comparing(runs: Mapping[str, Records]) -> list[Chart]:
     """A chart for each metric that two runs or more have a curve of, over the training samples.
 
     Args:
         runs: the lines of each run by its name.
-        title: stands before the names of the metrics.
     """
     lines = {name: [_with_cosine(record) for record in records] for name, records in runs.items()}
     drawn = []
@@ -158,7 +157,7 @@ def comparing(runs: Mapping[str, Records], title: str) -> list[Chart]:
             ]
             if len(curves) > 1 and not all(_does_not_change(curve.values) for curve in curves):
                 name = f"{group.title}: {label}" if several else group.title
-                drawn.append(Chart(f"{title}{name}", curves, "training samples"))
+                drawn.append(Chart(name, curves, "training samples"))
     return drawn
 
 

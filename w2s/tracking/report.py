@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import localtime, strftime
 from typing import Any
@@ -230,8 +230,12 @@ def _compared(runs: Sequence[Path]) -> list[Chart]:
     by_stage: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for run in runs:
         by_stage.setdefault(_settings(run).get("stage", ""), {})[run.name] = read_history(run)
-    several = len([stage for stage, found in by_stage.items() if len(found) > 1]) > 1
-    return [chart for stage, found in by_stage.items() for chart in comparing(found, f"{stage}: " if several else "")]
+    drawn = {stage: comparing(found) for stage, found in by_stage.items()}
+    if sum(map(bool, drawn.values())) > 1:
+        drawn = {
+            stage: [replace(each, title=f"{stage}: {each.title}") for each in found] for stage, found in drawn.items()
+        }
+    return [chart for found in drawn.values() for chart in found]
 
 
 def _settings(run: Path) -> dict[str, Any]:
