@@ -9,7 +9,8 @@ import pytest
 from w2s.errors import UserError
 from w2s.tracking.about import About
 from w2s.tracking.charts import Chart, Curve
-from w2s.tracking.report import find_runs, write_comparison, write_group, write_report
+from w2s.tracking.group import find_runs, write_group
+from w2s.tracking.report import write_comparison, write_report
 from w2s.tracking.tables import Table, cell_text
 
 EVIL = "<script>alert(1)</script>"
@@ -105,6 +106,14 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     words = " ".join(Page((tmp_path / "page.html").read_text()).text.split())
     assert "optim.lr 1 0.5" in words and "optim.warmup" not in words  # what is equal is left out
     assert "loss 1 1.5" in words and "teacher small" in words
+
+
+def test_runs_of_one_name_are_told_apart_by_their_groups_and_none_comes_twice(tmp_path: Path) -> None:
+    runs = [run_with(tmp_path / group / "clip", [2.0, loss]) for group, loss in (("a", 1.0), ("b", 1.5))]
+    write_comparison(tmp_path / "page.html", [*runs, runs[0]])
+    page = Page((tmp_path / "page.html").read_text())
+    assert page.tags.count("section") == 2 and "loss 1 1.5" in " ".join(page.text.split())
+    assert "a/clip" in page.text and "b/clip" in page.text
 
 
 def test_a_run_is_found_by_path_and_by_name(tmp_path: Path) -> None:

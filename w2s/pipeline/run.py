@@ -24,8 +24,9 @@ from w2s.pipeline.tables import tables
 from w2s.tracking.about import About
 from w2s.tracking.console import say
 from w2s.tracking.files import write_text
+from w2s.tracking.group import write_group
 from w2s.tracking.mlflow_run import MlflowRun, parent_run, stored_run_id
-from w2s.tracking.report import write_group, write_report
+from w2s.tracking.report import write_report
 
 
 def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool, restarts: int = 0) -> Path:

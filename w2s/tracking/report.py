@@ -1,7 +1,6 @@
 """report.html: one file that shows a run, the stages of a `w2s run`, or several runs, and needs nothing else."""
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,17 +12,16 @@ import yaml
 from markupsafe import Markup
 
 from w2s.config.naming import flatten
-from w2s.errors import UserError
 from w2s.tracking.about import BEGUN, read_about
 from w2s.tracking.charts import Chart
 from w2s.tracking.curves import charts, comparing
 from w2s.tracking.files import write_text
+from w2s.tracking.group import by_label, is_group, runs_of, title_of
 from w2s.tracking.history import read_history
 from w2s.tracking.meaning import meaning
 from w2s.tracking.tables import Cell, Table, cell_text
 
 FILE_NAME = "report.html"
-GROUP_FILE = "group.json"
 
 
 @dataclass(frozen=True)
@@ -64,20 +62,6 @@ class Section:
     files: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_group(folder: Path, title: str, runs: Sequence[str]) -> None:
-    """Notes what the folder of a `w2s run` holds, for `write_report`.
-
-    Args:
-        folder: of the group.
-        title: heading of its report.
-        runs: names of the folders of its runs, in the order to show.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    write_text(folder / GROUP_FILE, json.dumps({"title": title, "runs": list(runs)}, indent=1))
-
-
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Writes the page of a run or of a `w2s run`, from the files in its folder, as far as they are there.
 
@@ -96,11 +80,11 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         return _write(path, _section(folder), [])
     runs, facts = runs_of(folder), read_about(folder)
     head = Section(
-        title=_group(folder)["title"],
+        title=title_of(folder),
         facts={name: text for name, text in facts.items() if name != "meaning"},
         meaning=facts.get("meaning", ""),
         tables=_tables(folder),
-        charts=_compared(runs),
+        charts=_compared({run.name: run for run in runs}),
         pictures=_pictures(folder),
     )
     return _write(path, head, [_section(run, known=facts) for run in runs])
@@ -111,63 +95,25 @@ def write_comparison(path: Path, runs: Sequence[Path]) -> None:
 
     Args:
         path: of the page.
-        runs: folders of the runs, with different names.
+        runs: folders of the runs.
 
     Raises:
         UserError: the page cannot be written.
     """
-    names = [run.name for run in runs]
-    results = {run.name: _newest_metrics(run) for run in runs}
-    settings = {run.name: _settings(run) for run in runs}
-    tables = [
-        _side_by_side("Results", {name: _results_only(metrics) for name, metrics in results.items()}),
-        _side_by_side("Settings that differ", settings, only_different=True),
-        _side_by_side("Facts that differ", {run.name: read_about(run) for run in runs}, only_different=True),
-    ]
-    head = Section(title=", ".join(names), tables=[table for table in tables if table.rows], charts=_compared(runs))
-    _write(path, head, [_section(run) for run in runs])
+    found = by_label(runs)
+    columns = {
+        "Results": {name: _results(run) for name, run in found.items()},
+        "Settings that differ": _different({name: _settings(run) for name, run in found.items()}),
+        "Facts that differ": _different({name: read_about(run) for name, run in found.items()}),
+    }
+    tables = [_side_by_side(title, each) for title, each in columns.items()]
+    head = Section(", ".join(found), tables=[table for table in tables if table.rows], charts=_compared(found))
+    _write(path, head, [replace(_section(run), title=name) for name, run in found.items()])
 
 
 def meaning_of_run(run: Path) -> str:
     """What the figures of a run mean, in a sentence; nothing where it has not measured anything yet."""
     return meaning(_newest_metrics(run))
-
-
-def is_group(folder: Path) -> bool:
-    """Whether a folder is that of a `w2s run`."""
-    return (folder / GROUP_FILE).is_file()
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run that has begun."""
-    return (folder / "config.yaml").is_file() or (folder / "result.json").is_file()
-
-
-def find_runs(names: Sequence[str], root: Path) -> list[Path]:
-    """Folders of runs, or of a single `w2s run`, by their paths or their names below `root`.
-
-    Raises:
-        UserError: there is no such run.
-    """
-    found = []
-    for name in names:
-        path = next((each for each in (Path(name).expanduser(), root / name) if is_group(each) or is_run(each)), None)
-        if path is None:
-            raise UserError(f"RUN={name} is no run, nor one below {root}: see `ls {root}`")
-        found.append(path)
-    return found
-
-
-def runs_of(folder: Path) -> list[Path]:
-    """The runs of a group that have begun; a run itself."""
-    if not is_group(folder):
-        return [folder]
-    return [folder / name for name in _group(folder)["runs"] if is_run(folder / name)]
-
-
-def _group(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / GROUP_FILE).read_text(encoding="utf-8"))
-    return content
 
 
 def _write(path: Path, head: Section, sections: Sequence[Section]) -> Path:
@@ -225,11 +171,11 @@ def _pictures(folder: Path) -> list[Picture]:
     return [Picture(path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode("ascii")) for path in paths]
 
 
-def _compared(runs: Sequence[Path]) -> list[Chart]:
+def _compared(runs: Mapping[str, Path]) -> list[Chart]:
     """Charts with the curves of all runs of a stage."""
     by_stage: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for run in runs:
-        by_stage.setdefault(_settings(run).get("stage", ""), {})[run.name] = read_history(run)
+    for name, run in runs.items():
+        by_stage.setdefault(_settings(run).get("stage", ""), {})[name] = read_history(run)
     drawn = {stage: comparing(found) for stage, found in by_stage.items()}
     if sum(map(bool, drawn.values())) > 1:
         drawn = {
@@ -255,21 +201,31 @@ def _newest_metrics(run: Path) -> dict[str, float | None]:
     return newest
 
 
-def _results_only(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The loss and what has a prefix: results are called so, measures of the machine are not."""
+def _results(run: Path) -> dict[str, float | None]:
+    """A run's loss and the metrics with a prefix: results are called so, measures of the machine are not."""
     hidden = ("fp8/", "ranks/", "source/", "bad/")
     return {
         name: value
-        for name, value in metrics.items()
+        for name, value in _newest_metrics(run).items()
         if name == "loss" or ("/" in name and not name.startswith(hidden))
     }
 
 
-def _side_by_side(title: str, columns: Mapping[str, Mapping[str, Any]], *, only_different: bool = False) -> Table:
+def _different(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What is not the same in all columns."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    first = next(iter(columns.values()))
+    kept = [name for name in names if any(column.get(name) != first.get(name) for column in columns.values())]
+    return {title: {name: column[name] for name in kept if name in column} for title, column in columns.items()}
+
+
+def _side_by_side(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row for each name, a column for each run."""
-    rows: list[list[Cell]] = []
-    for name in dict.fromkeys(name for column in columns.values() for name in column):
-        values = [column.get(name) for column in columns.values()]
-        if not only_different or any(value != values[0] for value in values):
-            rows.append([name, *(value if isinstance(value, float | None) else str(value) for value in values)])
-    return Table(title, ["", *columns], rows)
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    return Table(
+        title, ["", *columns], [[name, *(_cell(each.get(name)) for each in columns.values())] for name in names]
+    )
+
+
+def _cell(value: Any) -> Cell:
+    return value if value is None or isinstance(value, float) else str(value)
