@@ -4,11 +4,11 @@ from pathlib import Path
 
 import typer
 
-STAGES = ("mim", "clip", "eval")
-
 
 def complete_stage(incomplete: str) -> list[str]:
     """Return the stages."""
+    from w2s.config.load import STAGES
+
     return [stage for stage in STAGES if stage.startswith(incomplete)]
 
 
@@ -34,7 +34,9 @@ def complete_override(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def complete_pipeline(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the files of `configs/run`, then what `complete_override` returns."""
-    return [name for name in _files("run") if name.startswith(incomplete)] + complete_override(ctx, incomplete)
+    from w2s.config.load import names_of
+
+    return [name for name in names_of("run") if name.startswith(incomplete)] + complete_override(ctx, incomplete)
 
 
 def complete_run(incomplete: str) -> list[str]:
@@ -48,18 +50,11 @@ def _values(key: str) -> list[str]:
     from typing import Literal, get_args, get_origin
 
     from w2s.config.fields import FIELDS
-    from w2s.config.load import GROUPS
+    from w2s.config.load import GROUPS, names_of
 
     if key in GROUPS:
-        return _files(key)
+        return names_of(key)
     hint = FIELDS.get(key)
     if hint is bool:
         return ["true", "false"]
     return [str(value) for value in get_args(hint)] if get_origin(hint) is Literal else []
-
-
-def _files(group: str) -> list[str]:
-    from importlib.resources import files
-
-    folder = files("w2s.configs") / group
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))

@@ -1,6 +1,6 @@
 """Running a pipeline: what has no result yet, below one MLflow run; tables, pictures and a report at the end."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,12 +27,13 @@ from w2s.tracking.files import write_text
 from w2s.tracking.group import write_group
 from w2s.tracking.mlflow_run import MlflowRun, parent_run, stored_run_id
 from w2s.tracking.report import write_report
+from w2s.tracking.tables import Table
 
 
 def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool, restarts: int = 0) -> Path:
     """Run the steps that have no result yet, and print the tables of all.
 
-    The folder of the group then holds report.html, and for a pipeline with seeds `tables/*.md` and `pictures/*.png`.
+    The folder of the group then holds report.html and `tables/*.md`, and for a pipeline with seeds `pictures/*.png`.
 
     Args:
         name: a file of `configs/run`, or a path that ends in `.yaml`.
@@ -62,25 +63,33 @@ def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool
         if parent.page:
             say(console, f"MLflow: {parent.page}")
         results, choices = _Runner(plan, ranks, restarts, parent, console).run()
-        shown = tables(results, choices)
-        meaning = meaning_of(results)
+        shown, meaning = tables(results, choices), meaning_of(results)
         about.note({"meaning": meaning})
-        parent.note({"mlflow.note.content": "\n\n".join([meaning, *(table.to_markdown() for table in shown.values())])})
-        files = draw(results, plan.folder / "pictures") if plan.pipeline.seeds else []
-        for file, table in shown.items():
-            files.append(plan.folder / "tables" / f"{file}.md")
-            write_text(files[-1], table.to_markdown())
-            table.save(files[-1].with_suffix(".json"))
+        said = [meaning, *(table.to_markdown() for table in shown.values())]
+        parent.note({"mlflow.note.content": "\n\n".join(part for part in said if part)})
+        files = _write_tables(shown, plan.folder / "tables")
+        files += draw(results, plan.folder / "pictures") if plan.pipeline.seeds else []
         report = write_report(plan.folder)
         for path in [report, *files]:
             parent.artifact(path)
     for table in shown.values():
         console.print(table.to_rich())
-    say(console, meaning)
+    if meaning:
+        say(console, meaning)
     say(console, f"report: {report}")
     for warning in parent.warnings():
         say(console, f"warning: {warning}")
     return report
+
+
+def _write_tables(shown: Mapping[str, Table], folder: Path) -> list[Path]:
+    """Keep each table for the report, and as Markdown, whose paths are returned."""
+    files = []
+    for name, table in shown.items():
+        table.save(folder / f"{name}.json")
+        files.append(folder / f"{name}.md")
+        write_text(files[-1], table.to_markdown())
+    return files
 
 
 def pipeline_yaml(name: str, overrides: Sequence[str]) -> str:
