@@ -79,6 +79,7 @@ def evaluate(config: Config, suite: Suite | None, checkpoint: Path, tracker: Tra
         measured[name], resized[name], sizes[name] = result.metrics, result.resize, len(rules.test_set(name))
         if config.tracking.pictures:
             _show(name, result, rules, config.tracking.pictures, tracker)
+        if config.tracking.pictures and len(measured) == 1:  # of one set says enough
             _show_attention(name, vision, rules, config.tracking.pictures, tracker)
     metrics = of_sets(measured) | probe.baselines()
     if suite is not None:

@@ -38,7 +38,7 @@ def save_model(exported: Path, folder: Path) -> None:
             python_model=str(_CODE),
             artifacts={"clip": str(exported)},
             signature=ModelSignature(inputs, outputs),
-            pip_requirements=[f"{name}=={version(name)}" for name in _NEEDED],
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _NEEDED],  # no index has +cpu
         )
 
 
