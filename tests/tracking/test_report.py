@@ -31,7 +31,7 @@ class Page(HTMLParser):
         self.fetched += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href", "srcset")]
 
     def handle_data(self, data: str) -> None:
-        self.text += f" {data}"
+        self.text += data if self.tags[-1:] == ["wbr"] else f" {data}"
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """report.html: one file that shows a run, the stages of a `w2s run`, or several runs, and needs nothing else."""
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import jinja2
 import yaml
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from w2s.config.naming import flatten
 from w2s.tracking.about import BEGUN, read_about
@@ -121,10 +122,16 @@ def _write(path: Path, head: Section, sections: Sequence[Section]) -> Path:
         loader=jinja2.PackageLoader("w2s.tracking", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["cell"] = cell_text
+    environment.filters["breakable"] = _breakable
     # matplotlib escapes what it writes.
     environment.filters["svg"] = lambda chart, key: Markup(chart.svg(key))
     write_text(path, environment.get_template(FILE_NAME).render(head=head, sections=sections))
     return path
+
+
+def _breakable(text: str) -> Markup:
+    """A text whose names and paths a narrow page may break behind `/` and `_`."""
+    return Markup(re.sub("([/_])", r"\1<wbr>", str(escape(text))))
 
 
 def _section(run: Path, known: Mapping[str, str] | None = None) -> Section:
