@@ -24,14 +24,17 @@ from w2s.evaluation.suite import as_measured, differences, find_sets, means, sco
 from w2s.evaluation.zero_shot import ClassResult, ZeroShotResult
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Towers
+from w2s.megatron.sharded import ShardedTower
 from w2s.precision import compute_dtype
-from w2s.probe import ClipProbe
-from w2s.run import open_run, test_inputs, tracked, write_result
+from w2s.probe import ClipProbe, attention_of_cls
+from w2s.run import open_run, origins, register_clip, test_inputs, tracked, write_result
 from w2s.towers.build import build_clip
+from w2s.towers.clip import ImageTower
 from w2s.tracking.pictures import (
     CaptionsFound,
     ClassExamples,
     ImagesFound,
+    attention_picture,
     classes_picture,
     retrieval_picture,
 )
@@ -56,12 +59,14 @@ def run(config: Config) -> None:
         loss = replace(config.clip, loss=trained.setting("clip", "loss"))
         config = replace(config, model=model_from(trained.config), clip=loss)
         check_towers(config)
-        tracker = Tracker(config, folder, main=ranks.main, tags={"w2s.parent_checkpoint": str(checkpoint)})
+        facts = {**origins(config, str(checkpoint)), "checkpoint": str(checkpoint.absolute())}
+        tracker = Tracker(config, folder, main=ranks.main, facts=facts)
         with tracked(tracker):
             tracker.message(f"run folder: {folder}")
             tracker.inputs(test_inputs(config))
             metrics = evaluate(config, suite, checkpoint, tracker, ranks)
             write_result(folder, config, metrics, started, ranks)
+    register_clip(config, folder, checkpoint, ranks)
 
 
 def evaluate(config: Config, suite: Suite | None, checkpoint: Path, tracker: Tracker, ranks: Ranks) -> dict[str, float]:
@@ -74,6 +79,8 @@ def evaluate(config: Config, suite: Suite | None, checkpoint: Path, tracker: Tra
         measured[name], resized[name], sizes[name] = result.metrics, result.resize, len(rules.test_set(name))
         if config.tracking.pictures:
             _show(name, result, rules, config.tracking.pictures, tracker)
+        if config.tracking.pictures and len(measured) == 1:  # of one set says enough
+            _show_attention(name, vision, rules, config.tracking.pictures, tracker)
     metrics = of_sets(measured) | probe.baselines()
     if suite is not None:
         metrics |= under(Path(config.eval.suite).stem, means(suite, measured))
@@ -113,8 +120,24 @@ def _show(name: str, result: ClipResult, probe: ClipProbe, count: int, tracker: 
     if result.zero_shot is not None:
         _show_classes(name, result.zero_shot, images, count, tracker)
     if result.found:
-        file = f"retrieval_{name}" if name else "retrieval"
-        tracker.picture(file, lambda path: retrieval_picture(path, *_found(result, images)))
+        tracker.picture(_file("retrieval", name), lambda path: retrieval_picture(path, *_found(result, images)))
+
+
+def _show_attention(
+    name: str, vision: ShardedTower[ImageTower], probe: ClipProbe, count: int, tracker: Tracker
+) -> None:
+    """Picture of where the CLS token looks in some test images; every rank computes."""
+    data = probe.test_set(name)
+    numbers = np.unique(np.linspace(0, len(data) - 1, count).astype(int))
+    (read,) = probe.images(data, probe.config.model.vision.image_size).only(numbers).read()
+    shown = stills(read)
+    looks = attention_of_cls(vision, shown)
+    tracker.picture(_file("attention_of_CLS", name), lambda path: attention_picture(path, shown, looks))
+
+
+def _file(kind: str, name: str) -> str:
+    """The file of a table or a picture of a test set."""
+    return f"{kind}_{name}" if name else kind
 
 
 def _found(result: ClipResult, images: EvalImages) -> tuple[list[ImagesFound], list[CaptionsFound]]:
@@ -140,7 +163,7 @@ def _read(images: EvalImages, numbers: list[int]) -> Tensor:
 
 def _show_classes(name: str, result: ZeroShotResult, images: EvalImages, count: int, tracker: Tracker) -> None:
     """Table and picture of the `count` classes of a test set that are recognised best and worst."""
-    file = f"classes_{name}" if name else "classes"
+    file = _file("classes", name)
     title = f"best and worst classes of {name}" if name else "best and worst classes"
     ends = {"best": result.classes[:count], "worst": result.classes[::-1][:count]}
     rows: list[list[Cell]] = [

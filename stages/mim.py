@@ -28,14 +28,14 @@ from w2s.objectives.masked import LOSSES, constant_cosine, masked_cosines
 from w2s.objectives.summary import summary_loss
 from w2s.optim.schedule import falling_weight
 from w2s.precision import compute_dtype
-from w2s.probe import Probe, patch_features, teacher_features
+from w2s.probe import Probe, attention_of_cls, patch_features, teacher_features
 from w2s.teachers.base import Features, Teacher
 from w2s.teachers.build import build_teacher
 from w2s.teachers.targets import TargetNorm
 from w2s.towers.build import build_student
 from w2s.towers.masked import MaskedStudent, Outputs, at_places, everywhere, places_to_predict, put_at_places
 from w2s.towers.vision import MEAN, STD
-from w2s.tracking.pictures import features_picture, masked_picture
+from w2s.tracking.pictures import attention_picture, features_picture, masked_picture
 from w2s.tracking.tracker import Tracker
 from w2s.trainer import train_stage
 
@@ -155,9 +155,10 @@ class MaskedStage:
     @torch.no_grad()
     def _cosines(self, predictions: Outputs, targets: Outputs) -> Reported:
         """Cosine of predictions and targets, where that is not the loss, and the best constant's; of summaries too."""
-        found = {"constant_cosine": constant_cosine(targets.patches.flatten(0, 1))}
+        found = {}
         if self.config.mim.loss != "cosine" or self.summary_width:
             found["cosine"] = masked_cosines(predictions.patches, targets.patches).mean()
+        found["constant_cosine"] = constant_cosine(targets.patches.flatten(0, 1))
         if predictions.summary is not None:
             summaries = given(targets.summary)
             found["summary_cosine"] = masked_cosines(predictions.summary, summaries).mean()
@@ -280,6 +281,7 @@ class MaskedStage:
         batch = ImageBatch(numbers, self.probe.images(data, *self._sizes).only(numbers.numpy()).read())
         predictions, targets, masks = self._predict(batch, self.target_norm)
         shown, cosines = batch.images, masked_cosines(predictions.patches, targets.patches)
-        student = patch_features(self.student, shown)
+        student, looks = patch_features(self.student, shown), attention_of_cls(self.student, shown)
         tracker.picture("masked", lambda path: masked_picture(path, shown, masks, cosines, self._kind))
         tracker.picture("features", lambda path: features_picture(path, shown, student, targets.patches))
+        tracker.picture("attention_of_CLS", lambda path: attention_picture(path, shown, looks))

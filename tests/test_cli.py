@@ -226,3 +226,57 @@ def test_a_failed_rank_gives_one_line_and_its_exit_code(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
     )
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: shard is missing\n")
+
+
+def completed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shell: str, *words: str) -> set[str]:
+    """What a shell is told of the last word; bash takes `=` for a word of its own."""
+    if shell == "bash":
+        variables = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    else:
+        variables = {"_TYPER_COMPLETE_ARGS": " ".join(words), "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    for name, value in {"_W2S_COMPLETE": f"complete_{shell}", **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["w2s"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    return set(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("shell", "words", "found"),
+    [
+        ("bash", ["w2s", "rep"], {"report"}),
+        ("bash", ["w2s", "stage", "m"], {"mim"}),
+        ("bash", ["w2s", "stage", "mim", "optim.weight"], {"optim.weight_decay="}),
+        ("bash", ["w2s", "stage", "mim", "model", "=", "eva_8"], {"eva_8b", "eva_8b_448"}),
+        ("bash", ["w2s", "stage", "mim", "mim.loss", "="], {"cosine", "smooth_l1", "mse"}),
+        ("fish", ["w2s", "stage", "mim", "model=eva_8"], {"model=eva_8b", "model=eva_8b_448"}),
+        ("fish", ["w2s", "stage", "mim", "tracking.enabled=f"], {"tracking.enabled=false"}),
+        ("fish", ["w2s", "run", "sh"], {"showcase"}),
+    ],
+)
+def test_completion(
+    shell: str,
+    words: list[str],
+    found: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert completed(monkeypatch, capsys, shell, *words) == found
+
+
+def test_runs_are_completed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for folder, file in (("mim-1", "config.yaml"), ("run-2", "group.json"), ("run-2/clip", "config.yaml")):
+        (tmp_path / "runs" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / folder / file).write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert completed(monkeypatch, capsys, "bash", "w2s", "report", "run-2") == {"run-2", "run-2/clip"}
+    assert completed(monkeypatch, capsys, "bash", "w2s", "inspect", "m") == {"mim-1"}
+
+
+def test_as_a_module() -> None:
+    command = [sys.executable, "-m", "w2s", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"w2s {__version__}\n"

@@ -16,7 +16,7 @@ from w2s.evaluation.images import eval_transform
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import fill
 from w2s.megatron.sharded import ShardedTower, shard
-from w2s.probe import Probe, patch_features, teacher_features
+from w2s.probe import Probe, attention_of_cls, patch_features, teacher_features
 from w2s.teachers.build import build_teacher
 from w2s.towers.initial import vision_rule
 from w2s.towers.vision import MEAN, STD, VisionTower
@@ -130,3 +130,25 @@ def test_test_images_and_neighbours_are_squashed_alike(alone: Ranks, config: Con
 
 def load_with(config: Config, key: str, value: Any, **others: Any) -> Config:
     return replace(config, eval=replace(config.eval, **{key: value, **others}))
+
+
+def test_cls_looks_at_patches_as_the_last_layers_weights_say(alone: Ranks, config: Config) -> None:
+    """Recomputed from the hidden tokens with the layer's own norm and projection, softmax written out."""
+    tower = random_tower(config)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    part = tower.parts[0]
+    found: list[torch.Tensor] = []
+    last = part.blocks.layers[-1]
+    handle = last.self_attention.linear_qkv.register_forward_hook(lambda *each: found.append(each[2][0]))
+    looks = attention_of_cls(tower, images)
+    handle.remove()
+    vision = config.model.vision
+    heads, tokens = vision.heads, 1 + vision.patches
+    query, key, _ = found[0].view(3, tokens, heads, 3, vision.width // heads).unbind(3)
+    weights = [
+        (query[:, 0, head, None] * key[:, :, head]).sum(-1).div((vision.width // heads) ** 0.5).exp()
+        for head in range(heads)
+    ]
+    expected = sum(each[:, 1:] / each.sum(1, keepdim=True) for each in weights) / heads
+    torch.testing.assert_close(looks, expected, rtol=1e-5, atol=1e-7)
+    assert looks.shape == (3, vision.patches) and bool((looks.sum(1) < 1).all())

@@ -87,9 +87,19 @@ def show_notes() -> None:
     logger = logging.getLogger("w2s")
     logger.setLevel(level)
     if not logger.handlers:
-        notes = logging.StreamHandler(sys.stdout)
+        notes = _Notes()
         notes.setFormatter(_Note())
         logger.addHandler(notes)
+
+
+class _Notes(logging.Handler):
+    """Prints on what is standard output at that moment: while a bar is shown, that puts lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), flush=True)
+        except (OSError, ValueError):  # standard output is gone
+            self.handleError(record)
 
 
 class _Note(logging.Formatter):

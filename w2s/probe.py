@@ -29,6 +29,7 @@ from w2s.evaluation.evaluate import (
 )
 from w2s.evaluation.images import EvalImages, View
 from w2s.evaluation.linear_probe import train_probe
+from w2s.megatron.attention_maps import cls_attention
 from w2s.megatron.groups import Ranks
 from w2s.megatron.schedule import infer
 from w2s.megatron.sharded import ShardedTower
@@ -49,6 +50,12 @@ def patch_features(tower: ShardedTower[Any], images: Tensor) -> Tensor:
     seen = normalize(images.to(device), MEAN, STD)
     tokens = 1 + tower.parts[0].shape.patches
     return infer(tower, (seen,), lambda chunk, images: chunk.patch_tokens(images), tokens).float()
+
+
+def attention_of_cls(tower: ShardedTower[Any], images: Tensor) -> Tensor:
+    """Return what the CLS token attends to in the last layer: uint8 [n, 3, S, S] to float32 [n, patches]."""
+    device = next(tower.parts[0].parameters()).device
+    return cls_attention(tower, normalize(images.to(device), MEAN, STD))
 
 
 def teacher_features(teacher: Teacher, images: Tensor, layers: Sequence[int] = ()) -> Features:

@@ -1,26 +1,33 @@
 """What a stage finds when it begins, and leaves when it ends: ranks, folder, samples; inputs, result, status."""
 
 import json
+import math
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from w2s.checkpoint.find import is_finished, unfinished_folder
+from w2s.checkpoint.exporting import export_checkpoint
+from w2s.checkpoint.find import find_any, is_finished, unfinished_folder
+from w2s.checkpoint.store import read_meta
 from w2s.config.sections import Config
 from w2s.data.builtin.registry import ensure_builtin
 from w2s.data.shards import list_shards, shards_digest
 from w2s.data.sources import Source, find_sources
-from w2s.errors import StopRun, UserError
+from w2s.errors import CheckpointError, StopRun, UserError
 from w2s.liveness.beating import watched
 from w2s.liveness.owner import owned
 from w2s.liveness.pulse import Pulse
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.stopping import stop_at_once
+from w2s.tracking.datasets import DataInput
 from w2s.tracking.files import write_text
 from w2s.tracking.meters import peak_memory_gib
-from w2s.tracking.mlflow_run import DataInput
+from w2s.tracking.mlflow_run import stored_run_id
+from w2s.tracking.registry import register, save_model
+from w2s.tracking.store import reason, tracking_uri
 from w2s.tracking.tracker import Tracker
 
 STACKS = "stacks.txt"
@@ -71,6 +78,36 @@ def share_sources(config: Config, ranks: Ranks) -> list[Source]:
     return ranks.from_main(lambda: find_sources(config.data, batch, ranks.world_size, captions=captions))
 
 
+def origins(config: Config, parent: str | None) -> dict[str, str]:
+    """Tell what a run comes from: its teacher, the checkpoints that it began with, and the MLflow runs of all these.
+
+    Args:
+        config: the run's configuration.
+        parent: the checkpoint, or `VISION and TEXT`, that its weights come from; None for none.
+    """
+    taught, root = config.taught_by, Path(config.run.root).expanduser()
+    sources = parent.split(" and ") if parent else []
+    if taught and taught.source.startswith("w2s:"):
+        sources.append(taught.source.removeprefix("w2s:"))
+    runs: dict[str, None] = {}
+    for source in sources:
+        with suppress(CheckpointError):  # an interrupted run goes on without what it was begun from, too
+            run_id = read_meta(find_any(source, root, key="parent")).mlflow_run_id
+            runs |= {run_id: None} if run_id else {}
+    found = {"teacher": taught and taught.source, "parent_checkpoint": parent, "parent_runs": ", ".join(runs)}
+    return {name: text for name, text in found.items() if text}
+
+
+def counted(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Tell the parameters of weights whose names begin with that of their tower: in all, and of each tower."""
+    towers: dict[str, int] = {}
+    for name, shape in shapes.items():
+        tower = name.partition(".")[0]
+        towers[tower] = towers.get(tower, 0) + math.prod(shape)
+    parts = ", ".join(f"{name} {count:,}" for name, count in towers.items())
+    return f"{sum(towers.values()):,} ({parts})"
+
+
 def training_inputs(config: Config, sources: Sequence[Source]) -> list[DataInput]:
     """Describe the sources of the training samples for MLflow."""
     names = ["training"] if len(sources) == 1 else [source.name for source in sources]
@@ -107,6 +144,30 @@ def write_result(run: Path, config: Config, metrics: Mapping[str, float], starte
             "peak_memory_gib": peak_memory_gib(ranks.device),
         }
         write_text(run / "result.json", json.dumps(result, indent=1))
+
+
+def register_clip(config: Config, run: Path, checkpoint: Path | None, ranks: Ranks) -> None:
+    """Make a checkpoint the next version of the registered model `tracking.register`, if there is one to make.
+
+    What goes wrong with it is a warning: the run is finished.
+    """
+    if not (config.tracking.register and checkpoint and ranks.main):
+        return
+    name = config.tracking.register
+    again = f"w2s stage eval init.checkpoint={checkpoint} tracking.register={name}"
+    try:
+        with tempfile.TemporaryDirectory(dir=run) as scratch:
+            exported, model = Path(scratch, "clip"), Path(scratch, "model")
+            export_checkpoint(checkpoint, "open_clip", exported)
+            save_model(exported, model)
+            uri, run_id = tracking_uri(config.tracking, Path(config.run.root).expanduser()), stored_run_id(run)
+            if run_id is None:
+                raise UserError("MLflow has no run of this one")
+            address = register(uri, run_id, name, model, {"w2s.checkpoint": str(checkpoint.absolute())})
+    except Exception as error:  # a store's own errors are no reason to fail a run that is finished
+        print(f"warning: tracking.register={name} failed ({reason(error)}); try again: {again}", flush=True)
+        return
+    print(f"registered: {address}", flush=True)
 
 
 @contextmanager

@@ -36,7 +36,17 @@ from w2s.megatron.watch import Float8Watch, float8_metrics
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
 from w2s.rerun import clones, explain
-from w2s.run import open_run, share_sources, test_inputs, tracked, training_inputs, write_result
+from w2s.run import (
+    counted,
+    open_run,
+    origins,
+    register_clip,
+    share_sources,
+    test_inputs,
+    tracked,
+    training_inputs,
+    write_result,
+)
 from w2s.stopping import stop_when_ready
 from w2s.tracking.meters import StepMeter, over_ranks
 from w2s.tracking.tracker import Tracker
@@ -101,8 +111,8 @@ class Trainer:
         self._begun_at = self.step
         if memory is not None:
             memory.check_room(sum(tensor.nbytes for tensor in self._own_tensors().values()))
-        tags = {"w2s.parent_checkpoint": self.parent} if self.parent else {}
-        self.tracker = Tracker(config, run, main=ranks.main, resumed_step=self.step, tags=tags)
+        facts = {**origins(config, self.parent), "parameters": counted(state.tower_shapes(stage.towers))}
+        self.tracker = Tracker(config, run, main=ranks.main, resumed_step=self.step, facts=facts)
 
     def _read_from(self, position: Position | None) -> Stream:
         ranks, spec = self.ranks, self.stage.spec
@@ -374,7 +384,7 @@ class Trainer:
             self.pulse.at("finishing a checkpoint", self.step, awaits=WRITER, long=True)
             saving, self._saving = self._saving, None
             with self._training_on_if_refused(saving.step):
-                saving.finish()
+                self.tracker.note(checkpoint=str(saving.finish().absolute()))
                 self._refused = []
             self.pulse.helpers.pop(WRITER, None)
 
@@ -497,3 +507,4 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
             if metrics:
                 trainer.tracker.log(trainer.step, trainer.samples, metrics)
             write_result(run, config, metrics, started, ranks)
+    register_clip(config, run, store.latest(run), ranks)

@@ -192,6 +192,15 @@ def test_named_test_sets_take_the_place_of_the_single_one() -> None:
     assert refusal("clip", sets) == "eval.sets is for w2s stage eval: clip is measured on eval.shards alone"
 
 
+def test_only_a_finished_clip_is_registered() -> None:
+    clip = ("model=tiny", "init.vision=none", "tracking.register=mine")
+    assert accepts("clip", *clip)
+    assert refusal("mim", "tracking.register=mine").startswith("tracking.register=mine: the masked stage makes no CLIP")
+    assert "leave out tracking.enabled=false" in refusal("clip", *clip, "tracking.enabled=false")
+    for name in ("a/b", "a:b"):
+        assert "has no / and no :" in refusal("clip", *clip[:2], f"tracking.register={name}")
+
+
 def test_a_gpu_configuration_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert refusal("mim", "hardware=h100") == (

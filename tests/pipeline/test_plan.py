@@ -253,3 +253,22 @@ def test_a_chain_with_a_branch_has_the_trunk_up_to_there(tmp_path: Path) -> None
 def test_a_checkpoint_that_will_not_be_kept_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"branch: trunk does not keep a checkpoint of step 41: .*keep_at=\[41\]"):
         trunk_plan(tmp_path, step=41).configs()
+
+
+def test_the_experiment_of_the_command_line_counts(tmp_path: Path) -> None:
+    given = overrides(tmp_path, "tracking.experiment=mine")
+    plan = Plan(load_pipeline("default"), given, fresh=False)
+    assert {config.tracking.experiment for config in plan.configs()} == {"mine"} == {plan.tracking.experiment}
+    assert configs_of(overrides(tmp_path), write_seeded(tmp_path))["masked-seed3"].tracking.experiment == "seeds"
+
+
+def test_the_run_above_is_there_if_a_step_has_one(tmp_path: Path) -> None:
+    given = overrides(tmp_path, "tracking.enabled=true", "weak:tracking.enabled=false")
+    assert Plan(load_pipeline("default"), given, fresh=False).tracking.enabled
+    assert not Plan(load_pipeline("default"), overrides(tmp_path), fresh=False).tracking.enabled
+
+
+@pytest.mark.parametrize("key", ["tracking.uri", "tracking.experiment"])
+def test_a_step_has_no_place_of_its_own_in_mlflow(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"mim:{key}=x: the steps and the run above them have one {key}"):
+        configs_of(overrides(tmp_path, f"mim:{key}=x"))

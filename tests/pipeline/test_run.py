@@ -139,8 +139,9 @@ def test_tables_and_pictures_of_seeds_are_files_of_their_own(launcher: Launcher,
     launcher.measure = learns_best_at_2e_3
     report = run_pipeline(write_seeded(tmp_path), overrides(tmp_path), ranks=1, fresh=False)
     folder = report.parent
-    tables = sorted(path.name for path in (folder / "tables").iterdir())
-    assert tables == ["arms.md", "choices.md", "cost.md", "differences.md", "training.md"]
+    for kind in ("md", "json"):
+        tables = sorted(path.stem for path in (folder / "tables").glob(f"*.{kind}"))
+        assert tables == ["arms", "choices", "cost", "differences", "training"]
     rows = (folder / "tables" / "differences.md").read_text().splitlines()
     # 0.03 + 0.1 - 0.03 and 0.05 + 0.3 - 0.05: mean 0.2, standard deviation 0.2 / sqrt 2
     assert rows[-1].startswith("| eval_masked - eval_scratch | zero-shot top-1, open | 0.2000 ± 0.1414 | 2 of 2 |")

@@ -1,8 +1,11 @@
 import io
+import logging
 
+import pytest
 from rich.console import Console
 
-from w2s.tracking.console import RunConsole, metric_text
+from w2s.launch import show_notes
+from w2s.tracking.console import RunConsole, metric_text, say
 
 
 def terminal(*, is_terminal: bool) -> tuple[Console, io.StringIO]:
@@ -79,3 +82,29 @@ def test_units() -> None:
     values = {"samples_per_second": 1234.5, "data_wait": 0.126, "memory_gib": 1.234, "lr": 4e-4, "loss": -0.123456}
     shown = [metric_text(name, value) for name, value in values.items()]
     assert shown == ["1,234 samples/s", "wait 13%", "1.23 GiB", "lr 4.00e-04", "loss -0.1235"]
+
+
+def test_a_narrow_terminal_breaks_no_words() -> None:
+    console, text = terminal(is_terminal=True)
+    path = "/a/folder/with/a/very/long/name/that/no/terminal/shows/in/one/line.html"
+    say(console, f"mim  step 10/40  loss -0.5  grad 1.250  lr 1.00e-03  wait 3%  memory 1.23 GiB  report: {path}")
+    sentence = "a sentence that is longer than the terminal is wide, which has to be broken between words only"
+    say(console, sentence)
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "mim  step 10/40  loss -0.5  grad 1.250  lr 1.00e-03  wait 3%"
+    assert lines[1] == "  memory 1.23 GiB  report:"
+    assert lines[2] == f"  {path}"
+    assert all(len(line) <= 60 for line in lines if path not in line)
+    assert " ".join(lines[3:]).split() == sentence.split()
+
+
+def test_a_note_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich takes standard output over while a bar is there: a note has to go through what stands there then."""
+    console, text = terminal(is_terminal=True)
+    monkeypatch.setattr(logging.getLogger("w2s"), "handlers", [])
+    show_notes()
+    run = RunConsole("clip", 200, 0, console)
+    run.log(100, {"loss": 1.0})
+    logging.getLogger("w2s.data").info("a shard is built")
+    run.close()
+    assert "note: a shard is built\n" in text.getvalue()

@@ -16,8 +16,9 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from w2s.config.naming import flatten
 from w2s.config.sections import TrackingConfig
 from w2s.errors import StopRun
+from w2s.tracking.datasets import DataInput
 from w2s.tracking.delivery import clean_name
-from w2s.tracking.mlflow_run import DataInput, MlflowRun, Status, end_abandoned, parent_run
+from w2s.tracking.mlflow_run import MlflowRun, Status, end_abandoned, parent_run
 from w2s.tracking.store import artifact_location, tracking_uri
 
 QUIET = TrackingConfig(system_metrics=False)
@@ -149,7 +150,7 @@ def test_system_metrics_can_be_on(root: Path, client: MlflowClient, monkeypatch:
 )
 def test_parent_and_child(root: Path, client: MlflowClient, error: BaseException | None, status: str) -> None:
     try:
-        with parent_run(QUIET, root / "run-1234", tags={"w2s.group": "run-1234"}) as parent:
+        with parent_run(QUIET, root / "run-1234", tags={"w2s.group": "run-1234"}, params={"a": 1}) as parent:
             child = start(root, parent_run_id=parent.run_id)
             child.end("FINISHED")
             if error:
@@ -159,8 +160,26 @@ def test_parent_and_child(root: Path, client: MlflowClient, error: BaseException
     assert client.get_run(str(child.run_id)).data.tags["mlflow.parentRunId"] == parent.run_id
     stored = client.get_run(str(parent.run_id))
     assert (stored.info.status, stored.info.run_name) == (status, "run-1234")
-    with parent_run(QUIET, root / "run-1234", tags={}) as again:
+    with parent_run(QUIET, root / "run-1234", tags={}, params={}) as again:
         assert again.run_id == parent.run_id
+
+
+def test_a_child_that_began_before_its_parent_is_adopted(root: Path, client: MlflowClient) -> None:
+    child = start(root)
+    child.end("FINISHED")
+    with parent_run(QUIET, root / "run-1234", tags={}, params={}) as parent:
+        parent.adopt(str(child.run_id))
+    stored = client.get_run(str(child.run_id))
+    assert (stored.data.tags["mlflow.parentRunId"], stored.info.status) == (parent.run_id, "FINISHED")
+
+
+def test_the_page_of_a_run_is_in_the_view_for_training(root: Path, client: MlflowClient) -> None:
+    run = start(root)
+    assert run.page is None  # a file has none
+    run._uri = "https://host:5000/mlflow/"
+    (stored,) = runs(client)
+    address = f"https://host:5000/mlflow/#/experiments/{stored.info.experiment_id}/runs/{run.run_id}"
+    assert run.page == f"{address}?workflowType=machine_learning"
 
 
 def test_tracking_that_is_off_never_loads_mlflow(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import torch
 from PIL import Image
 
 from w2s.errors import UserError
-from w2s.tracking.charts import curve_svg
+from w2s.tracking.charts import Chart, Curve
 from w2s.tracking.pictures import (
     CaptionsFound,
     ClassExamples,
     ImagesFound,
+    attention_picture,
     classes_picture,
     features_picture,
     masked_picture,
@@ -103,12 +104,22 @@ def test_retrieval_picture_marks_what_is_right(tmp_path: Path) -> None:
     assert bad[0] == pytest.approx(2 * good[1], rel=0.05)  # two frames and one
 
 
+def test_attention_picture_is_bright_where_cls_looks(tmp_path: Path) -> None:
+    weights = torch.zeros(1, 4)
+    weights[0, 0] = 0.2  # the strongest is at full brightness, whatever it is
+    attention_picture(tmp_path / "a.png", plain(1, RED), weights)
+    dark = share(tmp_path / "a.png", (0, 0, 0))
+    assert (
+        0.1 < dark / share(tmp_path / "a.png", RED) < 0.5
+    )  # whole in the first row, about a quarter lit in the second
+
+
 def test_names_are_no_formulas(tmp_path: Path) -> None:
     """What matplotlib's mathtext would refuse, and a name of a metric that holds the same."""
     name = r"$\frac{ and $x^_$"
     classes_picture(tmp_path / "c.png", [ClassExamples(name, 1.0, plain(1, RED), [name])], [])
     assert share(tmp_path / "c.png", RED) > 0
-    assert r"\frac{ and" in curve_svg("key", name, [0, 1], [1.0, 2.0])
+    assert r"\frac{ and" in Chart("", [Curve("", [0, 1], [1.0, 2.0])], over=name).svg("key")
 
 
 def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

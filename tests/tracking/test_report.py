@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from w2s.tracking.charts import curve_svg
-from w2s.tracking.report import write_group_report, write_report
+from w2s.errors import UserError
+from w2s.tracking.about import About
+from w2s.tracking.charts import Chart, Curve
+from w2s.tracking.group import find_runs, write_group
+from w2s.tracking.report import write_comparison, write_report
 from w2s.tracking.tables import Table, cell_text
 
 EVIL = "<script>alert(1)</script>"
@@ -28,7 +31,7 @@ class Page(HTMLParser):
         self.fetched += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href", "srcset")]
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += data if self.tags[-1:] == ["wbr"] else f" {data}"
 
 
 @pytest.fixture
@@ -37,7 +40,9 @@ def run_dir(tmp_path: Path) -> Path:
     (folder / "pictures").mkdir(parents=True)
     (folder / "pictures" / "masked_patches.png").write_bytes(b"PNG")
     (folder / "config.yaml").write_text(f"name: {EVIL}\n")
-    records = [{"step": step, "samples_seen": 0, "time": 0.0, "loss": -0.1, f"x{EVIL}": None} for step in range(2000)]
+    records = [
+        {"step": step, "samples_seen": 0, "time": 0.0, "loss": -step / 2000, f"x{EVIL}": step} for step in range(2000)
+    ]
     records.append({"step": 2000, "samples_seen": 0, "time": 0.0, "final": 1.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     Table(f"Zero-shot {EVIL}", ["metric", EVIL], [["top-1", 0.12345], [EVIL, None]]).save(
@@ -65,27 +70,78 @@ def test_the_report_shows_tables_pictures_and_curves(run_dir: Path) -> None:
     assert len(html) < 150_000  # 2,000 points are thinned
 
 
-def test_a_group_begins_with_the_summary_and_has_every_run(run_dir: Path) -> None:
-    empty = run_dir.parent / "eval"
-    empty.mkdir()
-    summary = Table("Summary", ["step", "seconds"], [["mim", 12.0]])
-    page = Page(write_group_report(run_dir.parent, "demo", [run_dir, empty], [summary]).read_text())
-    assert page.text.index("Summary") < page.text.index("Zero-shot")
+def run_with(folder: Path, losses: list[float], **facts: str) -> Path:
+    """A run of the contrastive stage with a loss at every step, and its samples."""
+    folder.mkdir(parents=True)
+    lr = facts.pop("lr", "1.0")
+    (folder / "config.yaml").write_text(f"stage: clip\noptim: {{lr: {lr}, warmup: 2}}\n")
+    lines = [
+        {"step": step, "samples_seen": 8 * step, "time": 1.0, "loss": loss, "memory_gib": 1.0}
+        for step, loss in enumerate(losses)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    About(folder, facts, resumed=False)
+    return folder
+
+
+def test_a_group_begins_with_the_summary_and_has_every_run_that_has_begun(tmp_path: Path) -> None:
+    run_with(tmp_path / "clip", [3.0, 2.0, 1.0])
+    run_with(tmp_path / "scratch", [3.0, 2.5, 2.0])
+    Table("Summary", ["step", "seconds"], [["mim", 12.0]]).save(tmp_path / "tables" / "summary.json")
+    write_group(tmp_path, "demo", ["clip", "scratch", "still to come"])
+    About(tmp_path, {"meaning": "clip is ahead."}, resumed=True)
+    page = Page(write_report(tmp_path).read_text())
+    order = [
+        page.text.index(text) for text in ("demo", "clip is ahead.", "training samples", "Summary", "did not change")
+    ]
+    assert order == sorted(order)
     assert page.tags.count("section") == 2
-    assert {"#run-1", "#run-2"} <= set(page.fetched)
+    assert [address for address in page.fetched if address.startswith("#run")] == ["#run-1", "#run-2"]
+    assert page.tags.count("svg") == 3  # the loss of both in one, and in each run's own; memory stays the same
+
+
+def test_runs_side_by_side(tmp_path: Path) -> None:
+    runs = [run_with(tmp_path / "a", [2.0, 1.0], teacher="small"), run_with(tmp_path / "b", [3.0, 1.5], lr="0.5")]
+    write_comparison(tmp_path / "page.html", runs)
+    words = " ".join(Page((tmp_path / "page.html").read_text()).text.split())
+    assert "optim.lr 1 0.5" in words and "optim.warmup" not in words  # what is equal is left out
+    assert "loss 1 1.5" in words and "teacher small" in words
+
+
+def test_runs_of_one_name_are_told_apart_by_their_groups_and_none_comes_twice(tmp_path: Path) -> None:
+    runs = [run_with(tmp_path / group / "clip", [2.0, loss]) for group, loss in (("a", 1.0), ("b", 1.5))]
+    write_comparison(tmp_path / "page.html", [*runs, runs[0]])
+    page = Page((tmp_path / "page.html").read_text())
+    assert page.tags.count("section") == 2 and "loss 1 1.5" in " ".join(page.text.split())
+    assert "a/clip" in page.text and "b/clip" in page.text
+
+
+def test_a_run_is_found_by_path_and_by_name(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "runs" / "a", [2.0, 1.0])
+    assert find_runs([str(run), "a"], tmp_path / "runs") == [run, run]
+    with pytest.raises(UserError, match=r"RUN=b is no run, nor one below"):
+        find_runs(["b"], tmp_path / "runs")
+
+
+def test_the_head_of_a_report(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "mim", [2.0, 1.0], teacher="timm:big", parameters="12", checkpoint="/runs/x")
+    (run / "result.json").write_text("{}")
+    words = " ".join(Page(write_report(run).read_text()).text.split())
+    for fact in ("state finished, step 1", "begun 2", "command w2s", "teacher timm:big", "parameters 12", "/runs/x"):
+        assert fact in words
 
 
 def test_a_curve_takes_the_colours_of_the_page() -> None:
-    svg = curve_svg("a", "loss", [0, 1, 2], [1.0, None, 0.5])
-    assert svg.startswith("<svg") and "currentColor" in svg and "var(--accent)" in svg
-    assert "#010203" not in svg and "metadata" not in svg
-    assert svg == curve_svg("a", "loss", [0, 1, 2], [1.0, None, 0.5])
+    chart = Chart("loss", [Curve("a", [0, 1, 2], [1.0, None, 0.5]), Curve("b", [0, 2], [1.0, 1.0], 8, dotted=True)])
+    svg = chart.svg("a")
+    assert svg.startswith("<svg") and "currentColor" in svg and "var(--curve-0)" in svg and "var(--curve-1)" in svg
+    assert "#0102" not in svg and "metadata" not in svg
+    assert svg == chart.svg("a")
 
 
 def test_two_charts_of_a_page_share_no_ids() -> None:
-    ids = [
-        set(re.findall(r'clipPath id="([^"]+)"', curve_svg(key, "loss", [0, 1], [1.0, 0.5]))) for key in ("mim", "clip")
-    ]
+    chart = Chart("loss", [Curve("a", [0, 1], [1.0, 0.5])])
+    ids = [set(re.findall(r'clipPath id="([^"]+)"', chart.svg(key))) for key in ("mim", "clip")]
     assert ids[0] and not ids[0] & ids[1]
 
 

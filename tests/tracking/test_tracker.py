@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ from mlflow import MlflowClient
 
 from w2s.config import Config
 from w2s.errors import UserError
+from w2s.tracking.about import read_about
+from w2s.tracking.datasets import DataInput
 from w2s.tracking.history import read_history
-from w2s.tracking.mlflow_run import DataInput
 from w2s.tracking.tracker import Tracker
 
 
@@ -18,7 +20,7 @@ def steps(run_dir: Path) -> list[int]:
 
 def test_a_whole_run(root: Path, config: Config, client: MlflowClient, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = root / "mim-demo"
-    tracker = Tracker(config, run_dir, main=True, tags={"w2s.parent_checkpoint": "none"})
+    tracker = Tracker(config, run_dir, main=True, facts={"parent_checkpoint": "none"})
     tracker.inputs([DataInput("emoji", "shards", "abc", "training")])
     tracker.log(10, 640, {"loss": -0.5, "grad_norm": 1.25, "lr": 1e-3, "data_wait": 0.034})
     tracker.message("halfway [there]")
@@ -65,6 +67,24 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_was(root: Path, config: Conf
     assert "steps: 50" in (run_dir / "config.resumed-20.yaml").read_text()
 
 
+def test_facts_are_tags_and_a_file_and_a_resumed_run_was_begun_once(
+    root: Path, config: Config, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["w2s", "stage", "data.train=https://me:secret@host/a.tar"])
+    killed = Tracker(config, root / "x", main=True, facts={"teacher": "small"})
+    killed.note(checkpoint="/runs/x/step-20")
+    first = read_about(root / "x")
+    monkeypatch.setattr(sys, "argv", ["w2s", "other"])
+    resumed = Tracker(config, root / "x", main=True, resumed_step=20, facts={"teacher": "large"})
+    resumed.finish("FINISHED")
+    about = read_about(root / "x")
+    assert about["command"] == "w2s stage data.train=https://me:***@host/a.tar"
+    assert (about["begun"], about["checkpoint"]) == (first["begun"], "/runs/x/step-20")
+    assert (first["teacher"], about["teacher"]) == ("small", "large")
+    tags = client.get_run(str(resumed.run_id)).data.tags
+    assert {f"w2s.{name}": text for name, text in about.items()}.items() <= tags.items()
+
+
 def test_a_run_without_a_checkpoint_begins_anew(root: Path, config: Config) -> None:
     Tracker(config, root / "x", main=True).log(0, 0, {"loss": 1.0})
     Tracker(config, root / "x", main=True)
@@ -76,6 +96,7 @@ def test_other_ranks_write_nothing(root: Path, config: Config) -> None:
     tracker = Tracker(config, root / "x", main=False)
     tracker.log(10, 640, {"loss": 1.0})
     tracker.message("hello")
+    tracker.note(checkpoint="x")
     tracker.table("t", ["a"], [[1]], "T")
     tracker.inputs([DataInput("emoji", "shards", "abc", "training")])
     tracker.artifact(root)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from w2s import __version__
+from w2s.cli.completion import complete_override
 from w2s.failure import INTERRUPTED, describe
 from w2s.redaction import redact, shown
 
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Grow a bigger CLIP out of a smaller one: masked feature distillation, then contrastive training.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, or model=NAME for configs/model/NAME.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value, or model=NAME for configs/model/NAME.yaml.", autocompletion=complete_override),
+]
 Nproc = Annotated[int, typer.Option(min=1, help="Ranks on this machine.")]
 Restarts = Annotated[
     int, typer.Option(min=0, help="Times that all ranks are started again, from the last checkpoint, when one fails.")

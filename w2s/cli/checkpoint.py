@@ -6,13 +6,16 @@ from typing import Annotated
 import typer
 
 from w2s.cli.app import Debug, Root, app, one_line, print_table
+from w2s.cli.completion import complete_run
 from w2s.errors import W2SError
 
 checkpoint = typer.Typer(help="List, verify and prune the checkpoints of a run.")
 app.add_typer(checkpoint, name="checkpoint")
 
 
-OneRun = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name below --root.")]
+OneRun = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's folder, or its name below --root.", autocompletion=complete_run)
+]
 
 
 @checkpoint.command("list")

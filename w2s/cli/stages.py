@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from w2s.cli.app import Debug, Nproc, Overrides, PrintConfig, Restarts, app, one_line, warn_of_doubts
+from w2s.cli.completion import complete_pipeline, complete_stage
 from w2s.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(metavar="STAGE", help="mim, clip or eval.")],
+    name: Annotated[str, typer.Argument(metavar="STAGE", help="mim, clip or eval.", autocompletion=complete_stage)],
     overrides: Overrides = None,
     nproc: Nproc = 1,
     restarts: Restarts = 0,
@@ -68,6 +69,7 @@ def run(
         typer.Argument(
             metavar="[NAME] OVERRIDES",
             help="A pipeline of configs/run, then key=value for all steps or STEP:key=value for one.",
+            autocompletion=complete_pipeline,
         ),
     ] = None,
     nproc: Nproc = 1,

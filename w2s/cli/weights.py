@@ -7,13 +7,19 @@ from typing import Annotated
 import typer
 
 from w2s.cli.app import Debug, Nproc, Overrides, Root, app, one_line, print_table
+from w2s.cli.completion import complete_run
 from w2s.errors import UserError
 from w2s.stopping import stop_at_once
 
 
 @app.command(name="import")
 def import_(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A weights file, an index, a folder, or a run.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="A weights file, an index, a folder, or a run.", autocompletion=complete_run
+        ),
+    ],
     model: Annotated[str, typer.Option(help="What it holds: a name of configs/model, or a path that ends in .yaml.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],
     image_size: Annotated[int | None, typer.Option(min=1, help="Resize to images of this side in pixels.")] = None,
@@ -37,7 +43,10 @@ def import_(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, a checkpoint, or an MLflow run id.")],
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run, a checkpoint, or an MLflow run id.", autocompletion=complete_run),
+    ],
     out: Annotated[Path, typer.Option(help="The new folder.")],
     format: Annotated[
         str, typer.Option(help="open_clip, timm, transformers, onnx, torch_export, eva or safetensors.")
@@ -65,7 +74,10 @@ def export(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A run, a checkpoint, or anybody's weights.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="A run, a checkpoint, or anybody's weights.", autocompletion=complete_run),
+    ],
     root: Root = "runs",
     debug: Debug = False,
 ) -> None:
@@ -81,7 +93,12 @@ def inspect(
 
 @app.command()
 def encode(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, a checkpoint, or anybody's weights.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A run, a checkpoint, or anybody's weights.", autocompletion=complete_run
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
     overrides: Overrides = None,
     images: Annotated[str, typer.Option(help="Image files or shards: a glob, braces, or a folder of shards.")] = "",

@@ -89,6 +89,7 @@ def check_settings(config: Config) -> None:
     """
     for key, interval in _INTERVALS.items():
         _check_interval(config, key, interval)
+    _check_registered(config)
     if config.stage == "eval":
         return
     _check_optimizer(config)
@@ -103,6 +104,16 @@ def check_settings(config: Config) -> None:
     else:
         _check_logits(config.clip)
         _check_distillation(config)
+
+
+def _check_registered(config: Config) -> None:
+    name = config.tracking.register
+    if name and config.stage == "mim":
+        raise ConfigError(f"tracking.register={name}: the masked stage makes no CLIP, give it to clip or eval alone")
+    if name and not config.tracking.enabled:
+        raise ConfigError(f"tracking.register={name} is in MLflow: leave out tracking.enabled=false")
+    if set(name) & set("/:"):
+        raise ConfigError(f"tracking.register={name}: the name of a registered model has no / and no :, use another")
 
 
 def check_teacher_widths(config: Config, widths: Sequence[int]) -> None:

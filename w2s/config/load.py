@@ -136,11 +136,16 @@ def read_document(group: str, name: str) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
+def names_of(group: str) -> list[str]:
+    """The names of the files in `configs/GROUP`."""
+    entries = (files("w2s.configs") / group).iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+
 def _find(group: str, name: str) -> Traversable:
-    folder = files("w2s.configs") / group
-    path = folder / f"{name}.yaml"
+    path = files("w2s.configs") / group / f"{name}.yaml"
     if not path.is_file():
-        names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+        names = names_of(group)
         raise ConfigError(
             f"{group}={name} does not exist: did you mean {group}={nearest(name, names)}? "
             f"There are {', '.join(names)}, and any path that ends in .yaml"

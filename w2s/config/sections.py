@@ -297,6 +297,9 @@ class TrackingConfig:
     """MLflow run that this stage is a child of; set by `w2s run`."""
     system_metrics: bool = True
     """Log CPU, memory and GPU use to MLflow."""
+    register: str = ""
+    """Model of MLflow's registry that the finished CLIP becomes a new version of: exported, with a signature, for
+    `mlflow.pyfunc` to embed images and texts. Empty registers nothing. For the clip and eval stages."""
     pictures: int = 8
     """Images (masked stage) or classes (evaluation) in the pictures at the end of a stage; 0 draws none."""
 

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 from w2s.pipeline.comparison import LEDGERS, Point, on_the_way, points
 from w2s.pipeline.cost import used
-from w2s.pipeline.headlines import Reading, readings
 from w2s.pipeline.results import Results, Run
 from w2s.pipeline.steps import ancestors
 from w2s.tracking.files import writing
+from w2s.tracking.headlines import Reading, readings
 
 COSINES = tuple(f"test/{kind}_cosine" for kind in ("masked", "visible", "all", "unmasked"))
 """What a masked stage measures of its predictions, by the patches that they are of."""

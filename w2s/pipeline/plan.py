@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from w2s.checkpoint.continued import find_continued
@@ -11,12 +11,14 @@ from w2s.checkpoint.store import STEP_NAME, checkpoints_of, kept_steps, read_met
 from w2s.config.fields import nearest
 from w2s.config.load import load
 from w2s.config.naming import digest
-from w2s.config.sections import Config, ModelConfig
+from w2s.config.sections import Config, ModelConfig, TrackingConfig
 from w2s.errors import ConfigError
 from w2s.pipeline.flops import steps_of_equal_compute, training_flops
 from w2s.pipeline.steps import REFERENCE, Budgets, Choice, Pipeline, Step
 
 _OWN_KEYS = ("run.name", "run.group", "tracking.parent_run")
+_SHARED_KEYS = ("tracking.uri", "tracking.experiment")
+"""Keys that say where the MLflow run above all steps is."""
 
 Chosen = Mapping[str, str]
 """Name of a step to the value that it has chosen."""
@@ -61,7 +63,7 @@ class Plan:
         self._steps = {step.name: step for step in pipeline.steps}
         self._known: dict[str, Config] = {}
         self._given = {step.name: _overrides_of(step, pipeline, overrides) for step in pipeline.steps}
-        drafts = {step.name: load(step.stage, self._overrides(step)) for step in pipeline.steps}
+        drafts = {step.name: load(step.stage, self.overrides(step)) for step in pipeline.steps}
         self.root = Path(next(iter(drafts.values())).run.root).expanduser()
         self.group = _group_name(self.root, f"run-{self._digest(drafts)}", fresh)
 
@@ -69,6 +71,12 @@ class Plan:
     def folder(self) -> Path:
         """Folder of all runs."""
         return self.root / self.group
+
+    @property
+    def tracking(self) -> TrackingConfig:
+        """Where the MLflow run above the steps is; it is there if one of them has a run of its own."""
+        found = [self.config(task, {}).tracking for task in self.tasks()]
+        return replace(found[0], enabled=any(each.enabled for each in found))
 
     def seeds(self) -> Sequence[int | None]:
         """The seeds; [None] for a pipeline that has none."""
@@ -101,6 +109,12 @@ class Plan:
         choice = self.choice(step)
         return [] if choice is None else [Task(step, self.seeds()[0], number) for number in range(len(choice.among))]
 
+    def overrides(self, step: Step) -> list[str]:
+        """All that a step is told, the later of two values counts; `{NAME}` stands for an earlier step's folder."""
+        experiment = f"tracking.experiment={self.pipeline.experiment}"
+        common = [experiment, *self.pipeline.overrides, *self.pipeline.on_stage.get(step.stage, [])]
+        return [*common, *step.overrides, *self._given[step.name]]
+
     def config(self, task: Task, chosen: Chosen) -> Config:
         """The configuration of a run, with its folder in the group.
 
@@ -117,7 +131,7 @@ class Plan:
         step = task.step
         choosing = self._steps[step.trunk] if step.trunk else step
         choice = self.choice(choosing)
-        overrides = [_fill(each, self._folders_before(task)) for each in self._overrides(step)]
+        overrides = [_fill(each, self._folders_before(task)) for each in self.overrides(step)]
         if task.seed is not None:
             overrides.append(f"run.seed={task.seed}")
         if choice is not None:
@@ -125,7 +139,6 @@ class Plan:
             overrides.append(f"{choice.key}={value}")
         config = load(step.stage, overrides)
         config.run.group, config.run.name = self.group, task.name
-        config.tracking.experiment = self.pipeline.experiment
         if step.compute_of:
             others = [self._task(task.seed, self._steps[name]) for name in step.compute_of]
             flops = sum(self._flops(other, chosen) for other in others)
@@ -191,10 +204,6 @@ class Plan:
         models = (self.config(self._task(task.seed, self._steps[name]), chosen).model for name in teachers)
         return next(models, None)
 
-    def _overrides(self, step: Step) -> list[str]:
-        common = [*self.pipeline.overrides, *self.pipeline.on_stage.get(step.stage, [])]
-        return [*common, *step.overrides, *self._given[step.name]]
-
     def _folders_before(self, task: Task) -> dict[str, Path]:
         """Folders of the runs of earlier steps with the task's seed, or of those that all seeds share."""
         steps = self.pipeline.steps[: self.pipeline.steps.index(task.step)]
@@ -237,6 +246,8 @@ def _overrides_of(step: Step, pipeline: Pipeline, overrides: Sequence[str]) -> l
             )
         if rest in own_keys:
             raise ConfigError(f"{override}: `w2s run` sets {rest} itself: leave it out, or change run.root")
+        if colon and rest in _SHARED_KEYS:
+            raise ConfigError(f"{override}: the steps and the run above them have one {rest}: leave out {target}:")
         if target in ("", step.name, step.trunk):
             own.append(f"{rest}{equals}{value}")
     return own

@@ -1,6 +1,6 @@
 """Running a pipeline: what has no result yet, below one MLflow run; tables, pictures and a report at the end."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,21 +13,27 @@ from w2s.config.naming import run_folder
 from w2s.host import prepare_cuda
 from w2s.launch import launch_stage
 from w2s.pipeline.choose import Chosen
+from w2s.pipeline.meaning import meaning_of
+from w2s.pipeline.parent import metrics, params
 from w2s.pipeline.pictures import draw
 from w2s.pipeline.plan import Plan, Task
 from w2s.pipeline.results import Results, Run
 from w2s.pipeline.sources import check_data
 from w2s.pipeline.steps import load_pipeline
 from w2s.pipeline.tables import tables
+from w2s.tracking.about import About
+from w2s.tracking.console import say
 from w2s.tracking.files import write_text
-from w2s.tracking.mlflow_run import parent_run
-from w2s.tracking.report import write_group_report
+from w2s.tracking.group import write_group
+from w2s.tracking.mlflow_run import MlflowRun, parent_run, stored_run_id
+from w2s.tracking.report import write_report
+from w2s.tracking.tables import Table
 
 
 def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool, restarts: int = 0) -> Path:
     """Run the steps that have no result yet, and print the tables of all.
 
-    The folder of the group then holds report.html, and for a pipeline with seeds `tables/*.md` and `pictures/*.png`.
+    The folder of the group then holds report.html and `tables/*.md`, and for a pipeline with seeds `pictures/*.png`.
 
     Args:
         name: a file of `configs/run`, or a path that ends in `.yaml`.
@@ -50,23 +56,40 @@ def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool
         check(config, ranks, ranks)
     check_data([config for config in configs if not is_finished(run_folder(config))])
     console = Console()
-    with parent_run(configs[0].tracking, plan.folder, tags={"w2s.pipeline": name}) as parent:
-        results, choices = _Runner(plan, ranks, restarts, parent.run_id or "", console).run()
-        shown = tables(results, choices)
-        files = draw(results, plan.folder / "pictures") if plan.pipeline.seeds else []
-        for file, table in shown.items() if plan.pipeline.seeds else ():
-            files.append(plan.folder / "tables" / f"{file}.md")
-            write_text(files[-1], table.to_markdown())
-        folders = [run.folder for run in results.runs]
-        report = write_group_report(plan.folder, plan.pipeline.title, folders, list(shown.values()))
+    about = About(plan.folder, {"pipeline": name}, resumed=True)
+    write_group(plan.folder, plan.pipeline.title, [task.name for task in plan.tasks()])
+    given = params(name, plan)
+    with parent_run(plan.tracking, plan.folder, tags=about.tags, params=given) as parent:
+        if parent.page:
+            say(console, f"MLflow: {parent.page}")
+        results, choices = _Runner(plan, ranks, restarts, parent, console).run()
+        shown, meaning = tables(results, choices), meaning_of(results)
+        about.note({"meaning": meaning})
+        said = [meaning, *(table.to_markdown() for table in shown.values())]
+        parent.note({"mlflow.note.content": "\n\n".join(part for part in said if part)})
+        files = _write_tables(shown, plan.folder / "tables")
+        files += draw(results, plan.folder / "pictures") if plan.pipeline.seeds else []
+        report = write_report(plan.folder)
         for path in [report, *files]:
             parent.artifact(path)
     for table in shown.values():
         console.print(table.to_rich())
-    console.print(f"report: {report}", soft_wrap=True)
+    if meaning:
+        say(console, meaning)
+    say(console, f"report: {report}")
     for warning in parent.warnings():
-        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        say(console, f"warning: {warning}")
     return report
+
+
+def _write_tables(shown: Mapping[str, Table], folder: Path) -> list[Path]:
+    """Keep each table for the report, and as Markdown, whose paths are returned."""
+    files = []
+    for name, table in shown.items():
+        table.save(folder / f"{name}.json")
+        files.append(folder / f"{name}.md")
+        write_text(files[-1], table.to_markdown())
+    return files
 
 
 def pipeline_yaml(name: str, overrides: Sequence[str]) -> str:
@@ -92,8 +115,8 @@ class _Runner:
     plan: Plan
     ranks: int
     restarts: int
-    parent_run: str
-    """Id of the MLflow run above all."""
+    parent: MlflowRun
+    """The MLflow run above all."""
     console: Console
 
     def run(self) -> tuple[Results, list[Chosen]]:
@@ -107,20 +130,23 @@ class _Runner:
                 trials = [self._run(trial, values) for trial in self.plan.trials(task.step)]
                 chosen = choices[task.step.name] = Chosen(task.step, choice, trials)
                 values[task.step.name] = chosen.value
-                self.console.print(
-                    f"{task.step.name}: {choice.key}={chosen.value} has the best {choice.by}", soft_wrap=True
-                )
+                self.parent.note({}, {f"{task.step.name}.{choice.key}": chosen.value})
+                say(self.console, f"{task.step.name}: {choice.key}={chosen.value} has the best {choice.by}")
             runs.append(self._run(task, values))
+            of_step = [run for run in runs if run.task.step is task.step]
+            self.parent.log(metrics(of_step), len(of_step))
         return Results(self.plan.pipeline, runs), list(choices.values())
 
     def _run(self, task: Task, chosen: dict[str, str]) -> Run:
         config = self.plan.config(task, chosen)
         folder = run_folder(config)
         if is_finished(folder):
-            self.console.print(f"{task.name}: finished before, in {folder}", soft_wrap=True)
+            say(self.console, f"{task.name}: finished before, in {folder}")
         else:
-            self.console.print(f"{task.name}: w2s stage {config.stage}, in {folder}", soft_wrap=True)
-            child = replace(config.tracking, parent_run=self.parent_run)
+            say(self.console, f"{task.name}: w2s stage {config.stage}, in {folder}")
+            child = replace(config.tracking, parent_run=self.parent.run_id or "")
             prepare_cuda(config.parallel.tensor, config.train.deterministic)
             launch_stage(replace(config, tracking=child), self.ranks, self.restarts)
+        if (child_run := stored_run_id(folder)) is not None:
+            self.parent.adopt(child_run)
         return Run(task, config, self.plan.begins_at(task, config, chosen))

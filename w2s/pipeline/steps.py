@@ -88,7 +88,7 @@ class Pipeline:
     title: str
     """Heading of the report."""
     experiment: str = "w2s"
-    """MLflow experiment of all steps."""
+    """MLflow experiment of all steps, where the command line does not name one (tracking.experiment)."""
     seeds: list[int] = field(default_factory=list)
     """Every step is run with each of these as its run.seed; empty runs it once, with the seed of its overrides."""
     overrides: list[str] = field(default_factory=list)

@@ -6,10 +6,10 @@ from statistics import mean
 from w2s.pipeline.choose import Chosen
 from w2s.pipeline.comparison import comparison
 from w2s.pipeline.cost import Cost, of_chain, of_run
-from w2s.pipeline.headlines import readings
 from w2s.pipeline.results import Results, Run
 from w2s.pipeline.spread import by_seed, spread
 from w2s.pipeline.steps import Step
+from w2s.tracking.headlines import readings
 from w2s.tracking.tables import Cell, Table
 
 

@@ -77,7 +77,7 @@ class RunConsole:
     def print(self, content: RenderableType) -> None:
         """Prints a line without markup, line breaks or credentials, or anything that rich can draw."""
         if isinstance(content, str):
-            self._console.print(shown(content), markup=False, soft_wrap=True)
+            say(self._console, content)
         else:
             self._console.print(content)
 
@@ -108,6 +108,32 @@ class RunConsole:
             self._task = self._progress.add_task(self._stage, total=self._steps, left="")
             self._progress.start()
         self._progress.update(self._task, completed=step, left=f"{left} left" if left else "")
+
+
+def say(console: Console, text: str) -> None:
+    """Prints a line without markup or credentials, on a terminal broken between words only; elsewhere it stays one.
+
+    Where `  ` separates the parts of a line, as in a log line, it is broken there first.
+    """
+    line = shown(text)
+    if console.is_terminal:
+        line = "\n".join(_folded(line, console.width))
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def _folded(line: str, width: int) -> list[str]:
+    """A line as several of at most `width` characters, the later ones indented; a longer word (a path) stays whole."""
+    lines = [""]
+    for part in line.split("  "):
+        between = "  "
+        words = [part] if len(part) + 2 <= width else part.split(" ")
+        for word in words:
+            if lines[-1].strip() and len(lines[-1]) + len(between) + len(word) > width:
+                lines.append(f"  {word}")
+            else:
+                lines[-1] += f"{between if lines[-1] else ''}{word}"
+            between = " "
+    return lines
 
 
 def _is_shown(name: str) -> bool:

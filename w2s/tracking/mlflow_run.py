@@ -1,17 +1,17 @@
 """One MLflow run, logged to in the background; nothing that goes wrong with it may stop training."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from w2s.config.sections import TrackingConfig
 from w2s.errors import StopRun
 from w2s.redaction import redact
+from w2s.tracking.datasets import DataInput, to_mlflow
 from w2s.tracking.delivery import Delivery, Record, history_points
 from w2s.tracking.files import write_text
 from w2s.tracking.store import OPEN_SECONDS, artifact_location, connect, load_mlflow, reason, tracking_uri
@@ -26,25 +26,14 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _RUN_ID_FILE = "mlflow_run_id"
 _LONGEST_PARAM = 6000
+_LONGEST_TAG = 8000
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""The tag by which MLflow's pages open an experiment in their view for model training."""
+_VIEW = "workflowType=machine_learning"
+"""What makes those of 3.17 do so, which go by the address and by what the browser has last chosen."""
 _FLUSH_SECONDS = 60.0
 _SLOW_SECONDS = 1.0
 _PAUSE_FACTOR = 10.0  # after a call that failed in 10 s nothing is tried for 100 s
-
-
-class DataInput(NamedTuple):
-    """A data set that a run read.
-
-    Attributes:
-        name: name of the data set.
-        source: its shards, as in the configuration.
-        digest: hash of the list of shards and their sizes.
-        context: what it was used for, such as `training`.
-    """
-
-    name: str
-    source: str
-    digest: str
-    context: str
 
 
 @dataclass(frozen=True)
@@ -67,6 +56,7 @@ class _Opened:
     """What the store answered."""
 
     client: "MlflowClient"
+    experiment_id: str
     run_id: str
     monitor: "SystemMetricsMonitor | None"
     lost_run_id: str | None
@@ -135,6 +125,15 @@ class MlflowRun:
         run._begin()
         return run
 
+    @property
+    def page(self) -> str | None:
+        """Where a browser shows the run, in the view for model training; None of a store that is no server, as yet."""
+        opened = self._opened
+        if opened is None or not self._uri.startswith(("http://", "https://")):
+            return None
+        place = f"experiments/{opened.experiment_id}/runs/{opened.run_id}"
+        return f"{self._uri.rstrip('/')}/#/{place}?{_VIEW}"
+
     def _begin(self) -> None:
         try:
             load_mlflow()  # outside the time limit: a slow disk is no fault of the store
@@ -176,10 +175,11 @@ class MlflowRun:
             self._history = None
         self._delivery.send(opened.client, opened.run_id)
 
-    def log(self, metrics: Mapping[str, float], step: int, samples: int) -> None:
-        """Logs metrics of a step, and the samples seen until then, without waiting."""
+    def log(self, metrics: Mapping[str, float], step: int, samples: int | None = None) -> None:
+        """Logs metrics of a step and, where it is one of training, the samples seen until then, without waiting."""
         if self._request is not None:
-            self._delivery.add({**metrics, "samples_seen": float(samples)}, step, int(time.time() * 1000))
+            seen = {} if samples is None else {"samples_seen": float(samples)}
+            self._delivery.add({**metrics, **seen}, step, int(time.time() * 1000))
             self._worker.submit(self._attempt, self._deliver)
 
     def rewind(self, step: int) -> None:
@@ -200,23 +200,25 @@ class MlflowRun:
         """Uploads a file, into a folder of the run's artifacts where one is given, without waiting."""
         self._send(lambda opened: opened.client.log_artifact(opened.run_id, str(path), folder))
 
+    def note(self, tags: Mapping[str, str], params: Mapping[str, object] | None = None) -> None:
+        """Writes further tags, and parameters that the run does not have yet, without waiting."""
+        self._send(lambda opened: _write(opened.client, opened.run_id, tags, params or {}))
+
+    def adopt(self, run_id: str) -> None:
+        """Makes another run, which may have begun before this one's store answered, a child of it, without waiting."""
+
+        def write(opened: _Opened) -> None:
+            from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+            opened.client.set_tag(run_id, MLFLOW_PARENT_RUN_ID, opened.run_id)
+
+        self._send(write)
+
     def inputs(self, inputs: Iterable[DataInput]) -> None:
         """Notes the data sets that the run reads, without waiting."""
         listed = list(inputs)
 
-        def write(opened: _Opened) -> None:
-            from mlflow.entities import Dataset, DatasetInput, InputTag
-
-            datasets = [
-                DatasetInput(
-                    Dataset(item.name, item.digest, "webdataset", json.dumps({"uri": redact(item.source)})),
-                    [InputTag("mlflow.data.context", item.context)],
-                )
-                for item in listed
-            ]
-            opened.client.log_inputs(opened.run_id, datasets)
-
-        self._send(write)
+        self._send(lambda opened: opened.client.log_inputs(opened.run_id, [to_mlflow(item) for item in listed]))
 
     def end(self, status: Status) -> None:
         """Writes what is still waiting, then the final status."""
@@ -257,9 +259,10 @@ def _open_run(request: _Request) -> _Opened:
     client = connect(request.uri)
     known = _continue_run(client, request.run_id) if request.run_id else None
     run = known or _new_run(client, request.uri, request)
-    _write_tags_and_params(client, run, request, write_params=not run.data.params)
+    _write(client, run.info.run_id, request.tags, {} if run.data.params else request.params)
     monitor = _start_monitor(request.uri, run.info.run_id) if request.tracking.system_metrics else None
-    return _Opened(client, run.info.run_id, monitor, request.run_id if known is None else None)
+    lost = request.run_id if known is None else None
+    return _Opened(client, run.info.experiment_id, run.info.run_id, monitor, lost)
 
 
 def _continue_run(client: "MlflowClient", run_id: str) -> "Run | None":
@@ -295,7 +298,7 @@ def _experiment_id(client: "MlflowClient", name: str, location: str | None) -> s
     if experiment is not None:
         return str(experiment.experiment_id)
     try:
-        return client.create_experiment(name, artifact_location=location)
+        return client.create_experiment(name, artifact_location=location, tags=_KIND)
     except MlflowException:  # two runs that start together both find no experiment, and one of them comes second
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
@@ -303,12 +306,14 @@ def _experiment_id(client: "MlflowClient", name: str, location: str | None) -> s
         return str(experiment.experiment_id)
 
 
-def _write_tags_and_params(client: "MlflowClient", run: "Run", request: _Request, *, write_params: bool) -> None:
+def _write(client: "MlflowClient", run_id: str, tags: Mapping[str, str], params: Mapping[str, object]) -> None:
     from mlflow.entities import Param, RunTag
 
-    tags = [RunTag(name, value) for name, value in request.tags.items()]
-    params = [Param(name, str(value)[:_LONGEST_PARAM]) for name, value in request.params.items()]
-    client.log_batch(run.info.run_id, params=params if write_params else [], tags=tags)
+    client.log_batch(
+        run_id,
+        params=[Param(name, str(value)[:_LONGEST_PARAM]) for name, value in params.items()],
+        tags=[RunTag(name, value[:_LONGEST_TAG]) for name, value in tags.items()],
+    )
 
 
 def _start_monitor(uri: str, run_id: str) -> "SystemMetricsMonitor":
@@ -353,7 +358,9 @@ def end_abandoned(tracking: TrackingConfig, root: Path, folder: Path, history: S
 
 
 @contextmanager
-def parent_run(tracking: TrackingConfig, folder: Path, *, tags: Mapping[str, str]) -> Iterator[MlflowRun]:
+def parent_run(
+    tracking: TrackingConfig, folder: Path, *, tags: Mapping[str, str], params: Mapping[str, object]
+) -> Iterator[MlflowRun]:
     """The MLflow run above the stages of one `w2s run`; give its `run_id` to them as `tracking.parent_run`.
 
     It ends as FINISHED, as KILLED after a request to stop, or as FAILED after any other exception.
@@ -362,9 +369,10 @@ def parent_run(tracking: TrackingConfig, folder: Path, *, tags: Mapping[str, str
         tracking: section `tracking` of the configuration.
         folder: folder of the group, in the folder of all runs; its name is the run's name.
         tags: tags of the run.
+        params: its parameters.
     """
     own = replace(tracking, system_metrics=False)  # the stages log them
-    run = MlflowRun.start(own, folder.parent, folder.name, tags=tags, params={}, folder=folder)
+    run = MlflowRun.start(own, folder.parent, folder.name, tags=tags, params=params, folder=folder)
     status: Status = "FAILED"
     try:
         yield run

@@ -140,6 +140,29 @@ def features_picture(path: Path, images: Tensor, student: Tensor, teacher: Tenso
     _save(figure, path)
 
 
+def attention_picture(path: Path, images: Tensor, weights: Tensor) -> None:
+    """Draws images, and the same as bright as the CLS token's attention to their patches, the strongest at full.
+
+    Args:
+        path: PNG to write.
+        images: uint8 [n, 3, S, S].
+        weights: float [n, P], P a square number, row by row.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    grid = _side(weights.shape[1])
+    figure, axes = _grid_figure(["image", "lit by CLS's\nattention", "share of the\nstrongest"], len(images), bar=True)
+    for column, (image, weight) in enumerate(zip(images.cpu(), weights.float().cpu(), strict=True)):
+        share = (weight / weight.max().clamp_min(1e-12)).reshape(1, 1, grid, grid)
+        light = functional.interpolate(share, size=image.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
+        _show(axes[0][column], _pixels(image))
+        _show(axes[1][column], _pixels((image * light).to(torch.uint8)))
+        axes[2][column].imshow(share[0, 0].numpy(), cmap="viridis", vmin=0, vmax=1)
+    _add_bar(figure, 0, 1)
+    _save(figure, path)
+
+
 def principal_components(features: Tensor) -> Tensor:
     """Scores on the first three principal components, each with unit variance.
 

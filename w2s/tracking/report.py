@@ -1,21 +1,28 @@
-"""report.html: one file that shows a run, or the stages of a `w2s run`, and needs nothing else to be looked at."""
+"""report.html: one file that shows a run, the stages of a `w2s run`, or several runs, and needs nothing else."""
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import localtime, strftime
+from typing import Any
 
 import jinja2
-from markupsafe import Markup
+import yaml
+from markupsafe import Markup, escape
 
-from w2s.tracking.charts import curve_svg
+from w2s.config.naming import flatten
+from w2s.tracking.about import BEGUN, read_about
+from w2s.tracking.charts import Chart
+from w2s.tracking.curves import charts, comparing
 from w2s.tracking.files import write_text
+from w2s.tracking.group import by_label, is_group, runs_of, title_of
 from w2s.tracking.history import read_history
-from w2s.tracking.tables import Table, cell_text
+from w2s.tracking.meaning import meaning
+from w2s.tracking.tables import Cell, Table, cell_text
 
 FILE_NAME = "report.html"
-
-_NO_CURVE = ("step", "samples_seen", "time")
 
 
 @dataclass(frozen=True)
@@ -33,43 +40,35 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """What the report shows of one run.
+    """A run, or what several have in common.
 
     Attributes:
-        title: name of the run's folder.
-        tables: the run's tables.
-        pictures: the run's pictures.
-        curves: one SVG element for each metric that was logged at two steps or more.
+        title: name of the folder.
+        facts: what it is, text by name.
+        meaning: what its figures mean.
+        tables: its tables.
+        charts: its curves.
+        figures: metrics that did not change.
+        pictures: its pictures.
         files: texts that are folded away at the end, by file name.
     """
 
     title: str
-    tables: Sequence[Table]
-    pictures: Sequence[Picture]
-    curves: Sequence[Markup]
-    files: dict[str, str]
+    facts: Mapping[str, str] = field(default_factory=dict)
+    meaning: str = ""
+    tables: Sequence[Table] = ()
+    charts: Sequence[Chart] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
+    pictures: Sequence[Picture] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_report(run_dir: Path) -> Path:
-    """Writes report.html into a run's folder, from the files that the tracker left there.
-
-    Returns:
-        The path of the report.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    return _write(run_dir, run_dir.name, [], [], [_section(run_dir)])
-
-
-def write_group_report(group_dir: Path, title: str, run_dirs: Sequence[Path], summary: Sequence[Table]) -> Path:
-    """Writes report.html for several runs: the summary and the group's pictures first, then each run.
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Writes the page of a run or of a `w2s run`, from the files in its folder, as far as they are there.
 
     Args:
-        group_dir: folder that the report goes to.
-        title: heading of the page.
-        run_dirs: folders of the runs, in the order to show.
-        summary: tables at the top.
+        folder: of the run.
+        out: the page; None writes report.html into the folder.
 
     Returns:
         The path of the report.
@@ -77,32 +76,101 @@ def write_group_report(group_dir: Path, title: str, run_dirs: Sequence[Path], su
     Raises:
         UserError: the file cannot be written.
     """
-    return _write(group_dir, title, summary, _pictures(group_dir), [_section(run_dir) for run_dir in run_dirs])
+    path = out or folder / FILE_NAME
+    if not is_group(folder):
+        return _write(path, _section(folder), [])
+    runs, facts = runs_of(folder), read_about(folder)
+    head = Section(
+        title=title_of(folder),
+        facts={name: text for name, text in facts.items() if name != "meaning"},
+        meaning=facts.get("meaning", ""),
+        tables=_tables(folder),
+        charts=_compared({run.name: run for run in runs}),
+        pictures=_pictures(folder),
+    )
+    return _write(path, head, [_section(run, known=facts) for run in runs])
 
 
-def _write(
-    folder: Path, title: str, summary: Sequence[Table], pictures: Sequence[Picture], sections: Sequence[Section]
-) -> Path:
+def write_comparison(path: Path, runs: Sequence[Path]) -> None:
+    """Writes a page with several runs side by side: results, what differs in their settings, curves in one chart.
+
+    Args:
+        path: of the page.
+        runs: folders of the runs.
+
+    Raises:
+        UserError: the page cannot be written.
+    """
+    found = by_label(runs)
+    columns = {
+        "Results": {name: _results(run) for name, run in found.items()},
+        "Settings that differ": _different({name: _settings(run) for name, run in found.items()}),
+        "Facts that differ": _different({name: read_about(run) for name, run in found.items()}),
+    }
+    tables = [_side_by_side(title, each) for title, each in columns.items()]
+    head = Section(", ".join(found), tables=[table for table in tables if table.rows], charts=_compared(found))
+    _write(path, head, [replace(_section(run), title=name) for name, run in found.items()])
+
+
+def meaning_of_run(run: Path) -> str:
+    """What the figures of a run mean, in a sentence; nothing where it has not measured anything yet."""
+    return meaning(_newest_metrics(run))
+
+
+def _write(path: Path, head: Section, sections: Sequence[Section]) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("w2s.tracking", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["cell"] = cell_text
-    page = environment.get_template(FILE_NAME).render(
-        title=title, summary=summary, pictures=pictures, sections=sections
-    )
-    write_text(folder / FILE_NAME, page)
-    return folder / FILE_NAME
+    environment.filters["breakable"] = _breakable
+    # matplotlib escapes what it writes.
+    environment.filters["svg"] = lambda chart, key: Markup(chart.svg(key))
+    write_text(path, environment.get_template(FILE_NAME).render(head=head, sections=sections))
+    return path
 
 
-def _section(run_dir: Path) -> Section:
-    paths = [*sorted(run_dir.glob("*.yaml")), run_dir / "environment.txt"]
+def _breakable(text: str) -> Markup:
+    """A text whose names and paths a narrow page may break behind `/` and `_`."""
+    return Markup(re.sub("([/_])", r"\1<wbr>", str(escape(text))))
+
+
+def _section(run: Path, known: Mapping[str, str] | None = None) -> Section:
+    """What the page shows of a run, without the facts that are known from above."""
+    records = read_history(run)
+    drawn, figures = charts(records)
+    paths = [*sorted(run.glob("*.yaml")), run / "environment.txt"]
     return Section(
-        title=run_dir.name,
-        tables=[Table.load(path) for path in sorted((run_dir / "tables").glob("*.json"))],
-        pictures=_pictures(run_dir),
-        curves=_curves(run_dir),
+        title=run.name,
+        facts={name: text for name, text in _facts(run, records).items() if (known or {}).get(name) != text},
+        meaning=meaning_of_run(run),
+        tables=_tables(run),
+        charts=drawn,
+        figures=figures,
+        pictures=_pictures(run),
         files={path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()},
     )
+
+
+def _facts(run: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What is known of a run, with how far it has come."""
+    facts = read_about(run)
+    if records:
+        finished = "finished" if (run / "result.json").is_file() else "not finished"
+        facts["state"] = f"{finished}, step {records[-1]['step']:,}{_moment(records[-1])}"
+    first = ("stage", "state", BEGUN, "command", "teacher", "parameters", "checkpoint")
+    return {name: facts[name] for name in (*first, *facts) if name in facts}
+
+
+def _moment(record: Mapping[str, Any]) -> str:
+    """When a line was logged; a damaged one may say anything."""
+    try:
+        return strftime(", last logged %Y-%m-%d %H:%M:%S", localtime(record["time"]))
+    except (LookupError, TypeError, ValueError, OverflowError, OSError):
+        return ""
+
+
+def _tables(folder: Path) -> list[Table]:
+    return [Table.load(path) for path in sorted((folder / "tables").glob("*.json"))]
 
 
 def _pictures(folder: Path) -> list[Picture]:
@@ -110,20 +178,61 @@ def _pictures(folder: Path) -> list[Picture]:
     return [Picture(path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode("ascii")) for path in paths]
 
 
-def _has_curve(name: str) -> bool:
-    # Those of FP8 in every layer are hundreds; the worst of them has a curve.
-    return name not in _NO_CURVE and not name.startswith("fp8/")
+def _compared(runs: Mapping[str, Path]) -> list[Chart]:
+    """Charts with the curves of all runs of a stage."""
+    by_stage: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for name, run in runs.items():
+        by_stage.setdefault(_settings(run).get("stage", ""), {})[name] = read_history(run)
+    drawn = {stage: comparing(found) for stage, found in by_stage.items()}
+    if sum(map(bool, drawn.values())) > 1:
+        drawn = {
+            stage: [replace(each, title=f"{stage}: {each.title}") for each in found] for stage, found in drawn.items()
+        }
+    return [chart for found in drawn.values() for chart in found]
 
 
-def _curves(run_dir: Path) -> list[Markup]:
-    records = read_history(run_dir)
-    names = dict.fromkeys(name for record in records for name in record if _has_curve(name))
-    curves = []
-    for name in names:
-        points = [(record["step"], record[name]) for record in records if name in record]
-        if len(points) > 1:
-            steps, values = zip(*points, strict=True)
-            curves.append(
-                Markup(curve_svg(f"{run_dir.name} {name}", name, steps, values))
-            )  # matplotlib escapes what it writes
-    return curves
+def _settings(run: Path) -> dict[str, Any]:
+    """A run's configuration by key; nothing where it cannot be read."""
+    try:
+        content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return flatten(content) if isinstance(content, dict) else {}
+
+
+def _newest_metrics(run: Path) -> dict[str, float | None]:
+    """The last value of each metric."""
+    newest: dict[str, float | None] = {}
+    for record in read_history(run):
+        newest |= record
+    return newest
+
+
+def _results(run: Path) -> dict[str, float | None]:
+    """A run's loss and the metrics with a prefix: results are called so, measures of the machine are not."""
+    hidden = ("fp8/", "ranks/", "source/", "bad/")
+    return {
+        name: value
+        for name, value in _newest_metrics(run).items()
+        if name == "loss" or ("/" in name and not name.startswith(hidden))
+    }
+
+
+def _different(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What is not the same in all columns."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    first = next(iter(columns.values()))
+    kept = [name for name in names if any(column.get(name) != first.get(name) for column in columns.values())]
+    return {title: {name: column[name] for name in kept if name in column} for title, column in columns.items()}
+
+
+def _side_by_side(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each name, a column for each run."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    return Table(
+        title, ["", *columns], [[name, *(_cell(each.get(name)) for each in columns.values())] for name in names]
+    )
+
+
+def _cell(value: Any) -> Cell:
+    return value if value is None or isinstance(value, float) else str(value)

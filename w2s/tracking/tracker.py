@@ -1,19 +1,23 @@
 """The one thing that the trainer tells what happens: it goes to the terminal, to files, to MLflow and to the report."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from w2s.config.load import to_yaml
 from w2s.config.naming import flatten
 from w2s.config.sections import Config
+from w2s.errors import UserError
 from w2s.redaction import redacted
+from w2s.tracking.about import About, as_tags
 from w2s.tracking.console import RunConsole
-from w2s.tracking.environment import environment_text, git_sha
+from w2s.tracking.datasets import DataInput
+from w2s.tracking.environment import environment_text
 from w2s.tracking.files import make_folder, write_text
 from w2s.tracking.history import History, read_history
-from w2s.tracking.mlflow_run import DataInput, MlflowRun, Status
-from w2s.tracking.report import write_report
+from w2s.tracking.mlflow_run import MlflowRun, Status
+from w2s.tracking.report import meaning_of_run, write_report
 from w2s.tracking.tables import Cell, Table
 
 
@@ -25,7 +29,7 @@ class Tracker:
         run_dir: folder of the run.
         main: whether this rank is the one that writes.
         resumed_step: step that the run continues from; 0 for a new one.
-        tags: further tags of the MLflow run, such as `w2s.parent_checkpoint`.
+        facts: what is known of the run, such as its `teacher`, for about.json and the tags of its MLflow run.
 
     Raises:
         UserError: the run folder cannot be written.
@@ -38,10 +42,10 @@ class Tracker:
         *,
         main: bool,
         resumed_step: int = 0,
-        tags: Mapping[str, str] | None = None,
+        facts: Mapping[str, str] | None = None,
     ) -> None:
         self._run_dir = run_dir
-        self._parts = _Parts(config, run_dir, resumed_step, tags or {}) if main else None
+        self._parts = _Parts(config, run_dir, resumed_step, facts or {}) if main else None
         self._mlflow = self._parts.mlflow if self._parts else None
 
     @property
@@ -78,6 +82,13 @@ class Tracker:
         """Prints a line above the bar."""
         if self._parts:
             self._parts.console.print(text)
+
+    def note(self, **facts: str) -> None:
+        """Adds facts of the run, such as its newest `checkpoint`, to about.json and to the tags of its MLflow run."""
+        if self._parts:
+            with suppress(UserError):  # a full disk ends no run
+                self._parts.about.note(facts)
+            self._parts.mlflow.note(as_tags(facts))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str) -> None:
         """Prints a table and keeps it as tables/NAME.json, for the report.
@@ -133,6 +144,8 @@ class Tracker:
             parts.history.flush()
             report = write_report(self._run_dir)
             parts.console.print(f"report: {report}")
+            if meaning := meaning_of_run(self._run_dir):
+                parts.mlflow.note({"mlflow.note.content": meaning})
             for path in [*self._run_dir.glob("*.yaml"), self._run_dir / "environment.txt", report]:
                 parts.mlflow.artifact(path)
             for folder in ("pictures", "tables"):
@@ -147,22 +160,24 @@ class Tracker:
 class _Parts:
     """What the main rank has and the others have not."""
 
-    def __init__(self, config: Config, run_dir: Path, resumed_step: int, tags: Mapping[str, str]) -> None:
+    def __init__(self, config: Config, run_dir: Path, resumed_step: int, facts: Mapping[str, str]) -> None:
         _write_config(run_dir, to_yaml(config), resumed_step)
         write_text(run_dir / "environment.txt", environment_text())
         self.history = History(run_dir, resumed_step)
         self.console = RunConsole(config.stage, 0 if config.stage == "eval" else config.train.steps, resumed_step)
-        sha = git_sha()
+        self.about = About(run_dir, {"stage": config.stage, **facts}, resumed=resumed_step > 0)
         self.mlflow = MlflowRun.start(
             config.tracking,
             Path(config.run.root).expanduser(),
             run_dir.name,
-            tags={"w2s.stage": config.stage, **({"w2s.git_sha": sha} if sha else {}), **tags},
+            tags=self.about.tags,
             params=flatten(redacted(asdict(config))),
             parent_run_id=config.tracking.parent_run or None,
             folder=run_dir,
             history=read_history(run_dir),
         )
+        if page := self.mlflow.page:
+            self.console.print(f"MLflow: {page}")
 
 
 def _write_config(run_dir: Path, text: str, resumed_step: int) -> None:

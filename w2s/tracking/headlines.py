@@ -1,4 +1,4 @@
-"""The metrics that the tables and figures of a pipeline show, and what each is compared with."""
+"""The metrics by which runs are compared, and what each is compared with."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +21,8 @@ class Reading:
 
     label: str
     """The headline's label, with the test set where it is a named one."""
+    metric: str
+    """The name in the results."""
     value: float
     baselines: Mapping[str, float]
     """Values by label, as far as the run has them."""
@@ -71,4 +73,4 @@ def readings(metrics: Mapping[str, float]) -> Iterator[Reading]:
                     label: metrics[prefix + key] for label, key in headline.baselines.items() if prefix + key in metrics
                 }
                 label = f"{headline.label}, {prefix[:-1]}" if prefix else headline.label
-                yield Reading(label, value, baselines)
+                yield Reading(label, name, value, baselines)

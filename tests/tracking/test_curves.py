@@ -1,0 +1,65 @@
+from typing import Any
+
+from w2s.tracking.charts import Chart
+from w2s.tracking.curves import charts, comparing
+
+
+def lines(**metrics: list[float | None]) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl, one for each value."""
+    length = max(map(len, metrics.values()))
+    return [
+        {"step": step, "samples_seen": 4 * step, "time": 1.0}
+        | {name: values[step] for name, values in metrics.items() if step < len(values)}
+        for step in range(length)
+    ]
+
+
+def shown(drawn: list[Chart]) -> dict[str, list[str]]:
+    """Labels by title; in brackets what is dotted."""
+    return {chart.title: [f"({c.label})" if c.dotted else c.label for c in chart.curves] for chart in drawn}
+
+
+def test_what_belongs_together_is_in_one_chart_and_the_loss_comes_first() -> None:
+    records = lines(
+        lr=[0.1, 0.2],
+        own=[1.0, 2.0],
+        **{"test/masked_cosine": [0.5, 0.6], "test/constant_cosine": [0.3, 0.3], "constant_cosine": [0.2, 0.3]},
+        loss=[-0.4, -0.5],
+        **{"source/a/share": [0.5, 0.4], "source/b/share": [0.5, 0.6]},
+    )
+    drawn, figures = charts(records)
+    assert shown(drawn) == {
+        "loss": ["training"],
+        "cosine with the teacher's features": [
+            "training",
+            "test, masked patches",
+            "(best constant, training)",
+            "(best constant, test)",
+        ],
+        "learning rate": ["highest"],
+        "share of each source": ["a", "b"],
+        "own": ["own"],
+    }
+    assert [curve.colour for curve in drawn[1].curves] == [0, 1, 0, 1]
+    # The loss is the negative cosine where that is not logged beside it.
+    assert drawn[1].curves[0].values == [0.4, 0.5]
+    assert figures == {}
+
+
+def test_what_does_not_change_is_a_figure() -> None:
+    drawn, figures = charts(lines(loss=[1.0, 0.5], memory_gib=[1.2301, 1.2303], teacher_images_per_rank=[64.0, 64.0]))
+    assert list(shown(drawn)) == ["loss"]
+    assert figures == {"memory_gib": 1.2301, "teacher_images_per_rank": 64.0}
+
+
+def test_what_was_logged_once_and_fp8_of_every_layer_have_no_curve() -> None:
+    drawn, figures = charts(lines(loss=[1.0], **{"fp8/vision.0/x": [1.0, 2.0]}))
+    assert (drawn, figures) == ([], {})
+
+
+def test_runs_are_compared_over_their_samples_and_keep_their_colours() -> None:
+    runs = {"a": lines(loss=[3.0, 2.0], x=[1.0, 2.0]), "b": lines(loss=[3.0, None]), "c": lines(x=[1.0, 3.0])}
+    losses, x = comparing(runs)
+    assert (losses.title, losses.over, x.title) == ("loss", "training samples", "x")
+    assert [(curve.label, curve.colour, curve.steps) for curve in losses.curves] == [("a", 0, [0, 4]), ("b", 1, [0, 4])]
+    assert [(curve.label, curve.colour) for curve in x.curves] == [("a", 0), ("c", 2)]

@@ -1,0 +1,43 @@
+"""Where the CLS token looks: the attention weights of a tower's last layer, in any layout."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from w2s.megatron.schedule import infer
+from w2s.megatron.sharded import ShardedTower
+
+
+def cls_attention(tower: ShardedTower[Any], images: Tensor) -> Tensor:
+    """Return what the CLS token of the last layer attends to, mean over the heads; every rank of the model calls.
+
+    Args:
+        tower: a vision tower.
+        images: [n, 3, side, side], normalised, the same on every rank of the model-parallel group.
+
+    Returns:
+        float32 [n, patches]; with the weight of CLS itself a row would sum to 1.
+    """
+    return infer(tower, (images,), _look, 1 + tower.parts[0].shape.patches)
+
+
+def _look(chunk: Any, images: Tensor) -> Tensor:
+    if not chunk.last:
+        return chunk.encode(images)
+    seen: list[Tensor] = []
+    attention = chunk.blocks.layers[-1].self_attention.core_attention
+    handle = attention.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[:2]))
+    try:
+        chunk.encode(images)
+    finally:
+        handle.remove()
+    # Packed rows [n * tokens, 1, heads of this rank, head width].
+    query, key = (rows.view(len(images), -1, *rows.shape[2:]).float() for rows in seen)
+    scores = torch.einsum("nhd,nthd->nht", query[:, 0], key) * query.shape[-1] ** -0.5
+    weights = scores.softmax(-1)[..., 1:].mean(1)
+    group = parallel_state.get_tensor_model_parallel_group()
+    dist.all_reduce(weights, group=group)
+    return weights / dist.get_world_size(group)

@@ -1,0 +1,76 @@
+"""The code of a registered model: MLflow copies this file and runs it where the model is loaded, without w2s.
+
+It embeds images and texts with open_clip and the exported folder beside it.
+"""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pandas as pd
+import torch
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+from PIL import Image
+
+_BATCH = 64
+
+
+class Clip(PythonModel):
+    """A CLIP that takes rows with an encoded `image`, a `text`, or both."""
+
+    def load_context(self, context: Any) -> None:
+        """Build the CLIP from the folder that the model carries."""
+        folder = Path(context.artifacts["clip"])
+        vision = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
+        own = {}
+        if (folder / "timm").is_dir():  # a tower that open_clip knows by no name lies here now, wherever it was written
+            own = {"vision_cfg": {**vision, "timm_model_name": f"local-dir:{folder / 'timm'}"}}
+        name = f"local-dir:{folder}"
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.clip, _, self.preprocess = open_clip.create_model_and_transforms(name, device=self.device, **own)
+        self.clip.eval()
+        self.tokenize = open_clip.get_tokenizer(name)
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Return a column `image_embedding` where there is `image`, `text_embedding` where there is `text`.
+
+        Args:
+            context: of MLflow.
+            model_input: encoded images (bytes) in the column `image`, texts in the column `text`.
+            params: none are known.
+
+        Returns:
+            Unit vectors as lists of numbers; None in rows that have no image, or no text.
+        """
+        columns = {"image": self._see, "text": self._read}
+        embedded = {
+            f"{name}_embedding": _by_batch(list(model_input[name]), embed)
+            for name, embed in columns.items()
+            if name in model_input
+        }
+        return pd.DataFrame(embedded, index=model_input.index, dtype=object)
+
+    @torch.inference_mode()
+    def _see(self, images: list[bytes]) -> Any:
+        pixels = [self.preprocess(Image.open(io.BytesIO(image)).convert("RGB")) for image in images]
+        return self.clip.encode_image(torch.stack(pixels).to(self.device), normalize=True)
+
+    @torch.inference_mode()
+    def _read(self, texts: list[str]) -> Any:
+        return self.clip.encode_text(self.tokenize(texts).to(self.device), normalize=True)
+
+
+def _by_batch(entries: list[Any], embed: Any) -> list[list[float] | None]:
+    found: list[list[float] | None] = [None] * len(entries)
+    there = [number for number, entry in enumerate(entries) if isinstance(entry, str | bytes | bytearray)]
+    for first in range(0, len(there), _BATCH):
+        numbers = there[first : first + _BATCH]
+        for number, vector in zip(numbers, embed([entries[each] for each in numbers]).float().tolist(), strict=True):
+            found[number] = vector
+    return found
+
+
+set_model(Clip())
