@@ -3,7 +3,7 @@
 import warnings
 
 from w2s.megatron import engine
-from w2s.megatron.late import compiled_at_first_call
+from w2s.megatron.late import import_megatron
 
 # Megatron says at every import that Apex and Transformer Engine are missing; `w2s doctor` says it once, where asked.
 warnings.filterwarnings("ignore", module=r"megatron\..*")
@@ -12,5 +12,4 @@ warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.di
 warnings.filterwarnings("ignore", module=r"w2s\.megatron\.cpu")
 
 engine.settle()
-with compiled_at_first_call():
-    import megatron.core  # noqa: E402, F401
+import_megatron()

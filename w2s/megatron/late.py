@@ -1,24 +1,23 @@
-"""torch.compile without the compiler, until something is compiled.
+"""Megatron-Core without torch's compiler, until something is compiled.
 
 Megatron-Core decorates functions with torch.compile when it is imported, and torch then imports dynamo and inductor: a
 third of the time in which a command starts, for functions that a run may never call.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
 
 
-@contextmanager
-def compiled_at_first_call() -> Iterator[None]:
-    """Let what is decorated with torch.compile in here be compiled when it is called first."""
+def import_megatron(name: str = "megatron.core") -> None:
+    """Import Megatron-Core; what it decorates with torch.compile is compiled when it is called first."""
     compile_now = torch.compile
-    torch.compile = _compile_at_first_call
+    torch.compile = _compile_at_first_call  # type: ignore[assignment]
     try:
-        yield
+        import_module(name)
     finally:
         torch.compile = compile_now
 
