@@ -19,7 +19,6 @@ from rich.text import Text
 
 from w2s.config.linears import choose_linears
 from w2s.config.sections import HardwareConfig, PrecisionConfig, RunConfig, TrackingConfig
-from w2s.megatron import engine
 from w2s.redaction import shown
 from w2s.tracking.environment import cards, cores
 from w2s.tracking.store import OPEN_SECONDS, connect, load_mlflow, reason, root, tracking_uri
@@ -103,7 +102,7 @@ def _transformer_engine() -> Finding:
         return Finding(name, "not installed", "faster linear layers on NVIDIA GPUs: pip install 'w2s[gpu]'", "missing")
     if not torch.cuda.is_available():
         return Finding(name, f"{found}, not loaded without a GPU", "it runs on NVIDIA GPUs alone", "missing")
-    problem = engine.problem()
+    problem = _engine_problem()
     if problem is not None:
         note = f"{problem}; install the release that was built for torch {torch.__version__}"
         return Finding(name, f"{found}, cannot be loaded", note, "broken")
@@ -113,10 +112,18 @@ def _transformer_engine() -> Finding:
 def _linears() -> Finding:
     choice = choose_linears(PrecisionConfig(), HardwareConfig())
     name = {"te": "Transformer Engine's", "local": "Megatron-Core's own"}[choice.backend]
-    if choice.backend == "te" and engine.problem() is not None:
+    if choice.backend == "te" and _engine_problem() is not None:
         note = "a run stops at its start; Megatron-Core's own: precision.linear=local"
         return Finding("linear layers", f"{name}, which cannot be loaded", note, "broken")
     return Finding("linear layers", f"{name}: {choice.reason}")
+
+
+def _engine_problem() -> str | None:
+    from w2s.megatron import (
+        engine,
+    )  # and with it Megatron-Core, which takes seconds: only where there is something to ask
+
+    return engine.problem()
 
 
 def _cuda() -> Finding:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from w2s.evaluation.zero_shot import TEMPLATES, class_embeddings, zero_shot
+from w2s.evaluation.zero_shot import class_embeddings, templates_of, zero_shot
 
 WORDS = torch.randn(256, 8, generator=torch.Generator().manual_seed(3))
 
@@ -19,7 +19,7 @@ def encode_text(tokens):
 
 def embeddings(names, templates, batch_size=3):
     return class_embeddings(
-        names, templates=TEMPLATES[templates], encode_text=encode_text, tokenize=tokenize, batch_size=batch_size
+        names, templates=templates_of(templates), encode_text=encode_text, tokenize=tokenize, batch_size=batch_size
     )
 
 

@@ -2,7 +2,6 @@
 
 import math
 
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 
@@ -16,6 +15,8 @@ def resize_positions(positions: Tensor, patches: int) -> Tensor:
     Returns:
         [1, 1 + patches, width] in the type of `positions`.
     """
+    from timm.layers import resample_abs_pos_embed  # seconds, for what few runs need
+
     side = math.isqrt(patches)
     resized: Tensor = resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=1, interpolation="bicubic")
     return resized.to(positions.dtype)
@@ -35,6 +36,8 @@ def resize_patch_kernel(kernel: Tensor, size: int) -> Tensor:
     Returns:
         [width, 3, size, size] in the type of `kernel`.
     """
+    from timm.layers import resample_patch_embed
+
     resized: Tensor = resample_patch_embed(kernel, [size, size], interpolation="bicubic")
     return resized.to(kernel.dtype)
 

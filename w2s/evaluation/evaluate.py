@@ -16,7 +16,7 @@ from w2s.evaluation.encode import Encoder, Rows, Tokenizer, encode_all
 from w2s.evaluation.knn import knn
 from w2s.evaluation.linear_probe import LinearProbe
 from w2s.evaluation.retrieval import Captions, Found, first_found, retrieval, split_captions
-from w2s.evaluation.zero_shot import TEMPLATES, Template, ZeroShotResult, class_embeddings, zero_shot
+from w2s.evaluation.zero_shot import Template, ZeroShotResult, class_embeddings, templates_of, zero_shot
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def matched(data: EvalSet, neighbours: EvalSet) -> Tensor:
 
 def _templates(config: EvalConfig, data: EvalSet) -> Sequence[Template]:
     if config.templates != "own":
-        return TEMPLATES[config.templates]
+        return templates_of(config.templates)
     if not data.prompts:
         raise DataError(
             f"eval.templates=own, but a test set ({data.class_names[0]}, ...) has no prompts: write {PROMPTS} beside "

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 from torch import Tensor
 
 from w2s.evaluation.encode import Encoder, Rows, Tokenizer, encode_all, score_all
@@ -15,11 +15,6 @@ from w2s.evaluation.ranking import one_hot, rank_of_right
 Template = Callable[[str], str]
 """Makes a prompt of a class name."""
 
-TEMPLATES: dict[str, Sequence[Template]] = {
-    "none": (str,),
-    "simple": SIMPLE_IMAGENET_TEMPLATES,
-    "openai": OPENAI_IMAGENET_TEMPLATES,
-}
 BLOCK = 1024
 """Images whose scores are in memory at a time."""
 
@@ -49,6 +44,16 @@ class ZeroShotResult:
     """int64 [n] on the CPU: the nearest class of every image."""
     classes: list[ClassResult]
     """Classes that have images, from the best to the worst (by top-1, then by margin)."""
+
+
+def templates_of(name: Literal["none", "simple", "openai"]) -> Sequence[Template]:
+    """Return the prompts of `eval.templates`: the bare class name, or CLIP's seven or eighty for ImageNet."""
+    if name == "none":
+        return (str,)
+    # Importing open_clip takes seconds, and few evaluations need it.
+    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+    return OPENAI_IMAGENET_TEMPLATES if name == "openai" else SIMPLE_IMAGENET_TEMPLATES
 
 
 def class_embeddings(

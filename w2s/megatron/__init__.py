@@ -3,6 +3,7 @@
 import warnings
 
 from w2s.megatron import engine
+from w2s.megatron.late import import_megatron
 
 # Megatron says at every import that Apex and Transformer Engine are missing; `w2s doctor` says it once, where asked.
 warnings.filterwarnings("ignore", module=r"megatron\..*")
@@ -11,3 +12,4 @@ warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.di
 warnings.filterwarnings("ignore", module=r"w2s\.megatron\.cpu")
 
 engine.settle()
+import_megatron()
