@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from importlib import invalidate_caches
 from pathlib import Path
@@ -27,7 +28,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (datasets.parent / "__init__.py").touch()
     (datasets / "__init__.py").touch()
     (datasets / "en_classnames.json").write_text(json.dumps({"pets": ["a cat", "a dog"]}))
-    templates = {"imagenet1k": ["of {c}"], "pets": ["a pet {c}", "{c}"]}
+    templates = {"imagenet1k": ["of {c}"], "cars": ["a {c}"], "pets": ["a pet {c}", "{c}"]}
     (datasets / "en_zeroshot_classification_templates.json").write_text(json.dumps(templates))
     for name in [name for name in sys.modules if name.partition(".")[0] == "clip_benchmark"]:
         monkeypatch.delitem(sys.modules, name)
@@ -68,16 +69,20 @@ def test_classes_of_a_folder(tmp_path: Path, package: None) -> None:
     data = load(out)
     assert sorted(data.labels.tolist()) == [0, 1, 1]
     assert (data.class_names, data.prompts) == (["a cat", "a dog"], ["a pet {c}", "{c}"])
+    copy = shutil.copytree(out, tmp_path / "copy")
+    with pytest.raises(DataError, match="has other classes than this split"):
+        make(pictures(tmp_path / "other", "x/d.png", "y/e.png"), copy, split="train")
     make(pictures(tmp_path / "more", "1/d.png", "2/e.png"), out, split="train", like="pets")
     assert "train/0.tar" in files(out)
-    with pytest.raises(DataError, match="has other classes than this split"):
-        make(pictures(tmp_path / "other", "x/d.png", "y/e.png"), out, split="val")
 
 
 def test_names_that_clip_benchmark_does_not_list_are_the_folders(package: None) -> None:
     cars = BenchmarkSet(split="test", like="cars")
     assert cars.class_names(["Audi_A4", "BMW/M3"]) == ["Audi A4", "BMW M3"]
-    assert cars.find_prompts() == ["of {c}"]
+    assert cars.find_prompts() == ["a {c}"]
+    assert BenchmarkSet(split="test", like="wds/imagenet-a").find_prompts() == ["of {c}"]
+    with pytest.raises(ConfigError, match=r"^--like vtab/petz is no set of CLIP_benchmark: did you mean pets\?"):
+        BenchmarkSet(split="test", like="vtab/petz").find_prompts()
     assert BenchmarkSet(split="test").class_names(["Audi_A4"]) == ["Audi_A4"]
     with pytest.raises(DataError, match="--like pets has 2 classes, the source has 1: compare them"):
         BenchmarkSet(split="test", like="pets").class_names(["a"])
@@ -117,6 +122,8 @@ def test_several_classes_of_a_tables_images(tmp_path: Path) -> None:
 
 
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"^--split val: use test or train"):
+        BenchmarkSet(split="val")
     with pytest.raises(ConfigError, match=r"^--prompt 'a photo' has no \{c\}"):
         BenchmarkSet(split="test", prompts=["a photo"]).find_prompts()
     monkeypatch.setitem(sys.modules, "clip_benchmark", None)

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-from w2s.config.requirements import require_folder_name
+from w2s.config.fields import nearest
+from w2s.config.requirements import require
 from w2s.errors import ConfigError, DataError, MissingPackageError
 
 _IMAGENET = "imagenet1k"
+_OF_IMAGENET = ("imagenet", "objectnet")
+"""How the names of sets begin that have ImageNet's classes and prompts."""
+_SPLITS = ("test", "train")
 _SYNSET = re.compile(r"n\d{8}")
 
 
@@ -26,7 +30,7 @@ class BenchmarkSet:
     """Prompts with {c} in the place of the class name, in place of that set's."""
 
     def __post_init__(self) -> None:
-        require_folder_name(self.split, "--split", "use test or train")
+        require(self.split in _SPLITS, f"--split {self.split}: use {' or '.join(_SPLITS)}")
 
     def class_names(self, folders: Sequence[str]) -> list[str]:
         """Return the names of the classes, by what the source calls them.
@@ -53,7 +57,7 @@ class BenchmarkSet:
         """Return the prompts; CLIP_benchmark has ImageNet's for sets without own ones.
 
         Raises:
-            ConfigError: one has no place for the name.
+            ConfigError: one has no place for the name, or CLIP_benchmark knows no set that `like` names.
             MissingPackageError: CLIP_benchmark is not installed.
         """
         wrong = next((prompt for prompt in self.prompts if "{c}" not in prompt), None)
@@ -62,7 +66,12 @@ class BenchmarkSet:
         if self.prompts or not self.like:
             return list(self.prompts)
         known = _of_benchmark(self.like, "en_zeroshot_classification_templates.json")
-        return known.get(_key(self.like), known[_IMAGENET])
+        named, key = {*known, *_of_benchmark(self.like, "en_classnames.json")}, _key(self.like)
+        if key not in named and not key.startswith(_OF_IMAGENET):
+            raise ConfigError(
+                f"--like {self.like} is no set of CLIP_benchmark: did you mean {nearest(key, sorted(named))}?"
+            )
+        return known.get(key, known[_IMAGENET])
 
 
 def natural(name: str) -> tuple[tuple[bool, int, str], ...]:

@@ -8,6 +8,7 @@ from statistics import fmean
 from w2s.config.sections import Config, DataConfig, EvalConfig, Resize
 from w2s.config.suites import Column, Mean, Suite, SuiteSet, columns
 from w2s.errors import DataError
+from w2s.evaluation.dataset import PROMPTS
 
 Row = list[str | None]
 
@@ -21,14 +22,22 @@ def find_sets(name: str, suite: Suite, root: str) -> dict[str, str]:
         root: folder of the sets' folders.
 
     Raises:
-        DataError: none is there.
+        DataError: none is there, or one lacks its prompts.
     """
-    folders = {one.name: folder_of(one, root) / "test" for one in suite.sets}
-    found = {set_name: str(folder) for set_name, folder in folders.items() if folder.is_dir()}
-    if not found:
-        first = next(iter(folders.values()))
+    if not Path(root).expanduser().is_dir():
+        raise DataError(f"eval.root={root} is no folder: give the one that has a folder for each set")
+    there = {one.name: one for one in suite.sets if (folder_of(one, root) / "test").is_dir()}
+    if not there:
+        first = folder_of(suite.sets[0], root) / "test"
         raise DataError(f"eval.root={root} has no set of eval.suite={name}: there is no {first}")
-    return found
+    for one in there.values():
+        prompts = [folder_of(one, root) / part / PROMPTS for part in ("", "test")]
+        if one.metric != "recall" and one.prompts == "own" and not any(path.is_file() for path in prompts):
+            raise DataError(
+                f"eval.suite={name}: {one.name} has no {prompts[0]}: write it, a prompt with {{c}} in the place of the "
+                "class name a line, or let `w2s data make --layout clip_benchmark --like SET` do so"
+            )
+    return {set_name: str(folder_of(one, root) / "test") for set_name, one in there.items()}
 
 
 def folder_of(one: SuiteSet, root: str) -> Path:
