@@ -133,9 +133,9 @@ def _swapped(names: Mapping[str, str]) -> dict[str, str]:
 def _unwrapped(names: Iterable[str]) -> dict[str, str]:
     """Names by what is left of them without the prefixes that all have."""
     bare = {name: name for name in names}
-    while prefix := next((start for start in WRAPPING if all(name.startswith(start) for name in bare)), ""):
-        bare = {name.removeprefix(prefix): origin for name, origin in bare.items()}
-    return bare
+    prefix = next((start for start in WRAPPING if bare and all(name.startswith(start) for name in bare)), "")
+    rest = _unwrapped(name.removeprefix(prefix) for name in bare) if prefix else bare
+    return {name: f"{prefix}{origin}" for name, origin in rest.items()}
 
 
 def _of_run(checkpoint: Path) -> Released:
