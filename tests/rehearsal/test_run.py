@@ -1,6 +1,8 @@
 """Small layouts, rehearsed: what they call, what is wrong with them, and what they hold."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,7 +20,9 @@ from w2s.objectives import masked
 from w2s.planning.cards import card
 from w2s.rehearsal.kinds import chosen
 from w2s.rehearsal.rank import Job, RankReport, rehearse
+from w2s.rehearsal.repetition import Repetition
 from w2s.rehearsal.run import Rehearsal, conclude, perform
+from w2s.rehearsal.tape import Compute, Tape
 
 H100 = card("h100")
 COMMON = [
@@ -37,6 +41,8 @@ LAYOUTS = {
     "tensor, pipeline, data": [*TENSOR],
     "virtual pipeline": [*TENSOR, *OVERLAP, "parallel.virtual_pipeline=2"],
     "virtual pipeline, data": [*OVERLAP, "parallel.virtual_pipeline=2"],
+    "fully sharded": ["parallel.pipeline=1", "parallel.shard=full", "train.micro_batch=8"],
+    "fully sharded, recomputed": ["parallel.pipeline=1", "parallel.shard=full", "parallel.recompute=full"],
 }
 STAGES = {"mim": MaskedStage, "clip": ContrastiveStage}
 CASES = [(stage, layout) for stage in STAGES for layout in ("tensor, pipeline, data", "virtual pipeline")]
@@ -71,6 +77,9 @@ def first_call(report: RankReport) -> int:
     ("stage", "layout", "ranks"),
     [
         ("mim", "virtual pipeline, data", 4),
+        ("mim", "fully sharded", 2),
+        pytest.param("clip", "fully sharded", 2, marks=pytest.mark.slow),
+        pytest.param("clip", "fully sharded, recomputed", 2, marks=pytest.mark.slow),
         *(pytest.param(*case, 8, marks=pytest.mark.slow) for case in CASES),
     ],
 )
@@ -89,6 +98,36 @@ def test_ranks_of_each_kind_stand_for_all() -> None:
     assert chosen("kinds", parallel, 16) == [0, 1, 6, 7, 8, 9, 14, 15]
     assert chosen("pipeline", parallel, 16) == [0, 8]
     assert chosen("3,1", parallel, 16) == [1, 3]
+
+
+def in_full(job: Job) -> RankReport:
+    """No micro-batch repeats what another did."""
+    with mock.patch.object(Repetition, "on", nullcontext):
+        return rehearse(job)
+
+
+def done(report: RankReport) -> list[Any]:
+    """What a rank does; all work of a part until something else comes is one."""
+    tape = Tape(report.tape.rank)
+    for event in report.tape.events:
+        if not isinstance(event, Compute):
+            tape.events.append(event)
+        elif event.seconds:
+            tape.compute(event.part, event.seconds)
+    # Seconds are added up in another order.
+    return [(e.part, pytest.approx(e.seconds)) if isinstance(e, Compute) else e for e in tape.events]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_repeated_micro_batches_do_what_all_do(stage: str) -> None:
+    bf16 = ["precision.compute=bf16", "teacher.precision=bf16", "train.global_batch=48", "parallel.recompute=full"]
+    config = configured(stage, *OVERLAP, "parallel.virtual_pipeline=2", "parallel.recompute_layers=1", *bf16)
+    short, full = (rehearsed(config, 4, [0, 2], be) for be in (rehearse, in_full))
+    assert not short.wrong
+    for one, two in zip(short.ranks, full.ranks, strict=True):
+        assert done(one) == done(two)
+        assert (one.peak, one.parts, one.fullest) == (two.peak, two.parts, two.fullest)
+        assert (one.built, one.written) == (two.built, two.written)
 
 
 def swapped(job: Job) -> RankReport:

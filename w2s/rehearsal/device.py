@@ -4,7 +4,6 @@ Fake tensors of type `cuda` fail in autograd on a build of torch without CUDA, s
 would be on the GPU is kept beside them, by storage.
 """
 
-import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from w2s.rehearsal.meter import Meter
+from w2s.rehearsal.streams import Streams
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 _RMS_NORMS = (torch.rms_norm, nn.functional.rms_norm)
@@ -37,6 +37,8 @@ class FakeGpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func` as on a machine with a GPU."""
         kwargs = dict(kwargs or {})
+        if func is torch.device:
+            return GPU if args and str(args[0]).startswith("cuda") else func(*args, **kwargs)
         if func is torch.Tensor.data_ptr:
             return args[0].untyped_storage()._cdata + args[0].storage_offset()
         if func in _FETCHES:
@@ -107,39 +109,9 @@ def _called_by_torch() -> bool:
     return "/torch/" in sys._getframe(3).f_code.co_filename
 
 
-class _Event:
-    """A CUDA event."""
-
-    def __init__(self, *unused: Any, **unused_too: Any) -> None:
-        """Take what a CUDA event takes."""
-
-    def record(self, *unused: Any) -> None:
-        """Return at once."""
-
-    wait = record
-    query = elapsed_time = None
-
-
-class _Stream:
-    """A CUDA stream."""
-
-    def __init__(self, *unused: Any, **unused_too: Any) -> None:
-        """Take what a CUDA stream takes."""
-
-    def wait_stream(self, stream: Any) -> None:
-        """Return at once."""
-
-    def wait_event(self, event: Any) -> None:
-        """Return at once."""
-
-    def record_event(self, event: Any = None) -> _Event:
-        """Return an event."""
-        return event or _Event()
-
-
 @contextmanager
-def stand_in_for_cuda(meter: Meter) -> Iterator[None]:
-    """Let torch's host side answer as with one GPU, whose tensors `meter` knows."""
+def stand_in_for_cuda(meter: Meter, streams: Streams) -> Iterator[None]:
+    """Let torch's host side answer as with one GPU, whose tensors `meter` knows, and which has `streams`."""
 
     def on_gpu(tensor: FakeTensor) -> bool:
         """Torch's own work on fake tensors knows no GPU."""
@@ -151,19 +123,26 @@ def stand_in_for_cuda(meter: Meter) -> Iterator[None]:
     def is_cuda(tensor: FakeTensor) -> bool:
         return on_gpu(tensor)
 
+    def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        resized = real_resize(storage, size)
+        meter.resized(storage)
+        return resized
+
     own: Any = vars(FakeTensor)["device"].fget
+    real_resize: Any = torch.UntypedStorage.resize_
     stand_ins = {
         "current_device": lambda: GPU,
         "set_device": lambda _: None,
-        "current_stream": lambda *_: _Stream(),
-        "Stream": _Stream,
-        "Event": _Event,
-        "stream": lambda _: contextlib.nullcontext(),
+        "current_stream": lambda *_: streams.current,
+        "Stream": streams.Stream,
+        "Event": streams.Event,
+        "stream": streams.on,
         "synchronize": lambda *_: meter.host_waits("torch.cuda.synchronize()"),
     }
     with ExitStack() as undo:
         for name, stand_in in stand_ins.items():
             undo.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        undo.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resize))
         undo.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
         # Torch's own draws until it likes the numbers, of which there are none.
         undo.enter_context(mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor))
@@ -185,9 +164,12 @@ def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool 
     for child in module.children() if recurse else ():
         child._apply(change)
     for name, parameter in module._parameters.items():
-        if parameter is not None:
-            with torch.no_grad():
-                changed = nn.Parameter(change(parameter), parameter.requires_grad)
+        if parameter is None:
+            continue
+        with torch.no_grad():
+            value = change(parameter)
+        if value is not parameter:
+            changed = nn.Parameter(value, parameter.requires_grad)
             changed.__dict__.update(parameter.__dict__ | changed.__dict__)
             module._parameters[name] = changed
     for name, buffer in module._buffers.items():

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.distributed import ProcessGroup, Work
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from w2s.bench.marks import Parts
-from w2s.rehearsal.tape import Call, Group, Tape, Wait
+from w2s.rehearsal.streams import Streams
+from w2s.rehearsal.tape import Call, Group, Tape
 from w2s.rehearsal.where import line
 
 _BACKEND = "w2s_rehearsal"
@@ -24,21 +26,26 @@ class Recorder:
     Args:
         tape: where to.
         parts: know the part of the step that is open.
+        streams: know who waits.
     """
 
-    def __init__(self, tape: Tape, parts: Parts) -> None:
-        self.tape, self._parts = tape, parts
+    def __init__(self, tape: Tape, parts: Parts, streams: Streams) -> None:
+        self.tape, self.streams, self._parts = tape, streams, parts
         self.batch = -1
         self._numbers, self._batches = count(), count()
 
     def call(self, group: int, kind: str, tensors: Sequence[Tensor], size: int, **more: Any) -> "_Posted":
         """Note a call, and return what is waited for."""
-        number = next(self._numbers)
+        number = self.next_number()
         words = tuple(f"{str(each.dtype).removeprefix('torch.')}{list(each.shape)}" for each in tensors)
         self.tape.events.append(
             Call(number, kind, group, words, size, line(), self._parts.innermost, batch=self.batch, **more)
         )
-        return _Posted(self, number)
+        return _Posted(self.streams, group, number)
+
+    def next_number(self) -> int:
+        """Return the number of the next call."""
+        return next(self._numbers)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -53,12 +60,12 @@ class Recorder:
 class _Posted(Work):
     """A call that was begun. It is done at once; that somebody waits for it is noted."""
 
-    def __init__(self, recorder: Recorder, number: int) -> None:
+    def __init__(self, streams: Streams, group: int, number: int) -> None:
         super().__init__()
-        self._recorder, self._number = recorder, number
+        self._streams, self._call = streams, {group: number}
 
     def wait(self, timeout: Any = None) -> bool:
-        self._recorder.tape.events.append(Wait(self._number, line()))
+        self._streams.wait(self._call)
         return True
 
     def is_completed(self) -> bool:
@@ -110,12 +117,12 @@ class RecordedGroup(_ProcessGroup):
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
         """Note an all-gather into several tensors."""
         for output in outputs[0]:
-            output.copy_(inputs[0])
+            _copy(output, inputs[0])
         return self._note("all_gather", inputs, self._size * _bytes(inputs))
 
     def all_gather_single(self, output: Tensor, own: Tensor, opts: Any = None) -> Work:
         """Note an all-gather into one tensor."""
-        output.view(self._size, -1).copy_(own.reshape(1, -1).expand(self._size, -1))
+        _copy(output.view(self._size, -1), own.reshape(1, -1))
         return self._note("all_gather", [own], _bytes([output]))
 
     _allgather_base = all_gather_single  # torch before 2.13
@@ -161,6 +168,12 @@ class RecordedGroup(_ProcessGroup):
     def objects(self, kind: str) -> None:
         """Note an exchange of Python objects, which the host waits for."""
         self._note(kind, [], 0).wait()
+
+
+def _copy(output: Tensor, own: Tensor) -> None:
+    """Let all ranks have sent the same; without numbers there is nothing to do, and no kernel would do it."""
+    if not isinstance(output, FakeTensor):
+        output.copy_(own)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -2,8 +2,9 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,18 @@ from w2s.rehearsal.where import line
 aten = torch.ops.aten
 _FREE = (aten.empty, aten.detach, aten.alias, aten.set_, aten.resize_)
 _ATTENTION = ("scaled_dot_product",)
+
+
+@dataclass(frozen=True)
+class Rise:
+    """The fullest moment of some work, beyond what was allocated when it began."""
+
+    size: int
+    """Bytes."""
+    parts: Counter[str]
+    """The same by the part of the step that allocated them."""
+    where: str
+    """The line of code."""
 
 
 class Meter(TorchDispatchMode):
@@ -111,20 +124,73 @@ class Meter(TorchDispatchMode):
         """Look for the peak from here on."""
         self.peak, self.parts, self.where = self.now, self._by_part.copy(), ""
 
+    def watch(self) -> Callable[[], tuple[Rise, Counter[str]]]:
+        """Begin to watch; what is returned ends it, and says how memory rose, and by how much each part has more."""
+        outer = self.peak, self.parts, self.where
+        now, by_part = self.now, self._by_part.copy()
+        self.start_peak()
+
+        def end() -> tuple[Rise, Counter[str]]:
+            found = Rise(self.peak - now, _less(self.parts, by_part), self.where)
+            if outer[0] >= self.peak:
+                self.peak, self.parts, self.where = outer
+            return found, _less(self._by_part, by_part)
+
+        return end
+
+    def rise(self, rise: Rise) -> None:
+        """Note that memory rises, and falls again, as it did before."""
+        if self.now + rise.size > self.peak:
+            self.peak, self.where = self.now + rise.size, rise.where
+            self.parts = self._by_part.copy()
+            self.parts.update(rise.parts)
+
+    def hold(self, parts: Counter[str]) -> list[Tensor]:
+        """Allocate bytes on the GPU, and return what holds them.
+
+        Args:
+            parts: how many each part of the step has.
+        """
+        held = []
+        for name, size in parts.items():
+            if size > 0:
+                with self._parts.part(name):
+                    held.append(self.new((size,), torch.uint8))
+        return held
+
+    def new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a new tensor on the GPU."""
+        with self.making():
+            return torch.empty(tuple(shape), dtype=dtype)
+
+    def of(self, tensor: Tensor) -> Counter[str]:
+        """The bytes of a tensor on the GPU, by part of the step."""
+        size, part = self._sizes[tensor.untyped_storage()._cdata]
+        return Counter({part: size})
+
     def _place(self, tensor: Tensor) -> bool:
         """Count a tensor's storage as one of the GPU, if it is not counted yet."""
         storage = tensor.untyped_storage()
-        key, size, part = storage._cdata, storage.nbytes(), self._parts.innermost
-        if key in self._sizes:
+        if storage._cdata in self._sizes:
             return False
-        self._sizes[key] = size, part
+        self._allocate(storage)
+        weakref.finalize(storage, self._free, storage._cdata)
+        return True
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage anew whose size has changed."""
+        if storage._cdata in self._sizes:
+            self._free(storage._cdata)
+            self._allocate(storage)
+
+    def _allocate(self, storage: torch.UntypedStorage) -> None:
+        size, part = storage.nbytes(), self._parts.innermost
+        self._sizes[storage._cdata] = size, part
         self.now += size
         self._by_part[part] += size
         if self.now > self.peak:
             self.start_peak()
             self.where = line()
-        weakref.finalize(storage, self._free, key)
-        return True
 
     def _free(self, key: int) -> None:
         size, part = self._sizes.pop(key)
@@ -149,3 +215,10 @@ class Meter(TorchDispatchMode):
         query, key = inputs[1:3] if backward else inputs[:2]
         operations = 4 * query.numel() * key.shape[-2] * (2.5 if backward else 1)
         return operations / self._card.attention(key.shape[-2])
+
+
+def _less(one: Counter[str], other: Counter[str]) -> Counter[str]:
+    """The difference, where it is none too."""
+    found = one.copy()
+    found.subtract(other)
+    return found

@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from stages import clip, mim
@@ -19,6 +19,9 @@ from w2s.planning.cards import Card
 from w2s.rehearsal.device import GPU, FakeGpu, stand_in_for_cuda
 from w2s.rehearsal.group import Recorder, joined
 from w2s.rehearsal.meter import Meter
+from w2s.rehearsal.repetition import Repetition
+from w2s.rehearsal.sharding import sharded_as_on_gpus
+from w2s.rehearsal.streams import Streams
 from w2s.rehearsal.tape import Tape
 from w2s.rehearsal.triton import stand_in_for_triton
 from w2s.rehearsal.where import line_of
@@ -63,13 +66,18 @@ def rehearse(job: Job) -> RankReport:
     logging.getLogger("w2s").setLevel(logging.ERROR)  # such as that a teacher has no weights
     os.environ.update(RANK=str(job.rank), WORLD_SIZE=str(job.world_size), LOCAL_RANK="0")
     parts, report = Parts(), RankReport(Tape(job.rank))
-    meter = Meter(report.tape, job.card, parts)
+    meter, streams = Meter(report.tape, job.card, parts), Streams(report.tape)
+    recorder = Recorder(report.tape, parts, streams)
     with (
-        joined(Recorder(report.tape, parts), job.rank, job.world_size),
+        joined(recorder, job.rank, job.world_size),
         groups.split(job.config.parallel, GPU) as ranks,
-        stand_in_for_cuda(meter),
+        sharded_as_on_gpus(),
+        stand_in_for_cuda(meter, streams),
         stand_in_for_triton(meter.launched),
+        ExitStack() as undo,
     ):
+        if job.config.parallel.shard != "full" and not job.config.mim.layers:
+            undo.enter_context(Repetition(recorder, meter).on())
         try:
             _steps(job, ranks, meter, parts, report)
         except Exception as error:  # whatever the run would end with

@@ -15,6 +15,7 @@ from w2s.config.checks import check
 from w2s.config.layout import model_parallel_size
 from w2s.config.sections import Config, TeacherConfig
 from w2s.errors import UserError, W2SError
+from w2s.planning import fully_sharded
 from w2s.planning.cards import GPUS_PER_NODE, Card
 from w2s.planning.memory import Memory, rank_memory
 from w2s.planning.states import rank_states
@@ -91,8 +92,6 @@ def _check_rehearsed(config: Config) -> None:
             f"precision.fp8={config.precision.fp8} is not rehearsed, as its products are Transformer Engine's: "
             "rehearse with precision.fp8=none, and plan with it (w2s plan)"
         )
-    if config.parallel.shard == "full":
-        raise UserError("parallel.shard=full is not rehearsed: leave it out")
 
 
 def _refusal(config: Config, world_size: int, card: Card) -> str:
@@ -160,12 +159,15 @@ def _planned(config: Config, world_size: int, rank: int) -> Memory:
     teacher, parallel = planned_teacher(config), config.parallel
     towers = planned_towers(config, **(teacher.widths(config.mim) if teacher else {}))
     stage, size = stage_of(rank, parallel, world_size), world_size // model_parallel_size(parallel)
-    states = rank_states(
-        towers,
-        parallel,
-        config.precision,
-        data_size=size,
-        data_rank=rank // parallel.tensor % size,
-        stage=stage,
-    )
+    if parallel.shard == "full":
+        states = fully_sharded.rank_states(towers, config.precision, size)
+    else:
+        states = rank_states(
+            towers,
+            parallel,
+            config.precision,
+            data_size=size,
+            data_rank=rank // parallel.tensor % size,
+            stage=stage,
+        )
     return rank_memory(config, towers, teacher, states, world_size, stage)
