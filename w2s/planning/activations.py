@@ -73,6 +73,24 @@ def peak(
     )
 
 
+def kept_going_back(tower: PlannedTower, parallel: ParallelConfig, types: Types, *, samples: int, done: int) -> int:
+    """Bytes that the layers of a whole tower, whose one micro-batch is kept, still keep amid its backward pass.
+
+    Args:
+        tower: the tower.
+        parallel: how it is split: not at all.
+        types: bytes of an element.
+        samples: samples of the micro-batch.
+        done: layers, from the last one on, whose backward pass has ended.
+    """
+    whole, entry = _layer(tower, parallel, types, samples), _input(tower, parallel, types, samples)
+    again = recomputed_layers(parallel, tower.layers)
+    plain = max(0, tower.layers - again - done)
+    kept = plain * whole + min(again, tower.layers - done) * entry
+    heads = len(tower.layer_heads) * _head(tower, types, samples, tower.layer_width)
+    return kept + heads + samples * tower.embedding_elements * types.value + (0 if plain else whole)
+
+
 @cache
 def in_flight(pipeline: Pipeline, stage: int) -> frozenset[tuple[int, ...]]:
     """How many micro-batches of each of its chunks a rank of the pipeline keeps when it keeps most, in all ways.

@@ -8,6 +8,7 @@ outside of layers is gathered once and reduced at the end of a backward pass.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from w2s.config.sections import PrecisionConfig
 from w2s.planning.states import States
@@ -16,6 +17,29 @@ from w2s.planning.towers import PlannedTower
 _BF16, _FP32 = 2, 4
 _UNIT = 1_000_000_000
 """Elements whose gradients may wait; half as many weights are gathered ahead. Two layers of it, if they are larger."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Bytes of what a rank has whole of a tower for a while."""
+
+    weights: int
+    """Weights of layers that compute or are gathered ahead, and of what is outside of layers, during its passes."""
+    gradients: int
+    """Gradients of a layer; those of what is outside of layers have no buffer before the backward pass has ended."""
+    waiting: int
+    """Most layers whose gradients there are at a time."""
+
+
+def whole(tower: PlannedTower, precision: PrecisionConfig, data_size: int) -> Whole:
+    """Return what a rank has whole of a tower."""
+    weight, gradient = _widths(precision)
+    layer, rest = _padded(tower, data_size, with_scalars=weight == _FP32)
+    unit = max(_UNIT, 2 * layer)
+    together = min(tower.layers, 1 + math.ceil(unit / 2 / layer))
+    # So many wait at most when those of a layer join them, while the next layer makes its own.
+    waiting = min(tower.layers, unit // layer + 2)
+    return Whole(weight * (together * layer + rest), gradient * layer, waiting)
 
 
 def rank_states(towers: Sequence[PlannedTower], precision: PrecisionConfig, data_size: int) -> States:
@@ -32,14 +56,10 @@ def _states(tower: PlannedTower, precision: PrecisionConfig, data_size: int) -> 
     # Beside weights in bfloat16 the scalars of the loss are float32.
     scalars = _round_up(tower.scalars, data_size) // data_size if weight != _FP32 else 0
     share = (tower.layers * layer + rest) // data_size
-    unit = max(_UNIT, 2 * layer)
-    ahead = min(tower.layers, 1 + math.ceil(unit / 2 / layer)) * layer
-    waiting = min(tower.layers * layer, unit + layer)
     return States(
         weights=weight * share + _FP32 * scalars,
         gradients=gradient * share + _FP32 * scalars,
         optimizer=3 * _FP32 * (share + scalars),
-        gathered=weight * (ahead + rest) + gradient * waiting + weight * rest,  # of the rest, gradients are kept
     )
 
 

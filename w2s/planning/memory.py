@@ -4,14 +4,15 @@ States are exact and activations within 10 % (tests/planning); what the loss, th
 sums of their largest tensors. All of it is beside what the rehearsal counts (docs/rehearse.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 from w2s.config.layout import model_parallel_size
 from w2s.config.linears import bf16_layers
 from w2s.config.sections import Config
-from w2s.planning.activations import Types, peak
+from w2s.planning.activations import Types, kept_going_back, peak
 from w2s.planning.flops import micro_batches, passes, seen_frames, share
+from w2s.planning.fully_sharded import Whole, whole
 from w2s.planning.states import States
 from w2s.planning.teacher import PlannedTeacher
 from w2s.planning.towers import PlannedTower
@@ -64,7 +65,7 @@ def rank_memory(
     own = share(config, world_size)
     samples, count = min(config.train.micro_batch, own), micro_batches(config, world_size)
     standing = Memory(
-        weights=states.weights + states.gathered + sum(_fp8_weights(config, tower, stage) for tower in towers),
+        weights=states.weights + sum(_fp8_weights(config, tower, stage) for tower in towers),
         gradients=states.gradients,
         optimizer=states.optimizer,
         teacher=_teacher_weights(config, teacher) if teacher else 0,
@@ -77,21 +78,50 @@ def rank_memory(
     twice, has_loss = passes(config, world_size) == 2, config.stage == "clip" and _is_last(config, stage)
     activations = max(kept) if twice else sum(kept)
     features = _features(config, own) if has_loss else 0
+    full = replace(
+        standing,
+        activations=activations,
+        loss=features,
+        buffers=max(_temporaries(config, tower, samples) for tower in towers),
+    )
+    wholes = [whole(tower, config.precision, world_size) for tower in towers] if _fully_sharded(config) else []
+    beginning = replace(standing, weights=standing.weights + sum(each.weights for each in wholes))
     moments = [
-        _teaching(standing, config, teacher, samples, world_size),
-        replace(standing, batch=(1 if model_parallel_size(config.parallel) == 1 else 3) * standing.batch),
-        replace(
-            standing,
-            activations=activations,
-            loss=features,
-            buffers=max(_temporaries(config, tower, samples) for tower in towers),
-        ),
+        _teaching(beginning, config, teacher, samples, world_size),
+        replace(beginning, batch=(1 if model_parallel_size(config.parallel) == 1 else 3) * standing.batch),
+        *(_going_back(full, config, towers, wholes, one_pass=not twice) if wholes else [full]),
         replace(standing, buffers=_update(config, states)),
     ]
     if has_loss:
         tiles = _tiles(config, teacher, own)
         moments.append(replace(standing, activations=0 if twice else activations, loss=features + tiles))
     return max(moments, key=lambda moment: moment.total)
+
+
+def _going_back(
+    forward: Memory, config: Config, towers: Sequence[PlannedTower], wholes: Sequence[Whole], one_pass: bool
+) -> Iterator[Memory]:
+    """The backward passes of towers that are fully sharded.
+
+    Activations go layer by layer, while gradients of the layers before wait to be reduced. Where both towers are in one
+    pass, the last one goes back first, and its last gradients wait until the pass has ended.
+    """
+    samples = config.train.micro_batch
+
+    def kept(tower: PlannedTower, done: int) -> int:
+        return kept_going_back(tower, config.parallel, on_gpu(config, tower), samples=samples, done=done)
+
+    for number, (tower, whole) in enumerate(zip(towers, wholes, strict=True)):
+        others = sum(kept(each, 0) for each in towers[:number]) if one_pass else 0
+        waiting = sum(each.waiting * each.gradients for each in wholes[number + 1 :]) if one_pass else 0
+        for done in range(whole.waiting):
+            yield replace(
+                forward,
+                weights=forward.weights + whole.weights,
+                gradients=forward.gradients + waiting + (done + 1) * whole.gradients,
+                activations=others + kept(tower, done),
+                buffers=_temporaries(config, tower, samples, hidden=2 if config.parallel.recompute == "selective" else 1),
+            )
 
 
 def on_gpu(config: Config, tower: PlannedTower) -> Types:
@@ -106,6 +136,10 @@ def fp8_share(config: Config, tower: PlannedTower) -> float:
     return 1 - len(bf16_layers(config.precision, tower.name, tower.layers)) / tower.layers
 
 
+def _fully_sharded(config: Config) -> bool:
+    return config.parallel.shard == "full"
+
+
 def _is_last(config: Config, stage: int) -> bool:
     return stage == config.parallel.pipeline - 1
 
@@ -118,15 +152,16 @@ def _fp8_weights(config: Config, tower: PlannedTower, stage: int) -> int:
     return int(2 * fp8_share(config, tower) * layers * tower.linear_weights(config.parallel.tensor))
 
 
-def _temporaries(config: Config, tower: PlannedTower, samples: int) -> int:
+def _temporaries(config: Config, tower: PlannedTower, samples: int, hidden: int = 2) -> int:
     """The largest tensors of a backward pass that nothing keeps.
 
     Gradients of the MLP's hidden activations before and after the GELU, of its input and output (with all rows, where
-    sequence parallelism gathers them) and of its larger weight matrix.
+    sequence parallelism gathers them) and of its larger weight matrix. The gradient before the GELU takes the place of
+    the GELU's output, if that is kept: then there is one beside what is kept (`hidden`).
     """
     parallel, rows = config.parallel, samples * tower.tokens
-    hidden = tower.mlp_width // parallel.tensor
-    backward = 2 * rows * hidden + 2 * rows * tower.width + tower.width * hidden
+    width = tower.mlp_width // parallel.tensor
+    backward = hidden * rows * width + 2 * rows * tower.width + tower.width * width
     return _BF16 * backward
 
 

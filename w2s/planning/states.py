@@ -24,8 +24,6 @@ class States:
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
-    gathered: int = 0
-    """Weights and gradients of others, while they are gathered or wait to be reduced (`parallel.shard=full`)."""
 
     def __add__(self, other: "States") -> "States":
         return States(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))

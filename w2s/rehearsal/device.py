@@ -5,7 +5,7 @@ would be on the GPU is kept beside them, by storage.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 
 from w2s.rehearsal.meter import Meter
@@ -147,6 +148,7 @@ def stand_in_for_cuda(meter: Meter, streams: Streams) -> Iterator[None]:
         # Torch's own draws until it likes the numbers, of which there are none.
         undo.enter_context(mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor))
         undo.enter_context(mock.patch.object(torch, "autocast", _autocast))
+        undo.enter_context(mock.patch.object(torch.autograd, "backward", _backward))
         undo.enter_context(mock.patch.object(FakeTensor, "device", property(device)))
         undo.enter_context(mock.patch.object(FakeTensor, "is_cuda", property(is_cuda), create=True))
         yield
@@ -157,6 +159,13 @@ def _autocast(device_type: str, *args: Any, **settings: Any) -> torch.autocast:
 
 
 _real_autocast = torch.autocast
+
+
+def _backward(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Go back, as torch's own does, which lets a mode such as `FakeGpu` answer it, and none answer what is inside."""
+    Variable._execution_engine.run_backward(
+        tuple(tensors), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -237,6 +237,7 @@ def joined(recorder: Recorder, rank: int, world_size: int) -> Iterator[None]:
             "all_gather_object": gather_objects,
             "broadcast_object_list": share_objects,
             "batch_isend_irecv": begin_messages,
+            "get_backend": lambda *_: "nccl",  # which can scale what it adds up
         }
         for module in (dist, dist.distributed_c10d):
             for name, stand_in in stand_ins.items():
