@@ -25,6 +25,7 @@ from w2s.rehearsal.run import Rehearsal, conclude, perform
 from w2s.rehearsal.tape import Compute, Tape
 
 H100 = card("h100")
+SLOW = pytest.mark.slow
 COMMON = [
     "model=tiny",
     "model.vision.layers=4",
@@ -78,9 +79,9 @@ def first_call(report: RankReport) -> int:
     [
         ("mim", "virtual pipeline, data", 4),
         ("mim", "fully sharded", 2),
-        pytest.param("clip", "fully sharded", 2, marks=pytest.mark.slow),
-        pytest.param("clip", "fully sharded, recomputed", 2, marks=pytest.mark.slow),
-        *(pytest.param(*case, 8, marks=pytest.mark.slow) for case in CASES),
+        pytest.param("clip", "fully sharded", 2, marks=SLOW),
+        pytest.param("clip", "fully sharded, recomputed", 2, marks=SLOW),
+        *(pytest.param(*case, 8, marks=SLOW) for case in CASES),
     ],
 )
 def test_a_rehearsal_calls_what_real_ranks_call(stage: str, layout: str, ranks: int) -> None:
@@ -118,6 +119,7 @@ def done(report: RankReport) -> list[Any]:
     return [(e.part, pytest.approx(e.seconds)) if isinstance(e, Compute) else e for e in tape.events]
 
 
+@SLOW
 @pytest.mark.parametrize("stage", STAGES)
 def test_repeated_micro_batches_do_what_all_do(stage: str) -> None:
     bf16 = ["precision.compute=bf16", "teacher.precision=bf16", "train.global_batch=48", "parallel.recompute=full"]
@@ -202,3 +204,21 @@ def test_memory_of_a_rank_is_what_the_planner_says() -> None:
         assert report.built > planned.weights + planned.gradients
         # Weights in bfloat16, and 12 bytes a parameter of the optimizer's share.
         assert report.written == pytest.approx(planned.weights / 2 + planned.optimizer, rel=0.05)
+
+
+@SLOW
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("mim", ["train.global_batch=4096", "train.micro_batch=16"]),
+        ("clip", ["train.global_batch=108544", "train.micro_batch=424", "init.vision=none"]),
+    ],
+)
+def test_memory_of_full_sharding_is_what_the_planner_says(stage: str, overrides: list[str]) -> None:
+    """The backward pass is fullest where gradients of several layers wait, and as many layers have let go of theirs."""
+    large = ["model=eva_18b", "model.vision.layers=8", "teacher.source=eva:tiny", "data.builtin=none", *overrides]
+    bf16 = ["precision.compute=bf16", "teacher.precision=bf16", "parallel.shard=full"]
+    found = rehearsed(load(stage, [*large, *bf16]), 256, [0])
+    (report,) = found.ranks
+    assert not report.failure
+    assert report.peak == pytest.approx(found.planned[0].total, rel=0.03)

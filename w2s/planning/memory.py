@@ -106,21 +106,21 @@ def _going_back(
     Activations go layer by layer, while gradients of the layers before wait to be reduced. Where both towers are in one
     pass, the last one goes back first, and its last gradients wait until the pass has ended.
     """
-    samples = config.train.micro_batch
+    samples, hidden = config.train.micro_batch, 2 if config.parallel.recompute == "selective" else 1
 
     def kept(tower: PlannedTower, done: int) -> int:
         return kept_going_back(tower, config.parallel, on_gpu(config, tower), samples=samples, done=done)
 
-    for number, (tower, whole) in enumerate(zip(towers, wholes, strict=True)):
+    for number, (tower, own) in enumerate(zip(towers, wholes, strict=True)):
         others = sum(kept(each, 0) for each in towers[:number]) if one_pass else 0
         waiting = sum(each.waiting * each.gradients for each in wholes[number + 1 :]) if one_pass else 0
-        for done in range(whole.waiting):
+        for done in range(own.waiting):
             yield replace(
                 forward,
-                weights=forward.weights + whole.weights,
-                gradients=forward.gradients + waiting + (done + 1) * whole.gradients,
+                weights=forward.weights + own.weights,
+                gradients=forward.gradients + waiting + (done + 1) * own.gradients,
                 activations=others + kept(tower, done),
-                buffers=_temporaries(config, tower, samples, hidden=2 if config.parallel.recompute == "selective" else 1),
+                buffers=_temporaries(config, tower, samples, hidden),
             )
 
 

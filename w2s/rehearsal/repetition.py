@@ -83,7 +83,7 @@ class Repetition:
     def _forward(
         self, whole: Callable[..., Tensor], layers: Any, rows: Tensor | None, args: Any, kwargs: Any
     ) -> Tensor:
-        entry = rows if layers.pre_process else layers.input_tensor
+        entry: Tensor = rows if layers.pre_process else layers.input_tensor
         done = self._passes.setdefault(layers, _Pass())
         number, done.seen = done.seen, done.seen + 1
         if number == 1 and self._micro_batches > 3:
