@@ -32,6 +32,21 @@ def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+def test_what_is_called_has_the_signature_that_it_is_called_with(release: Path) -> None:
+    command = [sys.executable, "-m", "tests.megatron.engine_on_cpu.signatures", release]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    compared = "\n".join(json.loads(done.stdout.splitlines()[-1]))
+    for name in (
+        "te.quantized_model_init",
+        "te.autocast",
+        "super().__init__",
+        "super().forward",
+        "Float8CurrentScaling",
+    ):
+        assert name in compared, compared
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_its_linears_train_as_local_ones_do(release: Path, tmp_path: Path, ranks: int) -> None:
     with socket.socket() as free:
