@@ -212,6 +212,7 @@ def test_memory_of_a_rank_is_what_the_planner_says() -> None:
     [
         ("mim", ["train.global_batch=4096", "train.micro_batch=16"]),
         ("clip", ["train.global_batch=108544", "train.micro_batch=424", "init.vision=none"]),
+        ("clip", ["train.global_batch=54272", "train.micro_batch=53", "init.vision=none"]),
     ],
 )
 def test_memory_of_full_sharding_is_what_the_planner_says(stage: str, overrides: list[str]) -> None:
