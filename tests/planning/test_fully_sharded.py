@@ -3,9 +3,11 @@
 import pytest
 
 from tests.planning.test_plan import eva_18b
+from w2s.config.load import load
 from w2s.planning.cards import card
-from w2s.planning.fully_sharded import exposed
+from w2s.planning.fully_sharded import exposed, whole
 from w2s.planning.plan import find_plans
+from w2s.planning.towers import planned_towers
 
 LAYERS = 10
 
@@ -36,3 +38,12 @@ def test_eva_18b_has_no_bubble_and_fits() -> None:
     assert (full.config.parallel.tensor, full.config.parallel.pipeline, full.data_size) == (1, 1, 256)
     assert full.time.bubble == 0 and full.seconds < other.seconds
     assert full.memory.optimizer * 64 == pytest.approx(other.memory.optimizer * 64, rel=0.1), "a share of all weights"
+
+
+def test_what_a_rank_of_eva_18b_has_whole() -> None:
+    """Bytes of the buffers that the rehearsal of 256 ranks finds at its fullest moment."""
+    config = load("clip", ["model=eva_18b", "data.builtin=none", "precision.compute=bf16", "init.vision=none"])
+    vision, text = (whole(tower, config.precision, 256) for tower in planned_towers(config))
+    assert (vision.gradients, vision.waiting) == (1_494_220_800, 4)
+    assert vision.weights == 3 * 747_110_400 + 680_032_256
+    assert (text.gradients, text.waiting) == (83_886_080, 32), "a billion elements may wait: all of it"

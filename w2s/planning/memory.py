@@ -78,18 +78,19 @@ def rank_memory(
     twice, has_loss = passes(config, world_size) == 2, config.stage == "clip" and _is_last(config, stage)
     activations = max(kept) if twice else sum(kept)
     features = _features(config, own) if has_loss else 0
-    full = replace(
+    back = replace(
         standing,
         activations=activations,
         loss=features,
         buffers=max(_temporaries(config, tower, samples) for tower in towers),
     )
-    wholes = [whole(tower, config.precision, world_size) for tower in towers] if _fully_sharded(config) else []
+    sharded = towers if config.parallel.shard == "full" else ()
+    wholes = [whole(tower, config.precision, world_size) for tower in sharded]
     beginning = replace(standing, weights=standing.weights + sum(each.weights for each in wholes))
     moments = [
         _teaching(beginning, config, teacher, samples, world_size),
         replace(beginning, batch=(1 if model_parallel_size(config.parallel) == 1 else 3) * standing.batch),
-        *(_going_back(full, config, towers, wholes, one_pass=not twice) if wholes else [full]),
+        *(_going_back(back, config, towers, wholes, one_pass=not twice) if wholes else [back]),
         replace(standing, buffers=_update(config, states)),
     ]
     if has_loss:
@@ -136,10 +137,6 @@ def fp8_share(config: Config, tower: PlannedTower) -> float:
     if config.precision.fp8 == "none":
         return 0.0
     return 1 - len(bf16_layers(config.precision, tower.name, tower.layers)) / tower.layers
-
-
-def _fully_sharded(config: Config) -> bool:
-    return config.parallel.shard == "full"
 
 
 def _is_last(config: Config, stage: int) -> bool:

@@ -63,7 +63,7 @@ class Repetition:
         def passes() -> Callable[..., Any]:
             return partial(self._pass, choose())
 
-        def forward(layers: Any, rows: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        def forward(layers: Any, rows: Any, *args: Any, **kwargs: Any) -> Tensor:
             return self._forward(partial(whole, layers), layers, rows, args, kwargs)
 
         with (
@@ -80,9 +80,7 @@ class Repetition:
             self._micro_batches = 0
             self._passes.clear()
 
-    def _forward(
-        self, whole: Callable[..., Tensor], layers: Any, rows: Tensor | None, args: Any, kwargs: Any
-    ) -> Tensor:
+    def _forward(self, whole: Callable[..., Tensor], layers: Any, rows: Any, args: Any, kwargs: Any) -> Tensor:
         entry: Tensor = rows if layers.pre_process else layers.input_tensor
         done = self._passes.setdefault(layers, _Pass())
         number, done.seen = done.seen, done.seen + 1
@@ -97,20 +95,21 @@ class Repetition:
         end = self._watch()
         result = whole()
         did = end(result)
+        if result.requires_grad and not entry.requires_grad:
+            return result  # no gradient says where the backward pass ends
+        done.forward = did
         if not result.requires_grad:
-            done.forward = did
-        elif entry.requires_grad:
-            done.forward = did
-            ends: list[Callable[[Tensor], _Done]] = []
+            return result
+        ends: list[Callable[[Tensor], _Done]] = []
 
-            def begin(gradient: Tensor) -> None:
-                ends.append(self._watch())
+        def begin(gradient: Tensor) -> None:
+            ends.append(self._watch())
 
-            def finish(gradient: Tensor) -> None:
-                done.backward = ends.pop()(gradient)
+        def finish(gradient: Tensor) -> None:
+            done.backward = ends.pop()(gradient)
 
-            result.register_hook(begin)
-            entry.register_hook(finish)
+        result.register_hook(begin)
+        entry.register_hook(finish)
         return result
 
     def _watch(self) -> Callable[[Tensor], _Done]:
@@ -142,7 +141,7 @@ class Repetition:
                 numbers[event.number] = self._recorder.next_number()
                 event = replace(event, number=numbers[event.number])
             elif isinstance(event, Wait):
-                event = replace(event, call=numbers[event.call])
+                event = replace(event, call=numbers.get(event.call, event.call))
             again.append(event)
         self._add(again)
         return self._meter.new(like.shape, like.dtype), self._meter.hold(done.stays)
