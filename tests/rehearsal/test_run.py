@@ -120,11 +120,12 @@ def done(report: RankReport) -> list[Any]:
 
 
 @SLOW
-@pytest.mark.parametrize("stage", STAGES)
-def test_repeated_micro_batches_do_what_all_do(stage: str) -> None:
+@pytest.mark.parametrize(("stage", "layout"), [("mim", TENSOR), ("clip", ["parallel.virtual_pipeline=2"])])
+def test_repeated_micro_batches_do_what_all_do(stage: str, layout: list[str]) -> None:
     bf16 = ["precision.compute=bf16", "teacher.precision=bf16", "train.global_batch=48", "parallel.recompute=full"]
-    config = configured(stage, *OVERLAP, "parallel.virtual_pipeline=2", "parallel.recompute_layers=1", *bf16)
-    short, full = (rehearsed(config, 4, [0, 2], be) for be in (rehearse, in_full))
+    config = configured(stage, *OVERLAP, *layout, "parallel.recompute_layers=1", *bf16)
+    world_size = 4 * config.parallel.tensor
+    short, full = (rehearsed(config, world_size, [0, world_size // 2], be) for be in (rehearse, in_full))
     assert not short.wrong
     for one, two in zip(short.ranks, full.ranks, strict=True):
         assert done(one) == done(two)

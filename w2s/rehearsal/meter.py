@@ -164,9 +164,9 @@ class Meter(TorchDispatchMode):
             return torch.empty(tuple(shape), dtype=dtype)
 
     def of(self, tensor: Tensor) -> Counter[str]:
-        """The bytes of a tensor on the GPU, by part of the step."""
-        size, part = self._sizes[tensor.untyped_storage()._cdata]
-        return Counter({part: size})
+        """The bytes of a tensor, by part of the step, if it is on the GPU."""
+        size, part = self._sizes.get(tensor.untyped_storage()._cdata, (0, ""))
+        return Counter({part: size} if part else {})
 
     def _place(self, tensor: Tensor) -> bool:
         """Count a tensor's storage as one of the GPU, if it is not counted yet."""

@@ -40,6 +40,8 @@ class _Done:
     rise: Rise
     stays: Counter[str]
     """Bytes beside the result that stay allocated, by part of the step."""
+    counted: bool
+    """Whether the result is on the GPU."""
 
 
 class Repetition:
@@ -121,8 +123,9 @@ class Repetition:
             events, self._tape.events = self._tape.events, before
             self._add(events)
             rise, stays = rose()
-            stays.subtract(self._meter.of(result))
-            return _Done(events, rise, stays)
+            own = self._meter.of(result)
+            stays.subtract(own)
+            return _Done(events, rise, stays, bool(own))
 
         return end
 
@@ -144,7 +147,8 @@ class Repetition:
                 event = replace(event, call=numbers.get(event.call, event.call))
             again.append(event)
         self._add(again)
-        return self._meter.new(like.shape, like.dtype), self._meter.hold(done.stays)
+        result = self._meter.new(like.shape, like.dtype) if done.counted else torch.empty(like.shape, dtype=like.dtype)
+        return result, self._meter.hold(done.stays)
 
     def _add(self, events: list[Event]) -> None:
         for event in events:
