@@ -26,8 +26,8 @@ class Clip(PythonModel):
         folder = Path(context.artifacts["clip"])
         vision = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
         own = {}
-        if (folder / "timm").is_dir():  # a tower that open_clip knows by no name lies here now, wherever it was written
-            own = {"vision_cfg": {**vision, "timm_model_name": f"local-dir:{folder / 'timm'}"}}
+        if (folder / "config.json").is_file():  # it describes a tower that open_clip knows by no name
+            own = {"vision_cfg": {**vision, "timm_model_name": f"local-dir:{folder}"}}
         name = f"local-dir:{folder}"
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.clip, _, self.preprocess = open_clip.create_model_and_transforms(name, device=self.device, **own)
