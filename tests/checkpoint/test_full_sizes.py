@@ -41,7 +41,7 @@ def test_full_sizes_have_open_clips_and_timms_names_and_shapes(alone: Ranks, tmp
 @pytest.mark.parametrize("name", ["eva_18b", "eva02_e_plus", "vit_bigg_14"])
 def test_full_sizes_have_the_names_and_shapes_of_transformers_classes(alone: Ranks, name: str) -> None:
     """Names and shapes on the meta device, of EVA-18B too."""
-    transformers = pytest.importorskip("transformers", reason="an optional package: pip install 'w2s[hf]'")
+    transformers = pytest.importorskip("transformers", "5", reason="an optional package: pip install 'w2s[hf]'")
     model = load("clip", [f"model={name}"]).model
     shapes = model_shapes(model)
     tensors = {released_name(key): torch.empty(shape, device="meta") for key, shape in shapes.items()}

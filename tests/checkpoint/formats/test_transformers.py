@@ -24,7 +24,7 @@ from w2s.errors import CheckpointError
 from w2s.evaluation.images import view
 from w2s.towers.vision import MEAN, STD
 
-transformers = pytest.importorskip("transformers", reason="an optional package: pip install 'w2s[hf]'")
+transformers = pytest.importorskip("transformers", "5", reason="an optional package: pip install 'w2s[hf]'")
 
 CLASSES = {"18b": "VisionTextDualEncoderModel", "e": "VisionTextDualEncoderModel", "vit": "CLIPModel"}
 TEXTS = ["a photo of a cat", "Two dogs, 3 cats & a café!", "word " * 40]

@@ -101,7 +101,7 @@ def write(export: Export, folder: Path) -> Guide:
         return made[name].change(released.read(made[name].name))
 
     write_safetensors(folder / "model.safetensors", meta, read, {"model": model.name})
-    needs = "" if plain else "  # needs timm too"
+    needs = "" if plain else "  # transformers 5, and timm"
     snippets = [
         Snippet("transformers", LOAD.format(place="FOLDER", needs=needs)),
         Snippet("transformers' pipeline", PIPELINE.format(place="FOLDER")),
