@@ -59,11 +59,12 @@ def run(config: Config) -> None:
         loss = replace(config.clip, loss=trained.setting("clip", "loss"))
         config = replace(config, model=model_from(trained.config), clip=loss)
         check_towers(config)
+        inputs = test_inputs(config)
         facts = {**origins(config, str(checkpoint)), "checkpoint": str(checkpoint.absolute())}
         tracker = Tracker(config, folder, main=ranks.main, facts=facts)
         with tracked(tracker):
             tracker.message(f"run folder: {folder}")
-            tracker.inputs(test_inputs(config))
+            tracker.inputs(inputs)
             metrics = evaluate(config, suite, checkpoint, tracker, ranks)
             write_result(folder, config, metrics, started, ranks)
     register_clip(config, folder, checkpoint, ranks)
