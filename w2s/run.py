@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from w2s.checkpoint.exporting import export_checkpoint
 from w2s.checkpoint.find import find_any, is_finished, unfinished_folder
 from w2s.checkpoint.store import read_meta
 from w2s.config.sections import Config
@@ -153,6 +152,8 @@ def register_clip(config: Config, run: Path, checkpoint: Path | None, ranks: Ran
     """
     if not (config.tracking.register and checkpoint and ranks.main):
         return
+    from w2s.checkpoint.exporting import export_checkpoint  # it brings what peers need, seconds for every other run
+
     name = config.tracking.register
     again = f"w2s stage eval init.checkpoint={checkpoint} tracking.register={name}"
     try:
