@@ -154,7 +154,7 @@ def test_under_torchrun_it_is_a_rank(w2s: Run, stage: Callable[..., None], monke
         ),
         (
             ["data", "make", "x", "--out", "y", "--layout", "clip_benchmark", "--split", "a/b"],
-            "--split=a/b is no folder name: use test or train",
+            "--split a/b: use test or train",
         ),
         (["run", "mmi:train.steps=3"], "mmi:train.steps=3: there is no step mmi: did you mean mim?"),
     ],

@@ -12,7 +12,6 @@ from torch import Tensor
 from tests.megatron.spawn import SHAPE
 from w2s.config.sections import ParallelConfig
 from w2s.kernels.gelu import bias_gelu
-from w2s.megatron import layers
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import fill
 from w2s.towers.initial import vision_rule
@@ -33,7 +32,9 @@ def run(recompute: Any) -> tuple[int, dict[str, Tensor]]:
 
     images = torch.randn(2, 3, SHAPE.image_size, SHAPE.image_size, generator=torch.Generator().manual_seed(0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "bias_gelu", gelu)
+        for module in tower.modules():
+            if hasattr(module, "activation_func"):
+                patch.setattr(module, "activation_func", gelu)
         loss = tower.encode(images).square().sum()
     gc.collect()
     alive = sum(output() is not None for output in outputs)
