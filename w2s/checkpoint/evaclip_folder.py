@@ -7,10 +7,10 @@ projection is a linear layer.
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from w2s.checkpoint.files import Tensors
+from w2s.checkpoint.joined import Joined
 
 MARKS = ("class_embedding", "patch_embedding.bias", "position_embedding.weight")
 """What together tells their vision tower from CLIP's, which has no bias, and SigLIP's, which has no class token."""
@@ -44,28 +44,10 @@ def is_evaclip(names: Mapping[str, Tensor]) -> bool:
     return embeddings and "vision_model.pre_layrnorm.weight" not in names
 
 
-class EvaClipFolder:
-    """The tensors of such a folder by released name, each made when it is read."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        self._tensors = tensors
-        self._sources: dict[str, list[str]] = {}
-        for name in sorted(tensors.meta, key=_order):
-            if not name.endswith("position_ids"):
-                self._sources.setdefault(_released(name), []).append(name)
-        self.meta = {
-            name: _shaped(name, [tensors.meta[source] for source in sources]) for name, sources in self._sources.items()
-        }
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor in the released layout."""
-        return _shaped(name, [self._tensors.read(source) for source in self._sources[name]])
-
-
-def _order(name: str) -> int:
-    """Q before K before V."""
-    found = QKV.fullmatch(name)
-    return "qkv".index(found[3]) if found else 0
+def evaclip_tensors(tensors: Tensors) -> Joined:
+    """Return the tensors of such a folder by released name."""
+    names = {name: name for name in tensors.meta if not name.endswith("position_ids")}
+    return Joined(tensors, names, _released, _shaped)
 
 
 def _released(name: str) -> str:
@@ -81,8 +63,7 @@ def _released(name: str) -> str:
     return name
 
 
-def _shaped(name: str, parts: list[Tensor]) -> Tensor:
-    tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+def _shaped(name: str, tensor: Tensor) -> Tensor:
     if name == "text.text_projection":
         return tensor.T
     return {"visual.cls_token": tensor[None, None], "visual.pos_embed": tensor[None]}.get(name, tensor)

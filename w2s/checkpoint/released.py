@@ -19,7 +19,7 @@ from torch import Tensor
 
 from w2s.checkpoint import clip_vit
 from w2s.checkpoint.eva_format import is_fused, released_name, separate
-from w2s.checkpoint.evaclip_folder import EvaClipFolder, is_evaclip
+from w2s.checkpoint.evaclip_folder import evaclip_tensors, is_evaclip
 from w2s.checkpoint.files import Tensors, open_weights
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.transformers_clip import TransformersClip, is_transformers_clip
@@ -109,7 +109,7 @@ def open_released(path: Path) -> Released:
 def rename(tensors: Tensors, path: Path) -> Released:
     """Return other people's tensors under released names."""
     if is_evaclip(tensors.meta):
-        tensors = EvaClipFolder(tensors)
+        tensors = evaclip_tensors(tensors)
     bare = _unwrapped(tensors.meta)
     format = _format_of(bare)
     if is_transformers_clip(bare):

@@ -6,11 +6,13 @@ tensors there, and the projections are linears, whose weights open_clip has tran
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from w2s.checkpoint.files import Tensors
+from w2s.checkpoint.joined import Joined
 
 _TOWERS = (
     (r"^text_model\.(text_model\.)?", "text."),
@@ -46,8 +48,8 @@ def is_transformers_clip(names: Iterable[str]) -> bool:
     return found.issuperset(_MARKS)
 
 
-class TransformersClip:
-    """The tensors of such a CLIP.
+class TransformersClip(Joined):
+    """The tensors of such a CLIP, in open_clip's layout.
 
     Args:
         tensors: the checkpoint.
@@ -55,32 +57,21 @@ class TransformersClip:
     """
 
     def __init__(self, tensors: Tensors, names: Mapping[str, str]) -> None:
-        self._tensors = tensors
         of_timm = not any(".embeddings.patch_embedding." in name for name in names)
-        self._origins: dict[str, list[str]] = {}
-        for name in sorted(names, key=_qkv):
-            self._origins.setdefault(_open_clip_name(name, of_timm), []).append(names[name])
-        self.meta = {name: self._made(name, [tensors.meta[each] for each in of]) for name, of in self._origins.items()}
+        super().__init__(tensors, names, partial(_open_clip_name, of_timm=of_timm), _shaped)
         if of_timm:  # its projection has no bias, as one of zeros
             head = self.meta[_HEAD]
             self.meta[_HEAD_BIAS] = torch.empty(head.shape[0], dtype=head.dtype, device="meta")
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor in open_clip's layout."""
-        if name not in self._origins:
+        """Return a tensor by open_clip's name."""
+        if name == _HEAD_BIAS:
             return torch.zeros_like(self.meta[name], device="cpu")
-        return self._made(name, [self._tensors.read(origin) for origin in self._origins[name]])
-
-    @staticmethod
-    def _made(name: str, parts: list[Tensor]) -> Tensor:
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return tensor.T if name in _TRANSPOSED else tensor
+        return super().read(name)
 
 
-def _qkv(name: str) -> int:
-    """Q before K before V; the order of all others does not matter."""
-    found = re.search(r"self_attn\.([qkv])_proj", name)
-    return "qkv".index(found[1]) if found else 0
+def _shaped(name: str, tensor: Tensor) -> Tensor:
+    return tensor.T if name in _TRANSPOSED else tensor
 
 
 def _open_clip_name(name: str, of_timm: bool) -> str:
