@@ -47,15 +47,26 @@ class Facts:
     """What the makers of the training data ask."""
 
 
-def gather_facts(checkpoint: Path, released: Released, model: ModelConfig, *, title: str, licence: str) -> Facts:
-    """Read what there is to say of a checkpoint."""
+def gather_facts(
+    checkpoint: Path,
+    released: Released,
+    model: ModelConfig,
+    *,
+    title: str,
+    licence: str,
+    vision_alone: bool = False,
+) -> Facts:
+    """Read what there is to say of a checkpoint, or of its vision tower alone."""
+    written = [tensor for name, tensor in released.meta.items() if name.startswith("visual.") or not vision_alone]
     return Facts(
         title=title,
         licence=licence,
         model=model,
-        parameters=sum(tensor.numel() for tensor in released.meta.values()),
-        types=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in released.meta.values()}),
-        towers=[tower for tower in ("visual", "text") if released.has(tower)],
+        parameters=sum(tensor.numel() for tensor in written),
+        types=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in written}),
+        towers=[
+            tower for tower in ("visual", "text") if released.has(tower) and not (vision_alone and tower == "text")
+        ],
         lineage=lineage(checkpoint),
         measured=measurements(checkpoint),
         data_licences=data_licences(checkpoint),
@@ -156,7 +167,8 @@ def _evaluation(facts: Facts) -> str:
     rows: list[list[Cell]] = [
         [name, value, each.data, each.run] for each in facts.measured for name, value in each.metrics.items()
     ]
-    return _table(["measure", "value", "on", "measured by the run"], rows)
+    of_whole = "" if "text" in facts.towers else "Of the whole model that it is the vision tower of.\n\n"
+    return of_whole + _table(["measure", "value", "on", "measured by the run"], rows)
 
 
 def _limits(facts: Facts) -> list[str]:

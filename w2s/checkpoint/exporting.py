@@ -29,6 +29,7 @@ FORMATS: Mapping[str, Write] = {
 }
 """What writes each format."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 BACK = Snippet(
     "w2s, also after a peer has trained it on",
     "w2s import FOLDER --model FOLDER/model.yaml --out runs/NAME",
@@ -62,7 +63,7 @@ def export_checkpoint(
         licence: the licence of the weights, as the hub calls it.
 
     Raises:
-        ConfigError: there is no such format or precision, or `hub` is no OWNER/NAME.
+        ConfigError: there is no such format or precision, `hub` is no OWNER/NAME, or `licence` is no identifier.
         CheckpointError: the checkpoint is damaged, or the format cannot hold it.
         MissingPackageError: the format needs a package that is not installed.
         UserError: `out` exists already.
@@ -71,6 +72,8 @@ def export_checkpoint(
         raise ConfigError(f"--format {format} does not exist: use {', '.join(FORMATS)}")
     if hub and not HUB_NAME.fullmatch(hub):
         raise ConfigError(f"--hub {hub} is no name of a hub: use OWNER/NAME, of letters, digits, ., _ and -")
+    if not LICENCE.fullmatch(licence):
+        raise ConfigError(f"--license {licence} is no licence as a hub calls it: use apache-2.0, cc-by-4.0, other, ...")
     if not (checkpoint / "meta.json").is_file():
         raise CheckpointError(f"{checkpoint} is no checkpoint of w2s: make one of it with `w2s import`")
     verify(checkpoint)
@@ -79,9 +82,17 @@ def export_checkpoint(
         released = Cast(released, numbers(precision))
     with new_folder(out) as folder:
         guide = FORMATS[format](Export(released, model, hub), folder)
-        guide = replace(guide, snippets=[*guide.snippets, BACK])
+        if guide.comes_back:
+            guide = replace(guide, snippets=[*guide.snippets, BACK])
         (folder / "model.yaml").write_text(yaml.safe_dump({"model": asdict(model)}, sort_keys=False), encoding="utf-8")
-        title = hub or f"{model.name}, {format}"
-        write_card(folder, gather_facts(checkpoint, released, model, title=title, licence=licence), guide)
+        facts = gather_facts(
+            checkpoint,
+            released,
+            model,
+            title=hub or f"{model.name}, {format}",
+            licence=licence,
+            vision_alone=guide.vision_alone,
+        )
+        write_card(folder, facts, guide)
     files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     return Exported(files, guide)

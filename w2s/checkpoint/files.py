@@ -102,8 +102,10 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        if "_use_new_zipfile_serialization" in str(error):
+    except (RuntimeError, ValueError, EOFError, OSError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
+        if "_use_new_zipfile_serialization" in str(error) and not _is_pickle(path):
+            reason = "it is no file of weights, or cut short"
+        elif "_use_new_zipfile_serialization" in str(error):
             reason = "it has PyTorch's old format, which cannot be mapped: load it and torch.save it again"
         elif "weights_only" in str(error):
             name = refused_name(error) or "more than tensors"
@@ -128,6 +130,11 @@ def weights_in(folder: Path) -> Path:
         names = ", ".join(path.name for path in found) or "none"
         raise CheckpointError(f"{folder} holds no weights file that is known by its name ({names}): give the file")
     return found[0]
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80"
 
 
 def _is_weights(path: Path) -> bool:

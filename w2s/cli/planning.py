@@ -90,11 +90,11 @@ def rehearse(
         asked = request([name, *(overrides or [])], gpus, card)
         config = asked.config(name, gpus)
         found = run_rehearsal(config, gpus, card_of(card), chosen(ranks, config.parallel, gpus), steps)
-        if trace:
-            write_trace(trace, found)
         if as_json:
             print(json.dumps(report.document(found), indent=2))
         else:
             report.print_report(found)
+        if trace:
+            write_trace(trace, found)
     if found.wrong:
         raise typer.Exit(1)

@@ -47,6 +47,7 @@ class FullySharded(FullyShardedDataParallel):
         self.module._replace_param_with_distributed_if_needed = _nothing
         self.module.attach_grad_to_optimizer_state = _nothing
         self._reduce_at_the_end()
+        self._is_whole = False
         self.shares = {parameter: share for group in self._groups for parameter, share in _shares(group)}
 
     def _reduce_at_the_end(self) -> None:
@@ -68,9 +69,16 @@ class FullySharded(FullyShardedDataParallel):
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Inside, the parameters have all their numbers; what is written into them goes into the shares."""
+        if self._is_whole:  # whoever began it ends it
+            yield
+            return
         self.release()
         self.module.start_param_sync(force_sync=True)
-        yield
+        self._is_whole = True
+        try:
+            yield
+        finally:
+            self._is_whole = False
         for group in self._groups:
             buffer = group.model_weight_buffer
             buffer.get_shard_from_local_buffer().copy_(buffer.get_shard_from_bucket(buffer.fetch_bucket()))

@@ -71,7 +71,7 @@ def reading(file: Path | None, name: str) -> Iterator[None]:
     try:
         yield
     except (
-        RuntimeError, KeyError, ValueError, EOFError, OSError, ImportError, pickle.UnpicklingError, SafetensorError
+        RuntimeError, LookupError, ValueError, EOFError, OSError, ImportError, pickle.UnpicklingError, SafetensorError
     ) as error:  # fmt: skip
         if refused_name(error):
             raise refusal(f"teacher weights {file}", refused_name(error)) from error

@@ -19,6 +19,11 @@ HEAD_BIAS = "visual.head.bias"
 EMBEDS_BOTH = "zero-shot-image-classification"
 EMBEDS_IMAGES = "image-feature-extraction"
 """What the hub calls the task of a CLIP, and of a vision tower."""
+RESIZED = (
+    "Its own preprocessing resizes some images to pixels that differ by 1/255 from those of w2s, and features by some "
+    "1e-5 with them."
+)
+"""A limit of peers that resize with torchvision or PIL."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ class Guide:
     """How to load it; the first one does where it lies, wherever that is."""
     limits: Sequence[str] = ()
     """What it cannot do, a sentence each."""
+    vision_alone: bool = False
+    """Whether it holds the vision tower and nothing else."""
+    comes_back: bool = True
+    """Whether `w2s import` reads it."""
 
 
 Write = Callable[[Export, Path], Guide]

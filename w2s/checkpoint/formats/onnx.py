@@ -39,7 +39,7 @@ def write(export: Export, folder: Path) -> Guide:
         )
     write_graphs(export, folder, _save)
     snippets = [Snippet("ONNX Runtime, images", IMAGES), Snippet("ONNX Runtime, texts", TEXTS)]
-    return Guide("onnx", EMBEDS_BOTH, snippets, LIMITS)
+    return Guide("onnx", EMBEDS_BOTH, snippets, LIMITS, comes_back=False)
 
 
 def _save(graph: Graph, folder: Path) -> None:

@@ -13,6 +13,7 @@ from w2s.checkpoint.fit import MASKED_STAGE
 from w2s.checkpoint.formats.base import (
     EMBEDS_BOTH,
     HEAD,
+    RESIZED,
     Export,
     Guide,
     Snippet,
@@ -63,7 +64,7 @@ def write(export: Export, folder: Path) -> Guide:
     if named is None:
         write_json(folder / "config.json", timm_config(model.vision, features=0))
     write_renamed(folder / "open_clip_model.safetensors", export, names, open_clip_name)
-    return Guide("open_clip", EMBEDS_BOTH, _snippets(named is not None, export.hub))
+    return Guide("open_clip", EMBEDS_BOTH, _snippets(named is not None, export.hub), [RESIZED])
 
 
 def _write_plain(export: Export, folder: Path, names: list[str]) -> Guide:
@@ -77,7 +78,7 @@ def _write_plain(export: Export, folder: Path, names: list[str]) -> Guide:
     write_json(folder / "open_clip_config.json", open_clip_config(model, "", logit_bias="logit_bias" in released.meta))
     weights = folder / "open_clip_model.safetensors"
     write_renamed(weights, export, names, clip_vit.name_from, reshape=clip_vit.from_released)
-    return Guide("open_clip", EMBEDS_BOTH, _snippets(True, export.hub))
+    return Guide("open_clip", EMBEDS_BOTH, _snippets(True, export.hub), [RESIZED])
 
 
 def _snippets(named: bool, hub: str) -> list[Snippet]:

@@ -7,6 +7,7 @@ from w2s.checkpoint.fit import MASKED_STAGE
 from w2s.checkpoint.formats.base import (
     EMBEDS_IMAGES,
     HEAD,
+    RESIZED,
     Export,
     Guide,
     Snippet,
@@ -51,7 +52,7 @@ def write(export: Export, folder: Path) -> Guide:
     snippets = [Snippet("timm", TIMM.format(place="local-dir:FOLDER"))]
     snippets += [Snippet("timm, from the hub", TIMM.format(place=f"hf-hub:{export.hub}"))] if export.hub else []
     snippets.append(Snippet("transformers", TRANSFORMERS.format(place=export.hub or "FOLDER")))
-    return Guide("timm", EMBEDS_IMAGES, snippets)
+    return Guide("timm", EMBEDS_IMAGES, snippets, [RESIZED], vision_alone=True)
 
 
 def timm_name(name: str) -> str:

@@ -27,7 +27,8 @@ def write(export: Export, folder: Path) -> Guide:
         CheckpointError: it is no whole CLIP.
     """
     write_graphs(export, folder, _save)
-    return Guide("pytorch", EMBEDS_BOTH, [Snippet("torch, images", IMAGES), Snippet("torch, texts", TEXTS)], LIMITS)
+    snippets = [Snippet("torch, images", IMAGES), Snippet("torch, texts", TEXTS)]
+    return Guide("pytorch", EMBEDS_BOTH, snippets, LIMITS, comes_back=False)
 
 
 def _save(graph: Graph, folder: Path) -> None:
