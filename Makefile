@@ -23,8 +23,9 @@ demo: $(VENV)/.demo
 showcase-data: $(VENV)/.demo
 	$(BIN)/w2s data build showcase
 
+# A thread for each process: more of them wait for one another on the cores that the processes share.
 test: $(VENV)/.dev $(OLDEST)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/data/test_webdataset.py
 
 check: $(VENV)/.dev
