@@ -15,7 +15,7 @@ OLDEST := $(VENV)/webdataset-0.2.86
 .PHONY: help demo showcase-data test check format clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^#/!q; s/^# //p' Makefile
 
 demo: $(VENV)/.demo
 	$(BIN)/w2s run
