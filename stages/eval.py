@@ -27,7 +27,8 @@ from w2s.megatron.optimizer import Towers
 from w2s.megatron.sharded import ShardedTower
 from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe, attention_of_cls
-from w2s.run import open_run, origins, register_clip, test_inputs, tracked, write_result
+from w2s.registering import register_clip
+from w2s.run import open_run, origins, test_inputs, tracked, write_result
 from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower
 from w2s.tracking.pictures import (

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from w2s.config.sections import Config, TrackingConfig
-from w2s.run import counted, origins, register_clip
+from w2s.registering import register_clip
+from w2s.run import counted, origins
 
 
 @pytest.mark.parametrize("main", [True, False])

@@ -2,7 +2,6 @@
 
 import json
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,9 +23,6 @@ from w2s.stopping import stop_at_once
 from w2s.tracking.datasets import DataInput
 from w2s.tracking.files import write_text
 from w2s.tracking.meters import peak_memory_gib
-from w2s.tracking.mlflow_run import stored_run_id
-from w2s.tracking.registry import register, save_model
-from w2s.tracking.store import reason, tracking_uri
 from w2s.tracking.tracker import Tracker
 
 STACKS = "stacks.txt"
@@ -143,32 +139,6 @@ def write_result(run: Path, config: Config, metrics: Mapping[str, float], starte
             "peak_memory_gib": peak_memory_gib(ranks.device),
         }
         write_text(run / "result.json", json.dumps(result, indent=1))
-
-
-def register_clip(config: Config, run: Path, checkpoint: Path | None, ranks: Ranks) -> None:
-    """Make a checkpoint the next version of the registered model `tracking.register`, if there is one to make.
-
-    What goes wrong with it is a warning: the run is finished.
-    """
-    if not (config.tracking.register and checkpoint and ranks.main):
-        return
-    from w2s.checkpoint.exporting import export_checkpoint  # it brings what peers need, seconds for every other run
-
-    name = config.tracking.register
-    again = f"w2s stage eval init.checkpoint={checkpoint} tracking.register={name}"
-    try:
-        with tempfile.TemporaryDirectory(dir=run) as scratch:
-            exported, model = Path(scratch, "clip"), Path(scratch, "model")
-            export_checkpoint(checkpoint, "open_clip", exported)
-            save_model(exported, model)
-            uri, run_id = tracking_uri(config.tracking, Path(config.run.root).expanduser()), stored_run_id(run)
-            if run_id is None:
-                raise UserError("MLflow has no run of this one")
-            address = register(uri, run_id, name, model, {"w2s.checkpoint": str(checkpoint.absolute())})
-    except Exception as error:  # a store's own errors are no reason to fail a run that is finished
-        print(f"warning: tracking.register={name} failed ({reason(error)}); try again: {again}", flush=True)
-        return
-    print(f"registered: {address}", flush=True)
 
 
 @contextmanager

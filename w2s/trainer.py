@@ -35,12 +35,12 @@ from w2s.megatron.sharded import whole
 from w2s.megatron.watch import Float8Watch, float8_metrics
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
+from w2s.registering import register_clip
 from w2s.rerun import clones, explain
 from w2s.run import (
     counted,
     open_run,
     origins,
-    register_clip,
     share_sources,
     test_inputs,
     tracked,

@@ -90,7 +90,7 @@ class Repetition:
             return self._watched(partial(whole, rows, *args, **kwargs), entry, done)
         if done.forward is None or number == self._micro_batches - 1:
             return whole(rows, *args, **kwargs)
-        return _Repeated.apply(entry, self, done)
+        return _Repeated.apply(entry, self, done.forward, done)
 
     def _watched(self, whole: Callable[[], Tensor], entry: Tensor, done: _Pass) -> Tensor:
         """Run layers, and note what they do in both directions."""
@@ -162,9 +162,8 @@ class _Repeated(torch.autograd.Function):
     """Layers from rows to rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, repetition: Repetition, done: _Pass) -> Tensor:
-        assert done.forward is not None
-        result, ctx.held = repetition.repeat(done.forward, rows)
+    def forward(ctx: Any, rows: Tensor, repetition: Repetition, did: _Done, done: _Pass) -> Tensor:
+        result, ctx.held = repetition.repeat(did, rows)
         ctx.repetition, ctx.done = repetition, done
         ctx.save_for_backward(rows)
         return result
@@ -173,4 +172,4 @@ class _Repeated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         result, _ = ctx.repetition.repeat(replace(ctx.done.backward, stays=Counter()), gradients[0])
         ctx.held.clear()
-        return result, None, None
+        return result, None, None, None
