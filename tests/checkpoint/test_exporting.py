@@ -183,6 +183,8 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
         export_checkpoint(checkpoint, "caffe", tmp_path / "out")
     with pytest.raises(ConfigError, match="--hub nobody is no name of a hub: use OWNER/NAME"):
         export_checkpoint(checkpoint, "eva", tmp_path / "out", hub="nobody")
+    with pytest.raises(ConfigError, match="--license Apache 2 is no licence as a hub calls it: use apache-2"):
+        export_checkpoint(checkpoint, "eva", tmp_path / "out", licence="Apache 2")
     with pytest.raises(CheckpointError, match=r"clip\.pt is no checkpoint of w2s: make one of it with `w2s import`"):
         export_checkpoint(tmp_path / "clip.pt", "eva", tmp_path / "out")
     next((checkpoint).glob("*.distcp")).write_bytes(b"gone")
@@ -190,6 +192,20 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
         export_checkpoint(checkpoint, "safetensors", tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_card_says_what_the_folder_holds(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(model_of("18b"), tmp_path)
+    texts = {}
+    for format in ("open_clip", "timm", "torch_export"):
+        export_checkpoint(checkpoint, format, tmp_path / format)
+        texts[format] = (tmp_path / format / "README.md").read_text()
+    whole, vision = texts["open_clip"], texts["timm"]
+    held = load_file(tmp_path / "timm" / "model.safetensors")
+    assert not held.pop("head.bias").any(), "timm's head has one, EVA's has not"
+    assert f" {sum(tensor.numel() for tensor in held.values()):,} parameters" in vision
+    assert "A vision tower, " in vision and "A CLIP, " in whole and "Text: " not in vision
+    assert ["w2s import" in text for text in texts.values()] == [True, True, False], "graphs do not come back"
 
 
 def test_the_card_of_an_export(tmp_path: Path) -> None:

@@ -237,7 +237,8 @@ def wrong_files(folder: Path, model: ModelConfig) -> dict[str, tuple[Path, str]]
     for name, content in {"list": [1], "names": {"weight_map": ["a"]}, "empty": {"weight_map": {}}}.items():
         paths[f"{name}.index.json"].write_text(json.dumps(content))
     messages = {
-        "garbage.pt": "cannot be read", "cut.pt": "cannot be read", "garbage.safetensors": "cannot be read",
+        "garbage.pt": "cannot be read: it is no file of weights", "cut.pt": "cannot be read",
+        "garbage.safetensors": "cannot be read",
         "cut.safetensors": "cannot be read", "old.pt": "PyTorch's old format", "code.pt": "which may run code",
         "number.pt": "holds no tensors", "gap.pt": "1 tensors are missing, such as vision.norm.weight",
         "extra.pt": "1 tensors are unexpected, such as visual.blocks.7.norm1.weight",

@@ -251,11 +251,12 @@ def test_wrong_names_are_told_the_nearest(source, message):
 def test_wrong_files(tmp_path):
     with pytest.raises(CheckpointError, match=r"nope\.pt do not exist .* teacher.source=timm:test_vit@FILE"):
         build("timm:test_vit@nope.pt")
-    garbage, other = tmp_path / "garbage.pt", tmp_path / "other.pt"
+    garbage, text, other = tmp_path / "garbage.pt", tmp_path / "text.pt", tmp_path / "other.pt"
     garbage.write_bytes(b"not weights")
+    text.write_bytes(b"a photo of a cat\n")  # begins as a pickle that takes from an empty stack
     torch.save(small_open_clip().state_dict(), other)
     for source in ("timm:test_vit", "open_clip:ViT-S-32"):
-        for file in (garbage, other):
+        for file in (garbage, text, other):
             with pytest.raises(CheckpointError, match=f"{file} do not fit") as error:
                 build(f"{source}@{file}")
             assert "\n" not in str(error.value)

@@ -34,7 +34,7 @@ class Facts:
     model: ModelConfig
     """Its shape."""
     parameters: int
-    """Of the tensors that are written."""
+    """Of the checkpoint's tensors that are written."""
     types: Sequence[str]
     """Types of their numbers."""
     towers: Sequence[str]
