@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from w2s.data.reader import Part, PartDataset, ReadPlan
 from w2s.errors import DataError
+from w2s.host import keep_freed_memory
 from w2s.stopping import SIGNALS, end_with_parent, signals_blocked
 
 RESTARTS = 3
@@ -74,6 +75,7 @@ def kill_readers(parts: Iterator[Any]) -> None:
 
 
 def _live_and_die_with_trainer(_worker: int) -> None:
+    keep_freed_memory()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # The loader's watchdog looks at the parent, which is the server here, and that lives while its children do.
