@@ -74,7 +74,7 @@ def run(config: Config) -> None:
 def evaluate(config: Config, suite: Suite | None, checkpoint: Path, tracker: Tracker, ranks: Ranks) -> dict[str, float]:
     """Measure a checkpoint, show tables and pictures, return the metrics."""
     vision, text = build_clip(config, compute_dtype(config.precision), ranks.device)
-    load_all({"vision": vision, "text": text}, checkpoint)
+    load_all({"vision": vision, "text": text}, checkpoint, config.eval.weights)
     probe = ClipProbe(config, ranks)
     measured, resized, sizes = dict[str, dict[str, float]](), dict[str, Resize](), dict[str, int]()
     for name, rules, result in _measure({"vision": vision, "text": text}, probe, suite):

@@ -25,7 +25,7 @@ def register_clip(config: Config, run: Path, checkpoint: Path | None, ranks: Ran
     try:
         with tempfile.TemporaryDirectory(dir=run) as scratch:
             exported, model = Path(scratch, "clip"), Path(scratch, "model")
-            export_checkpoint(checkpoint, "open_clip", exported)
+            export_checkpoint(checkpoint, "open_clip", exported, weights=config.eval.weights)
             save_model(exported, model)
             uri, run_id = tracking_uri(config.tracking, Path(config.run.root).expanduser()), stored_run_id(run)
             if run_id is None:

@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +32,7 @@ from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.replicas import mend
 from w2s.megatron.sharded import whole
+from w2s.megatron.stored import has_average
 from w2s.megatron.watch import Float8Watch, float8_metrics
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
@@ -102,6 +103,7 @@ class Trainer:
         self._counting: Counting | None = None
         self.stage, self.config, self.run, self.ranks = stage, config, run, ranks
         self.pulse, self.memory = pulse or Pulse(), memory
+        self._news: list[str] = []
         self.step, self.parent, self.handover, position = self._restore()
         self.stream = self._read_from(position)
         self.watch = Float8Watch(stage.towers)
@@ -120,6 +122,11 @@ class Trainer:
         stream = open_stream(self.config, spec, rank=ranks.reader, size=size, position=position, sources=self.sources)
         self.pulse.helpers[READERS] = stream.reader_pids
         return stream
+
+    def tell_news(self) -> None:
+        """Say what became of the run when its checkpoint was taken up."""
+        while self._news:
+            self.tracker.message(self._news.pop(0))
 
     @property
     def samples(self) -> int:
@@ -143,8 +150,9 @@ class Trainer:
         if self.memory is not None and self.memory.meta is not None:
             meta, optimizer = self.memory.meta, self.stage.optimizer
             self._refuse_another_run(meta)
-            extra = state.take_up(self.memory.read(), self.stage.towers, optimizer, meta.step)
-            self.stage.load_extra_state(extra)
+            tensors = self.memory.read()
+            self.stage.load_extra_state(state.take_up(tensors, self.stage.towers, optimizer, meta.step))
+            self._note_average(meta.step, saved=any(name.startswith("average.") for name in tensors))
             return meta.step, meta.parent, None, dict(meta.data)
         own = store.latest(self.run)
         if own is not None:
@@ -167,7 +175,16 @@ class Trainer:
     def _take_up(self, checkpoint: Path) -> store.Meta:
         meta = store.read_meta(checkpoint)
         self.stage.load_extra_state(state.load(checkpoint, self.stage.towers, self.stage.optimizer, meta.step))
+        self._note_average(meta.step, saved=has_average(checkpoint))
         return meta
+
+    def _note_average(self, step: int, *, saved: bool) -> None:
+        """Note where the moving average of the weights begins anew, or ends."""
+        kept = self.config.optim.ema > 0
+        if kept and not saved:
+            self._news.append(f"the moving average begins at the weights of step {step}: there was none before")
+        elif saved and not kept:
+            self._news.append(f"the moving average ends at step {step}: optim.ema=0 keeps none")
 
     def _refuse_another_run(self, meta: store.Meta) -> None:
         found = difference(self.config, meta.config)
@@ -325,13 +342,27 @@ class Trainer:
             self.stream = self._read_from(dict(meta.data))
         samples = f"the samples of steps {self.step + 1} to {reached} {'come again' if again else 'are passed over'}"
         self.tracker.message(f"warning: {trouble}; back at step {self.step}, {samples}")
+        self.tell_news()
 
     def _evaluate(self) -> None:
         self.pulse.at("evaluating", self.step, long=True)
         self.stage.optimizer.gather_weights()
-        metrics = self.stage.evaluate()
+        with self._weights_to_measure():
+            metrics = self.stage.evaluate()
         if metrics:
             self.tracker.log(self.step, self.samples, metrics)
+
+    def _weights_to_measure(self) -> AbstractContextManager[None]:
+        """Inside, the towers hold the weights that `eval.weights` names."""
+        return self.stage.optimizer.averaged() if self.config.eval.weights == "ema" else nullcontext()
+
+    def finish(self) -> dict[str, float]:
+        """Measure once more, make pictures and tables; return the metrics of the finished stage."""
+        with self._weights_to_measure():
+            metrics = self.stage.finish(self.tracker)
+        if metrics:
+            self.tracker.log(self.step, self.samples, metrics)
+        return metrics
 
     def _save(self) -> None:
         self.stage.optimizer.gather_weights()
@@ -499,12 +530,11 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
                 trainer.tracker.message(f"goes on at step {trainer.step}, from the memory of the hosts")
             elif trainer.step and trainer.parent:
                 trainer.tracker.message(f"goes on at step {trainer.step}, begun from {trainer.parent}")
+            trainer.tell_news()
             if ranks.main:
                 trainer.tracker.inputs([*training_inputs(config, sources), *test_inputs(config)])
             trainer.train()
             pulse.at("finishing", long=True)
-            metrics = trainer.stage.finish(trainer.tracker)
-            if metrics:
-                trainer.tracker.log(trainer.step, trainer.samples, metrics)
+            metrics = trainer.finish()
             write_result(run, config, metrics, started, ranks)
     register_clip(config, run, store.latest(run), ranks)

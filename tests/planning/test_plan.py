@@ -60,6 +60,15 @@ def test_18b_on_256_h100_is_planned_in_seconds_and_every_layout_is_legal() -> No
     assert 0.3 < best.mfu < 794 / 989
 
 
+def test_a_moving_average_has_four_bytes_a_parameter_of_the_share_and_a_pass_of_twelve() -> None:
+    """The optimizer has twelve bytes and moves 46."""
+    without, kept = one(), one(overrides=("optim.ema=0.9999",))
+    assert (without.memory.average, 3 * kept.memory.average) == (0, kept.memory.optimizer)
+    assert kept.memory.total - without.memory.total == kept.memory.average
+    assert kept.host.bytes - without.host.bytes == pytest.approx(kept.memory.average, rel=0.1)  # of another stage
+    assert kept.time.optimizer == pytest.approx(without.time.optimizer * (46 + 12) / 46)
+
+
 def test_a_checkpoint_in_memory_is_what_a_rank_holds() -> None:
     """Weights in bfloat16, and 12 bytes a parameter for what the optimizer shares out over data-parallel ranks."""
     states = States(weights=2_000_000_000, gradients=4_000_000_000, optimizer=200_000_000)

@@ -207,6 +207,18 @@ def test_memory_of_a_rank_is_what_the_planner_says() -> None:
         assert report.written == pytest.approx(planned.weights / 2 + planned.optimizer, rel=0.05)
 
 
+def test_a_moving_average_has_the_planned_memory_and_waits_for_nothing() -> None:
+    bf16 = ["precision.compute=bf16", "teacher.precision=bf16"]
+    without, kept = (rehearsed(configured("mim", *TENSOR, *bf16, f"optim.ema={ema}"), 8, [0, 4]) for ema in (0, 0.9999))
+    assert not kept.wrong
+    for before, after in zip(without.ranks, kept.ranks, strict=True):
+        planned = kept.planned[after.tape.rank].average
+        assert after.built - before.built == planned > 0
+        assert after.peak - before.peak == pytest.approx(planned, rel=0.01)  # beside it there are some scalars
+        # Of what tensor-parallel ranks have alike one writes.
+        assert 0.8 * planned < after.written - before.written <= planned
+
+
 @SLOW
 @pytest.mark.parametrize(
     ("stage", "overrides"),

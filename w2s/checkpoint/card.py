@@ -11,9 +11,18 @@ from pathlib import Path
 import yaml
 
 from w2s.checkpoint.formats.base import Guide
-from w2s.checkpoint.lineage import CONTINUED, Ancestor, Measurement, data_licences, lineage, measurements, sha256
+from w2s.checkpoint.lineage import (
+    AVERAGED,
+    CONTINUED,
+    Ancestor,
+    Measurement,
+    data_licences,
+    lineage,
+    measurements,
+    sha256,
+)
 from w2s.checkpoint.released import Released
-from w2s.config.sections import ModelConfig
+from w2s.config.sections import ModelConfig, Weights
 from w2s.tracking.tables import Cell, Table
 
 PAPER = "[EVA-CLIP-18B, arXiv 2402.04252](https://arxiv.org/abs/2402.04252)"
@@ -54,6 +63,7 @@ def gather_facts(
     *,
     title: str,
     licence: str,
+    weights: Weights = "last",
     vision_alone: bool = False,
 ) -> Facts:
     """Read what there is to say of a checkpoint, or of its vision tower alone."""
@@ -67,8 +77,8 @@ def gather_facts(
         towers=[
             tower for tower in ("visual", "text") if released.has(tower) and not (vision_alone and tower == "text")
         ],
-        lineage=lineage(checkpoint),
-        measured=measurements(checkpoint),
+        lineage=lineage(checkpoint, weights),
+        measured=measurements(checkpoint, weights),
         data_licences=data_licences(checkpoint),
     )
 
@@ -152,8 +162,10 @@ def _lineage_table(facts: Facts) -> str:
         ]
         for each in facts.lineage
     ]  # fmt: skip
-    # a run that goes on from another one's checkpoint counts its samples too
-    seen = sum(each.samples or 0 for each in facts.lineage if not each.role.startswith(("teacher", CONTINUED)))
+    # a run that goes on from another one's checkpoint counts its samples too, and so does an average of checkpoints
+    seen = sum(
+        each.samples or 0 for each in facts.lineage if not each.role.startswith(("teacher", CONTINUED, AVERAGED))
+    )
     return (
         f"{_table(columns, rows)}\n\nSamples seen without those of the teachers: {seen:,}. Digests are of all "
         "settings that change the result, of the names of the shards, and of weights the first digits of the SHA-256 "

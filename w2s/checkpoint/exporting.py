@@ -16,6 +16,7 @@ from w2s.checkpoint.released import open_released
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify
 from w2s.config.load import model_from
+from w2s.config.sections import Weights
 from w2s.errors import CheckpointError, ConfigError
 
 FORMATS: Mapping[str, Write] = {
@@ -48,7 +49,14 @@ class Exported:
 
 
 def export_checkpoint(
-    checkpoint: Path, format: str, out: Path, *, precision: str = "", hub: str = "", licence: str = "unknown"
+    checkpoint: Path,
+    format: str,
+    out: Path,
+    *,
+    weights: Weights = "last",
+    precision: str = "",
+    hub: str = "",
+    licence: str = "unknown",
 ) -> Exported:
     """Write a checkpoint in another program's format, with its shape as model.yaml and a card as README.md.
 
@@ -58,13 +66,14 @@ def export_checkpoint(
         checkpoint: a folder with meta.json.
         format: one of `FORMATS`.
         out: the new folder.
+        weights: the last ones, or their moving average.
         precision: `fp32`, `fp16` or `bf16`; empty leaves the types of numbers what they are.
         hub: OWNER/NAME that it will have on a hub.
         licence: the licence of the weights, as the hub calls it.
 
     Raises:
         ConfigError: there is no such format or precision, `hub` is no OWNER/NAME, or `licence` is no identifier.
-        CheckpointError: the checkpoint is damaged, or the format cannot hold it.
+        CheckpointError: the checkpoint is damaged or has no moving average, or the format cannot hold it.
         MissingPackageError: the format needs a package that is not installed.
         UserError: `out` exists already.
     """
@@ -77,7 +86,7 @@ def export_checkpoint(
     if not (checkpoint / "meta.json").is_file():
         raise CheckpointError(f"{checkpoint} is no checkpoint of w2s: make one of it with `w2s import`")
     verify(checkpoint)
-    model, released = model_from(read_meta(checkpoint).config), open_released(checkpoint)
+    model, released = model_from(read_meta(checkpoint).config), open_released(checkpoint, weights)
     if precision:
         released = Cast(released, numbers(precision))
     with new_folder(out) as folder:
@@ -91,6 +100,7 @@ def export_checkpoint(
             model,
             title=hub or f"{model.name}, {format}",
             licence=licence,
+            weights=weights,
             vision_alone=guide.vision_alone,
         )
         write_card(folder, facts, guide)

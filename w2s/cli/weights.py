@@ -1,8 +1,8 @@
-"""w2s import, w2s export, w2s inspect, w2s encode."""
+"""w2s import, w2s export, w2s average, w2s inspect, w2s encode."""
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -51,6 +51,9 @@ def export(
     format: Annotated[
         str, typer.Option(help="open_clip, timm, transformers, onnx, torch_export, eva or safetensors.")
     ] = "open_clip",
+    weights: Annotated[
+        Literal["last", "ema"], typer.Option(help="The last weights, or their moving average (optim.ema).")
+    ] = "last",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16 instead of the checkpoint's own.")] = "",
     hub: Annotated[str, typer.Option(help="OWNER/NAME that the folder will have on a hub.")] = "",
     license: Annotated[
@@ -65,11 +68,34 @@ def export(
         from w2s.checkpoint.find import find_any
 
         path = find_any(run, Path(root).expanduser(), key="RUN")
-        exported = export_checkpoint(path, format, out, precision=precision, hub=hub, licence=license)
+        exported = export_checkpoint(path, format, out, weights=weights, precision=precision, hub=hub, licence=license)
         rows = [[name, f"{size:,}"] for name, size in exported.files.items()]
         print_table(f"{path} -> {out}", ["file", "bytes"], rows)
         first = exported.guide.snippets[0]
         print(f"{first.peer} (more in {out / 'README.md'}):\n\n{first.code.replace('FOLDER', str(out))}")
+
+
+@app.command()
+def average(
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run's folder, or its name below --root.", autocompletion=complete_run),
+    ],
+    last: Annotated[int, typer.Option(min=2, help="How many of its newest checkpoints.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="The new folder; without it RUN-last-N beside the run.")] = None,
+    root: Root = "runs",
+    debug: Debug = False,
+) -> None:
+    """Average the last checkpoints of a run: a checkpoint that can be evaluated, exported, taken over and teach."""
+    with one_line(debug), stop_at_once():
+        from w2s.checkpoint.averaging import average_checkpoints
+        from w2s.checkpoint.find import find_run
+
+        path = find_run(run, Path(root).expanduser())
+        made = out or path.with_name(f"{path.name}-last-{last}")
+        for checkpoint in average_checkpoints(path, last, made):
+            print(f"{checkpoint.name} of {path}")
+        print(f"averaged: {made}")
 
 
 @app.command()

@@ -42,6 +42,7 @@ _INTERVALS = {
     "optim.warmup": "[0, inf)",
     "optim.spike_deviations": "[0, inf)",
     "optim.spike_window": "[1, inf)",
+    "optim.ema": "[0, 1)",
     "optim.eps": "(0, inf)",
     "optim.weight_decay": "[0, inf)",
     "optim.clip_grad": "[0, inf)",
@@ -94,6 +95,7 @@ def check_settings(config: Config) -> None:
         return
     _check_optimizer(config)
     _check_continued(config)
+    _check_weights(config)
     _check_growth(config.init)
     if config.stage == "mim":
         _check_masks(config)
@@ -208,6 +210,22 @@ def _check_continued(config: Config) -> None:
             )
 
 
+def _check_weights(config: Config) -> None:
+    """A moving average is there to be measured or taken over."""
+    init = config.init
+    if config.eval.weights == "ema" and not config.optim.ema:
+        raise ConfigError("eval.weights=ema while training needs an average: set optim.ema, such as optim.ema=0.9999")
+    if config.eval.weights == "ema" and config.precision.fp8_primary_weights:
+        raise ConfigError(
+            "eval.weights=ema while training with precision.fp8_primary_weights=true would round the weights again: "
+            "measure the average with w2s stage eval"
+        )
+    if init.weights == "ema" and {init.vision, init.text} <= {"none", "teacher"}:
+        raise ConfigError(
+            f"init.weights=ema does nothing with init.vision={init.vision} and init.text={init.text}: name a run there"
+        )
+
+
 def _check_growth(init: InitConfig) -> None:
     for key, how in (("init.grow", init.grow), ("init.grow_width", init.grow_width)):
         if how != "none" and (init.checkpoint != "none" or init.vision == init.text == "none"):
@@ -279,6 +297,8 @@ def _check_graphs(config: Config) -> None:
 
 
 def _check_eval(config: Config) -> None:
+    if config.init.weights == "ema":
+        raise ConfigError("init.weights=ema is for stages that train: use eval.weights=ema")
     _check_suite(config.eval)
     if config.eval.linear_probe and not (config.eval.knn_shards or config.eval.suite):
         raise ConfigError("eval.linear_probe=true has nothing to learn from: give labelled images in eval.knn_shards")

@@ -5,6 +5,9 @@ from typing import Literal
 
 from w2s.config.requirements import require, require_folder_name, require_positive
 
+Weights = Literal["last", "ema"]
+"""Which of a checkpoint's weights: those after its last step, or their moving average."""
+
 
 @dataclass(kw_only=True)
 class VisionConfig:
@@ -143,6 +146,8 @@ class TeacherConfig:
 
     FILE may be the folder that it is in. Without a file the weights are random.
     """
+    weights: Weights = "last"
+    """Of `w2s:RUN`, the last weights or the moving average (`optim.ema`)."""
     image_size: int = 0
     """Side of the teacher's input in pixels; 0 is its own, and for a convolutional net a feature per student patch."""
     target_norm: Literal["none", "standardize", "layernorm"] = "none"

@@ -31,6 +31,7 @@ _WITHOUT_EFFECT = frozenset(
         "train.log_every",
         "clip.tile",
         "clip.two_pass",
+        "optim.ema",
         "parallel",
         "precision.linear",
         "hardware",
@@ -38,7 +39,8 @@ _WITHOUT_EFFECT = frozenset(
         "tracking",
     }
 )
-"""Keys and sections that say where and how fast a result is computed, and not which (up to the order of sums)."""
+"""Keys and sections that say where and how fast a result is computed, and not which (up to the order of sums), or what
+is kept beside it."""
 
 
 def digest(config: Config) -> str:

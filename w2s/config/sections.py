@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from w2s.config.data_sections import DataConfig, PhaseConfig
-from w2s.config.model_sections import ModelConfig, TeacherConfig, TextConfig, VisionConfig
+from w2s.config.model_sections import ModelConfig, TeacherConfig, TextConfig, VisionConfig, Weights
 from w2s.config.requirements import require, require_folder_name, require_positive
 from w2s.config.training_sections import ClipConfig, DistillConfig, LayerPairConfig, MimConfig, OptimConfig, TrainConfig
 
@@ -35,6 +35,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "VisionConfig",
+    "Weights",
 ]
 
 Resize = Literal["crop", "squash"]
@@ -188,6 +189,8 @@ class InitConfig:
     """How towers that are named above become deeper: the whole tower repeated, or each layer in its place."""
     grow_width: Literal["none", "copy", "split"] = "none"
     """How they become wider: by copies that share their readers' weights evenly, or unevenly, so that they part."""
+    weights: Weights = "last"
+    """Of the runs that are named above, the last weights or the moving average (`optim.ema`)."""
     projections: Literal["keep", "fresh"] = "keep"
     """`keep` takes heads and logit scale along where they fit, `fresh` draws them anew (as EVA's released code)."""
     checkpoint: str = "none"
@@ -214,6 +217,8 @@ class EvalConfig:
 
     shards: str = ""
     """Test shards with images and captions or class labels; empty turns evaluation off."""
+    weights: Weights = "last"
+    """What is measured, while training too: the last weights or their moving average (`optim.ema`)."""
     sets: dict[str, str] = field(default_factory=dict)
     """Several test sets for `w2s stage eval`, shards by name, in place of `shards`; metrics are called NAME/METRIC."""
     suite: str = ""

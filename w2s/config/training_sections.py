@@ -232,6 +232,9 @@ class OptimConfig:
     standard deviations is skipped; 0 skips only those whose norm or loss is not a number."""
     spike_window: int = 128
     """Gradient norms that a spike is measured by; nothing is one before half of them are there."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights that is kept beside them, such as 0.9999 (docs/averaging.md); 0 keeps
+    none."""
 
     def cooldown_start(self, steps: int) -> int:
         """Return the step of `steps` from which a constant rate falls: up to there it is that of any longer run."""

@@ -1,6 +1,7 @@
 """Megatron's distributed optimizer around AdamW or LAMB, for towers split in any way."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from w2s.megatron.gradients import judge_and_clip
 from w2s.megatron.initialize import global_name
 from w2s.megatron.sharded import ShardedTower
 from w2s.megatron.slices import sharded_boxes
+from w2s.optim.average import WeightAverage
 from w2s.optim.groups import has_trust_ratio, parameter_groups
 from w2s.optim.guard import StepGuard
 from w2s.optim.lamb import Lamb
@@ -44,6 +46,7 @@ class Optimizer:
 
     Attributes:
         guard: what judges the steps, and counts those that were skipped.
+        average: the moving average of the weights, sharded as the master weights are; None without `ema`.
     """
 
     def __init__(
@@ -86,6 +89,9 @@ class Optimizer:
             slices[p]: (bounds or {})[name] for _, name, _, p in parameters if name in (bounds or {}) and p in slices
         }
         inner.register_step_post_hook(lambda *_: _clamp(limits))
+        self.average = average = WeightAverage(inner, config.ema) if config.ema else None
+        if average is not None:
+            inner.register_step_post_hook(lambda *_: average.update())
 
     def zero_grad(self) -> None:
         """Clear all gradients."""
@@ -176,8 +182,30 @@ class Optimizer:
         self.sharded.spread()
 
     def reload_weights(self) -> None:
-        """Take the towers' weights over into the master weights, after weights were loaded."""
+        """Take the towers' weights over into the master weights, after weights were loaded; an average begins there."""
         self.sharded.reload_model_params()
+        if self.average is not None:
+            self.average.restart()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the towers hold the average in place of the weights; every rank calls.
+
+        Raises:
+            ValueError: no average is kept.
+        """
+        if self.average is None:
+            raise ValueError("this optimizer keeps no average of the weights")
+        self._exchange(self.average)
+        try:
+            yield
+        finally:
+            self._exchange(self.average)
+
+    def _exchange(self, average: WeightAverage) -> None:
+        self.gather_weights()  # a gathering that is still due would write over what is spread
+        average.exchange()
+        self.spread_weights()
 
 
 class _DistributedOptimizer(DistributedOptimizer):

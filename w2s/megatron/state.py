@@ -4,7 +4,8 @@ Every rank writes and reads its own share of the optimizer's state, and of the w
 distributed checkpoints; nothing is gathered.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor, nn
 
+from w2s.config.sections import Weights
 from w2s.errors import CheckpointError
 from w2s.megatron.fully_sharded import FullySharded
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.sharded import whole
 from w2s.megatron.slices import sharded_boxes
-from w2s.megatron.stored import StoredTensors
+from w2s.megatron.stored import AVERAGE, StoredTensors, has_average
 from w2s.megatron.unpickling import COMMON, check_common, check_state, read_metadata
 from w2s.megatron.writing import Writing, reporting
+
+_KINDS = ("weights", "scales", "optimizer", "average", "guard", "extra")
+"""What a rank holds of a training."""
 
 
 def save(
@@ -53,6 +58,7 @@ def _described(towers: Towers, optimizer: Optimizer, extra: Mapping[str, Tensor]
     return {
         **_own_shares(_worth_keeping(weights), optimizer),
         "optimizer": optimizer.sharded.sharded_state_dict(weights, metadata=_metadata()),
+        **_average(weights, optimizer),
         "guard": optimizer.guard.state(),
         "extra": dict(extra),
     }
@@ -61,6 +67,8 @@ def _described(towers: Towers, optimizer: Optimizer, extra: Mapping[str, Tensor]
 def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[str, Tensor]:
     """Read what `save` wrote after `step` updates, at any layout; return the extra tensors.
 
+    An average begins at the weights that are read where the checkpoint has none; one that is not kept is not read.
+
     Raises:
         CheckpointError: the files are damaged.
     """
@@ -68,7 +76,8 @@ def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[
         weights = _weights(towers)
         optimizer.prepare_to_load()
         wanted = optimizer.sharded.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
-        state = _load({**_unshared(_known(weights, folder)), "optimizer": wanted}, folder)
+        average = _average(weights, optimizer) if has_average(folder) else {}
+        state = _load({**_unshared(_known(weights, folder)), "optimizer": wanted, **average}, folder)
         if "extra" not in state:
             raise CheckpointError(f"{folder / COMMON} is not that of a training: use another checkpoint")
         _into_towers(towers, state)
@@ -76,6 +85,8 @@ def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[
         optimizer.guard.load(state["guard"])
     optimizer.load(state["optimizer"], step)
     optimizer.spread_weights()
+    slices = state.get("average", {}).values()
+    _take_average(optimizer, [torch.cat([part.flatten() for part in each]) for each in slices])
     extra: dict[str, Tensor] = state["extra"]
     return extra
 
@@ -86,6 +97,7 @@ def own_tensors(towers: Towers, optimizer: Optimizer, extra: Mapping[str, Tensor
         **{f"weights.{name}": tensor for name, tensor in _own_weights(towers).items()},
         **{f"scales.{name}": tensor for name, tensor in _own_scales(towers).items()},
         **{f"optimizer.{name}": tensor for name, tensor in optimizer.slices().items()},
+        **{f"average.{number}": tensor for number, tensor in enumerate(_own_average(optimizer).values())},
         **{f"guard.{name}": tensor for name, tensor in optimizer.guard.state().items()},
         **{f"extra.{name}": tensor for name, tensor in extra.items()},
     }
@@ -93,12 +105,12 @@ def own_tensors(towers: Towers, optimizer: Optimizer, extra: Mapping[str, Tensor
 
 @torch.no_grad()
 def take_up(tensors: Mapping[str, Tensor], towers: Towers, optimizer: Optimizer, step: int) -> dict[str, Tensor]:
-    """Take up what `own_tensors` gave after `step` updates; return the extra tensors.
+    """Take up what `own_tensors` gave after `step` updates, an average as `load` does; return the extra tensors.
 
     Raises:
         CheckpointError: they are another layout's.
     """
-    kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("weights", "scales", "optimizer", "guard", "extra")}
+    kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         kinds[kind][rest] = tensor
@@ -111,6 +123,8 @@ def take_up(tensors: Mapping[str, Tensor], towers: Towers, optimizer: Optimizer,
     _take_scales(towers, kinds["scales"])
     for chunk in (chunk for tower in towers.values() for chunk in tower.chunks if isinstance(chunk, FullySharded)):
         chunk.release()
+    averages = kinds["average"]
+    _take_average(optimizer, [averages[str(number)] for number in range(len(averages))])
     optimizer.go_on_from(step)
     return kinds["extra"]
 
@@ -155,18 +169,20 @@ def _take_scales(towers: Towers, scales: Mapping[str, Tensor]) -> None:
             part.load_state_dict(own, strict=False)
 
 
-def load_weights(folder: Path, towers: Towers, names: Iterable[str]) -> None:
-    """Read the named tensors (`TOWER.PARAMETER`) into the towers; the others keep their values.
+def load_weights(folder: Path, towers: Towers, names: Iterable[str], weights: Weights = "last") -> None:
+    """Read the named tensors (`TOWER.PARAMETER`), or their moving average, into the towers; others keep their values.
 
     Raises:
-        CheckpointError: the files are damaged.
+        CheckpointError: the files are damaged, or have no average.
     """
-    names = set(names)
+    names, places = set(names), StoredTensors(folder, weights).places
+
+    def placed(parts: Mapping[str, Any]) -> dict[str, ShardedTensor]:
+        own = {key: part for key, part in parts.items() if isinstance(part, ShardedTensor) and part.key in names}
+        return {key: replace(part, key=places.get(part.key, part.key)) for key, part in own.items()}
+
     with whole(towers.values()):
-        wanted = {
-            chunk: {key: part for key, part in parts.items() if isinstance(part, ShardedTensor) and part.key in names}
-            for chunk, parts in _weights(towers).items()
-        }
+        wanted = {chunk: placed(parts) for chunk, parts in _weights(towers).items()}
         _into_towers(towers, _load(wanted, folder))
 
 
@@ -247,6 +263,33 @@ def _own_shares(weights: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]
         for chunk, parts in weights.items()
     }
     return {chunk: {key: part for key, part in parts.items() if part != []} for chunk, parts in shares.items()}
+
+
+def _average(weights: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Describe what this rank holds of the average of each weight; nothing where none is kept."""
+    if optimizer.average is None:
+        return {}
+    whole, runs = {part.data: part for _, part in _named(weights)}, optimizer.sharded.runs()
+    parts = {
+        number: sharded_boxes(whole[parameter], f"{AVERAGE}{whole[parameter].key}", own, runs[parameter][0])
+        for number, (parameter, own) in enumerate(_own_average(optimizer).items())
+    }
+    return {"average": parts}
+
+
+def _own_average(optimizer: Optimizer) -> dict[nn.Parameter, Tensor]:
+    """This rank's slices of the average by parameter: the tensors themselves; none where no average is kept."""
+    average = optimizer.average
+    return {} if average is None else {p: average[own] for p, own in optimizer.sharded.slices().items()}
+
+
+def _take_average(optimizer: Optimizer, saved: Sequence[Tensor]) -> None:
+    """Take up the slices of a checkpoint; where it has none the average begins at the weights."""
+    if optimizer.average is not None and not saved:
+        optimizer.average.restart()
+    elif optimizer.average is not None:
+        for own, held in zip(_own_average(optimizer).values(), saved, strict=True):
+            own.copy_(held)
 
 
 def _unshared(weights: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,13 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
+from w2s.config.sections import Weights
+from w2s.errors import CheckpointError
 from w2s.megatron.unpickling import COMMON, check_common, read_metadata
 from w2s.megatron.writing import reporting
+
+AVERAGE = "optimizer.state.ema."
+"""How the names of the moving averages begin, before those of their weights."""
 
 
 class StoredTensors:
@@ -23,20 +28,33 @@ class StoredTensors:
 
     Attributes:
         meta: every weight as a tensor on the meta device.
+        places: the name that each has in the checkpoint.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weights: Weights = "last") -> None:
         """Read the names and shapes.
 
+        Args:
+            folder: the checkpoint.
+            weights: `ema` takes, of what was trained, the moving average, in float32.
+
         Raises:
-            CheckpointError: the folder's metadata is damaged, or a file of it would run code.
+            CheckpointError: the folder's metadata is damaged, a file of it would run code, or it has no average.
         """
         self.folder = folder
         check_common(folder)  # not needed here, but a checkpoint is refused by all or by none
+        found = read_metadata(folder).state_dict_metadata
+        stored = {name: tensor for name, tensor in found.items() if isinstance(tensor, TensorStorageMetadata)}
+        names = [name for name in stored if not name.startswith("optimizer.")]
+        averaged = {name for name in names if f"{AVERAGE}{name}" in stored} if weights == "ema" else set()
+        if weights == "ema" and not averaged:
+            raise CheckpointError(
+                f"{folder} holds no moving average of the weights: train with optim.ema, or take the `last` ones"
+            )
+        self.places = {name: f"{AVERAGE}{name}" if name in averaged else name for name in names}
         self.meta = {
-            name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
-            for name, tensor in read_metadata(folder).state_dict_metadata.items()
-            if isinstance(tensor, TensorStorageMetadata) and not name.startswith("optimizer.")
+            name: torch.empty(stored[place].size, dtype=stored[place].properties.dtype, device="meta")
+            for name, place in self.places.items()
         }
 
     def read(self, name: str) -> Tensor:
@@ -47,8 +65,17 @@ class StoredTensors:
         """
         tensor = torch.empty_like(self.meta[name], device="cpu")
         with _alone(), reporting(f"read {self.folder}", "use another checkpoint"):
-            dcp.load({name: tensor}, checkpoint_id=str(self.folder), no_dist=True)
+            dcp.load({self.places[name]: tensor}, checkpoint_id=str(self.folder), no_dist=True)
         return tensor
+
+
+def has_average(folder: Path) -> bool:
+    """Whether a checkpoint holds a moving average of the weights.
+
+    Raises:
+        CheckpointError: the folder's metadata is damaged.
+    """
+    return any(name.startswith(AVERAGE) for name in read_metadata(folder).state_dict_metadata)
 
 
 def write_tensors(folder: Path, meta: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:

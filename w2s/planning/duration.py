@@ -26,6 +26,8 @@ _BF16, _FP32 = 2, 4
 UPDATE = {"adamw": 46, "lamb": 134}
 """Bytes that an update reads and writes for a parameter of a rank's share: norm of the gradient and clipping (12), the
 fused AdamW (28) or LAMB's operators one by one (116), the weight in bfloat16 (6)."""
+_AVERAGING = 12
+"""Bytes that a moving average reads and writes for a parameter: the average twice, the master weight."""
 _MOST = 0.9
 LOSS_READS = 20
 """Reads and writes of a tile of logits in w2s/objectives: exponentials, sums and products in place, about."""
@@ -118,7 +120,7 @@ class StepModel:
             accumulation=moving(card, states.gradients) + sum(run.count * run.accumulated for run in self._runs),
             teacher=_teacher(config, card, teacher, world_size) if teacher else 0.0,
             loss=_loss(config, card, teacher, world_size) if config.stage == "clip" else 0.0,
-            optimizer=moving(card, UPDATE[config.optim.name] * states.optimizer / 12),
+            optimizer=moving(card, UPDATE[config.optim.name] * states.optimizer / 12 + _AVERAGING * states.average / 4),
             batch=_batch(config, card, teacher, world_size),
         )
 

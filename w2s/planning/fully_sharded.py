@@ -8,7 +8,7 @@ outside of layers is gathered once and reduced at the end of a backward pass.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from w2s.config.sections import PrecisionConfig
 from w2s.planning.states import States
@@ -42,12 +42,21 @@ def whole(tower: PlannedTower, precision: PrecisionConfig, data_size: int) -> Wh
     return Whole(weight * (together * layer + rest), gradient * layer, waiting)
 
 
-def rank_states(towers: Sequence[PlannedTower], precision: PrecisionConfig, data_size: int) -> States:
-    """Bytes on a rank, padding included, that of the first rank, which has full shares."""
+def rank_states(
+    towers: Sequence[PlannedTower], precision: PrecisionConfig, data_size: int, average: bool = False
+) -> States:
+    """Bytes on a rank, padding included, that of the first rank, which has full shares.
+
+    Args:
+        towers: the towers of the stage of training.
+        precision: types of weights and gradients.
+        data_size: data-parallel ranks.
+        average: whether there is a moving average of the weights.
+    """
     total = States()
     for tower in towers:
         total += _states(tower, precision, data_size)
-    return total
+    return total if average else replace(total, average=0)
 
 
 def _states(tower: PlannedTower, precision: PrecisionConfig, data_size: int) -> States:
@@ -60,6 +69,7 @@ def _states(tower: PlannedTower, precision: PrecisionConfig, data_size: int) -> 
         weights=weight * share + _FP32 * scalars,
         gradients=gradient * share + _FP32 * scalars,
         optimizer=3 * _FP32 * (share + scalars),
+        average=_FP32 * (share + scalars),
     )
 
 

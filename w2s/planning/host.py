@@ -24,13 +24,13 @@ class HostCopy:
 
 
 def host_copy(card: Card, states: States, gpus: int) -> HostCopy:
-    """Plan a rank's part: weights, master weights and moments.
+    """Plan a rank's part: weights, master weights, moments, and an average of the weights if there is one.
 
     Args:
         card: the GPUs.
         states: the rank's.
         gpus: how many there are.
     """
-    own, several = states.weights + states.optimizer, gpus > GPUS_PER_NODE
+    own, several = states.weights + states.optimizer + states.average, gpus > GPUS_PER_NODE
     sent = own / (1e9 * card.network_gbs) if several else 0.0
     return HostCopy(own, _GENERATIONS * (1 + several) * own, own / (1e9 * _COPY_GBS) + sent)

@@ -27,6 +27,8 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
+    average: int
+    """The moving average of the weights."""
     teacher: int
     """Its weights, and what its forward pass needs while it runs."""
     batch: int
@@ -68,6 +70,7 @@ def rank_memory(
         weights=states.weights + sum(_fp8_weights(config, tower, stage) for tower in towers),
         gradients=states.gradients,
         optimizer=states.optimizer,
+        average=states.average,
         teacher=_teacher_weights(config, teacher) if teacher else 0,
         batch=own * sample_bytes(config, teacher),
     )

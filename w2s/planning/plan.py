@@ -245,10 +245,13 @@ class _SplitStage:
         self.towers = planned_towers(split, **widths)
         parallel = split.parallel
         last, size = parallel.pipeline - 1, gpus // model_parallel_size(parallel)
+        average = split.optim.ema > 0
         if parallel.shard == "full":
-            self.states = {0: fully_sharded.rank_states(self.towers, split.precision, size)}
+            self.states = {0: fully_sharded.rank_states(self.towers, split.precision, size, average)}
             return
         self.states = {
-            rank: rank_states(self.towers, parallel, split.precision, data_size=size, data_rank=0, stage=rank)
+            rank: rank_states(
+                self.towers, parallel, split.precision, data_size=size, data_rank=0, stage=rank, average=average
+            )
             for rank in sorted({0, min(1, last), last})
         }

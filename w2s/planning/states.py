@@ -3,12 +3,13 @@
 Megatron lays a chunk's parameters out in buffers, the last one first, each at a multiple of 64 elements; buckets end at
 a multiple of 128 and of the data-parallel size, which shares every bucket out (megatron/core/distributed/
 param_and_grad_buffer.py). Weights and gradients have a buffer of that length each. The optimizer keeps, for what a
-rank's share of a bucket holds of parameters, two moments and, beside weights in bfloat16, a master copy, in float32.
+rank's share of a bucket holds of parameters, two moments and, beside weights in bfloat16, a master copy, in float32;
+and so is a moving average of the weights.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 from w2s.config.sections import ParallelConfig, PrecisionConfig
@@ -24,6 +25,7 @@ class States:
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
+    average: int = 0
 
     def __add__(self, other: "States") -> "States":
         return States(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
@@ -37,6 +39,7 @@ def rank_states(
     data_size: int,
     data_rank: int,
     stage: int,
+    average: bool = False,
 ) -> States:
     """Bytes on a rank of a pipeline stage.
 
@@ -47,6 +50,7 @@ def rank_states(
         data_size: data-parallel ranks.
         data_rank: which of them it is.
         stage: rank in the pipeline; it holds every `parallel.pipeline`-th of the virtual stages.
+        average: whether there is a moving average of the weights.
     """
     total = States()
     for tower in towers:
@@ -56,7 +60,7 @@ def rank_states(
             bucket = max(40_000_000, 1_000_000 * data_size) if bucketed else 0
             for sizes, wide in _buffers(tower, virtual, parallel.tensor, precision):
                 total += _buffer(sizes, wide, precision.gradients == "fp32", data_size, data_rank, bucket)
-    return total
+    return total if average else replace(total, average=0)
 
 
 def _buffers(
@@ -79,6 +83,7 @@ def _buffer(
         weights=length * (4 if wide else 2),
         gradients=length * (4 if wide or wide_gradients else 2),
         optimizer=own * (8 if wide else 12),
+        average=own * 4,
     )
 
 

@@ -159,8 +159,9 @@ def _planned(config: Config, world_size: int, rank: int) -> Memory:
     teacher, parallel = planned_teacher(config), config.parallel
     towers = planned_towers(config, **(teacher.widths(config.mim) if teacher else {}))
     stage, size = stage_of(rank, parallel, world_size), world_size // model_parallel_size(parallel)
+    average = config.optim.ema > 0
     if parallel.shard == "full":
-        states = fully_sharded.rank_states(towers, config.precision, size)
+        states = fully_sharded.rank_states(towers, config.precision, size, average)
     else:
         states = rank_states(
             towers,
@@ -169,5 +170,6 @@ def _planned(config: Config, world_size: int, rank: int) -> Memory:
             data_size=size,
             data_rank=rank // parallel.tensor % size,
             stage=stage,
+            average=average,
         )
     return rank_memory(config, towers, teacher, states, world_size, stage)

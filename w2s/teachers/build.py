@@ -19,7 +19,7 @@ from w2s.teachers.hugging_face import hugging_face_model
 from w2s.teachers.open_clip_vit import open_clip_model
 from w2s.teachers.sharded_run import ShardedRun
 from w2s.teachers.timm_vit import timm_model
-from w2s.teachers.weights import name_and_weights, weights_file
+from w2s.teachers.weights import check_weights, name_and_weights, weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ def without_weights(config: TeacherConfig, *, grid: int) -> PatchNetwork:
 
 
 def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelConfig) -> PatchNetwork:
+    check_weights(config)
     size = config.image_size
     if config.source in SIZES:
         return EfficientNetLite(config.source, image_size=size, grid=grid)
@@ -125,8 +126,10 @@ def _run(config: TeacherConfig, name: str, root: Path, parallel: ParallelConfig)
     checkpoint = find_any(name, root, key="teacher.source")
     verify(checkpoint)
     if config.sharded:
-        return ShardedRun(checkpoint, parallel, image_size=config.image_size, precision=config.precision)
-    return w2s_run(checkpoint, image_size=config.image_size, precision=config.precision)
+        return ShardedRun(
+            checkpoint, parallel, image_size=config.image_size, precision=config.precision, weights=config.weights
+        )
+    return w2s_run(checkpoint, image_size=config.image_size, precision=config.precision, weights=config.weights)
 
 
 def _no_teacher(source: str, kind: str) -> ConfigError:

@@ -19,7 +19,7 @@ from w2s.checkpoint.formats.plain import image_tower, zero_key_biases
 from w2s.checkpoint.released import Released, open_released, rename
 from w2s.checkpoint.store import read_meta
 from w2s.config.load import model_from, named_model
-from w2s.config.sections import ModelConfig, VisionConfig
+from w2s.config.sections import ModelConfig, VisionConfig, Weights
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import Precision
 from w2s.teachers.timm_vit import TimmTokens, resize_input
@@ -94,15 +94,15 @@ def _evaclip_model(released: Released, vision: Mapping[str, Any]) -> ModelConfig
         raise CheckpointError(f"teacher weights {released.path} are no whole EVA-CLIP: {error} is missing") from error
 
 
-def w2s_run(checkpoint: Path, *, image_size: int, precision: Precision) -> TimmTokens:
+def w2s_run(checkpoint: Path, *, image_size: int, precision: Precision, weights: Weights = "last") -> TimmTokens:
     """The vision tower of a checkpoint of ours: of a clip run with its projection, of a masked run without.
 
     A masked run with a summary target has trained the projection on class tokens alone: its summary goes through it.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or has no vision tower.
+        CheckpointError: the checkpoint is damaged, or has no vision tower or no moving average.
     """
-    return _network(open_released(checkpoint), model_from(read_meta(checkpoint).config), image_size, precision)
+    return _network(open_released(checkpoint, weights), model_from(read_meta(checkpoint).config), image_size, precision)
 
 
 def without_weights(model: ModelConfig, *, image_size: int) -> TimmTokens:

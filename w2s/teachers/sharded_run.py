@@ -11,7 +11,7 @@ from w2s.checkpoint.handover import hand_over
 from w2s.checkpoint.released import open_released
 from w2s.checkpoint.store import read_meta
 from w2s.config.load import model_from
-from w2s.config.sections import ParallelConfig
+from w2s.config.sections import ParallelConfig, Weights
 from w2s.megatron.sharded import ShardedTower
 from w2s.megatron.together import Together
 from w2s.teachers.base import Features, PatchNetwork, Precision, check_image_size
@@ -27,7 +27,15 @@ class ShardedRun(PatchNetwork):
     The ranks of a tensor-parallel group call it together, each with images of its own.
     """
 
-    def __init__(self, checkpoint: Path, parallel: ParallelConfig, *, image_size: int, precision: Precision) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        parallel: ParallelConfig,
+        *,
+        image_size: int,
+        precision: Precision,
+        weights: Weights = "last",
+    ) -> None:
         """Load this rank's slices of a checkpoint.
 
         Args:
@@ -35,6 +43,7 @@ class ShardedRun(PatchNetwork):
             parallel: how the ranks are split; without a pipeline.
             image_size: side of the input in pixels, 0 for the size that the weights are of.
             precision: type of the weights.
+            weights: the last ones, or their moving average.
 
         Raises:
             ConfigError: the patches do not divide the image.
@@ -46,7 +55,7 @@ class ShardedRun(PatchNetwork):
         vision, alone = replace(model.vision, image_size=size), ParallelConfig(tensor=parallel.tensor)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         tower = ImageTower(vision, model.embed_dim, alone, dtype)
-        handover = hand_over(ShardedTower([tower], [tower]), "vision", checkpoint)
+        handover = hand_over(ShardedTower([tower], [tower]), "vision", checkpoint, weights=weights)
         projects, masked = not handover.new, open_released(checkpoint).is_masked
         super().__init__(
             width=model.embed_dim if projects and not masked else vision.width,

@@ -23,11 +23,11 @@ from w2s.checkpoint.released import Released, open_released, rename
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify
 from w2s.config.load import model_from, named_model
-from w2s.config.sections import ClipConfig, Config, ModelConfig, TeacherConfig, TextConfig
+from w2s.config.sections import ClipConfig, Config, ModelConfig, TeacherConfig, TextConfig, Weights
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import Precision
 from w2s.teachers.open_clip_names import described
-from w2s.teachers.weights import name_and_weights, weights_file
+from w2s.teachers.weights import check_weights, name_and_weights, weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -148,8 +148,10 @@ def _shape(found: "_Described") -> TextConfig:
     )
 
 
-def text_weights(config: Config) -> Path:
+def text_weights(config: Config) -> tuple[Path, Weights]:
     """What holds the text tower that `init.text=teacher` means: a checkpoint, or a file of other people's weights.
+
+    Beside its path, which of its weights the teacher has.
 
     The teacher is that of the masked run which `init.vision` names, or without one that of `teacher.source`.
 
@@ -177,7 +179,7 @@ def text_weights(config: Config) -> Path:
             "the text tower of teacher.source=%s was trained with QuickGELU and computes GELU here: its embeddings "
             "differ a little until it has trained on; model.text.activation=quick_gelu keeps them", teacher.source
         )  # fmt: skip
-    return found.released.path
+    return found.released.path, teacher.weights
 
 
 def _teacher_of(config: Config) -> tuple[TeacherConfig, Path]:
@@ -186,9 +188,10 @@ def _teacher_of(config: Config) -> tuple[TeacherConfig, Path]:
     start = find(config.init.vision, root, key="init.vision", stage="mim")
     if start is not None and (start / "meta.json").is_file():
         meta = read_meta(start)
-        if meta.stage == "mim":
+        if meta.config.get("stage") == "mim":  # of the run itself, or of an average of its checkpoints
             source, own_root = meta.setting("teacher", "source"), Path(meta.setting("run", "root")).expanduser()
-            return TeacherConfig(source=source), own_root
+            weights = meta.config["teacher"].get("weights", "last")  # older checkpoints do not say
+            return TeacherConfig(source=source, weights=weights), own_root
     return config.teacher, root
 
 
@@ -208,10 +211,12 @@ class _Described:
 
 
 def _described(config: TeacherConfig, root: Path) -> _Described:
+    check_weights(config)
     kind, _, rest = config.source.partition(":")
     if kind == "w2s":
         checkpoint = find_any(rest, root, key="teacher.source")
-        return _of_model(model_from(read_meta(checkpoint).config), open_released(checkpoint), config.source)
+        model = model_from(read_meta(checkpoint).config)
+        return _of_model(model, open_released(checkpoint, config.weights), config.source)
     name, path = name_and_weights(rest)
     file = weights_file(path, kind, name)
     released = None if file is None else rename(open_weights(file), file)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from w2s.checkpoint.files import open_weights, weights_in
+from w2s.config.sections import TeacherConfig
 from w2s.errors import CheckpointError, ConfigError
 from w2s.megatron.unpickling import refusal, refused_name
 
@@ -32,6 +33,16 @@ def unknown_model(library: str, name: str, known: Sequence[str]) -> ConfigError:
         return ConfigError(f"teacher.source: {name} is not downloaded: fetch it and give {library}:{LOCAL}FOLDER")
     near = difflib.get_close_matches(name, known, cutoff=0.4) or known[:3]
     return ConfigError(f"teacher.source: {library} has no model {name}, the nearest are {', '.join(near)}")
+
+
+def check_weights(config: TeacherConfig) -> None:
+    """Refuse to look for a moving average where there is none.
+
+    Raises:
+        ConfigError: the teacher is no run of w2s.
+    """
+    if config.weights == "ema" and not config.source.startswith("w2s:"):
+        raise ConfigError(f"teacher.weights=ema is for w2s:RUN: leave it out with teacher.source={config.source}")
 
 
 def weights_file(path: str, kind: str, name: str) -> Path | None:
