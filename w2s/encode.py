@@ -124,22 +124,22 @@ def run(job: EncodeJob) -> None:
 
 def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]:
     """The two towers as functions (a masked run has no text tower), and in words what the features of an image are."""
-    config, dtype = job.config, compute_dtype(job.config.precision)
+    config, dtype, weights = job.config, compute_dtype(job.config.precision), job.config.eval.weights
     verify(job.checkpoint)
-    source, tokens = open_released(job.checkpoint), 1 + job.config.model.vision.patches
+    source, tokens = open_released(job.checkpoint, weights), 1 + job.config.model.vision.patches
     if not source.has("visual"):
         raise CheckpointError(f"{job.checkpoint} is a text tower alone: encode with a whole CLIP")
     if job.texts is not None and not source.has("text"):
         raise CheckpointError(f"{job.checkpoint} has no text tower: leave --texts out, or encode with a clip run")
     if "visual.head.weight" not in source.meta:
         student = build_student(config, 1, dtype, ranks.device)
-        hand_over(student, "vision", job.checkpoint)
+        hand_over(student, "vision", job.checkpoint, weights=weights)
         return lambda images: patch_features(student, images).mean(1), None, "mean of the normed patch tokens"
     vision, text = build_clip(config, dtype, ranks.device)
     if job.images:
-        hand_over(vision, "vision", job.checkpoint)
+        hand_over(vision, "vision", job.checkpoint, weights=weights)
     if job.texts is not None:
-        hand_over(text, "text", job.checkpoint)
+        hand_over(text, "text", job.checkpoint, weights=weights)
 
     def see(images: Tensor) -> Tensor:
         return infer(vision, (normalize(images.to(ranks.device), MEAN, STD),), ImageTower.__call__, tokens)

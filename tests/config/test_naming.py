@@ -68,3 +68,4 @@ def test_the_first_difference_that_matters() -> None:
     assert difference(config, saved) is None
     assert difference(load("mim", ["optim.lr=1e-3", "train.micro_batch=8", "run.root=elsewhere"]), saved) is None
     assert difference(load("mim", ["optim.lr=2e-3"]), saved) == ("optim.lr", 1e-3, 2e-3)
+    assert difference(load("mim", ["optim.lr=1e-3", "optim.ema=0.999"]), saved) is None, "it is kept beside the weights"

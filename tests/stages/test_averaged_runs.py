@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.stages.conftest import Run
 from tests.stages.runs import history, records, result, run_stage
+from w2s.checkpoint.averaging import average_checkpoints
 from w2s.checkpoint.exporting import export_checkpoint
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.checkpoint.lineage import lineage, measurements
@@ -113,15 +114,6 @@ def test_it_may_begin_and_end_with_a_resume(w2s: Run, averaged: Path, plain: Pat
     assert not has_average(at(plain.with_name("ends"), 5))
 
 
-def test_an_interrupted_run_may_turn_it_on(plain: Path, options: list[str]) -> None:
-    """The same run: what is kept beside the weights is not what it was begun with."""
-    again = plain.with_name("again")
-    run_stage("clip", [*options, *AVERAGE, "optim.ema=0", "eval.shards=", "run.name=again"])
-    (again / "result.json").unlink()
-    run_stage("clip", [*options, *AVERAGE, "eval.shards=", "run.name=again"])
-    assert (again / "result.json").is_file()
-
-
 def test_it_is_exported(averaged: Path, tmp_path: Path) -> None:
     for weights in ("last", "ema"):
         export_checkpoint(at(averaged, 4), "safetensors", tmp_path / weights, weights=weights)
@@ -134,7 +126,10 @@ def test_it_is_exported(averaged: Path, tmp_path: Path) -> None:
     assert "(moving average)" not in (tmp_path / "last" / "README.md").read_text()
 
 
-def test_it_is_taken_over_and_teaches(averaged: Path, options: list[str], base: list[str], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_it_is_taken_over_and_teaches(
+    w2s: Run, averaged: Path, options: list[str], base: list[str], tmp_path: Path
+) -> None:
     """As the weights of its export do."""
     checkpoint = at(averaged, 4)
     model = load("clip", options).model
@@ -153,6 +148,12 @@ def test_it_is_taken_over_and_teaches(averaged: Path, options: list[str], base: 
     both = [TeacherConfig(source=f"w2s:{checkpoint}", weights="ema"), TeacherConfig(source=f"w2s:{tmp_path / 'in'}")]
     ours, theirs = (build_teacher(each, grid=4, device="cpu")(images).patches for each in both)
     assert torch.equal(ours, theirs)
+    (tmp_path / "texts").write_text("a red circle\n")
+    for source, weights in ((checkpoint, "ema"), (tmp_path / "in", "last")):
+        out = ["--out", str(tmp_path / f"{weights}.safetensors"), f"eval.weights={weights}", "hardware=cpu"]
+        assert w2s("encode", str(source), "--texts", str(tmp_path / "texts"), *out)[0] == 0
+    found, expected = (load_file(tmp_path / f"{weights}.safetensors")["text_features"] for weights in ("ema", "last"))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -177,23 +178,58 @@ def test_what_is_not_there_is_one_line(
     assert line in error
 
 
-def test_the_mean_of_finished_checkpoints(w2s: Run, averaged: Path, options: list[str], base: list[str]) -> None:
-    """Equal to the mean in float64; evaluated, taken over and teaching, but not gone on from."""
-    root = f"--root={averaged.parent}"
-    code, out, _ = w2s("average", "averaged", "--last", "2", root)
-    assert (code, out.count("step-0000000")) == (0, 2)
+@pytest.mark.slow
+def test_a_masked_run_hands_on_the_average_of_its_teacher(averaged: Path, options: list[str]) -> None:
+    taught = [f"teacher.source=w2s:{averaged}", "teacher.weights=ema", "teacher.image_size=0", "train.steps=2"]
+    student = run_stage("mim", [*options, *taught, "run.name=student"])
+    heir = run_stage(
+        "clip", [*options, f"init.vision={student}", "init.text=teacher", "train.steps=2", "run.name=next"]
+    )
+    teacher, saved = at(averaged, 4), at(heir, 2)
+    table = json.loads((heir / "tables" / "handover.json").read_text())
+    assert table["title"] == f"taken from {at(student, 2)} and {teacher}, the moving average of {teacher}"
+    roles = ["contrastive run", "began with, masked run", "began with (moving average), contrastive run"]
+    assert [each.role for each in lineage(saved)] == roles
+    assert [each.role for each in lineage(at(student, 2))][1] == "teacher (moving average), contrastive run"
+
+
+@pytest.fixture(scope="module")
+def mean(averaged: Path) -> Path:
+    """The mean of the two checkpoints, in the folder that the command takes by itself."""
     made = averaged.with_name("averaged-last-2")
+    average_checkpoints(averaged, 2, made)
+    return made
+
+
+def test_the_mean_of_finished_checkpoints(
+    w2s: Run, mean: Path, averaged: Path, options: list[str], tmp_path: Path
+) -> None:
+    """Equal to the mean in float64; no training goes on from it."""
+    ask = ["average", "averaged", f"--root={averaged.parent}", "--last"]
+    code, out, _ = w2s(*ask, "2", "--out", str(tmp_path / "mean"))
+    assert (code, out.count("step-0000000")) == (0, 2)
+    assert equal(tensors(mean, "last"), tensors(tmp_path / "mean", "last"))
     second, fourth = (tensors(at(averaged, step), "last") for step in (2, 4))
     expected = {name: ((second[name].double() + fourth[name].double()) / 2).float() for name in second}
-    assert equal(tensors(made, "last"), expected)
-    assert [each.role for each in lineage(made)] == ["average of checkpoints", *["averages, contrastive run"] * 2]
-    metrics = measured(base, made, "run.name=of-the-mean")
-    heir = run_stage("clip", [*options, f"init.vision={made}", f"init.text={made}", "train.steps=2", "run.name=heir-2"])
-    assert shared(records(heir)[0]) == metrics
-    build_teacher(TeacherConfig(source=f"w2s:{made}"), grid=4, device="cpu")
-    code, _, error = w2s("stage", "clip", *options, f"init.checkpoint={made}", "train.steps=9", "run.name=refused")
+    assert equal(tensors(mean, "last"), expected)
+    assert [each.role for each in lineage(mean)] == ["average of checkpoints", *["averages, contrastive run"] * 2]
+    code, _, error = w2s("stage", "clip", *options, f"init.checkpoint={mean}", "train.steps=9", "run.name=refused")
     assert code == 2
     assert "is of stage average, and clip cannot go on from it: use init.vision to begin with its weights" in error
-    code, _, error = w2s("average", "averaged", "--last", "3", root)
-    assert (code, error.count("\n")) == (2, 1)
-    assert "has 2 checkpoints" in error
+    for arguments, line in ((["3"], "has 2 checkpoints"), (["2"], f"--out {mean} exists already")):
+        code, _, error = w2s(*ask, *arguments)
+        assert (code, error.count("\n")) == (2, 1)
+        assert line in error
+
+
+@pytest.mark.slow
+def test_the_mean_is_measured_taken_over_exported_and_teaches(
+    mean: Path, options: list[str], base: list[str], tmp_path: Path
+) -> None:
+    heir = run_stage("clip", [*options, f"init.vision={mean}", f"init.text={mean}", "train.steps=2", "run.name=heir-2"])
+    assert shared(records(heir)[0]) == measured(base, mean, "run.name=of-the-mean")
+    export_checkpoint(mean, "safetensors", tmp_path / "out")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(exported["logit_scale"], StoredTensors(mean).read("text.logit_scale"))
+    teacher = build_teacher(TeacherConfig(source=f"w2s:{mean}"), grid=4, device="cpu")
+    assert torch.equal(teacher.network.trunk.cls_token, exported["visual.cls_token"])

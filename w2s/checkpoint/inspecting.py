@@ -12,6 +12,7 @@ from w2s.checkpoint.released import Released, open_released
 from w2s.checkpoint.store import Meta, read_meta
 from w2s.config.load import model_from, read_document
 from w2s.config.sections import ModelConfig
+from w2s.megatron.stored import has_average
 
 FORMATS = {
     "eva": "EVA-CLIP's released names",
@@ -37,7 +38,7 @@ def inspect(path: Path) -> dict[str, str]:
     released = open_released(path)
     about = {"format": FORMATS[released.format]}
     if released.format == "w2s":
-        about |= _of_run(read_meta(path))
+        about |= _of_run(read_meta(path)) | {"weights": "last, ema" if has_average(path) else "last"}
     else:
         about["model"] = ", ".join(known_models(released)) or "none of configs/model"
     return about | _sizes(released) | _towers(released)

