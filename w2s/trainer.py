@@ -32,7 +32,6 @@ from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.replicas import mend
 from w2s.megatron.sharded import whole
-from w2s.megatron.stored import has_average
 from w2s.megatron.watch import Float8Watch, float8_metrics
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
@@ -150,9 +149,9 @@ class Trainer:
         if self.memory is not None and self.memory.meta is not None:
             meta, optimizer = self.memory.meta, self.stage.optimizer
             self._refuse_another_run(meta)
-            tensors = self.memory.read()
-            self.stage.load_extra_state(state.take_up(tensors, self.stage.towers, optimizer, meta.step))
-            self._note_average(meta.step, saved=any(name.startswith("average.") for name in tensors))
+            extra = state.take_up(self.memory.read(), self.stage.towers, optimizer, meta.step)
+            self.stage.load_extra_state(extra)
+            self._note_average(meta)
             return meta.step, meta.parent, None, dict(meta.data)
         own = store.latest(self.run)
         if own is not None:
@@ -175,16 +174,16 @@ class Trainer:
     def _take_up(self, checkpoint: Path) -> store.Meta:
         meta = store.read_meta(checkpoint)
         self.stage.load_extra_state(state.load(checkpoint, self.stage.towers, self.stage.optimizer, meta.step))
-        self._note_average(meta.step, saved=has_average(checkpoint))
+        self._note_average(meta)
         return meta
 
-    def _note_average(self, step: int, *, saved: bool) -> None:
+    def _note_average(self, meta: store.Meta) -> None:
         """Note where the moving average of the weights begins anew, or ends."""
-        kept = self.config.optim.ema > 0
+        kept, saved = bool(self.config.optim.ema), bool(meta.config.get("optim", {}).get("ema"))
         if kept and not saved:
-            self._news.append(f"the moving average begins at the weights of step {step}: there was none before")
+            self._news.append(f"the moving average begins at the weights of step {meta.step}: there was none before")
         elif saved and not kept:
-            self._news.append(f"the moving average ends at step {step}: optim.ema=0 keeps none")
+            self._news.append(f"the moving average ends at step {meta.step}: optim.ema=0 keeps none")
 
     def _refuse_another_run(self, meta: store.Meta) -> None:
         found = difference(self.config, meta.config)

@@ -79,6 +79,22 @@ def distances(configs: list[Config], steps: int) -> list[float]:
     return found
 
 
+def trained(config: Config, measured: bool) -> Pieces:
+    """The weights after four steps, after the second of which the average was measured or not."""
+    with groups.split(config.parallel, torch.device("cpu")) as ranks:
+        stage, stream = build(config, ranks)
+        for step in range(4):
+            train(stage, stream, step)
+            if measured and step == 1:
+                with stage.optimizer.averaged():
+                    assert stage.evaluate()
+        return pieces(stage)
+
+
+def both_ways(configs: list[Config]) -> list[tuple[Pieces, Pieces]]:
+    return [(trained(config, measured=True), trained(config, measured=False)) for config in configs]
+
+
 @pytest.fixture(scope="module")
 def common(material: Material) -> list[str]:
     data = ["data.builtin=none", f"data.train={material.train}", "data.workers=0", "eval.shards=", "eval.knn_shards="]
@@ -108,6 +124,22 @@ def test_it_is_a_plain_average_in_every_layout(common: list[str], stage: str, wo
     names = list(LAYOUTS[world_size])
     for found in run_ranks(distances, world_size, layouts(stage, common, world_size, names), STEPS):
         assert max(found) < TOLERANCE, dict(zip(names, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "names"),
+    [
+        (2, ["data, overlapped", "fully sharded"]),
+        pytest.param(4, ["tensor, pipeline", "virtual pipeline, data"], marks=pytest.mark.slow),
+    ],
+)
+def test_training_goes_on_after_a_measurement_as_without_it(
+    common: list[str], material: Material, world_size: int, names: list[str]
+) -> None:
+    tests = [f"eval.shards={material.test}", "eval.batch_size=24"]
+    found = run_ranks(both_ways, world_size, layouts("mim", [*common, *tests], world_size, names))
+    for case in zip(*found, strict=True):
+        assert_equal(*(join_pieces(each) for each in zip(*case, strict=True)))
 
 
 def begin(config: Config, folder: Path, background: bool) -> Pieces:

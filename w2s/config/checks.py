@@ -201,6 +201,7 @@ def _check_continued(config: Config) -> None:
         f"init.vision={init.vision}": init.vision not in ("none", "latest"),
         f"init.text={init.text}": init.text != "none",
         f"clip.logit_scale={scale}": config.stage == "clip" and scale is not None,
+        f"init.weights={init.weights}": init.weights != "last",
     }
     for setting, is_given in given.items():
         if init.checkpoint != "none" and is_given:

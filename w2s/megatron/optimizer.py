@@ -191,16 +191,16 @@ class Optimizer:
     def averaged(self) -> Iterator[None]:
         """Inside, the towers hold the average in place of the weights; every rank calls.
 
+        An error leaves them so: it ends the run, and the other ranks may not come to give the weights back.
+
         Raises:
             ValueError: no average is kept.
         """
         if self.average is None:
             raise ValueError("this optimizer keeps no average of the weights")
         self._exchange(self.average)
-        try:
-            yield
-        finally:
-            self._exchange(self.average)
+        yield
+        self._exchange(self.average)
 
     def _exchange(self, average: WeightAverage) -> None:
         self.gather_weights()  # a gathering that is still due would write over what is spread

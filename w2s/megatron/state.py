@@ -76,7 +76,7 @@ def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[
         weights = _weights(towers)
         optimizer.prepare_to_load()
         wanted = optimizer.sharded.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
-        average = _average(weights, optimizer) if has_average(folder) else {}
+        average = _average(weights, optimizer) if optimizer.average is not None and has_average(folder) else {}
         state = _load({**_unshared(_known(weights, folder)), "optimizer": wanted, **average}, folder)
         if "extra" not in state:
             raise CheckpointError(f"{folder / COMMON} is not that of a training: use another checkpoint")
@@ -175,7 +175,7 @@ def load_weights(folder: Path, towers: Towers, names: Iterable[str], weights: We
     Raises:
         CheckpointError: the files are damaged, or have no average.
     """
-    names, places = set(names), StoredTensors(folder, weights).places
+    names, places = set(names), StoredTensors(folder, weights).places if weights == "ema" else {}
 
     def placed(parts: Mapping[str, Any]) -> dict[str, ShardedTensor]:
         own = {key: part for key, part in parts.items() if isinstance(part, ShardedTensor) and part.key in names}
