@@ -382,6 +382,7 @@ def parent_run(
     run = MlflowRun.start(own, folder.parent, folder.name, tags=tags, params=params, folder=folder)
     status: Status = "FAILED"
     try:
+        _ = run.run_id  # for which its children wait
         yield run
         status = "FINISHED"
     except (StopRun, KeyboardInterrupt):
