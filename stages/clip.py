@@ -26,7 +26,6 @@ from w2s.objectives.contrastive import contrastive_loss
 from w2s.objectives.sigmoid import sigmoid_loss
 from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe
-from w2s.teachers.text import text_weights
 from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.vision import MEAN, STD
@@ -177,8 +176,12 @@ class ContrastiveStage:
 
     def begin(self) -> Handover | None:
         """Take over the towers that `init.vision` and `init.text` name; a scale that is set is kept."""
-        from_teacher = self.config.init.text == "teacher"
-        handover = take_over(self.towers, self.config, text_weights(self.config) if from_teacher else None)
+        text = None
+        if self.config.init.text == "teacher":
+            from w2s.teachers.text import text_weights  # with open_clip, which others do without
+
+            text = text_weights(self.config)
+        handover = take_over(self.towers, self.config, text)
         if self.text.tail is not None and self.config.clip.logit_scale is not None:
             self.text.tail.logit_scale.data.fill_(math.log(self.config.clip.logit_scale))
         return handover
