@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2s.checkpoint import store
 from w2s.checkpoint.continued import find_continued, with_its_start
@@ -59,6 +59,8 @@ class Stage(Protocol):
 
     towers: Towers
     """The wrapped towers by name."""
+    teachers: Sequence[nn.Module]
+    """The frozen models that it learns from; empty without one."""
     optimizer: Optimizer
     """The optimizer of all towers."""
     spec: SampleSpec

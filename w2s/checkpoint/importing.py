@@ -14,6 +14,7 @@ from w2s.checkpoint.folder import new_folder
 from w2s.checkpoint.released import Released, open_released
 from w2s.checkpoint.store import Meta, seal
 from w2s.checkpoint.verifying import verify
+from w2s.config.lessons import Target
 from w2s.config.sections import HardwareConfig, ModelConfig, ParallelConfig
 from w2s.errors import ConfigError
 from w2s.megatron import groups
@@ -43,8 +44,8 @@ def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: S
     verify(source)
     released = open_released(source)
     with groups.start(ParallelConfig(), HardwareConfig(device="cpu")):
-        widths = {"target_width": _channels(released, "lm_head"), "summary_width": _channels(released, "summary_proj")}
-        shapes = model_shapes(model, logit_bias="logit_bias" in released.meta, **widths)
+        target = Target(_channels(released, "lm_head"), _channels(released, "summary_proj"))
+        shapes = model_shapes(model, target if target.width else None, logit_bias="logit_bias" in released.meta)
     classifier = _classifier(released, shapes)
     wanted = {name: shape for name, shape in _wanted(released, shapes).items() if released_name(name) not in classifier}
     found = fit(released, wanted, {"vision": model.vision.heads, "text": model.text.heads})
