@@ -11,11 +11,13 @@ from w2s.checkpoint.card import gather_facts, write_card
 from w2s.checkpoint.cast import Cast, numbers
 from w2s.checkpoint.folder import new_folder
 from w2s.checkpoint.formats import eva, onnx, open_clip, safetensors, timm, torch_export, transformers
-from w2s.checkpoint.formats.base import Export, Guide, Snippet, Write
-from w2s.checkpoint.released import open_released
+from w2s.checkpoint.formats.base import HEAD, Export, Guide, Snippet, Write
+from w2s.checkpoint.of_teacher import InTeachersSpace, OfTeacher, choose
+from w2s.checkpoint.released import Released, open_released
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify
 from w2s.config.load import model_from
+from w2s.config.sections import ModelConfig
 from w2s.errors import CheckpointError, ConfigError
 
 FORMATS: Mapping[str, Write] = {
@@ -48,7 +50,14 @@ class Exported:
 
 
 def export_checkpoint(
-    checkpoint: Path, format: str, out: Path, *, precision: str = "", hub: str = "", licence: str = "unknown"
+    checkpoint: Path,
+    format: str,
+    out: Path,
+    *,
+    head: str = "",
+    precision: str = "",
+    hub: str = "",
+    licence: str = "unknown",
 ) -> Exported:
     """Write a checkpoint in another program's format, with its shape as model.yaml and a card as README.md.
 
@@ -58,12 +67,13 @@ def export_checkpoint(
         checkpoint: a folder with meta.json.
         format: one of `FORMATS`.
         out: the new folder.
+        head: the teacher of a masked run whose head is written: the projection then leads into that teacher's space.
         precision: `fp32`, `fp16` or `bf16`; empty leaves the types of numbers what they are.
         hub: OWNER/NAME that it will have on a hub.
         licence: the licence of the weights, as the hub calls it.
 
     Raises:
-        ConfigError: there is no such format or precision, `hub` is no OWNER/NAME, or `licence` is no identifier.
+        ConfigError: there is no such format, precision or teacher, `hub` is no OWNER/NAME, or `licence` no identifier.
         CheckpointError: the checkpoint is damaged, or the format cannot hold it.
         MissingPackageError: the format needs a package that is not installed.
         UserError: `out` exists already.
@@ -77,7 +87,7 @@ def export_checkpoint(
     if not (checkpoint / "meta.json").is_file():
         raise CheckpointError(f"{checkpoint} is no checkpoint of w2s: make one of it with `w2s import`")
     verify(checkpoint)
-    model, released = model_from(read_meta(checkpoint).config), open_released(checkpoint)
+    model, released = _with_head(checkpoint, head)
     if precision:
         released = Cast(released, numbers(precision))
     with new_folder(out) as folder:
@@ -96,3 +106,23 @@ def export_checkpoint(
         write_card(folder, facts, guide)
     files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     return Exported(files, guide)
+
+
+def _with_head(checkpoint: Path, head: str) -> tuple[ModelConfig, Released]:
+    """A checkpoint's model and tensors; those of a masked run with the heads for one teacher alone.
+
+    Raises:
+        ConfigError: the run had no such teacher, or has learnt no summary of it.
+    """
+    meta, released = read_meta(checkpoint), open_released(checkpoint)
+    model = model_from(meta.config)
+    if meta.stage == "mim":
+        released = OfTeacher(released, meta, choose(meta, head, "--head"), alone=True)
+    elif head:
+        choose(meta, head, "--head")
+    if not head:
+        return model, released
+    if HEAD not in released.meta:
+        raise ConfigError(f"--head {head}: the run learnt no summary of this teacher (summary_weight), leave it out")
+    released = InTeachersSpace(released)
+    return replace(model, embed_dim=released.meta[HEAD].shape[0]), released

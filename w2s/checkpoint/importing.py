@@ -21,7 +21,7 @@ from w2s.megatron import groups
 from w2s.megatron.stored import write_tensors
 from w2s.towers.shapes import model_shapes
 
-OWN_HEADS = "vision.layer_heads.*"
+OWN_HEADS = ("vision.layer_heads.*", "vision.teachers.*")
 """What is of use to the masked run alone that it is from, and is not imported."""
 PREFIXES = {"vision": "visual", "text": "text"}
 
@@ -49,7 +49,7 @@ def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: S
     classifier = _classifier(released, shapes)
     wanted = {name: shape for name, shape in _wanted(released, shapes).items() if released_name(name) not in classifier}
     found = fit(released, wanted, {"vision": model.vision.heads, "text": model.text.heads})
-    refuse_gaps(found, [*allowed, OWN_HEADS, *map(released.origin, classifier)], model.name)
+    refuse_gaps(found, [*allowed, *OWN_HEADS, *map(released.origin, classifier)], model.name)
     meta = {
         name: torch.empty(shapes[name], dtype=released.meta[released_name(name)].dtype, device="meta")
         for name in found.taken

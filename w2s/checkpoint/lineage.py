@@ -15,6 +15,7 @@ import yaml
 
 from w2s.checkpoint.files import SUFFIXES, holds_weights
 from w2s.checkpoint.manifest import NAME as MANIFEST
+from w2s.checkpoint.of_teacher import sources_of
 from w2s.checkpoint.store import Meta, latest, read_meta
 from w2s.errors import CheckpointError
 from w2s.tracking.history import read_history
@@ -147,11 +148,7 @@ def _of_checkpoint(role: str, checkpoint: Path, meta: Meta) -> Ancestor:
 
 def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
     """What taught a checkpoint, then what it began with."""
-    teacher = meta.setting("teacher", "source") if meta.stage == "mim" else "none"
-    if meta.stage == "clip":
-        teacher = meta.config.get("clip", {}).get("distill", {}).get("source", "none")
-        teacher = meta.setting("teacher", "source") if teacher == "teacher" else teacher
-    if teacher != "none":
+    for teacher in _teachers_of(meta):
         kind, _, rest = teacher.partition(":")
         model, _, file = rest.partition("@")
         if kind == "w2s":
@@ -168,6 +165,16 @@ def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
         role = CONTINUED
     for parent in meta.parent.split(" and ") if meta.parent else ():
         yield _origin(role, parent, checkpoint)
+
+
+def _teachers_of(meta: Meta) -> Iterator[str]:
+    """Sources of the teachers of a stage."""
+    if meta.stage == "mim":
+        yield from sources_of(meta).values()
+    if meta.stage == "clip":
+        source = meta.config.get("clip", {}).get("distill", {}).get("source", "none")
+        if source != "none":
+            yield meta.setting("teacher", "source") if source == "teacher" else source
 
 
 def _origin(role: str, what: str, near: Path) -> _Origin:

@@ -19,6 +19,7 @@ from w2s.checkpoint.files import open_weights
 from w2s.checkpoint.find import find, find_any
 from w2s.checkpoint.formats.open_clip import text_config
 from w2s.checkpoint.formats.plain import SMALLEST_VISION_TOWER
+from w2s.checkpoint.of_teacher import choose, sources_of
 from w2s.checkpoint.released import Released, open_released, rename
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify
@@ -151,7 +152,8 @@ def _shape(found: "_Described") -> TextConfig:
 def text_weights(config: Config) -> Path:
     """What holds the text tower that `init.text=teacher` means: a checkpoint, or a file of other people's weights.
 
-    The teacher is that of the masked run which `init.vision` names, or without one that of `teacher.source`.
+    The teacher is that of the masked run which `init.vision` names (of several, the one that `init.teacher` names), or
+    without one that of `teacher.source`.
 
     Raises:
         ConfigError: the teacher has no text tower, or one with another number of heads than `model.text`.
@@ -187,8 +189,8 @@ def _teacher_of(config: Config) -> tuple[TeacherConfig, Path]:
     if start is not None and (start / "meta.json").is_file():
         meta = read_meta(start)
         if meta.stage == "mim":
-            source, own_root = meta.setting("teacher", "source"), Path(meta.setting("run", "root")).expanduser()
-            return TeacherConfig(source=source), own_root
+            source = sources_of(meta)[choose(meta, config.init.teacher, "init.teacher")]
+            return TeacherConfig(source=source), Path(meta.setting("run", "root")).expanduser()
     return config.teacher, root
 
 
