@@ -30,7 +30,8 @@ from w2s.planning.flops import (
     teacher_flops,
     text_flops,
 )
-from w2s.planning.teacher import planned_teachers
+from w2s.planning.teacher import planned_teachers, predicted
+from w2s.planning.towers import planned_towers
 from w2s.towers.masked import MaskedStudent
 
 BATCH = 12
@@ -143,6 +144,25 @@ def test_what_is_neither_seen_nor_predicted_costs_nothing(shards: str, mim: list
     seen = operations(partial(teacher, one))
     expected = stage_flops(config, 1, targets=built.targets, layer_width=teacher.layer_width)
     assert total - seen == pytest.approx(expected.hardware, rel=2e-5)  # as above
+
+
+def test_several_teachers_and_their_heads_are_counted(shards: str) -> None:
+    """Operations and parameters of the student, and operations of each teacher."""
+    both = "teachers=[{name: vit, source: 'timm:test_vit', image_size: 64}, {name: clip, source: 'eva:tiny'}]"
+    plain = [each for each in CONFIG if not each.startswith("teacher.")]
+    config = load("mim", [*plain, both, "mim.summary_weight=1", "train.micro_batch=12", f"data.train={shards}"])
+    total, built = counted(config)
+    assert isinstance(built, MaskedStage)
+    teachers = planned_teachers(config)
+    for planned, tutor in zip(teachers, built.tutors, strict=True):
+        one = torch.zeros(1, 3, tutor.teacher.image_size, tutor.teacher.image_size)
+        assert planned.flops == operations(partial(tutor.teacher, one))
+    said = predicted(config, teachers)
+    assert said["targets"] == built.targets
+    seen = sum(teacher.flops for teacher in teachers)
+    assert total == pytest.approx(stage_flops(config, 1, **said, teacher=seen).hardware, rel=4e-5)  # two such sums
+    (tower,), (student,) = planned_towers(config, **said), built.student.parts
+    assert sorted(tower.chunk(0, 1, True)) == sorted(parameter.numel() for parameter in student.parameters())
 
 
 @pytest.mark.parametrize(("kind", "frames"), [("feature", 1), ("affinity", 3)])

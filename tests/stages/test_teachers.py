@@ -139,12 +139,7 @@ def test_each_teacher_has_its_measures_and_pictures(run: Path) -> None:
         assert (run / "pictures" / f"masked_{teacher}.png").is_file()
     assert 0 <= metrics["clip/zero_shot/top1"] <= 1
     assert "vit/zero_shot/top1" not in metrics, "a vision teacher shares no space with texts"
-    report = (run / "report.html").read_text()
-    assert {"clip: cosine with the teacher&#x27;s features", "masked cosine, test, clip"} <= {
-        each
-        for each in ("clip: cosine with the teacher&#x27;s features", "masked cosine, test, clip")
-        if each in report
-    }
+    assert "masked clip" in (run / "report.html").read_text()
 
 
 def stage_config(run: Path) -> Config:

@@ -305,7 +305,7 @@ def _assign_teacher(node: DictConfig, key: str, value: Any, origin: str) -> None
         fix = near or "give teachers=[...] before it"
         raise ConfigError(f"{origin}{key}: there is no teacher {which}: {fix}")
     try:
-        node.teachers.of[given.index(which) % len(names)][field] = value
+        OmegaConf.update(node, f"{TEACHERS}[{given.index(which) % len(names)}].{field}", value, merge=False)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ConfigError(f"{origin}{key}={value} is not {in_words(entry_hint(TeachingConfig, field))}") from error
 
