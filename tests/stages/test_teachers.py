@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stages.clip import ContrastiveStage
 from stages.mim import MaskedStage
+from tests.distributed import run_ranks
 from tests.stages.conftest import Material
 from tests.stages.layouts import Steps, run_alone, run_layouts
 from tests.stages.runs import QUIET, history, killed_at_each_update, result, run_stage
@@ -26,6 +27,7 @@ from w2s.data.stream import Stream
 from w2s.errors import ConfigError, StopRun
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
+from w2s.planning.teacher import planned_teachers
 
 STEPS = 3
 
@@ -90,6 +92,27 @@ def test_two_teachers_give_the_numbers_of_one_process_in_every_layout(
     of_clip = [name for name in whole.gradients if name.startswith("vision.teachers.clip.")]
     assert {name.split(".")[3] for name in of_clip} == {"lm_head", "head"}
     assert all(float(gradient.abs().max()) > 0 for gradient in whole.gradients.values())
+
+
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
+def test_the_ranks_of_a_group_share_the_work_of_all_teachers(common: list[str], two: str, layout: str) -> None:
+    """No rank has more than 1.1 times the mean of the teachers' FLOPs."""
+    work = run_ranks(_teachers_flops, 2, load("mim", [*common, two, layout, "train.micro_batch=4"]))
+    assert max(work) <= 1.1 * sum(work) / len(work)
+    whole = sum(teacher.flops for teacher in planned_teachers(load("mim", [*common, two])))
+    assert sum(work) == 16 * whole, "each image is shown to each teacher once"
+
+
+def _teachers_flops(config: Config) -> float:
+    """Operations of the teachers of this rank in a step."""
+    costs, seen = planned_teachers(config), [0.0]
+    with groups.split(config.parallel, torch.device("cpu")) as ranks:
+        stage = MaskedStage(config, ranks)
+        for teacher, planned in zip(stage.teachers, costs, strict=True):
+            teacher.register_forward_hook(lambda _, inputs, __, cost=planned.flops: seen.append(cost * len(inputs[0])))
+        with closing(Stream(config.data, stage.spec, global_batch=16, seed=0, rank=ranks.reader, size=2)) as stream:
+            stage.step(stream.next())
+    return sum(seen)
 
 
 def test_a_list_of_one_is_the_only_teacher_bit_for_bit(common: list[str], material: Material, vit: str) -> None:
