@@ -44,7 +44,6 @@ from w2s.towers.masked import (
     split_rows,
 )
 from w2s.towers.vision import MEAN, STD
-from w2s.tracking.pictures import attention_picture, features_picture, masked_picture
 from w2s.tracking.tracker import Tracker
 from w2s.trainer import train_stage
 from w2s.tutor import Tutor
@@ -309,6 +308,12 @@ class MaskedStage:
         return norm
 
     def _draw(self, tracker: Tracker) -> None:
+        from w2s.tracking.pictures import (
+            attention_picture,
+            features_picture,
+            masked_picture,
+        )  # not before the first step
+
         data = self.probe.test_set()
         numbers = torch.linspace(0, len(data) - 1, self.config.tracking.pictures).long().unique()
         batch = ImageBatch(numbers, self.probe.images(data, *self._sizes).only(numbers.numpy()).read())
