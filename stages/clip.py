@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2s.checkpoint.handover import Handover, take_over
 from w2s.config.layout import kept_patches
@@ -38,12 +38,12 @@ def run(config: Config) -> None:
     train_stage(config, ContrastiveStage)
 
 
-def sample_spec(config: Config, teacher_size: int = 0) -> SampleSpec:
-    """What the stage wants of a sample, with a teacher whose input has `teacher_size` pixels a side; 0 for none."""
+def sample_spec(config: Config, teacher_sizes: tuple[int, ...] = ()) -> SampleSpec:
+    """What the stage wants of a sample, with teachers whose inputs have `teacher_sizes` pixels a side."""
     patches, dropout = config.model.vision.patches, config.clip.patch_dropout
     return SampleSpec.of(
         config,
-        teacher_size=teacher_size,
+        teacher_sizes=teacher_sizes,
         teacher_samples=config.clip.distill.last_step(config.train) * config.train.global_batch,
         kept_patches=kept_patches(patches, dropout) if dropout else 0,
         context_length=config.model.text.context_length,
@@ -74,9 +74,9 @@ class ContrastiveStage:
         bounds = {"logit_scale": (0.0, math.log(config.clip.logit_scale_max))}
         self.optimizer = Optimizer(self.towers, config.optim, dtype, config.init.scratch, bounds)
         self.probe = ClipProbe(config, ranks)
-        self.distillation = Distillation(config, config.taught_by, ranks) if config.taught_by else None
-        self.teacher = self.distillation.teacher if self.distillation else None
-        self.spec = sample_spec(config, self.teacher.image_size if self.teacher else 0)
+        self.distillation = next((Distillation(config, each, ranks) for each in config.taught_by), None)
+        self.teachers: Sequence[nn.Module] = [self.distillation.teacher] if self.distillation else []
+        self.spec = sample_spec(config, self.distillation.image_sizes if self.distillation else ())
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step: the loss over the global batch, whose features come from one forward pass or from two.

@@ -49,6 +49,11 @@ class Distillation:
         self._score: float | None = None
 
     @property
+    def image_sizes(self) -> tuple[int, ...]:
+        """Side of the teacher's images in pixels; empty where it sees none."""
+        return (self.teacher.image_size,) if self.teacher.vision is not None else ()
+
+    @property
     def on(self) -> bool:
         """Whether the teacher is heard in this step."""
         return not self.passed and self.step < self.last
@@ -70,10 +75,10 @@ class Distillation:
         self.step = int(batch.indices.numpy()[0]) // train.global_batch
         batch = batch.to(self.ranks.device)
         if not self.on:
-            return dataclasses.replace(batch, teacher_images=None)
-        parts = [self.teacher(part.teacher_images, part.tokens) for part in batch.split(train.micro_batch)]
+            return dataclasses.replace(batch, teacher_images=())
+        parts = [self.teacher(_seen(part), part.tokens) for part in batch.split(train.micro_batch)]
         images, texts = (None if side[0] is None else torch.cat(side) for side in zip(*parts, strict=True))
-        return dataclasses.replace(batch, teacher_images=None, summaries=images, text_summaries=texts)
+        return dataclasses.replace(batch, teacher_images=(), summaries=images, text_summaries=texts)
 
     def loss(self, images: Tensor, texts: Tensor, scale: Tensor, batch: Batch, group: ProcessGroup) -> Tensor:
         """What separates the student's embeddings [n, d], L2-normalised, from the teacher's.
@@ -142,6 +147,11 @@ class Distillation:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave, or what a run without a teacher left."""
         self.passed = "teacher_passed" in state and bool(state["teacher_passed"])
+
+
+def _seen(batch: Batch) -> Tensor | None:
+    """The teacher's view of the images, if it has one."""
+    return batch.teacher_images[0] if batch.teacher_images else None
 
 
 def _build(config: Config, source: TeacherConfig, ranks: Ranks) -> ClipTeacher:

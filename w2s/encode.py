@@ -18,6 +18,7 @@ from w2s.checkpoint.released import open_released
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify
 from w2s.config.layout import check_ranks, check_towers
+from w2s.config.lessons import Target
 from w2s.config.load import load, model_from, named_model
 from w2s.config.sections import Config
 from w2s.data.bad import BadSample
@@ -132,7 +133,7 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]
     if job.texts is not None and not source.has("text"):
         raise CheckpointError(f"{job.checkpoint} has no text tower: leave --texts out, or encode with a clip run")
     if "visual.head.weight" not in source.meta:
-        student = build_student(config, 1, dtype, ranks.device)
+        student = build_student(config, [Target(1)], dtype, ranks.device)
         hand_over(student, "vision", job.checkpoint, weights=weights)
         return lambda images: patch_features(student, images).mean(1), None, "mean of the normed patch tokens"
     vision, text = build_clip(config, dtype, ranks.device)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from w2s.config.sections import Config, PrecisionConfig, Resize
+from w2s.config.lessons import Lesson, Target
+from w2s.config.sections import Config, PrecisionConfig, Resize, TeacherConfig
 from w2s.data.batch import normalize
 from w2s.data.shards import without_secrets
 from w2s.data.tokens import tokenize
@@ -153,33 +154,45 @@ class Probe:
             return {}
         vision = config.model.vision
         plain = replace(config, precision=PrecisionConfig(linear="local"))
-        random = build_student(plain, 1, torch.float32, self.ranks.device)
-        teacher = build_teacher(
-            config.teacher,
-            grid=vision.grid,
+        random = build_student(plain, [Target(1)], torch.float32, self.ranks.device)
+        measured = self._by_neighbours(
+            "_random", lambda images: patch_features(random, images).mean(1), vision.image_size
+        )
+        teachers = [lesson.teacher for lesson in config.lessons]
+        for teacher in teachers:
+            name = "_teacher" if len(teachers) == 1 else f"_teacher_{teacher.name}"
+            measured |= self._by_neighbours(name, *self._pooled_by(teacher), alone=True)
+        return {name: value for name, value in measured.items() if name.endswith(("/top1", "/top5"))}
+
+    def _pooled_by(self, teacher: TeacherConfig) -> tuple[Encoder, int]:
+        """What gives a teacher's pooled features of images, and the side of these in pixels."""
+        config = self.config
+        built = build_teacher(
+            teacher,
+            grid=config.model.vision.grid,
             device=self.ranks.device,
             root=config.run.root,
             parallel=config.parallel,
         )
-        measured = self._by_neighbours(
-            "_random", lambda images: patch_features(random, images).mean(1), vision.image_size
-        ) | self._by_neighbours(
-            "_teacher",
-            lambda images: teacher.pooled(teacher_features(teacher, images).patches),
-            teacher.image_size,
-            alone=True,
-        )
-        return {name: value for name, value in measured.items() if name.endswith(("/top1", "/top5"))}
+        return lambda images: built.pooled(teacher_features(built, images).patches), built.image_size
 
-    def as_clip(self, student: ShardedTower[MaskedStudent], teacher: Teacher) -> dict[str, float]:
-        """Measure a student with its teacher's text tower as a CLIP, and the teacher's own under `teacher/`.
+    def as_clip(
+        self, student: ShardedTower[MaskedStudent], embed: Callable[..., Tensor], lesson: Lesson, teacher: Teacher
+    ) -> dict[str, float]:
+        """Measure a student with a teacher's text tower as a CLIP, and the teacher's own under `teacher/`.
 
         Nothing without a summary target in the space that the teacher shares with text, or without a text tower.
+
+        Args:
+            student: the student.
+            embed: takes a chunk of it and images, embeds them as that teacher does.
+            lesson: how it has learnt from the teacher.
+            teacher: the teacher.
         """
         config, device = self.config, self.ranks.device
-        shares_space = config.mim.summary == "cls" and config.model.embed_dim == teacher.summary_width
-        if not (config.mim.summary_weight and shares_space):
-            if config.mim.summary_weight:
+        shares_space = lesson.summary == "cls" and config.model.embed_dim == teacher.summary_width
+        if not (lesson.summary_weight and shares_space):
+            if lesson.summary_weight:
                 logger.info(
                     "the student is not measured as a CLIP: its summary is not what its teacher shares with text"
                 )
@@ -188,7 +201,7 @@ class Probe:
 
         try:
             text = build_text_teacher(
-                config.teacher, context_length=config.model.text.context_length, device=device, root=config.run.root
+                lesson.teacher, context_length=config.model.text.context_length, device=device, root=config.run.root
             )
         except ConfigError as error:
             logger.info("the student is not measured as a CLIP: %s", error)
@@ -196,7 +209,7 @@ class Probe:
 
         def see(images: Tensor) -> Tensor:
             seen = normalize(images.to(device), MEAN, STD)
-            return infer(student, (seen,), MaskedStudent.embed, 1 + config.model.vision.patches)
+            return infer(student, (seen,), embed, 1 + config.model.vision.patches)
 
         def show(images: Tensor) -> Tensor:
             return teacher_features(teacher, images).summary

@@ -74,7 +74,7 @@ def share_sources(config: Config, ranks: Ranks) -> list[Source]:
 
 
 def origins(config: Config, parent: str | None) -> dict[str, str]:
-    """Tell what a run comes from: its teacher, the checkpoints that it began with, and the MLflow runs of all these.
+    """Tell what a run comes from: its teachers, the checkpoints that it began with, and the MLflow runs of all these.
 
     Args:
         config: the run's configuration.
@@ -82,14 +82,17 @@ def origins(config: Config, parent: str | None) -> dict[str, str]:
     """
     taught, root = config.taught_by, Path(config.run.root).expanduser()
     sources = parent.split(" and ") if parent else []
-    if taught and taught.source.startswith("w2s:"):
-        sources.append(taught.source.removeprefix("w2s:"))
+    sources += [each.source.removeprefix("w2s:") for each in taught if each.source.startswith("w2s:")]
     runs: dict[str, None] = {}
     for source in sources:
         with suppress(CheckpointError):  # an interrupted run goes on without what it was begun from, too
             run_id = read_meta(find_any(source, root, key="parent")).mlflow_run_id
             runs |= {run_id: None} if run_id else {}
-    found = {"teacher": taught and taught.source, "parent_checkpoint": parent, "parent_runs": ", ".join(runs)}
+    found = {
+        "teacher": ", ".join(each.source for each in taught),
+        "parent_checkpoint": parent,
+        "parent_runs": ", ".join(runs),
+    }
     return {name: text for name, text in found.items() if text}
 
 

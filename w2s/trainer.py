@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2s.callbacks import Callback, Callbacks, Training, load_callbacks
 from w2s.checkpoint import store
@@ -61,6 +61,8 @@ class Stage(Protocol):
 
     towers: Towers
     """The wrapped towers by name."""
+    teachers: Sequence[nn.Module]
+    """The frozen models that it learns from; empty without one."""
     optimizer: Optimizer
     """The optimizer of all towers."""
     spec: SampleSpec

@@ -42,13 +42,13 @@ def test_every_part_is_seen_and_nothing_is_left_behind(alone: Ranks) -> None:
         with marked(stage, marks):
             watched = steps(stage, marks, 2)
         (_, parts) = marks.read()
-        wanted = {*PARTS, REST} - {"data"} - ({"teacher"} if stage.teacher is None else set())
+        wanted = {*PARTS, REST} - {"data"} - ({"teacher"} if not stage.teachers else set())
         assert parts.keys() == wanted
         assert min(parts.values()) > 0
         # The same numbers as without marks, and the same objects as before.
         assert watched == steps(build(name, alone, *overrides), Marks(alone.device), 2)
         modules: list[nn.Module] = [part for tower in stage.towers.values() for part in tower.parts]
-        modules += [] if stage.teacher is None else [stage.teacher]
+        modules += [] if not stage.teachers else stage.teachers
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
         assert not vars(stage.optimizer).keys() & {"step", "zero_grad"}
         assert ({**vars(ProcessGroup)}, {**vars(Work)}) == originals

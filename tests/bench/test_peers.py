@@ -15,12 +15,13 @@ from w2s.bench.report import check_equal
 from w2s.bench.step import Measured
 from w2s.bench.synthetic import synthetic_batch
 from w2s.checkpoint.eva_format import VISION_NAMES, from_eva
+from w2s.config.lessons import Target
 from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig
 from w2s.errors import ConfigError, W2SError
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import assign, global_name
-from w2s.planning.teacher import planned_teacher
+from w2s.planning.teacher import planned_teachers, predicted
 from w2s.towers.build import build_clip, build_student
 from w2s.towers.masked import MaskedStudent, masked_places
 
@@ -40,7 +41,7 @@ def found(parameters: int, flops: float) -> Measured:
 @pytest.mark.parametrize("kind", KINDS)
 def test_timms_student_predicts_what_ours_does(alone: Ranks, kind: str, drops: bool) -> None:
     model = model_of(kind)
-    ours = MaskedStudent(model.vision, 24, ParallelConfig(), torch.float32, drops_masked=drops)
+    ours = MaskedStudent(model.vision, [Target(24)], ParallelConfig(), torch.float32, drops_masked=drops)
     peer = TimmStudent(model, 24, CPU, drops)
     state = {name.removeprefix("trunk."): value for name, value in peer.state_dict().items()}
     names = [global_name(ours, name) for name, _ in ours.named_parameters()]
@@ -59,15 +60,15 @@ def test_timm_trains_and_computes_as_much_as_we_do(
     config = config_of("mim", kind)
     config.mim.predict = predict
     peer = TimmMasked(config, CPU)
-    teacher = planned_teacher(config)
-    assert teacher.width == peer.teacher.width
-    (ours,) = build_student(config, teacher.width, torch.float32, CPU).parts
+    teachers = planned_teachers(config)
+    assert [teacher.width for teacher in teachers] == [peer.teacher.width]
+    (ours,) = build_student(config, predicted(config, teachers)["targets"], torch.float32, CPU).parts
     size = sum(parameter.numel() for parameter in ours.parameters())
     theirs = sum(parameter.numel() for parameter in peer.model.parameters())
-    check_equal(config, teacher, found(size, 0.0), found(theirs, peer.forward_flops()))
+    check_equal(config, teachers, found(size, 0.0), found(theirs, peer.forward_flops()))
     for other in (found(theirs + 1, peer.forward_flops()), found(theirs, 1.02 * peer.forward_flops())):
         with pytest.raises(W2SError, match="the peer's towers are not ours"):
-            check_equal(config, teacher, found(size, 0.0), other)
+            check_equal(config, teachers, found(size, 0.0), other)
 
 
 def test_timm_predicts_every_patch_where_nothing_is_masked() -> None:

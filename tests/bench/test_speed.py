@@ -9,9 +9,9 @@ TEACHER = 2.264e12
 """EVA02-CLIP-E+'s forward pass, field_notes.md C.2."""
 
 
-def measured(device: str, parts: dict[str, float]) -> tuple[PlannedTeacher, str, Row]:
+def measured(device: str, parts: dict[str, float]) -> tuple[list[PlannedTeacher], str, Row]:
     row = Row(16, 16, parts, memory_gib=60.0)
-    return PlannedTeacher(1024, 1792, 1024, image_size=224, weights=0, working=0, flops=TEACHER), device, row
+    return [PlannedTeacher(1024, 1792, 1024, image_size=224, weights=0, working=0, flops=TEACHER)], device, row
 
 
 def test_eva_18b_at_half_of_an_h100() -> None:

@@ -18,7 +18,7 @@ def test_noise_has_the_form_of_samples(stage: str, frames: int, tmp_path: Path) 
     overrides = ["model=tiny", "model.vision.drop_path=0.5", f"data.train={shards}", "data.builtin=none"]
     overrides += [f"data.frames={frames}", "data.lanes=2", "data.workers=0", "train.global_batch=8"]
     config = load(stage, overrides)
-    spec = mim.sample_spec(config, teacher_size=64) if stage == "mim" else clip.sample_spec(config)
+    spec = mim.sample_spec(config, teacher_sizes=(64,)) if stage == "mim" else clip.sample_spec(config)
     with closing(open_stream(config, spec, rank=0, size=1)) as stream:
         real = stream.next()
     noise = synthetic_batch(spec, 8, config.model.text.vocab_size)

@@ -13,6 +13,7 @@ from w2s.checkpoint import manifest
 from w2s.checkpoint.store import Saving
 from w2s.checkpoint.verifying import damage, recover
 from w2s.checksum import Checksum, checksum, checksums
+from w2s.config.lessons import Target
 from w2s.config.sections import CheckpointConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from w2s.errors import CheckpointError
 from w2s.megatron import groups, state, writing
@@ -27,7 +28,7 @@ from w2s.towers.masked import MaskedStudent
 
 def make_towers(parallel: ParallelConfig) -> Towers:
     def chunk(number: int) -> MaskedStudent:
-        student = MaskedStudent(SHAPE, TARGET_WIDTH, parallel, torch.float32, number)
+        student = MaskedStudent(SHAPE, [Target(TARGET_WIDTH)], parallel, torch.float32, number)
         fill(student, vision_rule(SHAPE, post_norm=0.5), seed=1)
         return student
 

@@ -61,9 +61,9 @@ def test_an_image_among_clips_stands_still() -> None:
 
 
 def test_the_teacher_sees_the_same_frames() -> None:
-    clip = views_of({f"{n}.png": IMAGES[n] for n in range(11)}, dataclasses.replace(SPEC, teacher_size=16))
-    assert clip.teacher_image is not None
-    assert torch.equal(clip.image, clip.teacher_image)
+    clip = views_of({f"{n}.png": IMAGES[n] for n in range(11)}, dataclasses.replace(SPEC, teacher_sizes=(16,)))
+    assert len(clip.teacher_images) == 1
+    assert torch.equal(clip.image, clip.teacher_images[0])
 
 
 def test_a_damaged_frame_is_a_bad_sample() -> None:

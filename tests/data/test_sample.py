@@ -19,7 +19,7 @@ from w2s.data.samples import RawSample
 SPEC = SampleSpec(
     image_size=64,
     grid=4,
-    teacher_size=128,
+    teacher_sizes=(128,),
     masked_patches=6,
     min_block=2,
     kept_patches=8,
@@ -44,19 +44,19 @@ def test_crops_equal_pillow_and_torchvision_within_2() -> None:
     for index in range(30):
         views = make_views(photo(), spec, 3, index)
         box = crop_box(generator(3, Purpose.CROP, index), 400, 500, (0.9, 1.0), RATIO)
-        for view, size in ((views.image, 224), (views.teacher_image, 128)):
+        for view, size in ((views.image, 224), (views.teacher_images[0], 128)):
             reference = tv.pil_to_tensor(tv.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC))
             assert view is not None
             assert (view.int() - reference.int()).abs().max() <= 2
 
 
 def test_student_and_teacher_see_the_same_crop_and_flip() -> None:
-    spec = dataclasses.replace(SPEC, teacher_size=64)
+    spec = dataclasses.replace(SPEC, teacher_sizes=(64,))
     flipped = 0
     for index in range(20):
         views = make_views(photo(), spec, 0, index)
-        assert views.teacher_image is not None
-        assert torch.equal(views.image, views.teacher_image)
+        assert len(views.teacher_images) == 1
+        assert torch.equal(views.image, views.teacher_images[0])
         plain = make_views(photo(), dataclasses.replace(spec, flip=False), 0, index).image
         assert torch.equal(views.image, plain) or torch.equal(views.image, plain.flip(-1))
         flipped += not torch.equal(views.image, plain)
@@ -83,7 +83,7 @@ def test_everything_random_depends_on_seed_and_index() -> None:
 def test_only_what_is_asked_for_is_made() -> None:
     views = make_views(raw(png=encode(noise(0))), SampleSpec(image_size=32, grid=4), 0, 0)
     assert views.image.shape == (3, 32, 32)
-    assert (views.teacher_image, views.mask, views.kept, views.branches, views.caption) == (None,) * 5
+    assert (views.teacher_images, views.mask, views.kept, views.branches, views.caption) == ((), None, None, None, None)
 
 
 def test_boxes_follow_torchvisions_rule() -> None:

@@ -38,7 +38,7 @@ REASONS = {
 SPEC = SampleSpec(
     image_size=16,
     grid=4,
-    teacher_size=24,
+    teacher_sizes=(24,),
     masked_patches=6,
     min_block=2,
     kept_patches=8,
@@ -74,8 +74,10 @@ def open_stream(folder: Path, rank: int = 0, size: int = 1, position: Any = None
 
 
 def same(one: Batch, other: Batch) -> bool:
-    tensors = ("images", "teacher_images", "masks", "kept", "branches", "tokens", "captions", "indices")
-    return one.keys == other.keys and all(torch.equal(getattr(one, t), getattr(other, t)) for t in tensors)
+    tensors = ("images", "masks", "kept", "branches", "tokens", "captions", "indices")
+    views = zip(one.teacher_images, other.teacher_images, strict=True)
+    pairs = [*((getattr(one, name), getattr(other, name)) for name in tensors), *views]
+    return one.keys == other.keys and all(torch.equal(*pair) for pair in pairs)
 
 
 class Group:
@@ -111,7 +113,6 @@ def test_a_batch_has_the_shapes_and_types_it_promises(whole: list[Batch]) -> Non
     fields = {n: (t.dtype, tuple(t.shape)) for n, t in vars(batch).items() if isinstance(t, torch.Tensor)}
     assert fields == {
         "images": (torch.uint8, (16, 3, 16, 16)),
-        "teacher_images": (torch.uint8, (16, 3, 24, 24)),
         "masks": (torch.bool, (16, 16)),
         "kept": (torch.int64, (16, 8)),
         "branches": (torch.float32, (16, 3, 2)),
@@ -119,6 +120,7 @@ def test_a_batch_has_the_shapes_and_types_it_promises(whole: list[Batch]) -> Non
         "captions": (torch.int64, (16,)),
         "indices": (torch.int64, (16,)),
     }
+    assert [view.shape for view in batch.teacher_images] == [(16, 3, 24, 24)]
     assert batch.masks is not None
     assert batch.masks.sum(dim=1).tolist() == [6] * 16
     assert batch.indices.tolist() == list(range(16, 32))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from tests.distributed import run_ranks
+from w2s.config.lessons import Target
 from w2s.config.sections import ParallelConfig, PrecisionConfig, VisionConfig
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
@@ -35,7 +36,7 @@ def make_student(
     layout = parallel or ParallelConfig()
 
     def chunk(number: int) -> MaskedStudent:
-        student = MaskedStudent(SHAPE, TARGET_WIDTH, layout, dtype, number)
+        student = MaskedStudent(SHAPE, [Target(TARGET_WIDTH)], layout, dtype, number)
         fill(student, vision_rule(SHAPE, post_norm=0.5), seed=1)
         return student
 

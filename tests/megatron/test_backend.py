@@ -12,6 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from tests.distributed import run_ranks
 from tests.megatron.spawn import SHAPE, TARGET_WIDTH
+from w2s.config.lessons import Target
 from w2s.config.sections import OptimConfig, ParallelConfig, PrecisionConfig
 from w2s.megatron import engine, groups, state
 from w2s.megatron.backend import Linears, without_fp8
@@ -31,7 +32,7 @@ EMULATED = PrecisionConfig(fp8="emulated")
 
 def student(parallel: ParallelConfig, linears: Linears) -> ShardedTower[MaskedStudent]:
     def chunk(number: int) -> MaskedStudent:
-        made = MaskedStudent(SHAPE, TARGET_WIDTH, parallel, torch.float32, number, linears)
+        made = MaskedStudent(SHAPE, [Target(TARGET_WIDTH)], parallel, torch.float32, number, linears)
         fill(made, vision_rule(SHAPE, post_norm=0.5), seed=1)
         return made
 

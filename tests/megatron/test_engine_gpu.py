@@ -10,6 +10,7 @@ from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
 from w2s import host
+from w2s.config.lessons import Target
 from w2s.config.sections import (
     HardwareConfig,
     OptimConfig,
@@ -52,7 +53,7 @@ def alone() -> Iterator[Ranks]:
 
 
 def chunk(linears: Linears, number: int = 0) -> MaskedStudent:
-    made = MaskedStudent(SHAPE, TARGET, ParallelConfig(), torch.bfloat16, number, linears)
+    made = MaskedStudent(SHAPE, [Target(TARGET)], ParallelConfig(), torch.bfloat16, number, linears)
     fill(made, vision_rule(SHAPE, post_norm=0.5), seed=1)
     return made
 
@@ -83,8 +84,8 @@ def passes(tower: ShardedTower[MaskedStudent], count: int = 1) -> float:
     targets = torch.randn(IMAGES, SHAPE.patches, TARGET, generator=torch.Generator().manual_seed(2)).cuda()
 
     def forward(part: MaskedStudent, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Any, Loss]:
-        def loss(predictions: Outputs) -> tuple[Tensor, Reported]:
-            value = (predictions.patches.float() - targets).square().mean()
+        def loss(predictions: tuple[Outputs, ...]) -> tuple[Tensor, Reported]:
+            value = (predictions[0].patches.float() - targets).square().mean()
             return value, {"loss": value.detach()}
 
         return part(*batch), loss

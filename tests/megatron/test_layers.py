@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.megatron.spawn import SHAPE
+from w2s.config.lessons import Target
 from w2s.config.sections import ParallelConfig
 from w2s.kernels.gelu import bias_gelu
 from w2s.megatron.groups import Ranks
@@ -73,7 +74,7 @@ def test_a_pass_without_gradients_keeps_nothing(alone: Ranks) -> None:
 def test_every_module_with_weights_is_called(alone: Ranks, norm: Any, placement: Any) -> None:
     """Megatron waits for weights that are still being gathered in hooks of the modules that have them."""
     shape = replace(SHAPE, norm=norm, norm_placement=placement, qkv_bias=True)
-    tower = MaskedStudent(shape, 8, ParallelConfig(), torch.float32)
+    tower = MaskedStudent(shape, [Target(8)], ParallelConfig(), torch.float32)
     called: set[str] = set()
     owners = {name: module for name, module in tower.named_modules() if [*module.parameters(recurse=False)]}
     for name, module in owners.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.megatron.spawn import make_student, run_split
+from w2s.config.lessons import Target
 from w2s.config.load import load
 from w2s.config.sections import OptimConfig
 from w2s.megatron.groups import Ranks
@@ -18,7 +19,7 @@ from w2s.towers.build import build_student
 def longest_step(ranks: Ranks, optim: OptimConfig) -> float:
     """The largest change of a weight in a first step at random gradients."""
     config = load("mim", ["model=tiny"])
-    student = build_student(config, 8, torch.float32, ranks.device)
+    student = build_student(config, [Target(8)], torch.float32, ranks.device)
     tower = data_parallel(student, config.parallel, config.precision)
     optimizer = Optimizer({"vision": tower}, optim, torch.float32)
     weights = list(tower.parts[0].parameters())
@@ -34,7 +35,9 @@ def longest_step(ranks: Ranks, optim: OptimConfig) -> float:
 def test_the_fused_update_is_adamws(alone: Ranks) -> None:
     """Five clipped steps with weight decay and a falling rate against torch's plain loop on whole weights."""
     config = load("mim", ["model=tiny", "optim.clip_grad=1", "optim.lr=1e-2"])
-    tower = data_parallel(build_student(config, 8, torch.float32, alone.device), config.parallel, config.precision)
+    tower = data_parallel(
+        build_student(config, [Target(8)], torch.float32, alone.device), config.parallel, config.precision
+    )
     optimizer = Optimizer({"vision": tower}, config.optim, torch.float32)
     weights = dict(tower.parts[0].named_parameters())
     plain = {name: torch.nn.Parameter(weight.detach().clone()) for name, weight in weights.items()}
@@ -72,7 +75,9 @@ def test_a_skipped_step_leaves_no_trace(alone: Ranks, name: str, dtype: torch.dt
 
     def train(bad: bool) -> tuple[list[torch.Tensor], Optimizer]:
         config = load("mim", ["model=tiny", f"optim.name={name}"])
-        tower = data_parallel(build_student(config, 8, dtype, alone.device), config.parallel, config.precision)
+        tower = data_parallel(
+            build_student(config, [Target(8)], dtype, alone.device), config.parallel, config.precision
+        )
         optimizer = Optimizer({"vision": tower}, config.optim, dtype)
         weights = list(tower.parts[0].parameters())
 

@@ -57,8 +57,8 @@ class Run:
 def masked_forward(student: MaskedStudent, part: dict[str, Tensor]) -> tuple[Any, Loss]:
     places = masked_places(part["masks"], int(part["masks"][0].sum()))
 
-    def loss(predictions: Outputs) -> tuple[Tensor, Reported]:
-        value = masked_cosine_loss(predictions.patches, at_places(part["targets"], places))
+    def loss(predictions: tuple[Outputs, ...]) -> tuple[Tensor, Reported]:
+        value = masked_cosine_loss(predictions[0].patches, at_places(part["targets"], places))
         return value, {"loss": value.detach()}
 
     return student(part["images"], part["masks"], places), loss

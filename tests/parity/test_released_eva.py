@@ -19,6 +19,7 @@ from torch import Tensor
 from tests.distributed import run_ranks
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
 from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES, from_eva, to_eva
+from w2s.config.lessons import Target
 from w2s.config.sections import ParallelConfig, PrecisionConfig, TextConfig, VisionConfig
 from w2s.megatron import groups
 from w2s.megatron.initialize import assign, global_name
@@ -28,7 +29,7 @@ from w2s.megatron.tower import Tower
 from w2s.objectives.contrastive import contrastive_loss
 from w2s.objectives.masked import masked_cosine_loss
 from w2s.towers.clip import ImageTower, TextTower
-from w2s.towers.masked import MaskedStudent, Outputs
+from w2s.towers.masked import MaskedStudent
 
 FOLDER = Path(os.environ.get("W2S_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
 FILES = sorted(FOLDER.glob("*.safetensors"))
@@ -128,7 +129,7 @@ def send_back(
 
 def call(chunk: Any, *inputs: Tensor) -> Tensor:
     output = chunk(*inputs)
-    return output.patches if isinstance(output, Outputs) else output
+    return output[0].patches if isinstance(output, tuple) else output
 
 
 def patch_targets(chunk: Any, images: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ def masked_numbers(path: Path, parallel: ParallelConfig) -> tuple[dict[str, Tens
     shape, images, masks = vision_shape(metadata), tensors["in/image"], tensors["in/mask"]
     width = int(metadata["teacher_dim"])
     student = sharded(
-        lambda chunk: MaskedStudent(shape, width, parallel, torch.float32, chunk),
+        lambda chunk: MaskedStudent(shape, [Target(width)], parallel, torch.float32, chunk),
         part(tensors, "state/"),
         VISION_NAMES,
         parallel,

@@ -224,7 +224,7 @@ def _follow_mim(reference: Reference, config: Config, ranks: Ranks) -> dict[str,
         images, network.coming = given["images"], given["features"]
         numbers = torch.arange(config.train.global_batch)[own]
         return Batch(
-            images=images, teacher_images=images, masks=given["masks"], keys=[""] * len(images), indices=numbers
+            images=images, teacher_images=(images,), masks=given["masks"], keys=[""] * len(images), indices=numbers
         )
 
     return _train(stage, config, ranks, batch)

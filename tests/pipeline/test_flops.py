@@ -1,9 +1,10 @@
 import pytest
 
+from w2s.config.lessons import Target
 from w2s.config.load import load
 from w2s.pipeline.flops import steps_of_equal_compute, training_flops
 from w2s.planning.flops import stage_flops
-from w2s.planning.teacher import planned_teacher
+from w2s.planning.teacher import planned_teachers
 
 MIM = ["model=tiny", "teacher.source=timm:test_vit", "teacher.image_size=64", "train.steps=30"]
 
@@ -11,7 +12,7 @@ MIM = ["model=tiny", "teacher.source=timm:test_vit", "teacher.image_size=64", "t
 def test_a_masked_stage_pays_for_its_teacher() -> None:
     """By hand for timm's test_vit: 6 layers of width 64, at 64 px 16 patches and CLS."""
     config = load("mim", MIM)
-    student = stage_flops(config, 1, target_width=64).model
+    student = stage_flops(config, 1, targets=[Target(64)]).model
     layer = 2 * 17 * (4 * 64**2 + 2 * 64 * 192) + 4 * 17**2 * 64
     patches = 2 * 16 * 3 * 16**2 * 64
     assert training_flops(config) == pytest.approx((student + 6 * layer + patches) * 30 * 64, rel=1e-12)
@@ -20,7 +21,7 @@ def test_a_masked_stage_pays_for_its_teacher() -> None:
 def test_a_contrastive_stage_pays_for_its_teacher_while_it_is_heard() -> None:
     """Forward passes of both towers of `eva_s` for an image and a caption, and the teacher's logits."""
     keys = ["model=tiny", "clip.distill.source=eva:eva_s@none", "train.steps=40", "train.global_batch=64"]
-    teacher = planned_teacher(load("clip", keys))
+    (teacher,) = planned_teachers(load("clip", keys))
     alone = training_flops(load("clip", [keys[0], *keys[2:]]))
     more = {until: training_flops(load("clip", [*keys, f"clip.distill.until={until}"])) - alone for until in (1, 0.25)}
     assert more[1] == pytest.approx(40 * 64 * (teacher.flops + 2 * 64 * teacher.width), rel=1e-9)

@@ -15,6 +15,7 @@ from stages.clip import ContrastiveStage
 from stages.mim import MaskedStage
 from tests.planning.measured import SMALL
 from tests.stages.shapes import write_shapes
+from w2s.config.lessons import Target
 from w2s.config.load import load, named_model
 from w2s.config.sections import Config, HardwareConfig, ParallelConfig
 from w2s.data.stream import Stream
@@ -29,7 +30,8 @@ from w2s.planning.flops import (
     teacher_flops,
     text_flops,
 )
-from w2s.planning.teacher import planned_teacher
+from w2s.planning.teacher import planned_teachers, predicted
+from w2s.planning.towers import planned_towers
 from w2s.towers.masked import MaskedStudent
 
 BATCH = 12
@@ -106,11 +108,12 @@ def test_the_formulas_give_what_the_counter_counts(shards: str, stage: str, micr
     teacher = ["teacher.source=efficientnet_lite0"]
     config = load(stage, [*CONFIG, *layers, *cut, *teacher, f"data.train={shards}"])
     total, built = counted(config)
-    target_width, seen = 0, 0.0
+    targets, seen = [], 0.0
     if isinstance(built, MaskedStage):
-        one = torch.zeros(1, 3, built.teacher.image_size, built.teacher.image_size)
-        target_width, seen = built.teacher.width, operations(partial(built.teacher, one))
-    expected = stage_flops(config, 1, target_width=target_width, teacher=seen)
+        (tutor,) = built.tutors
+        one = torch.zeros(1, 3, tutor.teacher.image_size, tutor.teacher.image_size)
+        targets, seen = built.targets, operations(partial(tutor.teacher, one))
+    expected = stage_flops(config, 1, targets=targets, teacher=seen)
     assert passes(config, 1) == (2 if stage == "clip" and micro == 4 else 1)
     # Exact but for a sum of squares in the loss, which the counter takes for a product: 2 x 16 operations of 2 million.
     assert total - seen == pytest.approx(expected.hardware - seen, rel=2e-5)
@@ -131,16 +134,35 @@ LAYERS = "layers=[{student: 0, teacher: 3}, {student: 1, teacher: 5}]"
     ids=str,
 )
 def test_what_is_neither_seen_nor_predicted_costs_nothing(shards: str, mim: list[str]) -> None:
-    teacher = "timm:test_vit" if LAYERS in mim else "efficientnet_lite0"
-    options = [f"teacher.source={teacher}", "train.micro_batch=12", *(f"mim.{option}" for option in mim)]
+    source = "timm:test_vit" if LAYERS in mim else "efficientnet_lite0"
+    options = [f"teacher.source={source}", "train.micro_batch=12", *(f"mim.{option}" for option in mim)]
     config = load("mim", [*CONFIG, *options, f"data.train={shards}"])
     total, built = counted(config)
     assert isinstance(built, MaskedStage)
-    one = torch.zeros(1, 3, built.teacher.image_size, built.teacher.image_size)
-    seen = operations(partial(built.teacher, one))
-    widths = {"target_width": built.teacher.width, "layer_width": built.teacher.layer_width}
-    expected = stage_flops(config, 1, **widths, summary_width=built.summary_width)
+    teacher = built.tutors[0].teacher
+    one = torch.zeros(1, 3, teacher.image_size, teacher.image_size)
+    seen = operations(partial(teacher, one))
+    expected = stage_flops(config, 1, targets=built.targets, layer_width=teacher.layer_width)
     assert total - seen == pytest.approx(expected.hardware, rel=2e-5)  # as above
+
+
+def test_several_teachers_and_their_heads_are_counted(shards: str) -> None:
+    """Operations and parameters of the student, and operations of each teacher."""
+    both = "teachers=[{name: vit, source: 'timm:test_vit', image_size: 64}, {name: clip, source: 'eva:tiny'}]"
+    plain = [each for each in CONFIG if not each.startswith("teacher.")]
+    config = load("mim", [*plain, both, "mim.summary_weight=1", "train.micro_batch=12", f"data.train={shards}"])
+    total, built = counted(config)
+    assert isinstance(built, MaskedStage)
+    teachers = planned_teachers(config)
+    for planned, tutor in zip(teachers, built.tutors, strict=True):
+        one = torch.zeros(1, 3, tutor.teacher.image_size, tutor.teacher.image_size)
+        assert planned.flops == operations(partial(tutor.teacher, one))
+    said = predicted(config, teachers)
+    assert said["targets"] == built.targets
+    seen = sum(teacher.flops for teacher in teachers)
+    assert total == pytest.approx(stage_flops(config, 1, **said, teacher=seen).hardware, rel=4e-5)  # two such sums
+    (tower,), (student,) = planned_towers(config, **said), built.student.parts
+    assert sorted(tower.chunk(0, 1, True)) == sorted(parameter.numel() for parameter in student.parameters())
 
 
 @pytest.mark.parametrize(("kind", "frames"), [("feature", 1), ("affinity", 3)])
@@ -149,11 +171,10 @@ def test_a_teacher_beside_the_contrastive_loss(shards: str, kind: str, frames: i
     distill = ["clip.distill.source=eva:tiny", f"clip.distill.kind={kind}", f"data.frames={frames}"]
     config = load("clip", [*CONFIG, *distill, "train.micro_batch=12", f"data.train={shards}"])
     total, built = counted(config)
-    teacher = planned_teacher(config)
-    assert built.teacher is not None
+    (teacher,) = planned_teachers(config)
     pixels, captions = torch.zeros(frames, 3, 32, 32, dtype=torch.uint8), torch.ones(1, 16, dtype=torch.int64)
-    assert teacher.flops == operations(partial(built.teacher, pixels[None] if frames > 1 else pixels, captions))
-    expected = stage_flops(config, 1, target_width=teacher.width, teacher=teacher.flops)
+    assert teacher.flops == operations(partial(built.teachers[0], pixels[None] if frames > 1 else pixels, captions))
+    expected = stage_flops(config, 1, targets=[Target(teacher.width)], teacher=teacher.flops)
     assert total == pytest.approx(expected.hardware, rel=4e-5)  # two such sums
 
 
@@ -177,11 +198,11 @@ def test_eva_18b_costs_what_was_worked_out_by_hand() -> None:
     assert text_flops(clip.model.text, clip.model.embed_dim).forward / 1e12 == pytest.approx(0.098, abs=5e-4)
     # The table's teacher puts CLS alone through its head, ours every patch: 0.001 more.
     assert seen / 1e12 == pytest.approx(2.264 + 0.001, abs=5e-4)
-    assert student_flops(mim, teacher.embed_dim).head / 1e12 == pytest.approx(0.001, abs=5e-4)
-    masked = stage_flops(mim, 256, target_width=teacher.embed_dim, teacher=seen)
+    assert student_flops(mim, [Target(teacher.embed_dim)]).head / 1e12 == pytest.approx(0.001, abs=5e-4)
+    masked = stage_flops(mim, 256, targets=[Target(teacher.embed_dim)], teacher=seen)
     assert masked.model / 1e12 == pytest.approx(29.63, abs=5e-3)
     half = load("mim", ["model=eva_18b", "teacher=eva02_clip_e_plus", "mim.predict=visible", "mim.masked_patches=128"])
-    halved = stage_flops(half, 256, target_width=teacher.embed_dim, teacher=seen)
+    halved = stage_flops(half, 256, targets=[Target(teacher.embed_dim)], teacher=seen)
     assert halved.model / 1e12 == pytest.approx(15.95, abs=5e-3)
     assert halved.model / masked.model == pytest.approx(0.54, abs=5e-3)
     assert stage_flops(clip, 256).model / 1e12 == pytest.approx(13.98, abs=5e-3)
@@ -203,13 +224,13 @@ def test_half_of_eva_18bs_tokens_by_the_counter() -> None:
         config = load("mim", ["model=eva_18b", "teacher=eva02_clip_e_plus", *options])
         with groups.start(ParallelConfig(), HardwareConfig(device="cpu")), torch.device("meta"):
             student = MaskedStudent(
-                model, teacher.embed_dim, ParallelConfig(), torch.bfloat16, drops_masked=bool(options)
+                model, [Target(teacher.embed_dim)], ParallelConfig(), torch.bfloat16, drops_masked=bool(options)
             )
             images, masks = torch.empty(1, 3, 224, 224), torch.empty(1, model.patches, dtype=torch.bool)
             places = torch.empty(1, config.mim.predicted(model.patches), dtype=torch.int64)
             counted = operations(partial(trained, student, images, masks, places))
         totals.append(counted + seen)
-        planned = stage_flops(config, 1, target_width=teacher.embed_dim, teacher=seen)
+        planned = stage_flops(config, 1, targets=[Target(teacher.embed_dim)], teacher=seen)
         assert totals[-1] == pytest.approx(planned.model, rel=1e-9)
     assert totals[1] / totals[0] == pytest.approx(0.54, abs=5e-3)
 
@@ -220,7 +241,7 @@ def test_full_recompute_and_two_passes_cost_a_third_each() -> None:
 
     def ratio(stage: str, *overrides: str) -> float:
         config = load(stage, ["model=eva_18b", "teacher=eva02_clip_e_plus", *overrides])
-        flops = stage_flops(config, 256, target_width=teacher.embed_dim, teacher=seen if stage == "mim" else 0)
+        flops = stage_flops(config, 256, targets=[Target(teacher.embed_dim)], teacher=seen if stage == "mim" else 0)
         return flops.hardware / flops.model
 
     one_pass = ["train.micro_batch=424"]

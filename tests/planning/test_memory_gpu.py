@@ -10,7 +10,7 @@ from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.planning.memory import rank_memory
 from w2s.planning.states import rank_states
-from w2s.planning.teacher import planned_teacher
+from w2s.planning.teacher import planned_teachers, predicted
 from w2s.planning.towers import planned_towers
 
 SIZES = [
@@ -25,10 +25,10 @@ SIZES = [
 
 
 def planned_bytes(config: Config) -> int:
-    teacher = planned_teacher(config) if config.stage == "mim" else None
-    towers = planned_towers(config, teacher.width if teacher else 0)
+    teachers = planned_teachers(config)
+    towers = planned_towers(config, **predicted(config, teachers))
     states = rank_states(towers, config.parallel, config.precision, data_size=1, data_rank=0, stage=0)
-    return rank_memory(config, towers, teacher, states, world_size=1, stage=0).total
+    return rank_memory(config, towers, teachers, states, world_size=1, stage=0).total
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from w2s.config.checks import check
+from w2s.config.lessons import Target
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.errors import ConfigError, UserError
@@ -16,7 +17,7 @@ from w2s.planning.memory import rank_memory
 from w2s.planning.plan import Plan, find_plans
 from w2s.planning.report import bottleneck
 from w2s.planning.states import States
-from w2s.planning.teacher import planned_teacher
+from w2s.planning.teacher import planned_teachers
 from w2s.planning.towers import planned_towers
 
 BF16 = ["precision.compute=bf16", "teacher.precision=bf16", "data=shards", "data.train=shards"]
@@ -100,12 +101,14 @@ def test_states_are_shared_out_by_every_kind_of_parallelism() -> None:
 
 
 def test_a_sharded_teacher_is_split_by_the_layout_and_not_by_the_configuration() -> None:
-    teacher = planned_teacher(eva_18b("mim"))
+    (teacher,) = planned_teachers(eva_18b("mim"))
     sizes = {}
     for tensor in (1, 4):
         keys = ["teacher.source=w2s:e_plus", "teacher.sharded=true", f"parallel.tensor={tensor}"]
         config = eva_18b("mim", *keys, "train.micro_batch=1")
-        sizes[tensor] = rank_memory(config, planned_towers(config, teacher.width), teacher, States(), 256, 0).teacher
+        sizes[tensor] = rank_memory(
+            config, planned_towers(config, [Target(teacher.width)]), [teacher], States(), 256, 0
+        ).teacher
     assert sizes[1] - sizes[4] == teacher.weights * 3 / 4
 
 
@@ -174,7 +177,7 @@ def test_what_cannot_be_is_refused_with_the_fix() -> None:
 def test_a_teacher_of_the_contrastive_stage_costs_memory_and_time_while_it_is_heard() -> None:
     keys = ("clip.distill.source=eva:eva02_e_plus@none", "clip.distill.until=0.25")
     plain, taught = (one("clip", kind="h200", overrides=more) for more in ((), keys))
-    teacher = planned_teacher(taught.config)
+    (teacher,) = planned_teachers(taught.config)
     assert taught.memory.teacher >= teacher.weights + teacher.text_weights
     assert taught.time.teacher > 0 == plain.time.teacher
     assert taught.memory.total - plain.memory.total >= teacher.weights + teacher.text_weights

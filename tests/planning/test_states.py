@@ -85,7 +85,7 @@ def test_states_are_megatrons_to_the_byte(
     for name, ranks in on_ranks(world_size, allocated, stage, overrides).items():
         config = load(stage, overrides[name])
         width, layer_width = VIT_WIDTHS if config.mim.layers else (TARGET_WIDTH, 0)
-        towers = planned_towers(config, width, layer_width, config.mim.summary_width(width, width))
+        towers = planned_towers(config, [config.lessons[0].target(width, width)], layer_width)
         for place, found in ranks:
             planned = _planned(config, towers, place)
             assert (planned.weights, planned.gradients, planned.optimizer) == found, (name, place)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from w2s.config.load import load
 from w2s.config.sections import TeacherConfig
-from w2s.planning.teacher import planned_teacher
+from w2s.planning.teacher import planned_teachers
 from w2s.teachers.base import Teacher
 from w2s.teachers.build import without_weights
 from w2s.teachers.text import build_text_teacher
@@ -17,7 +17,7 @@ from w2s.teachers.text import build_text_teacher
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_eva_teacher_is_worked_out_as_its_network_is(name: str, precision: str) -> None:
     config = load("mim", [f"teacher.source=eva:{name}@none", f"teacher.precision={precision}"])
-    planned = planned_teacher(config)
+    (planned,) = planned_teachers(config)
     network = without_weights(config.teacher, grid=16)
     with FlopCounterMode(display=False) as counter:
         network(torch.empty(1, 3, network.image_size, network.image_size, device="meta"))
@@ -30,7 +30,7 @@ def test_an_eva_teacher_is_worked_out_as_its_network_is(name: str, precision: st
 
 def test_an_eva_teacher_sees_images_of_the_size_that_is_given() -> None:
     config = load("mim", ["teacher.source=eva:eva_s@none", "teacher.image_size=448"])
-    planned, network = planned_teacher(config), without_weights(config.teacher, grid=32)
+    (planned,), network = planned_teachers(config), without_weights(config.teacher, grid=32)
     with FlopCounterMode(display=False) as counter:
         network(torch.empty(1, 3, 448, 448, device="meta"))
     assert planned.image_size == network.image_size == 448
@@ -42,7 +42,7 @@ def test_a_text_tower_is_worked_out_as_its_network_is(source: str, width: int) -
     """As it reads the student's captions, of 16 tokens."""
     keys = ["clip.distill.kind=feature", "clip.distill.towers=text", f"model.embed_dim={width}"]
     config = load("clip", ["model=tiny", f"clip.distill.source={source}", *keys])
-    planned = planned_teacher(config)
+    (planned,) = planned_teachers(config)
     teacher = build_text_teacher(TeacherConfig(source=source.partition("@")[0]), context_length=16, device="cpu")
     # The counter knows no fused attention on a CPU.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -57,20 +57,20 @@ def test_a_clip_that_teaches_costs_what_its_towers_cost() -> None:
     """Both for affinities, and for a comparison; else those that are asked for."""
 
     def flops(*keys: str) -> float:
-        return planned_teacher(load("clip", [*student, *keys])).flops
+        return planned_teachers(load("clip", [*student, *keys]))[0].flops
 
     student = ["model=tiny", "model.embed_dim=512", "clip.distill.source=eva:eva_s@none"]
     feature = "clip.distill.kind=feature"
     image, text = (flops(feature, f"clip.distill.towers={name}") for name in ("image", "text"))
-    assert image == planned_teacher(load("mim", ["teacher.source=eva:eva_s@none"])).flops
+    assert image == planned_teachers(load("mim", ["teacher.source=eva:eva_s@none"]))[0].flops
     assert flops() == flops(feature) == image + text
     assert flops(feature, "clip.distill.towers=text", "clip.distill.until_better=true") == image + text
-    assert planned_teacher(load("clip", ["model=tiny"])) is None
+    assert planned_teachers(load("clip", ["model=tiny"])) == ()
 
 
 def test_any_other_network_is_counted() -> None:
     """EfficientNet-Lite0 for 16 x 16 patches: 4.0 GFLOP an image, 5 million parameters in float32."""
-    planned = planned_teacher(load("mim", ["teacher=efficientnet_lite0", "model.vision.image_size=256"]))
+    (planned,) = planned_teachers(load("mim", ["teacher=efficientnet_lite0", "model.vision.image_size=256"]))
     assert planned.flops / 1e9 == pytest.approx(4.0, abs=0.051)
     assert planned.width == 1280
     assert planned.weights / 4 == pytest.approx(5e6, abs=0.5e6)

@@ -77,9 +77,9 @@ def test_a_step_is_the_naive_sum_in_float64(alone: Ranks, options: list[str], na
     stage.optimizer.zero_grad()
     (vision,), (text,) = stage.vision.parts, stage.text.parts
     student = [F.normalize(x.double(), dim=-1) for x in (see(vision, batch), read(text, batch))]
-    assert stage.teacher is not None
     teacher = [
-        torch.zeros(16, 16) if x is None else x.double() for x in stage.teacher(batch.teacher_images, batch.tokens)
+        torch.zeros(16, 16) if x is None else x.double()
+        for x in stage.teachers[0](*batch.teacher_images or [None], batch.tokens)
     ]
     scale, own = text.logit_scale.double().exp(), torch.tensor(1 / 0.07).double()
     contrastive, distance = softmax_definition(*student, scale), by_hand(student, teacher, scale, own)
@@ -94,8 +94,7 @@ def test_a_step_is_the_naive_sum_in_float64(alone: Ranks, options: list[str], na
 
 def weights(options: list[str], ranks: Ranks, *changes: str) -> list[float]:
     config = load("clip", [*options, *changes, "train.steps=8"])
-    assert config.taught_by is not None
-    distillation, found = Distillation(config, config.taught_by, ranks), []
+    distillation, found = Distillation(config, *config.taught_by, ranks), []
     for step in range(8):
         distillation.step = step
         found.append(distillation.weight if distillation.on else 0.0)
@@ -182,9 +181,9 @@ def test_no_teacher_image_is_made_that_nobody_sees(alone: Ranks, options: list[s
     config = load("clip", [*options, "train.steps=4", "clip.distill.until=0.5"])
     stream = Stream(config.data, ContrastiveStage(config, alone).spec, global_batch=16, seed=0, rank=0, size=1)
     sizes = [batch.teacher_images for batch in (stream.next() for _ in range(4))]
-    assert [None if images is None else images.shape[-1] for images in sizes] == [64, 64, None, None]
+    assert [[view.shape[-1] for view in views] for views in sizes] == [[64], [64], [], []]
     captions = load("clip", [*options, "clip.distill.kind=feature", "clip.distill.towers=text"])
-    assert ContrastiveStage(captions, alone).spec.teacher_size == 0
+    assert ContrastiveStage(captions, alone).spec.teacher_sizes == ()
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +195,10 @@ def weak(base: list[str]) -> str:
 def test_a_run_of_ours_teaches_as_it_is(base: list[str], weak: str, alone: Ranks) -> None:
     """`teacher` is what teacher.source names."""
     config = load("clip", [*base, f"teacher.source=w2s:{weak}", "clip.distill.source=teacher", "teacher.image_size=0"])
-    assert config.taught_by == config.teacher
+    assert config.taught_by == (config.teacher,)
     stage = ContrastiveStage(config, alone)
     batch = Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1).next()
-    assert stage.teacher is not None
-    images, texts = stage.teacher(batch.teacher_images, batch.tokens)
+    images, texts = stage.teachers[0](*batch.teacher_images or [None], batch.tokens)
     assert given(images).norm(dim=1).tolist() == pytest.approx([1] * 16, abs=1e-5)
     assert given(texts).shape == (16, 16)
 

@@ -46,6 +46,20 @@ def test_what_belongs_together_is_in_one_chart_and_the_loss_comes_first() -> Non
     assert figures == {}
 
 
+def test_each_of_several_teachers_has_charts_of_its_own() -> None:
+    names = ["cosine", "constant_cosine", "test/masked_cosine", "summary_cosine"]
+    records = lines(loss=[1.0, 0.5], **{f"{who}/{name}": [0.2, 0.3] for who in ("a", "b") for name in names})
+    drawn, _ = charts(records)
+    of_features = ["training", "test, masked patches", "(best constant, training)"]
+    assert shown(drawn) == {
+        "loss": ["training"],
+        "a: cosine with the teacher's features": of_features,
+        "a: cosine with the teacher's summary": ["training"],
+        "b: cosine with the teacher's features": of_features,
+        "b: cosine with the teacher's summary": ["training"],
+    }
+
+
 def test_what_does_not_change_is_a_figure() -> None:
     drawn, figures = charts(lines(loss=[1.0, 0.5], memory_gib=[1.2301, 1.2303], teacher_images_per_rank=[64.0, 64.0]))
     assert list(shown(drawn)) == ["loss"]

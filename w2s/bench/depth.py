@@ -2,13 +2,15 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
 from w2s.config.load import named_model
-from w2s.config.sections import Config, TeacherConfig
+from w2s.config.sections import Config, TeacherConfig, TeachersConfig, TeachingConfig
 from w2s.errors import ConfigError
 
+T = TypeVar("T", TeacherConfig, TeachingConfig)
 _RANDOM = ("eva", "timm", "open_clip")
 """Kinds of teachers that can do without weights."""
 
@@ -35,19 +37,20 @@ def reduced(config: Config, layers: int | None, folder: Path) -> Config:
     model = replace(
         config.model, vision=replace(vision, layers=layers), text=replace(text, layers=_part(text.layers, fraction))
     )
-    teacher = _teacher(config.taught_by or config.teacher, fraction, folder)
-    clip = config.clip
+    heard = config.taught_by[0] if config.stage == "clip" and config.taught_by else config.teacher
+    teacher, clip = _teacher(heard, fraction, folder), config.clip
+    teachers = TeachersConfig(of=[_teacher(each, fraction, folder) for each in config.teachers.of])
     if config.stage == "clip" and config.taught_by:
         # Heard in every step, and shallower as described.
         clip = replace(clip, distill=replace(clip.distill, source="teacher", until=1.0, until_better=False))
-    return replace(config, model=model, teacher=teacher, clip=clip)
+    return replace(config, model=model, teacher=teacher, teachers=teachers, clip=clip)
 
 
 def _part(layers: int, fraction: float) -> int:
     return max(1, round(layers * fraction))
 
 
-def _teacher(teacher: TeacherConfig, fraction: float, folder: Path) -> TeacherConfig:
+def _teacher(teacher: T, fraction: float, folder: Path) -> T:
     kind, _, rest = teacher.source.partition(":")
     if kind not in _RANDOM:
         return teacher

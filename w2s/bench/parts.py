@@ -27,7 +27,7 @@ def marked(stage: Stage, marks: Parts) -> Iterator[None]:
     rank begins to wait for them. It is taken out of the part in which it happens.
 
     Args:
-        stage: its towers, and its teacher where it has one, are `nn.Module`s.
+        stage: its towers, and its teachers where it has some, are `nn.Module`s.
         marks: where the marks go.
     """
     with ExitStack() as undo:
@@ -35,8 +35,7 @@ def marked(stage: Stage, marks: Parts) -> Iterator[None]:
             for chunk in tower.parts:
                 _mark_module(chunk, "forward", marks, undo)
                 undo.callback(chunk.register_forward_hook(_backward_marker(marks)).remove)
-        teacher = getattr(stage, "teacher", None)
-        if teacher is not None:
+        for teacher in stage.teachers:
             _mark_module(teacher, "teacher", marks, undo)
         for name in ("zero_grad", "step"):
             _mark_method(stage.optimizer, name, "optimizer", marks, undo)

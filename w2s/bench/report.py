@@ -19,7 +19,7 @@ from w2s.errors import ConfigError, W2SError
 from w2s.launch import is_rank
 from w2s.planning.flops import image_flops, seen_tokens, student_flops, text_flops
 from w2s.planning.plan import find_plans
-from w2s.planning.teacher import PlannedTeacher, planned_teacher
+from w2s.planning.teacher import PlannedTeacher, planned_teachers, predicted
 
 PACKAGES = ("w2s", "torch", "megatron-core", "timm", "open_clip_torch")
 
@@ -115,7 +115,7 @@ def bench_step(
                 check_peer(each, peer, ranks)
         if data == "real" and config.data.builtin != "none":
             ensure_builtin(config.data)
-        teacher = planned_teacher(small)
+        teachers = planned_teachers(small)
         job = Job(small, tuple(micro_batches), data, steps, folder / "measured.json")
         turns = [
             (measure(job, ranks), measure(replace(job, peer=True), 1) if peer else None)
@@ -123,14 +123,14 @@ def bench_step(
         ]
     first, first_peer = turns[0]
     if first_peer is not None:
-        check_equal(small, teacher, first, first_peer)
+        check_equal(small, teachers, first, first_peer)
     return Report(
         stage=config.stage,
         model=config.model.name,
         layers=_layers(small),
         full_layers=_layers(config),
-        teacher=config.taught_by.name if config.taught_by else "none",
-        teacher_gflop=teacher.flops / 1e9 if teacher else 0.0,
+        teacher=" + ".join(each.name for each in config.taught_by) or "none",
+        teacher_gflop=sum(each.flops for each in teachers) / 1e9,
         device=first.device,
         bf16_peak_tflops=bf16_peak(first.device),
         ranks=ranks,
@@ -142,11 +142,11 @@ def bench_step(
         peer_compiled=first_peer is not None and first_peer.compiled,
         rounds=len(turns),
         versions={package: version(package) for package in PACKAGES},
-        rows=[_line(each, teacher, number, turns, ranks) for number, each in enumerate(batches)],
+        rows=[_line(each, teachers, number, turns, ranks) for number, each in enumerate(batches)],
     )
 
 
-def check_equal(config: Config, teacher: PlannedTeacher | None, ours: Measured, peer: Measured) -> None:
+def check_equal(config: Config, teachers: Sequence[PlannedTeacher], ours: Measured, peer: Measured) -> None:
     """Refuse to compare towers that are not the same: parameters must be equal, and FLOPs of a forward pass to 1 %.
 
     Ours come from formulas, the peer's are counted while its model runs.
@@ -154,8 +154,8 @@ def check_equal(config: Config, teacher: PlannedTeacher | None, ours: Measured, 
     Raises:
         W2SError: with both numbers.
     """
-    image = student_flops(config, teacher.width) if teacher else image_flops(config)
-    text = 0.0 if teacher else text_flops(config.model.text, config.model.embed_dim).forward
+    image = student_flops(config, **predicted(config, teachers)) if teachers else image_flops(config)
+    text = 0.0 if teachers else text_flops(config.model.text, config.model.embed_dim).forward
     # The peer embeds the patches too that it drops afterwards.
     dropped = config.model.vision.patches / (seen_tokens(config) - 1) - 1
     flops = image.forward + dropped * image.embedding + text
@@ -173,7 +173,7 @@ def _layers(config: Config) -> dict[str, int]:
 
 def _line(
     config: Config,
-    teacher: PlannedTeacher | None,
+    teachers: Sequence[PlannedTeacher],
     number: int,
     turns: Sequence[tuple[Measured, Measured | None]],
     ranks: int,
@@ -189,8 +189,8 @@ def _line(
     return Line(
         micro_batch=config.train.micro_batch,
         global_batch=config.train.global_batch,
-        ours=speed(config, teacher, own.device, _median(ours), ranks),
-        peer=speed(alone, teacher, theirs.device, _median(peers), 1) if theirs else None,
+        ours=speed(config, teachers, own.device, _median(ours), ranks),
+        peer=speed(alone, teachers, theirs.device, _median(peers), 1) if theirs else None,
         ratio=median(ratios) if ratios else None,
         ratios=tuple(ratios),
         planned_milliseconds=planned_milliseconds(config, own.device, ranks),

@@ -1,13 +1,14 @@
 """What a measured step comes to: samples and FLOPs a second, and how much of the card that is."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from w2s.bench.step import Row
 from w2s.config.sections import Config
 from w2s.planning.cards import Card, cards
 from w2s.planning.flops import stage_flops
-from w2s.planning.teacher import PlannedTeacher
+from w2s.planning.teacher import PlannedTeacher, predicted
 
 _TOWERS = ("student", "vision", "text")
 
@@ -37,12 +38,12 @@ class Speed:
     """Milliseconds by part."""
 
 
-def speed(config: Config, teacher: PlannedTeacher | None, device: str, row: Row, world_size: int) -> Speed | None:
+def speed(config: Config, teachers: Sequence[PlannedTeacher], device: str, row: Row, world_size: int) -> Speed | None:
     """Work out the figures of a row.
 
     Args:
         config: the stage with the batch of the row.
-        teacher: that of the stage, if it has one.
+        teachers: those of the stage.
         device: name of the card, or `cpu`.
         row: the median step.
         world_size: ranks in all.
@@ -53,8 +54,8 @@ def speed(config: Config, teacher: PlannedTeacher | None, device: str, row: Row,
     if not row.parts:
         return None
     seconds = row.milliseconds / 1e3
-    widths, seen = (teacher.widths(config.mim), teacher.flops) if teacher else ({}, 0.0)
-    flops = stage_flops(config, world_size, **widths, teacher=seen)
+    seen = sum(teacher.flops for teacher in teachers)
+    flops = stage_flops(config, world_size, **predicted(config, teachers), teacher=seen)
     per_rank = row.global_batch / world_size / 1e12
     towers = sum(part.model for name, part in flops.parts.items() if name in _TOWERS)
     passes = (row.parts["forward"] + row.parts["backward"]) / 1e3

@@ -11,12 +11,13 @@ from w2s.checkpoint.card import gather_facts, write_card
 from w2s.checkpoint.cast import Cast, numbers
 from w2s.checkpoint.folder import new_folder
 from w2s.checkpoint.formats import eva, onnx, open_clip, safetensors, timm, torch_export, transformers
-from w2s.checkpoint.formats.base import Export, Guide, Snippet, Write
-from w2s.checkpoint.released import open_released
+from w2s.checkpoint.formats.base import HEAD, Export, Guide, Snippet, Write
+from w2s.checkpoint.of_teacher import InTeachersSpace, OfTeacher, choose
+from w2s.checkpoint.released import Released, open_released
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify
 from w2s.config.load import model_from
-from w2s.config.sections import Weights
+from w2s.config.sections import ModelConfig, Weights
 from w2s.errors import CheckpointError, ConfigError
 
 FORMATS: Mapping[str, Write] = {
@@ -54,6 +55,7 @@ def export_checkpoint(
     out: Path,
     *,
     weights: Weights = "last",
+    head: str = "",
     precision: str = "",
     hub: str = "",
     licence: str = "unknown",
@@ -67,12 +69,13 @@ def export_checkpoint(
         format: one of `FORMATS`.
         out: the new folder.
         weights: the last ones, or their moving average.
+        head: the teacher of a masked run whose head is written: the projection then leads into that teacher's space.
         precision: `fp32`, `fp16` or `bf16`; empty leaves the types of numbers what they are.
         hub: OWNER/NAME that it will have on a hub.
         licence: the licence of the weights, as the hub calls it.
 
     Raises:
-        ConfigError: there is no such format or precision, `hub` is no OWNER/NAME, or `licence` is no identifier.
+        ConfigError: there is no such format, precision or teacher, `hub` is no OWNER/NAME, or `licence` no identifier.
         CheckpointError: the checkpoint is damaged or has no moving average, or the format cannot hold it.
         MissingPackageError: the format needs a package that is not installed.
         UserError: `out` exists already.
@@ -86,7 +89,7 @@ def export_checkpoint(
     if not (checkpoint / "meta.json").is_file():
         raise CheckpointError(f"{checkpoint} is no checkpoint of w2s: make one of it with `w2s import`")
     verify(checkpoint)
-    model, released = model_from(read_meta(checkpoint).config), open_released(checkpoint, weights)
+    model, released = _with_head(checkpoint, head, weights)
     if precision:
         released = Cast(released, numbers(precision))
     with new_folder(out) as folder:
@@ -106,3 +109,23 @@ def export_checkpoint(
         write_card(folder, facts, guide)
     files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     return Exported(files, guide)
+
+
+def _with_head(checkpoint: Path, head: str, weights: Weights) -> tuple[ModelConfig, Released]:
+    """A checkpoint's model and tensors; those of a masked run with the heads for one teacher alone.
+
+    Raises:
+        ConfigError: the run had no such teacher, or has learnt no summary of it.
+    """
+    meta, released = read_meta(checkpoint), open_released(checkpoint, weights)
+    model = model_from(meta.config)
+    if meta.trained == "mim":
+        released = OfTeacher(released, meta, choose(meta, head, "--head"), alone=True)
+    elif head:
+        choose(meta, head, "--head")
+    if not head:
+        return model, released
+    if HEAD not in released.meta:
+        raise ConfigError(f"--head {head}: the run learnt no summary of this teacher (summary_weight), leave it out")
+    released = InTeachersSpace(released)
+    return replace(model, embed_dim=released.meta[HEAD].shape[0]), released

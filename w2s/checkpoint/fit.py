@@ -17,7 +17,7 @@ from w2s.errors import CheckpointError
 
 Shape = tuple[int, ...]
 
-STAGE_ONLY = ("vision.lm_head.", "vision.layer_heads.", "vision.mask_token", "vision.summary_proj.")
+STAGE_ONLY = ("vision.lm_head.", "vision.layer_heads.", "vision.mask_token", "vision.summary_proj.", "vision.teachers.")
 """What serves the masked stage alone."""
 PROJECTIONS = ("vision.head.", "text.text_projection", "text.logit_scale", "text.logit_bias")
 """What a CLIP adds to its two towers."""

@@ -9,11 +9,12 @@ from w2s.checkpoint.eva_format import released_name
 from w2s.checkpoint.find import find
 from w2s.checkpoint.fit import OPTIONAL, PROJECTIONS, SCALARS, STAGE_ONLY, Fit, fit, hint, summary
 from w2s.checkpoint.growth import NO_GROWTH, Grown, Growth, Size
+from w2s.checkpoint.of_teacher import OTHERS, OfTeacher, choose
 from w2s.checkpoint.released import Released, open_released
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify
 from w2s.config.sections import Config, Weights
-from w2s.errors import CheckpointError
+from w2s.errors import CheckpointError, ConfigError
 from w2s.megatron import state
 from w2s.megatron.initialize import copy_slices
 from w2s.megatron.optimizer import Towers
@@ -109,7 +110,10 @@ def take_over(towers: Towers, config: Config, teacher_text: tuple[Path, Weights]
         verify(checkpoint)
     growth = Growth(config.init.grow, config.init.grow_width, config.run.seed)
     for name, (checkpoint, weights) in found.items():
-        one = hand_over(towers[name], name, checkpoint, config.init.projections, growth, weights)
+        teacher = config.init.teacher if name == "vision" else ""
+        one = hand_over(
+            towers[name], name, checkpoint, config.init.projections, growth, teacher=teacher, weights=weights
+        )
         handover = one if handover is None else handover + one
     return handover
 
@@ -120,6 +124,8 @@ def hand_over(
     checkpoint: Path,
     projections: Projections = "keep",
     growth: Growth = NO_GROWTH,
+    *,
+    teacher: str = "",
     weights: Weights = "last",
 ) -> Handover:
     """Load the weights of tower `name` from a checkpoint of an earlier stage or from other people's weights.
@@ -133,17 +139,19 @@ def hand_over(
         projections: whether heads and logit scale that fit are taken along.
         growth: how the checkpoint's tower becomes deeper or wider, if it is smaller.
         weights: the checkpoint's last ones, or their moving average.
+        teacher: whose head is taken, of a masked run that had several teachers; empty for the first one's.
 
     Raises:
         CheckpointError: the checkpoint's tower has other shapes, or lacks something.
+        ConfigError: the run had no such teacher.
     """
     own, towers = state.tower_shapes({name: tower}), {name: tower}
-    source = open_released(checkpoint, weights)
+    source = _of_teacher(open_released(checkpoint, weights), teacher, alone=bool(growth))
     if growth:
         source = _grown(source, tower, name, growth)
     taken = fit(source, _wanted(own, source, projections), {name: tower.parts[0].config.num_attention_heads})
     _check(taken, name)
-    if source.format == "w2s" and not growth:
+    if source.format == "w2s" and not isinstance(source, OfTeacher | Grown):
         state.load_weights(checkpoint, towers, taken.loaded, weights)
         copy_slices(towers, taken.read, taken.resized)
     else:
@@ -159,6 +167,24 @@ def hand_over(
         resized=sorted(taken.resized),
         averaged=(checkpoint,) if weights == "ema" else (),
     )
+
+
+def _of_teacher(source: Released, teacher: str, *, alone: bool) -> Released:
+    """A masked run with the heads of one of several teachers, see `OfTeacher`; anything else as it is.
+
+    Raises:
+        ConfigError: there is no such teacher.
+    """
+    if source.format != "w2s":
+        if teacher:
+            raise ConfigError(f"init.teacher={teacher}: {source.path} is no masked run of w2s, leave it out")
+        return source
+    meta = read_meta(source.path)
+    several = any(name.startswith(OTHERS) for name in source.meta)
+    if not (teacher or several):
+        return source
+    chosen = choose(meta, teacher, "init.teacher")
+    return OfTeacher(source, meta, chosen, alone=alone) if several else source
 
 
 def _grown(source: Released, tower: ShardedTower[Any], name: str, growth: Growth) -> Grown:

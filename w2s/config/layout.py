@@ -215,14 +215,14 @@ def _check_fully_sharded(config: Config, replicas: int) -> None:
 
 
 def _check_sharded_teacher(config: Config) -> None:
-    teacher = config.taught_by or config.teacher
-    if not teacher.sharded:
+    if not config.teacher.sharded:
         return
-    if not teacher.source.startswith("w2s:"):
-        raise ConfigError(
-            f"teacher.sharded=true with teacher.source={teacher.source}: only w2s:RUN can be split, "
-            "use teacher.sharded=false"
-        )
+    for teacher in config.taught_by or (config.teacher,):
+        if not teacher.source.startswith("w2s:"):
+            raise ConfigError(
+                f"teacher.sharded=true with teacher.source={teacher.source}: only w2s:RUN can be split, "
+                "use teacher.sharded=false"
+            )
     if config.parallel.pipeline > 1:
         raise ConfigError(
             f"teacher.sharded=true with parallel.pipeline={config.parallel.pipeline}: a teacher is split over "

@@ -21,13 +21,27 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from w2s.config.fields import FIELDS, SECTIONS, advice, entry_section, expected, is_text, nearest
-from w2s.config.sections import Config, ModelConfig
+from w2s.config.fields import (
+    FIELDS,
+    SECTIONS,
+    advice,
+    entry_hint,
+    entry_section,
+    expected,
+    in_words,
+    is_text,
+    nearest,
+)
+from w2s.config.sections import Config, ModelConfig, TeachingConfig
 from w2s.errors import ConfigError
 from w2s.redaction import hide_variables, redacted
 
 STAGES = ("mim", "clip", "eval")
 GROUPS = ("model", "teacher", "data", "hardware")
+TEACHERS = "teachers.of"
+"""A list whose entries may be names of files of the group `teacher`."""
+OF_ONE_TEACHER = ("teacher", "teacher.name", "teacher.source", "teacher.image_size", "teacher.target_norm")
+"""What says which the only teacher is, and has no place beside `TEACHERS`."""
 SHARD_KEYS = ("data.train", "eval.shards", "eval.knn_shards")
 
 _MOST_NODES = 100_000
@@ -62,6 +76,8 @@ def load(stage: str, overrides: Sequence[str] = ()) -> Config:
         _merge(node, part, choices[group])
     for key, text in assignments:
         _assign(node, key, text if is_text(key) else _value(key, text), "")
+    if node.teachers.of:
+        _refuse_one_teacher(overrides)
     return _typed(node)
 
 
@@ -184,6 +200,12 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, st
     return choices, assignments
 
 
+def _refuse_one_teacher(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if override.partition("=")[0] in OF_ONE_TEACHER:
+            raise ConfigError(f"{override} does nothing beside several teachers: put it into teachers=[...]")
+
+
 def _value(key: str, text: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={_unfolded(text)}"]))["value"]  # type: ignore[index, call-overload]
@@ -226,6 +248,11 @@ def _flatten(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 def _assign(node: DictConfig, key: str, value: Any, origin: str) -> None:
     if key in SHARD_KEYS:
         value = _joined(value)
+    if key == "teachers" and isinstance(value, list):
+        key = TEACHERS
+    if key.startswith("teachers.") and key not in FIELDS:
+        _assign_teacher(node, key, value, origin)
+        return
     if key in SECTIONS:
         raise ConfigError(f"{origin}{key}={value}: {key} is a section, set one of its keys, such as {_key_in(key)}")
     if key not in FIELDS:
@@ -241,6 +268,8 @@ def _entries(key: str, value: Any, origin: str) -> Any:
     entry_type = entry_section(key)
     if entry_type is None or not isinstance(value, list):
         return value
+    if key == TEACHERS:
+        value = [_teacher_of_file(entry, origin) if isinstance(entry, str) else entry for entry in value]
     keys = [field.name for field in fields(entry_type)]
     unknown = next((name for entry in value if isinstance(entry, dict) for name in entry if name not in keys), None)
     if unknown is not None:
@@ -252,6 +281,33 @@ def _entries(key: str, value: Any, origin: str) -> Any:
         for entry in value
     ]
     return [OmegaConf.merge(OmegaConf.structured(entry_type), entry) for entry in entries]
+
+
+def _teacher_of_file(name: str, origin: str) -> Any:
+    """The entry that a file of the group `teacher` describes."""
+    document = read_document("teacher", name)
+    if set(document) != {"teacher"}:
+        keys = ", ".join(document)
+        raise ConfigError(f"{origin}teachers: {name} sets {keys}: in a list a file may have the section teacher alone")
+    return document["teacher"]
+
+
+def _assign_teacher(node: DictConfig, key: str, value: Any, origin: str) -> None:
+    """Set a key of one of several teachers, `teachers.NAME.KEY` or `teachers.NUMBER.KEY`."""
+    _, which, field = (*key.split(".", 2), "")[:3]
+    names, keys = [entry.name for entry in node.teachers.of], [each.name for each in fields(TeachingConfig)]
+    given = [*names, *map(str, range(len(names)))]
+    if field not in keys:
+        shown = f"teachers.{which}.{nearest(field or which, keys)}" if field else "teachers.NAME.KEY"
+        raise ConfigError(f"{origin}unknown key {key}: did you mean {shown}?")
+    if which not in given:
+        near = f"did you mean teachers.{nearest(which, names)}.{field}?" if names else ""
+        fix = near or "give teachers=[...] before it"
+        raise ConfigError(f"{origin}{key}: there is no teacher {which}: {fix}")
+    try:
+        OmegaConf.update(node, f"{TEACHERS}[{given.index(which) % len(names)}].{field}", value, merge=False)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"{origin}{key}={value} is not {in_words(entry_hint(TeachingConfig, field))}") from error
 
 
 def _joined(shards: Any) -> Any:

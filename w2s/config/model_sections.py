@@ -150,9 +150,10 @@ class TeacherConfig:
     """Of `w2s:RUN`, the last weights or the moving average (`optim.ema`)."""
     image_size: int = 0
     """Side of the teacher's input in pixels; 0 is its own, and for a convolutional net a feature per student patch."""
-    target_norm: Literal["none", "standardize", "layernorm"] = "none"
-    """`none` (the paper's, for CLIP teachers), per-channel standardisation with running statistics (CNN teachers), or
-    layer norm of each feature vector, without weights (data2vec)."""
+    target_norm: Literal["none", "standardize", "layernorm", "phi_s"] = "none"
+    """`none` (the paper's, for CLIP teachers), per-channel standardisation with running statistics (CNN teachers),
+    layer norm of each feature vector, without weights (data2vec), or a rotation and one scale after which all channels
+    vary alike (PHI-S of RADIO), found in the first batch; not for the cosine loss."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the teacher's forward pass."""
     compile: bool = False
@@ -161,3 +162,41 @@ class TeacherConfig:
     """Split a `w2s:RUN` that is too big for one GPU over the tensor-parallel ranks; else every rank holds it whole."""
     batch_size: int = 64
     """Images of one teacher forward in evaluation."""
+
+
+@dataclass(kw_only=True)
+class TeachingConfig:
+    """One of several teachers of the masked stage, and how the student learns from it.
+
+    `compile`, `sharded` and `batch_size` are those of the section `teacher`.
+    """
+
+    name: str = "custom"
+    """Its name in metrics, checkpoints and other keys: letters, digits, _ and -."""
+    source: str = "efficientnet_lite0"
+    """As `teacher.source`."""
+    weights: Weights = "last"
+    """As `teacher.weights`."""
+    image_size: int = 0
+    """As `teacher.image_size`."""
+    target_norm: Literal["none", "standardize", "layernorm", "phi_s"] = "none"
+    """As `teacher.target_norm`."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Arithmetic of its forward pass; null takes `teacher.precision`."""
+    weight: float = 1.0
+    """Factor on its losses, of patches and of the summary, in the sum over the teachers."""
+    loss: Literal["cosine", "smooth_l1", "mse"] | None = None
+    """Loss of its patches; null takes `mim.loss`."""
+    summary: Literal["cls", "pooled"] | None = None
+    """What its summary is; null takes `mim.summary`."""
+    summary_weight: float | None = None
+    """Weight of its summary's loss beside that of its patches; null takes `mim.summary_weight`."""
+
+
+@dataclass(kw_only=True)
+class TeachersConfig:
+    """Several teachers of the masked stage, in the place of the section `teacher`."""
+
+    of: list[TeachingConfig] = field(default_factory=list)
+    """The teachers: sections, or names of configs/teacher. `teachers=[...]` sets it, and `teachers.NAME.KEY=...` a key
+    of one of them (or `teachers.NUMBER.KEY`, from 0). Empty leaves the stage to `teacher`."""

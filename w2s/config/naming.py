@@ -45,6 +45,10 @@ _WITHOUT_EFFECT = frozenset(
 is kept beside it."""
 
 
+_SINCE: Mapping[str, Any] = {"teachers.of": [], "init.teacher": ""}
+"""Keys that came later, and the values with which a run is what it was before them."""
+
+
 def digest(config: Config) -> str:
     """Eight hexadecimal digits over everything that changes the result of a run.
 
@@ -79,7 +83,7 @@ def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {
         key: value.removeprefix(cache) if isinstance(value, str) else value
         for key, value in flatten(config).items()
-        if not _without_effect(key)
+        if not _without_effect(key) and not (key in _SINCE and value == _SINCE[key])
     }
     return cast(dict[str, Any], json.loads(json.dumps(kept)))
 

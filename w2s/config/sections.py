@@ -8,7 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from w2s.config.data_sections import DataConfig, PhaseConfig
-from w2s.config.model_sections import ModelConfig, TeacherConfig, TextConfig, VisionConfig, Weights
+from w2s.config.lessons import Lesson
+from w2s.config.model_sections import (
+    ModelConfig,
+    TeacherConfig,
+    TeachersConfig,
+    TeachingConfig,
+    TextConfig,
+    VisionConfig,
+    Weights,
+)
 from w2s.config.requirements import require, require_folder_name, require_positive
 from w2s.config.training_sections import ClipConfig, DistillConfig, LayerPairConfig, MimConfig, OptimConfig, TrainConfig
 
@@ -31,6 +40,8 @@ __all__ = [
     "Resize",
     "RunConfig",
     "TeacherConfig",
+    "TeachersConfig",
+    "TeachingConfig",
     "TextConfig",
     "TrackingConfig",
     "TrainConfig",
@@ -185,6 +196,9 @@ class InitConfig:
 
     `teacher` takes that of the teacher of the masked run in `vision`, or without one that of teacher.source.
     """
+    teacher: str = ""
+    """Which teacher of the masked run in `vision` it is whose head the CLIP takes over, and whose text tower
+    `text=teacher` is, where the run had several; empty takes the first."""
     grow: Literal["none", "stack", "interleave"] = "none"
     """How towers that are named above become deeper: the whole tower repeated, or each layer in its place."""
     grow_width: Literal["none", "copy", "split"] = "none"
@@ -318,6 +332,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: TeachersConfig = field(default_factory=TeachersConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mim: MimConfig = field(default_factory=MimConfig)
@@ -332,18 +347,29 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
-    def taught_by(self) -> TeacherConfig | None:
-        """The teacher that the stage learns from; None where it learns from none."""
+    def lessons(self) -> tuple[Lesson, ...]:
+        """What the student of the masked stage learns, of each of its teachers."""
+        only = TeachingConfig(
+            name=self.teacher.name,
+            source=self.teacher.source,
+            image_size=self.teacher.image_size,
+            target_norm=self.teacher.target_norm,
+        )
+        return tuple(Lesson.of(each, self.teacher, self.mim) for each in self.teachers.of or [only])
+
+    @property
+    def taught_by(self) -> tuple[TeacherConfig, ...]:
+        """The teachers that the stage learns from; empty where it learns from none."""
         if self.stage == "mim":
-            return self.teacher
+            return tuple(lesson.teacher for lesson in self.lessons)
         source = self.clip.distill.source if self.stage == "clip" else "none"
         if source == "none":
-            return None
-        return self.teacher if source == "teacher" else replace(self.teacher, source=source, name=source)
+            return ()
+        return (self.teacher if source == "teacher" else replace(self.teacher, source=source, name=source),)
 
     @property
     def taught_steps(self) -> int:
         """The steps in which the teacher is heard, unless the student passes it before."""
-        if self.taught_by is None:
+        if not self.taught_by:
             return 0
         return self.train.steps if self.stage == "mim" else self.clip.distill.last_step(self.train)

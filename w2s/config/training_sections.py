@@ -89,8 +89,8 @@ class MimConfig:
     block_aspect: float = 0.3
     """Blocks have an aspect ratio between this and its inverse (EVA: 0.3)."""
     layers: list[LayerPairConfig] = field(default_factory=list)
-    """Layers of the student that learn from layers of the teacher too, each by a head of its own that later stages
-    drop: [{student: 2, teacher: 11}]."""
+    """Layers of the student that learn from layers of the teacher too (of several, of the first), each by a head of its
+    own that later stages drop: [{student: 2, teacher: 11}]."""
     layers_weight: float = 0.1
     """Weight of the sum of the losses of `layers` beside that of the last layer (LET: about 0.1)."""
     layers_until: float | None = 1.0
@@ -102,15 +102,6 @@ class MimConfig:
     summary: Literal["cls", "pooled"] = "cls"
     """The teacher's summary: its own image embedding (class token or pooled feature of what is no CLIP), or the mean of
     its patch features."""
-
-    def summary_width(self, width: int, embedding: int) -> int:
-        """Return the channels of the summary target, 0 without one.
-
-        Args:
-            width: channels of the teacher's patch features.
-            embedding: channels of its own image embedding.
-        """
-        return (embedding if self.summary == "cls" else width) if self.summary_weight else 0
 
     def seen(self, patches: int) -> int:
         """Return how many of an image's patches go through the student, masked or not."""

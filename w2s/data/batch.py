@@ -1,12 +1,14 @@
 """A batch of training samples."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+_VIEWS = "teacher_images"
 
 
 @dataclass(kw_only=True)
@@ -15,8 +17,8 @@ class Batch:
 
     images: torch.Tensor
     """The student's view: uint8 [n, 3, size, size], or [n, frames, 3, size, size] of clips."""
-    teacher_images: torch.Tensor | None = None
-    """The same crops at the teacher's size: uint8 [n, 3, teacher size, teacher size], of clips with frames."""
+    teacher_images: tuple[torch.Tensor, ...] = ()
+    """The same crops at each size that teachers see: uint8 [n, 3, teacher size, teacher size], of clips with frames."""
     masks: torch.Tensor | None = None
     """True where a patch is masked: bool [n, patches]."""
     kept: torch.Tensor | None = None
@@ -66,8 +68,7 @@ class Batch:
         return self._map(lambda tensor: tensor[rows], [self.keys[row] for row in chosen if self.keys])
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor], keys: list[str]) -> "Batch":
-        changed: dict[str, Any] = {n: v if v is None else change(v) for n, v in _tensors(self).items()}
-        return Batch(**changed, keys=keys)
+        return _batch({name: None if part is None else change(part) for name, part in _tensors(self).items()}, keys)
 
 
 def given(tensor: torch.Tensor | None) -> torch.Tensor:
@@ -86,11 +87,8 @@ def merge_batches(parts: Sequence[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
     columns = {name: [_tensors(part)[name] for part in parts] for name in _tensors(parts[0])}
-    merged: dict[str, Any] = {
-        name: None if column[0] is None else torch.cat(column) for name, column in columns.items()
-    }
-    keys = [key for part in parts for key in part.keys]
-    batch = Batch(**merged, keys=keys)
+    merged = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
+    batch = _batch(merged, [key for part in parts for key in part.keys])
     return batch._select(batch.indices.argsort())
 
 
@@ -138,15 +136,25 @@ def _unpacked(rows: torch.Tensor, like: Batch) -> Batch:
     """Undo `_packed`, for a batch with the fields of another, which may have more or fewer samples."""
     fields = {name: tensor for name, tensor in _tensors(like).items() if tensor is not None}
     sizes = [tensor[0].numel() * tensor.element_size() for tensor in fields.values()]
-    parts: dict[str, Any] = {
+    parts = {
         name: part.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
         for (name, tensor), part in zip(fields.items(), rows.split(sizes, dim=1), strict=True)
     }
-    return Batch(**parts, keys=[])
+    return _batch(parts, [])
 
 
 def _tensors(batch: Batch) -> dict[str, Any]:
-    return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.name != "keys"}
+    """All tensors by the name of their field, or where a field has several, by its name and a number."""
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.name != "keys"}
+    views = {f"{_VIEWS}.{number}": view for number, view in enumerate(values.pop(_VIEWS))}
+    return values | views
+
+
+def _batch(tensors: Mapping[str, Any], keys: list[str]) -> Batch:
+    """Undo `_tensors`."""
+    plain = {name: tensor for name, tensor in tensors.items() if not name.startswith(_VIEWS)}
+    views = tuple(tensor for name, tensor in tensors.items() if name.startswith(_VIEWS))
+    return Batch(**plain, teacher_images=views, keys=keys)
 
 
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

@@ -189,13 +189,12 @@ class PartDataset(IterableDataset[Part | DataError]):
 
 def _collate(views: list[Views], spec: SampleSpec) -> Batch:
     captions = [view.caption for view in views if view.caption is not None]
-    teacher = [view.teacher_image for view in views if view.teacher_image is not None]
     masks = [view.mask for view in views if view.mask is not None]
     kept = [view.kept for view in views if view.kept is not None]
     branches = [view.branches for view in views if view.branches is not None]
     return Batch(
         images=torch.stack([view.image for view in views]),
-        teacher_images=torch.stack(teacher) if teacher else None,
+        teacher_images=tuple(map(torch.stack, zip(*(view.teacher_images for view in views), strict=True))),
         masks=torch.from_numpy(np.stack(masks)) if masks else None,
         kept=torch.from_numpy(np.stack(kept)) if kept else None,
         branches=torch.from_numpy(np.stack(branches)) if branches else None,

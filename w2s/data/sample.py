@@ -33,10 +33,10 @@ class SampleSpec:
     """Frames of a clip that are seen; with more than one every sample is a clip, and an image one that stands still."""
     grid: int
     """Patches along one side of the student's view."""
-    teacher_size: int = 0
-    """Side of the teacher's view in pixels; 0 makes none."""
+    teacher_sizes: tuple[int, ...] = ()
+    """Sides of the teachers' views in pixels, each once."""
     teacher_samples: int | None = None
-    """Samples of the run, from its first, that have a teacher's view; None for all."""
+    """Samples of the run, from its first, that have the teachers' views; None for all."""
     masked_patches: int = 0
     """Patches masked in every image; 0 makes no masks."""
     min_block: int = 1
@@ -102,7 +102,7 @@ class Views:
     key: str
     index: int
     image: torch.Tensor
-    teacher_image: torch.Tensor | None
+    teacher_images: tuple[torch.Tensor, ...]
     mask: NDArray[np.bool_] | None
     kept: NDArray[np.int64] | None
     branches: NDArray[np.float32] | None
@@ -112,7 +112,7 @@ class Views:
 def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views:
     """Decode a sample and draw its crop, flip, mask, kept patches and branch scales.
 
-    The student's and the teacher's view show the same crop with the same flip, and so do the frames of a clip.
+    The student's and the teachers' views show the same crop with the same flip, and so do the frames of a clip.
 
     Args:
         raw: the undecoded sample.
@@ -131,15 +131,15 @@ def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views
     images = find_images(raw.files, spec.image_key)
     if not images:
         raise BadSample("image is missing")
-    taught = spec.teacher_size > 0 and (spec.teacher_samples is None or index < spec.teacher_samples)
-    sizes = [spec.image_size, spec.teacher_size] if taught else [spec.image_size]
+    taught = spec.teacher_samples is None or index < spec.teacher_samples
+    sizes = [spec.image_size, *(spec.teacher_sizes if taught else ())]
     frames = [_views(picture, sizes, spec, seed, index) for picture in choose_frames(images, spec.frames)]
     views = [torch.stack(view) if spec.frames > 1 else view[0] for view in zip(*frames, strict=True)]
     return Views(
         key=raw.key,
         index=index,
         image=views[0],
-        teacher_image=views[1] if taught else None,
+        teacher_images=tuple(views[1:]),
         mask=draw_mask(spec, seed, index) if spec.masked_patches else None,
         kept=draw_kept(spec, seed, index) if spec.kept_patches else None,
         branches=draw_branches(spec, seed, index) if spec.drop_path else None,

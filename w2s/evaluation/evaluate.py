@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from w2s.evaluation.knn import knn
 from w2s.evaluation.linear_probe import LinearProbe
 from w2s.evaluation.retrieval import Captions, Found, first_found, retrieval, split_captions
 from w2s.evaluation.zero_shot import Template, ZeroShotResult, class_embeddings, templates_of, zero_shot
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,13 @@ def evaluate_clip(
     return ClipResult(metrics, result, texts.captions, found=found)
 
 
-def under(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+def under(prefix: str, metrics: Mapping[str, T]) -> dict[str, T]:
     """Metrics with a prefix and a slash before each name."""
     return {f"{prefix}/{metric}": value for metric, value in metrics.items()}
 
 
-def of_sets(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of test sets under the sets' names (`openmoji/zero_shot/top1`); a set without a name adds none."""
+def of_sets(measured: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
+    """Metrics of test sets, or of teachers, under their names (`openmoji/zero_shot/top1`); no name adds none."""
     parts = [under(name, metrics) if name else metrics for name, metrics in measured.items()]
     return {metric: value for part in parts for metric, value in part.items()}
 

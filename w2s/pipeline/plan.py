@@ -142,7 +142,7 @@ class Plan:
         if step.compute_of:
             others = [self._task(task.seed, self._steps[name]) for name in step.compute_of]
             flops = sum(self._flops(other, chosen) for other in others)
-            paid = steps_of_equal_compute(config, flops, self._teacher_model(task, config, chosen))
+            paid = steps_of_equal_compute(config, flops, self._teacher_models(task, config, chosen))
             config.train.steps = self.begins_at(task, config, chosen) + paid
         if choice is not None and task.trial is not None:
             _shorten(config, choice.share, self.begins_at(task, config, chosen), step.budgets)
@@ -195,14 +195,16 @@ class Plan:
     def _flops(self, task: Task, chosen: Chosen) -> float:
         """Model FLOPs of a run, whose teacher may be a run of an earlier step that is still to come."""
         config = self.config(task, chosen)
-        return training_flops(config, self._teacher_model(task, config, chosen), self.begins_at(task, config, chosen))
+        return training_flops(config, self._teacher_models(task, config, chosen), self.begins_at(task, config, chosen))
 
-    def _teacher_model(self, task: Task, config: Config, chosen: Chosen) -> ModelConfig | None:
-        """The model of the earlier step that teaches a run; None where its teacher is no such step."""
-        source = config.taught_by and config.taught_by.source
-        teachers = (name for name, folder in self._folders_before(task).items() if source == f"w2s:{folder}")
-        models = (self.config(self._task(task.seed, self._steps[name]), chosen).model for name in teachers)
-        return next(models, None)
+    def _teacher_models(self, task: Task, config: Config, chosen: Chosen) -> dict[str, ModelConfig]:
+        """By source, the models of the earlier steps that teach a run."""
+        sources = {teacher.source for teacher in config.taught_by}
+        steps = {f"w2s:{folder}": name for name, folder in self._folders_before(task).items()}
+        return {
+            source: self.config(self._task(task.seed, self._steps[steps[source]]), chosen).model
+            for source in sources & steps.keys()
+        }
 
     def _folders_before(self, task: Task) -> dict[str, Path]:
         """Folders of the runs of earlier steps with the task's seed, or of those that all seeds share."""

@@ -13,13 +13,13 @@ from w2s.config.sections import Config
 from w2s.planning import fully_sharded
 from w2s.planning.activations import local_rows
 from w2s.planning.cards import Card
-from w2s.planning.flops import loss_flops, micro_batches, passes, recomputed_layers, share
+from w2s.planning.flops import loss_flops, micro_batches, passes, patch_width, recomputed_layers, share
 from w2s.planning.layers import Work, layer_time
 from w2s.planning.memory import fp8_share, sample_bytes
 from w2s.planning.roofline import exchange, message, moving
 from w2s.planning.schedule import Chunks, Passes, pipeline_of, seconds
 from w2s.planning.states import States
-from w2s.planning.teacher import PlannedTeacher
+from w2s.planning.teacher import PlannedTeacher, predicted
 from w2s.planning.towers import PlannedTower
 
 _BF16, _FP32 = 2, 4
@@ -91,7 +91,7 @@ class StepModel:
         config: the stage of training.
         card: the GPUs.
         towers: the towers of the stage.
-        teacher: its teacher, if it has one.
+        teachers: its teachers.
         states: of the rank that holds most.
         world_size: GPUs in all.
     """
@@ -101,7 +101,7 @@ class StepModel:
         config: Config,
         card: Card,
         towers: Sequence[PlannedTower],
-        teacher: PlannedTeacher | None,
+        teachers: Sequence[PlannedTeacher],
         states: States,
         world_size: int,
     ) -> None:
@@ -118,10 +118,10 @@ class StepModel:
             tensor=work.tensor,
             recomputation=sum(run.count * run.recomputed for run in self._runs),
             accumulation=moving(card, states.gradients) + sum(run.count * run.accumulated for run in self._runs),
-            teacher=_teacher(config, card, teacher, world_size) if teacher else 0.0,
-            loss=_loss(config, card, teacher, world_size) if config.stage == "clip" else 0.0,
+            teacher=sum(_teacher(config, card, teacher, world_size) for teacher in teachers),
+            loss=_loss(config, card, teachers, world_size) if config.stage == "clip" else 0.0,
             optimizer=moving(card, UPDATE[config.optim.name] * states.optimizer / 12 + _AVERAGING * states.average / 4),
-            batch=_batch(config, card, teacher, world_size),
+            batch=_batch(config, card, teachers, world_size),
         )
 
     @property
@@ -331,17 +331,17 @@ def fuses(config: Config, card: Card) -> bool:
 
 
 def _teacher(config: Config, card: Card, teacher: PlannedTeacher, world_size: int) -> float:
-    """The teacher's forward pass over the images of one rank."""
+    """A teacher's forward pass over the images of one rank."""
     operations = config.train.global_batch // world_size * teacher.flops
-    if config.teacher.precision == "bf16":
+    if teacher.precision == "bf16":
         return operations / (card.bf16_gemm * 1e12 * card.estimates.teacher)
     return operations / (card.fp32_tflops * 1e12 * card.estimates.fp32)
 
 
-def _loss(config: Config, card: Card, teacher: PlannedTeacher | None, world_size: int) -> float:
+def _loss(config: Config, card: Card, teachers: Sequence[PlannedTeacher], world_size: int) -> float:
     """Products in float32, passes over the tiles, and the exchange of the captions' features and gradients."""
     samples, parallel = share(config, world_size), config.parallel
-    operations = loss_flops(config, teacher.width if teacher else 0).hardware
+    operations = loss_flops(config, patch_width(predicted(config, teachers)["targets"])).hardware
     products = samples * operations / (card.fp32_tflops * 1e12 * card.estimates.fp32)
     tiles = moving(card, LOSS_READS * _FP32 * samples * config.train.global_batch)
     features = _FP32 * config.train.global_batch * config.model.embed_dim
@@ -349,8 +349,8 @@ def _loss(config: Config, card: Card, teacher: PlannedTeacher | None, world_size
     return products + tiles + 2 * exchange(card, features, size, parallel.tensor)
 
 
-def _batch(config: Config, card: Card, teacher: PlannedTeacher | None, world_size: int) -> float:
+def _batch(config: Config, card: Card, teachers: Sequence[PlannedTeacher], world_size: int) -> float:
     """What the ranks of a model-parallel group give each other of the samples that each has read."""
-    parallel, sent = config.parallel, share(config, world_size) * sample_bytes(config, teacher)
+    parallel, sent = config.parallel, share(config, world_size) * sample_bytes(config, teachers)
     stride = 1 if parallel.pipeline == 1 else world_size // parallel.pipeline
     return exchange(card, sent, model_parallel_size(parallel), stride)

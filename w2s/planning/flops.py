@@ -7,10 +7,11 @@ that run: also the second forward pass of the contrastive stage, the recomputed 
 computes again (five products in its backward pass for two in its forward pass), and the tiled loss's fourth product.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from w2s.config.layout import kept_patches, model_parallel_size, views_in_phases
+from w2s.config.lessons import Target
 from w2s.config.sections import Config, ParallelConfig, TextConfig, VisionConfig
 from w2s.megatron.split import text_layers, vision_layers
 
@@ -181,19 +182,25 @@ def seen_frames(config: Config) -> int:
     return 1 if config.stage == "mim" else views_in_phases(config)[0][0]
 
 
-def student_flops(config: Config, target_width: int, layer_width: int = 0, summary_width: int = 0) -> TowerFlops:
+def student_flops(config: Config, targets: Sequence[Target], layer_width: int = 0) -> TowerFlops:
     """Operations of an image's forward pass through the masked stage's student.
 
     Args:
         config: the masked stage.
-        target_width: channels of the teacher's features.
+        targets: what is predicted of each teacher.
         layer_width: channels of the teacher's layers, which `mim.layers` predicts.
-        summary_width: channels of the summary target, 0 for none.
     """
     vision = config.model.vision
-    predicted, width = config.mim.predicted(vision.patches), target_width + len(config.mim.layers) * layer_width
+    predicted, of_layers = config.mim.predicted(vision.patches), len(config.mim.layers) * layer_width
+    width = patch_width(targets) + of_layers
     tower = vision_flops(vision, tokens=seen_tokens(config), head_tokens=predicted, head_width=width)
-    return replace(tower, head=tower.head + 2 * sum(summary_weights(config, summary_width)))
+    summaries = sum(sum(summary_weights(config, target.summary_width)) for target in targets)
+    return replace(tower, head=tower.head + 2 * summaries)
+
+
+def patch_width(targets: Sequence[Target]) -> int:
+    """Channels of all teachers' features of a patch."""
+    return sum(target.width for target in targets)
 
 
 def summary_weights(config: Config, summary_width: int) -> tuple[int, ...]:
@@ -216,9 +223,8 @@ def stage_flops(
     config: Config,
     world_size: int,
     *,
-    target_width: int = 0,
+    targets: Sequence[Target] = (),
     layer_width: int = 0,
-    summary_width: int = 0,
     teacher: float = 0.0,
 ) -> StageFlops:
     """Operations of a training step for one sample.
@@ -226,10 +232,9 @@ def stage_flops(
     Args:
         config: the masked or the contrastive stage.
         world_size: ranks in all.
-        target_width: channels of the teacher's features or, in the contrastive stage, its embeddings; 0 without one.
+        targets: what is predicted of each teacher; in the contrastive stage the teacher's embeddings, if there is one.
         layer_width: channels of the teacher's layers (masked stage with `mim.layers`).
-        summary_width: channels of the summary target (masked stage with `mim.summary_weight`).
-        teacher: operations of the teacher's forward pass for one sample.
+        teacher: operations of the teachers' forward passes for one sample.
     """
     parallel, model, times = config.parallel, config.model, passes(config, world_size)
     width = model.embed_dim
@@ -238,12 +243,12 @@ def stage_flops(
         return Flops(tower.model, tower.hardware(recomputed_fraction(parallel, split), times))
 
     if config.stage == "mim":
-        split = vision_layers(model.vision, target_width, parallel)
-        student = trained(student_flops(config, target_width, layer_width, summary_width), split)
+        split = vision_layers(model.vision, patch_width(targets), parallel)
+        student = trained(student_flops(config, targets, layer_width), split)
         return StageFlops({"student": student, "teacher": Flops(teacher, teacher)})
     parts = {
         "vision": trained(image_flops(config), vision_layers(model.vision, width, parallel)),
         "text": trained(text_flops(model.text, width), text_layers(model.text, width, parallel)),
-        "loss": loss_flops(config, target_width),
+        "loss": loss_flops(config, patch_width(targets)),
     }
     return StageFlops(parts | ({"teacher": Flops(teacher, teacher)} if teacher else {}))

@@ -11,10 +11,10 @@ from w2s.config.layout import model_parallel_size
 from w2s.config.linears import bf16_layers
 from w2s.config.sections import Config
 from w2s.planning.activations import Types, kept_going_back, peak
-from w2s.planning.flops import micro_batches, passes, seen_frames, share
+from w2s.planning.flops import micro_batches, passes, patch_width, seen_frames, share
 from w2s.planning.fully_sharded import Whole, whole
 from w2s.planning.states import States
-from w2s.planning.teacher import PlannedTeacher
+from w2s.planning.teacher import PlannedTeacher, predicted
 from w2s.planning.towers import PlannedTower
 
 _BF16, _FP32 = 2, 4
@@ -49,7 +49,7 @@ class Memory:
 def rank_memory(
     config: Config,
     towers: Sequence[PlannedTower],
-    teacher: PlannedTeacher | None,
+    teachers: Sequence[PlannedTeacher],
     states: States,
     world_size: int,
     stage: int,
@@ -59,7 +59,7 @@ def rank_memory(
     Args:
         config: the stage of training.
         towers: its towers.
-        teacher: its teacher, if it has one.
+        teachers: its teachers.
         states: the rank's.
         world_size: ranks in all.
         stage: rank in the pipeline.
@@ -71,8 +71,8 @@ def rank_memory(
         gradients=states.gradients,
         optimizer=states.optimizer,
         average=states.average,
-        teacher=_teacher_weights(config, teacher) if teacher else 0,
-        batch=own * sample_bytes(config, teacher),
+        teacher=sum(_teacher_weights(config, each) for each in teachers),
+        batch=own * sample_bytes(config, teachers),
     )
     kept = [
         peak(tower, config.parallel, on_gpu(config, tower), samples=samples, micro_batches=count, stage=stage)
@@ -91,13 +91,13 @@ def rank_memory(
     wholes = [whole(tower, config.precision, world_size) for tower in sharded]
     beginning = replace(standing, weights=standing.weights + sum(each.weights for each in wholes))
     moments = [
-        _teaching(beginning, config, teacher, samples, world_size),
+        _teaching(beginning, config, teachers, samples, world_size),
         replace(beginning, batch=(1 if model_parallel_size(config.parallel) == 1 else 3) * standing.batch),
         *(_going_back(back, config, towers, wholes, one_pass=not twice) if wholes else [back]),
         replace(standing, buffers=_update(config, states)),
     ]
     if has_loss:
-        tiles = _tiles(config, teacher, own)
+        tiles = _tiles(config, teachers, own)
         moments.append(replace(standing, activations=0 if twice else activations, loss=features + tiles))
     return max(moments, key=lambda moment: moment.total)
 
@@ -177,35 +177,33 @@ def _update(config: Config, states: States) -> int:
 
 
 def _teaching(
-    standing: Memory, config: Config, teacher: PlannedTeacher | None, samples: int, world_size: int
+    standing: Memory, config: Config, teachers: Sequence[PlannedTeacher], samples: int, world_size: int
 ) -> Memory:
-    """While a teacher sees its images; of the features of all patches some are picked afterwards."""
-    if teacher is None:
+    """While the last teacher sees its images; of the features of all patches some are picked afterwards."""
+    if not teachers:
         return standing
     patches = config.model.vision.patches if config.stage == "mim" else 0
-    features = _FP32 * patches * _target_width(config, teacher) + _summary(config, teacher)
-    own = config.train.global_batch // world_size * (features + 3 * seen_frames(config) * teacher.image_size**2)
-    return replace(standing, teacher=standing.teacher + samples * teacher.working, batch=own)
+    features = _targets(config, teachers, patches)
+    pixels = 3 * seen_frames(config) * sum(side**2 for side in {teacher.image_size for teacher in teachers})
+    own = config.train.global_batch // world_size * (features + pixels)
+    working = max(teacher.working for teacher in teachers)
+    return replace(standing, teacher=standing.teacher + samples * working, batch=own)
 
 
-def sample_bytes(config: Config, teacher: PlannedTeacher | None) -> int:
-    """A sample as the ranks of a model-parallel group exchange it: pixels, and what its teacher says of it.
+def sample_bytes(config: Config, teachers: Sequence[PlannedTeacher]) -> int:
+    """A sample as the ranks of a model-parallel group exchange it: pixels, and what its teachers say of it.
 
     That is a feature for each patch to predict, or in the contrastive stage the embeddings of image and caption.
     """
     features = config.mim.predicted(config.model.vision.patches) if config.stage == "mim" else 2
-    targets = _FP32 * features * _target_width(config, teacher) + _summary(config, teacher) if teacher else 0
-    return 3 * seen_frames(config) * config.model.vision.image_size**2 + targets
+    return 3 * seen_frames(config) * config.model.vision.image_size**2 + _targets(config, teachers, features)
 
 
-def _summary(config: Config, teacher: PlannedTeacher) -> int:
-    """The summary target of an image."""
-    return _FP32 * teacher.widths(config.mim)["summary_width"]
-
-
-def _target_width(config: Config, teacher: PlannedTeacher) -> int:
-    """Channels of all targets of a patch."""
-    return teacher.width + len(config.mim.layers) * teacher.layer_width
+def _targets(config: Config, teachers: Sequence[PlannedTeacher], features: int) -> int:
+    """What teachers say of an image, at so many patches, and of the whole of it."""
+    said = predicted(config, teachers)
+    width = patch_width(said["targets"]) + len(config.mim.layers) * said["layer_width"]
+    return _FP32 * (features * width + sum(target.summary_width for target in said["targets"]))
 
 
 def _teacher_weights(config: Config, teacher: PlannedTeacher) -> int:
@@ -218,7 +216,7 @@ def _features(config: Config, own: int) -> int:
     return 2 * own * config.model.embed_dim * (_BF16 + 4 * _FP32)
 
 
-def _tiles(config: Config, teacher: PlannedTeacher | None, own: int) -> int:
+def _tiles(config: Config, teachers: Sequence[PlannedTeacher], own: int) -> int:
     """The tensors of w2s/objectives/tiles.py, in float32.
 
     Captions of all ranks and their gradient, and three tiles of logits. Affinities keep gradients of their own and the
@@ -226,6 +224,6 @@ def _tiles(config: Config, teacher: PlannedTeacher | None, own: int) -> int:
     """
     width, tile = config.model.embed_dim, min(config.clip.tile, own)
     everyone, tiles, again = 2 * _FP32 * config.train.global_batch * width, 3, 0
-    if teacher and config.clip.distill.kind != "feature":
+    for teacher in teachers if config.clip.distill.kind != "feature" else ():
         tiles, again = 9, _FP32 * (2 * own * width + config.train.global_batch * (2 * width + teacher.width))
     return everyone + again + tiles * _FP32 * tile * config.clip.tile

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from w2s.config.checks import check_settings
 from w2s.config.layout import model_parallel_size
@@ -17,7 +18,7 @@ from w2s.planning.host import HostCopy, host_copy
 from w2s.planning.layouts import Layouts
 from w2s.planning.memory import Memory, rank_memory
 from w2s.planning.states import rank_states
-from w2s.planning.teacher import PlannedTeacher, planned_teacher
+from w2s.planning.teacher import PlannedTeacher, planned_teachers, predicted
 from w2s.planning.towers import planned_towers
 
 MARGIN = 1.01
@@ -108,8 +109,8 @@ def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (
         UserError: none fits, or the card cannot do what is asked for.
     """
     _check_settings(config, card)
-    teacher = planned_teacher(config)
-    search = _Search(config, card, gpus, teacher, Layouts(config, gpus, fixed))
+    teachers = planned_teachers(config)
+    search = _Search(config, card, gpus, teachers, Layouts(config, gpus, fixed))
     found = sorted(search.run(), key=lambda candidate: candidate.model.least)
     if not search.legal:
         raise search.layouts.refused or UserError(f"there is no layout for {gpus} GPUs: use another number")
@@ -152,15 +153,17 @@ def _check_settings(config: Config, card: Card) -> None:
 
 
 class _Search:
-    def __init__(self, config: Config, card: Card, gpus: int, teacher: PlannedTeacher | None, layouts: Layouts) -> None:
-        self.card, self.gpus, self.teacher, self.layouts = card, gpus, teacher, layouts
-        self.widths = teacher.widths(config.mim) if teacher else {}
+    def __init__(
+        self, config: Config, card: Card, gpus: int, teachers: Sequence[PlannedTeacher], layouts: Layouts
+    ) -> None:
+        self.card, self.gpus, self.teachers, self.layouts = card, gpus, teachers, layouts
+        self.predicted = predicted(config, teachers)
         self.legal, self.least = 0, float("inf")
 
     def run(self) -> "Iterator[_Candidate]":
         """Go through all layouts and give those that fit."""
         for split in self.layouts.splits():
-            stage = _SplitStage(split, self.widths, self.gpus)
+            stage = _SplitStage(split, self.predicted, self.gpus)
             for batch in self.layouts.batches(split):
                 yield from self._recomputes(batch, stage)
 
@@ -193,7 +196,7 @@ class _Search:
     def _memory(self, config: Config, stage: "_SplitStage") -> Memory:
         """Of the rank that needs most."""
         ranks = (
-            rank_memory(config, stage.towers, self.teacher, states, self.gpus, rank)
+            rank_memory(config, stage.towers, self.teachers, states, self.gpus, rank)
             for rank, states in stage.states.items()
         )
         return max(ranks, key=lambda memory: memory.total)
@@ -213,18 +216,18 @@ class _Candidate:
     def _model(self, card: Card) -> StepModel:
         search, stage = self._search, self._stage
         states = max(stage.states.values(), key=lambda states: states.gradients)
-        return StepModel(self._config, card, stage.towers, search.teacher, states, search.gpus)
+        return StepModel(self._config, card, stage.towers, search.teachers, states, search.gpus)
 
     def plan(self) -> Plan:
         """Simulate it, on a bad and a good cluster too."""
         search, states = self._search, self._stage.states.values()
-        teacher = search.teacher.flops if search.teacher else 0.0
+        teacher = sum(each.flops for each in search.teachers)
         return Plan(
             config=self._config,
             gpus=search.gpus,
             memory=self._memory,
             time=self.model.time(),
-            flops=stage_flops(self._config, search.gpus, **search.widths, teacher=teacher),
+            flops=stage_flops(self._config, search.gpus, **search.predicted, teacher=teacher),
             host=host_copy(search.card, max(states, key=lambda each: each.weights + each.optimizer), search.gpus),
             peak=search.gpus * search.card.bf16_tflops * 1e12,
             slow=self._model(search.card.at("slow")).time().total,
@@ -241,8 +244,8 @@ class _SplitStage:
             first ones keep most micro-batches, the last has the loss.
     """
 
-    def __init__(self, split: Config, widths: dict[str, int], gpus: int) -> None:
-        self.towers = planned_towers(split, **widths)
+    def __init__(self, split: Config, predicted: dict[str, Any], gpus: int) -> None:
+        self.towers = planned_towers(split, **predicted)
         parallel = split.parallel
         last, size = parallel.pipeline - 1, gpus // model_parallel_size(parallel)
         average = split.optim.ema > 0

@@ -154,7 +154,7 @@ def _config(stage: str, case: Mapping[str, Any], *overrides: str) -> Config:
 def _seconds(config: Config, kind: Card, towers: Sequence[PlannedTower], gpus: int) -> float:
     size = gpus // (config.parallel.tensor * config.parallel.pipeline)
     states = rank_states(towers, config.parallel, config.precision, data_size=size, data_rank=0, stage=0)
-    return StepModel(config, kind, towers, None, states, gpus).time().total
+    return StepModel(config, kind, towers, (), states, gpus).time().total
 
 
 def print_rows(as_json: bool) -> None:

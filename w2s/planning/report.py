@@ -77,7 +77,7 @@ def _stage(plans: Plans) -> dict[str, Any]:
     best = plans.fastest[0]
     return {
         "model": best.config.model.name,
-        "teacher": best.config.taught_by and best.config.taught_by.name,
+        "teacher": " + ".join(teacher.name for teacher in best.config.taught_by) or None,
         "global_batch": best.config.train.global_batch,
         "steps": best.config.train.steps,
         "model_tflop_per_sample": best.flops.model / 1e12,

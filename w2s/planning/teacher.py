@@ -1,11 +1,14 @@
 """What a frozen teacher costs: bytes on every rank and operations an image."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from w2s.config.checks import check_teacher_widths
+from w2s.config.lessons import Target
 from w2s.config.load import model_from, named_model
-from w2s.config.sections import Config, MimConfig, ModelConfig, TeacherConfig, VisionConfig
+from w2s.config.sections import Config, ModelConfig, TeacherConfig, VisionConfig
 from w2s.planning.flops import seen_frames, teacher_flops, text_flops
 
 _MAPS = 16
@@ -32,37 +35,47 @@ class PlannedTeacher:
     """Operations of its forward pass for one image, and its caption where it reads captions."""
     text_weights: int = 0
     """Bytes of its text tower, which every rank holds whole."""
-
-    def widths(self, mim: MimConfig) -> dict[str, int]:
-        """Channels of the targets of a stage, as `stage_flops` and `planned_towers` name them."""
-        return {
-            "target_width": self.width,
-            "layer_width": self.layer_width,
-            "summary_width": mim.summary_width(self.width, self.summary_width),
-        }
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of its forward pass."""
 
 
 _NOTHING = PlannedTeacher(width=0, layer_width=0, summary_width=0, image_size=0, weights=0, working=0, flops=0.0)
 
 
-def planned_teacher(config: Config, model: ModelConfig | None = None) -> PlannedTeacher | None:
-    """Return the teacher of a stage, as far as it is needed; None where there is none.
+def predicted(config: Config, teachers: Sequence[PlannedTeacher]) -> dict[str, Any]:
+    """What a student predicts of its teachers, as `stage_flops` and `planned_towers` call it.
+
+    Of a teacher of the contrastive stage it is the width of the embeddings.
+    """
+    if config.stage == "mim":
+        pairs = zip(config.lessons, teachers, strict=True)
+        targets = [lesson.target(each.width, each.summary_width) for lesson, each in pairs]
+    else:
+        targets = [Target(each.width) for each in teachers]
+    return {"targets": targets, "layer_width": teachers[0].layer_width if teachers else 0}
+
+
+def planned_teachers(config: Config, models: Mapping[str, ModelConfig] | None = None) -> tuple[PlannedTeacher, ...]:
+    """Return the teachers of a stage, as far as they are needed; none where there are none.
 
     EVA towers are worked out; any other network is built, which takes seconds.
 
     Args:
         config: the stage.
-        model: that of a teacher `w2s:RUN` whose run is still to come; without it the run says it.
+        models: by source, those of teachers `w2s:RUN` whose runs are still to come; without them the runs say it.
 
     Raises:
         ConfigError: the source or the model is unknown.
         CheckpointError: a run that does not exist, or is damaged.
     """
-    teacher = config.taught_by
-    if teacher is None:
-        return None
+    known = models or {}
     if config.stage == "mim":
-        return _image_side(config, teacher, model)
+        return tuple(_image_side(config, teacher, known.get(teacher.source)) for teacher in config.taught_by)
+    return tuple(_beside_pairs(config, teacher, known.get(teacher.source)) for teacher in config.taught_by)
+
+
+def _beside_pairs(config: Config, teacher: TeacherConfig, model: ModelConfig | None) -> PlannedTeacher:
+    """The teacher of the contrastive stage."""
     sides, frames = config.clip.distill.teacher_sides, seen_frames(config)
     seen = _image_side(config, teacher, model) if "image" in sides else _NOTHING
     read = _text_side(config, teacher, model) if "text" in sides else _NOTHING
@@ -117,6 +130,7 @@ def _eva(model: ModelConfig, teacher: TeacherConfig) -> PlannedTeacher:
         # The MLP's hidden activations before and after the GELU, and three of the residual stream's in float32.
         working=tokens * (2 * narrow * vision.mlp_width + 3 * 4 * vision.width),
         flops=teacher_flops(vision, model.embed_dim),
+        precision=teacher.precision,
     )
 
 
@@ -163,4 +177,5 @@ def _counted(config: Config, teacher: TeacherConfig) -> PlannedTeacher:
         weights=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         working=_MAPS * 3 * side**2 * 4,
         flops=float(counter.get_total_flops()),
+        precision=teacher.precision,
     )

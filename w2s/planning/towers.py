@@ -1,14 +1,17 @@
 """The towers of a stage as the planner sees them: sizes of what a pipeline stage holds, without building it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from w2s.config.lessons import Target
 from w2s.config.sections import Config
 from w2s.megatron.split import text_layers, vision_layers
 from w2s.planning.flops import (
     TowerFlops,
     image_flops,
+    patch_width,
     seen_frames,
     seen_tokens,
     student_flops,
@@ -64,7 +67,7 @@ class PlannedTower:
     layer_width: int = 0
     """Channels that such a head gives."""
     summary_width: int = 0
-    """Channels of the summary target, 0 for none."""
+    """Channels of all summary targets, 0 for none."""
 
     @property
     def layers(self) -> int:
@@ -125,33 +128,37 @@ class PlannedTower:
         return attention + norm + mlp + norm if self.post_norm else norm + attention + norm + mlp
 
 
-def planned_towers(
-    config: Config, target_width: int = 0, layer_width: int = 0, summary_width: int = 0
-) -> tuple[PlannedTower, ...]:
+def planned_towers(config: Config, targets: Sequence[Target] = (), layer_width: int = 0) -> tuple[PlannedTower, ...]:
     """Return the towers of a training stage.
 
     Args:
         config: the stage.
-        target_width: channels of the teacher's features (masked stage).
+        targets: what is predicted of each teacher (masked stage).
         layer_width: channels of the teacher's layers (masked stage with `mim.layers`).
-        summary_width: channels of the summary target (masked stage with `mim.summary_weight`).
     """
     if config.stage == "mim":
-        return (_student(config, target_width, layer_width, summary_width),)
+        return (_student(config, targets, layer_width),)
     return _image_tower(config), _text_tower(config)
 
 
-def _student(config: Config, target_width: int, layer_width: int, summary_width: int) -> PlannedTower:
+def _student(config: Config, targets: Sequence[Target], layer_width: int) -> PlannedTower:
     width, predicted = config.model.vision.width, config.mim.predicted(config.model.vision.patches)
-    flops = student_flops(config, target_width, layer_width, summary_width)
+    flops = student_flops(config, targets, layer_width)
     mask_token = () if config.mim.predict == "visible" else (width,)
-    head: tuple[int, ...] = (width * target_width, target_width)
-    if summary_width:
-        _, *to_target = summary_weights(config, summary_width)
-        head += (*_image_head(config), *to_target)
-    tower = _vision(config, flops, mask_token, head, head_tokens=predicted, head_width=target_width)
+    heads = tuple(size for target in targets for size in _heads(config, target))
+    tower = _vision(config, flops, mask_token, heads, head_tokens=predicted, head_width=patch_width(targets))
     layers = tuple(pair.student for pair in config.mim.layers)
-    return replace(tower, layer_heads=layers, layer_width=layer_width, summary_width=summary_width)
+    summary = sum(target.summary_width for target in targets)
+    return replace(tower, layer_heads=layers, layer_width=layer_width, summary_width=summary)
+
+
+def _heads(config: Config, target: Target) -> tuple[int, ...]:
+    """Parameters of what predicts a teacher."""
+    patches = (config.model.vision.width * target.width, target.width)
+    if not target.summary_width:
+        return patches
+    _, *to_target = summary_weights(config, target.summary_width)
+    return (*patches, *_image_head(config), *to_target)
 
 
 def _image_tower(config: Config) -> PlannedTower:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import TypeVar
 from unittest import mock
 
 import torch
@@ -13,13 +14,13 @@ import torch
 from w2s import host
 from w2s.config.checks import check
 from w2s.config.layout import model_parallel_size
-from w2s.config.sections import Config, TeacherConfig
+from w2s.config.sections import Config, TeacherConfig, TeachersConfig, TeachingConfig
 from w2s.errors import UserError, W2SError
 from w2s.planning import fully_sharded
 from w2s.planning.cards import GPUS_PER_NODE, Card
 from w2s.planning.memory import Memory, rank_memory
 from w2s.planning.states import rank_states
-from w2s.planning.teacher import planned_teacher
+from w2s.planning.teacher import planned_teachers, predicted
 from w2s.planning.towers import planned_towers
 from w2s.rehearsal.agreement import disagreements
 from w2s.rehearsal.kinds import stage_of
@@ -27,6 +28,8 @@ from w2s.rehearsal.rank import Job, RankReport, rehearse
 from w2s.rehearsal.tape import HostWait
 from w2s.rehearsal.timeline import Timeline, play
 from w2s.stopping import end_with_parent
+
+T = TypeVar("T", TeacherConfig, TeachingConfig)
 
 
 @dataclass(frozen=True)
@@ -112,13 +115,15 @@ def _refusal(config: Config, world_size: int, card: Card) -> str:
 def _without_files(config: Config) -> Config:
     """The same without what a laptop has not: weights of teachers have shapes alone."""
 
-    def bare(teacher: TeacherConfig) -> TeacherConfig:
-        return replace(teacher, source=teacher.source.partition("@")[0], compile=False)
+    def bare(teacher: T) -> T:
+        return replace(teacher, source=teacher.source.partition("@")[0])
 
     distill = replace(config.clip.distill, source=config.clip.distill.source.partition("@")[0])
     precision = replace(config.precision, linear="local")
     clip = replace(config.clip, distill=distill)
-    return replace(config, teacher=bare(config.teacher), clip=clip, precision=precision)
+    teachers = TeachersConfig(of=[bare(each) for each in config.teachers.of])
+    teacher = replace(bare(config.teacher), compile=False)
+    return replace(config, teacher=teacher, teachers=teachers, clip=clip, precision=precision)
 
 
 def _failures(reports: Sequence[RankReport]) -> list[str]:
@@ -156,8 +161,8 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def _planned(config: Config, world_size: int, rank: int) -> Memory:
-    teacher, parallel = planned_teacher(config), config.parallel
-    towers = planned_towers(config, **(teacher.widths(config.mim) if teacher else {}))
+    teachers, parallel = planned_teachers(config), config.parallel
+    towers = planned_towers(config, **predicted(config, teachers))
     stage, size = stage_of(rank, parallel, world_size), world_size // model_parallel_size(parallel)
     average = config.optim.ema > 0
     if parallel.shard == "full":
@@ -172,4 +177,4 @@ def _planned(config: Config, world_size: int, rank: int) -> Memory:
             stage=stage,
             average=average,
         )
-    return rank_memory(config, towers, teacher, states, world_size, stage)
+    return rank_memory(config, towers, teachers, states, world_size, stage)

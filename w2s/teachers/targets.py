@@ -7,6 +7,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from w2s.teachers.phi_s import PhiS
+
+
+def target_norm(width: int, kind: Literal["none", "standardize", "layernorm", "phi_s"]) -> "TargetNorm | PhiS":
+    """Return what makes targets of features of `width` channels.
+
+    Raises:
+        ConfigError: `phi_s` of so many channels.
+    """
+    return PhiS(width) if kind == "phi_s" else TargetNorm(width, kind)
+
 
 class TargetNorm(nn.Module):
     """Targets as they are (`none`), standardised (`standardize`), or each through a layer norm (`layernorm`).

@@ -19,6 +19,7 @@ from w2s.checkpoint.files import open_weights
 from w2s.checkpoint.find import find, find_any
 from w2s.checkpoint.formats.open_clip import text_config
 from w2s.checkpoint.formats.plain import SMALLEST_VISION_TOWER
+from w2s.checkpoint.of_teacher import choose, teachers_of
 from w2s.checkpoint.released import Released, open_released, rename
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify
@@ -153,7 +154,8 @@ def text_weights(config: Config) -> tuple[Path, Weights]:
 
     Beside its path, which of its weights the teacher has.
 
-    The teacher is that of the masked run which `init.vision` names, or without one that of `teacher.source`.
+    The teacher is that of the masked run which `init.vision` names (of several, the one that `init.teacher` names), or
+    without one that of `teacher.source`.
 
     Raises:
         ConfigError: the teacher has no text tower, or one with another number of heads than `model.text`.
@@ -188,10 +190,9 @@ def _teacher_of(config: Config) -> tuple[TeacherConfig, Path]:
     start = find(config.init.vision, root, key="init.vision", stage="mim")
     if start is not None and (start / "meta.json").is_file():
         meta = read_meta(start)
-        if meta.config.get("stage") == "mim":  # of the run itself, or of an average of its checkpoints
-            source, own_root = meta.setting("teacher", "source"), Path(meta.setting("run", "root")).expanduser()
-            weights = meta.config["teacher"].get("weights", "last")  # older checkpoints do not say
-            return TeacherConfig(source=source, weights=weights), own_root
+        if meta.trained == "mim":
+            teacher = teachers_of(meta)[choose(meta, config.init.teacher, "init.teacher")]
+            return teacher, Path(meta.setting("run", "root")).expanduser()
     return config.teacher, root
 
 

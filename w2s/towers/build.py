@@ -1,9 +1,10 @@
 """The towers of a stage with weights drawn from the seed: this rank's chunks of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from w2s.config.lessons import Target
 from w2s.config.sections import Config
 from w2s.megatron.backend import linears_of
 from w2s.megatron.initialize import Init, fill
@@ -15,21 +16,19 @@ from w2s.towers.masked import MaskedStudent
 
 def build_student(
     config: Config,
-    target_width: int,
+    targets: Sequence[Target],
     dtype: torch.dtype,
     device: torch.device,
     layer_widths: Mapping[int, int] | None = None,
-    summary_width: int = 0,
 ) -> ShardedTower[MaskedStudent]:
-    """Return the masked stage's student: `config.model.vision` with a head of `target_width` channels.
+    """Return the masked stage's student: `config.model.vision` with heads for its targets.
 
     Args:
         config: the stage.
-        target_width: channels of the teacher's features.
+        targets: what it predicts of each teacher.
         dtype: type of the weights.
         device: where they live.
         layer_widths: channels that heads after single layers have, by the layer's number.
-        summary_width: channels of the summary target, 0 for none.
     """
     vision, linears = config.model.vision, linears_of(config, "vision")
     drops_masked = config.mim.predict == "visible"
@@ -37,7 +36,7 @@ def build_student(
     def chunk(number: int) -> MaskedStudent:
         student = MaskedStudent(
             vision,
-            target_width,
+            targets,
             config.parallel,
             dtype,
             number,
@@ -45,7 +44,6 @@ def build_student(
             drops_masked,
             layer_widths,
             embed_dim=config.model.embed_dim,
-            summary_width=summary_width,
         )
         fill(student, _vision_start(config), config.run.seed)
         return student

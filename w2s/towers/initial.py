@@ -42,7 +42,7 @@ def vision_rule(
             return Init("constant", post_norm)
         if "norm" in name:
             return ONE
-        if name.startswith("head"):
+        if re.match(r"(teachers\.[^.]+\.)?head\.", name):
             return Init("normal", shape.width**-0.5)
         if layer and name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             return drawn(std / math.sqrt(2 * (int(layer[1]) + 1)))

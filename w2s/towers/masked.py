@@ -1,12 +1,13 @@
-"""The student of the masked stage: a vision tower that predicts the teacher's features at masked patches."""
+"""The student of the masked stage: a vision tower that predicts its teachers' features at masked patches."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from w2s.config.lessons import Target
 from w2s.config.sections import MimConfig, ParallelConfig, VisionConfig
 from w2s.megatron.backend import LOCAL, Linears
 from w2s.megatron.taps import Tap
@@ -31,10 +32,18 @@ class Outputs(NamedTuple):
         return flat if self.summary is None else torch.cat([flat, self.summary], dim=1)
 
     @classmethod
-    def from_rows(cls, rows: Tensor, width: int, summary_width: int) -> "Outputs":
-        """The inverse, for d = `width` and e = `summary_width`, which is 0 without a summary."""
-        patches, summary = rows.split([rows.shape[1] - summary_width, summary_width], dim=1)
-        return cls(patches.unflatten(1, (-1, width)), summary if summary_width else None)
+    def from_rows(cls, rows: Tensor, target: Target) -> "Outputs":
+        """The inverse, for the d and e of `target`."""
+        patches, summary = rows.split([rows.shape[1] - target.summary_width, target.summary_width], dim=1)
+        return cls(patches.unflatten(1, (-1, target.width)), summary if target.summary_width else None)
+
+
+def split_rows(rows: Tensor, targets: Sequence[Target]) -> tuple[Outputs, ...]:
+    """What is predicted of each teacher, or is to be, of the rows that `MaskedStudent.predict` makes."""
+    summaries = sum(target.summary_width for target in targets)
+    patches = (rows.shape[1] - summaries) // sum(target.width for target in targets)
+    parts = rows.split([patches * target.width + target.summary_width for target in targets], dim=1)
+    return tuple(Outputs.from_rows(part, target) for part, target in zip(parts, targets, strict=True))
 
 
 class MaskedStudent(VisionTower):
@@ -43,14 +52,14 @@ class MaskedStudent(VisionTower):
     Source: baaivision/EVA, EVA-01/eva/modeling_pretrain.py. A student that drops what is masked has no such token, and
     sees the other patches alone, as under patch dropout.
 
-    With a summary target it has the projection of a CLIP's image tower, under the same name, and where the target has
-    another width than that gives, a linear of this stage alone from the one to the other.
+    It has heads for each teacher (see `_add_heads`): those of the first are its own, under the names that a single
+    teacher's have, and those of the others are in `teachers`.
     """
 
     def __init__(
         self,
         shape: VisionConfig,
-        target_width: int,
+        targets: Sequence[Target],
         parallel: ParallelConfig,
         dtype: torch.dtype,
         chunk: int = 0,
@@ -58,13 +67,12 @@ class MaskedStudent(VisionTower):
         drops_masked: bool = False,
         layer_widths: Mapping[int, int] | None = None,
         embed_dim: int = 0,
-        summary_width: int = 0,
     ) -> None:
         """Build a chunk.
 
         Args:
             shape: the configuration of the tower.
-            target_width: channels of the teacher's features.
+            targets: what is predicted of each teacher.
             parallel: how the tower is split.
             dtype: type of the weights.
             chunk: number of the chunk on this pipeline stage.
@@ -72,18 +80,17 @@ class MaskedStudent(VisionTower):
             drops_masked: leave masked patches out.
             layer_widths: channels to predict after some layers, by the layer's number over all pipeline stages.
             embed_dim: width of the CLIP's shared space.
-            summary_width: channels of the summary target, 0 for none.
         """
-        super().__init__(shape, target_width, parallel, dtype, chunk, linears)
-        self.drops_masked, self.summary_width = drops_masked, summary_width
+        super().__init__(shape, sum(target.width for target in targets), parallel, dtype, chunk, linears)
+        self.drops_masked = drops_masked
         if self.first and not drops_masked:
             self.mask_token = nn.Parameter(torch.empty(1, 1, shape.width, dtype=dtype))
+        first, *others = targets
         if self.last:
-            self.lm_head = nn.Linear(shape.width, target_width, dtype=dtype)
-        if self.last and summary_width:
-            self.head = image_head(shape, embed_dim, dtype)
-            if summary_width != embed_dim:
-                self.summary_proj = nn.Linear(embed_dim, summary_width, bias=False, dtype=dtype)
+            _add_heads(self, shape, first, embed_dim, dtype)
+        self.teachers = nn.ModuleDict({target.name: nn.Module() for target in others if self.last})
+        for heads, target in zip(self.teachers.values(), others, strict=False):
+            _add_heads(heads, shape, target, embed_dim, dtype)
         own = {number: width for number, width in (layer_widths or {}).items() if number in self.layer_numbers}
         self.layer_heads = nn.ModuleDict({str(number): LayerHead(shape, width, dtype) for number, width in own.items()})
 
@@ -94,8 +101,8 @@ class MaskedStudent(VisionTower):
         places: Tensor,
         layer_loss: LayerLoss | None = None,
         branches: Tensor | None = None,
-    ) -> Outputs | Tensor:
-        """Predict the teacher's features at some patches, and its summary where that is a target.
+    ) -> tuple[Outputs, ...] | Tensor:
+        """Predict the features of each teacher at some patches, and its summary where that is a target.
 
         Args:
             images: [n, 3, side, side], normalised.
@@ -119,21 +126,49 @@ class MaskedStudent(VisionTower):
         tokens = self.encode(images, **seen, taps=taps, branches=branches)
         if not self.last:
             return tokens
-        return Outputs(self.lm_head(chosen(tokens)), self._summary(tokens[:, 0]) if self.summary_width else None)
+        patches, cls = chosen(tokens), tokens[:, 0]
+        return tuple(Outputs(heads.lm_head(patches), _summary(heads, cls)) for heads in self._heads)
 
     def predict(self, images: Tensor, masks: Tensor, places: Tensor) -> Tensor:
-        """As `forward`, with everything of an image in one row in the last chunk."""
+        """As `forward`, with everything of an image in one row in the last chunk, a teacher after the other."""
         outputs = self(images, masks, places)
-        return outputs.rows() if isinstance(outputs, Outputs) else outputs
+        return outputs if isinstance(outputs, Tensor) else torch.cat([each.rows() for each in outputs], dim=1)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Embed whole images as the CLIP will whose projection this is: [n, embed_dim] in the last chunk."""
+    def embed(self, images: Tensor, teacher: int = 0) -> Tensor:
+        """Embed whole images as the CLIP will whose projection that of a teacher is: [n, embed_dim] in the last chunk.
+
+        Args:
+            images: [n, 3, side, side], normalised.
+            teacher: the teacher's number.
+        """
         tokens = self.encode(images)
-        return self.head(tokens[:, 0]) if self.last else tokens
+        return self._heads[teacher].head(tokens[:, 0]) if self.last else tokens
 
-    def _summary(self, cls: Tensor) -> Tensor:
-        embeddings: Tensor = self.head(cls)
-        return self.summary_proj(embeddings) if hasattr(self, "summary_proj") else embeddings
+    @property
+    def _heads(self) -> list[Any]:
+        """What has the heads for each teacher, in the last chunk."""
+        return [self, *self.teachers.values()]
+
+
+def _add_heads(module: nn.Module, shape: VisionConfig, target: Target, embed_dim: int, dtype: torch.dtype) -> None:
+    """Give a module what predicts a teacher: `lm_head` its patches, and with a summary target `head` that.
+
+    `head` is the projection of a CLIP's image tower; where the target has another width than that gives,
+    `summary_proj`, a linear of this stage alone, leads from the one to the other.
+    """
+    module.lm_head = nn.Linear(shape.width, target.width, dtype=dtype)
+    if target.summary_width:
+        module.head = image_head(shape, embed_dim, dtype)
+        if target.summary_width != embed_dim:
+            module.summary_proj = nn.Linear(embed_dim, target.summary_width, bias=False, dtype=dtype)
+
+
+def _summary(heads: Any, cls: Tensor) -> Tensor | None:
+    """The summary that such heads predict, None without that target."""
+    if not hasattr(heads, "head"):
+        return None
+    embeddings: Tensor = heads.head(cls)
+    return heads.summary_proj(embeddings) if hasattr(heads, "summary_proj") else embeddings
 
 
 class LayerHead(nn.Sequential):

@@ -2,6 +2,7 @@
 
 import torch
 
+from w2s.config.lessons import Target
 from w2s.config.sections import ModelConfig, ParallelConfig
 from w2s.megatron import state
 from w2s.megatron.sharded import ShardedTower
@@ -11,15 +12,14 @@ from w2s.towers.masked import MaskedStudent
 
 
 def model_shapes(
-    model: ModelConfig, target_width: int = 0, logit_bias: bool = False, summary_width: int = 0
+    model: ModelConfig, target: Target | None = None, logit_bias: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a CLIP by its name in our checkpoints; needs Megatron's groups.
 
     Args:
         model: the two towers.
+        target: what a masked student predicts, whose heads come in addition; None for a CLIP alone.
         logit_bias: whether the loss has a bias beside its scale (SigLIP).
-        target_width: width of a masked student's teacher, whose head comes in addition; 0 for a CLIP alone.
-        summary_width: channels of the masked student's summary target, 0 for none.
     """
     alone, kind = ParallelConfig(), torch.float32
     with torch.device("meta"):
@@ -27,10 +27,8 @@ def model_shapes(
             ("vision", ImageTower(model.vision, model.embed_dim, alone, kind)),
             ("text", TextTower(model.text, model.embed_dim, alone, kind, logit_bias=logit_bias)),
         ]
-        if target_width:
-            student = MaskedStudent(
-                model.vision, target_width, alone, kind, embed_dim=model.embed_dim, summary_width=summary_width
-            )
+        if target:
+            student = MaskedStudent(model.vision, [target], alone, kind, embed_dim=model.embed_dim)
             towers.append(("vision", student))
         shapes = [state.tower_shapes({name: ShardedTower([tower], [tower])}) for name, tower in towers]
     return {name: shape for some in shapes for name, shape in some.items()}

@@ -137,7 +137,8 @@ def _folded(line: str, width: int) -> list[str]:
 
 
 def _is_shown(name: str) -> bool:
-    return name in _FORMATS or "/" not in name or name.startswith("bad/") or _is_share(name)
+    of_teacher = name.count("/") == 1 and name.endswith(("/cosine", "/summary_cosine"))  # where there are several
+    return name in _FORMATS or "/" not in name or name.startswith("bad/") or _is_share(name) or of_teacher
 
 
 def _is_share(name: str) -> bool:

@@ -59,9 +59,7 @@ _ON_TEST = {
     "test/unmasked_cosine": "test",
 }
 
-GROUPS = (
-    Group("loss", {"loss": "training"}),
-    Group("loss of distillation", {"distill_loss": "training"}),
+BY_TEACHER = (
     Group(
         "cosine with the teacher's features",
         {"cosine": "training", **_ON_TEST},
@@ -78,6 +76,13 @@ GROUPS = (
             "test/summary_constant_cosine": Baseline("best constant, test", ("test/summary_cosine",)),
         },
     ),
+)
+"""Those of the masked stage, for each of several teachers under its name."""
+
+GROUPS = (
+    Group("loss", {"loss": "training"}),
+    Group("loss of distillation", {"distill_loss": "training"}),
+    *BY_TEACHER,
     Group(
         "zero-shot accuracy",
         {f"zero_shot/top{k}": f"top-{k}" for k in (1, 5)},
@@ -102,6 +107,8 @@ GROUPS = (
     Group("memory, GiB", {"memory_gib": "main rank"}),
 )
 
+_MARK = "constant_cosine"
+"""What the masked stage reports of every teacher."""
 _NO_METRICS = ("step", "samples_seen", "time")
 
 
@@ -176,10 +183,25 @@ def _names(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _groups(names: Sequence[str]) -> list[Group]:
     """The groups, the sources of the data, and each other metric for itself."""
-    grouped = {name for group in GROUPS for name in (*group.metrics, *group.baselines)}
+    teachers = [name.removesuffix(f"/{_MARK}") for name in names if name.endswith(f"/{_MARK}") and name.count("/") == 1]
+    groups = [*GROUPS, *(_of_teacher(group, name) for name in teachers for group in BY_TEACHER)]
+    grouped = {name for group in groups for name in (*group.metrics, *group.baselines)}
     shares = {name: name.split("/")[1] for name in names if name.startswith("source/") and name.endswith("/share")}
     others = [Group(name, {name: name}) for name in names if name not in grouped and name not in shares]
-    return [*GROUPS, Group("share of each source", shares), *others]
+    return [*groups, Group("share of each source", shares), *others]
+
+
+def _of_teacher(group: Group, name: str) -> Group:
+    """The group of one of several teachers."""
+
+    def under(metrics: Iterable[str]) -> tuple[str, ...]:
+        return tuple(f"{name}/{metric}" for metric in metrics)
+
+    baselines = {
+        f"{name}/{metric}": Baseline(each.label, under(each.beside)) for metric, each in group.baselines.items()
+    }
+    metrics = dict(zip(under(group.metrics), group.metrics.values(), strict=True))
+    return Group(f"{name}: {group.title}", metrics, baselines, group.compared)
 
 
 def _points(records: Records, name: str, over: str) -> tuple[list[float], list[float | None]]:

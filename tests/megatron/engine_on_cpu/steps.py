@@ -21,6 +21,7 @@ stub.install(Path(sys.argv[1]))
 
 import torch.distributed as dist  # noqa: E402
 
+from w2s.config.lessons import Target  # noqa: E402
 from w2s.config.sections import HardwareConfig, OptimConfig, ParallelConfig, PrecisionConfig, VisionConfig  # noqa: E402
 from w2s.megatron import engine, groups, state  # noqa: E402
 from w2s.megatron.backend import Linears  # noqa: E402
@@ -46,7 +47,7 @@ class Unfused(Linears):
 
 def tower(linears: Linears, parallel: ParallelConfig) -> ShardedTower[MaskedStudent]:
     def chunk(number: int) -> MaskedStudent:
-        student = MaskedStudent(SHAPE, WIDTH, parallel, torch.bfloat16, number, linears)
+        student = MaskedStudent(SHAPE, [Target(WIDTH)], parallel, torch.bfloat16, number, linears)
         fill(student, vision_rule(SHAPE, post_norm=0.5), 1)
         return student
 

@@ -18,6 +18,8 @@ def check_peer(config: Config, peer: str, ranks: int) -> None:
     if ranks > 1:
         raise ConfigError(f"--vs {peer} runs on one rank, not on --nproc {ranks}: leave --nproc out")
     if config.stage == "mim":
+        if len(config.lessons) > 1:
+            raise ConfigError(f"--vs {peer} has one teacher: leave teachers out")
         if config.mim.layers:
             raise ConfigError(f"--vs {peer} predicts after the last layer alone: leave mim.layers out")
         if config.mim.summary_weight:

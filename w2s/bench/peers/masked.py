@@ -55,10 +55,10 @@ class TimmMasked(Peer):
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        compiled = replace(config.teacher, compile=device.type == "cuda")
+        compiled = replace(config.lessons[0].teacher, compile=device.type == "cuda")
         self.teacher = build_teacher(compiled, grid=config.model.vision.grid, device=device)
         student = TimmStudent(config.model, self.teacher.width, device, config.mim.predict == "visible")
-        super().__init__(config, student, sample_spec(config, self.teacher.image_size), device)
+        super().__init__(config, student, sample_spec(config, (self.teacher.image_size,)), device)
 
     def loss(self, micro: Batch, marks: Marks) -> Tensor:
         """Return the loss of the features."""
@@ -66,7 +66,7 @@ class TimmMasked(Peer):
         masks = given(micro.masks) if masked else micro.images.new_zeros(len(micro), patches, dtype=torch.bool)
         places = places_to_predict(masks, self.config.mim)
         with marks.part("teacher"):
-            seen = normalize(given(micro.teacher_images), self.teacher.mean, self.teacher.std)
+            seen = normalize(micro.teacher_images[0], self.teacher.mean, self.teacher.std)
             features = self.teacher(seen).patches
         images = normalize(micro.images, MEAN, STD)
         with marks.part("forward"), self.autocast():

@@ -1,0 +1,242 @@
+"""Several teachers of the masked stage: the numbers of every layout, of a single one, and of an interrupted run."""
+
+import signal
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from stages.clip import ContrastiveStage
+from stages.mim import MaskedStage
+from tests.distributed import run_ranks
+from tests.stages.conftest import Material
+from tests.stages.layouts import Steps, run_alone, run_layouts
+from tests.stages.runs import QUIET, history, killed_at_each_update, result, run_stage
+from tests.stages.test_layouts import PIPELINE, RELATIVE, TENSOR, relative_error
+from w2s.checkpoint.exporting import export_checkpoint
+from w2s.checkpoint.handover import load_all
+from w2s.checkpoint.released import open_released
+from w2s.checkpoint.store import latest
+from w2s.config.load import load
+from w2s.config.sections import Config, ParallelConfig
+from w2s.data.batch import Batch
+from w2s.data.stream import Stream
+from w2s.errors import ConfigError, StopRun
+from w2s.megatron import groups
+from w2s.megatron.groups import Ranks
+from w2s.planning.teacher import planned_teachers
+
+STEPS = 3
+
+
+def first_batch(config: Config, stage: MaskedStage) -> Batch:
+    with closing(Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1)) as stream:
+        return stream.next()
+
+
+@pytest.fixture(scope="module")
+def vit(material: Material) -> str:
+    """A vision teacher with a feature for each of the student's patches."""
+    return f"{{name: vit, source: 'timm:test_vit@{material.teacher}', image_size: 64, target_norm: standardize}}"
+
+
+@pytest.fixture(scope="module")
+def two(vit: str) -> str:
+    """Beside it a CLIP of another kind, grid (6 x 6 patches) and width, by another loss."""
+    clip = "{name: clip, source: 'eva:tiny', image_size: 48, target_norm: phi_s, loss: mse, weight: 0.5}"
+    return f"teachers=[{vit}, {clip}]"
+
+
+@pytest.fixture(scope="module")
+def common(material: Material) -> list[str]:
+    return [
+        "model=tiny",
+        "model.vision.layers=4",
+        "hardware=cpu",
+        "data.builtin=none",
+        f"data.train={material.train}",
+        "data.workers=0",
+        "eval.shards=",
+        "eval.knn_shards=",
+        f"train.steps={STEPS}",
+        "train.global_batch=16",
+        "train.micro_batch=16",
+        "optim.warmup=1",
+        "optim.lr=1e-4",
+        "init.post_norm=0.5",
+        "mim.summary_weight=0.5",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(common: list[str], two: str) -> Steps:
+    """Two teachers on one process in one micro-batch."""
+    with groups.start(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
+        return run_alone(load("mim", [*common, two]), ranks, STEPS)
+
+
+def test_two_teachers_give_the_numbers_of_one_process_in_every_layout(
+    whole: Steps, common: list[str], two: str
+) -> None:
+    """Losses and gradients to the same tolerance as with one teacher, see test_layouts."""
+    layouts = {"data": ["train.micro_batch=4"], "tensor": [TENSOR], "pipeline": [PIPELINE, "train.micro_batch=4"]}
+    cases = {name: ("mim", [*common, two, *changes]) for name, changes in layouts.items()}
+    for name, steps in run_layouts(2, cases, STEPS).items():
+        assert steps.losses == pytest.approx(whole.losses, rel=RELATIVE), name
+        error, where = relative_error(steps.gradients, whole.gradients)
+        assert error < RELATIVE, f"{name}: gradient of {where} is off by {error:.1e}"
+    assert len(set(whole.losses)) == STEPS
+    of_clip = [name for name in whole.gradients if name.startswith("vision.teachers.clip.")]
+    assert {name.split(".")[3] for name in of_clip} == {"lm_head", "head"}
+    assert all(float(gradient.abs().max()) > 0 for gradient in whole.gradients.values())
+
+
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
+def test_the_ranks_of_a_group_share_the_work_of_all_teachers(common: list[str], two: str, layout: str) -> None:
+    """No rank has more than 1.1 times the mean of the teachers' FLOPs."""
+    work = run_ranks(_teachers_flops, 2, load("mim", [*common, two, layout, "train.micro_batch=4"]))
+    assert max(work) <= 1.1 * sum(work) / len(work)
+    whole = sum(teacher.flops for teacher in planned_teachers(load("mim", [*common, two])))
+    assert sum(work) == 16 * whole, "each image is shown to each teacher once"
+
+
+def _teachers_flops(config: Config) -> float:
+    """Operations of the teachers of this rank in a step."""
+    costs, seen = planned_teachers(config), [0.0]
+    with groups.split(config.parallel, torch.device("cpu")) as ranks:
+        stage = MaskedStage(config, ranks)
+        for teacher, planned in zip(stage.teachers, costs, strict=True):
+            teacher.register_forward_hook(lambda _, inputs, __, cost=planned.flops: seen.append(cost * len(inputs[0])))
+        with closing(Stream(config.data, stage.spec, global_batch=16, seed=0, rank=ranks.reader, size=2)) as stream:
+            stage.step(stream.next())
+    return sum(seen)
+
+
+def test_a_list_of_one_is_the_only_teacher_bit_for_bit(common: list[str], material: Material, vit: str) -> None:
+    single = [
+        "teacher.name=vit", f"teacher.source=timm:test_vit@{material.teacher}", "teacher.image_size=64",
+        "teacher.target_norm=standardize",
+    ]  # fmt: skip
+    with groups.start(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
+        one, listed = (load("mim", [*common, *own]) for own in (single, [f"teachers=[{vit}]"]))
+        first, second = (run_alone(config, ranks, STEPS) for config in (one, listed))
+        stages = [MaskedStage(config, ranks) for config in (one, listed)]
+        names = [{*stage.extra_state(), *(n for n, _ in stage.student.parts[0].named_parameters())} for stage in stages]
+    assert first.losses == second.losses
+    assert first.weights.keys() == second.weights.keys()
+    assert all(torch.equal(first.weights[name], weight) for name, weight in second.weights.items())
+    assert all(torch.equal(first.gradients[name], gradient) for name, gradient in second.gradients.items())
+    assert names[0] == names[1] >= {"mean", "deviations", "count", "lm_head.weight", "head.weight"}
+
+
+def test_the_loss_is_the_weighted_sum_and_each_teacher_is_reported(alone: Ranks, common: list[str], two: str) -> None:
+    config = load("mim", [*common, two])
+    stage = MaskedStage(config, alone)
+    metrics = stage.step(first_batch(config, stage))
+    summed = metrics["vit/loss"] + 0.5 * metrics["clip/loss"]
+    assert metrics["loss"].item() == pytest.approx(summed.item(), rel=1e-6)  # the same sum in float32
+    by_hand = -metrics["vit/cosine"] - 0.5 * metrics["vit/summary_cosine"]
+    assert metrics["vit/loss"].item() == pytest.approx(by_hand.item(), abs=1e-6)
+    assert {"clip/cosine", "clip/constant_cosine", "clip/summary_cosine"} <= metrics.keys()
+
+
+@pytest.fixture(scope="module")
+def run(base: list[str], two: str) -> Path:
+    """A finished run of two steps with both teachers."""
+    options = [each for each in base if not each.startswith("teacher.")]
+    own = ["run.name=taught", "tracking.enabled=false", "train.steps=2", "mim.summary_weight=1"]
+    return run_stage("mim", [*options, two, *own])
+
+
+def test_each_teacher_has_its_measures_and_pictures(run: Path) -> None:
+    metrics = result(run)["metrics"]
+    for teacher in ("vit", "clip"):
+        for images in ("test", "neighbours"):
+            assert -1 < metrics[f"{teacher}/{images}/masked_cosine"] < 1
+            assert 0 < metrics[f"{teacher}/{images}/constant_cosine"] < 1
+            assert -1 < metrics[f"{teacher}/{images}/summary_cosine"] < 1
+        assert 0 <= metrics[f"knn_teacher_{teacher}/top1"] <= 1
+        assert (run / "pictures" / f"masked_{teacher}.png").is_file()
+    assert 0 <= metrics["clip/zero_shot/top1"] <= 1
+    assert "vit/zero_shot/top1" not in metrics, "a vision teacher shares no space with texts"
+    assert "masked clip" in (run / "report.html").read_text()
+
+
+def stage_config(run: Path) -> Config:
+    return load("mim", [f"hardware={run / 'config.yaml'}"])
+
+
+def head_of(run: Path, name: str) -> Tensor:
+    return open_released(newest(run)).read(f"visual.{name}.weight")
+
+
+def newest(run: Path) -> Path:
+    checkpoint = latest(run)
+    assert checkpoint is not None
+    return checkpoint
+
+
+@pytest.mark.parametrize(("teacher", "name"), [("", "head"), ("vit", "head"), ("clip", "teachers.clip.head")])
+def test_the_contrastive_stage_takes_the_head_of_the_named_teacher(
+    alone: Ranks, run: Path, common: list[str], teacher: str, name: str
+) -> None:
+    options = [each for each in common if not each.startswith(("mim.", "model.vision"))]
+    config = load("clip", [*options, f"init.vision={run}", f"init.teacher={teacher}"])
+    stage = ContrastiveStage(config, alone)
+    handover = stage.begin()
+    assert handover is not None
+    assert torch.equal(stage.towers["vision"].parts[0].head.weight, head_of(run, name))
+    other = "vision.teachers.clip.head.weight" if name == "head" else "vision.head.weight"
+    assert {other, "vision.lm_head.weight", "vision.teachers.clip.lm_head.weight"} <= {*handover.dropped}
+
+
+def test_a_teacher_that_the_run_did_not_have_is_named(
+    alone: Ranks, run: Path, common: list[str], tmp_path: Path
+) -> None:
+    options = [each for each in common if not each.startswith(("mim.", "model.vision"))]
+    config = load("clip", [*options, f"init.vision={run}", "init.teacher=klip"])
+    with pytest.raises(ConfigError, match=r"init.teacher=klip: the run had vit, clip: did you mean clip\?"):
+        ContrastiveStage(config, alone).begin()
+    with pytest.raises(ConfigError, match=r"--head=klip: the run had vit, clip"):
+        export_checkpoint(newest(run), "timm", tmp_path / "out", head="klip")
+
+
+@pytest.mark.parametrize(("teacher", "width"), [("vit", 64), ("clip", 16)])
+def test_an_exported_student_stands_in_for_a_teacher(
+    alone: Ranks, run: Path, teacher: str, width: int, tmp_path: Path
+) -> None:
+    """timm's tower ends where the student's prediction of that teacher's summary does."""
+    export_checkpoint(newest(run), "timm", tmp_path / "out", head=teacher)
+    tower = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    student = MaskedStage(stage_config(run), alone)
+    load_all(student.towers, newest(run))
+    (part,) = student.student.parts
+    masks = torch.zeros(2, 16, dtype=torch.bool)
+    with torch.no_grad():
+        predictions = part(images, masks, torch.arange(16).expand(2, -1))
+        found = tower(images)
+    summary = predictions[["vit", "clip"].index(teacher)].summary
+    assert found.shape == (2, width)
+    torch.testing.assert_close(found, summary, rtol=1e-4, atol=1e-5)  # sums in float32, in another order
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(base: list[str], root: Path, two: str) -> None:
+    options = [*(each for each in base if not each.startswith("teacher.")), *QUIET, two, "mim.summary_weight=1"]
+    options += ["eval.shards=", "eval.knn_shards="]
+    run_stage("mim", [*options, "run.name=teachers-whole"])
+    broken = [*options, "run.name=teachers-broken", "checkpoint.every=100"]
+    with killed_at_each_update(signal.SIGTERM), pytest.raises(StopRun):
+        run_stage("mim", broken)
+    run_stage("mim", broken)
+    whole, again = (root / f"teachers-{name}" for name in ("whole", "broken"))
+    for name in ("step", "loss", "grad_norm", "clip/loss", "vit/cosine"):
+        assert history(again, name) == history(whole, name), name
+
+
+def test_the_first_batch_must_show_all_channels(alone: Ranks, common: list[str], two: str) -> None:
+    with pytest.raises(ConfigError, match=r"phi_s of clip: the first batch has 16 features .* train.global_batch=2 or"):
+        MaskedStage(load("mim", [*common, two, "train.global_batch=1", "train.micro_batch=1"]), alone)
