@@ -116,7 +116,7 @@ class StepModel:
             tensor=work.tensor,
             recomputation=sum(run.count * run.recomputed for run in self._runs),
             accumulation=moving(card, states.gradients) + sum(run.count * run.accumulated for run in self._runs),
-            teacher=_teacher(config, card, teacher, world_size) if teacher else 0.0,
+            teacher=teacher_seconds(config, card, teacher, config.train.global_batch // world_size) if teacher else 0.0,
             loss=_loss(config, card, teacher, world_size) if config.stage == "clip" else 0.0,
             optimizer=moving(card, UPDATE[config.optim.name] * states.optimizer / 12),
             batch=_batch(config, card, teacher, world_size),
@@ -328,9 +328,9 @@ def fuses(config: Config, card: Card) -> bool:
     return config.precision.linear == "te" or (config.precision.linear == "auto" and card.fp8_tflops > 0)
 
 
-def _teacher(config: Config, card: Card, teacher: PlannedTeacher, world_size: int) -> float:
-    """The teacher's forward pass over the images of one rank."""
-    operations = config.train.global_batch // world_size * teacher.flops
+def teacher_seconds(config: Config, card: Card, teacher: PlannedTeacher, images: int) -> float:
+    """Return the seconds of the teacher's forward pass over the images of one rank."""
+    operations = images * teacher.flops
     if config.teacher.precision == "bf16":
         return operations / (card.bf16_gemm * 1e12 * card.estimates.teacher)
     return operations / (card.fp32_tflops * 1e12 * card.estimates.fp32)
