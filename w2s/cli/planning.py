@@ -79,6 +79,10 @@ def rehearse(
         str, typer.Option(help="kinds: one of each kind; pipeline: one of each stage; or ranks such as 0,64.")
     ] = "kinds",
     steps: Annotated[int, typer.Option(min=2, help="Steps of each rank.")] = 2,
+    data: Annotated[
+        bool,
+        typer.Option("--data/--no-data", help="Look for the shards, as the run does at its start."),
+    ] = True,
     trace: Annotated[
         Path | None, typer.Option(help="Write the simulated steps as a trace for Perfetto or chrome://tracing.")
     ] = None,
@@ -88,15 +92,16 @@ def rehearse(
     """Rehearse a job for a cluster on this machine: will it start, fit, hang, and how long does a step take?"""
     with one_line(debug):
         from w2s.planning.cards import card as card_of
-        from w2s.planning.request import request
+        from w2s.planning.request import TRAINED, Request
         from w2s.rehearsal import report
         from w2s.rehearsal.kinds import chosen
         from w2s.rehearsal.run import run as run_rehearsal
         from w2s.rehearsal.trace import write_trace
 
-        asked = request([name, *(overrides or [])], gpus, card)
-        config = asked.config(name, gpus)
-        found = run_rehearsal(config, gpus, card_of(card), chosen(ranks, config.parallel, gpus), steps)
+        if name not in TRAINED:
+            raise UserError(f"stage {name} is not one that is rehearsed: use mim or clip, as in `w2s rehearse mim`")
+        config = Request((name,), tuple(overrides or ()), gpus, card, {}).config(name, gpus)
+        found = run_rehearsal(config, gpus, card_of(card), chosen(ranks, config.parallel, gpus), steps, data=data)
         if as_json:
             print(json.dumps(report.document(found), indent=2))
         else:

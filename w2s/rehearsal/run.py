@@ -14,6 +14,8 @@ from w2s import host
 from w2s.config.checks import check
 from w2s.config.layout import model_parallel_size
 from w2s.config.sections import Config, TeacherConfig
+from w2s.data.shards import list_shards
+from w2s.data.sources import find_sources
 from w2s.errors import UserError, W2SError
 from w2s.planning import fully_sharded
 from w2s.planning.cards import GPUS_PER_NODE, Card
@@ -42,9 +44,13 @@ class Rehearsal:
     timeline: Timeline
     wrong: list[str]
     """What would end the run, hang it, or make it wait: a line each."""
+    looked_for_data: bool = False
+    """Whether shards were looked for."""
 
 
-def run(config: Config, world_size: int, card: Card, ranks: Sequence[int], steps: int) -> Rehearsal:
+def run(
+    config: Config, world_size: int, card: Card, ranks: Sequence[int], steps: int, *, data: bool = True
+) -> Rehearsal:
     """Rehearse some ranks of a stage.
 
     Args:
@@ -53,6 +59,7 @@ def run(config: Config, world_size: int, card: Card, ranks: Sequence[int], steps
         card: the GPUs.
         ranks: which of them are rehearsed.
         steps: steps of the stage; memory and times are those of the last one.
+        data: whether shards are looked for, as the run does at its start.
 
     Raises:
         UserError: it cannot be rehearsed.
@@ -62,7 +69,9 @@ def run(config: Config, world_size: int, card: Card, ranks: Sequence[int], steps
     if refused:
         return Rehearsal(config, world_size, card, [], {}, Timeline(), [refused])
     jobs = [Job(_without_files(config), rank, world_size, steps, card) for rank in ranks]
-    return conclude(config, world_size, card, perform(rehearse, jobs))
+    missing = _missing(config, world_size) if data else []
+    found = conclude(config, world_size, card, perform(rehearse, jobs))
+    return replace(found, wrong=[*missing, *found.wrong], looked_for_data=data)
 
 
 def perform(be: Callable[[Job], RankReport], jobs: Sequence[Job]) -> list[RankReport]:
@@ -107,6 +116,19 @@ def _refusal(config: Config, world_size: int, card: Card) -> str:
         except W2SError as error:
             return str(error)
     return ""
+
+
+def _missing(config: Config, world_size: int) -> list[str]:
+    """The line with which the run would end for want of data; what w2s builds itself is not missing."""
+    if config.data.builtin != "none":
+        return []
+    try:
+        find_sources(config.data, config.train.global_batch, world_size, captions=config.stage == "clip")
+        for key, shards in config.eval.by_key.items():
+            list_shards(shards, key, allow_pipe=config.data.allow_pipe)
+    except W2SError as error:
+        return [f"{error} (where the shards are not on this machine, rehearse with --no-data)"]
+    return []
 
 
 def _without_files(config: Config) -> Config:
