@@ -96,11 +96,19 @@ def conclude(config: Config, world_size: int, card: Card, reports: list[RankRepo
 
 
 def _check_rehearsed(config: Config) -> None:
-    if config.precision.fp8 not in ("none", "emulated"):
-        raise UserError(
-            f"precision.fp8={config.precision.fp8} is not rehearsed, as its products are Transformer Engine's: "
-            "rehearse with precision.fp8=none, and plan with it (w2s plan)"
-        )
+    """Refuse FP8 whose calls between GPUs are Transformer Engine's own."""
+    precision, tensor = config.precision, config.parallel.tensor
+    own_calls = {
+        f"precision.fp8={precision.fp8}": precision.fp8 in ("delayed", "blockwise"),
+        "precision.fp8_primary_weights=true": precision.fp8_primary_weights,
+        f"precision.fp8={precision.fp8} with parallel.tensor={tensor}": precision.fp8 != "none" and tensor > 1,
+    }
+    for given, holds in own_calls.items():
+        if holds:
+            raise UserError(
+                f"{given} is not rehearsed, as ranks exchange FP8 by calls of Transformer Engine's: rehearse "
+                "precision.fp8=tensorwise with parallel.tensor=1, or precision.fp8=none, and plan with it (w2s plan)"
+            )
 
 
 def _refusal(config: Config, world_size: int, card: Card) -> str:
@@ -108,6 +116,7 @@ def _refusal(config: Config, world_size: int, card: Card) -> str:
     local = min(world_size, GPUS_PER_NODE)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: local))
+        stack.enter_context(mock.patch.object(host, "transformer_engine_installed", lambda: True))
         stack.enter_context(
             mock.patch.object(host, "card", lambda: host.Card(card.name, (9, 0) if card.fp8_tflops else (8, 0)))
         )
@@ -132,13 +141,15 @@ def _missing(config: Config, world_size: int) -> list[str]:
 
 
 def _without_files(config: Config) -> Config:
-    """The same without what a laptop has not: weights of teachers have shapes alone."""
+    """The same without what a laptop has not: weights of teachers have shapes alone, FP8 is stood in for."""
 
     def bare(teacher: TeacherConfig) -> TeacherConfig:
         return replace(teacher, source=teacher.source.partition("@")[0], compile=False)
 
     distill = replace(config.clip.distill, source=config.clip.distill.source.partition("@")[0])
     precision = replace(config.precision, linear="local")
+    if precision.fp8 != "none":
+        precision = replace(precision, fp8="emulated")
     clip = replace(config.clip, distill=distill)
     return replace(config, teacher=bare(config.teacher), clip=clip, precision=precision)
 
