@@ -50,6 +50,8 @@ def test_18b_on_256_h100_is_planned_in_seconds_and_every_layout_is_legal() -> No
     plans = find_plans(config, card("h100"), 256, top=10)
     assert time.process_time() - begun < 15
     assert plans.fitting > 1000 and len(plans.fastest) == 10
+    layouts = [plan.config.parallel for plan in plans.fastest]
+    assert len({(each.tensor, each.pipeline, each.shard) for each in layouts}) == 10, "each split once"
     seconds = [plan.seconds for plan in plans.fastest]
     assert seconds == sorted(seconds)
     assert all(plan.memory.total <= card("h100").usable_bytes for plan in plans.fastest)

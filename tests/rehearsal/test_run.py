@@ -202,6 +202,7 @@ def test_memory_of_a_rank_is_what_the_planner_says() -> None:
     for report in found.ranks:
         planned = found.planned[report.tape.rank]
         assert report.peak == pytest.approx(planned.total, rel=0.25)
+        assert report.fullest.startswith(("w2s/", "stages/", "megatron/")), "below the folder of its package"
         assert report.built > planned.weights + planned.gradients
         # Weights in bfloat16, and 12 bytes a parameter of the optimizer's share.
         assert report.written == pytest.approx(planned.weights / 2 + planned.optimizer, rel=0.05)

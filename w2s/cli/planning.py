@@ -23,8 +23,13 @@ def plan(
             metavar="[STAGE=]N", help="Samples of a step; without it the configuration's, or the nearest legal."
         ),
     ] = None,
-    top: Annotated[int, typer.Option(min=0, help="Layouts that are shown; 0 shows all.")] = 10,
+    top: Annotated[
+        int, typer.Option(min=0, help="Splits that are shown, each in its fastest layout; 0 shows all layouts.")
+    ] = 10,
     out: Annotated[Path | None, typer.Option(help="Write the fastest layout as a file for hardware=FILE.")] = None,
+    eval_images: Annotated[
+        int, typer.Option(min=0, help="Images of eval.shards, where the shards are not on this machine.")
+    ] = 0,
     simulate: Annotated[int | None, typer.Option(min=8, help="Plan on 8, 16, ... up to this many GPUs too.")] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Show what the planner says of runs that others have published.")
@@ -38,6 +43,7 @@ def plan(
         from w2s.planning.cards import card as card_of
         from w2s.planning.plan import find_plans
         from w2s.planning.request import request
+        from w2s.planning.run_time import counted
 
         if published:
             from w2s.planning.published import print_rows
@@ -50,6 +56,7 @@ def plan(
         if out:
             hardware_file.check_name(out)
         kind = card_of(card)
+        images = {stage: counted(asked.config(stage, gpus), eval_images) for stage in asked.stages}
         found = {stage: find_plans(asked.config(stage, gpus), kind, gpus, asked.fixed, top) for stage in asked.stages}
         for stage in asked.stages:
             warn_of_doubts(asked.config(stage, gpus))
@@ -57,9 +64,9 @@ def plan(
         if out:
             hardware_file.write(out, asked, [plans.fastest[0] for plans in found.values()])
         if as_json:
-            print(json.dumps(report.document(asked, kind, found, curves), indent=2))
+            print(json.dumps(report.document(asked, kind, found, images, curves), indent=2))
         else:
-            report.print_report(asked, kind, found, curves)
+            report.print_report(asked, kind, found, images, curves)
 
 
 @app.command()
@@ -72,6 +79,10 @@ def rehearse(
         str, typer.Option(help="kinds: one of each kind; pipeline: one of each stage; or ranks such as 0,64.")
     ] = "kinds",
     steps: Annotated[int, typer.Option(min=2, help="Steps of each rank.")] = 2,
+    data: Annotated[
+        bool,
+        typer.Option("--data/--no-data", help="Look for the shards, as the run does at its start."),
+    ] = True,
     trace: Annotated[
         Path | None, typer.Option(help="Write the simulated steps as a trace for Perfetto or chrome://tracing.")
     ] = None,
@@ -81,15 +92,16 @@ def rehearse(
     """Rehearse a job for a cluster on this machine: will it start, fit, hang, and how long does a step take?"""
     with one_line(debug):
         from w2s.planning.cards import card as card_of
-        from w2s.planning.request import request
+        from w2s.planning.request import TRAINED, Request
         from w2s.rehearsal import report
         from w2s.rehearsal.kinds import chosen
         from w2s.rehearsal.run import run as run_rehearsal
         from w2s.rehearsal.trace import write_trace
 
-        asked = request([name, *(overrides or [])], gpus, card)
-        config = asked.config(name, gpus)
-        found = run_rehearsal(config, gpus, card_of(card), chosen(ranks, config.parallel, gpus), steps)
+        if name not in TRAINED:
+            raise UserError(f"stage {name} is not one that is rehearsed: use mim or clip, as in `w2s rehearse mim`")
+        config = Request((name,), tuple(overrides or ()), gpus, card, {}).config(name, gpus)
+        found = run_rehearsal(config, gpus, card_of(card), chosen(ranks, config.parallel, gpus), steps, data=data)
         if as_json:
             print(json.dumps(report.document(found), indent=2))
         else:

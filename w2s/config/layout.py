@@ -198,20 +198,28 @@ def _check_options(config: Config, replicas: int) -> None:
 
 def _check_fully_sharded(config: Config, replicas: int) -> None:
     """Refuse what Megatron's FSDP cannot do here, or does anyway."""
-    parallel = config.parallel
+    parallel, other = config.parallel, "or parallel.shard=optimizer"
+    alone = "it is for data parallelism alone"
+    gathers = "it overlaps without being told"
     refused = {
-        "one data-parallel rank": replicas == 1,
-        f"parallel.tensor={parallel.tensor}": parallel.tensor > 1,
-        f"parallel.pipeline={parallel.pipeline}": parallel.pipeline > 1,
-        "parallel.cuda_graphs=true": parallel.cuda_graphs,
-        "precision.fp8_primary_weights=true": config.precision.fp8_primary_weights,
-        "clip.learn_logit_scale=false": config.stage == "clip" and not config.clip.learn_logit_scale,
-        "parallel.overlap_grad_reduce=true (it always does)": parallel.overlap_grad_reduce,
-        "parallel.overlap_param_gather=true (it always does)": parallel.overlap_param_gather,
+        f"parallel.tensor={parallel.tensor}": (parallel.tensor > 1, f"{alone}, use parallel.tensor=1"),
+        f"parallel.pipeline={parallel.pipeline}": (parallel.pipeline > 1, f"{alone}, use parallel.pipeline=1"),
+        "one data-parallel rank": (replicas == 1, "there is nobody to share with, use more ranks (--nproc, --gpus)"),
+        "parallel.cuda_graphs=true": (parallel.cuda_graphs, "use parallel.cuda_graphs=false"),
+        "precision.fp8_primary_weights=true": (
+            config.precision.fp8_primary_weights,
+            "use precision.fp8_primary_weights=false",
+        ),
+        "clip.learn_logit_scale=false": (
+            config.stage == "clip" and not config.clip.learn_logit_scale,
+            "all parameters have to be trained, use clip.learn_logit_scale=true",
+        ),
+        "parallel.overlap_grad_reduce=true": (parallel.overlap_grad_reduce, f"{gathers}, leave that out"),
+        "parallel.overlap_param_gather=true": (parallel.overlap_param_gather, f"{gathers}, leave that out"),
     }
-    for reason, holds in refused.items():
+    for given, (holds, fix) in refused.items():
         if holds:
-            raise ConfigError(f"parallel.shard=full is not for {reason}: leave one of the two out")
+            raise ConfigError(f"parallel.shard=full with {given}: {fix}, {other}")
 
 
 def _check_sharded_teacher(config: Config) -> None:

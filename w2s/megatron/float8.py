@@ -46,11 +46,12 @@ def _own_cpu_kernel() -> Iterator[None]:
         torch.backends.mkldnn.enabled = before
 
 
-class _Product(torch.autograd.Function):
+class Product(torch.autograd.Function):
     """input @ weight.T, and both products of its backward pass, in FP8."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, linear: "_Emulated") -> Tensor:
+        """Multiply, and keep both factors in FP8."""
         quantized, own_weight = linear.quantized("input", rows), linear.quantized_weight(weight)
         ctx.linear, ctx.dtypes = linear, (rows.dtype, weight.dtype)
         ctx.save_for_backward(quantized.data, quantized.inverse, own_weight.data, own_weight.inverse)
@@ -58,6 +59,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Return the gradients by the rows and by the weight, as far as they are needed."""
         saved = ctx.saved_tensors
         rows, weight = Float8(*saved[:2]), Float8(*saved[2:])
         quantized = ctx.linear.quantized("gradient", gradient)
@@ -72,6 +74,8 @@ class _Emulated:
     Attributes:
         gradients: format of gradients.
         split: the kinds of tensors that tensor-parallel ranks hold parts of.
+        weight_stays: whether the weight does not change until `keep_weight` says so.
+        kept_weight: the weight in FP8, once it was needed and as long as it stays.
     """
 
     gradients: torch.dtype
@@ -80,8 +84,8 @@ class _Emulated:
     tp_group: dist.ProcessGroup
     _record: Record | None = None
     _told: set[str]
-    _weight_stays = False
-    _kept_weight: Float8 | None = None
+    weight_stays = False
+    kept_weight: Float8 | None = None
 
     def _forward_impl(
         self,
@@ -102,7 +106,7 @@ class _Emulated:
             input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
         rows = input.reshape(-1, input.shape[-1])
         _require_alignment(rows, weight)
-        out = _Product.apply(rows, weight, self).view(*input.shape[:-1], -1)
+        out = Product.apply(rows, weight, self).view(*input.shape[:-1], -1)
         return out if bias is None else out + bias
 
     def quantized(self, kind: str, tensor: Tensor) -> Float8:
@@ -117,11 +121,11 @@ class _Emulated:
 
     def quantized_weight(self, weight: Tensor) -> Float8:
         """Return the weight in FP8: once for all micro-batches inside of `weights_stay`, else anew."""
-        if self._kept_weight is not None:
-            return self._kept_weight
+        if self.kept_weight is not None:
+            return self.kept_weight
         made = self.quantized("weight", weight)
-        if self._weight_stays:
-            self._kept_weight = made
+        if self.weight_stays:
+            self.kept_weight = made
         return made
 
     def tell(self, record: Record) -> "_Emulated":
@@ -135,7 +139,7 @@ class _Emulated:
 
     def keep_weight(self, stays: bool) -> None:
         """Say whether the weight stays as it is from now on."""
-        self._weight_stays, self._kept_weight = stays, None
+        self.weight_stays, self.kept_weight = stays, None
 
 
 def _require_alignment(rows: Tensor, weight: Tensor) -> None:

@@ -20,7 +20,7 @@ GPUS_PER_NODE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Estimates:
-    """Shares of a card's figures that software reaches: guesses, explained in cards.yaml."""
+    """Shares of a card's figures that software reaches, and what is around it: guesses, explained in cards.yaml."""
 
     memory: float
     hbm: float
@@ -30,6 +30,9 @@ class Estimates:
     attention: float
     fp32: float
     teacher: float
+    pcie: float
+    storage_gbs: float
+    """GB/s that a node writes to storage that all share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,8 @@ class Card:
     """GB/s in one direction."""
     network_gbs: float
     """GB/s in one direction."""
+    pcie_gbs: float
+    """GB/s to the host."""
     narrow: float
     """Width of layers that take twice as long as their operations do in wide ones."""
     launch: float

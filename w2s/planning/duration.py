@@ -118,7 +118,9 @@ class StepModel:
             tensor=work.tensor,
             recomputation=sum(run.count * run.recomputed for run in self._runs),
             accumulation=moving(card, states.gradients) + sum(run.count * run.accumulated for run in self._runs),
-            teacher=sum(_teacher(config, card, teacher, world_size) for teacher in teachers),
+            teacher=sum(
+                teacher_seconds(card, teacher, config.train.global_batch // world_size) for teacher in teachers
+            ),
             loss=_loss(config, card, teachers, world_size) if config.stage == "clip" else 0.0,
             optimizer=moving(card, UPDATE[config.optim.name] * states.optimizer / 12 + _AVERAGING * states.average / 4),
             batch=_batch(config, card, teachers, world_size),
@@ -330,9 +332,9 @@ def fuses(config: Config, card: Card) -> bool:
     return config.precision.linear == "te" or (config.precision.linear == "auto" and card.fp8_tflops > 0)
 
 
-def _teacher(config: Config, card: Card, teacher: PlannedTeacher, world_size: int) -> float:
-    """A teacher's forward pass over the images of one rank."""
-    operations = config.train.global_batch // world_size * teacher.flops
+def teacher_seconds(card: Card, teacher: PlannedTeacher, images: int) -> float:
+    """Return the seconds of a teacher's forward pass over the images of one rank."""
+    operations = images * teacher.flops
     if teacher.precision == "bf16":
         return operations / (card.bf16_gemm * 1e12 * card.estimates.teacher)
     return operations / (card.fp32_tflops * 1e12 * card.estimates.fp32)

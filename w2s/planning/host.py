@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from w2s.planning.cards import GPUS_PER_NODE, Card
 from w2s.planning.states import States
 
-_COPY_GBS = 1.1
+CHECKSUM_GBS = 1.1
 """A rank's tensors into memory of its host, with their checksum: measured on one core (docs/reliability.md)."""
 _GENERATIONS = 2
 """Checkpoints that are there while the newer one is written."""
@@ -33,4 +33,4 @@ def host_copy(card: Card, states: States, gpus: int) -> HostCopy:
     """
     own, several = states.weights + states.optimizer + states.average, gpus > GPUS_PER_NODE
     sent = own / (1e9 * card.network_gbs) if several else 0.0
-    return HostCopy(own, _GENERATIONS * (1 + several) * own, own / (1e9 * _COPY_GBS) + sent)
+    return HostCopy(own, _GENERATIONS * (1 + several) * own, own / (1e9 * CHECKSUM_GBS) + sent)

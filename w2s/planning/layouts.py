@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from w2s.config.layout import check_micro_batches, check_ranks, check_towers, divisors
+from w2s.config.layout import check_micro_batches, check_ranks, check_towers, divisors, model_parallel_size
 from w2s.config.linears import check_fp8_layout
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
@@ -29,25 +29,28 @@ class Layouts:
         self.refused: ConfigError | None = None
 
     def splits(self) -> Iterator[Config]:
-        """Tensor, pipeline and virtual pipeline sizes; data-parallel ranks overlap what they exchange."""
+        """Tensor, pipeline and virtual pipeline sizes, and what data-parallel ranks share out."""
         for pipeline in self._choices("parallel.pipeline", divisors(self.world_size)):
             for tensor in self._choices("parallel.tensor", self._tensor(pipeline)):
-                # Fully sharded, they do so without being asked.
-                overlap = self.world_size > tensor * pipeline and self.config.parallel.shard != "full"
                 for virtual in self._choices("parallel.virtual_pipeline", self._virtual(pipeline)):
-                    split = self._parallel(
-                        self.config,
-                        pipeline=pipeline,
-                        tensor=tensor,
-                        virtual_pipeline=virtual,
-                        overlap_grad_reduce=overlap,
-                        overlap_param_gather=overlap,
-                        sequence=False,
-                        recompute="none",
-                        recompute_layers=0,
-                    )
-                    if self._legal(check_ranks, split, self.world_size) and self._legal(check_towers, split):
-                        yield split
+                    sized = self._parallel(self.config, pipeline=pipeline, tensor=tensor, virtual_pipeline=virtual)
+                    for shard in self._choices("parallel.shard", ("optimizer", "full")):
+                        split = self._shared_out(sized, shard)
+                        if self._legal(check_ranks, split, self.world_size) and self._legal(check_towers, split):
+                            yield split
+
+    def _shared_out(self, sized: Config, shard: str) -> Config:
+        """Data-parallel ranks overlap what they exchange; fully sharded, they do so without being asked."""
+        overlap = self.world_size > model_parallel_size(sized.parallel) and shard != "full"
+        return self._parallel(
+            sized,
+            shard=shard,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+            sequence=False,
+            recompute="none",
+            recompute_layers=0,
+        )
 
     def batches(self, split: Config) -> Iterator[Config]:
         """Micro-batches of a split and of its groups, with and without sequence parallelism."""

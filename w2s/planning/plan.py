@@ -17,7 +17,7 @@ from w2s.planning.flops import StageFlops, stage_flops
 from w2s.planning.host import HostCopy, host_copy
 from w2s.planning.layouts import Layouts
 from w2s.planning.memory import Memory, rank_memory
-from w2s.planning.states import rank_states
+from w2s.planning.states import States, rank_states
 from w2s.planning.teacher import PlannedTeacher, planned_teachers, predicted
 from w2s.planning.towers import planned_towers
 
@@ -38,6 +38,9 @@ class Plan:
     flops: StageFlops
     host: HostCopy
     """A checkpoint in the memory of the hosts."""
+    written: int
+    """Bytes that a rank writes into a checkpoint."""
+    teachers: Sequence[PlannedTeacher]
     peak: float
     """FLOP/s of all GPUs: the dense BF16 peak."""
     slow: float = 0.0
@@ -72,13 +75,13 @@ class Plan:
 
     @property
     def days(self) -> float:
-        """The whole stage, without evaluations, checkpoints and interruptions."""
+        """All steps of the stage."""
         taught = self.config.taught_steps / self.config.train.steps
         return self.config.train.steps * (self.seconds - (1 - taught) * self.time.teacher) / 86_400
 
     @property
     def gpu_hours(self) -> float:
-        """The whole stage on all GPUs."""
+        """All steps on all GPUs."""
         return 24 * self.days * self.gpus
 
 
@@ -102,7 +105,8 @@ def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (
         card: the GPUs.
         gpus: how many there are.
         fixed: keys of the layout whose values stay as they are.
-        top: how many of the fastest are wanted; 0 gives all that fit.
+        top: how many splits (tensor, pipeline, data-parallel size, `shard`) are wanted, each in its fastest layout; 0
+            gives all layouts that fit.
 
     Raises:
         ConfigError: no layout is legal.
@@ -120,17 +124,21 @@ def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (
             f"{search.least / 2**30:.1f} GiB of a card, {card.usable_bytes / 2**30:.1f} are to be had: use more GPUs "
             "(--gpus), or cards with more memory (--card)"
         )
-    return Plans(_fastest(found, top or len(found)), len(found), search.legal)
+    return Plans(_fastest(found, top), len(found), search.legal)
 
 
 def _fastest(candidates: "Sequence[_Candidate]", top: int) -> list[Plan]:
     """Simulate layouts, the most promising first, until the others cannot be among the fastest."""
-    found: list[tuple[float, int, _Candidate]] = []
+    best: dict[Any, tuple[float, int, _Candidate]] = {}
     for number, candidate in enumerate(candidates):
-        if len(found) >= top and candidate.model.least > found[top - 1][0]:
+        least, split = candidate.model.least, candidate.split if top else number
+        ranked = sorted(best.values())
+        if 0 < top <= len(ranked) and least > ranked[top - 1][0]:
             break
-        found = sorted([*found, (candidate.model.time().total, number, candidate)])
-    return [candidate.plan() for _, _, candidate in found[:top]]
+        if split not in best or least < best[split][0]:
+            found = (candidate.model.time().total, number, candidate)
+            best[split] = min(found, best.get(split, found))
+    return [candidate.plan() for _, _, candidate in sorted(best.values())[: top or len(best)]]
 
 
 def _check_settings(config: Config, card: Card) -> None:
@@ -213,6 +221,12 @@ class _Candidate:
         self._search, self._config, self._stage, self._memory = search, config, stage, memory
         self.model = self._model(search.card)
 
+    @property
+    def split(self) -> tuple[int, int, str]:
+        """Its sizes (the data-parallel one is what is left), and what is shared out."""
+        parallel = self._config.parallel
+        return parallel.tensor, parallel.pipeline, parallel.shard
+
     def _model(self, card: Card) -> StepModel:
         search, stage = self._search, self._stage
         states = max(stage.states.values(), key=lambda states: states.gradients)
@@ -220,19 +234,27 @@ class _Candidate:
 
     def plan(self) -> Plan:
         """Simulate it, on a bad and a good cluster too."""
-        search, states = self._search, self._stage.states.values()
-        teacher = sum(each.flops for each in search.teachers)
+        search, teacher = self._search, sum(each.flops for each in self._search.teachers)
+        fullest = max(self._stage.states.values(), key=lambda states: states.weights + states.optimizer)
         return Plan(
             config=self._config,
             gpus=search.gpus,
             memory=self._memory,
             time=self.model.time(),
             flops=stage_flops(self._config, search.gpus, **search.predicted, teacher=teacher),
-            host=host_copy(search.card, max(states, key=lambda each: each.weights + each.optimizer), search.gpus),
+            host=host_copy(search.card, fullest, search.gpus),
+            written=self._written(fullest),
+            teachers=search.teachers,
             peak=search.gpus * search.card.bf16_tflops * 1e12,
             slow=self._model(search.card.at("slow")).time().total,
             fast=self._model(search.card.at("fast")).time().total,
         )
+
+    def _written(self, states: States) -> int:
+        """Data-parallel ranks share out the weights too when they write."""
+        parallel = self._config.parallel
+        shares = 1 if parallel.shard == "full" else self._search.gpus // model_parallel_size(parallel)
+        return states.weights // shares + states.optimizer
 
 
 class _SplitStage:

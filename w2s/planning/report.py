@@ -9,20 +9,29 @@ from w2s.planning.cards import Card
 from w2s.planning.duration import WORDS
 from w2s.planning.plan import Plan, Plans
 from w2s.planning.request import Request
+from w2s.planning.run_time import Images, RunTime, run_time
 from w2s.planning.scaling import BEND, Scaling
 from w2s.tracking.tables import Cell, Table
 
 _GIB = 2**30
+_NOT_COUNTED = "evaluations are left out: eval.shards={} cannot be counted here, say its images with --eval-images N"
 _WARNING = "predicted, not measured: no plan has been compared with a run on GPUs yet"
 
 
-def document(request: Request, card: Card, found: dict[str, Plans], scaling: dict[str, Scaling]) -> Any:
+def document(
+    request: Request,
+    card: Card,
+    found: dict[str, Plans],
+    images: dict[str, Images | None],
+    scaling: dict[str, Scaling],
+) -> Any:
     """Return everything as JSON takes it.
 
     Args:
         request: what was asked for.
         card: the GPUs.
         found: the plans of each stage.
+        images: what an evaluation of each stage sees, where that is known.
         scaling: the simulation of each stage, if one was asked for.
     """
     return {
@@ -31,13 +40,19 @@ def document(request: Request, card: Card, found: dict[str, Plans], scaling: dic
         "gpus": request.gpus,
         "card": asdict(card),
         "usable_gib": card.usable_bytes / _GIB,
-        "stages": {stage: _stage(plans) for stage, plans in found.items()},
+        "stages": {stage: _stage(plans, card, images[stage]) for stage, plans in found.items()},
         "scaling": {stage: _scaling(points) for stage, points in scaling.items()},
     }
 
 
-def print_report(request: Request, card: Card, found: dict[str, Plans], scaling: dict[str, Scaling]) -> None:
-    """Print the layouts of each stage, the fastest first, and what its fastest needs."""
+def print_report(
+    request: Request,
+    card: Card,
+    found: dict[str, Plans],
+    images: dict[str, Images | None],
+    scaling: dict[str, Scaling],
+) -> None:
+    """Print the layouts of each stage, the fastest first, and what its fastest needs; arguments as of `document`."""
     console = Console(highlight=False)
     for stage, plans in found.items():
         best = plans.fastest[0]
@@ -50,6 +65,9 @@ def print_report(request: Request, card: Card, found: dict[str, Plans], scaling:
         console.print(_layouts(plans).to_rich())
         console.print(_parts(best).to_rich())
         console.print(bottleneck(best))
+        console.print(_run_table(run_time(best, card, images[stage])).to_rich())
+        if images[stage] is None:
+            console.print(_NOT_COUNTED.format(best.config.eval.shards))
         if best.config.checkpoint.memory:
             console.print(_in_memory(best))
     for stage, points in scaling.items():
@@ -73,8 +91,9 @@ def _in_memory(plan: Plan) -> str:
     )
 
 
-def _stage(plans: Plans) -> dict[str, Any]:
+def _stage(plans: Plans, card: Card, images: Images | None) -> dict[str, Any]:
     best = plans.fastest[0]
+    run = run_time(best, card, images)
     return {
         "model": best.config.model.name,
         "teacher": " + ".join(teacher.name for teacher in best.config.taught_by) or None,
@@ -84,6 +103,7 @@ def _stage(plans: Plans) -> dict[str, Any]:
         "layouts_legal": plans.legal,
         "layouts_fitting": plans.fitting,
         "bottleneck": bottleneck(best),
+        "run": {"days": run.days, **asdict(run)},
         "layouts": [_plan(plan) for plan in plans.fastest],
     }
 
@@ -97,6 +117,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "virtual_pipeline": parallel.virtual_pipeline,
         "micro_batch_group": parallel.micro_batch_group,
         "data": plan.data_size,
+        "shard": parallel.shard,
         "micro_batch": plan.config.train.micro_batch,
         "recompute": parallel.recompute,
         "recompute_layers": parallel.recompute_layers,
@@ -126,34 +147,47 @@ def _scaling(scaling: Scaling) -> dict[str, Any]:
     }
 
 
-_COLUMNS = ("layout", "micro", "recompute", "GiB", "s/step", "from - to", "MFU %", "days")
+_COLUMNS = ("layout", "VPP", "micro", "recompute", "GiB", "s/step", "from - to", "MFU %")
 
 
 def _layouts(plans: Plans) -> Table:
-    return Table("", [*_COLUMNS, "GPU hours"], [[*_cells(plan), round(plan.gpu_hours)] for plan in plans.fastest])
+    return Table("", _COLUMNS, [_cells(plan) for plan in plans.fastest])
 
 
 def _cells(plan: Plan) -> list[Cell]:
     parallel = plan.config.parallel
-    sizes = {
-        "TP": parallel.tensor,
-        "PP": parallel.pipeline,
-        "VPP": parallel.virtual_pipeline,
-        "DP": plan.data_size,
-    }
-    layout = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one GPU"
-    if parallel.micro_batch_group:
-        layout += f", groups of {parallel.micro_batch_group}"
+    group = f" by {parallel.micro_batch_group}" if parallel.micro_batch_group else ""
     return [
-        layout.replace(" ", "+SP ", 1) if parallel.sequence else layout,
+        _split(plan),
+        f"{parallel.virtual_pipeline}{group}" if parallel.virtual_pipeline > 1 else "",
         plan.config.train.micro_batch,
         parallel.recompute + (f" {parallel.recompute_layers}" if parallel.recompute_layers else ""),
         round(plan.memory.total / _GIB, 1),
         plan.seconds,
         f"{plan.fast:.3g} - {plan.slow:.3g}",
         round(100 * plan.mfu, 1),
-        plan.days,
     ]
+
+
+def _split(plan: Plan) -> str:
+    """How a model is split: `TP2+SP PP2 DP64`, `DP256 FSDP`."""
+    parallel = plan.config.parallel
+    sizes = {"TP": parallel.tensor, "PP": parallel.pipeline, "DP": plan.data_size}
+    split = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one GPU"
+    split = split.replace(" ", "+SP ", 1) if parallel.sequence else split
+    return f"{split} FSDP" if parallel.shard == "full" else split
+
+
+def _run_table(run: RunTime) -> Table:
+    """What a run is made of."""
+    parts = {"steps": run.steps, "checkpoints": run.checkpoints, "evaluations": run.evaluations}
+    rows: list[list[Cell]] = [
+        [name, part.times, part.seconds, part.days, round(100 * part.days / run.days, 1)]
+        for name, part in parts.items()
+        if part and part.times
+    ]
+    rows.append(["all", None, None, run.days, None])
+    return Table("a run of the fastest layout", ["part", "times", "s each", "days", "%"], rows)
 
 
 def _parts(plan: Plan) -> Table:
@@ -173,10 +207,16 @@ def _parts(plan: Plan) -> Table:
 def _scaling_table(stage: str, scaling: Scaling) -> Table:
     rows: list[list[Cell]] = []
     for point in scaling.points:
-        cells = _cells(point.plan) if point.plan else ["does not fit", *[None] * (len(_COLUMNS) - 1)]
         efficiency = None if point.efficiency is None else round(100 * point.efficiency, 1)
-        rows.append([point.gpus, efficiency, *cells])
-    return Table(f"{stage} on more GPUs", ["GPUs", "efficiency %", *_COLUMNS], rows)
+        rows.append([point.gpus, efficiency, *_in_short(point.plan)])
+    columns = ["GPUs", "efficiency %", "layout", "GiB", "s/step", "MFU %", "days of steps"]
+    return Table(f"{stage} on more GPUs", columns, rows)
+
+
+def _in_short(plan: Plan | None) -> list[Cell]:
+    if plan is None:
+        return ["does not fit", None, None, None, None]
+    return [_split(plan), round(plan.memory.total / _GIB, 1), plan.seconds, round(100 * plan.mfu, 1), plan.days]
 
 
 def _bend(scaling: Scaling) -> str:

@@ -5,10 +5,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from w2s.config.load import STAGES, load
+from w2s.config.load import load
 from w2s.config.sections import Config, TrainConfig
 from w2s.errors import UserError
 
+TRAINED = ("mim", "clip")
+"""Stages with steps that can be planned."""
 ON_GPUS = ("precision.compute=bf16", "teacher.precision=bf16", "hardware.device=cuda")
 """Settings that are planned with unless the command line has others."""
 
@@ -59,7 +61,7 @@ def request(arguments: Sequence[str], gpus: int, card: str, batches: Sequence[st
         UserError: there is no stage among the arguments, or one that is not trained; a batch is no number.
     """
     stages = tuple(argument for argument in arguments if "=" not in argument)
-    unknown = [stage for stage in stages if stage not in STAGES or stage == "eval"]
+    unknown = [stage for stage in stages if stage not in TRAINED]
     if unknown or not stages:
         named = f"stage {unknown[0]} is not one that is planned" if unknown else "w2s plan asks for no stage"
         raise UserError(f"{named}: use mim, clip, or both, as in `w2s plan mim model=eva_18b`")

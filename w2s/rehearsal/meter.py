@@ -21,7 +21,10 @@ from w2s.rehearsal.tape import HostWait, Tape
 from w2s.rehearsal.where import line
 
 aten = torch.ops.aten
-_FREE = (aten.empty, aten.detach, aten.alias, aten.set_, aten.resize_)
+_FREE = (
+    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.detach, aten.alias,
+    aten.set_, aten.resize_,
+)  # fmt: skip
 _ATTENTION = ("scaled_dot_product",)
 
 
@@ -119,6 +122,10 @@ class Meter(TorchDispatchMode):
         """Note a kernel that reads or writes some tensors."""
         moved = sum(each.numel() * each.element_size() for each in tensors)
         self._tape.compute(self._parts.innermost, moving(self._card, moved))
+
+    def multiplied(self, rows: int, inner: int, columns: int) -> None:
+        """Note a product [rows, inner] x [inner, columns] in FP8."""
+        self._tape.compute(self._parts.innermost, product(self._card, rows, inner, columns, fp8=True))
 
     def start_peak(self) -> None:
         """Look for the peak from here on."""

@@ -17,6 +17,7 @@ from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
 from w2s.planning.cards import Card
 from w2s.rehearsal.device import GPU, FakeGpu, stand_in_for_cuda
+from w2s.rehearsal.float8 import stand_in_for_transformer_engine
 from w2s.rehearsal.group import Recorder, joined
 from w2s.rehearsal.meter import Meter
 from w2s.rehearsal.repetition import Repetition
@@ -74,6 +75,7 @@ def rehearse(job: Job) -> RankReport:
         sharded_as_on_gpus(),
         stand_in_for_cuda(meter, streams),
         stand_in_for_triton(meter.launched),
+        stand_in_for_transformer_engine(meter),
         ExitStack() as undo,
     ):
         if job.config.parallel.shard != "full" and not job.config.mim.layers:

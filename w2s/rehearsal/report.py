@@ -21,6 +21,7 @@ def document(rehearsal: Rehearsal) -> dict[str, Any]:
         "gpus": rehearsal.world_size,
         "card": rehearsal.card.name,
         "wrong": rehearsal.wrong,
+        "looked_for_data": rehearsal.looked_for_data,
         "seconds_per_step": rehearsal.timeline.steps[-1] if rehearsal.timeline.steps else None,
         "ranks": [
             {
@@ -68,7 +69,9 @@ def print_report(rehearsal: Rehearsal) -> None:
         console.print(f"a step takes {rehearsal.timeline.steps[-1]:.3g} s in the simulation")
         console.print(_checkpoint(rehearsal))
     for line in rehearsal.wrong:
-        console.print(f"wrong: {line}")
+        console.print(f"wrong: {line}", soft_wrap=True)
+    if not rehearsal.looked_for_data:
+        console.print("the data were not looked for")
     if not rehearsal.wrong:
         console.print("nothing is wrong: all ranks agree, fit, and never wait for the GPU")
 

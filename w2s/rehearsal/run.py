@@ -15,6 +15,8 @@ from w2s import host
 from w2s.config.checks import check
 from w2s.config.layout import model_parallel_size
 from w2s.config.sections import Config, TeacherConfig, TeachersConfig, TeachingConfig
+from w2s.data.shards import list_shards
+from w2s.data.sources import find_sources
 from w2s.errors import UserError, W2SError
 from w2s.planning import fully_sharded
 from w2s.planning.cards import GPUS_PER_NODE, Card
@@ -45,9 +47,13 @@ class Rehearsal:
     timeline: Timeline
     wrong: list[str]
     """What would end the run, hang it, or make it wait: a line each."""
+    looked_for_data: bool = False
+    """Whether shards were looked for."""
 
 
-def run(config: Config, world_size: int, card: Card, ranks: Sequence[int], steps: int) -> Rehearsal:
+def run(
+    config: Config, world_size: int, card: Card, ranks: Sequence[int], steps: int, *, data: bool = True
+) -> Rehearsal:
     """Rehearse some ranks of a stage.
 
     Args:
@@ -56,6 +62,7 @@ def run(config: Config, world_size: int, card: Card, ranks: Sequence[int], steps
         card: the GPUs.
         ranks: which of them are rehearsed.
         steps: steps of the stage; memory and times are those of the last one.
+        data: whether shards are looked for, as the run does at its start.
 
     Raises:
         UserError: it cannot be rehearsed.
@@ -65,7 +72,9 @@ def run(config: Config, world_size: int, card: Card, ranks: Sequence[int], steps
     if refused:
         return Rehearsal(config, world_size, card, [], {}, Timeline(), [refused])
     jobs = [Job(_without_files(config), rank, world_size, steps, card) for rank in ranks]
-    return conclude(config, world_size, card, perform(rehearse, jobs))
+    missing = _missing(config, world_size) if data else []
+    found = conclude(config, world_size, card, perform(rehearse, jobs))
+    return replace(found, wrong=[*missing, *found.wrong], looked_for_data=data)
 
 
 def perform(be: Callable[[Job], RankReport], jobs: Sequence[Job]) -> list[RankReport]:
@@ -90,11 +99,19 @@ def conclude(config: Config, world_size: int, card: Card, reports: list[RankRepo
 
 
 def _check_rehearsed(config: Config) -> None:
-    if config.precision.fp8 not in ("none", "emulated"):
-        raise UserError(
-            f"precision.fp8={config.precision.fp8} is not rehearsed, as its products are Transformer Engine's: "
-            "rehearse with precision.fp8=none, and plan with it (w2s plan)"
-        )
+    """Refuse FP8 whose calls between GPUs are Transformer Engine's own."""
+    precision, tensor = config.precision, config.parallel.tensor
+    own_calls = {
+        f"precision.fp8={precision.fp8}": precision.fp8 in ("delayed", "blockwise"),
+        "precision.fp8_primary_weights=true": precision.fp8_primary_weights,
+        f"precision.fp8={precision.fp8} with parallel.tensor={tensor}": precision.fp8 != "none" and tensor > 1,
+    }
+    for given, holds in own_calls.items():
+        if holds:
+            raise UserError(
+                f"{given} is not rehearsed, as ranks exchange FP8 by calls of Transformer Engine's: rehearse "
+                "precision.fp8=tensorwise with parallel.tensor=1, or precision.fp8=none, and plan with it (w2s plan)"
+            )
 
 
 def _refusal(config: Config, world_size: int, card: Card) -> str:
@@ -102,6 +119,7 @@ def _refusal(config: Config, world_size: int, card: Card) -> str:
     local = min(world_size, GPUS_PER_NODE)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: local))
+        stack.enter_context(mock.patch.object(host, "transformer_engine_installed", lambda: True))
         stack.enter_context(
             mock.patch.object(host, "card", lambda: host.Card(card.name, (9, 0) if card.fp8_tflops else (8, 0)))
         )
@@ -112,14 +130,29 @@ def _refusal(config: Config, world_size: int, card: Card) -> str:
     return ""
 
 
+def _missing(config: Config, world_size: int) -> list[str]:
+    """The line with which the run would end for want of data; what w2s builds itself is not missing."""
+    if config.data.builtin != "none":
+        return []
+    try:
+        find_sources(config.data, config.train.global_batch, world_size, captions=config.stage == "clip")
+        for key, shards in config.eval.by_key.items():
+            list_shards(shards, key, allow_pipe=config.data.allow_pipe)
+    except W2SError as error:
+        return [f"{error} (where the shards are not on this machine, rehearse with --no-data)"]
+    return []
+
+
 def _without_files(config: Config) -> Config:
-    """The same without what a laptop has not: weights of teachers have shapes alone."""
+    """The same without what a laptop has not: weights of teachers have shapes alone, FP8 is stood in for."""
 
     def bare(teacher: T) -> T:
         return replace(teacher, source=teacher.source.partition("@")[0])
 
     distill = replace(config.clip.distill, source=config.clip.distill.source.partition("@")[0])
     precision = replace(config.precision, linear="local")
+    if precision.fp8 != "none":
+        precision = replace(precision, fp8="emulated")
     clip = replace(config.clip, distill=distill)
     teachers = TeachersConfig(of=[bare(each) for each in config.teachers.of])
     teacher = replace(bare(config.teacher), compile=False)

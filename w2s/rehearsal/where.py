@@ -1,7 +1,7 @@
 """The line of code that something was done in."""
 
-import os
 import sys
+from types import FrameType
 
 _SKIPPED = (
     "/torch/",
@@ -19,7 +19,7 @@ def line() -> str:
     frame = sys._getframe(1)
     while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _SKIPPED):
         frame = frame.f_back
-    return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+    return f"{_short(frame)}:{frame.f_lineno}"
 
 
 def line_of(error: BaseException) -> str:
@@ -27,12 +27,13 @@ def line_of(error: BaseException) -> str:
     found, trace = "", error.__traceback__
     while trace is not None:
         if not any(part in trace.tb_frame.f_code.co_filename for part in _SKIPPED):
-            found = f"{_short(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
+            found = f"{_short(trace.tb_frame)}:{trace.tb_lineno}"
         trace = trace.tb_next
     return found
 
 
-def _short(path: str) -> str:
-    """The path below the folder that it was imported from."""
-    roots = [root for root in sys.path if root and path.startswith(root + os.sep)]
-    return os.path.relpath(path, max(roots, key=len)) if roots else path
+def _short(frame: FrameType) -> str:
+    """The path below the folder that its package was imported from."""
+    path, name = frame.f_code.co_filename, frame.f_globals.get("__name__", "")
+    parts = name.count(".") + 1 + path.endswith("/__init__.py")
+    return "/".join(path.split("/")[-parts:])

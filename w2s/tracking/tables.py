@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import rich.box
 import rich.table
@@ -16,6 +17,8 @@ Cell = str | int | float | None
 
 MOST_COLUMNS = 12
 """A table of more is turned on a terminal: its columns become rows."""
+LONGEST_SHORT = 12
+"""Characters of a cell that is not wrapped."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,11 @@ class Table:
             return self._turned().to_rich()
         table = rich.table.Table(title=Text(shown(self.title)), title_justify="left", box=rich.box.SIMPLE_HEAD)
         for index, column in enumerate(self.columns):
-            table.add_column(Text(shown(column)), justify="right" if self.is_number(index) else "left")
+            justify: Literal["left", "right"] = "right" if self.is_number(index) else "left"
+            # Where a line is too short, long cells are wrapped before a digit is cut off.
+            short = self._is_short(index)
+            overflow: Literal["ellipsis", "fold"] = "ellipsis" if short else "fold"
+            table.add_column(Text(shown(column)), justify=justify, no_wrap=short, overflow=overflow)
         for row in self.rows:
             table.add_row(*(Text(cell_text(cell)) for cell in row))
         return table
@@ -57,6 +64,10 @@ class Table:
         """Whether a column holds numbers."""
         cells = [row[column] for row in self.rows if row[column] is not None]
         return bool(cells) and all(isinstance(cell, int | float) for cell in cells)
+
+    def _is_short(self, column: int) -> bool:
+        """Whether all cells of a column stay on one line."""
+        return all(len(cell_text(row[column])) <= LONGEST_SHORT for row in self.rows)
 
     def save(self, path: Path) -> None:
         """Writes the table as JSON.
