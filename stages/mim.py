@@ -34,7 +34,7 @@ from w2s.teachers.build import build_teacher
 from w2s.teachers.targets import TargetNorm
 from w2s.towers.build import build_student
 from w2s.towers.masked import MaskedStudent, Outputs, at_places, everywhere, places_to_predict, put_at_places
-from w2s.towers.vision import MEAN, STD
+from w2s.towers.vision import channel_statistics
 from w2s.tracking.pictures import attention_picture, features_picture, masked_picture
 from w2s.tracking.tracker import Tracker
 from w2s.trainer import train_stage
@@ -81,7 +81,7 @@ class MaskedStage:
         self.probe = Probe(config, ranks)
         self.spec = sample_spec(config, self.teacher.image_size)
         self.widths = [self.teacher.width] + [width] * len(self.layer_norms)
-        self.tokens = 1 + config.mim.seen(vision.patches)
+        self.tokens = vision.class_tokens + config.mim.seen(vision.patches)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step: the teacher sees whole images, the student masked ones, and predicts targets at some patches.
@@ -98,7 +98,7 @@ class MaskedStage:
             masks = given(micro.masks)
             patches, *layers = given(micro.targets).split(self.widths, dim=-1)
             targets = Outputs(patches, micro.summaries)
-            images = normalize(micro.images, MEAN, STD)
+            images = normalize(micro.images, *channel_statistics(self.config.model.vision))
             predictions = student(images, masks, self._places(masks), learn.of(layers), micro.branches)
 
             def loss(predictions: Outputs) -> tuple[Tensor, Reported]:
@@ -238,7 +238,7 @@ class MaskedStage:
         drawn = [draw_mask(self.spec, 0, number) for number in batch.numbers.tolist()]
         masks = torch.from_numpy(np.stack(drawn)).to(device)
         images, teacher_images = batch.views
-        seen = normalize(images.to(device), MEAN, STD)
+        seen = normalize(images.to(device), *channel_statistics(self.config.model.vision))
         places = self._places(masks) if self.config.mim.predict == "visible" else everywhere(masks)
         rows = infer(self.student, (seen, masks, places), MaskedStudent.predict, self.tokens).float()
         predicted = self._outputs(rows)
@@ -281,7 +281,9 @@ class MaskedStage:
         batch = ImageBatch(numbers, self.probe.images(data, *self._sizes).only(numbers.numpy()).read())
         predictions, targets, masks = self._predict(batch, self.target_norm)
         shown, cosines = batch.images, masked_cosines(predictions.patches, targets.patches)
-        student, looks = patch_features(self.student, shown), attention_of_cls(self.student, shown)
+        student = patch_features(self.student, shown)
         tracker.picture("masked", lambda path: masked_picture(path, shown, masks, cosines, self._kind))
         tracker.picture("features", lambda path: features_picture(path, shown, student, targets.patches))
-        tracker.picture("attention_of_CLS", lambda path: attention_picture(path, shown, looks))
+        if self.config.model.vision.class_tokens or self.config.mim.summary_weight:
+            looks = attention_of_cls(self.student, shown)
+            tracker.picture("attention_of_CLS", lambda path: attention_picture(path, shown, looks))

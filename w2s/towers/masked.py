@@ -43,7 +43,7 @@ class MaskedStudent(VisionTower):
     Source: baaivision/EVA, EVA-01/eva/modeling_pretrain.py. A student that drops what is masked has no such token, and
     sees the other patches alone, as under patch dropout.
 
-    With a summary target it has the projection of a CLIP's image tower, under the same name, and where the target has
+    With a summary target it has the head of a CLIP's image tower, under the same name, and where the target has
     another width than that gives, a linear of this stage alone from the one to the other.
     """
 
@@ -109,7 +109,8 @@ class MaskedStudent(VisionTower):
         """
 
         def chosen(tokens: Tensor) -> Tensor:
-            return tokens[:, 1:] if self.drops_masked else at_places(tokens[:, 1:], places)
+            patches = self.of_patches(tokens)
+            return patches if self.drops_masked else at_places(patches, places)
 
         def tap(number: str, head: nn.Module, learn: LayerLoss) -> Tap:
             return lambda tokens: learn(int(number), head(chosen(tokens)))
@@ -119,7 +120,7 @@ class MaskedStudent(VisionTower):
         tokens = self.encode(images, **seen, taps=taps, branches=branches)
         if not self.last:
             return tokens
-        return Outputs(self.lm_head(chosen(tokens)), self._summary(tokens[:, 0]) if self.summary_width else None)
+        return Outputs(self.lm_head(chosen(tokens)), self._summary(tokens) if self.summary_width else None)
 
     def predict(self, images: Tensor, masks: Tensor, places: Tensor) -> Tensor:
         """As `forward`, with everything of an image in one row in the last chunk."""
@@ -129,10 +130,10 @@ class MaskedStudent(VisionTower):
     def embed(self, images: Tensor) -> Tensor:
         """Embed whole images as the CLIP will whose projection this is: [n, embed_dim] in the last chunk."""
         tokens = self.encode(images)
-        return self.head(tokens[:, 0]) if self.last else tokens
+        return self.embedding(tokens) if self.last else tokens
 
-    def _summary(self, cls: Tensor) -> Tensor:
-        embeddings: Tensor = self.head(cls)
+    def _summary(self, tokens: Tensor) -> Tensor:
+        embeddings = self.embedding(tokens)
         return self.summary_proj(embeddings) if hasattr(self, "summary_proj") else embeddings
 
 
