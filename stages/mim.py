@@ -286,4 +286,4 @@ class MaskedStage:
         tracker.picture("features", lambda path: features_picture(path, shown, student, targets.patches))
         if self.config.model.vision.class_tokens or self.config.mim.summary_weight:
             looks = attention_of_cls(self.student, shown)
-            tracker.picture("attention_of_CLS", lambda path: attention_picture(path, shown, looks))
+            tracker.picture("attention", lambda path: attention_picture(path, shown, looks))

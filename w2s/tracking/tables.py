@@ -7,6 +7,7 @@ from pathlib import Path
 
 import rich.box
 import rich.table
+from rich.console import Group
 from rich.text import Text
 
 from w2s.redaction import redacted, shown
@@ -32,16 +33,16 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
-    def to_rich(self) -> rich.table.Table:
-        """The table for a terminal."""
+    def to_rich(self) -> Group:
+        """The table for a terminal; its title has the width of the terminal, where its own would break words."""
         if len(self.columns) > MOST_COLUMNS:
             return self._turned().to_rich()
-        table = rich.table.Table(title=Text(shown(self.title)), title_justify="left", box=rich.box.SIMPLE_HEAD)
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
         for index, column in enumerate(self.columns):
             table.add_column(Text(shown(column)), justify="right" if self.is_number(index) else "left")
         for row in self.rows:
             table.add_row(*(Text(cell_text(cell)) for cell in row))
-        return table
+        return Group(Text(shown(self.title), style="table.title"), table) if self.title else Group(table)
 
     def to_markdown(self) -> str:
         """The table as Markdown, its title above it."""
