@@ -1,6 +1,7 @@
 # make demo    install into .venv, run weak -> mim -> clip -> eval, print a table and the path of a report
 # make test    install into .venv what the tests need too, run them
 # make check   lint, format, types and layers
+# make docs    the site, in site/: pages of docs/, of every command and every key; a dead link ends it
 # make showcase-data    install into .venv, build the larger data set of real drawings (apt-get, dpkg-deb and npm are used)
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=folder the environment.
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 OLDEST := $(VENV)/webdataset-0.2.86
 
 .DEFAULT_GOAL := help
-.PHONY: help demo showcase-data test check format clean
+.PHONY: help demo showcase-data test check docs format clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -34,6 +35,10 @@ check: $(VENV)/.dev
 	$(BIN)/mypy w2s stages
 	$(BIN)/lint-imports
 
+# The theme's advertisement of its successor is no news of these pages.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 $(OLDEST): | $(VENV)/.dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ webdataset==0.2.86
 
@@ -53,7 +58,8 @@ $(BIN)/python:
 # A stamp file a set of extras: installed again only when setup.cfg has changed.
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.dev: EXTRAS := demo,dev
-$(VENV)/.demo $(VENV)/.dev: $(BIN)/python setup.cfg
+$(VENV)/.docs: EXTRAS := docs
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(BIN)/python setup.cfg
 	@echo "installing w2s[$(EXTRAS)] into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]' || \
 		{ echo "error: the packages cannot be installed: is the package index reachable (see pip's lines above, and pip config list)?" >&2; exit 2; }

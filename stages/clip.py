@@ -1,4 +1,8 @@
-"""The contrastive stage: the image and the caption of a pair move together, all others of the global batch apart."""
+"""The contrastive stage: the image and the caption of a pair move together, all others of the global batch apart.
+
+The loss needs the features of the whole global batch at once. Where micro-batches or a pipeline give them a part at a
+time, the step is GradCache's (Gao et al. 2021, arXiv 2101.06983). docs/pipeline.md goes through it rank by rank.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +26,6 @@ from w2s.objectives.contrastive import contrastive_loss
 from w2s.objectives.sigmoid import sigmoid_loss
 from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe
-from w2s.teachers.text import text_weights
 from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.vision import channel_statistics
@@ -120,7 +123,7 @@ class ContrastiveStage:
         return losses
 
     def _two_passes(self, batch: Batch, micro_batches: list[Batch]) -> Reported:
-        """All features first, then the loss and its gradients by them, then each tower again with those gradients."""
+        """GradCache: all features, the loss and its gradients with respect to them, the towers again with those."""
         images = forward_only(self.vision, micro_batches, see, self._rows("vision", micro_batches[0]))
         texts = forward_only(self.text, micro_batches, read, self._rows("text", micro_batches[0]))
         losses, (by_images, by_texts, *by_scalars) = self._gradients(images, texts, batch)
@@ -131,7 +134,7 @@ class ContrastiveStage:
     def _gradients(
         self, images: list[Tensor], texts: list[Tensor], batch: Batch
     ) -> tuple[Reported, Sequence[Tensor | None]]:
-        """The losses, and the gradients by the features and by their scalars; None where there are no features."""
+        """The losses, and the gradients with respect to features and scalars; None where there are no features."""
         if self.text.tail is None:
             return {}, (None, None)
         scalars = [scalar.detach().clone() for scalar in self.text.tail.scalars()]
@@ -160,7 +163,7 @@ class ContrastiveStage:
 
             return embed(chunk, micro[0]), loss
 
-        # Only the last pipeline stage has features, and so gradients by them.
+        # Only the last pipeline stage has features, and so gradients with respect to them.
         parts = [None] * count if by_features is None else by_features.split(self.config.train.micro_batch)
         micros = list(zip(micro_batches, parts, strict=True))
         forward_backward(self.towers[name], micros, forward, self._rows(name, micro_batches[0]))
@@ -175,8 +178,12 @@ class ContrastiveStage:
 
     def begin(self) -> Handover | None:
         """Take over the towers that `init.vision` and `init.text` name; a scale that is set is kept."""
-        from_teacher = self.config.init.text == "teacher"
-        handover = take_over(self.towers, self.config, text_weights(self.config) if from_teacher else None)
+        text = None
+        if self.config.init.text == "teacher":
+            from w2s.teachers.text import text_weights  # with open_clip, which others do without
+
+            text = text_weights(self.config)
+        handover = take_over(self.towers, self.config, text)
         if self.text.tail is not None and self.config.clip.logit_scale is not None:
             self.text.tail.logit_scale.data.fill_(math.log(self.config.clip.logit_scale))
         return handover

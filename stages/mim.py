@@ -35,7 +35,6 @@ from w2s.teachers.targets import TargetNorm
 from w2s.towers.build import build_student
 from w2s.towers.masked import MaskedStudent, Outputs, at_places, everywhere, places_to_predict, put_at_places
 from w2s.towers.vision import channel_statistics
-from w2s.tracking.pictures import attention_picture, features_picture, masked_picture
 from w2s.tracking.tracker import Tracker
 from w2s.trainer import train_stage
 
@@ -276,6 +275,12 @@ class MaskedStage:
         return norm
 
     def _draw(self, tracker: Tracker) -> None:
+        from w2s.tracking.pictures import (
+            attention_picture,
+            features_picture,
+            masked_picture,
+        )  # not before the first step
+
         data = self.probe.test_set()
         numbers = torch.linspace(0, len(data) - 1, self.config.tracking.pictures).long().unique()
         batch = ImageBatch(numbers, self.probe.images(data, *self._sizes).only(numbers.numpy()).read())

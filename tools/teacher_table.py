@@ -1,4 +1,4 @@
-"""Print the table of teachers in the README: width of a target, input, patches and cost of an image.
+"""Print the table of teachers in docs/teachers.md: width of a target, input, patches and cost of an image.
 
     python tools/teacher_table.py
 

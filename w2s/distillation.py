@@ -19,7 +19,6 @@ from w2s.optim.schedule import falling_weight
 from w2s.probe import Probe
 from w2s.teachers.build import build_teacher
 from w2s.teachers.clip import ClipTeacher
-from w2s.teachers.text import build_text_teacher
 
 SCORES = ("retrieval/mean_recall_at_10", "zero_shot/top1")
 """What says which of two CLIPs is better: the first of these that the test set gives."""
@@ -151,6 +150,8 @@ def _build(config: Config, source: TeacherConfig, ranks: Ranks) -> ClipTeacher:
     text = vision = None
     try:
         if "text" in settings.teacher_sides:
+            from w2s.teachers.text import build_text_teacher  # with open_clip, which others do without
+
             text = build_text_teacher(source, context_length=model.text.context_length, device=ranks.device, root=root)
         if "image" in settings.teacher_sides:
             vision = build_teacher(

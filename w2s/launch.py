@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from w2s.config.sections import Config
+from w2s.data.workers import prepare_workers
 from w2s.errors import ConfigError, StopRun, UserError, W2SError
 from w2s.failure import FAILURE_FILE, Failure, describe
 from w2s.host import keep_freed_memory, keep_printing
@@ -77,6 +78,8 @@ def run_stage(config: Config) -> None:
     keep_printing()
     keep_freed_memory()
     show_notes()
+    if config.data.workers:
+        prepare_workers()
     with marked():
         importlib.import_module(f"stages.{config.stage}").run(config)
 

@@ -35,7 +35,6 @@ from w2s.megatron.schedule import infer
 from w2s.megatron.sharded import ShardedTower
 from w2s.teachers.base import Features, Teacher
 from w2s.teachers.build import build_teacher
-from w2s.teachers.text import build_text_teacher
 from w2s.towers.build import build_student
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.masked import MaskedStudent
@@ -185,6 +184,8 @@ class Probe:
                     "the student is not measured as a CLIP: its summary is not what its teacher shares with text"
                 )
             return {}
+        from w2s.teachers.text import build_text_teacher  # with open_clip: not before the first step
+
         try:
             text = build_text_teacher(
                 config.teacher, context_length=config.model.text.context_length, device=device, root=config.run.root

@@ -69,7 +69,7 @@ def test_a_clip_that_teaches_costs_what_its_towers_cost() -> None:
 
 
 def test_any_other_network_is_counted() -> None:
-    """EfficientNet-Lite0 for 16 x 16 patches: 4.0 GFLOP an image and 5 million parameters (README), in float32."""
+    """EfficientNet-Lite0 for 16 x 16 patches: 4.0 GFLOP an image, 5 million parameters in float32."""
     planned = planned_teacher(load("mim", ["teacher=efficientnet_lite0", "model.vision.image_size=256"]))
     assert planned.flops / 1e9 == pytest.approx(4.0, abs=0.051)
     assert planned.width == 1280

@@ -1,6 +1,6 @@
 """Kinds of teacher: each built small from a configuration, with what its own modules make of an image.
 
-The README's table is this list (`test_families.py`).
+The table of docs/teachers.md is this list (`test_families.py`).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Every kind of teacher that the README names, built small, beside its own modules."""
+"""Every kind of teacher that docs/teachers.md names, built small, beside its own modules."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from w2s.errors import ConfigError, W2SError  # noqa: E402
 from w2s.teachers.base import Teacher  # noqa: E402
 from w2s.teachers.build import build_teacher, without_weights  # noqa: E402
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "teachers.md"
 QUICK = {
     "hf": {"CLIP", "SigLIP 2", "DINOv3", "BEiT", "RADIO", "ConvNeXt V2", "EVA-CLIP-8B"},
     "open_clip": {"CoCa"},
@@ -194,11 +194,11 @@ def test_what_is_no_teacher_is_told_the_way(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_the_readme_has_a_row_of_each_way_to_a_feature() -> None:
+def test_the_page_of_teachers_has_a_row_of_each_way_to_a_feature() -> None:
     ways: dict[tuple[str, str], list[str]] = {}
     for family in FAMILIES:
         ways.setdefault((family.source, family.target), []).append(family.name)
-    table = README.read_text(encoding="utf-8")
+    table = PAGE.read_text(encoding="utf-8")
     for (source, target), names in ways.items():
         row = f"| `{source}` | {', '.join(names)} | {target} |"
-        assert row in table, f"README.md lacks the row\n{row}"
+        assert row in table, f"docs/teachers.md lacks the row\n{row}"

@@ -19,13 +19,15 @@ from w2s.errors import StopRun
 from w2s.tracking.datasets import DataInput
 from w2s.tracking.delivery import clean_name
 from w2s.tracking.mlflow_run import MlflowRun, Status, end_abandoned, parent_run
-from w2s.tracking.store import artifact_location, tracking_uri
+from w2s.tracking.store import artifact_location, load_mlflow, tracking_uri
 
 QUIET = TrackingConfig(system_metrics=False)
 
 
 def start(root: Path, tracking: TrackingConfig = QUIET, **arguments: Any) -> MlflowRun:
-    return MlflowRun.start(tracking, root, "mim", tags={"w2s.stage": "mim"}, params={"train.steps": 40}, **arguments)
+    run = MlflowRun.start(tracking, root, "mim", tags={"w2s.stage": "mim"}, params={"train.steps": 40}, **arguments)
+    _ = run.run_id  # waits until the store has answered, or does not
+    return run
 
 
 def runs(client: MlflowClient) -> list[Run]:
@@ -52,12 +54,25 @@ def test_metrics_inputs_and_files_arrive(root: Path, client: MlflowClient, tmp_p
     assert (root / "mlflow-artifacts").is_dir()
 
 
+def test_what_is_logged_before_the_store_answers_arrives(
+    root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, load = Event(), load_mlflow
+    monkeypatch.setattr("w2s.tracking.mlflow_run.load_mlflow", lambda: answers.wait(60) and load())
+    run = MlflowRun.start(QUIET, root, "mim", tags={}, params={})
+    run.log({"loss": 1.0}, step=10, samples=640)
+    assert run.page is None and runs(client) == []
+    answers.set()
+    run.end("FINISHED")
+    assert [(point.step, point.value) for point in client.get_metric_history(str(run.run_id), "loss")] == [(10, 1.0)]
+
+
 def test_a_resumed_run_is_the_same_run_and_its_params_stay(root: Path, client: MlflowClient) -> None:
     first = start(root)
     first.log({"loss": 1.0}, step=10, samples=640)
     first.end("KILLED")
     second = MlflowRun.start(QUIET, root, "mim", tags={}, params={"train.steps": 99}, run_id=first.run_id)
-    assert client.get_run(str(first.run_id)).info.status == "RUNNING"
+    assert client.get_run(str(second.run_id)).info.status == "RUNNING"
     second.log({"loss": 0.5}, step=20, samples=1280)
     second.end("FINISHED")
     (stored,) = runs(client)
@@ -122,8 +137,8 @@ def test_final_status(root: Path, client: MlflowClient, status: Status) -> None:
 def test_long_and_many_params(root: Path, client: MlflowClient) -> None:
     params = {f"p{index}": "x" * 7000 for index in range(120)}
     run = MlflowRun.start(QUIET, root, "mim", tags={}, params=params)
-    assert run.warnings() == []
     stored = client.get_run(str(run.run_id)).data.params
+    assert run.warnings() == []
     assert len(stored) == 120
     assert {len(value) for value in stored.values()} == {6000}
 

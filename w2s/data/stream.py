@@ -46,8 +46,8 @@ class Stream:
         spec: what the stage wants of a sample.
         global_batch: samples of a step over all ranks.
         seed: seed of the run.
-        rank: data-parallel rank.
-        size: data-parallel size.
+        rank: which of the readers this is (`Ranks.reader`): every rank reads a share, model-parallel ones too.
+        size: number of readers, which is that of all ranks.
         position: where to go on: what `position()` gave, merged over the ranks, at any size and number of workers.
         sources: what `find_sources` gave, where it was called before.
 

@@ -3,7 +3,7 @@
 import multiprocessing
 import signal
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +18,16 @@ RESTARTS = 3
 """Times that the reading processes are started for the same samples."""
 
 T = TypeVar("T")
+
+
+def prepare_workers() -> None:
+    """Start the server that workers are forked from, which imports the reader while this process has other work."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["w2s.data.reader"])
+    # The server has no hook for what signals do there, but inherits which are blocked. The resource tracker unblocks
+    # them when it starts, so it has to run already.
+    resource_tracker.ensure_running()
+    with signals_blocked():
+        forkserver.ensure_running()
 
 
 def start_reading(plan: ReadPlan, workers: int) -> Iterator[Part | DataError]:
@@ -37,21 +47,16 @@ def start_workers(dataset: IterableDataset[T], workers: int) -> Iterator[T]:
     generator = torch.Generator()
     if workers == 0:
         return iter(DataLoader(dataset, batch_size=None, generator=generator))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["w2s.data.reader"])
+    prepare_workers()
     loader = DataLoader(
         dataset,
         batch_size=None,
         num_workers=workers,
-        multiprocessing_context=context,
+        multiprocessing_context="forkserver",
         worker_init_fn=_live_and_die_with_trainer,
         generator=generator,
     )
-    # The server has no such hook, but inherits which signals are blocked. The resource tracker unblocks them when it
-    # starts, so it has to run already.
-    resource_tracker.ensure_running()
-    with signals_blocked():
-        return iter(loader)
+    return iter(loader)
 
 
 def reader_pids(parts: Iterator[Any]) -> list[int]:

@@ -1,4 +1,7 @@
-"""From the configuration to a teacher."""
+"""From the configuration to a teacher.
+
+timm and open_clip take longer to import than all of w2s: each is, where a teacher needs it.
+"""
 
 import difflib
 import logging
@@ -13,12 +16,7 @@ from w2s.config.sections import ParallelConfig, TeacherConfig
 from w2s.errors import ConfigError
 from w2s.teachers.base import PatchNetwork, Teacher
 from w2s.teachers.efficientnet import SIZES, EfficientNetLite
-from w2s.teachers.eva_vit import eva_vit, w2s_run
-from w2s.teachers.eva_vit import without_weights as eva_without_weights
-from w2s.teachers.hugging_face import hugging_face_model
-from w2s.teachers.open_clip_vit import open_clip_model
 from w2s.teachers.sharded_run import ShardedRun
-from w2s.teachers.timm_vit import timm_model
 from w2s.teachers.weights import name_and_weights, weights_file
 
 logger = logging.getLogger(__name__)
@@ -81,10 +79,12 @@ def without_weights(config: TeacherConfig, *, grid: int) -> PatchNetwork:
     elif kind == "hf" and rest:
         network = _hugging_face(config, rest)
     elif kind == "eva" and name:
+        from w2s.teachers.eva_vit import without_weights as eva_without_weights
+
         network = eva_without_weights(named_model(name), image_size=config.image_size)
     elif kind in ("timm", "open_clip") and name:
         with torch.device("meta"):
-            network = (timm_model if kind == "timm" else open_clip_model)(name, None, image_size=config.image_size)
+            network = _peers_model(kind, name, None, config.image_size)
     else:
         raise _no_teacher(config.source, kind)
     return network.to("meta").eval().requires_grad_(False)
@@ -106,15 +106,29 @@ def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelCon
         raise _no_teacher(config.source, kind)
     file = weights_file(path, kind, name)
     if kind == "eva":
+        from w2s.teachers.eva_vit import eva_vit
+
         network: PatchNetwork = eva_vit(name, file, image_size=size, precision=config.precision)
     else:
-        network = (timm_model if kind == "timm" else open_clip_model)(name, file, image_size=size)
+        network = _peers_model(kind, name, file, size)
     if file is None:
         logger.warning("the teacher's weights are random: give a file with teacher.source=%s@FILE", config.source)
     return network
 
 
+def _peers_model(kind: str, name: str, file: Path | None, image_size: int) -> PatchNetwork:
+    if kind == "timm":
+        from w2s.teachers.timm_vit import timm_model
+
+        return timm_model(name, file, image_size=image_size)
+    from w2s.teachers.open_clip_vit import open_clip_model
+
+    return open_clip_model(name, file, image_size=image_size)
+
+
 def _hugging_face(config: TeacherConfig, folder: str) -> PatchNetwork:
+    from w2s.teachers.hugging_face import hugging_face_model
+
     return hugging_face_model(Path(folder).expanduser(), image_size=config.image_size, precision=config.precision)
 
 
@@ -126,6 +140,8 @@ def _run(config: TeacherConfig, name: str, root: Path, parallel: ParallelConfig)
     verify(checkpoint)
     if config.sharded:
         return ShardedRun(checkpoint, parallel, image_size=config.image_size, precision=config.precision)
+    from w2s.teachers.eva_vit import w2s_run
+
     return w2s_run(checkpoint, image_size=config.image_size, precision=config.precision)
 
 

@@ -1,11 +1,15 @@
 """A CLIP as the teacher of another one: its image side and its text side, as far as they are needed."""
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from w2s.data.batch import given, normalize
 from w2s.teachers.base import Teacher
-from w2s.teachers.text import TextTeacher
+
+if TYPE_CHECKING:
+    from w2s.teachers.text import TextTeacher
 
 
 class ClipTeacher(nn.Module):
@@ -16,7 +20,7 @@ class ClipTeacher(nn.Module):
         text: the text side, or None.
     """
 
-    def __init__(self, vision: Teacher | None, text: TextTeacher | None) -> None:
+    def __init__(self, vision: Teacher | None, text: "TextTeacher | None") -> None:
         super().__init__()
         self.vision, self.text = vision, text
 

@@ -8,7 +8,6 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -41,6 +40,8 @@ class EfficientNetLite(PatchNetwork):
         check_image_size(size, STRIDE)
         mean, std = [127 / 255] * 3, [128 / 255] * 3
         super().__init__(width=1280, summary_width=1280, grid=size // STRIDE, image_size=size, mean=mean, std=std)
+        import timm  # takes longer than all of w2s, and only teachers need it
+
         self.model = timm.create_model(f"tf_{source}", pretrained=False)
         file = _weights_file(source)
         load_in_order(self.model, torch.load(file, map_location="cpu", weights_only=True), _package(source))

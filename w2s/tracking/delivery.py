@@ -6,11 +6,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
 
 _MOST_POINTS = 1000
 """What MLflow takes in one call."""
@@ -18,6 +17,15 @@ _BAD_REQUEST = 400
 
 Record = Mapping[str, float | None]
 """A line of metrics.jsonl."""
+
+
+class Point(NamedTuple):
+    """A value of a metric, in the order of the arguments of MLflow's `Metric`."""
+
+    key: str
+    value: float
+    timestamp: int
+    step: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Delivery:
         """Queues the points of a log call, made so many milliseconds after the year 1970 began."""
         self._waiting.extend(_points(values, step, milliseconds))
 
-    def compare(self, client: "MlflowClient", run_id: str, history: list["Metric"]) -> None:
+    def compare(self, client: "MlflowClient", run_id: str, history: list[Point]) -> None:
         """Finds out what the store has, which shall not come twice, and puts what the run has logged before in front.
 
         Raises:
@@ -66,6 +74,7 @@ class Delivery:
         Raises:
             Exception: whatever MLflow raises; what the store has not taken waits on.
         """
+        from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
         while self._waiting:
@@ -76,7 +85,7 @@ class Delivery:
             new = {(point.key, point.step): point for point in reversed(batch) if not self._has(point)}
             try:
                 if new:
-                    client.log_batch(run_id, metrics=[*reversed(new.values())])
+                    client.log_batch(run_id, metrics=[Metric(*point) for point in reversed(new.values())])
             except MlflowException as error:
                 if error.get_http_status_code() != _BAD_REQUEST:
                     raise
@@ -86,19 +95,19 @@ class Delivery:
             for _ in batch:
                 self._waiting.popleft()
 
-    def _batch(self) -> list["Metric"]:
+    def _batch(self) -> list[Point]:
         # By index: an iterator does not outlive what another thread appends.
         first = (self._waiting[index] for index in range(min(len(self._waiting), _MOST_POINTS)))
         return list(takewhile(lambda point: not isinstance(point, _Rewind), first))
 
-    def _has(self, point: "Metric") -> bool:
+    def _has(self, point: Point) -> bool:
         return point.step in self._there.get(point.key, ())
 
     def _forget(self, step: int) -> None:
         self._there = {name: {each for each in steps if each <= step} for name, steps in self._there.items()}
 
 
-def history_points(records: Sequence[Record]) -> list["Metric"]:
+def history_points(records: Sequence[Record]) -> list[Point]:
     """The points of the lines of a run's metrics.jsonl; what was not finite is no number again.
 
     A damaged line may have anything in it: what is no number is left out, and a line that does not say when it was.
@@ -113,10 +122,8 @@ def history_points(records: Sequence[Record]) -> list["Metric"]:
     return points
 
 
-def _points(values: Mapping[str, float], step: int, milliseconds: int) -> list["Metric"]:
-    from mlflow.entities import Metric
-
-    return [Metric(clean_name(name), value, milliseconds, step) for name, value in values.items()]
+def _points(values: Mapping[str, float], step: int, milliseconds: int) -> list[Point]:
+    return [Point(clean_name(name), value, milliseconds, step) for name, value in values.items()]
 
 
 def clean_name(name: str) -> str:

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,19 +72,16 @@ class MlflowRun:
     All writing happens in a thread of its own, in order. What a call could not bring is brought later, at the latest at
     the end, and a run that could not be opened is opened later. After a slow failure the store is left alone for a
     while. `warnings` tells what never arrived.
-
-    Attributes:
-        run_id: id of the run, or None when tracking is off or the store has not answered yet.
     """
 
     def __init__(self, uri: str, request: _Request | None, history: Sequence[Record]) -> None:
-        self.run_id: str | None = None
         self._uri = redact(uri)  # for messages
         self._request = request
         self._opened: _Opened | None = None
         self._history: Sequence[Record] | None = history
         self._delivery = Delivery()
         self._worker = Worker("mlflow")
+        self._opening: tuple[Future[None], Future[bool]] | None = None
         self._undone: list[_Call] = []
         self._warnings: list[str] = []
         self._last_failure = ""
@@ -135,11 +133,21 @@ class MlflowRun:
         return f"{self._uri.rstrip('/')}/#/{place}?{_VIEW}"
 
     def _begin(self) -> None:
-        try:
-            load_mlflow()  # outside the time limit: a slow disk is no fault of the store
-            self._worker.submit(self._attempt, lambda opened: None).result(OPEN_SECONDS)
-        except TimeoutError:
-            self._last_failure = f"no answer within {OPEN_SECONDS:.0f} s"
+        # To import MLflow takes seconds, in which the caller has better to do.
+        self._opening = self._worker.submit(load_mlflow), self._worker.submit(self._attempt, lambda opened: None)
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run; None when tracking is off or the store does not answer, for which the first call waits."""
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            loading, answer = opening
+            loading.exception()  # outside the time limit: a slow disk is no fault of the store
+            try:
+                answer.result(OPEN_SECONDS)
+            except TimeoutError:
+                self._last_failure = f"no answer within {OPEN_SECONDS:.0f} s"
+        return self._opened.run_id if self._opened else None
 
     def _attempt(self, call: _Call) -> bool:
         """Make a call in the worker's thread; return whether it went well."""
@@ -160,13 +168,12 @@ class MlflowRun:
         if self._request is None:
             raise RuntimeError("a run that is not tracked is never opened")
         self._opened = opened = _open_run(self._request)
-        self.run_id = opened.run_id
         if opened.lost_run_id:
             self._warnings.append(
-                f"MLflow at {self._uri} does not know run {opened.lost_run_id}: went on in run {self.run_id}"
+                f"MLflow at {self._uri} does not know run {opened.lost_run_id}: went on in run {opened.run_id}"
             )
         if self._request.folder is not None:
-            write_text(self._request.folder / _RUN_ID_FILE, f"{self.run_id}\n")
+            write_text(self._request.folder / _RUN_ID_FILE, f"{opened.run_id}\n")
         return opened
 
     def _deliver(self, opened: _Opened) -> None:
@@ -375,6 +382,7 @@ def parent_run(
     run = MlflowRun.start(own, folder.parent, folder.name, tags=tags, params=params, folder=folder)
     status: Status = "FAILED"
     try:
+        _ = run.run_id  # for which its children wait
         yield run
         status = "FINISHED"
     except (StopRun, KeyboardInterrupt):

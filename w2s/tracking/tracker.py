@@ -17,7 +17,6 @@ from w2s.tracking.environment import environment_text
 from w2s.tracking.files import make_folder, write_text
 from w2s.tracking.history import History, read_history
 from w2s.tracking.mlflow_run import MlflowRun, Status
-from w2s.tracking.report import meaning_of_run, write_report
 from w2s.tracking.tables import Cell, Table
 
 
@@ -50,7 +49,7 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """Id of the MLflow run; None without one, until its store answers, and on every rank but the main one."""
+        """Id of the MLflow run, as soon as its store has answered; None without one and on all but the main rank."""
         return self._mlflow.run_id if self._mlflow else None
 
     def log(self, step: int, samples: int, metrics: Mapping[str, float]) -> None:
@@ -63,6 +62,7 @@ class Tracker:
                 (`zero_shot/top1`).
         """
         if self._parts:
+            self._parts.show_page()
             self._parts.history.append(step, samples, dict(metrics))
             self._parts.console.log(step, metrics)
             self._parts.mlflow.log(metrics, step, samples)
@@ -120,10 +120,10 @@ class Tracker:
             make_folder(path.parent)
             draw(path)
 
-    def artifact(self, path: Path) -> None:
-        """Uploads a file to MLflow."""
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Uploads a file to MLflow, into a folder of the run's artifacts where one is given."""
         if self._parts:
-            self._parts.mlflow.artifact(path)
+            self._parts.mlflow.artifact(path, folder)
 
     def inputs(self, inputs: Sequence[DataInput]) -> None:
         """Notes in MLflow which data sets the run reads."""
@@ -138,7 +138,10 @@ class Tracker:
         """
         if self._parts is None:
             return
+        from w2s.tracking.report import meaning_of_run, write_report  # not before the first step
+
         parts, self._parts = self._parts, None
+        parts.show_page()
         parts.console.close()
         try:
             parts.history.flush()
@@ -176,8 +179,13 @@ class _Parts:
             folder=run_dir,
             history=read_history(run_dir),
         )
-        if page := self.mlflow.page:
+        self._page_shown = False
+
+    def show_page(self) -> None:
+        """Tells where the run is in MLflow, once that is known."""
+        if not self._page_shown and (page := self.mlflow.page):
             self.console.print(f"MLflow: {page}")
+            self._page_shown = True
 
 
 def _write_config(run_dir: Path, text: str, resumed_step: int) -> None:
