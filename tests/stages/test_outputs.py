@@ -77,6 +77,7 @@ def test_pictures_are_in_the_report(group: Path) -> None:
         "clip": set(),
         "eval": {"classes", "retrieval", "attention"},
     }
+    drawn = set()
     for step, names in expected.items():
         pictures = {path.stem: path for path in (group / step / "pictures").glob("*.png")}
         assert pictures.keys() == names
@@ -84,9 +85,10 @@ def test_pictures_are_in_the_report(group: Path) -> None:
             image = Image.open(path)
             assert min(image.size) > 64
             assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 16, f"{path} is blank"
-        assert embedded(group / step / "report.html") == {path.read_bytes() for path in pictures.values()}
-    assert len(embedded(group / "report.html")) == 7
-    # Two of mim and of each eval, and that of attention: after four steps it looks everywhere alike, in all of them.
+        files = {path.read_bytes() for path in pictures.values()}
+        assert embedded(group / step / "report.html") == files
+        drawn |= files
+    assert embedded(group / "report.html") >= drawn
 
 
 def test_mlflow_has_parameters_metrics_files_and_the_data(group: Path, client: MlflowClient) -> None:

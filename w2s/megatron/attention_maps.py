@@ -30,7 +30,7 @@ def _look(chunk: Any, images: Tensor) -> Tensor:
     if not chunk.last:
         return chunk.encode(images)
     if not chunk.shape.class_tokens:
-        return chunk.head.weights(chunk.encode(images))
+        return _of_pool(chunk, images)
     seen: list[Tensor] = []
     attention = chunk.blocks.layers[-1].self_attention.core_attention
     handle = attention.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[:2]))
@@ -45,3 +45,14 @@ def _look(chunk: Any, images: Tensor) -> Tensor:
     group = parallel_state.get_tensor_model_parallel_group()
     dist.all_reduce(weights, group=group)
     return weights / dist.get_world_size(group)
+
+
+def _of_pool(chunk: Any, images: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    # In its forward pass: where weights are sharded, they are there no sooner.
+    handle = chunk.head.register_forward_pre_hook(lambda pool, inputs: seen.append(pool.weights(*inputs)))
+    try:
+        chunk.embedding(chunk.encode(images))
+    finally:
+        handle.remove()
+    return seen[0]
