@@ -28,7 +28,7 @@ from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe
 from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower, TextTower
-from w2s.towers.vision import MEAN, STD
+from w2s.towers.vision import channel_statistics
 from w2s.tracking.tracker import Tracker
 from w2s.trainer import train_stage
 
@@ -52,7 +52,7 @@ def sample_spec(config: Config, teacher_sizes: tuple[int, ...] = ()) -> SampleSp
 
 def see(tower: ImageTower, batch: Batch) -> Tensor:
     """Features of a batch's images or clips, seen through patch dropout and drop path: [n, embed_dim]."""
-    return tower(normalize(batch.images, MEAN, STD), batch.kept, batch.branches)
+    return tower(normalize(batch.images, *channel_statistics(tower.shape)), batch.kept, batch.branches)
 
 
 def read(tower: TextTower, batch: Batch) -> Tensor:
@@ -171,8 +171,10 @@ class ContrastiveStage:
     def _rows(self, name: str, batch: Batch) -> int:
         """Tokens of all samples of a batch in a tower; each phase of the data has its own patch dropout and frames."""
         model = self.config.model
-        seen = model.vision.patches if batch.kept is None else batch.kept.shape[-1]
-        return len(batch) * (batch.frames * (1 + seen) if name == "vision" else model.text.context_length)
+        if name == "text":
+            return len(batch) * model.text.context_length
+        patches = model.vision.patches if batch.kept is None else batch.kept.shape[-1]
+        return len(batch) * batch.frames * (model.vision.class_tokens + patches)
 
     def begin(self) -> Handover | None:
         """Take over the towers that `init.vision` and `init.text` name; a scale that is set is kept."""

@@ -128,13 +128,13 @@ def _show(name: str, result: ClipResult, probe: ClipProbe, count: int, tracker: 
 def _show_attention(
     name: str, vision: ShardedTower[ImageTower], probe: ClipProbe, count: int, tracker: Tracker
 ) -> None:
-    """Picture of where the CLS token looks in some test images; every rank computes."""
+    """Picture of what the embedding looks at in some test images; every rank computes."""
     data = probe.test_set(name)
     numbers = np.unique(np.linspace(0, len(data) - 1, count).astype(int))
     (read,) = probe.images(data, probe.config.model.vision.image_size).only(numbers).read()
     shown = stills(read)
     looks = attention_of_cls(vision, shown)
-    tracker.picture(_file("attention_of_CLS", name), lambda path: attention_picture(path, shown, looks))
+    tracker.picture(_file("attention", name), lambda path: attention_picture(path, shown, looks))
 
 
 def _file(kind: str, name: str) -> str:

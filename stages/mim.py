@@ -43,7 +43,7 @@ from w2s.towers.masked import (
     put_at_places,
     split_rows,
 )
-from w2s.towers.vision import MEAN, STD
+from w2s.towers.vision import channel_statistics
 from w2s.tracking.tracker import Tracker
 from w2s.trainer import train_stage
 from w2s.tutor import Tutor
@@ -89,7 +89,7 @@ class MaskedStage:
         self.sizes = tuple(dict.fromkeys(tutor.teacher.image_size for tutor in self.tutors))
         self.spec = sample_spec(config, self.sizes)
         self.widths = [target.width for target in self.targets], list(layer_widths.values())
-        self.tokens = 1 + config.mim.seen(vision.patches)
+        self.tokens = vision.class_tokens + config.mim.seen(vision.patches)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step: the teachers see whole images, the student masked ones, and predicts targets at some patches.
@@ -105,7 +105,7 @@ class MaskedStage:
         def forward(student: MaskedStudent, micro: Batch) -> tuple[Tensor, Loss]:
             masks = given(micro.masks)
             targets, layers = self._targets_of(micro)
-            images = normalize(micro.images, MEAN, STD)
+            images = normalize(micro.images, *channel_statistics(self.config.model.vision))
             predictions = student(images, masks, self._places(masks), learn.of(layers), micro.branches)
 
             def loss(predictions: Sequence[Outputs]) -> tuple[Tensor, Reported]:
@@ -276,7 +276,7 @@ class MaskedStage:
         drawn = [draw_mask(self.spec, 0, number) for number in batch.numbers.tolist()]
         masks = torch.from_numpy(np.stack(drawn)).to(device)
         images, *views = batch.views
-        seen = normalize(images.to(device), MEAN, STD)
+        seen = normalize(images.to(device), *channel_statistics(self.config.model.vision))
         places = self._places(masks) if self.config.mim.predict == "visible" else everywhere(masks)
         rows = infer(self.student, (seen, masks, places), MaskedStudent.predict, self.tokens).float()
         predictions = [
@@ -326,5 +326,6 @@ class MaskedStage:
             tracker.picture(
                 f"features{name}", partial(features_picture, images=shown, student=student, teacher=target.patches)
             )
-        looks = attention_of_cls(self.student, shown)
-        tracker.picture("attention_of_CLS", lambda path: attention_picture(path, shown, looks))
+        if self.config.model.vision.class_tokens or any(target.summary_width for target in self.targets):
+            looks = attention_of_cls(self.student, shown)
+            tracker.picture("attention", lambda path: attention_picture(path, shown, looks))

@@ -18,6 +18,7 @@ from w2s.megatron.initialize import fill
 from w2s.megatron.sharded import ShardedTower, shard
 from w2s.probe import Probe, attention_of_cls, patch_features, teacher_features
 from w2s.teachers.build import build_teacher
+from w2s.towers.clip import ImageTower
 from w2s.towers.initial import vision_rule
 from w2s.towers.vision import MEAN, STD, VisionTower
 
@@ -130,6 +131,31 @@ def test_test_images_and_neighbours_are_squashed_alike(alone: Ranks, config: Con
 
 def load_with(config: Config, key: str, value: Any, **others: Any) -> Config:
     return replace(config, eval=replace(config.eval, **{key: value, **others}))
+
+
+def test_a_pool_looks_at_patches_as_its_probe_does(alone: Ranks, config: Config) -> None:
+    shape = replace(
+        config.model.vision,
+        kind="siglip",
+        norm="layernorm",
+        norm_placement="pre",
+        qkv_bias=True,
+        activation="gelu_tanh",
+    )
+    tower = ImageTower(shape, shape.width, ParallelConfig(), torch.float32)
+    fill(tower, vision_rule(shape, post_norm=1.0), seed=0)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    looks = attention_of_cls(ShardedTower([tower], [tower]), images)
+    pixels = 2 * (images / 255) - 1
+    pool, tokens = tower.head, tower.patch_tokens(pixels)
+    keys = tokens @ pool.kv.weight[: shape.width].T + pool.kv.bias[: shape.width]
+    query = pool.q(pool.latent)[0, 0]
+    expected = torch.zeros(3, shape.patches)
+    for head in range(shape.heads):
+        part = slice(head * shape.width // shape.heads, (head + 1) * shape.width // shape.heads)
+        scores = (keys[..., part] @ query[part]) / (shape.width // shape.heads) ** 0.5
+        expected += scores.exp() / scores.exp().sum(1, keepdim=True) / shape.heads
+    torch.testing.assert_close(looks, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_cls_looks_at_patches_as_the_last_layers_weights_say(alone: Ranks, config: Config) -> None:

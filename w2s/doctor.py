@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
-import rich.box
 import torch
 from rich.console import Console
 from rich.table import Column, Table
@@ -75,11 +74,12 @@ def examine(root: Path | None = None) -> list[Finding]:
 
 
 def print_report(root: Path | None = None, console: Console | None = None) -> None:
-    """Prints what `examine` finds as a table."""
-    table = Table("", "", Column(overflow="fold"), "what it would bring", box=rich.box.SIMPLE_HEAD, show_edge=False)
+    """Prints what `examine` finds as a table, each note below what it is on."""
+    table = Table("", "", Column(overflow="fold"), box=None, show_header=False)
     for finding in examine(root):
         mark, colour = _MARKS[finding.state]
-        table.add_row(Text(mark, colour), Text(finding.name, "bold"), Text(finding.value), Text(finding.note))
+        found = Text("\n").join([Text(line) for line in (finding.value, finding.note) if line])
+        table.add_row(Text(mark, colour), Text(finding.name, "bold"), found)
     (console or Console()).print(table)
 
 

@@ -40,7 +40,7 @@ from w2s.probe import patch_features
 from w2s.stopping import stop_at_once
 from w2s.towers.build import build_clip, build_student
 from w2s.towers.clip import ImageTower, TextTower
-from w2s.towers.vision import MEAN, STD
+from w2s.towers.vision import channel_statistics
 
 Encode = Callable[[Tensor], Tensor]
 """Takes a batch [n, ...], the same on every rank of a model-parallel group; returns features [n, d]."""
@@ -127,12 +127,12 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]
     """The two towers as functions (a masked run has no text tower), and in words what the features of an image are."""
     config, dtype, weights = job.config, compute_dtype(job.config.precision), job.config.eval.weights
     verify(job.checkpoint)
-    source, tokens = open_released(job.checkpoint, weights), 1 + job.config.model.vision.patches
+    source, tokens = open_released(job.checkpoint, weights), job.config.model.vision.tokens
     if not source.has("visual"):
         raise CheckpointError(f"{job.checkpoint} is a text tower alone: encode with a whole CLIP")
     if job.texts is not None and not source.has("text"):
         raise CheckpointError(f"{job.checkpoint} has no text tower: leave --texts out, or encode with a clip run")
-    if "visual.head.weight" not in source.meta:
+    if not source.embeds_images:
         student = build_student(config, [Target(1)], dtype, ranks.device)
         hand_over(student, "vision", job.checkpoint, weights=weights)
         return lambda images: patch_features(student, images).mean(1), None, "mean of the normed patch tokens"
@@ -143,12 +143,13 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]
         hand_over(text, "text", job.checkpoint, weights=weights)
 
     def see(images: Tensor) -> Tensor:
-        return infer(vision, (normalize(images.to(ranks.device), MEAN, STD),), ImageTower.__call__, tokens)
+        seen = normalize(images.to(ranks.device), *channel_statistics(config.model.vision))
+        return infer(vision, (seen,), ImageTower.__call__, tokens)
 
     def read(captions: Tensor) -> Tensor:
         return infer(text, (captions.to(ranks.device),), TextTower.__call__, captions.shape[1])
 
-    return see, read, "projected class token"
+    return see, read, "projected class token" if config.model.vision.class_tokens else "tokens pooled by attention"
 
 
 def _all_images(job: EncodeJob, encode: Encode, ranks: Ranks) -> tuple[list[str], Tensor]:

@@ -39,7 +39,7 @@ from w2s.teachers.build import build_teacher
 from w2s.towers.build import build_student
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.masked import MaskedStudent
-from w2s.towers.vision import MEAN, STD
+from w2s.towers.vision import channel_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +47,15 @@ logger = logging.getLogger(__name__)
 def patch_features(tower: ShardedTower[Any], images: Tensor) -> Tensor:
     """Return the patch tokens after the final norm, CLS dropped: uint8 [n, 3, S, S] to [n, patches, width]."""
     device = next(tower.parts[0].parameters()).device
-    seen = normalize(images.to(device), MEAN, STD)
-    tokens = 1 + tower.parts[0].shape.patches
-    return infer(tower, (seen,), lambda chunk, images: chunk.patch_tokens(images), tokens).float()
+    shape = tower.parts[0].shape
+    seen = normalize(images.to(device), *channel_statistics(shape))
+    return infer(tower, (seen,), lambda chunk, images: chunk.patch_tokens(images), shape.tokens).float()
 
 
 def attention_of_cls(tower: ShardedTower[Any], images: Tensor) -> Tensor:
-    """Return what the CLS token attends to in the last layer: uint8 [n, 3, S, S] to float32 [n, patches]."""
+    """Return what the CLS token, or a pool's probe, attends to last: uint8 [n, 3, S, S] to float32 [n, patches]."""
     device = next(tower.parts[0].parameters()).device
-    return cls_attention(tower, normalize(images.to(device), MEAN, STD))
+    return cls_attention(tower, normalize(images.to(device), *channel_statistics(tower.parts[0].shape)))
 
 
 def teacher_features(teacher: Teacher, images: Tensor, layers: Sequence[int] = ()) -> Features:
@@ -208,8 +208,9 @@ class Probe:
             return {}
 
         def see(images: Tensor) -> Tensor:
-            seen = normalize(images.to(device), MEAN, STD)
-            return infer(student, (seen,), embed, 1 + config.model.vision.patches)
+            vision = config.model.vision
+            seen = normalize(images.to(device), *channel_statistics(vision))
+            return infer(student, (seen,), embed, vision.tokens)
 
         def show(images: Tensor) -> Tensor:
             return teacher_features(teacher, images).summary
@@ -332,7 +333,8 @@ class ClipProbe(Probe):
         forward = ImageTower.embed_and_pool if pooled else ImageTower.__call__
 
         def see(images: Tensor) -> Tensor:
-            return infer(vision, (normalize(images.to(device), MEAN, STD),), forward, 1 + model.vision.patches)
+            seen = normalize(images.to(device), *channel_statistics(model.vision))
+            return infer(vision, (seen,), forward, model.vision.tokens)
 
         both = self.features(data, see, model.vision.image_size, how=how)
         return both[:, : model.embed_dim], both[:, model.embed_dim :]

@@ -20,15 +20,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "8b": {"norm": "rmsnorm", "norm_placement": "pre", "qkv_bias": False},
     "e": {"norm": "layernorm", "norm_placement": "post", "qkv_bias": True},
     "g": {"norm": "layernorm", "norm_placement": "pre", "qkv_bias": True},
+    "siglip": {"kind": "siglip", "norm": "layernorm", "norm_placement": "pre", "qkv_bias": True},
     "vit": {"kind": "clip", "norm": "layernorm", "norm_placement": "pre", "qkv_bias": True, "mlp_width": 128},
 }
 
 
 def model_of(kind: str, image_size: int = 32, patch_size: int = 8) -> ModelConfig:
-    """A small CLIP of EVA-18B's, EVA-8B's, EVA02-E's, EVA01-g's or open_clip's own kind."""
+    """A small CLIP of EVA-18B's, EVA-8B's, EVA02-E's, EVA01-g's, SigLIP's or open_clip's own kind."""
     shape = {"mlp_width": 64, **KINDS[kind]}
     vision = VisionConfig(image_size=image_size, patch_size=patch_size, layers=2, width=32, heads=2, **shape)
-    return ModelConfig(name=f"small-{kind}", embed_dim=EMBED, vision=vision, text=TEXT)
+    embed_dim = vision.width if vision.kind == "siglip" else EMBED
+    return ModelConfig(name=f"small-{kind}", embed_dim=embed_dim, vision=vision, text=TEXT)
 
 
 def stir(module: nn.Module, seed: int) -> None:
@@ -42,7 +44,7 @@ def stir(module: nn.Module, seed: int) -> None:
 
 
 def timm_tower(model: ModelConfig, seed: int = 0) -> Eva | VisionTransformer:
-    """timm's Eva, or its ViT with a norm before the layers; its head has a bias only where the released one has."""
+    """timm's Eva, or its ViT, with a norm before the layers or SigLIP's; its head has a bias only where ours has."""
     vision = model.vision
     norm = RmsNorm if vision.norm == "rmsnorm" else LayerNorm
     shape: dict[str, Any] = {
@@ -50,14 +52,17 @@ def timm_tower(model: ModelConfig, seed: int = 0) -> Eva | VisionTransformer:
         "depth": vision.layers, "num_heads": vision.heads, "mlp_ratio": vision.mlp_width / vision.width,
         "qkv_bias": vision.qkv_bias, "num_classes": model.embed_dim, "global_pool": "token",
     }  # fmt: skip
-    if vision.kind == "clip":
+    if vision.kind == "siglip":
+        shape |= {"class_token": False, "global_pool": "map", "num_classes": 0, "act_layer": vision.activation}
+        tower = VisionTransformer(**shape)
+    elif vision.kind == "clip":
         tower = VisionTransformer(
             pre_norm=True, norm_layer=partial(norm, eps=1e-5), act_layer=vision.activation, **shape
         )
     else:
         post = vision.norm_placement == "post"
         tower = Eva(use_post_norm=post, norm_layer=partial(norm, eps=1e-6), **shape)
-    if not vision.head_bias:
+    if vision.class_tokens and not vision.head_bias:
         tower.head.bias = None
     stir(tower, seed)
     return tower

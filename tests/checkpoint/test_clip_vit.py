@@ -100,12 +100,14 @@ def test_what_does_not_go_together_is_one_line(tmp_path: Path) -> None:
     import_checkpoint(tmp_path / "clip.pt", mixed, tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match=r"quick_gelu in its vision tower and gelu.*use --format transformers"):
         export_checkpoint(tmp_path / "checkpoint", "open_clip", tmp_path / "no")
-    with pytest.raises(CheckpointError, match=r"of OpenAI's kind, which EVA-CLIP's code does not have"):
+    with pytest.raises(CheckpointError, match=r"of model\.vision\.kind=clip, which EVA-CLIP's code does not have"):
         export_checkpoint(tmp_path / "checkpoint", "eva", tmp_path / "no")
     with pytest.raises(CheckpointError, match=r"does not hold the model small-vit: .*linear_fc1"):
         torch.save(released(model_of("g")), tmp_path / "g.pt")
         import_checkpoint(tmp_path / "g.pt", vit("gelu"), tmp_path / "no")
     with pytest.raises(ConfigError, match=r"model\.vision\.kind=clip has norm=layernorm, .*: set all three"):
         load("clip", ["model=tiny", "model.vision.kind=clip"])
-    with pytest.raises(ConfigError, match=r"activation=quick_gelu is of CLIP's own towers: use kind=clip, or gelu"):
+    with pytest.raises(
+        ConfigError, match=r"activation=quick_gelu is not of model\.vision\.kind=eva: use gelu, or another kind"
+    ):
         load("clip", ["model=tiny", "model.vision.activation=quick_gelu"])

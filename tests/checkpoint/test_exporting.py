@@ -67,7 +67,7 @@ def checkpoint_of(model: ModelConfig, folder: Path, tensors: dict[str, Tensor] |
 
 
 def test_timm_and_open_clip_compute_the_same_without_w2s(tmp_path: Path) -> None:
-    folders = {kind: tmp_path / kind for kind in KINDS}
+    folders = {kind: tmp_path / kind for kind in (*KINDS, "siglip")}
     for kind, folder in folders.items():
         folder.mkdir()
         model = model_of(kind)

@@ -82,8 +82,8 @@ def test_models_of_transformers_are_called_that(tmp_path: Path, kind: str) -> No
     assert about["format"] == "transformers"
     text = sum(value.numel() for name, value in peer.named_parameters() if name.startswith("text_"))
     assert about.get("of the text tower") == (f"{text:,}" if text else None)
-    hint = "ViT of OpenAI" if kind == "clip" else "use its folder as a teacher, hf:FOLDER"
-    with pytest.raises(CheckpointError, match=hint):
+    hints = {"clip": "ViT of OpenAI", "siglip": "it is a SigLIP", "dinov2": "use its folder as a teacher, hf:FOLDER"}
+    with pytest.raises(CheckpointError, match=hints[kind]):
         import_checkpoint(tmp_path / "peer", model_of("e"), tmp_path / "out")
 
 

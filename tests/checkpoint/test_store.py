@@ -12,7 +12,7 @@ import torch
 
 from tests.checkpoint.saved import Written, meta, save
 from tests.distributed import run_ranks
-from w2s.checkpoint.find import find, is_finished
+from w2s.checkpoint.find import find, find_any, is_finished
 from w2s.checkpoint.store import Saving, kept_steps, latest, read_meta
 from w2s.checksum import Checksum
 from w2s.config.sections import CheckpointConfig, ParallelConfig
@@ -191,3 +191,23 @@ def test_an_unfinished_run_is_not_the_latest(alone: Ranks, tmp_path: Path) -> No
     (tmp_path / "run" / "config.yaml").write_text("")
     with pytest.raises(CheckpointError, match="no finished mim run"):
         find("latest", tmp_path, key="init.vision", stage="mim")
+
+
+def test_a_folder_without_a_checkpoint_is_told_what_it_is(tmp_path: Path) -> None:
+    for name in ("group/mim/config.yaml", "group/eval/config.yaml", "young/config.yaml", "odd/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "young" / "checkpoints" / "step-000010").mkdir(parents=True)
+    told = {
+        "group": f"it holds the runs eval, mim: give {tmp_path / 'group' / 'eval'}",
+        "young/checkpoints": f"it holds the checkpoints of a run: give {tmp_path / 'young'}",
+        "odd": "it holds notes.txt: give a run, a checkpoint or a file",
+        "bare": "it is empty: give",
+    }
+    for name, message in told.items():
+        with pytest.raises(CheckpointError, match=r"no meta\.json, no checkpoints/step-… .*" + re.escape(message)):
+            find_any(name, tmp_path, key="PATH")
+    (tmp_path / "young" / "checkpoints" / "step-000010").rmdir()
+    with pytest.raises(CheckpointError, match="it is a run that has saved none: give one that has"):
+        find_any("young", tmp_path, key="PATH")

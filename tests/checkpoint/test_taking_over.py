@@ -128,7 +128,7 @@ def test_what_does_not_fit_names_the_first_tensor(source: Path) -> None:
 
 
 def test_what_it_is_instead_is_said_as_by_import(alone: Ranks, tmp_path: Path) -> None:
-    names = {"visual.blocks.0.attn.q_proj.weight": "with rotary positions", "visual.attn_pool.latent": "by attention"}
+    names = {"visual.blocks.0.attn.q_proj.weight": "with rotary positions", "visual.attn_pool.query": "by attention"}
     for name, hint in names.items():
         save_file({**released(model_of("e")), name: torch.zeros(2)}, tmp_path / "other.safetensors")
         with pytest.raises(CheckpointError, match=f"this model has no {name} .*{hint}.*: use it as a teacher"):

@@ -17,8 +17,10 @@ from tests.checkpoint.test_coming_back import as_released, train
 from tests.stages.runs import QUIET, history, run_stage
 from tests.stages.shapes import write_shapes
 from w2s.checkpoint.exporting import export_checkpoint
+from w2s.checkpoint.files import InMemory
 from w2s.checkpoint.find import find_any
 from w2s.checkpoint.importing import import_checkpoint
+from w2s.checkpoint.released import rename
 from w2s.config.load import named_model
 
 pytestmark = pytest.mark.slow
@@ -56,6 +58,32 @@ def by_transformers(exported: Path, folder: Path) -> Trained:
     return folder, of_tower(tower.timm_model)
 
 
+def by_trainer(exported: Path, folder: Path) -> Trained:
+    """Hugging Face's Trainer, on the whole CLIP."""
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package, reason="an optional package: pip install 'transformers[torch]'")
+    from transformers import AutoModel, Trainer, TrainingArguments
+
+    clip, before = AutoModel.from_pretrained(exported), AutoModel.from_pretrained(exported).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(3, 32, 32, generator=generator), torch.tensor([49406, word, 49407])) for word in range(8)]
+
+    def collate(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor | bool]:
+        pixels, tokens = (torch.stack(each) for each in zip(*rows, strict=True))
+        return {"pixel_values": pixels, "input_ids": tokens, "return_loss": True}
+
+    settings = TrainingArguments(
+        output_dir=str(folder), max_steps=1, per_device_train_batch_size=8, learning_rate=1e-3, save_steps=1,
+        report_to=[], use_cpu=True, remove_unused_columns=False, disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model=clip, args=settings, train_dataset=pairs, data_collator=collate).train()
+    after = clip.state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
+    left = rename(InMemory(after), folder)
+    names = [name for name in left.meta if name != "visual.head.bias"]  # zeros, where our model has none
+    return folder / "checkpoint-1", {name: left.read(name) for name in names}
+
+
 def loss_of_classes(logits: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, torch.arange(4))
 
@@ -65,7 +93,13 @@ def of_tower(tower: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("format", "peer"), [("open_clip", by_open_clip_train), ("timm", by_timm), ("timm", by_transformers)]
+    ("format", "peer"),
+    [
+        ("open_clip", by_open_clip_train),
+        ("timm", by_timm),
+        ("timm", by_transformers),
+        ("transformers", by_trainer),
+    ],
 )
 def test_a_peer_trains_an_export_and_we_go_on(
     tmp_path: Path, format: str, peer: Callable[[Path, Path], Trained]
@@ -82,6 +116,6 @@ def test_a_peer_trains_an_export_and_we_go_on(
     saved, weights = peer(moved, tmp_path / "peer")
     import_checkpoint(saved, named_model(str(moved / "model.yaml")), tmp_path / "runs" / "tuned")
     assert_holds(tmp_path / "runs" / "tuned", weights)
-    text = "tuned" if format == "open_clip" else "none"
+    text = "none" if format == "timm" else "tuned"
     again = run_stage("clip", [*options, "run.name=again", "init.vision=tuned", f"init.text={text}", "train.steps=2"])
     assert len(history(again, "loss")) == 2

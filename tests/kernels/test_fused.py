@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.cases import DEFINITION, DTYPES, PLAIN, fused, inputs, results
-from w2s.kernels.gelu import bias_quick_gelu
+from w2s.kernels.gelu import bias_gelu_tanh, bias_quick_gelu
 
 ERRORS = {"fp32": 2**-21, "bf16": 2**-7}
 """Largest error beside the largest value: a few roundings of 2^-24; of 2^-9 each where the inputs of a sum are rounded
@@ -34,13 +35,25 @@ def test_plain_is_the_definition(name: str, kind: str) -> None:
     assert_close(results(PLAIN[name], inputs(name, DTYPES[kind])), name, kind)
 
 
+def _quick(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _by_tanh(x: Tensor) -> Tensor:
+    return x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+# 1 + tanh(u) loses digits where u is negative: twice the error.
+@pytest.mark.parametrize(("ours", "definition", "times"), [(bias_quick_gelu, _quick, 1), (bias_gelu_tanh, _by_tanh, 2)])
 @pytest.mark.parametrize("kind", DTYPES)
-def test_quick_gelu_is_its_definition(kind: str) -> None:
-    """It has no Triton kernel."""
+def test_other_gelus_are_their_definitions(
+    ours: Callable[..., Tensor], definition: Callable[..., Tensor], times: int, kind: str
+) -> None:
+    """They have no Triton kernel."""
     tensors = inputs("gelu", DTYPES[kind])
-    exact = results(lambda hidden, bias: (x := hidden + bias) * torch.sigmoid(1.702 * x), [t.double() for t in tensors])
-    for value, reference in zip(results(bias_quick_gelu, tensors), exact, strict=True):
-        assert (value.double() - reference).abs().max() / reference.abs().max() < ERRORS[kind]
+    exact = results(lambda hidden, bias: definition(hidden + bias), [tensor.double() for tensor in tensors])
+    for value, reference in zip(results(ours, tensors), exact, strict=True):
+        assert (value.double() - reference).abs().max() / reference.abs().max() < times * ERRORS[kind]
 
 
 @pytest.fixture(scope="module")

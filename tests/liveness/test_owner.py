@@ -57,9 +57,34 @@ def test_a_second_run_is_refused_until_the_first_one_is_dead(
 
 
 def test_the_lock_ends_with_the_block(alone: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
     with owned(tmp_path, alone):
         assert _is_free(tmp_path / ".owner") is False
     assert _is_free(tmp_path / ".owner") is True
+
+
+def test_a_run_that_was_refused_leaves_no_folder(alone: Ranks, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such teacher"), owned(tmp_path / "run", alone):
+        raise UserError("no such teacher")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_goes_while_it_is_taken_is_made_again(
+    alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner before removes its file after this run has opened it and before it has the lock."""
+    lock, gone = fcntl.lockf, []
+
+    def late(file: object, how: int) -> None:
+        if not gone:
+            gone.append(True)
+            (tmp_path / "run" / ".owner").unlink()
+            (tmp_path / "run").rmdir()
+        lock(file, how)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    with owned(tmp_path / "run", alone):
+        assert _is_free(tmp_path / "run" / ".owner") is False
 
 
 def test_without_locks_there_is_a_note(

@@ -56,6 +56,8 @@ def test_a_tower_without_a_rate_of_its_own_takes_the_common_one() -> None:
     [
         ("blocks.0.mlp.linear_fc1.weight", (4, 4), True),
         ("mask_token", (1, 1, 4), True),
+        ("head.latent", (1, 1, 4), False),
+        ("head.kv.weight", (8, 4), True),
         ("blocks.0.mlp.linear_fc1.bias", (4,), False),
         ("norm.weight", (4,), False),
         ("pos_embed", (1, 5, 4), False),

@@ -22,6 +22,8 @@ BF16 = ["precision.compute=bf16"]
 PRE_NORM = ["model.vision.norm_placement=pre", "model.vision.norm=layernorm", "model.vision.qkv_bias=true"]
 PLAIN = [*PRE_NORM, "model.vision.kind=clip"]
 """As OpenAI's: a norm before the layers too."""
+SIGLIP = [*PRE_NORM, "model.vision.kind=siglip", "model.embed_dim=64"]
+"""As SigLIP's: a pool in the place of the projection."""
 FULL, SELECTIVE = ["parallel.recompute=full"], ["parallel.recompute=selective"]
 TENSOR, SEQUENCE = ["parallel.tensor=2"], ["parallel.tensor=2", "parallel.sequence=true"]
 PIPELINE, VIRTUAL = ["parallel.pipeline=2"], ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
@@ -39,11 +41,13 @@ MIM = {
     "all": ["mim.predict=all", *BF16, *PIPELINE],
     "layers": [*BF16, *PIPELINE, *LAYERS],
     "summary": [*BF16, *PIPELINE, "mim.summary_weight=1"],
+    "summary of a pool": [*SIGLIP, "mim.summary_weight=1"],
     "layers, sequence, full": [*SEQUENCE, *FULL, *LAYERS, "mim.predict=all"],
 }
 CLIP = {
     "data": [*BF16, *PLAIN],
     "data, selective": SELECTIVE,
+    "pool": [*SIGLIP, *FULL],
     "tensor": [*BF16, *TENSOR],
     "sequence, full": [*SEQUENCE, *FULL],
     "pipeline, selective": [*BF16, *PIPELINE, *SELECTIVE],

@@ -20,6 +20,8 @@ DEEP = ["model.vision.layers=5", "model.text.layers=6", "train.global_batch=12",
 PRE_NORM = ["model.vision.norm_placement=pre", "model.vision.norm=layernorm", "model.vision.qkv_bias=true"]
 PLAIN = [*PRE_NORM, "model.vision.kind=clip"]
 """As OpenAI's: a norm before the layers too."""
+SIGLIP = [*PRE_NORM, "model.vision.kind=siglip", "model.vision.width=32", "model.embed_dim=32"]
+"""As SigLIP's: a pool in the place of the projection."""
 BF16 = ["precision.compute=bf16"]
 WIDE = ["model.vision.layers=2", "model.vision.width=64", "model.vision.mlp_width=160000"]
 FULLY = "parallel.shard=full"
@@ -42,12 +44,14 @@ LAYERS = [
     "mim.layers=[{student: 0, teacher: 3}, {student: 1, teacher: 1}, {student: 4, teacher: 5}]",
     "teacher.source=timm:test_vit", "parallel.pipeline=2", "parallel.vision_split=[2,3]", *BF16,
 ]  # fmt: skip
+POOLED = {"pool": [*SIGLIP, *BF16, "parallel.pipeline=2"], "pool, fully sharded": [*SIGLIP, FULLY]}
 THREE = {"data": BF16, "fully sharded": [*BF16, FULLY], "pipeline": ["parallel.pipeline=3"]}
 """Three ranks make buckets end at a multiple of 384."""
 SUMMARY = {
     "summary": [*BF16, "mim.summary_weight=1", "model.vision.qkv_bias=true"],
     "summary of its own width": ["mim.summary_weight=1", f"model.embed_dim={TARGET_WIDTH}", "parallel.pipeline=2"],
     "summary and layers": [*LAYERS, "mim.summary_weight=1"],
+    "summary of a pool": [*SIGLIP, "mim.summary_weight=1"],
 }  # fmt: skip
 SIGMOID = ["clip.loss=sigmoid", "clip.learn_logit_scale=false", "clip.logit_scale=10"]
 
@@ -70,7 +74,7 @@ def _planned(config: Config, towers: Sequence[PlannedTower], place: Place) -> St
     ("stage", "world_size", "cases"),
     [
         ("mim", 2, {**TWO, "buckets": BUCKETS, "visible": [*BF16, "mim.predict=visible"], "layers": LAYERS, **SUMMARY}),
-        ("clip", 2, TWO),
+        ("clip", 2, TWO | POOLED),
         ("mim", 3, THREE),
         pytest.param("clip", 3, THREE, marks=pytest.mark.slow),
     ],

@@ -13,7 +13,7 @@ from w2s.teachers.build import without_weights
 from w2s.teachers.text import build_text_teacher
 
 
-@pytest.mark.parametrize("name", ["eva02_e_plus", "eva_18b", "eva_s", "vit_h_14"])
+@pytest.mark.parametrize("name", ["eva02_e_plus", "eva_18b", "eva_s", "vit_h_14", "vit_so400m_14_siglip"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_eva_teacher_is_worked_out_as_its_network_is(name: str, precision: str) -> None:
     config = load("mim", [f"teacher.source=eva:{name}@none", f"teacher.precision={precision}"])

@@ -52,7 +52,7 @@ def test_each_set_has_its_picture_table_and_entry_in_mlflow(
     several: Path, client: MlflowClient, material: Material
 ) -> None:
     assert {path.stem for path in (several / "pictures").glob("*.png")} == {
-        "attention_of_CLS_new",  # of the first set alone
+        "attention_new",  # of the first set alone
         "classes_new",
         "classes_seen",
         "retrieval_new",
@@ -148,7 +148,7 @@ def test_a_suite(
     assert "1 of 4 sets are missing: absent" in output
     assert "several has 24 images, not 7: its figures are not comparable" in output
     pictures = {path.stem for path in (run / "pictures").glob("*.png")}
-    assert pictures == {"attention_of_CLS_classes", "classes_classes", "retrieval_captions"}
+    assert pictures == {"attention_classes", "classes_classes", "retrieval_captions"}
 
 
 def test_squashing_and_cropping_are_both_measured_and_the_better_counts(

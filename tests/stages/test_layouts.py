@@ -64,6 +64,11 @@ PLAIN = [
     "model.vision.qkv_bias=true", "model.vision.activation=quick_gelu",
 ]  # fmt: skip
 """A tower as OpenAI's: a norm before the layers, QuickGELU."""
+SIGLIP = [
+    "model.vision.kind=siglip", "model.vision.norm=layernorm", "model.vision.norm_placement=pre",
+    "model.vision.qkv_bias=true", "model.vision.activation=gelu_tanh", "model.embed_dim=32",
+]  # fmt: skip
+"""A tower as SigLIP's: no class token, and a pool on the last stage."""
 
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "mim": ("mim", []),
@@ -74,6 +79,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "clip": ("clip", ["init.vision=none"]),
     "mim, CLIP's own tower": ("mim", PLAIN),
     "clip, CLIP's own tower": ("clip", ["init.vision=none", *PLAIN, "model.text.activation=quick_gelu"]),
+    "mim, SigLIP's tower": ("mim", [*SIGLIP, "mim.summary_weight=0.5"]),
+    "clip, SigLIP's tower": ("clip", ["init.vision=none", *SIGLIP]),
     "mim, drop path": ("mim", [DROP_PATH]),
     "clip, drop path": ("clip", ["init.vision=none", DROP_PATH, "model.vision.norm_placement=pre"]),
     "sigmoid": ("clip", ["init.vision=none", "clip.loss=sigmoid", "clip.logit_scale=10"]),
@@ -96,6 +103,8 @@ DROPPED = (
     "tensor, sequence, virtual pipeline",
 )
 ONLY = {
+    "mim, SigLIP's tower": (*DROPPED, "fully sharded", "pipeline", "tensor, pipeline, data"),
+    "clip, SigLIP's tower": (*DROPPED, "fully sharded", "uneven pipeline", "tensor, pipeline, data"),
     "mim, CLIP's own tower": (*DROPPED, "tensor", "uneven pipeline"),
     "clip, CLIP's own tower": (*DROPPED, "pipeline"),
     "layers": (
@@ -120,6 +129,8 @@ ONLY = {
 """Where some variants are compared; the others are everywhere."""
 GROUPS = ("virtual pipeline in larger groups", "tensor, sequence, virtual pipeline", "virtual pipeline, data")
 BRIEF = ONLY | {
+    "mim, SigLIP's tower": ("fully sharded", "tensor and sequence"),
+    "clip, SigLIP's tower": ("accumulation", "data", "tensor, sequence, virtual pipeline"),
     "mim, CLIP's own tower": ("selective recompute", "tensor", "uneven pipeline"),
     "clip, CLIP's own tower": ("tensor and sequence", "pipeline"),
     "mim": (

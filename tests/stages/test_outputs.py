@@ -73,10 +73,11 @@ def test_metrics_by_step_and_samples(group: Path) -> None:
 
 def test_pictures_are_in_the_report(group: Path) -> None:
     expected = {
-        "mim": {"masked", "features", "attention_of_CLS"},
+        "mim": {"masked", "features", "attention"},
         "clip": set(),
-        "eval": {"classes", "retrieval", "attention_of_CLS"},
+        "eval": {"classes", "retrieval", "attention"},
     }
+    drawn = set()
     for step, names in expected.items():
         pictures = {path.stem: path for path in (group / step / "pictures").glob("*.png")}
         assert pictures.keys() == names
@@ -84,9 +85,10 @@ def test_pictures_are_in_the_report(group: Path) -> None:
             image = Image.open(path)
             assert min(image.size) > 64
             assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 16, f"{path} is blank"
-        assert embedded(group / step / "report.html") == {path.read_bytes() for path in pictures.values()}
-    assert len(embedded(group / "report.html")) == 7
-    # Two of mim and of each eval, and the one of CLS: after four steps it looks everywhere alike, in all of them.
+        files = {path.read_bytes() for path in pictures.values()}
+        assert embedded(group / step / "report.html") == files
+        drawn |= files
+    assert embedded(group / "report.html") >= drawn
 
 
 def test_mlflow_has_parameters_metrics_files_and_the_data(group: Path, client: MlflowClient) -> None:
@@ -101,7 +103,7 @@ def test_mlflow_has_parameters_metrics_files_and_the_data(group: Path, client: M
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert files == {"config.yaml", "environment.txt", "report.html", "pictures", "tables"}
     drawn = {file.path for file in client.list_artifacts(run.info.run_id, "pictures")}
-    assert drawn == {f"pictures/{name}.png" for name in ("attention_of_CLS", "features", "masked")}
+    assert drawn == {f"pictures/{name}.png" for name in ("attention", "features", "masked")}
     assert run.inputs is not None
     sources = {}
     for data in run.inputs.dataset_inputs:

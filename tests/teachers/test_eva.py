@@ -17,7 +17,7 @@ from w2s.teachers.base import Teacher
 from w2s.teachers.build import build_teacher
 
 
-@pytest.fixture(params=["18b", "8b", "e", "g"])
+@pytest.fixture(params=["18b", "8b", "e", "g", "siglip"])
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
     """A small model of each kind, which configs/model has for the length of a test."""
     small = model_of(request.param)
@@ -33,7 +33,7 @@ def build(source: str, grid: int = 4, root: str | Path = "runs", **settings: str
 def targets(model: ModelConfig) -> Tensor:
     """What EVA's masked stage regresses: all tokens after the norm and the projection, without CLS."""
     tower = timm_tower(model)
-    return tower.head(tower.forward_features(images(model)))[:, 1:]
+    return tower.head(tower.forward_features(images(model)))[:, model.vision.class_tokens :]
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def test_a_released_file_gives_the_projected_patch_tokens(model: ModelConfig, tm
     save_file(released(model), tmp_path / "clip.safetensors")
     for name in ("clip.pt", "clip.safetensors"):
         teacher = build(f"eva:small@{tmp_path / name}")
-        assert (teacher.width, teacher.image_size, teacher.network.grid) == (16, 32, 4)
+        assert (teacher.width, teacher.image_size, teacher.network.grid) == (model.embed_dim, 32, 4)
         # timm on both sides; another attention kernel may sum in another order
         torch.testing.assert_close(teacher(images(model)).patches, targets(model), atol=1e-5, rtol=1e-5)
         summary = teacher(images(model)).summary
@@ -118,7 +118,7 @@ def test_another_size_resamples_the_positions(model: ModelConfig, tmp_path: Path
     save_file(released(model), tmp_path / "clip.safetensors")
     teacher = build(f"eva:small@{tmp_path / 'clip.safetensors'}", image_size=48)
     assert (teacher.image_size, teacher.network.grid) == (48, 6)
-    assert teacher(torch.randn(1, 3, 48, 48)).patches.shape == (1, 16, 16)
+    assert teacher(torch.randn(1, 3, 48, 48)).patches.shape == (1, 16, model.embed_dim)
 
 
 def test_what_is_no_such_teacher(tmp_path: Path) -> None:

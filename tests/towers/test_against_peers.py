@@ -9,14 +9,17 @@ import torch
 from open_clip.transformer import TextTransformer
 from timm.layers import RmsNorm
 from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from w2s.checkpoint import clip_vit
 from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES, from_eva, to_eva
 from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
+from w2s.kernels.gelu import bias_gelu
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import assign, fill, global_name
 from w2s.megatron.tower import Tower
+from w2s.towers.attention_pool import AttentionPool
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.initial import text_rule, vision_rule
 
@@ -160,6 +163,42 @@ def test_a_clips_own_towers_are_open_clips(alone: Ranks, quick: bool) -> None:
     captions = torch.randint(1, 58, (5, 12), generator=torch.Generator().manual_seed(0))
     captions[:, 7] = 59
     assert_close("text features", text(captions), peer.encode_text(captions))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_a_siglips_tower_is_timms(alone: Ranks, activation: Any) -> None:
+    """No class token, a bias in every linear, and attention pooling."""
+    shape = VisionConfig(
+        kind="siglip", image_size=32, patch_size=8, layers=2, width=48, heads=4, mlp_width=160,
+        norm="layernorm", norm_placement="pre", qkv_bias=True, activation=activation,
+    )  # fmt: skip
+    peer = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, mlp_ratio=160.5 / 48, act_layer=activation,
+        class_token=False, global_pool="map", num_classes=0,
+    )  # fmt: skip
+    with torch.no_grad():
+        for number, parameter in enumerate(peer.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.1)
+    tower = image_tower(shape)
+    copy_from(tower, peer, VISION_NAMES)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    assert_close("patch tokens", tower.patch_tokens(images), peer.forward_features(images))
+    assert_same(tower, tower(images), peer, peer(images), VISION_NAMES)
+
+
+def test_the_pools_weights_are_those_of_its_attention(alone: Ranks) -> None:
+    """One head, whose values give back a token: what it gathers is the weighted mean."""
+    pool = AttentionPool(6, 1, 12, bias_gelu, 1e-6, torch.float32)
+    with torch.no_grad():
+        for parameter in pool.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(len(parameter)))
+        pool.kv.weight[6:], pool.kv.bias[6:] = torch.eye(6), 0.0
+        pool.proj.weight.copy_(torch.eye(6)), pool.proj.bias.zero_()
+        pool.mlp.fc2.weight.zero_(), pool.mlp.fc2.bias.zero_()
+        tokens = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(3))
+        weights = pool.weights(tokens)
+        assert weights.std(1).min() > 1e-2
+        torch.testing.assert_close(torch.einsum("nt,ntd->nd", weights, tokens), pool(tokens))
 
 
 def _released(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -104,14 +104,20 @@ def test_retrieval_picture_marks_what_is_right(tmp_path: Path) -> None:
     assert bad[0] == pytest.approx(2 * good[1], rel=0.05)  # two frames and one
 
 
-def test_attention_picture_is_bright_where_cls_looks(tmp_path: Path) -> None:
+def test_attention_picture_is_bright_where_more_than_an_equal_share_goes(tmp_path: Path) -> None:
     weights = torch.zeros(1, 4)
-    weights[0, 0] = 0.2  # the strongest is at full brightness, whatever it is
+    weights[0, 0] = 1  # four times an equal share
     attention_picture(tmp_path / "a.png", plain(1, RED), weights)
     dark = share(tmp_path / "a.png", (0, 0, 0))
     assert (
         0.1 < dark / share(tmp_path / "a.png", RED) < 0.5
     )  # whole in the first row, about a quarter lit in the second
+
+
+def test_an_equal_attention_is_evenly_dim(tmp_path: Path) -> None:
+    attention_picture(tmp_path / "a.png", plain(1, RED), torch.full((1, 16), 1 / 16))
+    whole, quarter = share(tmp_path / "a.png", RED), share(tmp_path / "a.png", (55, 7, 7))
+    assert quarter == pytest.approx(whole, rel=0.02), "the image once in full, once in a quarter of its light"
 
 
 def test_names_are_no_formulas(tmp_path: Path) -> None:

@@ -259,7 +259,8 @@ def _teacher_cosine(shards: Shards, wanted: SampleSpec) -> dict[str, float] | st
 def print_table(figures: dict[str, Any]) -> None:
     """Print a table for each image size."""
     for size in ("500x400", "1600x1200"):
-        table = Table(title=f"about {size}, {figures['workers']} workers each, median of {figures['repeats']}")
+        Console().print(f"about {size}, {figures['workers']} workers each, median of {figures['repeats']}")
+        table = Table()
         for column in ("loader", "images / CPU s", "images / s", "ratio", "difference 0.9-1", "0.2-1"):
             table.add_column(column)
         for name in ("open_clip", "w2s", "w2s, half scale"):

@@ -82,7 +82,8 @@ def _figures(load: Iterator[torch.Tensor]) -> dict[str, float]:
 
 def print_table(figures: dict[str, Any]) -> None:
     """Print the figures."""
-    table = Table(title="images of about 500x400")
+    Console().print("images of about 500x400")
+    table = Table()
     for column in ("shards on", "loader", "images / s", "first batch, s", "longest wait after it, s"):
         table.add_column(column)
     for place, loaders in figures.items():

@@ -157,7 +157,7 @@ def check_equal(config: Config, teachers: Sequence[PlannedTeacher], ours: Measur
     image = student_flops(config, **predicted(config, teachers)) if teachers else image_flops(config)
     text = 0.0 if teachers else text_flops(config.model.text, config.model.embed_dim).forward
     # The peer embeds the patches too that it drops afterwards.
-    dropped = config.model.vision.patches / (seen_tokens(config) - 1) - 1
+    dropped = config.model.vision.patches / (seen_tokens(config) - config.model.vision.class_tokens) - 1
     flops = image.forward + dropped * image.embedding + text
     if ours.parameters != peer.parameters or abs(flops / peer.tower_flops - 1) > 0.01:
         raise W2SError(

@@ -20,7 +20,9 @@ VISION_NAMES = {
     "mlp_bda.norm": "norm2",
     "pre_mlp_layernorm": "norm2",
     "input_layernorm": "norm1",
+    **{f"head.{part}": f"attn_pool.{part}" for part in ("latent", "q.", "kv.", "proj.", "norm.", "mlp.")},
 }
+"""Those of SigLIP's pool are timm's; a projection of the class token is `head` on both sides."""
 
 TEXT_NAMES = {
     "blocks.": "transformer.resblocks.",

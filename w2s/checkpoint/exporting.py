@@ -115,7 +115,7 @@ def _with_head(checkpoint: Path, head: str, weights: Weights) -> tuple[ModelConf
     """A checkpoint's model and tensors; those of a masked run with the heads for one teacher alone.
 
     Raises:
-        ConfigError: the run had no such teacher, or has learnt no summary of it.
+        ConfigError: the run had no such teacher, has learnt no summary of it, or has no projection for it.
     """
     meta, released = read_meta(checkpoint), open_released(checkpoint, weights)
     model = model_from(meta.config)
@@ -125,7 +125,9 @@ def _with_head(checkpoint: Path, head: str, weights: Weights) -> tuple[ModelConf
         choose(meta, head, "--head")
     if not head:
         return model, released
-    if HEAD not in released.meta:
+    if not released.embeds_images:
         raise ConfigError(f"--head {head}: the run learnt no summary of this teacher (summary_weight), leave it out")
     released = InTeachersSpace(released)
+    if HEAD not in released.meta:  # SigLIP's pool, whose output is as wide as the tower
+        return model, released
     return replace(model, embed_dim=released.meta[HEAD].shape[0]), released

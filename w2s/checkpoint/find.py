@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from w2s.checkpoint.files import holds_weights
-from w2s.checkpoint.store import all_of, latest, read_meta
+from w2s.checkpoint.files import SUFFIXES, holds_weights
+from w2s.checkpoint.store import all_of, checkpoints_of, latest, read_meta
 from w2s.config.naming import run_folder
 from w2s.config.sections import Config
 from w2s.errors import CheckpointError
@@ -84,8 +84,25 @@ def unfinished_folder(config: Config) -> Path:
 def _latest_of(run: Path, key: str) -> Path:
     found = latest(run)
     if found is None:
-        raise CheckpointError(f"{key}={run} holds no checkpoint: give a run that has saved one")
+        raise CheckpointError(
+            f"{key}={run} holds no checkpoint: there is no meta.json, no checkpoints/step-… and no file of weights "
+            f"({', '.join(SUFFIXES)}); {_what_it_is(run)}"
+        )
     return found
+
+
+def _what_it_is(folder: Path) -> str:
+    """Say what a folder without a checkpoint looks like, and what to give instead."""
+    runs = [path.parent.name for path in sorted(folder.glob("*/config.yaml"))]
+    if runs:
+        return f"it holds the runs {', '.join(runs[:3])}{', …' if runs[3:] else ''}: give {folder / runs[0]}"
+    if (folder / "config.yaml").is_file():
+        return "it is a run that has saved none: give one that has"
+    if checkpoints_of(folder.parent) == folder and all_of(folder.parent):
+        return f"it holds the checkpoints of a run: give {folder.parent}"
+    names = sorted(path.name for path in folder.iterdir())
+    holds = f"holds {', '.join(names[:3])}{', …' if names[3:] else ''}" if names else "is empty"
+    return f"it {holds}: give a run, a checkpoint or a file"
 
 
 def _newest_finished(root: Path, key: str, stage: str) -> Path:

@@ -1,6 +1,7 @@
 """How the tensors of a checkpoint fill those of a model: taken as they are, resized, missing, or of no use."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from w2s.checkpoint.clip_vit import RELEASED_MARK
 from w2s.checkpoint.eva_format import by_head, is_fused, released_name
-from w2s.checkpoint.released import Released
+from w2s.checkpoint.released import POOL, Released
 from w2s.checkpoint.resize import resize_patch_kernel, resize_positions, shorten_context
 from w2s.errors import CheckpointError
 
@@ -27,6 +28,8 @@ MASKED_STAGE = tuple(name.replace("vision.", "visual.") for name in STAGE_ONLY)
 """Released names of what serves the masked stage alone."""
 OPTIONAL = (*MASKED_STAGE, "visual.head.", "text.text_projection", "logit_scale", "logit_bias")
 """Released names of both: what another stage may do without."""
+POOL_OF = "visual.attn_pool."
+"""Released names of SigLIP's pool, which is to such a tower what the projection is to others."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Fit:
             "loaded": self.loaded, "resized": self.resized, "missing": self.missing, "unexpected": self.surplus
         }  # fmt: skip
         return [
-            [kind, str(len(names)), summary(names) if kind == "loaded" else ", ".join(names)]
+            [kind, str(len(names)), summary(names) if kind in ("loaded", "unexpected") else ", ".join(names)]
             for kind, names in kinds.items()
         ]
 
@@ -136,10 +139,13 @@ def refuse_gaps(found: Fit, allowed: Sequence[str], model: str) -> None:
             )
 
 
+_IN_LAYER = re.compile(r"blocks\.|\blayers\.\d")
+
+
 def summary(names: Sequence[str]) -> str:
     """Names in a line: those outside of the layers, and the number of those inside."""
-    layers = [name for name in names if "blocks." in name]
-    others = [name for name in names if "blocks." not in name]
+    layers = [name for name in names if _IN_LAYER.search(name)]
+    others = [name for name in names if not _IN_LAYER.search(name)]
     return ", ".join(others + ([f"{len(layers)} tensors in the layers"] if layers else []))
 
 
@@ -147,8 +153,9 @@ def _resizer(name: str, old: Sequence[int], new: Shape) -> Callable[[Tensor], Te
     """The function that makes a tensor of shape `new` out of another one of shape `old`, if there is one."""
     if tuple(old) == new or len(old) != len(new):
         return None
-    if name == "vision.pos_embed" and old[2] == new[2] and _is_square(old[1] - 1):
-        return partial(resize_positions, patches=new[1] - 1)
+    if name == "vision.pos_embed" and old[2] == new[2]:
+        before = next((count for count in (1, 0) if _is_square(old[1] - count) and _is_square(new[1] - count)), None)
+        return None if before is None else partial(resize_positions, patches=new[1] - before, before=before)
     if name == "vision.patch_embed.weight" and tuple(old[:2]) == new[:2]:
         return partial(resize_patch_kernel, size=new[2])
     if name == "text.positional_embedding" and old[1] == new[1] and old[0] > new[0]:
@@ -167,8 +174,10 @@ def _is_empty(source: Released, name: str) -> bool:
 
 def hint(source: Released) -> str:
     """Say what a checkpoint is that does not fit a model, and what can be done with it; empty where that is unknown."""
+    if POOL in source.meta:
+        return " (it is a SigLIP: model=vit_b_16_siglip is one, model.vision.kind=siglip; its text tower stays out)"
     if any(".attn_pool." in name or ".attnpool." in name for name in source.meta):
-        return " (it pools by attention, as SigLIP, CoCa and OpenAI's ResNets: use it as a teacher)"
+        return " (it pools by attention, as CoCa and OpenAI's ResNets: use it as a teacher)"
     if RELEASED_MARK in source.meta:
         return " (it is a ViT of OpenAI's and open_clip's kind: model=vit_b_16 is one, model.vision.kind=clip)"
     if source.format == "hf":

@@ -55,6 +55,17 @@ _AXES: Mapping[str, tuple[str, ...]] = {
     "mlp.fc2.bias": ("width",),
     "mlp.c_proj.bias": ("width",),
     "head.weight": ("", "/width"),
+    "attn_pool.latent": ("", "", "width"),
+    "attn_pool.q.weight": ("heads", "/width"),
+    "attn_pool.q.bias": ("heads",),
+    "attn_pool.kv.weight": ("kv", "/width"),
+    "attn_pool.kv.bias": ("kv",),
+    "attn_pool.proj.weight": ("width", "/heads"),
+    "attn_pool.proj.bias": ("width",),
+    "attn_pool.mlp.fc1.weight": ("mlp", "/width"),
+    "attn_pool.mlp.fc1.bias": ("mlp",),
+    "attn_pool.mlp.fc2.weight": ("width", "/mlp"),
+    "attn_pool.mlp.fc2.bias": ("width",),
     "lm_head.weight": ("", "/width"),
     "text_projection": ("/width",),
 }
@@ -209,7 +220,8 @@ def _maps(old: Size, new: Size) -> dict[str, Tensor]:
         heads = _rows(unit_sources(old.heads, new.heads), head_width)
         maps["width"] = torch.tensor(unit_sources(old.width, new.width))
         maps["heads"] = heads
-        maps["qkv"] = torch.cat([heads + part * old.width for part in range(3)])
+        for name, parts in (("kv", 2), ("qkv", 3)):
+            maps[name] = torch.cat([heads + part * old.width for part in range(parts)])
     if new.mlp_width > old.mlp_width:
         maps["mlp"] = torch.tensor(unit_sources(old.mlp_width, new.mlp_width))
     return maps

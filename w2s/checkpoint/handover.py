@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from w2s.checkpoint.eva_format import released_name
 from w2s.checkpoint.find import find
-from w2s.checkpoint.fit import OPTIONAL, PROJECTIONS, SCALARS, STAGE_ONLY, Fit, fit, hint, summary
+from w2s.checkpoint.fit import OPTIONAL, POOL_OF, PROJECTIONS, SCALARS, STAGE_ONLY, Fit, fit, hint, summary
 from w2s.checkpoint.growth import NO_GROWTH, Grown, Growth, Size
 from w2s.checkpoint.of_teacher import OTHERS, OfTeacher, choose
 from w2s.checkpoint.released import Released, open_released
@@ -228,7 +228,8 @@ def _of_tower(taken: Fit, tower: str) -> list[str]:
 
 def _check(taken: Fit, tower: str) -> None:
     """Refuse a checkpoint whose tower is not of this model, up to what another stage may do without."""
-    surplus = [name for name in _of_tower(taken, tower) if not name.startswith(OPTIONAL)]
+    optional = OPTIONAL if "vision.cls_token" in taken.shapes else (*OPTIONAL, POOL_OF)
+    surplus = [name for name in _of_tower(taken, tower) if not name.startswith(optional)]
     if taken.misfits:
         reason = taken.misfit()
     elif taken.missing:

@@ -49,7 +49,8 @@ def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: S
     classifier = _classifier(released, shapes)
     wanted = {name: shape for name, shape in _wanted(released, shapes).items() if released_name(name) not in classifier}
     found = fit(released, wanted, {"vision": model.vision.heads, "text": model.text.heads})
-    refuse_gaps(found, [*allowed, *OWN_HEADS, *map(released.origin, classifier)], model.name)
+    left = [*classifier, *(_of_text(released) if released.has_foreign_text else [])]
+    refuse_gaps(found, [*allowed, *OWN_HEADS, *map(released.origin, left)], model.name)
     meta = {
         name: torch.empty(shapes[name], dtype=released.meta[released_name(name)].dtype, device="meta")
         for name in found.taken
@@ -74,13 +75,10 @@ def with_size(model: ModelConfig, image_size: int | None, patch_size: int | None
 
 
 def _wanted(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The tensors of the towers that the source has; projections are needed only where there are both towers.
-
-    Nothing of a vision tower with a norm before the layers goes into one without.
-    """
-    whole = all(released.has(prefix) for prefix in PREFIXES.values())
-    foreign = "vision" if RELEASED_MARK in released.meta and "vision.norm_pre.weight" not in shapes else ""
-    towers = tuple(f"{tower}." for tower, prefix in PREFIXES.items() if released.has(prefix) and tower != foreign)
+    """The tensors of the towers that the source has; projections are needed only where there are both towers."""
+    foreign = _foreign(released, shapes)
+    towers = tuple(f"{tower}." for tower, prefix in PREFIXES.items() if released.has(prefix) and tower not in foreign)
+    whole = all(released.has(prefix) for prefix in PREFIXES.values()) and "text" not in foreign
     return {
         name: shape
         for name, shape in shapes.items()
@@ -90,10 +88,24 @@ def _wanted(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     }
 
 
+def _foreign(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """Towers of the source that nothing is taken of: of another kind than the model's, or than all of w2s's.
+
+    Nothing of a vision tower with a norm before the layers goes into one without.
+    """
+    vision = RELEASED_MARK in released.meta and "vision.norm_pre.weight" not in shapes
+    return {tower for tower, is_foreign in (("vision", vision), ("text", released.has_foreign_text)) if is_foreign}
+
+
+def _of_text(released: Released) -> list[str]:
+    """Released names of the text tower's tensors, and of the loss's scalars, which belong to it."""
+    return [name for name in released.meta if name.startswith(("text.", "logit_scale", "logit_bias"))]
+
+
 def _classifier(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Released names of a vision tower's head that gives classes: a peer has put it in the place of the projection."""
-    head = released.meta.get("visual.head.weight")
-    if head is None or released.has("text") or head.shape[0] == shapes["vision.head.weight"][0]:
+    head, own = released.meta.get("visual.head.weight"), shapes.get("vision.head.weight")
+    if head is None or released.has("text") or (own is not None and head.shape[0] == own[0]):
         return []
     return [name for name in released.meta if name.startswith("visual.head.")]
 

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from w2s.checkpoint.clip_vit import RELEASED_MARK
-from w2s.checkpoint.released import Released, open_released
+from w2s.checkpoint.released import POOL, Released, open_released
 from w2s.checkpoint.store import Meta, read_meta
 from w2s.config.load import model_from, read_document
 from w2s.config.sections import ModelConfig
@@ -23,10 +23,14 @@ FORMATS = {
     "hf": "transformers",
     "w2s": "w2s checkpoint",
 }
-VISION_OF_OURS = {
-    "visual.cls_token", "visual.pos_embed", "visual.patch_embed.proj.weight", "visual.blocks.0.mlp.fc1.weight"
-}  # fmt: skip
+VISION_OF_OURS = {"visual.pos_embed", "visual.patch_embed.proj.weight", "visual.blocks.0.mlp.fc1.weight"}
 """What every vision tower of w2s's kinds has."""
+BIASED = {
+    "eva": "Q and V",
+    "clip": "Q, K and V and a norm before the layers",
+    "siglip": "Q, K and V and no class token",
+}
+"""What tells a kind of vision tower, in words."""
 
 
 def inspect(path: Path) -> dict[str, str]:
@@ -59,18 +63,22 @@ def dimensions(released: Released) -> dict[str, int | str | bool]:
     shapes = {name: tuple(tensor.shape) for name, tensor in released.meta.items()}
     found: dict[str, int | str | bool] = {}
     if shapes.keys() >= VISION_OF_OURS and len(shapes["visual.pos_embed"]) == 3 and not _is_plain_vit(shapes):
-        patch = shapes["visual.patch_embed.proj.weight"][-1]
+        patch, kind = shapes["visual.patch_embed.proj.weight"][-1], _kind(shapes)
         found |= {
-            "vision.kind": "clip" if RELEASED_MARK in shapes else "eva",
+            "vision.kind": kind,
             "vision.width": shapes["visual.pos_embed"][2],
             "vision.patch_size": patch,
-            "vision.image_size": math.isqrt(shapes["visual.pos_embed"][1] - 1) * patch,
+            "vision.image_size": math.isqrt(shapes["visual.pos_embed"][1] - (kind != "siglip")) * patch,
             "vision.layers": _layers(shapes, r"visual\.blocks\.(\d+)\."),
             "vision.mlp_width": shapes["visual.blocks.0.mlp.fc1.weight"][0],
             "vision.norm": "layernorm" if "visual.blocks.0.norm1.bias" in shapes else "rmsnorm",
             "vision.qkv_bias": any(f"visual.blocks.0.attn.{name}" in shapes for name in ("q_bias", "qkv.bias")),
         }
-    if "text.token_embedding.weight" in shapes and len(shapes.get("text.positional_embedding", ())) == 2:
+    if (
+        not released.has_foreign_text
+        and "text.token_embedding.weight" in shapes
+        and len(shapes.get("text.positional_embedding", ())) == 2
+    ):
         found |= {
             "text.width": shapes["text.positional_embedding"][1],
             "text.context_length": shapes["text.positional_embedding"][0],
@@ -87,9 +95,19 @@ def _dimensions_of(model: ModelConfig) -> dict[str, int | str | bool]:
     return vision | {f"text.{name}": value for name, value in vars(model.text).items()} | {"embed_dim": model.embed_dim}
 
 
+def _kind(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if "visual.cls_token" not in shapes:
+        return "siglip"
+    return "clip" if RELEASED_MARK in shapes else "eva"
+
+
 def _is_plain_vit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether K has a bias, as EVA's has not, and there is no norm before the layers: a plain ViT of timm's."""
-    return "visual.blocks.0.attn.qkv.bias" in shapes and RELEASED_MARK not in shapes
+    """Whether K has a bias, as EVA's has not, and there is neither a norm before the layers nor a pool: timm's ViT.
+
+    A masked run of a SigLIP's tower has no pool, and is known by what predicts the features.
+    """
+    ours = (RELEASED_MARK, POOL, "visual.lm_head.weight")
+    return "visual.blocks.0.attn.qkv.bias" in shapes and not any(name in shapes for name in ours)
 
 
 def _layers(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
@@ -131,7 +149,7 @@ def _towers(released: Released) -> dict[str, str]:
     lines = {}
     if "vision.width" in found:
         bias = "with" if found["vision.qkv_bias"] else "without"
-        biased = "Q, K and V and a norm before the layers" if found["vision.kind"] == "clip" else "Q and V"
+        biased = BIASED[str(found["vision.kind"])]
         lines["vision tower"] = (
             f"{found['vision.layers']} layers x {found['vision.width']}, MLP {found['vision.mlp_width']}, "
             f"{found['vision.image_size']} px in patches of {found['vision.patch_size']}, {found['vision.norm']}, "
@@ -139,6 +157,8 @@ def _towers(released: Released) -> dict[str, str]:
         )
     elif released.has("visual"):
         lines["vision tower"] = "of another kind than w2s's"
+    if released.has_foreign_text:
+        lines["text tower"] = "of another kind than w2s's"
     if "text.width" in found:
         lines["text tower"] = (
             f"{found['text.layers']} layers x {found['text.width']}, {found['text.context_length']} tokens"

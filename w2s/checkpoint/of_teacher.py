@@ -102,12 +102,17 @@ class InTeachersSpace(Released):
 
     Where the teacher's summary has another width than the CLIP to come, a second linear of the masked stage leads
     there; the product of both is one projection.
+
+    Raises:
+        ConfigError: the tower ends in SigLIP's pool, which has no projection, and the widths differ.
     """
 
     def __init__(self, source: Released) -> None:
         self.format, self.path, self.heads, self._source = source.format, source.path, source.heads, source
         self.meta = {name: tensor for name, tensor in source.meta.items() if name != _TO_TARGET}
         if _TO_TARGET in source.meta:
+            if _HEAD not in source.meta:
+                raise ConfigError(f"--head: a pool of {source.path} leads into no space of another width, leave it out")
             width, last = source.meta[_TO_TARGET].shape[0], source.meta[_HEAD]
             self.meta[_HEAD] = torch.empty(width, last.shape[1], dtype=last.dtype, device="meta")
             if _HEAD_BIAS in self.meta:

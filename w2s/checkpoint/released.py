@@ -7,7 +7,7 @@
 | open_clip, with a vision tower of timm's  | `visual.trunk.…`, and text with or without `text.`      |
 | open_clip and OpenAI, with their own ViT  | `visual.conv1.…`, which is renamed as timm names it     |
 | EVA-CLIP's own folders of transformers    | `vision_model.…`, `text_model.…`: see `evaclip_folder`  |
-| transformers, a CLIP                      | `vision_model.…`, `text_model.…`                        |
+| transformers, a CLIP or a SigLIP          | `vision_model.…`, `text_model.…`                        |
 | w2s                                       | `vision.…`, `text.…` with Megatron's names              |
 """
 
@@ -23,6 +23,7 @@ from w2s.checkpoint.evaclip_folder import evaclip_tensors, is_evaclip
 from w2s.checkpoint.files import Tensors, open_weights
 from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.transformers_clip import TransformersClip, is_transformers_clip
+from w2s.checkpoint.transformers_siglip import TransformersSiglip, is_transformers_siglip
 from w2s.config.load import model_from
 from w2s.config.sections import Weights
 from w2s.errors import CheckpointError
@@ -37,6 +38,8 @@ BUFFERS = re.compile(
 PLAIN_TEXT = ("token_embedding.", "positional_embedding", "transformer.resblocks.", "ln_final.", "text_projection")
 """Where the text tower of a CLIP without the prefix `text.` begins."""
 
+POOL = "visual.attn_pool.latent"
+"""What a SigLIP's vision tower has under its released names, and no other of w2s's kinds."""
 TRANSFORMERS = ("vision_model.", "text_model.", "embeddings.patch_embeddings.")
 """How names begin in the CLIPs, SigLIPs and DINOv2s of transformers."""
 
@@ -87,6 +90,16 @@ class Released:
         return released_name(name) in self.meta
 
     @property
+    def embeds_images(self) -> bool:
+        """Whether its vision tower has a head: the projection of the class token, or SigLIP's pool."""
+        return "visual.head.weight" in self.meta or POOL in self.meta
+
+    @property
+    def has_foreign_text(self) -> bool:
+        """Whether its text tower is a SigLIP's: it has a bias in its projection, and its tokens see all others."""
+        return self.has("text") and POOL in self.meta and "text.text_projection" not in self.meta
+
+    @property
     def is_masked(self) -> bool:
         """Whether a masked stage wrote it: it still has the head that predicts the teacher's features."""
         return "visual.lm_head.weight" in self.meta
@@ -115,8 +128,8 @@ def rename(tensors: Tensors, path: Path) -> Released:
         tensors = evaclip_tensors(tensors)
     bare = _unwrapped(tensors.meta)
     format = _format_of(bare)
-    if is_transformers_clip(bare):
-        tensors = TransformersClip(tensors, bare)
+    if is_transformers_clip(bare) or is_transformers_siglip(bare):
+        tensors = (TransformersClip if is_transformers_clip(bare) else TransformersSiglip)(tensors, bare)
         bare = {name: name for name in tensors.meta}
     names = {origin: _released(name) for name, origin in bare.items() if not BUFFERS.search(name)}
     if clip_vit.MARK not in bare:

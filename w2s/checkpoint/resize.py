@@ -5,20 +5,21 @@ import math
 from torch import Tensor
 
 
-def resize_positions(positions: Tensor, patches: int) -> Tensor:
-    """Interpolate position embeddings bicubically for another grid; the one of CLS stays.
+def resize_positions(positions: Tensor, patches: int, before: int) -> Tensor:
+    """Interpolate position embeddings bicubically for another grid; those before the patches' stay.
 
     Args:
-        positions: [1, 1 + old * old, width].
+        positions: [1, before + old * old, width].
         patches: patches in an image of the new size, a square number.
+        before: class tokens: 1 or 0.
 
     Returns:
-        [1, 1 + patches, width] in the type of `positions`.
+        [1, before + patches, width] in the type of `positions`.
     """
     from timm.layers import resample_abs_pos_embed  # seconds, for what few runs need
 
     side = math.isqrt(patches)
-    resized: Tensor = resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=1, interpolation="bicubic")
+    resized: Tensor = resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=before, interpolation="bicubic")
     return resized.to(positions.dtype)
 
 

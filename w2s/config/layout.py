@@ -316,11 +316,11 @@ def _check_rows(config: Config, micro: int, share: int) -> None:
 
 def sequence_lengths(config: Config) -> list[int]:
     """Return how many tokens a sample has in the towers of a stage, in each phase of the data."""
-    patches = config.model.vision.patches
+    patches, class_tokens = config.model.vision.patches, config.model.vision.class_tokens
     if config.stage == "mim":
-        return [1 + config.mim.seen(patches)]
+        return [class_tokens + config.mim.seen(patches)]
     phases = sorted(set(views_in_phases(config)))
-    vision = [frames * (1 + kept_patches(patches, dropout)) for frames, dropout in phases]
+    vision = [frames * (class_tokens + kept_patches(patches, dropout)) for frames, dropout in phases]
     return [*vision, config.model.text.context_length]
 
 

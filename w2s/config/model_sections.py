@@ -7,16 +7,19 @@ from w2s.config.requirements import require, require_folder_name, require_positi
 
 Weights = Literal["last", "ema"]
 """Which of a checkpoint's weights: those after its last step, or their moving average."""
+ACTIVATIONS = {"eva": ("gelu",), "clip": ("gelu", "quick_gelu"), "siglip": ("gelu", "gelu_tanh")}
+"""Of the MLPs, by kind of vision tower."""
 
 
 @dataclass(kw_only=True)
 class VisionConfig:
-    """Shape of the vision tower: an EVA vision transformer, or a CLIP's own."""
+    """Shape of the vision tower: an EVA vision transformer, a CLIP's own, or a SigLIP's."""
 
-    kind: Literal["eva", "clip"] = "eva"
-    """`eva`; or `clip`, the vision transformer of OpenAI and open_clip: a norm of the embedded patches before the
-    layers, a bias on Q, K and V, none on the patch embedding and the projection head. It has norm=layernorm,
-    norm_placement=pre and qkv_bias=true."""
+    kind: Literal["eva", "clip", "siglip"] = "eva"
+    """`eva`; `clip`, the vision transformer of OpenAI and open_clip: a norm of the embedded patches before the layers,
+    a bias on Q, K and V, none on the patch embedding and the projection head; or `siglip`: no class token, a bias on
+    every linear, and attention pooling in the place of the projection, so that model.embed_dim is the width. The last
+    two have norm=layernorm, norm_placement=pre and qkv_bias=true."""
     image_size: int = 64
     """Side of the square input in pixels."""
     patch_size: int = 16
@@ -34,9 +37,10 @@ class VisionConfig:
     norm_placement: Literal["post", "pre"] = "post"
     """`post` norms the branch output before it is added (EVA-18B, EVA02-E), `pre` norms the branch input (EVA-8B)."""
     qkv_bias: bool = False
-    """Bias on Q and V (on K too with kind=clip alone) and on the projection head (never with kind=clip)."""
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
-    """Of the MLPs: the exact GELU, or x sigmoid(1.702 x), which OpenAI's weights want."""
+    """Bias on Q and V (on K too with kind=clip and siglip) and on the projection head (with kind=eva alone)."""
+    activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
+    """Of the MLPs: the exact GELU; x sigmoid(1.702 x), which OpenAI's weights want (kind=clip); or the GELU by tanh,
+    with which SigLIPs were trained (kind=siglip)."""
     drop_path: float = 0.0
     """Probability that training leaves out a branch of the last layer, rising linearly from 0 in the first (EVA-01)."""
 
@@ -56,9 +60,11 @@ class VisionConfig:
             self.kind == "eva" or (self.norm, self.norm_placement, self.qkv_bias) == ("layernorm", "pre", True),
             f"model.vision.kind={self.kind} has norm=layernorm, norm_placement=pre and qkv_bias=true: set all three",
         )
+        known = ACTIVATIONS[self.kind]
         require(
-            self.kind == "clip" or self.activation == "gelu",
-            f"model.vision.activation={self.activation} is of CLIP's own towers: use kind=clip, or gelu",
+            self.activation in known,
+            f"model.vision.activation={self.activation} is not of model.vision.kind={self.kind}: use "
+            f"{' or '.join(known)}, or another kind",
         )
 
     @property
@@ -66,7 +72,17 @@ class VisionConfig:
         """Which of Q, K and V have a bias."""
         if not self.qkv_bias:
             return "none"
-        return "qkv" if self.kind == "clip" else "qv"
+        return "qv" if self.kind == "eva" else "qkv"
+
+    @property
+    def patch_bias(self) -> bool:
+        """Whether the patch embedding has a bias."""
+        return self.kind != "clip"
+
+    @property
+    def norm_pre(self) -> bool:
+        """Whether there is a norm before the layers."""
+        return self.kind == "clip"
 
     @property
     def head_bias(self) -> bool:
@@ -87,6 +103,16 @@ class VisionConfig:
     def patches(self) -> int:
         """Patches in an image."""
         return self.grid**2
+
+    @property
+    def class_tokens(self) -> int:
+        """Tokens before those of the patches: the class token, or none."""
+        return 0 if self.kind == "siglip" else 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image."""
+        return self.class_tokens + self.patches
 
 
 @dataclass(kw_only=True)
@@ -131,6 +157,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_folder_name(self.name, "model.name", "runs and exports are called by it")
+        require(
+            self.vision.kind != "siglip" or self.embed_dim == self.vision.width,
+            f"model.embed_dim={self.embed_dim} is not model.vision.width={self.vision.width}: model.vision.kind=siglip "
+            "pools without a projection, set both to one number",
+        )
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,6 @@
-"""The activations of an MLP: GELU(hidden + bias), exact (Hendrycks and Gimpel 2016: by erf, not by tanh), or QuickGELU.
+"""The activations of an MLP: GELU(hidden + bias), exact or by tanh (both Hendrycks and Gimpel 2016), or QuickGELU.
 
-QuickGELU(x) = x sigmoid(1.702 x) is what OpenAI's CLIPs were trained with.
+QuickGELU(x) = x sigmoid(1.702 x) is what OpenAI's CLIPs were trained with, the GELU by tanh SigLIPs.
 """
 
 from typing import Any
@@ -30,7 +30,13 @@ def bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
 
 def plain_bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
     """Return the same out of PyTorch's operators."""
-    out: Tensor = _BiasGelu.apply(hidden, bias)
+    out: Tensor = _BiasGelu.apply(hidden, bias, "none")
+    return out
+
+
+def bias_gelu_tanh(hidden: Tensor, bias: Tensor) -> Tensor:
+    """Return GELU(hidden + bias) by tanh, out of PyTorch's operators everywhere; shapes as in `bias_gelu`."""
+    out: Tensor = _BiasGelu.apply(hidden, bias, "tanh")
     return out
 
 
@@ -44,16 +50,17 @@ class _BiasGelu(torch.autograd.Function):
     """By itself PyTorch would keep the sum."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, bias: Tensor, approximate: str) -> Tensor:
         ctx.save_for_backward(hidden, bias)
-        return F.gelu(hidden + bias)
+        ctx.approximate = approximate
+        return F.gelu(hidden + bias, approximate=approximate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         hidden, bias = ctx.saved_tensors
-        by_sum = torch.ops.aten.gelu_backward(outputs[0], hidden + bias)
-        return by_sum, by_sum.flatten(0, -2).sum(0)
+        by_sum = torch.ops.aten.gelu_backward(outputs[0], hidden + bias, approximate=ctx.approximate)
+        return by_sum, by_sum.flatten(0, -2).sum(0), None
 
 
 class _BiasQuickGelu(torch.autograd.Function):

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO
@@ -50,7 +50,16 @@ def owned(run: Path, ranks: Ranks) -> Iterator[None]:
         yield
     finally:
         if file is not None:
-            file.close()
+            _leave(run, file)
+
+
+def _leave(run: Path, file: IO[str]) -> None:
+    """Give a folder back; one in which there is nothing, as of a run that was refused, is removed."""
+    with suppress(OSError):  # another run has begun there, or the folder is gone
+        if [path.name for path in run.iterdir()] == [_NAME]:
+            (run / _NAME).unlink()
+            run.rmdir()
+    file.close()
 
 
 def _take(run: Path) -> IO[str]:
@@ -68,6 +77,9 @@ def _take(run: Path) -> IO[str]:
             if error.errno not in _NO_LOCKS:
                 raise
             logger.warning("%s is on a file system without locks: start no second run there", run)
+        if not _is_there(path, file):  # the owner before has removed it in this moment
+            file.close()
+            return _take(run)
         file.truncate(0)
         mine = {
             "host": socket.gethostname(),
@@ -77,6 +89,11 @@ def _take(run: Path) -> IO[str]:
         file.write(json.dumps(mine))
         file.flush()
         return file
+
+
+def _is_there(path: Path, file: IO[str]) -> bool:
+    """Whether the open file is the one that others find at its path."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
 
 
 def _describe(file: IO[str]) -> str:

@@ -13,7 +13,7 @@ def vision_layers(vision: VisionConfig, head_width: int, parallel: ParallelConfi
         head_width: channels that its head gives.
         parallel: number of stages, and the user's split if there is one.
     """
-    layer = 4 * vision.width + 2 * vision.mlp_width + 2 * (1 + vision.patches)  # products of a token, over the width
+    layer = 4 * vision.width + 2 * vision.mlp_width + 2 * vision.tokens  # products of a token, over the width
     first, last = 3 * vision.patch_size**2 / layer, (1 + head_width) / layer
     return list(parallel.vision_split) or balanced(vision.layers, _stages(parallel), first, last)
 

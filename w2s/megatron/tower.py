@@ -23,14 +23,14 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from w2s.config.sections import ParallelConfig
-from w2s.kernels.gelu import bias_gelu, bias_quick_gelu
+from w2s.kernels.gelu import bias_gelu, bias_gelu_tanh, bias_quick_gelu
 from w2s.megatron.backend import LOCAL, Linears
 from w2s.megatron.graphs import LayerGraphs
 from w2s.megatron.layers import layer_spec, mark_split_weights
 from w2s.megatron.split import pipeline_layout
 from w2s.megatron.taps import Tap, tapped, tie
 
-ACTIVATIONS = {"gelu": bias_gelu, "quick_gelu": bias_quick_gelu}
+ACTIVATIONS = {"gelu": bias_gelu, "quick_gelu": bias_quick_gelu, "gelu_tanh": bias_gelu_tanh}
 """Of an MLP: functions of what its first linear gives and of that linear's bias."""
 
 
@@ -48,9 +48,9 @@ class StackShape:
     """`pre` or `post`."""
     norm_eps: float
     qkv_bias: str
-    """`none`, `qv` (EVA) or `qkv` (CLIP's own towers)."""
+    """`none`, `qv` (EVA) or `qkv` (CLIP's own towers, SigLIP's)."""
     activation: str
-    """`gelu` or `quick_gelu`."""
+    """`gelu`, `quick_gelu` or `gelu_tanh`."""
     causal: bool
     split: list[int]
     """Layers of each pipeline stage."""

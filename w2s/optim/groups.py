@@ -13,7 +13,7 @@ EMBEDDINGS = (
 )  # fmt: skip
 SCALARS = ("logit_scale", "logit_bias")
 """Of the loss, in float32 whatever the weights are."""
-NEVER_DECAYED = ("pos_embed", "cls_token", "positional_embedding", "logit_scale")
+NEVER_DECAYED = ("pos_embed", "cls_token", "head.latent", "positional_embedding", "logit_scale")
 
 
 def layer_id(name: str, layers: int) -> int:
@@ -39,7 +39,7 @@ def peak_lr(tower: str, name: str, layers: int, optim: OptimConfig) -> float:
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: not to 1-D tensors, positions, CLS and the logit scale."""
+    """Whether weight decay applies: not to 1-D tensors, positions, CLS, SigLIP's probe and the logit scale."""
     return parameter.ndim > 1 and not name.startswith(NEVER_DECAYED)
 
 

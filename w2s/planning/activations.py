@@ -147,9 +147,16 @@ def _after_layers(tower: PlannedTower, types: Types, samples: int) -> int:
     if tower.head_tokens > 1:
         # A summary and its target, in float32 too.
         summary = samples * 2 * 4 * tower.summary_width
-        return _head(tower, types, samples, tower.head_width) + summary
+        return _head(tower, types, samples, tower.head_width) + summary + _pool(tower, types, samples)
     normed = samples * tower.normed_tokens
-    return _norm(tower, types, normed) + normed * tower.width * types.value
+    return _norm(tower, types, normed) + normed * tower.width * types.value + _pool(tower, types, samples)
+
+
+def _pool(tower: PlannedTower, types: Types, samples: int) -> int:
+    """What SigLIP's pool keeps of a micro-batch: K and V of all tokens, and of each image some vectors."""
+    normed = samples * tower.normed_tokens
+    vectors = normed // tower.sequence * (6 * tower.width + 2 * tower.mlp_width)
+    return (2 * normed * tower.width + vectors) * types.value if tower.pool else 0
 
 
 def _head(tower: PlannedTower, types: Types, samples: int, width: int) -> int:

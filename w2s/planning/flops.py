@@ -84,7 +84,7 @@ class StageFlops:
 
 
 def vision_flops(vision: VisionConfig, *, tokens: int, head_tokens: int, head_width: int) -> TowerFlops:
-    """Operations of an image's forward pass.
+    """Operations of an image's forward pass; the head is a linear.
 
     Args:
         vision: the tower.
@@ -94,7 +94,7 @@ def vision_flops(vision: VisionConfig, *, tokens: int, head_tokens: int, head_wi
     """
     linears, attention = _layer(tokens, vision.width, vision.mlp_width)
     return TowerFlops(
-        embedding=2 * (tokens - 1) * 3 * vision.patch_size**2 * vision.width,
+        embedding=2 * (tokens - vision.class_tokens) * 3 * vision.patch_size**2 * vision.width,
         linears=vision.layers * linears,
         attention=vision.layers * attention,
         head=2 * head_tokens * vision.width * head_width,
@@ -114,9 +114,18 @@ def _layer(tokens: int, width: int, mlp_width: int) -> tuple[float, float]:
 
 
 def teacher_flops(vision: VisionConfig, embed_dim: int) -> float:
-    """Operations of an image's forward pass through an EVA tower as teacher, whose head sees every token."""
-    tokens = 1 + vision.patches
-    return vision_flops(vision, tokens=tokens, head_tokens=tokens, head_width=embed_dim).forward
+    """Operations of an image's forward pass through an EVA tower as teacher, whose projection sees every token."""
+    if not vision.class_tokens:
+        tower = vision_flops(vision, tokens=vision.tokens, head_tokens=0, head_width=0)
+        query = 2 * vision.width**2  # timm computes that of the probe for every image
+        return tower.forward + pool_flops(vision, vision.tokens) + query
+    return vision_flops(vision, tokens=vision.tokens, head_tokens=vision.tokens, head_width=embed_dim).forward
+
+
+def pool_flops(vision: VisionConfig, tokens: int) -> float:
+    """Operations of SigLIP's pool on the tokens of an image; the probe's Q, one for all images, is left out."""
+    width = vision.width
+    return 4 * tokens * width**2 + 4 * tokens * width + 2 * width**2 + 4 * width * vision.mlp_width
 
 
 def loss_flops(config: Config, teacher_width: int = 0) -> Flops:
@@ -172,9 +181,9 @@ def seen_tokens(config: Config) -> int:
     """Tokens of an image in the vision tower while it trains, in the first phase of the data."""
     patches = config.model.vision.patches
     if config.stage == "mim":
-        return 1 + config.mim.seen(patches)
+        return config.model.vision.class_tokens + config.mim.seen(patches)
     _, dropout = views_in_phases(config)[0]
-    return 1 + kept_patches(patches, dropout)
+    return config.model.vision.class_tokens + kept_patches(patches, dropout)
 
 
 def seen_frames(config: Config) -> int:
@@ -194,8 +203,9 @@ def student_flops(config: Config, targets: Sequence[Target], layer_width: int = 
     predicted, of_layers = config.mim.predicted(vision.patches), len(config.mim.layers) * layer_width
     width = patch_width(targets) + of_layers
     tower = vision_flops(vision, tokens=seen_tokens(config), head_tokens=predicted, head_width=width)
-    summaries = sum(sum(summary_weights(config, target.summary_width)) for target in targets)
-    return replace(tower, head=tower.head + 2 * summaries)
+    embeds = sum(bool(target.summary_width) for target in targets) * image_head_flops(config)
+    onto_targets = sum(sum(to_summary(config, target.summary_width)) for target in targets)
+    return replace(tower, head=tower.head + embeds + 2 * config.model.embed_dim * onto_targets)
 
 
 def patch_width(targets: Sequence[Target]) -> int:
@@ -203,20 +213,21 @@ def patch_width(targets: Sequence[Target]) -> int:
     return sum(target.width for target in targets)
 
 
-def summary_weights(config: Config, summary_width: int) -> tuple[int, ...]:
-    """Weights of the linears that a summary target of some channels needs: those of none, one or two matrices."""
-    embed_dim = config.model.embed_dim
-    projection, to_target = config.model.vision.width * embed_dim, embed_dim * summary_width
-    if not summary_width:
-        return ()
-    return (projection,) if summary_width == embed_dim else (projection, to_target)
+def to_summary(config: Config, summary_width: int) -> tuple[int, ...]:
+    """Channels of the linear from an embedding to a summary target of some channels, which other channels need."""
+    return (summary_width,) if summary_width not in (0, config.model.embed_dim) else ()
+
+
+def image_head_flops(config: Config) -> float:
+    """Operations of an image through what makes an embedding of normed tokens: a projection, or SigLIP's pool."""
+    vision = config.model.vision
+    return 2 * vision.width * config.model.embed_dim if vision.class_tokens else pool_flops(vision, seen_tokens(config))
 
 
 def image_flops(config: Config) -> TowerFlops:
     """Operations of an image's, or a whole clip's, forward pass through the contrastive stage's vision tower."""
-    model = config.model
-    image = vision_flops(model.vision, tokens=seen_tokens(config), head_tokens=1, head_width=model.embed_dim)
-    return image.times(seen_frames(config))
+    image = vision_flops(config.model.vision, tokens=seen_tokens(config), head_tokens=0, head_width=0)
+    return replace(image, head=image_head_flops(config)).times(seen_frames(config))
 
 
 def stage_flops(

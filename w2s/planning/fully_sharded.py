@@ -81,12 +81,13 @@ def _widths(precision: PrecisionConfig) -> tuple[int, int]:
 
 def _padded(tower: PlannedTower, data_size: int, with_scalars: bool) -> tuple[int, int]:
     """Elements of a layer, and of all that is outside of layers, with which all ranks have whole rows."""
-    layer, patches = tower.layer_elements, sum(tower.first)
-    rest = sum(tower.chunk(0, 1, with_scalars)) - tower.layers * layer - patches
+    layer, patches, pool = tower.layer_elements, sum(tower.first), sum(tower.pool)
+    rest = sum(tower.chunk(0, 1, with_scalars)) - tower.layers * layer - patches - pool
     embedding = _round_up(patches, data_size * tower.patch_row) if patches else 0
+    widest = data_size * max(tower.width, tower.mlp_width)
     return (
-        _round_up(layer, data_size * max(tower.width, tower.mlp_width)),
-        _round_up(rest, data_size * tower.outer_row) + embedding,
+        _round_up(layer, widest),
+        _round_up(rest, data_size * tower.outer_row) + embedding + _round_up(pool, widest),
     )
 
 

@@ -10,6 +10,7 @@ from w2s.config.lessons import Target
 from w2s.config.load import model_from, named_model
 from w2s.config.sections import Config, ModelConfig, TeacherConfig, VisionConfig
 from w2s.planning.flops import seen_frames, teacher_flops, text_flops
+from w2s.planning.towers import pool_sizes
 
 _MAPS = 16
 """Feature maps of the input's size, in float32, that a network which is no EVA tower is taken to need at once."""
@@ -120,7 +121,7 @@ def _text_side(config: Config, teacher: TeacherConfig, model: ModelConfig | None
 def _eva(model: ModelConfig, teacher: TeacherConfig) -> PlannedTeacher:
     vision = replace(model.vision, image_size=teacher.image_size or model.vision.image_size)
     narrow = 2 if teacher.precision == "bf16" else 4
-    tokens = 1 + vision.patches
+    tokens = vision.tokens
     return PlannedTeacher(
         width=model.embed_dim,
         layer_width=vision.width,
@@ -135,17 +136,22 @@ def _eva(model: ModelConfig, teacher: TeacherConfig) -> PlannedTeacher:
 
 
 def _eva_bytes(vision: VisionConfig, embed_dim: int, narrow: int) -> int:
-    """Bytes of an EVA tower: linears and patch embedding in the teacher's precision, all else in float32."""
+    """Bytes of a tower of our kinds: linears and patch embedding in the teacher's precision, all else in float32."""
     width, hidden = vision.width, vision.mlp_width
     vectors = 1 if vision.norm == "rmsnorm" else 2
     linears = vision.layers * (4 * width**2 + width + 2 * width * hidden + hidden + width)
-    patches = 3 * vision.patch_size**2 * width + (width if vision.kind == "eva" else 0)
+    patches = 3 * vision.patch_size**2 * width + (width if vision.patch_bias else 0)
     head = width * embed_dim + (embed_dim if vision.head_bias else 0)
-    norms = (2 * vision.layers + (2 if vision.kind == "clip" else 1)) * vectors * width
+    norms = (2 * vision.layers + (2 if vision.norm_pre else 1)) * vectors * width
+    before = (vision.class_tokens + vision.tokens) * width  # class token and positions
     # Where Q and V alone have a bias, it is apart from the linear, and a buffer of zeros stands for K's.
     biases = vision.layers * 3 * width if vision.qkv_bias else 0
-    whole, apart = (biases, 0) if vision.kind == "clip" else (0, biases)
-    return narrow * (linears + patches + head + whole) + 4 * (norms + apart + width + (1 + vision.patches) * width)
+    whole, apart = (0, biases) if vision.biases == "qv" else (biases, 0)
+    pool = 0
+    if not vision.class_tokens:
+        pool = 3 * width  # the probe, and weight and bias of a norm
+        head = sum(pool_sizes(vision)) - pool
+    return narrow * (linears + patches + head + whole) + 4 * (norms + apart + before + pool)
 
 
 def _model_of_run(name: str, root: Path) -> ModelConfig:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from w2s.config.lessons import Target
-from w2s.config.sections import Config
+from w2s.config.sections import Config, VisionConfig
 from w2s.megatron.split import text_layers, vision_layers
 from w2s.planning.flops import (
     TowerFlops,
@@ -15,8 +15,8 @@ from w2s.planning.flops import (
     seen_frames,
     seen_tokens,
     student_flops,
-    summary_weights,
     text_flops,
+    to_summary,
 )
 
 
@@ -62,6 +62,8 @@ class PlannedTower:
     """Operations of a sample's forward pass."""
     norm_pre: tuple[int, ...] = ()
     """Parameters of the norm before the layers, in the first chunk."""
+    pool: tuple[int, ...] = ()
+    """Those of `last` that are of SigLIP's pool."""
     layer_heads: tuple[int, ...] = ()
     """Layers that have a head of their own after them."""
     layer_width: int = 0
@@ -95,7 +97,7 @@ class PlannedTower:
     @property
     def outer_row(self) -> int:
         """Elements of a row that those of all other parameters outside of layers divide: of the positions."""
-        return self.own_first[1] if self.first else math.lcm(self.width, self.head_width)
+        return max(self.own_first) if self.first else math.lcm(self.width, self.head_width)
 
     def chunk(self, stage: int, tensor: int, with_scalars: bool) -> tuple[int, ...]:
         """Sizes of a chunk's parameters on one tensor-parallel rank, in Megatron's order.
@@ -148,8 +150,9 @@ def _student(config: Config, targets: Sequence[Target], layer_width: int) -> Pla
     heads = tuple(size for target in targets for size in _heads(config, target))
     tower = _vision(config, flops, mask_token, heads, head_tokens=predicted, head_width=patch_width(targets))
     layers = tuple(pair.student for pair in config.mim.layers)
-    summary = sum(target.summary_width for target in targets)
-    return replace(tower, layer_heads=layers, layer_width=layer_width, summary_width=summary)
+    summaries = [target.summary_width for target in targets if target.summary_width]
+    pool, summary = _pool(config) * len(summaries), sum(summaries)
+    return replace(tower, pool=pool, layer_heads=layers, layer_width=layer_width, summary_width=summary)
 
 
 def _heads(config: Config, target: Target) -> tuple[int, ...]:
@@ -157,20 +160,35 @@ def _heads(config: Config, target: Target) -> tuple[int, ...]:
     patches = (config.model.vision.width * target.width, target.width)
     if not target.summary_width:
         return patches
-    _, *to_target = summary_weights(config, target.summary_width)
+    to_target = (config.model.embed_dim * width for width in to_summary(config, target.summary_width))
     return (*patches, *_image_head(config), *to_target)
 
 
 def _image_tower(config: Config) -> PlannedTower:
     head = _image_head(config)
     frames, width = seen_frames(config), config.model.embed_dim
-    return _vision(config, image_flops(config), (), head, head_tokens=frames, head_width=width)
+    tower = _vision(config, image_flops(config), (), head, head_tokens=frames, head_width=width)
+    return replace(tower, pool=_pool(config))
 
 
 def _image_head(config: Config) -> tuple[int, ...]:
-    """Parameters of the projection of the class token."""
+    """Parameters of what makes an embedding: the projection of the class token, or SigLIP's pool."""
     vision, embed = config.model.vision, config.model.embed_dim
+    if not vision.class_tokens:
+        return _pool(config)
     return (vision.width * embed, embed) if vision.head_bias else (vision.width * embed,)
+
+
+def _pool(config: Config) -> tuple[int, ...]:
+    vision = config.model.vision
+    return () if vision.class_tokens else pool_sizes(vision)
+
+
+def pool_sizes(vision: VisionConfig) -> tuple[int, ...]:
+    """Parameters of SigLIP's pool: the probe, Q, K and V, the output, the norm, the MLP."""
+    width, hidden = vision.width, vision.mlp_width
+    attention = (width, width**2, width, 2 * width**2, 2 * width, width**2, width)
+    return (*attention, width, width, width * hidden, hidden, hidden * width, width)
 
 
 def _vision(
@@ -195,17 +213,17 @@ def _vision(
         norm_vectors=vectors,
         qkv_bias=vision.biases,
         split=tuple(vision_layers(vision, head_width, config.parallel)),
-        own_first=(width, (1 + vision.patches) * width, *mask_token),
+        own_first=(*(width,) * vision.class_tokens, vision.tokens * width, *mask_token),
         own_last=(),
-        first=(3 * vision.patch_size**2 * width, *((width,) if vision.kind == "eva" else ())),
+        first=(3 * vision.patch_size**2 * width, *((width,) if vision.patch_bias else ())),
         last=(width,) * vectors + head,
         scalars=0,
-        embedding_elements=3 * vision.patch_size**2 * frames * (sequence - 1),
+        embedding_elements=3 * vision.patch_size**2 * frames * (sequence - vision.class_tokens),
         normed_tokens=frames * sequence,
         head_tokens=head_tokens,
         head_width=head_width,
         flops=flops,
-        norm_pre=(width,) * vectors if vision.kind == "clip" else (),
+        norm_pre=(width,) * vectors if vision.norm_pre else (),
     )
 
 

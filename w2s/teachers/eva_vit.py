@@ -23,7 +23,7 @@ from w2s.config.sections import ModelConfig, VisionConfig, Weights
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import Precision
 from w2s.teachers.timm_vit import TimmTokens, resize_input
-from w2s.towers.vision import MEAN, STD
+from w2s.towers.vision import channel_statistics
 
 
 def eva_vit(name: str, file: Path | None, *, image_size: int, precision: Precision) -> TimmTokens:
@@ -40,7 +40,8 @@ def eva_vit(name: str, file: Path | None, *, image_size: int, precision: Precisi
         CheckpointError: the file cannot be read or holds another model.
     """
     if file is None:
-        return _wrapped(image_tower(named_model(name), has_head=True, device="cpu"), image_size)
+        model = named_model(name)
+        return _wrapped(image_tower(model, has_head=True, device="cpu"), model.vision, image_size)
     return _network(rename(open_weights(file), file), named_model(name), image_size, precision)
 
 
@@ -95,9 +96,9 @@ def _evaclip_model(released: Released, vision: Mapping[str, Any]) -> ModelConfig
 
 
 def w2s_run(checkpoint: Path, *, image_size: int, precision: Precision, weights: Weights = "last") -> TimmTokens:
-    """The vision tower of a checkpoint of ours: of a clip run with its projection, of a masked run without.
+    """The vision tower of a checkpoint of ours: of a clip run with its head, of a masked run without.
 
-    A masked run with a summary target has trained the projection on class tokens alone: its summary goes through it.
+    A masked run with a summary target has trained the head on summaries alone: its summary goes through it.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or has no vision tower or no moving average.
@@ -107,20 +108,21 @@ def w2s_run(checkpoint: Path, *, image_size: int, precision: Precision, weights:
 
 def without_weights(model: ModelConfig, *, image_size: int) -> TimmTokens:
     """The network of a CLIP's vision tower, on the meta device."""
-    return _wrapped(image_tower(model, has_head=True), image_size)
+    return _wrapped(image_tower(model, has_head=True), model.vision, image_size)
 
 
 def _network(released: Released, model: ModelConfig, image_size: int, precision: Precision) -> TimmTokens:
-    tower = image_tower(model, has_head="visual.head.weight" in released.meta)
+    tower = image_tower(model, has_head=released.embeds_images)
     tower.load_state_dict(_weights(tower, released, precision), assign=True)
     zero_key_biases(tower)
-    return _wrapped(tower, image_size, masked=released.is_masked)
+    return _wrapped(tower, model.vision, image_size, masked=released.is_masked)
 
 
-def _wrapped(tower: Eva | VisionTransformer, image_size: int, masked: bool = False) -> TimmTokens:
+def _wrapped(tower: Eva | VisionTransformer, vision: VisionConfig, image_size: int, masked: bool = False) -> TimmTokens:
+    mean, std = channel_statistics(vision)
     if image_size:
         resize_input(tower, image_size)
-    return TimmTokens(tower, nn.Identity() if masked else tower.head, projection=tower.head, mean=MEAN, std=STD)
+    return TimmTokens(tower, nn.Identity() if masked else tower.head, projection=tower.head, mean=mean, std=std)
 
 
 def _weights(tower: nn.Module, released: Released, precision: Precision) -> dict[str, Tensor]:

@@ -16,13 +16,14 @@ from w2s.megatron.sharded import ShardedTower
 from w2s.megatron.together import Together
 from w2s.teachers.base import Features, PatchNetwork, Precision, check_image_size
 from w2s.towers.clip import ImageTower
-from w2s.towers.vision import MEAN, STD
+from w2s.towers.vision import channel_statistics
 
 
 class ShardedRun(PatchNetwork):
     """Patch tokens of our vision tower: `head(norm(tokens))` of a clip run, `norm(tokens)` of a masked run.
 
-    The summary is the class token, through the projection if there is one.
+    The summary is the class token, through the projection if there is one; of a SigLIP's tower what its pool gives, or
+    the mean of all tokens if there is none.
 
     The ranks of a tensor-parallel group call it together, each with images of its own.
     """
@@ -56,18 +57,18 @@ class ShardedRun(PatchNetwork):
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         tower = ImageTower(vision, model.embed_dim, alone, dtype)
         handover = hand_over(ShardedTower([tower], [tower]), "vision", checkpoint, weights=weights)
-        projects, masked = not handover.new, open_released(checkpoint).is_masked
+        embeds, masked, (mean, std) = not handover.new, open_released(checkpoint).is_masked, channel_statistics(vision)
         super().__init__(
-            width=model.embed_dim if projects and not masked else vision.width,
-            summary_width=model.embed_dim if projects else vision.width,
+            width=model.embed_dim if embeds and not masked else vision.width,
+            summary_width=model.embed_dim if embeds else vision.width,
             grid=vision.grid,
             image_size=size,
-            mean=MEAN,
-            std=STD,
+            mean=mean,
+            std=std,
         )
-        self.tower = tower
-        self.projection = tower.head if projects else nn.Identity()
-        self.head = nn.Identity() if masked else self.projection
+        self.tower, self.embeds = tower, embeds
+        projects = embeds and not masked and vision.class_tokens
+        self.head = tower.head if projects else nn.Identity()
         self.together = Together()
 
     def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
@@ -79,4 +80,8 @@ class ShardedRun(PatchNetwork):
     def _features(self, images: Tensor) -> Tensor:
         """Patch features and summary of each image in one row, as the group returns one tensor."""
         tokens = self.tower.encode(images)
-        return torch.cat([self.head(tokens[:, 1:]).flatten(1), self.projection(tokens[:, 0])], dim=1)
+        summary = self.tower.embedding(tokens, self.tower.head) if self.embeds else self._unprojected(tokens)
+        return torch.cat([self.head(self.tower.of_patches(tokens)).flatten(1), summary], dim=1)
+
+    def _unprojected(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0] if self.tower.shape.class_tokens else tokens.mean(1)

@@ -14,7 +14,10 @@ TEXT_NORM_EPS = 1e-5
 
 
 class ImageTower(VisionTower):
-    """The vision tower with a projection of the CLS token (baaivision/EVA, shinji/eva_clip/eva_vit_model.py)."""
+    """The vision tower with a head: a projection of the CLS token, or a pool over all tokens.
+
+    Sources: baaivision/EVA, shinji/eva_clip/eva_vit_model.py; google-research/big_vision, models/vit.py.
+    """
 
     def __init__(
         self,
@@ -46,7 +49,7 @@ class ImageTower(VisionTower):
             embedded = self.forward(images.flatten(0, 1), *flat)
             return embedded.unflatten(0, (len(images), -1)).mean(1) if self.last else embedded
         tokens = self.encode(images, kept=kept, branches=branches)
-        return self.head(tokens[:, 0]) if self.last else tokens
+        return self.embedding(tokens, self.head) if self.last else tokens
 
     def embed_and_pool(self, images: Tensor) -> Tensor:
         """Embed images and average their patch tokens, in one pass.
@@ -60,7 +63,7 @@ class ImageTower(VisionTower):
         tokens = self.encode(images)
         if not self.last:
             return tokens
-        return torch.cat([self.head(tokens[:, 0]).float(), tokens[:, 1:].float().mean(1)], dim=1)
+        return torch.cat([self.embedding(tokens, self.head).float(), self.of_patches(tokens).float().mean(1)], dim=1)
 
 
 class TextTower(Tower):

@@ -19,7 +19,8 @@ def vision_rule(
     Normal, the output projections divided by sqrt(2 * layer); torch's default for the patch embedding (baaivision/EVA,
     EVA-CLIP-18B/shinji/eva_clip/eva_vit_model.py). Truncated, the patch embedding is as the rest
     (EVA-01/eva/modeling_pretrain.py). The head starts at 1 / sqrt(width), as CLIP's projections do: EVA's 2e-5 gives it
-    a gradient that dominates the global norm.
+    a gradient that dominates the global norm. SigLIP's pool has normals of the variance of its uniform ones (Glorot and
+    Bengio 2010; google-research/big_vision, models/vit.py).
 
     Args:
         shape: the tower's configuration.
@@ -42,7 +43,10 @@ def vision_rule(
             return Init("constant", post_norm)
         if "norm" in name:
             return ONE
-        if re.match(r"(teachers\.[^.]+\.)?head\.", name):
+        own = re.sub(r"^teachers\.[^.]+\.", "", name)  # the heads of further teachers begin as those of the first
+        if own.startswith("head.mlp"):
+            return Init("normal", math.sqrt(2 / (shape.width + shape.mlp_width)))
+        if own.startswith("head"):
             return Init("normal", shape.width**-0.5)
         if layer and name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             return drawn(std / math.sqrt(2 * (int(layer[1]) + 1)))

@@ -116,7 +116,8 @@ class MaskedStudent(VisionTower):
         """
 
         def chosen(tokens: Tensor) -> Tensor:
-            return tokens[:, 1:] if self.drops_masked else at_places(tokens[:, 1:], places)
+            patches = self.of_patches(tokens)
+            return patches if self.drops_masked else at_places(patches, places)
 
         def tap(number: str, head: nn.Module, learn: LayerLoss) -> Tap:
             return lambda tokens: learn(int(number), head(chosen(tokens)))
@@ -126,8 +127,8 @@ class MaskedStudent(VisionTower):
         tokens = self.encode(images, **seen, taps=taps, branches=branches)
         if not self.last:
             return tokens
-        patches, cls = chosen(tokens), tokens[:, 0]
-        return tuple(Outputs(heads.lm_head(patches), _summary(heads, cls)) for heads in self._heads)
+        patches = chosen(tokens)
+        return tuple(Outputs(heads.lm_head(patches), self._summary(heads, tokens)) for heads in self._heads)
 
     def predict(self, images: Tensor, masks: Tensor, places: Tensor) -> Tensor:
         """As `forward`, with everything of an image in one row in the last chunk, a teacher after the other."""
@@ -142,33 +143,32 @@ class MaskedStudent(VisionTower):
             teacher: the teacher's number.
         """
         tokens = self.encode(images)
-        return self._heads[teacher].head(tokens[:, 0]) if self.last else tokens
+        return self.embedding(tokens, self._heads[teacher].head) if self.last else tokens
 
     @property
     def _heads(self) -> list[Any]:
         """What has the heads for each teacher, in the last chunk."""
         return [self, *self.teachers.values()]
 
+    def _summary(self, heads: Any, tokens: Tensor) -> Tensor | None:
+        """The summary that such heads predict, None without that target."""
+        if not hasattr(heads, "head"):
+            return None
+        embeddings = self.embedding(tokens, heads.head)
+        return heads.summary_proj(embeddings) if hasattr(heads, "summary_proj") else embeddings
+
 
 def _add_heads(module: nn.Module, shape: VisionConfig, target: Target, embed_dim: int, dtype: torch.dtype) -> None:
     """Give a module what predicts a teacher: `lm_head` its patches, and with a summary target `head` that.
 
-    `head` is the projection of a CLIP's image tower; where the target has another width than that gives,
-    `summary_proj`, a linear of this stage alone, leads from the one to the other.
+    `head` is that of a CLIP's image tower; where the target has another width than it gives, `summary_proj`, a linear
+    of this stage alone, leads from the one to the other.
     """
     module.lm_head = nn.Linear(shape.width, target.width, dtype=dtype)
     if target.summary_width:
         module.head = image_head(shape, embed_dim, dtype)
         if target.summary_width != embed_dim:
             module.summary_proj = nn.Linear(embed_dim, target.summary_width, bias=False, dtype=dtype)
-
-
-def _summary(heads: Any, cls: Tensor) -> Tensor | None:
-    """The summary that such heads predict, None without that target."""
-    if not hasattr(heads, "head"):
-        return None
-    embeddings: Tensor = heads.head(cls)
-    return heads.summary_proj(embeddings) if hasattr(heads, "summary_proj") else embeddings
 
 
 class LayerHead(nn.Sequential):

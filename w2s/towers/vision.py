@@ -1,4 +1,7 @@
-"""The vision transformer of EVA, or of CLIP: patch embedding, CLS token, learned positions, layers, final norm."""
+"""The vision transformer of EVA, CLIP or SigLIP: patch embedding, learned positions, layers, final norm.
+
+Those of EVA and CLIP have a CLS token, which a projection takes into the space shared with text.
+"""
 
 from collections.abc import Mapping
 
@@ -9,7 +12,8 @@ from w2s.config.sections import ParallelConfig, VisionConfig
 from w2s.megatron.backend import LOCAL, Linears
 from w2s.megatron.split import vision_layers
 from w2s.megatron.taps import Tap
-from w2s.megatron.tower import StackShape, Tower
+from w2s.megatron.tower import ACTIVATIONS, StackShape, Tower
+from w2s.towers.attention_pool import AttentionPool
 from w2s.towers.norms import make_norm
 from w2s.towers.patches import PatchEmbedding
 
@@ -18,11 +22,19 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Standard deviation of the input's channels (CLIP's)."""
 
+Channels = tuple[float, float, float]
+
+
+def channel_statistics(config: VisionConfig) -> tuple[Channels, Channels]:
+    """Return mean and standard deviation of the input's channels: CLIP's, or what takes pixels to -1..1 (SigLIP)."""
+    return ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)) if config.kind == "siglip" else (MEAN, STD)
+
 
 def vision_stack(config: VisionConfig, head_width: int, parallel: ParallelConfig) -> StackShape:
     """Return the shape of the vision tower's layers.
 
-    Sources: baaivision/EVA, shinji/eva_clip/eva_vit_model.py; openai/CLIP, clip/model.py, `VisionTransformer`.
+    Sources: baaivision/EVA, shinji/eva_clip/eva_vit_model.py; openai/CLIP, clip/model.py, `VisionTransformer`;
+    google-research/big_vision, models/vit.py.
 
     Args:
         config: the tower.
@@ -44,8 +56,11 @@ def vision_stack(config: VisionConfig, head_width: int, parallel: ParallelConfig
     )
 
 
-def image_head(config: VisionConfig, embed_dim: int, dtype: torch.dtype) -> nn.Linear:
-    """Return the projection of the CLS token into the space shared with text."""
+def image_head(config: VisionConfig, embed_dim: int, dtype: torch.dtype) -> nn.Module:
+    """Return what makes an embedding: a projection of the CLS token, or without one a pool over all tokens."""
+    if not config.class_tokens:
+        activation = ACTIVATIONS[config.activation]
+        return AttentionPool(config.width, config.heads, config.mlp_width, activation, config.norm_eps, dtype)
     return nn.Linear(config.width, embed_dim, bias=config.head_bias, dtype=dtype)
 
 
@@ -56,8 +71,8 @@ class VisionTower(Tower):
         shape: the configuration that it was built from.
     """
 
-    # Megatron's FSDP deals out whole rows: those of a patch's pixels divide no other's.
-    gathered_apart = (PatchEmbedding,)
+    # Megatron's FSDP deals out whole rows: those of a patch's pixels, and of the pool's MLP, divide no other's.
+    gathered_apart = (PatchEmbedding, AttentionPool)
 
     def __init__(
         self,
@@ -71,11 +86,11 @@ class VisionTower(Tower):
         super().__init__(vision_stack(shape, head_width, parallel), parallel, dtype, chunk, linears)
         self.shape = shape
         if self.first:
-            has_bias = shape.kind == "eva"
-            self.patch_embed = PatchEmbedding(shape.patch_size, shape.width, dtype, bias=has_bias)
-            self.cls_token = nn.Parameter(torch.empty(1, 1, shape.width, dtype=dtype))
-            self.pos_embed = nn.Parameter(torch.empty(1, 1 + shape.patches, shape.width, dtype=dtype))
-            if shape.kind == "clip":
+            self.patch_embed = PatchEmbedding(shape.patch_size, shape.width, dtype, bias=shape.patch_bias)
+            if shape.class_tokens:
+                self.cls_token = nn.Parameter(torch.empty(1, 1, shape.width, dtype=dtype))
+            self.pos_embed = nn.Parameter(torch.empty(1, shape.tokens, shape.width, dtype=dtype))
+            if shape.norm_pre:
                 self.norm_pre = make_norm(shape.norm, shape.width, shape.norm_eps, dtype)
         if self.last:
             self.norm = make_norm(shape.norm, shape.width, shape.norm_eps, dtype)
@@ -94,27 +109,39 @@ class VisionTower(Tower):
             images: [n, 3, side, side], normalised.
             masks: bool [n, patches], True where the mask token takes a patch's place; None masks nothing.
             kept: int64 [n, k], the patches that patch dropout keeps; None keeps all.
-            taps: losses of the tokens [n, 1 + patches (or k), width] after layers of this chunk, by the layer's number.
+            taps: losses of the tokens [n, tokens, width] after layers of this chunk, by the layer's number.
             branches: [n, layers, 2], what drop path multiplies the layers' branches with; None leaves none out.
 
         Returns:
-            Tokens [n, 1 + patches (or k), width] with CLS first in the last chunk, packed rows elsewhere.
+            Tokens [n, patches (or k), width], after that of CLS if there is one, in the last chunk, packed rows
+            elsewhere.
         """
         embedded = self._embed(images, masks, kept) if self.first else None
         patches = self.shape.patches if kept is None else kept.shape[1]
-        tokens = self.run_layers(embedded, len(images), 1 + patches, taps, branches)
+        tokens = self.run_layers(embedded, len(images), self.shape.class_tokens + patches, taps, branches)
         return self.norm(tokens) if self.last else tokens
 
     def patch_tokens(self, images: Tensor) -> Tensor:
         """Return the patch tokens after the final norm, without CLS: [n, patches, width] in the last chunk."""
         tokens = self.encode(images)
-        return tokens[:, 1:] if self.last else tokens
+        return self.of_patches(tokens) if self.last else tokens
+
+    def embedding(self, tokens: Tensor, head: nn.Module) -> Tensor:
+        """Put a head, see `image_head`, on the normed tokens [n, tokens, width]: [n, embed_dim]."""
+        embedded: Tensor = head(tokens[:, 0] if self.shape.class_tokens else tokens)
+        return embedded
+
+    def of_patches(self, tokens: Tensor) -> Tensor:
+        """Return the tokens of an image [n, tokens, d] without that of CLS: [n, patches, d]."""
+        return tokens[:, self.shape.class_tokens :]
 
     def _embed(self, images: Tensor, masks: Tensor | None, kept: Tensor | None) -> Tensor:
         patches = self.patch_embed(images, kept)
         if masks is not None:
             patches = torch.where(masks.unsqueeze(-1), self.mask_token, patches)
-        patches = patches + (self.pos_embed[:, 1:] if kept is None else self.pos_embed[0, 1:][kept])
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
-        tokens = torch.cat([cls_token, patches], dim=1)
-        return self.norm_pre(tokens) if self.shape.kind == "clip" else tokens
+        positions = self.of_patches(self.pos_embed)
+        tokens = patches + (positions if kept is None else positions[0, kept])
+        if self.shape.class_tokens:
+            cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+            tokens = torch.cat([cls_token, tokens], dim=1)
+        return self.norm_pre(tokens) if self.shape.norm_pre else tokens

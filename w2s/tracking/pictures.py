@@ -140,26 +140,33 @@ def features_picture(path: Path, images: Tensor, student: Tensor, teacher: Tenso
     _save(figure, path)
 
 
+FULL_LIGHT = 4
+"""How many times an equal share of attention is drawn at full brightness."""
+
+
 def attention_picture(path: Path, images: Tensor, weights: Tensor) -> None:
-    """Draws images, and the same as bright as the CLS token's attention to their patches, the strongest at full.
+    """Draws images, and the same as bright as their patches are attended to, beside an equal attention to all.
+
+    The scale is the same for all images and runs: an equal attention is a quarter of full brightness.
 
     Args:
         path: PNG to write.
         images: uint8 [n, 3, S, S].
-        weights: float [n, P], P a square number, row by row.
+        weights: float [n, P], P a square number, row by row; 1 / P each is an equal attention.
 
     Raises:
         UserError: the file cannot be written.
     """
     grid = _side(weights.shape[1])
-    figure, axes = _grid_figure(["image", "lit by CLS's\nattention", "share of the\nstrongest"], len(images), bar=True)
+    figure, axes = _grid_figure(["image", "lit by\nattention", "times an\nequal share"], len(images), bar=True)
     for column, (image, weight) in enumerate(zip(images.cpu(), weights.float().cpu(), strict=True)):
-        share = (weight / weight.max().clamp_min(1e-12)).reshape(1, 1, grid, grid)
-        light = functional.interpolate(share, size=image.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
+        times = (weight * grid**2).reshape(1, 1, grid, grid)
+        lit = functional.interpolate(times, size=image.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
+        light = (lit / FULL_LIGHT).clamp(0, 1)
         _show(axes[0][column], _pixels(image))
         _show(axes[1][column], _pixels((image * light).to(torch.uint8)))
-        axes[2][column].imshow(share[0, 0].numpy(), cmap="viridis", vmin=0, vmax=1)
-    _add_bar(figure, 0, 1)
+        axes[2][column].imshow(times[0, 0].numpy(), cmap="viridis", vmin=0, vmax=FULL_LIGHT)
+    _add_bar(figure, 0, FULL_LIGHT)
     _save(figure, path)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import rich.box
 import rich.table
+from rich.console import Group
 from rich.text import Text
 
 from w2s.redaction import redacted, shown
@@ -35,11 +36,11 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
-    def to_rich(self) -> rich.table.Table:
-        """The table for a terminal."""
+    def to_rich(self) -> Group:
+        """The table for a terminal; its title has the width of the terminal, where its own would break words."""
         if len(self.columns) > MOST_COLUMNS:
             return self._turned().to_rich()
-        table = rich.table.Table(title=Text(shown(self.title)), title_justify="left", box=rich.box.SIMPLE_HEAD)
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
         for index, column in enumerate(self.columns):
             justify: Literal["left", "right"] = "right" if self.is_number(index) else "left"
             # Where a line is too short, long cells are wrapped before a digit is cut off.
@@ -48,7 +49,7 @@ class Table:
             table.add_column(Text(shown(column)), justify=justify, no_wrap=short, overflow=overflow)
         for row in self.rows:
             table.add_row(*(Text(cell_text(cell)) for cell in row))
-        return table
+        return Group(Text(shown(self.title), style="table.title"), table) if self.title else Group(table)
 
     def to_markdown(self) -> str:
         """The table as Markdown, its title above it."""

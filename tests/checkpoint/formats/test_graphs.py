@@ -23,18 +23,20 @@ def inputs(kind: str) -> list[Tensor]:
     return [images(model), captions(model)]
 
 
-@pytest.mark.parametrize("kind", ["vit", pytest.param("e", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["vit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("e", "siglip"))])
 def test_torch_export_gives_the_same(tmp_path: Path, kind: str) -> None:
     tensors = {**released(small(kind)), "logit_bias": torch.tensor(-7.5)}
     folder = write(small(kind), "torch_export", tmp_path, tensors)
     for file, given, expected in zip(FILES, inputs(kind), features(small(kind)), strict=True):
         graph = torch.export.load(folder / f"{file}.pt2").module()
-        assert torch.equal(graph(given), expected)
+        # A pool's one query goes through another attention kernel.
+        error = 1e-6 if kind == "siglip" and file == "vision_model" else 0
+        torch.testing.assert_close(graph(given), expected, atol=error, rtol=error)
         torch.testing.assert_close(graph(given[:1]), expected[:1], atol=1e-6, rtol=1e-5)
     about = json.loads((folder / "clip.json").read_text())
     assert about["logit_scale"] == pytest.approx(12.1825, abs=1e-4)
     assert about["logit_bias"] == -7.5
-    assert (about["image_size"], about["context_length"], about["embed_dim"]) == (32, 16, 16)
+    assert (about["image_size"], about["context_length"], about["embed_dim"]) == (32, 16, small(kind).embed_dim)
     for file in folder.iterdir():
         assert str(tmp_path).encode() not in file.read_bytes(), f"{file.name} names a folder of this machine"
 
@@ -64,12 +66,17 @@ def test_what_cannot_be_served_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "precision"), [("18b", ""), ("e", ""), ("g", ""), ("vit", ""), ("8b", "fp16")])
-def test_onnx_runtime_gives_the_same(tmp_path: Path, kind: str, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("18b", ""), ("e", ""), ("g", ""), ("vit", ""), ("siglip", ""), ("8b", "fp16")]
+)
+def test_onnx_runtime_gives_the_same(
+    tmp_path: Path, kind: str, precision: str, recwarn: pytest.WarningsRecorder
+) -> None:
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason=NEEDS)
     onnxruntime = pytest.importorskip("onnxruntime", reason=NEEDS)
     folder = write(small(kind), "onnx", tmp_path, precision=precision)
+    assert not [each for each in recwarn if each.category is FutureWarning]
     tolerance = 5e-3 if precision else 1e-4  # half a step of float16 is 5e-4; errors of two layers add up
     for file, given, expected in zip(FILES, inputs(kind), features(small(kind)), strict=True):
         session = onnxruntime.InferenceSession(folder / f"{file}.onnx", providers=["CPUExecutionProvider"])

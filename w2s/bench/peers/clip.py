@@ -16,7 +16,7 @@ from w2s.checkpoint.formats.open_clip import open_clip_config
 from w2s.checkpoint.formats.timm import timm_config
 from w2s.config.sections import Config
 from w2s.data.batch import Batch, given, normalize
-from w2s.towers.vision import MEAN, STD
+from w2s.towers.vision import channel_statistics
 
 
 class OpenClip(Peer):
@@ -33,7 +33,7 @@ class OpenClip(Peer):
 
     def loss(self, micro: Batch, marks: Marks) -> Tensor:
         """Return open_clip's contrastive loss of a whole batch."""
-        images = normalize(micro.images, MEAN, STD)
+        images = normalize(micro.images, *channel_statistics(self.config.model.vision))
         with marks.part("forward"), self.autocast():
             features = self.model(images, given(micro.tokens))
         loss: Tensor = self.criterion(*features)

@@ -15,7 +15,7 @@ from w2s.data.batch import Batch, given, normalize
 from w2s.objectives.masked import LOSSES
 from w2s.teachers.build import build_teacher
 from w2s.towers.masked import at_places, places_to_predict
-from w2s.towers.vision import MEAN, STD
+from w2s.towers.vision import channel_statistics
 
 
 class TimmStudent(nn.Module):
@@ -37,11 +37,12 @@ class TimmStudent(nn.Module):
         placed = self.trunk._pos_embed(patches)
         # Eva's gives rotary positions too, which are none here; the ViT has a norm before the layers.
         tokens = placed[0] if isinstance(self.trunk, Eva) else self.trunk.norm_pre(placed)
+        before = self.trunk.num_prefix_tokens
         if self.drops_masked:
-            tokens = torch.cat([tokens[:, :1], at_places(tokens[:, 1:], places)], dim=1)
+            tokens = torch.cat([tokens[:, :before], at_places(tokens[:, before:], places)], dim=1)
         for block in self.trunk.blocks:
             tokens = block(tokens)
-        features = self.trunk.norm(tokens)[:, 1:]
+        features = self.trunk.norm(tokens)[:, before:]
         predictions: Tensor = self.lm_head(features if self.drops_masked else at_places(features, places))
         return predictions
 
@@ -68,7 +69,7 @@ class TimmMasked(Peer):
         with marks.part("teacher"):
             seen = normalize(micro.teacher_images[0], self.teacher.mean, self.teacher.std)
             features = self.teacher(seen).patches
-        images = normalize(micro.images, MEAN, STD)
+        images = normalize(micro.images, *channel_statistics(self.config.model.vision))
         with marks.part("forward"), self.autocast():
             predictions = self.model(images, masks, places)
         return LOSSES[self.config.mim.loss](predictions, at_places(features, places))

@@ -24,8 +24,8 @@ def write(export: Export, folder: Path) -> Guide:
     released, model = export.released, export.model
     if model.vision.kind != "eva":
         raise CheckpointError(
-            f"{released.path} has a vision tower of OpenAI's kind, which EVA-CLIP's code does not have: "
-            "use --format open_clip"
+            f"{released.path} has a vision tower of model.vision.kind={model.vision.kind}, which EVA-CLIP's code does "
+            "not have: use --format open_clip"
         )
     if "logit_bias" in released.meta:
         raise CheckpointError(

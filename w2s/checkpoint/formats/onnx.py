@@ -1,5 +1,6 @@
 """Both towers of a CLIP for ONNX Runtime, each with its weights in a file beside it."""
 
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,13 @@ def write(export: Export, folder: Path) -> Guide:
 
 
 def _save(graph: Graph, folder: Path) -> None:
-    program: Any = torch.onnx.export(
-        traced(graph), (), input_names=[graph.input], output_names=[graph.output], dynamo=True, verbose=False
-    )
+    traced_graph = traced(graph)
+    with warnings.catch_warnings():
+        # torch copies the program by a class that it is about to rename: nothing that a user could change.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        program: Any = torch.onnx.export(
+            traced_graph, (), input_names=[graph.input], output_names=[graph.output], dynamo=True, verbose=False
+        )
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
     program.save(folder / f"{graph.file}.onnx", external_data=True)

@@ -1,8 +1,8 @@
 """A CLIP for `open_clip.create_model_and_transforms("local-dir:FOLDER")`.
 
-A vision tower of OpenAI's kind is open_clip's own. One of EVA's kind is timm's: open_clip's configuration can name it
-by a name that timm knows, by a path, or by a hub. Where timm knows no name, config.json beside it describes the tower,
-and the configuration names the folder that it stands in: that of the hub, or the one where the program runs.
+A vision tower of OpenAI's kind is open_clip's own. One of EVA's or SigLIP's kind is timm's: open_clip's configuration
+can name it by a name that timm knows, by a path, or by a hub. Where timm knows no name, config.json beside it describes
+the tower, and the configuration names the folder that it stands in: that of the hub, or the one where the program runs.
 """
 
 from pathlib import Path
@@ -12,7 +12,6 @@ from w2s.checkpoint import clip_vit
 from w2s.checkpoint.fit import MASKED_STAGE
 from w2s.checkpoint.formats.base import (
     EMBEDS_BOTH,
-    HEAD,
     RESIZED,
     Export,
     Guide,
@@ -24,7 +23,7 @@ from w2s.checkpoint.formats.base import (
 from w2s.checkpoint.formats.timm import named_tower, timm_config
 from w2s.config.sections import ModelConfig, TextConfig, VisionConfig
 from w2s.errors import CheckpointError
-from w2s.towers.vision import MEAN, STD
+from w2s.towers.vision import channel_statistics
 
 HERE = "local-dir:."
 
@@ -50,7 +49,7 @@ def write(export: Export, folder: Path) -> Guide:
         CheckpointError: it is no whole CLIP, or timm has no tower of its kind.
     """
     released, model = export.released, export.model
-    if not (released.has("text") and HEAD in released.meta):
+    if not (released.has("text") and released.embeds_images):
         raise CheckpointError(
             f"{released.path} is not a whole CLIP, which is all that open_clip has: "
             "export a clip run, or use --format timm"
@@ -110,9 +109,10 @@ def open_clip_config(model: ModelConfig, tower: str, logit_bias: bool) -> dict[s
 
     Args:
         model: the CLIP.
-        tower: timm's name of a vision tower of EVA's kind, or of the place whose config.json describes it.
+        tower: timm's name of a vision tower of EVA's or SigLIP's kind, or of the place whose config.json describes it.
         logit_bias: whether the loss has a bias beside its scale (SigLIP).
     """
+    mean, std = channel_statistics(model.vision)
     return {
         "model_cfg": {
             "embed_dim": model.embed_dim,
@@ -125,8 +125,8 @@ def open_clip_config(model: ModelConfig, tower: str, logit_bias: bool) -> dict[s
         "preprocess_cfg": {
             "size": model.vision.image_size,
             "mode": "RGB",
-            "mean": list(MEAN),
-            "std": list(STD),
+            "mean": list(mean),
+            "std": list(std),
             "interpolation": "bicubic",
             "resize_mode": "shortest",
         },
@@ -147,9 +147,11 @@ def _vision_config(vision: VisionConfig, tower: str) -> dict[str, Any]:
         "image_size": vision.image_size,
         "timm_model_name": tower,
         "timm_model_pretrained": False,
-        "timm_pool": "token",
-        "timm_proj": "linear",
-        "timm_proj_bias": vision.head_bias,
+        **(
+            {"timm_pool": "map", "timm_proj": "none"}
+            if vision.kind == "siglip"
+            else {"timm_pool": "token", "timm_proj": "linear", "timm_proj_bias": vision.head_bias}
+        ),
     }
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from w2s.checkpoint.fit import MASKED_STAGE
 from w2s.checkpoint.formats.open_clip import text_config
-from w2s.checkpoint.formats.timm import timm_name
+from w2s.checkpoint.formats.timm import timm_name, timm_pool
 from w2s.checkpoint.released import Released
 from w2s.config.sections import ModelConfig, VisionConfig
 
@@ -26,12 +26,12 @@ def image_tower(model: ModelConfig, *, has_head: bool, device: torch.device | st
 
     Args:
         model: the CLIP.
-        has_head: whether it ends in the projection into the shared space.
+        has_head: whether it ends in the projection into the shared space, or in SigLIP's pool.
         device: where it is made; on `meta` it has no memory for its weights.
     """
     vision = model.vision
     norm = RmsNorm if vision.norm == "rmsnorm" else LayerNorm
-    build = _eva if vision.kind == "eva" else _clip
+    build = _eva if vision.kind == "eva" else _vit
     with torch.device(device):
         tower = build(
             vision,
@@ -43,8 +43,8 @@ def image_tower(model: ModelConfig, *, has_head: bool, device: torch.device | st
             mlp_ratio=(vision.mlp_width + 0.5) / vision.width,  # rounded down there
             qkv_bias=vision.qkv_bias,
             norm_layer=partial(norm, eps=vision.norm_eps),
-            num_classes=model.embed_dim if has_head else 0,
-            global_pool="token",
+            num_classes=model.embed_dim if has_head and vision.class_tokens else 0,
+            **timm_pool(vision, has_head),
         )
     if isinstance(tower.head, nn.Linear) and not vision.head_bias:
         tower.head.register_parameter("bias", None)
@@ -55,8 +55,8 @@ def _eva(vision: VisionConfig, **shape: Any) -> Eva:
     return Eva(use_post_norm=vision.norm_placement == "post", **shape)
 
 
-def _clip(vision: VisionConfig, **shape: Any) -> VisionTransformer:
-    return VisionTransformer(pre_norm=True, act_layer=vision.activation, **shape)
+def _vit(vision: VisionConfig, **shape: Any) -> VisionTransformer:
+    return VisionTransformer(pre_norm=vision.norm_pre, act_layer=vision.activation, **shape)
 
 
 def text_tower(model: ModelConfig, *, device: torch.device | str = "meta") -> TextTransformer:
@@ -72,7 +72,7 @@ def text_tower(model: ModelConfig, *, device: torch.device | str = "meta") -> Te
 
 def loaded_image_tower(released: Released, model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """Return the vision tower of a checkpoint in evaluation mode, its weights in `dtype`."""
-    tower = image_tower(model, has_head="visual.head.weight" in released.meta)
+    tower = image_tower(model, has_head=released.embeds_images)
     names = [name for name in released.meta if name.startswith("visual.") and not name.startswith(MASKED_STAGE)]
     tower.load_state_dict({timm_name(name): released.read(name).to(dtype) for name in names}, assign=True)
     zero_key_biases(tower, dtype)

@@ -10,8 +10,8 @@ from typing import Any
 from open_clip.tokenizer import SimpleTokenizer
 
 from w2s.checkpoint.formats.base import write_json
-from w2s.config.sections import ModelConfig
-from w2s.towers.vision import MEAN, STD
+from w2s.config.sections import ModelConfig, VisionConfig
+from w2s.towers.vision import channel_statistics
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -36,13 +36,14 @@ def write_processor(folder: Path, model: ModelConfig, processor: str | None = No
     """
     named = {"processor_class": processor} if processor else {}
     length = model.text.context_length
-    write_json(folder / "preprocessor_config.json", image_config(model.vision.image_size) | named)
+    write_json(folder / "preprocessor_config.json", image_config(model.vision) | named)
     write_json(folder / "tokenizer.json", tokenizer(length))
     write_json(folder / "tokenizer_config.json", tokenizer_config(length) | named)
 
 
-def image_config(size: int) -> dict[str, Any]:
-    """Return what makes pixels [3, size, size] of an image: the test transform of CLIP."""
+def image_config(vision: VisionConfig) -> dict[str, Any]:
+    """Return what makes a tower's pixels [3, size, size] of an image: the test transform of CLIP."""
+    size, (mean, std) = vision.image_size, channel_statistics(vision)
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -54,8 +55,8 @@ def image_config(size: int) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
+        "image_mean": list(mean),
+        "image_std": list(std),
     }
 
 

@@ -84,6 +84,11 @@ def write(export: Export, folder: Path) -> Guide:
     """
     released, model = export.released, export.model
     require_clip(released, "transformers")
+    if model.vision.kind == "siglip":
+        raise CheckpointError(
+            f"{released.path} pools by attention, as SigLIP, and transformers has no class for that beside CLIP's text "
+            "tower: use --format open_clip, onnx or torch_export, or --format timm for the vision tower"
+        )
     if "logit_bias" in released.meta:
         raise CheckpointError(
             f"{released.path} was trained with the sigmoid loss, whose bias transformers' CLIPs do not have: "
@@ -117,7 +122,7 @@ def require_clip(released: Released, peer: str) -> None:
     Raises:
         CheckpointError: a tower or a projection is missing.
     """
-    if not (released.has("text") and HEAD in released.meta):
+    if not (released.has("text") and released.embeds_images):
         raise CheckpointError(
             f"{released.path} is not a whole CLIP, which is what {peer} gets: export a clip run, or the vision tower "
             "with --format timm, which transformers' AutoModel loads too"
