@@ -119,8 +119,8 @@ class MaskedStudent(VisionTower):
             branches: [n, layers, 2], what drop path multiplies the layers' branches with; None leaves none out.
 
         Returns:
-            In the last chunk the predictions of each teacher in turn: [n, k, d] of the patches, and [n, e] of the summary
-            if there is one (see `outputs_of`). Packed rows elsewhere.
+            In the last chunk the predictions of each teacher in turn: [n, k, d] of the patches, then [n, e] of the
+            summary if there is one (see `outputs_of`). Packed rows elsewhere.
         """
 
         def chosen(tokens: Tensor) -> Tensor:
