@@ -39,6 +39,7 @@ from w2s.towers.masked import (
     Outputs,
     at_places,
     everywhere,
+    outputs_of,
     places_to_predict,
     put_at_places,
     split_rows,
@@ -108,8 +109,8 @@ class MaskedStage:
             images = normalize(micro.images, *channel_statistics(self.config.model.vision))
             predictions = student(images, masks, self._places(masks), learn.of(layers), micro.branches)
 
-            def loss(predictions: Sequence[Outputs]) -> tuple[Tensor, Reported]:
-                each = zip(self.tutors, predictions, targets, strict=True)
+            def loss(predictions: Sequence[Tensor]) -> tuple[Tensor, Reported]:
+                each = zip(self.tutors, outputs_of(predictions, self.targets), targets, strict=True)
                 losses, reports = zip(*(tutor.compare(*outputs) for tutor, *outputs in each), strict=True)
                 value = torch.stack(losses).sum()
                 return value, {"loss": value.detach(), **self._by_teacher(reports)}

@@ -27,7 +27,7 @@ from w2s.megatron.schedule import Loss, Reported, forward_backward, infer
 from w2s.megatron.sharded import ShardedTower, data_parallel, shard
 from w2s.megatron.watch import Float8Watch, float8_metrics
 from w2s.towers.initial import vision_rule
-from w2s.towers.masked import MaskedStudent, Outputs
+from w2s.towers.masked import MaskedStudent
 
 CARD = host.card()
 pytestmark = [
@@ -84,8 +84,8 @@ def passes(tower: ShardedTower[MaskedStudent], count: int = 1) -> float:
     targets = torch.randn(IMAGES, SHAPE.patches, TARGET, generator=torch.Generator().manual_seed(2)).cuda()
 
     def forward(part: MaskedStudent, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Any, Loss]:
-        def loss(predictions: tuple[Outputs, ...]) -> tuple[Tensor, Reported]:
-            value = (predictions[0].patches.float() - targets).square().mean()
+        def loss(predictions: tuple[Tensor, ...]) -> tuple[Tensor, Reported]:
+            value = (predictions[0].float() - targets).square().mean()
             return value, {"loss": value.detach()}
 
         return part(*batch), loss

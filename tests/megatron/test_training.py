@@ -17,7 +17,7 @@ from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer
 from w2s.megatron.schedule import Loss, Reported, forward_backward, forward_only
 from w2s.objectives.masked import masked_cosine_loss
-from w2s.towers.masked import MaskedStudent, Outputs, at_places, masked_places
+from w2s.towers.masked import MaskedStudent, at_places, masked_places
 
 RELATIVE = 1e-5
 """Float32 sums in another order: 1e-7 a sum, grown over five steps of an optimizer that divides by small roots."""
@@ -57,8 +57,8 @@ class Run:
 def masked_forward(student: MaskedStudent, part: dict[str, Tensor]) -> tuple[Any, Loss]:
     places = masked_places(part["masks"], int(part["masks"][0].sum()))
 
-    def loss(predictions: tuple[Outputs, ...]) -> tuple[Tensor, Reported]:
-        value = masked_cosine_loss(predictions[0].patches, at_places(part["targets"], places))
+    def loss(predictions: tuple[Tensor, ...]) -> tuple[Tensor, Reported]:
+        value = masked_cosine_loss(predictions[0], at_places(part["targets"], places))
         return value, {"loss": value.detach()}
 
     return student(part["images"], part["masks"], places), loss

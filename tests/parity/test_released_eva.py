@@ -129,7 +129,7 @@ def send_back(
 
 def call(chunk: Any, *inputs: Tensor) -> Tensor:
     output = chunk(*inputs)
-    return output[0].patches if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple) else output
 
 
 def patch_targets(chunk: Any, images: Tensor) -> Tensor:

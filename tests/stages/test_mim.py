@@ -60,7 +60,7 @@ def test_the_loss_is_minus_the_masked_cosine(alone: Ranks, config: Config) -> No
     targets = (features - flat.mean(0)) / (flat.var(0, correction=0) + EPS).sqrt()
     with torch.no_grad():
         (student,) = stage.student.parts
-        predictions = student(images, masks, torch.arange(masks.shape[1]).expand(16, -1))[0].patches
+        predictions = student(images, masks, torch.arange(masks.shape[1]).expand(16, -1))[0]
     cosines = F.cosine_similarity(predictions.double(), targets, dim=-1)
     by_hand = -sum(cosines[image][masks[image]].mean().item() for image in range(16)) / 16
     assert stage.step(batch)["loss"].item() == pytest.approx(by_hand, rel=0, abs=1e-6)  # float32 against float64
@@ -155,8 +155,8 @@ def test_predicting_all_is_the_mean_of_masked_and_visible(alone: Ranks, config: 
     features = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std)).patches
     targets = copy.deepcopy(stage.tutors[0].norm)(features, update=True)
     with torch.no_grad():
-        (outputs,) = student(normalize(batch.images, MEAN, STD), masks, torch.arange(16).expand(16, -1))
-    cosines = F.cosine_similarity(outputs.patches, targets, dim=-1)
+        (predictions,) = student(normalize(batch.images, MEAN, STD), masks, torch.arange(16).expand(16, -1))
+    cosines = F.cosine_similarity(predictions, targets, dim=-1)
     assert stage.step(batch)["loss"].item() == pytest.approx(-cosines.mean().item(), abs=1e-6)
     assert masked.step(batch)["loss"].item() == pytest.approx(-cosines[masks].mean().item(), abs=1e-6)
 

@@ -60,15 +60,19 @@ def _mark_module(module: nn.Module, part: str, marks: Parts, undo: ExitStack) ->
 def _backward_marker(marks: Parts) -> Callable[[nn.Module, Any, Any], None]:
     """A forward hook that marks the backward pass: from the gradient of the output on, up to the end of the pass."""
 
-    def begin(gradient: Tensor) -> None:
-        marks.begin("backward")
-        Variable._execution_engine.queue_callback(marks.end)
-
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        parts = [output] if isinstance(output, Tensor) else list(output or ())
-        trained = [part for part in parts if isinstance(part, Tensor) and part.requires_grad]
-        if trained:
-            trained[0].register_hook(begin)
+        begun = False
+
+        def begin(gradient: Tensor) -> None:
+            nonlocal begun
+            if not begun:
+                marks.begin("backward")
+                Variable._execution_engine.queue_callback(marks.end)
+            begun = True
+
+        for part in [output] if isinstance(output, Tensor) else output or ():
+            if isinstance(part, Tensor) and part.requires_grad:
+                part.register_hook(begin)
 
     return hook
 

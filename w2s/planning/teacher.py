@@ -46,10 +46,11 @@ _NOTHING = PlannedTeacher(width=0, layer_width=0, summary_width=0, image_size=0,
 def predicted(config: Config, teachers: Sequence[PlannedTeacher]) -> dict[str, Any]:
     """What a student predicts of its teachers, as `stage_flops` and `planned_towers` call it.
 
-    Of a teacher of the contrastive stage it is the width of the embeddings.
+    Of a teacher of the contrastive stage it is the width of the embeddings. Without teachers it is nothing, as for the
+    published runs of other programs.
     """
     if config.stage == "mim":
-        pairs = zip(config.lessons, teachers, strict=True)
+        pairs = zip(config.lessons[: len(teachers)], teachers, strict=True)
         targets = [lesson.target(each.width, each.summary_width) for lesson, each in pairs]
     else:
         targets = [Target(each.width) for each in teachers]

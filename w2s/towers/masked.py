@@ -38,6 +38,13 @@ class Outputs(NamedTuple):
         return cls(patches.unflatten(1, (-1, target.width)), summary if target.summary_width else None)
 
 
+def outputs_of(tensors: Sequence[Tensor], targets: Sequence[Target]) -> tuple[Outputs, ...]:
+    """What is predicted of each teacher, of what `MaskedStudent` returns."""
+    # Megatron's FSDP looks for tensors in the returned tuple itself, not in tuples within it.
+    left = iter(tensors)
+    return tuple(Outputs(next(left), next(left) if target.summary_width else None) for target in targets)
+
+
 def split_rows(rows: Tensor, targets: Sequence[Target]) -> tuple[Outputs, ...]:
     """What is predicted of each teacher, or is to be, of the rows that `MaskedStudent.predict` makes."""
     summaries = sum(target.summary_width for target in targets)
@@ -101,7 +108,7 @@ class MaskedStudent(VisionTower):
         places: Tensor,
         layer_loss: LayerLoss | None = None,
         branches: Tensor | None = None,
-    ) -> tuple[Outputs, ...] | Tensor:
+    ) -> tuple[Tensor, ...] | Tensor:
         """Predict the features of each teacher at some patches, and its summary where that is a target.
 
         Args:
@@ -112,7 +119,8 @@ class MaskedStudent(VisionTower):
             branches: [n, layers, 2], what drop path multiplies the layers' branches with; None leaves none out.
 
         Returns:
-            Predictions in the last chunk, packed rows elsewhere.
+            In the last chunk the predictions of each teacher in turn: [n, k, d] of the patches, then [n, e] of the
+            summary if there is one (see `outputs_of`). Packed rows elsewhere.
         """
 
         def chosen(tokens: Tensor) -> Tensor:
@@ -128,12 +136,13 @@ class MaskedStudent(VisionTower):
         if not self.last:
             return tokens
         patches = chosen(tokens)
-        return tuple(Outputs(heads.lm_head(patches), self._summary(heads, tokens)) for heads in self._heads)
+        outputs = (Outputs(heads.lm_head(patches), self._summary(heads, tokens)) for heads in self._heads)
+        return tuple(tensor for each in outputs for tensor in each if tensor is not None)
 
     def predict(self, images: Tensor, masks: Tensor, places: Tensor) -> Tensor:
         """As `forward`, with everything of an image in one row in the last chunk, a teacher after the other."""
         outputs = self(images, masks, places)
-        return outputs if isinstance(outputs, Tensor) else torch.cat([each.rows() for each in outputs], dim=1)
+        return outputs if isinstance(outputs, Tensor) else torch.cat([each.flatten(1) for each in outputs], dim=1)
 
     def embed(self, images: Tensor, teacher: int = 0) -> Tensor:
         """Embed whole images as the CLIP will whose projection that of a teacher is: [n, embed_dim] in the last chunk.
