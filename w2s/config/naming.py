@@ -45,7 +45,13 @@ _WITHOUT_EFFECT = frozenset(
 is kept beside it."""
 
 
-_SINCE: Mapping[str, Any] = {"teachers.of": [], "init.teacher": ""}
+_SINCE: Mapping[str, Any] = {
+    "teachers.of": [],
+    "init.teacher": "",
+    "teacher.weights": "last",
+    "init.weights": "last",
+    "eval.weights": "last",
+}
 """Keys that came later, and the values with which a run is what it was before them."""
 
 
