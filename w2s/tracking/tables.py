@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import rich.box
 import rich.table
@@ -39,7 +40,8 @@ class Table:
             return self._turned().to_rich()
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
         for index, column in enumerate(self.columns):
-            table.add_column(Text(shown(column)), justify="right" if self.is_number(index) else "left")
+            side: Literal["left", "right"] = "right" if self.is_number(index) else "left"
+            table.add_column(Text(shown(column)), justify=side, overflow="fold")
         for row in self.rows:
             table.add_row(*(Text(cell_text(cell)) for cell in row))
         return Group(Text(shown(self.title), style="table.title"), table) if self.title else Group(table)
