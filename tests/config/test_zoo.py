@@ -4,6 +4,7 @@ from importlib.resources import files
 
 import open_clip
 import pytest
+import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,6 +39,8 @@ COST = {
     "eva01_g_plus": (267.0, 23.55),
     "eva01_g": (267.0, 6.65),
 }
+SIGLIPS = {"vit_b_16_siglip": "vit_base_patch16_siglip_224", "vit_so400m_14_siglip": "vit_so400m_patch14_siglip_224"}
+"""timm's names of SigLIP's towers."""
 
 
 def towers(model: ModelConfig) -> tuple[ImageTower, TextTower]:
@@ -57,7 +60,7 @@ def multiply_adds(tower: torch.nn.Module, inputs: torch.Tensor) -> float:
     return counter.get_total_flops() / 2e9
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name.startswith("vit_")])
+@pytest.mark.parametrize("name", [name for name in ZOO if name.startswith("vit_") and name not in SIGLIPS])
 def test_open_clips_own_models_have_its_parameters(alone: Ranks, name: str) -> None:
     model = load("clip", [f"model={name}"]).model
     theirs = open_clip.get_model_config(OPEN_CLIP[name.removesuffix("_quickgelu")])
@@ -68,6 +71,15 @@ def test_open_clips_own_models_have_its_parameters(alone: Ranks, name: str) -> N
     assert count(vision) + count(text) + 1 == sum(parameter.numel() for parameter in peer.parameters())
     assert model.vision.heads == peer.visual.transformer.resblocks[0].attn.num_heads
     assert model.text.heads == peer.transformer.resblocks[0].attn.num_heads
+
+
+@pytest.mark.parametrize("name", SIGLIPS)
+def test_siglips_towers_have_its_parameters(alone: Ranks, name: str) -> None:
+    model = load("clip", [f"model={name}"]).model
+    with torch.device("meta"):
+        peer = timm.create_model(SIGLIPS[name])
+    assert count(towers(model)[0]) == sum(parameter.numel() for parameter in peer.parameters())
+    assert model.vision.heads == peer.blocks[0].attn.num_heads == peer.attn_pool.num_heads
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.checkpoint.peers import images, model_of, released, timm_tower
@@ -16,27 +17,29 @@ COUNTS = (3, 1)
 """Images of each rank."""
 
 
-def teach(checkpoint: Path) -> tuple[int, Features]:
+def teach(checkpoint: Path, kind: str) -> tuple[int, Features]:
     """Parameters that this rank holds, and the features of its images."""
     parallel = ParallelConfig(tensor=2)
     with groups.split(parallel, torch.device("cpu")) as ranks:
         config = TeacherConfig(source=f"w2s:{checkpoint}", sharded=True)
         teacher = build_teacher(config, grid=2, device="cpu", parallel=parallel)
-        own = images(model_of("e"), sum(COUNTS)).split(COUNTS)[ranks.rank]
+        own = images(model_of(kind), sum(COUNTS)).split(COUNTS)[ranks.rank]
         return sum(parameter.numel() for parameter in teacher.parameters()), teacher(own)
 
 
-def test_ranks_with_different_numbers_of_images_share_the_tower(tmp_path: Path) -> None:
-    model = model_of("e")
+@pytest.mark.parametrize("kind", ["e", pytest.param("siglip", marks=pytest.mark.slow)])
+def test_ranks_with_different_numbers_of_images_share_the_tower(tmp_path: Path, kind: str) -> None:
+    model = model_of(kind)
     torch.save(released(model), tmp_path / "clip.pt")
     import_checkpoint(tmp_path / "clip.pt", model, tmp_path / "clip")
-    (held, first), (_, second) = run_ranks(teach, 2, tmp_path / "clip")
+    (held, first), (_, second) = run_ranks(teach, 2, tmp_path / "clip", kind)
     tower = timm_tower(model)
     with torch.no_grad():
         tokens = tower.head(tower.forward_features(images(model, sum(COUNTS))))
-    maps = tokens[:, 1:].mT.unflatten(2, (4, 4))
+        summaries = tower(images(model, sum(COUNTS)))
+    maps = tokens[:, model.vision.class_tokens :].mT.unflatten(2, (4, 4))
     expected = torch.nn.functional.interpolate(maps, (2, 2), mode="bicubic", antialias=True).flatten(2).mT
     # float32 sums over 64 products, halved over two ranks
     torch.testing.assert_close(torch.cat([first.patches, second.patches]), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.cat([first.summary, second.summary]), tokens[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([first.summary, second.summary]), summaries, atol=1e-5, rtol=1e-5)
     assert held < 0.75 * sum(parameter.numel() for parameter in tower.parameters())

@@ -32,3 +32,15 @@ def test_a_table_keeps_all_digits(width: int) -> None:
 def test_what_is_cut_off_is_seen_to_be() -> None:
     text = printed(Table("", ["number", "word"], [[1234567, "unbreakable"]]), 14)
     assert text.count("…") == 3, "of a header and both cells"
+
+
+def test_a_title_is_as_wide_as_the_terminal_and_breaks_no_word() -> None:
+    title = "taken from runs/a-long-name-of-a-run/checkpoints/step-00000004 and another one"
+    lines = [line.strip() for line in printed(Table(title, ["a"], [[1]]), 70).splitlines()]
+    assert lines[:2] == [title.removesuffix(" another one"), "another one"]
+
+
+def test_a_word_that_does_not_fit_is_folded_and_loses_nothing() -> None:
+    path = "runs/" + "x" * 60
+    text = printed(Table("", ["", ""], [["parent", path]]), 40)
+    assert path in text.replace("parent", "").replace(" ", "").replace("\n", "")

@@ -55,12 +55,13 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_was(root: Path, config: Conf
         killed.log(step, step * 64, {"loss": 1.0})
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "lo')  # what SIGKILL in the middle of a write leaves
+    run_id = killed.run_id  # for which the first checkpoint has waited
     config.train.steps = 50
     resumed = Tracker(config, run_dir, main=True, resumed_step=20)
     assert steps(run_dir) == [10, 20]
     resumed.log(30, 1920, {"loss": 0.5})
     resumed.finish("FINISHED")
-    assert resumed.run_id == killed.run_id
+    assert resumed.run_id == run_id
     assert steps(run_dir) == [10, 20, 30]
     assert client.get_run(str(resumed.run_id)).data.params["train.steps"] == "40"
     assert "steps: 40" in (run_dir / "config.yaml").read_text()
@@ -73,6 +74,7 @@ def test_facts_are_tags_and_a_file_and_a_resumed_run_was_begun_once(
     monkeypatch.setattr(sys, "argv", ["w2s", "stage", "data.train=https://me:secret@host/a.tar"])
     killed = Tracker(config, root / "x", main=True, facts={"teacher": "small"})
     killed.note(checkpoint="/runs/x/step-20")
+    assert killed.run_id  # for which that checkpoint has waited
     first = read_about(root / "x")
     monkeypatch.setattr(sys, "argv", ["w2s", "other"])
     resumed = Tracker(config, root / "x", main=True, resumed_step=20, facts={"teacher": "large"})
