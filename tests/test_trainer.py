@@ -18,6 +18,7 @@ from tests.megatron.spawn import make_student
 from tests.processes import running_after
 from tests.stages.runs import after_each_update
 from tests.stages.shapes import write_shapes
+from w2s.callbacks import Callback, Training
 from w2s.checkpoint import store
 from w2s.checkpoint.handover import Handover
 from w2s.config.load import load
@@ -107,6 +108,56 @@ def test_what_happens_when(alone: Ranks, options: list[str], tmp_path: Path) -> 
     names = sorted(path.name for path in store.checkpoints_of(tmp_path / "run").iterdir())
     assert names == ["latest", "step-00000005", "step-00000007"]
     assert stage.indices == list(range(28))
+
+
+class Following(Callback):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+
+    def begin(self, training: Training) -> None:
+        self.told.append(("begin", training.folder.name, *training.towers))
+
+    def before_step(self, step: int) -> None:
+        self.told.append(("before", step))
+
+    def after_step(self, step: int, metrics: Mapping[str, Tensor]) -> None:
+        self.told.append(("after", step, metrics["loss"].item()))
+
+    def logged(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.told.append(("logged", step, metrics["loss"]))
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.told.append(("evaluated", step, metrics["knn/top1"]))
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        self.told.append(("saved", step, store.read_meta(checkpoint).step))
+
+    def end(self) -> None:
+        self.told.append(("end",))
+
+
+def test_callbacks_follow_the_loop(alone: Ranks, options: list[str], tmp_path: Path) -> None:
+    config = load("mim", [*options, "train.steps=2", "train.log_every=2", "checkpoint.async_save=false"])
+    following = Following()
+    Trainer(Counting(config, alone), config, tmp_path / "run", alone, callbacks=[Callback(), following]).train()
+    assert following.told == [
+        ("begin", "run", "vision"),
+        ("evaluated", 0, 0.0),
+        *[("before", 1), ("after", 1, 4.0), ("before", 2), ("after", 2, 8.0), ("logged", 2, 8.0)],
+        ("saved", 2, 2),
+        ("end",),
+    ]
+
+
+def test_callbacks_hear_of_an_early_end(alone: Ranks, options: list[str], tmp_path: Path) -> None:
+    config, following = load("mim", options), Following()
+    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone, callbacks=[following])
+    stage.stop_at = 1
+    with pytest.raises(StopRun):
+        trainer.train()
+    assert following.told[-2:] == [("saved", 1, 1), ("end",)]
 
 
 def test_the_learning_rate_warms_up_and_falls(alone: Ranks, options: list[str], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from w2s.callbacks import Callback, Callbacks, Training, load_callbacks
 from w2s.checkpoint import store
 from w2s.checkpoint.continued import find_continued, with_its_start
 from w2s.checkpoint.handover import Handover, check_shapes
@@ -35,6 +36,7 @@ from w2s.megatron.sharded import whole
 from w2s.megatron.watch import Float8Watch, float8_metrics
 from w2s.megatron.writing import Writing
 from w2s.optim.schedule import lr_factor
+from w2s.profiling import Profiler
 from w2s.registering import register_clip
 from w2s.rerun import clones, explain
 from w2s.run import (
@@ -99,7 +101,9 @@ class Trainer:
         pulse: Pulse | None = None,
         memory: HostMemory | None = None,
         sources: Sequence[Source] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
+        self.callbacks = Callbacks(callbacks)
         self.sources = share_sources(config, ranks) if sources is None else sources
         self._counting: Counting | None = None
         self.stage, self.config, self.run, self.ranks = stage, config, run, ranks
@@ -186,6 +190,14 @@ class Trainer:
             StopRun: SIGTERM or Ctrl-C came; the state is saved.
             W2SError: steps are skipped again and again.
         """
+        stage = self.stage
+        self.callbacks.begin(Training(self.config, self.run, stage.towers, stage.optimizer, self.ranks, self.tracker))
+        try:
+            self._train()
+        finally:
+            self.callbacks.end()
+
+    def _train(self) -> None:
         train, keep = self.config.train, self.config.checkpoint
         unlogged: list[Batch] = []
         # Fully sharded, no rank has gradients of its own to compare: nothing is repeated.
@@ -204,8 +216,10 @@ class Trainer:
                 saved = step % keep.every == 0 or step in keep.keep_at or step == train.steps
                 logs = saved or step % train.log_every == 0
                 before = clones(self.stage.extra_state()) if logs else {}
+                self.callbacks.before_step(step)
                 with self.watch.looking() if logs else nullcontext():
                     batch, metrics = self._step()
+                self.callbacks.after_step(step, metrics)
                 meter.update(train.global_batch, self.stream.wait_seconds)
                 if repeats:
                     unlogged.append(batch)
@@ -293,7 +307,9 @@ class Trainer:
             averages["skipped_steps"] = skipped
         compared = over_ranks(everyones, ("seconds_per_step", "data_wait"))
         data = self.stream.metrics(groups.sums(read))
-        self.tracker.log(self.step, self.samples, {**averages, **figures, **compared, **data})
+        logged = {**averages, **figures, **compared, **data}
+        self.tracker.log(self.step, self.samples, logged)
+        self.callbacks.logged(self.step, logged)
         for line in self._counting.news() if self._counting else ():
             self.tracker.message(f"counted: {line}")
 
@@ -334,6 +350,7 @@ class Trainer:
         metrics = self.stage.evaluate()
         if metrics:
             self.tracker.log(self.step, self.samples, metrics)
+            self.callbacks.evaluated(self.step, metrics)
 
     def _save(self) -> None:
         self.stage.optimizer.gather_weights()
@@ -386,8 +403,10 @@ class Trainer:
             self.pulse.at("finishing a checkpoint", self.step, awaits=WRITER, long=True)
             saving, self._saving = self._saving, None
             with self._training_on_if_refused(saving.step):
-                self.tracker.note(checkpoint=str(saving.finish().absolute()))
+                checkpoint = saving.finish()
+                self.tracker.note(checkpoint=str(checkpoint.absolute()))
                 self._refused = []
+                self.callbacks.saved(saving.step, checkpoint)
             self.pulse.helpers.pop(WRITER, None)
 
     @contextmanager
@@ -484,6 +503,8 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
     started = time.perf_counter()
     if config.train.deterministic:
         compute_deterministically()
+    steps = config.train.profiled
+    callbacks = [*([Profiler(steps)] if steps else []), *load_callbacks(config.train.callbacks)]
     with open_run(config) as (ranks, pulse, run), host_memory(config, run, ranks) as memory:
         if memory is None or memory.find(ranks.share(store.newest_step(run))) is None:
             recover(run, ranks, strict=config.checkpoint.strict)
@@ -494,7 +515,7 @@ def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None
         pulse.at("finding the shards", long=True)
         sources = share_sources(config, ranks)
         pulse.at("building the model", long=True)
-        trainer = Trainer(build(config, ranks), config, run, ranks, pulse, memory, sources)
+        trainer = Trainer(build(config, ranks), config, run, ranks, pulse, memory, sources, callbacks)
         with tracked(trainer.tracker):
             trainer.tracker.message(f"run folder: {run}")
             if memory is not None and memory.meta is not None:

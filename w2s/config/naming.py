@@ -29,6 +29,8 @@ _WITHOUT_EFFECT = frozenset(
         "data.timeout",
         "train.micro_batch",
         "train.log_every",
+        "train.callbacks",
+        "train.profile",
         "clip.tile",
         "clip.two_pass",
         "parallel",

@@ -1,5 +1,6 @@
 """The sections of what a stage of training does."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,9 +31,25 @@ class TrainConfig:
     check_replicas: int = 1000
     """Steps between comparisons of the data-parallel replicas' weights: what differs is named and taken from the
     majority; without one the run goes back to its last checkpoint. 0 never compares."""
+    callbacks: list[str] = field(default_factory=list)
+    """Classes of your own that follow the run, subclasses of `w2s.callbacks.Callback`: [my_package.module:Class]."""
+    profile: str = ""
+    """Steps to profile, the first and the last: 10-15 writes a trace, time and memory by operator, and on a GPU a
+    snapshot of its memory into `profile/` of the run folder and to MLflow. Empty profiles none."""
 
     def __post_init__(self) -> None:
         require_positive(self, "train", ("steps", "global_batch", "micro_batch", "log_every", "bad_steps"))
+        steps = re.fullmatch(r"(\d+)-(\d+)", self.profile)
+        ordered = steps is not None and 1 <= int(steps[1]) <= int(steps[2])
+        require(
+            not self.profile or ordered, f"train.profile={self.profile} is not FIRST-LAST, steps counted from 1: 10-15"
+        )
+
+    @property
+    def profiled(self) -> range:
+        """The steps of `profile`; none where it is empty."""
+        first, _, last = self.profile.partition("-")
+        return range(int(first), int(last) + 1) if self.profile else range(0)
 
 
 @dataclass(kw_only=True)

@@ -120,10 +120,10 @@ class Tracker:
             make_folder(path.parent)
             draw(path)
 
-    def artifact(self, path: Path) -> None:
-        """Uploads a file to MLflow."""
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Uploads a file to MLflow, into a folder of the run's artifacts where one is given."""
         if self._parts:
-            self._parts.mlflow.artifact(path)
+            self._parts.mlflow.artifact(path, folder)
 
     def inputs(self, inputs: Sequence[DataInput]) -> None:
         """Notes in MLflow which data sets the run reads."""

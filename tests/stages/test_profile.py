@@ -1,0 +1,38 @@
+"""Profiled steps of a run."""
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.stages.runs import QUIET, run_stage
+from w2s.config.load import load
+from w2s.errors import ConfigError
+
+
+def profiled(base: list[str], steps: str) -> tuple[Path, Counter[str]]:
+    """A run's folder of profiles, and how often each operator ran in its trace."""
+    run = run_stage("mim", [*base, *QUIET, "train.steps=4", f"train.profile={steps}", f"run.name=profiled-{steps}"])
+    (trace,) = (run / "profile").glob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    return run / "profile", Counter(event["name"] for event in events if event.get("cat") == "cpu_op")
+
+
+def test_only_the_steps_that_are_asked_for(base: list[str]) -> None:
+    folder, two = profiled(base, "2-3")
+    _, one = profiled(base, "3-3")
+    assert two["aten::addmm"] == 2 * one["aten::addmm"] > 0
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "steps-2-3.rank-0.operators.txt",
+        "steps-2-3.rank-0.trace.json.gz",
+    ]
+    table = (folder / "steps-2-3.rank-0.operators.txt").read_text()
+    assert "aten::addmm" in table and "Self CPU Mem" in table
+
+
+@pytest.mark.parametrize("steps", ["10", "5-2", "0-3", "a-b", "1-2-3"])
+def test_steps_that_are_none(steps: str) -> None:
+    with pytest.raises(ConfigError, match=f"^train.profile={steps} is not FIRST-LAST"):
+        load("mim", [f"train.profile={steps}"])

@@ -1,0 +1,33 @@
+"""Callbacks by their names."""
+
+import pytest
+
+from w2s.callbacks import Callback, load_callbacks
+from w2s.errors import ConfigError
+
+
+class Quiet(Callback):
+    """Overrides nothing."""
+
+
+class Apart:
+    """Is no callback."""
+
+
+def test_a_class_of_a_module() -> None:
+    (callback,) = load_callbacks([f"{__name__}:Quiet"])
+    assert isinstance(callback, Quiet)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tests.test_callbacks", "tests.test_callbacks is not written module:Class"),
+        ("no.such.module:Class", r"no.such.module:Class cannot be imported \(No module named 'no'\).*PYTHONPATH"),
+        (f"{__name__}:Missing", "cannot be imported .*no attribute 'Missing'"),
+        (f"{__name__}:Apart", "is not a subclass of w2s.callbacks.Callback"),
+    ],
+)
+def test_what_is_no_callback_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^train.callbacks: .*{message}"):
+        load_callbacks([name])

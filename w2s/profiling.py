@@ -1,0 +1,69 @@
+"""A profile of some training steps: `train.profile=10-15`."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from w2s.callbacks import Callback, Training
+
+_OPERATORS = 60
+"""Operators in the table, those that take the most time."""
+_ALLOCATIONS = 200_000
+"""Most events of CUDA's allocator that a snapshot goes back."""
+
+
+class Profiler(Callback):
+    """Profiles some steps on the ranks of the first data-parallel replica.
+
+    `profile/` in the run folder gets from each of them, and MLflow from the main rank:
+
+    - `steps-A-B.rank-R.trace.json.gz`: what ran when, on the host and the GPU, for Perfetto (ui.perfetto.dev);
+    - `steps-A-B.rank-R.operators.txt`: time and memory by operator;
+    - `steps-A-B.rank-R.memory.pickle`, on a GPU: what every allocation was for, for pytorch.org/memory_viz.
+    """
+
+    def __init__(self, steps: range) -> None:
+        """Profile `steps`; a run that resumes among them profiles the rest."""
+        self._steps = steps
+        self._profile: profile | None = None
+
+    def begin(self, training: Training) -> None:
+        """Note where files go."""
+        self._training = training
+
+    def before_step(self, step: int) -> None:
+        """Start with the first of the steps."""
+        if self._profile is None and step in self._steps and self._training.ranks.data_rank == 0:
+            on_gpu = self._training.ranks.device.type == "cuda"
+            if on_gpu:
+                torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+            self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
+            self._profile.start()
+
+    def after_step(self, step: int, metrics: Mapping[str, Tensor]) -> None:
+        """Write what there is after the last of the steps."""
+        if step == self._steps[-1]:
+            self.end()
+
+    def end(self) -> None:
+        """Write what there is."""
+        if self._profile is None:
+            return
+        found, self._profile = self._profile, None
+        found.stop()
+        folder, ranks = self._training.folder / "profile", self._training.ranks
+        folder.mkdir(exist_ok=True)
+        stem = f"steps-{self._steps[0]}-{self._steps[-1]}.rank-{ranks.rank}"
+        found.export_chrome_trace(str(folder / f"{stem}.trace.json.gz"))
+        on = ranks.device.type
+        table = found.key_averages().table(sort_by=f"self_{on}_time_total", row_limit=_OPERATORS)
+        (folder / f"{stem}.operators.txt").write_text(table, encoding="utf-8")
+        if on == "cuda":
+            torch.cuda.memory._dump_snapshot(str(folder / f"{stem}.memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        for path in sorted(folder.glob(f"{stem}.*")):
+            self._training.tracker.artifact(path, "profile")
+        self._training.tracker.message(f"profile of steps {self._steps[0]} to {self._steps[-1]}: {folder}")
