@@ -71,6 +71,8 @@ def test_what_cannot_be_is_refused(overrides: list[str], message: str) -> None:
 def test_several_teach_the_masked_stage_alone() -> None:
     with pytest.raises(ConfigError, match="several teach the masked stage alone"):
         check_settings(load("clip", [TWO]))
+    with pytest.raises(ConfigError, match=r"init.teacher=lite does nothing with init.vision=none"):
+        check_settings(load("clip", ["init.vision=none", "init.teacher=lite"]))
 
 
 def test_a_file_that_says_more_than_a_teacher_has_no_place_in_a_list(tmp_path: Path) -> None:

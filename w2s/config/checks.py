@@ -420,6 +420,10 @@ def _check_teachers(config: Config) -> None:
     if config.stage != "mim":
         if names:
             raise ConfigError(f"teachers={names}: several teach the masked stage alone, the others have teacher=NAME")
+        if config.init.teacher and config.init.vision == "none":
+            raise ConfigError(
+                f"init.teacher={config.init.teacher} does nothing with init.vision=none: name a masked run"
+            )
         return
     if config.init.teacher:
         raise ConfigError(f"init.teacher={config.init.teacher} is for the contrastive stage: leave it out")

@@ -66,10 +66,10 @@ class PhiS(nn.Module):
         centred = rows - mean
         covariance = _sum(centred.T @ centred, group) / total
         rotation = rotation_of(covariance)
-        if group is not None:  # eigenvectors are known up to their signs
-            dist.broadcast(rotation, group=group, group_src=0)
+        if group is not None and dist.get_rank(group):
+            rotation.zero_()  # eigenvectors are known up to their signs: those of the first rank count
         self.mean.copy_(mean)
-        self.rotation.copy_(rotation)
+        self.rotation.copy_(_sum(rotation, group))
         self._found = True
 
     def _look(self) -> None:
