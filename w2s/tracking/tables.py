@@ -67,8 +67,9 @@ class Table:
         return bool(cells) and all(isinstance(cell, int | float) for cell in cells)
 
     def _is_short(self, column: int) -> bool:
-        """Whether all cells of a column stay on one line."""
-        return all(len(cell_text(row[column])) <= LONGEST_SHORT for row in self.rows)
+        """Whether all cells of a column stay on one line, its name too."""
+        cells = [self.columns[column], *(cell_text(row[column]) for row in self.rows)]
+        return max(map(len, cells)) <= LONGEST_SHORT
 
     def save(self, path: Path) -> None:
         """Writes the table as JSON.
