@@ -37,24 +37,32 @@ def test_parts_are_merged_in_global_order() -> None:
     assert merge_batches([make([1], tokens=False), make([0], tokens=False)]).tokens is None
 
 
+def make_whole(indices: list[int]) -> Batch:
+    """With masks and branches, and what two teachers see."""
+    whole = make(indices)
+    rows = whole.indices[:, None]
+    whole.masks, whole.branches = rows > torch.arange(6), rows[..., None] / torch.ones(len(rows), 2, 2)
+    whole.teacher_images = (rows.expand(-1, 3), rows.expand(-1, 5) + 1)
+    return whole
+
+
 def _exchanged() -> tuple[Batch, Batch]:
-    """What the rank before gives, and all of all ranks; masks and branches are there too."""
+    """What the rank before gives, and all of all ranks."""
     rank, group = dist.get_rank(), dist.group.WORLD
-    own = make([rank, rank + 3, rank + 6])
-    own.masks, own.branches = own.indices[:, None] > torch.arange(6), own.indices[:, None, None] / torch.ones(3, 2, 2)
+    own = make_whole([rank, rank + 3, rank + 6])
     return swap_batch(own, group, to=(rank + 1) % 3, source=(rank - 1) % 3), gather_batch(own, group)
 
 
 def test_ranks_exchange_whole_batches() -> None:
-    expected = make(list(range(9)))
-    expected.masks = expected.indices[:, None] > torch.arange(6)
-    expected.branches = expected.indices[:, None, None] / torch.ones(9, 2, 2)
+    expected = make_whole(list(range(9)))
     for rank, (swapped, gathered) in enumerate(run_ranks(_exchanged, 3)):
         before = torch.arange((rank - 1) % 3, 9, 3)
         for field in (field.name for field in dataclasses.fields(Batch) if field.name != "keys"):
-            whole, part, joined = (getattr(each, field) for each in (expected, swapped, gathered))
-            assert (whole is None) == (part is None) == (joined is None)
-            assert whole is None or (torch.equal(joined, whole) and torch.equal(part, whole[before])), field
+            values = (getattr(each, field) for each in (expected, swapped, gathered))
+            each = [value if isinstance(value, tuple) else (value,) for value in values]
+            for whole, part, joined in zip(*each, strict=True):
+                assert (whole is None) == (part is None) == (joined is None)
+                assert whole is None or (torch.equal(joined, whole) and torch.equal(part, whole[before])), field
 
 
 def test_to_moves_every_tensor() -> None:

@@ -109,7 +109,9 @@ def test_a_moving_average_is_a_ranks_share_of_the_weights_in_float32(tmp_path: P
     for name, ranks in on_ranks(2, average_kept, "mim", overrides).items():
         config = load("mim", overrides[name])
         for place, found in ranks:
-            planned = _planned(config, planned_towers(config, [config.lessons[0].target(TARGET_WIDTH, TARGET_WIDTH)]), place).average
+            planned = _planned(
+                config, planned_towers(config, [config.lessons[0].target(TARGET_WIDTH, TARGET_WIDTH)]), place
+            ).average
             # Fully sharded the planner counts the padding, which no parameter has.
             assert 0.97 * planned < found <= planned if name == "fully sharded" else found == planned, name
             assert (found == 0) == (name == "none")
