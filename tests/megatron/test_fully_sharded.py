@@ -25,7 +25,8 @@ def _train(tower: ShardedTower[Any], optimizer: Optimizer, batch: dict[str, Tens
     def forward(part: Any, micro: dict[str, Tensor]) -> Any:
         def loss(outputs: Any) -> Any:
             wanted = micro["targets"].gather(1, places[..., None].expand(-1, -1, micro["targets"].shape[-1]))
-            value = (outputs.patches - wanted).square().mean()
+            patches, *_ = outputs
+            value = (patches - wanted).square().mean()
             losses.append(value.item())
             return value, {}
 

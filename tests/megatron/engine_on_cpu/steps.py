@@ -68,7 +68,7 @@ def passes(trained: ShardedTower[MaskedStudent]) -> tuple[float, dict[str, torch
             value = (patches.float() - targets).square().mean()
             return value, {"loss": value.detach()}
 
-        return part(*batch).patches, loss
+        return part(*batch)[0], loss
 
     batches = [(images, masks, places)] * 2
     reported = forward_backward(trained, batches, forward, IMAGES * (1 + SHAPE.patches))
