@@ -352,6 +352,7 @@ class Config:
         only = TeachingConfig(
             name=self.teacher.name,
             source=self.teacher.source,
+            weights=self.teacher.weights,
             image_size=self.teacher.image_size,
             target_norm=self.teacher.target_norm,
         )
