@@ -92,6 +92,7 @@ def test_how_a_stage_scales(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["model=tiny", "--gpus", "8"], "w2s plan asks for no stage: use mim, clip, or both"),
         (["mim", "--gpus", "8", "--card", "h1000"], "--card h1000 is unknown: did you mean h100?"),
         (["mim", *SMALL, "--gpus", "8", "--out", "plan.txt"], "--out plan.txt must end in .yaml"),
+        (["mim", *SMALL, "--gpus", "8", "--out", "nowhere/plan.yaml"], "there is no folder nowhere, make it first"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -92,6 +92,7 @@ def test_images_are_counted_where_that_is_possible(tmp_path: Path) -> None:
     assert counted(eva_18b("mim", *shards), 0) == Images(100)
     assert counted(eva_18b("mim", *shards, f"eval.knn_shards={tmp_path}/train"), 0) == Images(100, 40)
     assert counted(eva_18b("mim", *shards), 50_000) == Images(50_000)
+    assert counted(eva_18b("mim", *shards, f"eval.knn_shards={tmp_path}/train"), 50_000) == Images(50_000, 40)
     assert counted(eva_18b("mim", "eval.shards=/nowhere/test"), 0) is None
     assert counted(eva_18b("mim"), 0) == NOTHING
     with pytest.raises(UserError, match=r"--eval-images 10 without test shards: give eval.shards, or leave it out"):

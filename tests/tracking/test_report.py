@@ -148,7 +148,7 @@ def test_two_charts_of_a_page_share_no_ids() -> None:
 def test_cells_and_columns() -> None:
     table = Table("", ["a", "b", "c"], [["x", 1, None], ["y", 0.5, None]])
     assert [table.is_number(index) for index in range(3)] == [False, True, False]
-    assert [cell_text(cell) for cell in (None, 3, 0.123456, "x")] == ["", "3", "0.1235", "x"]
+    assert [cell_text(cell) for cell in (None, 3, 0.123456, "x", 10712.4)] == ["", "3", "0.1235", "x", "10712"]
 
 
 def test_a_table_as_markdown() -> None:

@@ -54,7 +54,7 @@ def plan(
             raise UserError("w2s plan asks for no GPUs: say how many with --gpus N")
         asked = request(arguments or [], gpus, card, batch or [])
         if out:
-            hardware_file.check_name(out)
+            hardware_file.check_path(out)
         kind = card_of(card)
         images = {stage: counted(asked.config(stage, gpus), eval_images) for stage in asked.stages}
         found = {stage: find_plans(asked.config(stage, gpus), kind, gpus, asked.fixed, top) for stage in asked.stages}

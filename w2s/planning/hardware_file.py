@@ -20,14 +20,16 @@ LANES = 512
 """As in configs/data/shards.yaml."""
 
 
-def check_name(path: Path) -> None:
-    """Refuse a file that `hardware=` would not take.
+def check_path(path: Path) -> None:
+    """Refuse, before minutes of planning, a file that `hardware=` would not take or that cannot be written.
 
     Raises:
-        UserError: its name does not end in .yaml.
+        UserError: its name does not end in .yaml, or it is to be in a folder that does not exist.
     """
     if path.suffix != ".yaml":
         raise UserError(f"--out {path} must end in .yaml, as hardware=FILE wants it: use {path.with_suffix('.yaml')}")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path} cannot be written: there is no folder {path.parent}, make it first")
 
 
 def write(path: Path, request: Request, plans: Sequence[Plan]) -> None:

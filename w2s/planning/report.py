@@ -64,7 +64,7 @@ def print_report(
         )
         console.print(_layouts(plans).to_rich())
         console.print(_parts(best).to_rich())
-        console.print(bottleneck(best))
+        console.print(bottleneck(best), end="\n\n")
         console.print(_run_table(run_time(best, card, images[stage])).to_rich())
         if images[stage] is None:
             console.print(_NOT_COUNTED.format(best.config.eval.shards))
@@ -182,7 +182,7 @@ def _run_table(run: RunTime) -> Table:
     """What a run is made of."""
     parts = {"steps": run.steps, "checkpoints": run.checkpoints, "evaluations": run.evaluations}
     rows: list[list[Cell]] = [
-        [name, part.times, part.seconds, part.days, round(100 * part.days / run.days, 1)]
+        [name, part.times, part.seconds, round(part.days, 4), round(100 * part.days / run.days, 1)]
         for name, part in parts.items()
         if part and part.times
     ]

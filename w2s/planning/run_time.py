@@ -93,7 +93,7 @@ def counted(config: Config, given: int) -> Images | None:
             raise UserError(f"--eval-images {given} without test shards: give eval.shards, or leave it out")
         return Images(0)
     if given:
-        return Images(given)
+        return Images(given, (config.eval.knn_shards and _size(config, "eval.knn_shards", config.eval.knn_shards)) or 0)
     sizes = [_size(config, key, shards) for key, shards in config.eval.by_key.items()]
     return None if None in sizes else Images(*(size or 0 for size in sizes))
 

@@ -86,7 +86,9 @@ class Table:
 
 
 def cell_text(cell: Cell) -> str:
-    """A cell as a person reads it: four significant digits, nothing for None, no control characters."""
+    """A cell as a person reads it: four significant digits, or all up to the point; nothing for None, no controls."""
     if cell is None:
         return ""
-    return f"{cell:.4g}" if isinstance(cell, float) else shown(str(cell))
+    if not isinstance(cell, float):
+        return shown(str(cell))
+    return f"{cell:.0f}" if 1e4 <= abs(cell) < 1e7 else f"{cell:.4g}"
