@@ -138,7 +138,9 @@ def test_a_compiled_teacher_gives_the_same_features(model: ModelConfig, tmp_path
     torch.save(released(model), tmp_path / "clip.pt")
     source = f"eva:small@{tmp_path / 'clip.pt'}"
     plain, compiled = (build(source, precision=precision, compile=flag)(images(model)) for flag in (False, True))
-    assert not compiled.requires_grad
-    # Sums in another order; in bfloat16 with fewer roundings between the operators, each of 2^-9 of a value.
-    error = (compiled - plain).abs().max() / plain.abs().max()
-    assert error < (1e-5 if precision == "fp32" else 4 * 2**-9)
+    for ours, theirs in ((compiled.patches, plain.patches), (compiled.summary, plain.summary)):
+        assert not ours.requires_grad
+        # Sums in another order; in bfloat16 with fewer roundings between the operators, each of 2^-9 of a value: two of
+        # each of the four branches of the layers.
+        error = (ours - theirs).abs().max() / theirs.abs().max()
+        assert error < (1e-5 if precision == "fp32" else 8 * 2**-9)
