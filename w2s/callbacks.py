@@ -19,6 +19,7 @@ class Training:
     """The run that callbacks follow, on one rank of it."""
 
     config: Config
+    """The resolved configuration."""
     folder: Path
     """The run folder."""
     towers: Towers
@@ -26,6 +27,7 @@ class Training:
     optimizer: Optimizer
     """The optimizer of all towers."""
     ranks: Ranks
+    """This process among all."""
     tracker: Tracker
     """Where messages, metrics, tables and files go; only the main rank's writes."""
 
@@ -57,48 +59,6 @@ class Callback:
 
     def end(self) -> None:
         """The last step has been taken, or the run ends early: on a signal or an error."""
-
-
-class Callbacks(Callback):
-    """Several callbacks as one, in order."""
-
-    def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
-        self._callbacks = callbacks
-
-    def begin(self, training: Training) -> None:
-        """Pass it on."""
-        for callback in self._callbacks:
-            callback.begin(training)
-
-    def before_step(self, step: int) -> None:
-        """Pass it on."""
-        for callback in self._callbacks:
-            callback.before_step(step)
-
-    def after_step(self, step: int, metrics: Mapping[str, Tensor]) -> None:
-        """Pass it on."""
-        for callback in self._callbacks:
-            callback.after_step(step, metrics)
-
-    def logged(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Pass it on."""
-        for callback in self._callbacks:
-            callback.logged(step, metrics)
-
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Pass it on."""
-        for callback in self._callbacks:
-            callback.evaluated(step, metrics)
-
-    def saved(self, step: int, checkpoint: Path) -> None:
-        """Pass it on."""
-        for callback in self._callbacks:
-            callback.saved(step, checkpoint)
-
-    def end(self) -> None:
-        """Pass it on."""
-        for callback in self._callbacks:
-            callback.end()
 
 
 def load_callbacks(names: Sequence[str]) -> list[Callback]:

@@ -1,6 +1,7 @@
 """A profile of some training steps: `train.profile=10-15`."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -49,21 +50,28 @@ class Profiler(Callback):
             self.end()
 
     def end(self) -> None:
-        """Write what there is."""
+        """Write what there is; a full disk is no reason to end a run, or to hide why it ended."""
         if self._profile is None:
             return
         found, self._profile = self._profile, None
         found.stop()
-        folder, ranks = self._training.folder / "profile", self._training.ranks
+        folder, tracker = self._training.folder / "profile", self._training.tracker
+        try:
+            self._write(found, folder)
+        except OSError as error:
+            tracker.message(f"warning: the profile cannot be written to {folder}: {error}")
+            return
+        for path in sorted(folder.glob("*")):
+            tracker.artifact(path, "profile")
+        tracker.message(f"profile of steps {self._steps[0]} to {self._steps[-1]}: {folder}")
+
+    def _write(self, found: profile, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        stem = f"steps-{self._steps[0]}-{self._steps[-1]}.rank-{ranks.rank}"
+        ranks = self._training.ranks
+        stem, kind = f"steps-{self._steps[0]}-{self._steps[-1]}.rank-{ranks.rank}", ranks.device.type
         found.export_chrome_trace(str(folder / f"{stem}.trace.json.gz"))
-        on = ranks.device.type
-        table = found.key_averages().table(sort_by=f"self_{on}_time_total", row_limit=_OPERATORS)
+        table = found.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=_OPERATORS)
         (folder / f"{stem}.operators.txt").write_text(table, encoding="utf-8")
-        if on == "cuda":
+        if kind == "cuda":
             torch.cuda.memory._dump_snapshot(str(folder / f"{stem}.memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-        for path in sorted(folder.glob(f"{stem}.*")):
-            self._training.tracker.artifact(path, "profile")
-        self._training.tracker.message(f"profile of steps {self._steps[0]} to {self._steps[-1]}: {folder}")

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from w2s.callbacks import Callback, Callbacks, Training, load_callbacks
+from w2s.callbacks import Callback, Training, load_callbacks
 from w2s.checkpoint import store
 from w2s.checkpoint.continued import find_continued, with_its_start
 from w2s.checkpoint.handover import Handover, check_shapes
@@ -103,7 +103,7 @@ class Trainer:
         sources: Sequence[Source] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.callbacks = Callbacks(callbacks)
+        self.callbacks = callbacks
         self.sources = share_sources(config, ranks) if sources is None else sources
         self._counting: Counting | None = None
         self.stage, self.config, self.run, self.ranks = stage, config, run, ranks
@@ -207,11 +207,14 @@ class Trainer:
             W2SError: steps are skipped again and again.
         """
         stage = self.stage
-        self.callbacks.begin(Training(self.config, self.run, stage.towers, stage.optimizer, self.ranks, self.tracker))
+        training = Training(self.config, self.run, stage.towers, stage.optimizer, self.ranks, self.tracker)
+        for callback in self.callbacks:
+            callback.begin(training)
         try:
             self._train()
         finally:
-            self.callbacks.end()
+            for callback in self.callbacks:
+                callback.end()
 
     def _train(self) -> None:
         train, keep = self.config.train, self.config.checkpoint
@@ -232,10 +235,12 @@ class Trainer:
                 saved = step % keep.every == 0 or step in keep.keep_at or step == train.steps
                 logs = saved or step % train.log_every == 0
                 before = clones(self.stage.extra_state()) if logs else {}
-                self.callbacks.before_step(step)
+                for callback in self.callbacks:
+                    callback.before_step(step)
                 with self.watch.looking() if logs else nullcontext():
                     batch, metrics = self._step()
-                self.callbacks.after_step(step, metrics)
+                for callback in self.callbacks:
+                    callback.after_step(step, metrics)
                 meter.update(train.global_batch, self.stream.wait_seconds)
                 if repeats:
                     unlogged.append(batch)
@@ -325,7 +330,8 @@ class Trainer:
         data = self.stream.metrics(groups.sums(read))
         logged = {**averages, **figures, **compared, **data}
         self.tracker.log(self.step, self.samples, logged)
-        self.callbacks.logged(self.step, logged)
+        for callback in self.callbacks:
+            callback.logged(self.step, logged)
         for line in self._counting.news() if self._counting else ():
             self.tracker.message(f"counted: {line}")
 
@@ -368,7 +374,8 @@ class Trainer:
             metrics = self.stage.evaluate()
         if metrics:
             self.tracker.log(self.step, self.samples, metrics)
-            self.callbacks.evaluated(self.step, metrics)
+            for callback in self.callbacks:
+                callback.evaluated(self.step, metrics)
 
     def _weights_to_measure(self) -> AbstractContextManager[None]:
         """Inside, the towers hold the weights that `eval.weights` names."""
@@ -436,7 +443,8 @@ class Trainer:
                 checkpoint = saving.finish()
                 self.tracker.note(checkpoint=str(checkpoint.absolute()))
                 self._refused = []
-                self.callbacks.saved(saving.step, checkpoint)
+                for callback in self.callbacks:
+                    callback.saved(saving.step, checkpoint)
             self.pulse.helpers.pop(WRITER, None)
 
     @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.runs import QUIET, run_stage
+from tests.stages.runs import QUIET, history, run_stage
 from w2s.config.load import load
 from w2s.errors import ConfigError
 
@@ -36,3 +36,14 @@ def test_only_the_steps_that_are_asked_for(base: list[str]) -> None:
 def test_steps_that_are_none(steps: str) -> None:
     with pytest.raises(ConfigError, match=f"^train.profile={steps} is not FIRST-LAST"):
         load("mim", [f"train.profile={steps}"])
+
+
+def test_a_profile_that_cannot_be_written_ends_no_run(
+    base: list[str], root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_the_way = root / "profiled-not" / "profile"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("")
+    run = run_stage("mim", [*base, *QUIET, "train.steps=2", "train.profile=1-1", f"run.name={in_the_way.parent.name}"])
+    assert run == in_the_way.parent and len(history(run, "loss")) == 2
+    assert "warning: the profile cannot be written" in " ".join(capsys.readouterr().out.split())
