@@ -63,10 +63,11 @@ def plan(
         curves = {stage: scaling.simulate(asked, stage, simulate) for stage in asked.stages} if simulate else {}
         if out:
             hardware_file.write(out, asked, [plans.fastest[0] for plans in found.values()])
+        answer = report.Answer(asked, kind, found, images, curves)
         if as_json:
-            print(json.dumps(report.document(asked, kind, found, images, curves), indent=2))
+            print(json.dumps(report.document(answer), indent=2))
         else:
-            report.print_report(asked, kind, found, images, curves)
+            report.print_report(answer)
 
 
 @app.command()

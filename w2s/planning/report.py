@@ -1,6 +1,7 @@
 """What the planner found, as tables and as one JSON document."""
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -18,47 +19,44 @@ _NOT_COUNTED = "evaluations are left out: eval.shards={} cannot be counted here,
 _WARNING = "predicted, not measured: no plan has been compared with a run on GPUs yet"
 
 
-def document(
-    request: Request,
-    card: Card,
-    found: dict[str, Plans],
-    images: dict[str, Images | None],
-    scaling: dict[str, Scaling],
-) -> Any:
-    """Return everything as JSON takes it.
+@dataclass(frozen=True)
+class Answer:
+    """What was asked of `w2s plan`, and what it found."""
 
-    Args:
-        request: what was asked for.
-        card: the GPUs.
-        found: the plans of each stage.
-        images: what an evaluation of each stage sees, where that is known.
-        scaling: the simulation of each stage, if one was asked for.
-    """
+    request: Request
+    """What was asked for."""
+    card: Card
+    """The GPUs."""
+    plans: Mapping[str, Plans]
+    """The plans of each stage."""
+    images: Mapping[str, Images | None]
+    """What an evaluation of each stage sees, where that is known."""
+    scaling: Mapping[str, Scaling]
+    """The simulation of each stage, if one was asked for."""
+
+
+def document(answer: Answer) -> Any:
+    """Return everything as JSON takes it."""
+    card, images = answer.card, answer.images
     return {
-        "command": request.command,
+        "command": answer.request.command,
         "note": _WARNING,
-        "gpus": request.gpus,
+        "gpus": answer.request.gpus,
         "card": asdict(card),
         "usable_gib": card.usable_bytes / _GIB,
-        "stages": {stage: _stage(plans, card, images[stage]) for stage, plans in found.items()},
-        "scaling": {stage: _scaling(points) for stage, points in scaling.items()},
+        "stages": {stage: _stage(plans, card, images[stage]) for stage, plans in answer.plans.items()},
+        "scaling": {stage: _scaling(points) for stage, points in answer.scaling.items()},
     }
 
 
-def print_report(
-    request: Request,
-    card: Card,
-    found: dict[str, Plans],
-    images: dict[str, Images | None],
-    scaling: dict[str, Scaling],
-) -> None:
-    """Print the layouts of each stage, the fastest first, and what its fastest needs; arguments as of `document`."""
-    console = Console(highlight=False)
-    for stage, plans in found.items():
+def print_report(answer: Answer) -> None:
+    """Print the layouts of each stage, the fastest first, and what its fastest needs."""
+    console, card, images = Console(highlight=False), answer.card, answer.images
+    for stage, plans in answer.plans.items():
         best = plans.fastest[0]
         train = best.config.train
         console.print(
-            f"{best.config.model.name} {stage} on {request.gpus} x {card.name}: {train.steps:,} steps of "
+            f"{best.config.model.name} {stage} on {answer.request.gpus} x {card.name}: {train.steps:,} steps of "
             f"{train.global_batch:,} samples; {plans.fitting:,} of {plans.legal:,} layouts fit into "
             f"{card.usable_bytes / _GIB:.1f} GiB"
         )
@@ -70,7 +68,7 @@ def print_report(
             console.print(_NOT_COUNTED.format(best.config.eval.shards))
         if best.config.checkpoint.memory:
             console.print(_in_memory(best))
-    for stage, points in scaling.items():
+    for stage, points in answer.scaling.items():
         console.print(_scaling_table(stage, points).to_rich())
         console.print(_bend(points))
     console.print(_WARNING)
