@@ -28,6 +28,7 @@ from w2s.errors import ConfigError, StopRun
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.planning.teacher import planned_teachers
+from w2s.teachers.text import text_weights
 from w2s.towers.masked import outputs_of
 
 STEPS = 3
@@ -193,6 +194,22 @@ def test_the_contrastive_stage_takes_the_head_of_the_named_teacher(
     assert torch.equal(stage.towers["vision"].parts[0].head.weight, head_of(run, name))
     other = "vision.teachers.clip.head.weight" if name == "head" else "vision.head.weight"
     assert {other, "vision.lm_head.weight", "vision.teachers.clip.lm_head.weight"} <= {*handover.dropped}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "reason"),
+    [
+        ("", "timm:.* has no text tower"),
+        ("vit", "timm:.* has no text tower"),
+        ("clip", "the weights of .*=eva:.* are random"),
+    ],
+)
+def test_the_text_tower_is_that_of_the_named_teacher(run: Path, common: list[str], teacher: str, reason: str) -> None:
+    """Neither of the two has weights for one; why not tells whose was looked for."""
+    options = [each for each in common if not each.startswith(("mim.", "model.vision"))]
+    config = load("clip", [*options, f"init.vision={run}", "init.text=teacher", f"init.teacher={teacher}"])
+    with pytest.raises(ConfigError, match=f"^init.text=teacher: .*{reason}"):
+        text_weights(config)
 
 
 def test_a_teacher_that_the_run_did_not_have_is_named(
