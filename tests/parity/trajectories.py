@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import stages.mim
+import w2s.tutor
 from stages.clip import ContrastiveStage
 from stages.mim import MaskedStage
 from tests.distributed import means
@@ -212,7 +212,7 @@ def _follow_clip(reference: Reference, config: Config, ranks: Ranks) -> dict[str
 def _follow_mim(reference: Reference, config: Config, ranks: Ranks) -> dict[str, Any]:
     network = _FixedNetwork(reference.settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages.mim, "build_teacher", lambda *_, **__: Teacher(network, grid=network.grid))
+        patch.setattr(w2s.tutor, "build_teacher", lambda *_, **__: Teacher(network, grid=network.grid))
         stage = MaskedStage(config, ranks)
     for part in stage.student.parts:
         own = [global_name(part, name) for name, _ in part.named_parameters()]
