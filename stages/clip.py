@@ -84,9 +84,10 @@ class ContrastiveStage:
         Args:
             batch: this rank's share of the samples of its model-parallel group. A teacher sees no others here.
         """
-        taught = batch if self.distillation is None else self.distillation.teach(batch)
+        micro_batch = self.config.train.micro_batch
+        taught = batch if self.distillation is None else self.distillation.teach(batch, micro_batch)
         whole = gather_batch(taught.to(self.ranks.device), self.ranks.model_group)
-        micro_batches = whole.split(self.config.train.micro_batch)
+        micro_batches = whole.split(micro_batch)
         direct = len(micro_batches) == 1 and self.config.parallel.pipeline == 1 and self.config.clip.two_pass == "auto"
         return self._one_pass(whole) if direct else self._two_passes(whole, micro_batches)
 

@@ -53,12 +53,12 @@ def run(config: Config) -> None:
         pulse.at("evaluating", long=True)
         suite = load_suite(config.eval.suite) if config.eval.suite else None
         if suite is None:
-            config.eval.sets = without_left_out(config.data, config.eval.sets)
+            sets = without_left_out(config.data, config.eval.sets)
         else:
-            config.eval.sets = find_sets(config.eval.suite, suite, config.eval.root)
+            sets = find_sets(config.eval.suite, suite, config.eval.root)
         trained = read_meta(checkpoint)
         loss = replace(config.clip, loss=trained.setting("clip", "loss"))
-        config = replace(config, model=model_from(trained.config), clip=loss)
+        config = replace(config, model=model_from(trained.config), clip=loss, eval=replace(config.eval, sets=sets))
         check_towers(config)
         inputs = test_inputs(config)
         facts = {**origins(config, str(checkpoint)), "checkpoint": str(checkpoint.absolute())}

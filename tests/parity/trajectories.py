@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +193,8 @@ def follow(path: Path, changes: Sequence[str]) -> dict[str, Any]:
 def _follow_clip(reference: Reference, config: Config, ranks: Ranks) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
         save_file(reference.start, file.name)
-        config.init.vision = config.init.text = file.name
-        stage = ContrastiveStage(config, ranks)
+        start = replace(config.init, vision=file.name, text=file.name)
+        stage = ContrastiveStage(replace(config, init=start), ranks)
         stage.begin()
     stage.optimizer.reload_weights()
 

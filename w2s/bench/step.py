@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -81,6 +81,10 @@ class Measured:
     rows: list[Row]
 
 
+class _Configured(Protocol):
+    config: Config
+
+
 @dataclass(frozen=True)
 class _Subject:
     """Whose steps are measured."""
@@ -88,6 +92,8 @@ class _Subject:
     step: Callable[[Batch], object]
     spec: SampleSpec
     parameters: int
+    configured: _Configured | None = None
+    """What reads the sizes of batches from its configuration."""
     compiled: bool = False
     tower_flops: float = 0.0
 
@@ -125,6 +131,7 @@ def _run_ours(job: Job) -> None:
             step=lambda batch: train_step(stage, batch, factor=1.0),
             spec=stage.spec,
             parameters=sum(_size(part) for tower in stage.towers.values() for part in tower.parts),
+            configured=stage,
         )
         with marked(stage, marks):
             rows = _measure_rows(subject, job, marks, ranks.device, ranks.reader, ranks.world_size)
@@ -143,6 +150,7 @@ def _run_peer(job: Job) -> None:
         step=lambda batch: peer.step(batch, marks),
         spec=peer.spec,
         parameters=_size(peer.model),
+        configured=peer,
         compiled=peer.compiled,
         tower_flops=peer.forward_flops(),
     )
@@ -171,31 +179,31 @@ def _measure_rows(
     subject: _Subject, job: Job, marks: Marks, device: torch.device, reader: int, world_size: int
 ) -> list[Row]:
     rows = []
-    for micro_batch in job.micro_batches or (job.config.train.micro_batch,):
-        if job.micro_batches:
-            # In place: the stage holds this section, and is not built again.
-            job.config.train.micro_batch = micro_batch
-            job.config.train.global_batch = with_batch(job.config, micro_batch, world_size).train.global_batch
+    for config in [with_batch(job.config, size, world_size) for size in job.micro_batches] or [job.config]:
+        if subject.configured is not None:
+            subject.configured.config = config
         try:
-            with _batches(subject.spec, job, reader, world_size) as next_batch:
+            with _batches(subject.spec, job.data, config, reader, world_size) as next_batch:
                 parts = _median_step(subject.step, next_batch, marks, job.steps)
         except torch.OutOfMemoryError:
             if world_size > 1:  # the others wait for this rank
                 raise
             parts = {}
-        rows.append(Row(micro_batch, job.config.train.global_batch, parts, peak_memory_gib(device)))
+        rows.append(Row(config.train.micro_batch, config.train.global_batch, parts, peak_memory_gib(device)))
     return rows
 
 
 @contextmanager
-def _batches(spec: SampleSpec, job: Job, reader: int, world_size: int) -> Iterator[Callable[[], Batch]]:
+def _batches(
+    spec: SampleSpec, data: Literal["synthetic", "real"], config: Config, reader: int, world_size: int
+) -> Iterator[Callable[[], Batch]]:
     """What gives this rank's share of a global batch."""
-    if job.data == "synthetic":
-        vocabulary, size = job.config.model.text.vocab_size, job.config.train.global_batch // world_size
+    if data == "synthetic":
+        vocabulary, size = config.model.text.vocab_size, config.train.global_batch // world_size
         batch = synthetic_batch(spec, size, vocabulary, seed=reader)
         yield lambda: batch
     else:
-        with closing(open_stream(job.config, spec, rank=reader, size=world_size)) as stream:
+        with closing(open_stream(config, spec, rank=reader, size=world_size)) as stream:
             yield stream.next
 
 
