@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from w2s.config.checks import check_teacher_widths
 from w2s.config.sections import Config, TeacherConfig
+from w2s.config.teacher_checks import check_teacher_widths
 from w2s.data.batch import Batch, given
 from w2s.errors import ConfigError, DataError
 from w2s.evaluation.evaluate import evaluate_clip, under

@@ -17,7 +17,7 @@ from w2s.checkpoint.continued import find_continued, with_its_start
 from w2s.checkpoint.handover import Handover, check_shapes
 from w2s.checkpoint.memory import HostMemory, host_memory
 from w2s.checkpoint.verifying import recover, verify
-from w2s.config.checks import doubts
+from w2s.config.doubts import doubts
 from w2s.config.naming import difference, written
 from w2s.config.sections import Config
 from w2s.data.batch import Batch

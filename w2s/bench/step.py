@@ -18,7 +18,7 @@ from w2s.bench.parts import marked
 from w2s.bench.peers.clip import OpenClip
 from w2s.bench.peers.masked import TimmMasked
 from w2s.bench.synthetic import synthetic_batch
-from w2s.config.layout import model_parallel_size
+from w2s.config.batching import data_parallel_size, samples_per_rank
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.sample import SampleSpec
@@ -111,7 +111,7 @@ def measure(job: Job, ranks: int) -> Measured:
 
 def with_batch(config: Config, micro_batch: int, world_size: int) -> Config:
     """Return a configuration whose global batch is one micro-batch a data-parallel rank."""
-    replicas = world_size // model_parallel_size(config.parallel)
+    replicas = data_parallel_size(config.parallel, world_size)
     return replace(config, train=replace(config.train, micro_batch=micro_batch, global_batch=micro_batch * replicas))
 
 
@@ -199,7 +199,7 @@ def _batches(
 ) -> Iterator[Callable[[], Batch]]:
     """What gives this rank's share of a global batch."""
     if data == "synthetic":
-        vocabulary, size = config.model.text.vocab_size, config.train.global_batch // world_size
+        vocabulary, size = config.model.text.vocab_size, samples_per_rank(config, world_size)
         batch = synthetic_batch(spec, size, vocabulary, seed=reader)
         yield lambda: batch
     else:

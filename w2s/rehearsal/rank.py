@@ -11,6 +11,7 @@ from stages import clip, mim
 from w2s.bench.marks import Parts
 from w2s.bench.parts import marked
 from w2s.bench.synthetic import synthetic_batch
+from w2s.config.batching import samples_per_rank
 from w2s.config.sections import Config
 from w2s.failure import describe
 from w2s.megatron import groups, state
@@ -91,9 +92,7 @@ def _steps(job: Job, ranks: Ranks, meter: Meter, parts: Parts, report: RankRepor
     with _on_gpu(meter):
         stage = _build(job.config, ranks)
     report.built = meter.now
-    batch = synthetic_batch(
-        stage.spec, job.config.train.global_batch // job.world_size, job.config.model.text.vocab_size
-    )
+    batch = synthetic_batch(stage.spec, samples_per_rank(job.config, job.world_size), job.config.model.text.vocab_size)
     with marked(stage, parts), _on_gpu(meter):
         for _ in range(job.steps):
             report.tape.steps.append(len(report.tape.events))
