@@ -21,7 +21,7 @@ from w2s.data.stream import Stream
 from w2s.errors import ConfigError, StopRun
 from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
-from w2s.probe import teacher_features
+from w2s.teachers.features import teacher_features
 from w2s.towers.build import build_clip
 from w2s.towers.vision import MEAN, STD
 from w2s.trainer import Trainer

@@ -6,9 +6,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.distributed import ProcessGroup, Work
 
+from w2s import compat
 from w2s.bench.marks import Parts
 from w2s.trainer import Stage
 
@@ -67,7 +67,7 @@ def _backward_marker(marks: Parts) -> Callable[[nn.Module, Any, Any], None]:
             nonlocal begun
             if not begun:
                 marks.begin("backward")
-                Variable._execution_engine.queue_callback(marks.end)
+                compat.after_backward(marks.end)
             begun = True
 
         for part in [output] if isinstance(output, Tensor) else output or ():

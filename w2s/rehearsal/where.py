@@ -1,7 +1,8 @@
 """The line of code that something was done in."""
 
-import sys
 from types import FrameType
+
+from w2s.compat import caller
 
 _SKIPPED = (
     "/torch/",
@@ -16,7 +17,7 @@ _SKIPPED = (
 
 def line() -> str:
     """Return the innermost line outside of torch and of the rehearsal: `w2s/objectives/collectives.py:23`."""
-    frame = sys._getframe(1)
+    frame = caller(1)
     while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _SKIPPED):
         frame = frame.f_back
     return f"{_short(frame)}:{frame.f_lineno}"
