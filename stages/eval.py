@@ -28,7 +28,7 @@ from w2s.megatron.sharded import ShardedTower
 from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe, attention_of_cls
 from w2s.registering import register_clip
-from w2s.run import open_run, origins, test_inputs, tracked, write_result
+from w2s.run import open_run, origins, recorded, test_inputs
 from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower
 from w2s.tracking.pictures import (
@@ -63,11 +63,9 @@ def run(config: Config) -> None:
         inputs = test_inputs(config)
         facts = {**origins(config, str(checkpoint)), "checkpoint": str(checkpoint.absolute())}
         tracker = Tracker(config, folder, main=ranks.main, facts=facts)
-        with tracked(tracker):
-            tracker.message(f"run folder: {folder}")
+        with recorded(tracker, folder, config, started, ranks) as metrics:
             tracker.inputs(inputs)
-            metrics = evaluate(config, suite, checkpoint, tracker, ranks)
-            write_result(folder, config, metrics, started, ranks)
+            metrics |= evaluate(config, suite, checkpoint, tracker, ranks)
     register_clip(config, folder, checkpoint, ranks)
 
 

@@ -108,6 +108,11 @@ def process_groups() -> list[ProcessGroup]:
     return list(distributed_c10d._world.pg_map)
 
 
+def world_group() -> ProcessGroup:
+    """Return the process group of all ranks."""
+    return distributed_c10d._get_default_group()
+
+
 def group_name(group: ProcessGroup) -> str:
     """Return the name under which torch knows a process group."""
     return distributed_c10d._world.pg_names[group]

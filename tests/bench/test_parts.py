@@ -16,7 +16,7 @@ from w2s.bench.synthetic import synthetic_batch
 from w2s.config.load import load
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
-from w2s.trainer import train_step
+from w2s.training.stage import train_step
 
 
 def build(stage: str, ranks: Ranks, *overrides: str) -> MaskedStage | ContrastiveStage:

@@ -27,7 +27,7 @@ from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import assign, global_name
 from w2s.optim.schedule import lr_factor
 from w2s.teachers.base import Features, PatchNetwork, Teacher
-from w2s.trainer import train_step
+from w2s.training.stage import train_step
 
 
 @dataclass

@@ -17,7 +17,7 @@ from w2s.config.sections import ParallelConfig
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.megatron.stored import StoredTensors
-from w2s.trainer import open_stream
+from w2s.run import open_stream
 
 FP8 = "precision.fp8=emulated"
 SCRATCH = {"mim": [], "clip": ["init.vision=none"]}

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup, Work
 
 from w2s import compat
 from w2s.bench.marks import Parts
-from w2s.trainer import Stage
+from w2s.training.stage import Stage
 
 PARTS = ("data", "teacher", "forward", "backward", "optimizer", "communication")
 """The names of the parts, in the order of a step; what is left is `marks.REST`."""

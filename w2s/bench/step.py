@@ -25,8 +25,9 @@ from w2s.data.sample import SampleSpec
 from w2s.host import keep_freed_memory
 from w2s.launch import launch
 from w2s.megatron import groups
+from w2s.run import open_stream
 from w2s.tracking.meters import peak_memory_gib
-from w2s.trainer import open_stream, train_step
+from w2s.training.stage import train_step
 
 WARM_UP = 3
 """Steps before those that are measured: kernels are chosen or compiled, buffers and optimizer states made."""

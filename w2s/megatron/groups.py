@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from w2s.compat import process_groups
+from w2s.compat import process_groups, world_group
 from w2s.config.sections import HardwareConfig, ParallelConfig
 from w2s.errors import W2SError
 from w2s.megatron import compat, cpu
@@ -201,7 +201,7 @@ def split(
             model_rank=dist.get_rank(parallel_state.get_model_parallel_group()),
             model_size=dist.get_world_size(parallel_state.get_model_parallel_group()),
             model_group=parallel_state.get_model_parallel_group(),
-            world_group=dist.group.WORLD,
+            world_group=world_group(),
             own_group=parallel_state.get_context_parallel_group(),
             control_group=_all_over_gloo(timeout),
             device=device,

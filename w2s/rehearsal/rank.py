@@ -27,7 +27,7 @@ from w2s.rehearsal.streams import Streams
 from w2s.rehearsal.tape import Tape
 from w2s.rehearsal.triton import stand_in_for_triton
 from w2s.rehearsal.where import line_of
-from w2s.trainer import Stage, train_step
+from w2s.training.stage import Stage, train_step
 
 
 @dataclass(frozen=True)
