@@ -14,8 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import w2s.tutor
-from stages.clip import ContrastiveStage
-from stages.mim import MaskedStage
 from tests.distributed import means
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
 from w2s.checkpoint.eva_format import VISION_NAMES, from_eva, is_fused, released_name, separate
@@ -26,6 +24,8 @@ from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import assign, global_name
 from w2s.optim.schedule import lr_factor
+from w2s.stages.clip import ContrastiveStage
+from w2s.stages.mim import MaskedStage
 from w2s.teachers.base import Features, PatchNetwork, Teacher
 from w2s.training.stage import train_step
 

@@ -11,8 +11,6 @@ import torch
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.clip import ContrastiveStage
-from stages.mim import MaskedStage
 from tests.planning.measured import SMALL
 from tests.stages.shapes import write_shapes
 from w2s.config.batching import num_micro_batches, num_passes
@@ -32,6 +30,8 @@ from w2s.planning.flops import (
 )
 from w2s.planning.teacher import planned_teachers, predicted
 from w2s.planning.towers import planned_towers
+from w2s.stages.clip import ContrastiveStage
+from w2s.stages.mim import MaskedStage
 from w2s.towers.masked import MaskedStudent
 
 BATCH = 12

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.clip import ContrastiveStage, read, see
 from tests.objectives.pairs import softmax_definition
 from tests.objectives.test_distillation import definition
 from tests.stages.runs import QUIET, history, records, run_stage
@@ -22,6 +21,7 @@ from w2s.data.stream import Stream
 from w2s.distillation import Distillation
 from w2s.errors import ConfigError, StopRun
 from w2s.megatron.groups import Ranks
+from w2s.stages.clip import ContrastiveStage, read, see
 from w2s.training import progress
 
 TAUGHT = ["init.vision=none", "clip.distill.source=eva:tiny"]

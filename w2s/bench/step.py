@@ -12,7 +12,6 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
-from stages import clip, mim
 from w2s.bench.marks import Marks
 from w2s.bench.parts import marked
 from w2s.bench.peers.clip import OpenClip
@@ -26,6 +25,7 @@ from w2s.host import keep_freed_memory
 from w2s.launch import launch
 from w2s.megatron import groups
 from w2s.run import open_stream
+from w2s.stages import clip, mim
 from w2s.tracking.meters import peak_memory_gib
 from w2s.training.stage import train_step
 

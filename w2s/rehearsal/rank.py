@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from stages import clip, mim
 from w2s.bench.marks import Parts
 from w2s.bench.parts import marked
 from w2s.bench.synthetic import synthetic_batch
@@ -27,6 +26,7 @@ from w2s.rehearsal.streams import Streams
 from w2s.rehearsal.tape import Tape
 from w2s.rehearsal.triton import stand_in_for_triton
 from w2s.rehearsal.where import line_of
+from w2s.stages import clip, mim
 from w2s.training.stage import Stage, train_step
 
 

@@ -6,7 +6,6 @@ import torch
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from stages.mim import sample_spec
 from w2s.bench.marks import Marks
 from w2s.bench.peers.base import Peer, forward_flops
 from w2s.checkpoint.formats.plain import image_tower
@@ -14,6 +13,7 @@ from w2s.compat import positioned
 from w2s.config.sections import Config, ModelConfig
 from w2s.data.batch import Batch, given, normalize
 from w2s.objectives.masked import LOSSES
+from w2s.stages.mim import sample_spec
 from w2s.teachers.build import build_teacher
 from w2s.towers.masked import at_places, places_to_predict
 from w2s.towers.vision import channel_statistics
