@@ -47,7 +47,10 @@ def test_the_tracker_of_random_states_is_ours(alone: Ranks) -> None:
 def test_writers_report_to_our_queue() -> None:
     results = object()
     compat.report_writing_to(results)
-    assert filesystem_async._get_write_results_queue() is results
+    # 0.16 and 0.19.
+    names = "_get_write_results_queue", "get_write_results_queue"
+    queue_of_writers = next(getattr(filesystem_async, name) for name in names if hasattr(filesystem_async, name))
+    assert queue_of_writers() is results
     filesystem_async._results_queue = None
 
 
