@@ -6,6 +6,7 @@ from typing import Literal
 import pytest
 import torch
 
+from tests.checkpoint.eva_weights import from_eva
 from tests.checkpoint.peers import KINDS, model_of
 from w2s.bench.marks import Marks
 from w2s.bench.peers.clip import OpenClip, open_clip_model
@@ -14,7 +15,7 @@ from w2s.bench.peers.masked import TimmMasked, TimmStudent
 from w2s.bench.report import check_equal
 from w2s.bench.step import Measured
 from w2s.bench.synthetic import synthetic_batch
-from w2s.checkpoint.eva_format import VISION_NAMES, from_eva
+from w2s.checkpoint.eva_format import VISION_NAMES
 from w2s.config.lessons import Target
 from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import w2s.tutor
+from tests.checkpoint.eva_weights import from_eva
 from tests.distributed import means
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
-from w2s.checkpoint.eva_format import VISION_NAMES, from_eva, is_fused, released_name, separate
+from w2s.checkpoint.eva_format import VISION_NAMES, is_fused, released_name, separate
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
