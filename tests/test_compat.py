@@ -1,9 +1,8 @@
-"""Private names of torch, Python and timm do what `w2s/compat.py` says, and nothing else names one."""
+"""Private names of torch, pickle and timm do what `w2s/compat.py` says, and nothing else names one."""
 
 import ast
 import io
 import pickle
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from w2s import compat
 
 ROOT = Path(w2s.__file__).parent
 PLACES = {ROOT / "compat.py", ROOT / "megatron" / "compat.py"}
-FREE = {"_replace", "_asdict", "_fields", "_exit"}
-"""Documented, of named tuples and of os."""
+FREE = {"_replace", "_exit", "_getframe", "_current_frames", "_config"}
+"""Documented, of named tuples, os and sys; and the settings of multiprocessing, needed before torch is imported."""
 OPERATORS = "_foreach_"
 """Torch documents these operators, and optimizers of others use them."""
 
@@ -155,11 +154,8 @@ def test_pickles_of_tensors_and_archives(tmp_path: Path) -> None:
         torch.load(tmp_path / "y.pt", mmap=True, weights_only=True)
 
 
-def test_frames_and_settings_of_processes() -> None:
-    assert compat.caller(0).f_code.co_name == "test_frames_and_settings_of_processes"
-    assert compat.frame_of_thread(threading.get_ident()).f_code.co_name == "frame_of_thread"
-    assert compat.process_settings()["semprefix"].startswith("/")
-    for name in ("_record_memory_history", "_dump_snapshot"):  # which need a GPU
+def test_what_needs_a_gpu_is_there() -> None:
+    for name in ("_record_memory_history", "_dump_snapshot"):
         assert callable(getattr(torch.cuda.memory, name))
 
 

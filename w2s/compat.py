@@ -1,14 +1,11 @@
-"""Private names of torch, Python and timm, which a new release may change: the only place that says them.
+"""Private names of torch, pickle and timm, which a new release may change: the only place that says them.
 
 What Megatron-Core and Transformer Engine keep for themselves is in `w2s/megatron/compat.py`. `tests/test_compat.py`
 tries each, and finds private names elsewhere.
 """
 
-import multiprocessing
 import pickle
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -143,21 +140,6 @@ def record_cuda_memory(most: int | None) -> None:
 def write_cuda_memory(path: str) -> None:
     """Write the events of CUDA's allocator that were kept."""
     torch.cuda.memory._dump_snapshot(path)
-
-
-def process_settings() -> dict[str, Any]:
-    """Return the settings that multiprocessing hands down to the children of this process: the dict itself."""
-    return multiprocessing.current_process()._config  # type: ignore[attr-defined]
-
-
-def caller(depth: int) -> FrameType:
-    """Return the frame that many calls above the function that asks."""
-    return sys._getframe(depth + 1)
-
-
-def frame_of_thread(thread: int) -> FrameType:
-    """Return where a thread is now."""
-    return sys._current_frames()[thread]
 
 
 def positioned(trunk: nn.Module, patches: Tensor) -> Any:

@@ -1,5 +1,6 @@
 """Temporary files, semaphores and memory of processes that were killed: named after their process, and swept later."""
 
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -7,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.util import Finalize
 from pathlib import Path
-
-from w2s.compat import process_settings
 
 _MEMORY = Path("/dev/shm")
 _LONGEST = 45
@@ -40,7 +39,7 @@ def marked() -> Iterator[None]:
 
     Its children, reading processes say, put their files into the same folder.
     """
-    settings = process_settings()
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     before, settings["semprefix"] = settings["semprefix"], f"/{mark().removesuffix('-')}"
     try:
         with _own_folder() if len(tempfile.gettempdir().encode()) <= _LONGEST else nullcontext():

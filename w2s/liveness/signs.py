@@ -1,5 +1,6 @@
 """Signs of life of a training thread, and of the helper processes that it waits for."""
 
+import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -12,7 +13,6 @@ from typing import Any
 import psutil
 
 import w2s
-from w2s.compat import frame_of_thread
 from w2s.liveness.pulse import Pulse
 
 _ROOT = Path(w2s.__file__).parent.parent
@@ -106,7 +106,7 @@ class Signs:
         return any(part in path for part in _WAITING)
 
     def _frame(self) -> FrameType:
-        return frame_of_thread(self._thread)
+        return sys._current_frames()[self._thread]
 
 
 def _living(pids: Collection[int]) -> Iterator[psutil.Process]:

@@ -23,8 +23,12 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
-# 0.16 warns of every MLP that is not its own, 0.19 of every wrapper that works out its buffers itself.
-for name in ("transformer.transformer_layer", "distributed.distributed_data_parallel"):
+# 0.16 warns of every MLP that is not its own, 0.19 of every wrapper that works out its buffers itself and of its saves.
+for name in (
+    "transformer.transformer_layer",
+    "distributed.distributed_data_parallel",
+    "dist_checkpointing.strategies.torch",
+):
     logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
 # It logs what it raises as well.
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)

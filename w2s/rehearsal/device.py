@@ -4,6 +4,7 @@ Fake tensors of type `cuda` fail in autograd on a build of torch without CUDA, s
 would be on the GPU is kept beside them, by storage.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from w2s import compat
-from w2s.compat import FakeTensor, caller, storage_key
+from w2s.compat import FakeTensor, storage_key
 from w2s.rehearsal.meter import Meter
 from w2s.rehearsal.streams import Streams
 
@@ -106,7 +107,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def _called_by_torch() -> bool:
     """Whether the call that is answered stands in torch, which takes devices from fake tensors at times."""
-    return "/torch/" in caller(3).f_code.co_filename
+    return "/torch/" in sys._getframe(3).f_code.co_filename
 
 
 @contextmanager
@@ -115,7 +116,7 @@ def stand_in_for_cuda(meter: Meter, streams: Streams) -> Iterator[None]:
 
     def on_gpu(tensor: FakeTensor) -> bool:
         """Torch's own work on fake tensors knows no GPU."""
-        return "/torch/_" not in caller(2).f_code.co_filename and meter.on_gpu(tensor)
+        return "/torch/_" not in sys._getframe(2).f_code.co_filename and meter.on_gpu(tensor)
 
     def device(tensor: FakeTensor) -> torch.device:
         return GPU if on_gpu(tensor) else own(tensor)

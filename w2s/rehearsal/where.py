@@ -1,8 +1,7 @@
 """The line of code that something was done in."""
 
+import sys
 from types import FrameType
-
-from w2s.compat import caller
 
 _SKIPPED = (
     "/torch/",
@@ -17,7 +16,7 @@ _SKIPPED = (
 
 def line() -> str:
     """Return the innermost line outside of torch and of the rehearsal: `w2s/objectives/collectives.py:23`."""
-    frame = caller(1)
+    frame = sys._getframe(1)
     while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _SKIPPED):
         frame = frame.f_back
     return f"{_short(frame)}:{frame.f_lineno}"
