@@ -122,9 +122,12 @@ def test_process_groups_in_the_order_of_their_making() -> None:
         made = dist.new_group([0])
         assert compat.process_groups() == [compat.world_group(), made]
         assert compat.group_name(made) == made.group_name
-        with compat.coalescing_manager(made) as together:
-            pass
-        assert hasattr(together, "wait")
+        parts = [torch.ones(2), torch.ones(3)]
+        with compat.coalescing_manager(made, async_ops=True) as together:
+            for part in parts:
+                dist.all_reduce(part, group=made)
+        together.wait()
+        assert [part.sum().item() for part in parts] == [2, 3]
     finally:
         dist.destroy_process_group()
     dist.init_process_group("fake", store=compat.fake_store(), rank=3, world_size=8)
