@@ -29,6 +29,7 @@ from w2s.errors import CheckpointError, StopRun, UserError, W2SError
 from w2s.host import compute_deterministically
 from w2s.liveness.pulse import READERS, WRITER, Pulse
 from w2s.megatron import groups, state
+from w2s.megatron.cpu import unasked
 from w2s.megatron.groups import Ranks
 from w2s.megatron.optimizer import Optimizer, Towers
 from w2s.megatron.replicas import mend
@@ -503,9 +504,10 @@ def train_step(stage: Stage, batch: Batch, factor: float) -> dict[str, Tensor]:
     Returns:
         What the stage reports, with the gradient norm before clipping and the highest learning rate.
     """
-    stage.optimizer.zero_grad()
-    metrics = stage.step(batch)
-    grad_norm = stage.optimizer.step(factor, metrics.get("loss"))
+    with unasked():
+        stage.optimizer.zero_grad()
+        metrics = stage.step(batch)
+        grad_norm = stage.optimizer.step(factor, metrics.get("loss"))
     return {**metrics, "grad_norm": grad_norm, "lr": torch.tensor(stage.optimizer.highest_lr)}
 
 

@@ -2,9 +2,11 @@
 
 import inspect
 import logging
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -51,3 +53,9 @@ def gradients_for_norm(optimizer: MegatronOptimizer) -> list[Tensor]:
     if hasattr(optimizer, "get_grads_for_grad_norm"):  # 0.19
         return optimizer.get_grads_for_grad_norm()
     return optimizer.get_main_grads_for_grad_norm()
+
+
+def no_function_modes() -> AbstractContextManager[None]:
+    """Inside, torch asks no function mode."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context

@@ -64,6 +64,24 @@ def data_parallel(
     return ShardedTower(tower.parts, list(chunks))
 
 
+class _Replica(DistributedDataParallel):
+    """Megatron's wrapper, which exchanges nothing where there is one replica only."""
+
+    def start_param_sync(self, *unused: Any, **settings: Any) -> None:
+        """Gather the weights that the ranks have updated."""
+        if not self._alone:
+            super().start_param_sync(*unused, **settings)
+
+    def finish_grad_sync(self, *unused: Any, **settings: Any) -> None:
+        """Reduce the gradients, or wait for that."""
+        if not self._alone:
+            super().finish_grad_sync(*unused, **settings)
+
+    @property
+    def _alone(self) -> bool:
+        return self.dp_cp_group.size() == 1
+
+
 def _fully_sharded(tower: ShardedTower[AnyTower], precision: PrecisionConfig) -> list[Any]:
     """Each rank keeps a share of weights and gradients too."""
     settings = DistributedDataParallelConfig(
