@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer as fsdp_buffers
-from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import random as megatron_random
 from torch.distributed import _coalescing_manager
 from torch.overrides import TorchFunctionMode
 

@@ -27,7 +27,8 @@ def global_norm(
     squares = get_total_norm(own).square() if own else torch.zeros((), device=device)
     if beside is not None:
         squares = squares + 0 * beside.detach().to(device, non_blocking=True)
-    dist.all_reduce(squares, group=group)
+    if group.size() > 1:
+        dist.all_reduce(squares, group=group)
     return squares.sqrt()
 
 

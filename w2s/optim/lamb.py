@@ -109,4 +109,3 @@ class Lamb(torch.optim.AdamW):
             ratios.clamp_(*self._bounds)
         adapted = (weights > 0) & (steps > 0) & self._adapted.to(device, non_blocking=True)
         return (torch.where(adapted, ratios, 1.0) * (1 - self.found_inf))[numbers].unbind()
-
