@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from w2s.kernels.add_norm import add_rms_norm
+from w2s.kernels.rms_norm import rms_norm
 from w2s.megatron import compat
 
 _SHORT = 128
@@ -47,7 +48,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, rows: Tensor, added: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return norm(rows); with (bias, residual) as in a post-norm layer, residual + norm(rows + bias)."""
         if added is None:
-            return super().forward(rows)
+            return rms_norm(rows, self.weight, self.eps)
         bias, residual = added
         return add_rms_norm(rows, bias, residual, self.weight, self.eps)
 
