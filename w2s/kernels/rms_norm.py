@@ -1,8 +1,8 @@
 """RMSNorm out of PyTorch's operators, with a backward pass of few steps in float32 on a CPU.
 
 There torch has one kernel for a layer norm, and for RMSNorm a chain of operators whose backward pass takes four times
-as long. With n = x r and g the gradient by the output w n, the gradient by x is r (w g - n mean(w g n)). That of a layer
-norm of mean 0 is the same less r mean(w g), which is added to it here.
+as long. With n = x r and g the gradient by the output w n, the gradient by x is r (w g - n mean(w g n)). That of a
+layer norm of mean 0 is the same less r mean(w g), which is added to it here.
 """
 
 from typing import Any

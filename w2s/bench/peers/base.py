@@ -31,7 +31,7 @@ class Peer(ABC):
         self.compiled = device.type == "cuda"
         if self.compiled:
             model.compile()
-        self.optimizer = _optimizer(model, config.optim)
+        self.optimizer = peer_optimizer(model, config.optim)
 
     def step(self, batch: Batch, marks: Marks) -> None:
         """Update the weights once.
@@ -63,8 +63,8 @@ class Peer(ABC):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision.compute == "bf16")
 
 
-def _optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """torch's fused AdamW, or timm's LAMB with a trust ratio at weight decay 0 too, as ours has; `step` clips."""
+def peer_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return torch's fused AdamW, or timm's LAMB with a trust ratio at weight decay 0 too; `step` clips."""
     settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
     if optim.name == "lamb":
         return Lamb(model.parameters(), max_grad_norm=None, always_adapt=True, **settings)
