@@ -1,6 +1,7 @@
 """What the steps of all peers have in common: autocast, accumulation, the optimizer, torch.compile."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from timm.optim.lamb import Lamb
@@ -65,7 +66,7 @@ class Peer(ABC):
 
 def peer_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """Return torch's fused AdamW, or timm's LAMB with a trust ratio at weight decay 0 too; `step` clips."""
-    settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
     if optim.name == "lamb":
         return Lamb(model.parameters(), max_grad_norm=None, always_adapt=True, **settings)
     return torch.optim.AdamW(model.parameters(), fused=True, **settings)
