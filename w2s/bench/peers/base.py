@@ -66,7 +66,12 @@ class Peer(ABC):
 
 def peer_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """Return torch's fused AdamW, or timm's LAMB with a trust ratio at weight decay 0 too; `step` clips."""
-    settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    settings: dict[str, Any] = {
+        "lr": optim.lr,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+    }
     if optim.name == "lamb":
         return Lamb(model.parameters(), max_grad_norm=None, always_adapt=True, **settings)
     return torch.optim.AdamW(model.parameters(), fused=True, **settings)
