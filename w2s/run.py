@@ -7,40 +7,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from w2s.checkpoint.checkpoint_folders import read_meta
 from w2s.checkpoint.find import find_any, is_finished, unfinished_folder
-from w2s.checkpoint.store import read_meta
 from w2s.config.sections import Config
-from w2s.data.builtin.registry import ensure_builtin
+from w2s.data.builtin.builtin_sets import ensure_builtin
+from w2s.data.sample import SampleSpec
 from w2s.data.shards import list_shards, shards_digest
 from w2s.data.sources import Source, find_sources
+from w2s.data.stream import Position, Stream
 from w2s.errors import CheckpointError, StopRun, UserError
-from w2s.liveness.beating import watched
+from w2s.liveness.heartbeat import Heartbeat
+from w2s.liveness.heartbeat_sender import watched
 from w2s.liveness.owner import owned
-from w2s.liveness.pulse import Pulse
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.stopping import stop_at_once
+from w2s.tracking.atomic_files import write_text
 from w2s.tracking.datasets import DataInput
-from w2s.tracking.files import write_text
 from w2s.tracking.meters import peak_memory_gib
 from w2s.tracking.tracker import Tracker
 
 STACKS = "stacks.txt"
-"""File of a run folder with the Python stacks of all ranks, when they stood still."""
+"""File of a run folder with the Python stacks of all ranks, when they stalled."""
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[tuple[Ranks, Pulse, Path]]:
+def open_run(config: Config) -> Iterator[tuple[Ranks, Heartbeat, Path]]:
     """Be a rank of a run, watched, with its data built: give the ranks, where to note what is done, and its folder."""
     with (
         stop_at_once(),
-        groups.start(config.parallel, config.hardware) as ranks,
-        watched(config.hardware, ranks) as pulse,
+        process_groups.init_distributed(config.parallel, config.hardware) as ranks,
+        watched(config.hardware, ranks) as heartbeat,
         owned_folder(config, ranks) as run,
     ):
-        pulse.report = run / STACKS
+        heartbeat.report = run / STACKS
         prepare_data(config, ranks)
-        yield ranks, pulse, run
+        yield ranks, heartbeat, run
 
 
 @contextmanager
@@ -49,7 +51,7 @@ def owned_folder(config: Config, ranks: Ranks) -> Iterator[Path]:
 
     A named run is that run. A run without a name is the interrupted one of the same configuration, else a new one.
     """
-    folder = ranks.from_main(lambda: unfinished_folder(config))
+    folder = ranks.on_main(lambda: unfinished_folder(config))
     if is_finished(folder):
         raise UserError(f"run.name={config.run.name}: {folder} is finished: choose another name")
     with owned(folder, ranks):
@@ -59,7 +61,7 @@ def owned_folder(config: Config, ranks: Ranks) -> Iterator[Path]:
 def prepare_data(config: Config, ranks: Ranks) -> None:
     """Build the built-in data set where it is missing; one rank works, the others wait."""
     if config.data.builtin != "none":
-        ranks.from_main(lambda: ensure_builtin(config.data))
+        ranks.on_main(lambda: ensure_builtin(config.data))
 
 
 def share_sources(config: Config, ranks: Ranks) -> list[Source]:
@@ -70,7 +72,29 @@ def share_sources(config: Config, ranks: Ranks) -> list[Source]:
         DataError: shards that are missing or lack something; on every rank.
     """
     batch, captions = config.train.global_batch, config.stage == "clip"
-    return ranks.from_main(lambda: find_sources(config.data, batch, ranks.world_size, captions=captions))
+    return ranks.on_main(lambda: find_sources(config.data, batch, ranks.world_size, captions=captions))
+
+
+def open_stream(
+    config: Config,
+    spec: SampleSpec,
+    *,
+    rank: int,
+    size: int,
+    position: Position | None = None,
+    sources: Sequence[Source] | None = None,
+) -> Stream:
+    """Open the training samples of one of `size` readers, where an earlier stream stood or at the beginning."""
+    return Stream(
+        config.data,
+        spec,
+        global_batch=config.train.global_batch,
+        seed=config.run.seed,
+        rank=rank,
+        size=size,
+        position=position,
+        sources=sources,
+    )
 
 
 def origins(config: Config, parent: str | None) -> dict[str, str]:
@@ -85,7 +109,7 @@ def origins(config: Config, parent: str | None) -> dict[str, str]:
     sources += [each.source.removeprefix("w2s:") for each in taught if each.source.startswith("w2s:")]
     runs: dict[str, None] = {}
     for source in sources:
-        with suppress(CheckpointError):  # an interrupted run goes on without what it was begun from, too
+        with suppress(CheckpointError):  # an interrupted run continues without what it was begun from, too
             run_id = read_meta(find_any(source, root, key="parent")).mlflow_run_id
             runs |= {run_id: None} if run_id else {}
     found = {
@@ -128,22 +152,6 @@ def _data_input(config: Config, key: str, source: str, context: str) -> DataInpu
     return DataInput(f"{config.data.name} {context}", source, digest, context)
 
 
-def write_result(run: Path, config: Config, metrics: Mapping[str, float], started: float, ranks: Ranks) -> None:
-    """Mark a run as finished: result.json holds its stage, metrics, seconds of computing and peak memory in GiB.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    if ranks.main:
-        result = {
-            "stage": config.stage,
-            "metrics": dict(metrics),
-            "seconds": time.perf_counter() - started,
-            "peak_memory_gib": peak_memory_gib(ranks.device),
-        }
-        write_text(run / "result.json", json.dumps(result, indent=1))
-
-
 @contextmanager
 def tracked(tracker: Tracker) -> Iterator[None]:
     """End the tracked run as it ended: FINISHED, KILLED when it was asked to stop, else FAILED.
@@ -161,3 +169,36 @@ def tracked(tracker: Tracker) -> Iterator[None]:
             tracker.finish("FAILED")
         raise
     tracker.finish("FINISHED")
+
+
+@contextmanager
+def recorded(tracker: Tracker, run: Path, config: Config, started: float, ranks: Ranks) -> Iterator[dict[str, float]]:
+    """Track a run and write its result: give the metrics, which the work inside fills.
+
+    Args:
+        tracker: follows the run.
+        run: its folder.
+        config: its configuration.
+        started: when its work began, by `time.perf_counter`.
+        ranks: this process among all.
+
+    Raises:
+        UserError: the result cannot be written.
+    """
+    metrics: dict[str, float] = {}
+    with tracked(tracker):
+        tracker.message(f"run folder: {run}")
+        yield metrics
+        _write_result(run, config, metrics, started, ranks)
+
+
+def _write_result(run: Path, config: Config, metrics: Mapping[str, float], started: float, ranks: Ranks) -> None:
+    """Mark a run as finished: result.json holds its stage, metrics, seconds of computing and peak memory in GiB."""
+    if ranks.main:
+        result = {
+            "stage": config.stage,
+            "metrics": dict(metrics),
+            "seconds": time.perf_counter() - started,
+            "peak_memory_gib": peak_memory_gib(ranks.device),
+        }
+        write_text(run / "result.json", json.dumps(result, indent=1))

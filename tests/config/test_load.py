@@ -1,3 +1,4 @@
+from dataclasses import FrozenInstanceError, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -35,6 +36,20 @@ def test_defaults_of_a_stage(stage: str) -> None:
     assert config.teacher.name == "efficientnet_lite0"
     assert config.data.name == "emoji"
     assert config.hardware.name == "auto"
+
+
+def test_what_is_loaded_stays_as_it_is() -> None:
+    config = load(
+        "mim", ["teachers=[eva02_clip_b]", "data.phases=[{samples: 64}, {}]", "mim.layers=[{student: 0, teacher: 1}]"]
+    )
+    sections = [config]
+    while sections:
+        section = sections.pop()
+        assert is_dataclass(section)
+        inner = [part for value in vars(section).values() for part in (value if isinstance(value, list) else [value])]
+        sections += [part for part in inner if is_dataclass(part)]
+        with pytest.raises(FrozenInstanceError):
+            setattr(section, next(iter(vars(section))), None)
 
 
 def test_the_recipe_of_the_two_training_stages() -> None:
@@ -128,7 +143,7 @@ def test_interpolations_are_resolved_after_the_overrides(monkeypatch: pytest.Mon
         ("optim.name=sgd", "optim.name=sgd is not one of adamw, lamb"),
         ("optim.betas=[0.9]", "optim.betas=[0.9] is not a list of 2 numbers"),
         ("eval.sets=3", "eval.sets=3 is not a mapping such as {name: text}"),
-        ("eval.sets={a/b: c}", "eval.sets: 'a/b' is no name of a test set: use letters, digits, _ and -"),
+        ("eval.sets={a/b: c}", "eval.sets: 'a/b' is not a name of a test set: use letters, digits, _ and -"),
         ("train=5", "train=5: train is a section, set one of its keys, such as train.steps"),
         ("train.steps", "override 'train.steps' is not of the form key=value, such as train.steps=100"),
         ("=3", "override '=3' is not of the form key=value, such as train.steps=100"),
@@ -143,10 +158,10 @@ def test_interpolations_are_resolved_after_the_overrides(monkeypatch: pytest.Mon
         ("checkpoint.keep_at=[1, 99999999999999999999]", "checkpoint.keep_at is a number of 67 bits"),
         ("data.phases=[{samples: 99999999999999999999}]", "data.phases.samples is a number of 67 bits"),
         (f"train.steps={'9' * 5000}", f"train.steps={'9' * 80} is not valid YAML: Exceeds the limit"),
-        ("run.name=../x", "run.name=../x is no folder name"),
-        ("run.group=../../x", "run.group=../../x is no folder name"),
-        ("model.name=../../x", "model.name=../../x is no folder name"),
-        ("run.name=a\x1b[2J", "run.name=a\x1b[2J is no folder name"),
+        ("run.name=../x", "run.name=../x is not a folder name"),
+        ("run.group=../../x", "run.group=../../x is not a folder name"),
+        ("model.name=../../x", "model.name=../../x is not a folder name"),
+        ("run.name=a\x1b[2J", "run.name=a\x1b[2J is not a folder name"),
         (f"run.name={'x' * 300}", f"run.name={'x' * 40}... is longer than 180 bytes: shorten it"),
         ("model=/nowhere/x.yaml", "model=/nowhere/x.yaml cannot be read: No such file or directory"),
     ],
@@ -238,7 +253,7 @@ def test_phases_are_typed_sections() -> None:
         ("data.phases=[{samples: -1}]", "samples=-1 must be at least 0"),
         ("data.phases=[{crop_scale: [0.9, 0.5]}]", "crop_scale"),
         ("data.phases=[{patch_dropout: 1}]", r"patch_dropout=1.0 must be in \[0, 1\)"),
-        ("data.weights=[1, 3]", r"data.weights=\[1.0, 3.0\] are no probabilities that sum to 1: use \[0.25, 0.75\]"),
+        ("data.weights=[1, 3]", r"data.weights=\[1.0, 3.0\] are not probabilities that sum to 1: use \[0.25, 0.75\]"),
         ("data.weights=[1.5, -0.5]", "use only numbers above 0"),
         ("data.weights=half", "data.weights=half is not a list, each entry a number"),
         ("data.caption_weights=[0.5, 0.5]", "are not one for each of data.caption_key=txt;text;caption: give 3"),

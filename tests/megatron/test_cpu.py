@@ -5,7 +5,7 @@ import torch
 from megatron.core.pipeline_parallel import schedules
 
 from w2s.megatron.cpu import unasked
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel.process_groups import Ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is replaced")
 

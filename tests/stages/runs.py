@@ -18,7 +18,7 @@ from torch import Tensor
 from w2s.config.load import load
 from w2s.config.naming import run_folder
 from w2s.config.sections import Config
-from w2s.megatron.optimizer import Optimizer
+from w2s.megatron.parallel.optimizer import Optimizer
 
 DEADLINE = 120.0
 """Seconds after which a command that did not come as far as it should is a failure."""
@@ -29,7 +29,7 @@ QUIET = ("tracking.enabled=false", "eval.shards=", "eval.knn_shards=")
 
 def run_in_process(config: Config) -> Path:
     """Run a stage in this process and return its folder."""
-    importlib.import_module(f"stages.{config.stage}").run(config)
+    importlib.import_module(f"w2s.stages.{config.stage}").run(config)
     return run_folder(config)
 
 

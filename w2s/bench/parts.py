@@ -6,11 +6,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.distributed import ProcessGroup, Work
 
+from w2s import compat
 from w2s.bench.marks import Parts
-from w2s.trainer import Stage
+from w2s.training.stage import Stage
 
 PARTS = ("data", "teacher", "forward", "backward", "optimizer", "communication")
 """The names of the parts, in the order of a step; what is left is `marks.REST`."""
@@ -23,7 +23,7 @@ _COLLECTIVES = ("all", "broadcast", "gather", "recv", "reduce", "scatter", "send
 def marked(stage: Stage, marks: Parts) -> Iterator[None]:
     """Mark the parts of a stage's steps for as long as the block lasts.
 
-    Communication is what a rank spends on it alone: collectives that go on beside the computation count from where the
+    Communication is what a rank spends on it alone: collectives that run beside the computation count from where the
     rank begins to wait for them. It is taken out of the part in which it happens.
 
     Args:
@@ -32,7 +32,7 @@ def marked(stage: Stage, marks: Parts) -> Iterator[None]:
     """
     with ExitStack() as undo:
         for tower in stage.towers.values():
-            for chunk in tower.parts:
+            for chunk in tower.chunks:
                 _mark_module(chunk, "forward", marks, undo)
                 undo.callback(chunk.register_forward_hook(_backward_marker(marks)).remove)
         for teacher in stage.teachers:
@@ -67,7 +67,7 @@ def _backward_marker(marks: Parts) -> Callable[[nn.Module, Any, Any], None]:
             nonlocal begun
             if not begun:
                 marks.begin("backward")
-                Variable._execution_engine.queue_callback(marks.end)
+                compat.after_backward(marks.end)
             begun = True
 
         for part in [output] if isinstance(output, Tensor) else output or ():

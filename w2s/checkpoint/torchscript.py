@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2s.megatron.unpickling import Unpickler, reading
+from w2s.compat import TENSOR_FUNCTIONS, TorchFileReader, storage_types
+from w2s.megatron.checkpoint.safe_unpickling import Unpickler, reading
 
-_TYPES = torch.storage._storage_type_to_dtype_map()
+_TYPES = storage_types()
 """Types of numbers by torch's names of their storages."""
 
 
@@ -30,25 +31,25 @@ class _Archive(Unpickler):
     """
 
     def __init__(self, path: Path) -> None:
-        self._records = torch._C.PyTorchFileReader(str(path))
+        self._records = TorchFileReader(str(path))
         self._bytes = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
         super().__init__(self._records.get_record("data.pkl"), str(path))
 
-    def known(self, module: str, name: str) -> Any:
+    def allowed_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return _Object
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return torch._utils._rebuild_tensor_v2
+        if f"{module}.{name}" in TENSOR_FUNCTIONS:
+            return TENSOR_FUNCTIONS[f"{module}.{name}"]
         if module == "torch" and name in _TYPES:
             return _TYPES[name]
         if module == "torch.jit._pickle":
             return lambda values, *_: values  # lists of one type
-        return super().known(module, name)
+        return super().allowed_class(module, name)
 
     def persistent_load(self, pid: tuple[str, torch.dtype, str, str, int]) -> torch.TypedStorage:
         """Return a storage that is mapped to the file."""
         _, dtype, key, _, numel = pid
-        start = self._records.get_record_offset(f"data/{key}")  # type: ignore[attr-defined]
+        start = self._records.get_record_offset(f"data/{key}")
         size = numel * dtype.itemsize
         if not 0 <= size <= self._records.get_record_size(f"data/{key}"):
             raise pickle.UnpicklingError(f"data/{key} has not {numel} values")
@@ -59,7 +60,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     """Return parameters, buffers and other tensors of the archived module by name.
 
     Raises:
-        CheckpointError: the archive is damaged, or names what is no part of one.
+        CheckpointError: the archive is damaged, or names what is not part of one.
     """
     with reading(str(path)):
         return dict(_tensors(_Archive(path).load(), "", set()))

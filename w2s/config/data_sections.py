@@ -6,14 +6,14 @@ from typing import Literal
 from w2s.config.requirements import require, require_probabilities, require_scale
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
     """A part of the training samples; what is empty or null is as in the sections above."""
 
     samples: int = 0
     """Samples of the phase, a multiple of train.global_batch; 0 in the last phase lasts to the end of the run."""
     train: str = ""
-    """Training shards, as data.train; a source that another phase reads too goes on where that one left it."""
+    """Training shards, as data.train; a source that another phase reads too continues where that one left it."""
     weights: list[float] = field(default_factory=list)
     """Probability of each source, as data.weights."""
     crop_scale: tuple[float, float] | None = None
@@ -34,7 +34,7 @@ class PhaseConfig:
             require(self.frames >= 1, f"data.phases: frames={self.frames} must be at least 1")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Training images and captions: webdataset shards or parquet files, drawn in lanes."""
 

@@ -52,7 +52,7 @@ __all__ = [
 Resize = Literal["crop", "squash"]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where a run lives and what it is called."""
 
@@ -71,7 +71,7 @@ class RunConfig:
             require_folder_name(self.group, "run.group", "`w2s run` sets it, leave it out")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the model is split over ranks; data parallelism is what is left."""
 
@@ -96,7 +96,7 @@ class ParallelConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again: none, the MLPs' after their GELU, or those of whole layers."""
     recompute_layers: int = 0
-    """With `recompute=full`, how many layers of each model chunk are computed again; 0 takes all."""
+    """With `recompute=full`, how many layers of each model chunk are recomputed; 0 takes all."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while the backward pass still runs."""
     overlap_param_gather: bool = False
@@ -108,7 +108,7 @@ class ParallelConfig:
     """Replay the layers from CUDA graphs, which small layers on a fast GPU gain from; data parallelism alone."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
     """Arithmetic; master weights and optimizer states are always float32."""
 
@@ -145,7 +145,7 @@ class PrecisionConfig:
             require(value >= 0, f"precision.{name}={value} must be at least 0")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class HardwareConfig:
     """The machine."""
 
@@ -159,7 +159,7 @@ class HardwareConfig:
     """The same where one call may take long: at the start, in the first step, while measuring, saving and finishing."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Saving."""
 
@@ -168,23 +168,23 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints that are kept."""
     keep_at: list[int] = field(default_factory=list)
-    """Steps that are saved, and kept whatever comes after: where other runs go on from (`init.checkpoint`)."""
+    """Steps that are saved, and kept whatever comes after: where other runs continue from (`init.checkpoint`)."""
     async_save: bool = False
-    """Write in the background while training goes on; `latest` moves when all ranks have written."""
+    """Write in the background while training continues; `latest` moves when all ranks have written."""
     memory: bool = False
     """Keep the newest one in the memory of the hosts too, each rank's also on the next host: ranks that are started
     again (--restarts) need no disk."""
     failures: int = 3
     """Saves in a row that the system may refuse (disk full, quota) before the run ends: it trains on meanwhile."""
     strict: bool = False
-    """Stop where the newest checkpoint is damaged, instead of going on from the newest whole one."""
+    """Stop where the newest checkpoint is damaged, instead of continuing from the newest whole one."""
 
     def __post_init__(self) -> None:
         require_positive(self, "checkpoint", ("every", "keep", "failures"))
         require(min(self.keep_at, default=1) >= 1, f"checkpoint.keep_at={self.keep_at} must be steps, counted from 1")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class InitConfig:
     """Where the weights come from when the run has no checkpoint of its own."""
 
@@ -209,7 +209,7 @@ class InitConfig:
     """`keep` takes heads and logit scale along where they fit, `fresh` draws them anew (as EVA's released code)."""
     checkpoint: str = "none"
     """A run's path, its name, its MLflow run id, `latest` (the newest finished one), or the path of one of its
-    checkpoints: the model to evaluate, or the state that a training goes on from (weights, optimizer, step, data)."""
+    checkpoints: the model to evaluate, or the state that a training continues from (weights, optimizer, step, data)."""
     post_norm: float = 1.0
     """Initial weight of the branch norms of a post-norm tower that starts from scratch (0 in EVA-01's masked stage)."""
     std: float = 0.02
@@ -225,7 +225,7 @@ class InitConfig:
         return {tower for tower in ("vision", "text") if getattr(self, tower) == "none"}
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Zero-shot classification, retrieval and k-NN."""
 
@@ -280,7 +280,7 @@ class EvalConfig:
         for name in self.sets:
             require(
                 re.fullmatch(r"[\w-]+", name, re.ASCII) is not None,
-                f"eval.sets: '{name}' is no name of a test set: use letters, digits, _ and -",
+                f"eval.sets: '{name}' is not a name of a test set: use letters, digits, _ and -",
             )
 
     @property
@@ -302,7 +302,7 @@ class EvalConfig:
         }
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """MLflow, console and pictures."""
 
@@ -323,7 +323,7 @@ class TrackingConfig:
     """Images (masked stage) or classes (evaluation) in the pictures at the end of a stage; 0 draws none."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that a stage is told."""
 

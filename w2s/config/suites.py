@@ -24,7 +24,7 @@ _WAYS = {"text": "image_to_text", "image": "text_to_image"}
 """What is retrieved, and the way there."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SuiteSet:
     """A test set of a suite."""
 
@@ -42,7 +42,7 @@ class SuiteSet:
     """Prompts around a class name, as `eval.templates`."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Mean:
     """A mean over columns of the table."""
 
@@ -54,7 +54,7 @@ class Mean:
     """Names of the sets whose columns are averaged; empty takes all."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Suite:
     """A file of `configs/suite`."""
 
@@ -129,7 +129,7 @@ def _mistakes(suite: Suite) -> Iterator[str]:
         yield f"sets are named {names}: give at least one, each with a name of its own"
     for name in names:
         if re.fullmatch(r"[\w-]+", name, re.ASCII) is None:
-            yield f"'{name}' is no name of a test set: use letters, digits, _ and -"
+            yield f"'{name}' is not a name of a test set: use letters, digits, _ and -"
     for mean in suite.means:
         for name in set(mean.of) - set(names):
             yield f"means: there is no set {name}: did you mean {nearest(name, names)}?"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from w2s.config.batching import lanes_per_rank
 from w2s.config.layout import check_lanes
 from w2s.config.sections import DataConfig
 from w2s.data.bad import Skipped
@@ -46,9 +47,10 @@ class Stream:
         spec: what the stage wants of a sample.
         global_batch: samples of a step over all ranks.
         seed: seed of the run.
-        rank: which of the readers this is (`Ranks.reader`): every rank reads a share, model-parallel ones too.
+        rank: which of the readers this is (`Ranks.data_reader_rank`): every rank reads a share, model-parallel ones
+            too.
         size: number of readers, which is that of all ranks.
-        position: where to go on: what `position()` gave, merged over the ranks, at any size and number of workers.
+        position: where to continue: what `position()` gave, merged over the ranks, at any size and number of workers.
         sources: what `find_sources` gave, where it was called before.
 
     Attributes:
@@ -84,7 +86,7 @@ class Stream:
         self._lanes = _restore(position, self._order, range(rank, data.lanes, size))
         self._step = self._first_step = 0 if position is None else position["step"]
         # A worker without samples would have nothing to send, so there are at most as many as a batch has lanes.
-        self._workers = min(data.workers, min(data.lanes, global_batch) // size)
+        self._workers = min(data.workers, lanes_per_rank(data.lanes, global_batch, size))
         self.bad: Counter[str] = Counter()
         self.reopened: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
@@ -239,8 +241,8 @@ class Stream:
             raise part
         return part
 
-    def _note(self, places: Sequence[Skipped], counter: Counter[str], message: str) -> None:
-        for each in places:
+    def _note(self, skipped: Sequence[Skipped], counter: Counter[str], message: str) -> None:
+        for each in skipped:
             counter[each.reason] += 1
             count = counter[each.reason]
             if _is_telling(count):
@@ -267,7 +269,7 @@ def _is_telling(count: int) -> bool:
 
 
 def merge_positions(positions: Sequence[Position]) -> Position:
-    """Join the positions of all ranks after the same step into one that any rank can go on from.
+    """Join the positions of all ranks after the same step into one that any rank can continue from.
 
     Raises:
         DataError: positions of different steps or of different orders of samples.
@@ -311,7 +313,7 @@ def _restore(position: Position | None, order: dict[str, Any], lanes: range) -> 
         for key, value in order.items():
             if position["order"].get(key) != value:
                 raise DataError(
-                    f"cannot go on with {key}={value}: the run began with {key}={position['order'].get(key)}, "
+                    f"cannot continue with {key}={value}: the run began with {key}={position['order'].get(key)}, "
                     "keep that or start a new run"
                 )
         missing = [lane for lane in lanes if str(lane) not in position["lanes"]]

@@ -35,7 +35,7 @@ class Lamb(torch.optim.AdamW):
         self,
         tensor_of: Mapping[Tensor, int],
         count: int,
-        add_up: Callable[[Tensor], Tensor],
+        reduce_norms: Callable[[Tensor], Tensor],
         exempt: Collection[int] = (),
     ) -> None:
         """Say how parameters make up tensors.
@@ -43,10 +43,10 @@ class Lamb(torch.optim.AdamW):
         Args:
             tensor_of: for each parameter (a slice) the number of its tensor.
             count: how many tensors there are.
-            add_up: takes [2, count] sums of squares of this rank's slices, returns those of whole tensors.
+            reduce_norms: takes [2, count] sums of squares of this rank's slices, returns those of whole tensors.
             exempt: numbers of the tensors whose ratio is 1, whatever the bounds.
         """
-        self._tensor_of, self._count, self._add_up = dict(tensor_of), count, add_up
+        self._tensor_of, self._count, self._reduce_norms = dict(tensor_of), count, reduce_norms
         self._adapted = torch.tensor([number not in exempt for number in range(count)])
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ class Lamb(torch.optim.AdamW):
         if slices:
             norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (slices, updates)]
             sums.index_add_(1, numbers, torch.stack(norms).square_())
-        weights, steps = self._add_up(sums).sqrt()
+        weights, steps = self._reduce_norms(sums).sqrt()
         ratios = weights / steps
         if self._bounds is not None:
             ratios.clamp_(*self._bounds)

@@ -9,17 +9,17 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from w2s.config.layout import model_parallel_size
+from w2s.config.batching import model_parallel_size
 from w2s.config.sections import Config
 from w2s.data.shards import list_shards
 from w2s.data.sizes import count_samples
 from w2s.errors import UserError, W2SError
 from w2s.planning.cards import GPUS_PER_NODE, Card
 from w2s.planning.duration import teacher_seconds
-from w2s.planning.host import CHECKSUM_GBS
-from w2s.planning.layers import layer_time
+from w2s.planning.in_memory_costs import CHECKSUM_GBS
+from w2s.planning.layer_costs import layer_time
 from w2s.planning.plan import Plan
-from w2s.planning.schedule import Passes, pipeline_of, seconds
+from w2s.planning.simulated_schedule import Passes, pipeline_of, seconds
 from w2s.planning.teacher import predicted
 from w2s.planning.towers import PlannedTower, planned_towers
 

@@ -1,0 +1,61 @@
+"""A training stage from start to end: the loop, and what surrounds it."""
+
+import time
+from collections.abc import Callable
+
+from w2s.callbacks import load_callbacks
+from w2s.checkpoint import checkpoint_folders
+from w2s.checkpoint.continued import with_its_start
+from w2s.checkpoint.in_memory import host_memory
+from w2s.checkpoint.verifying import recover
+from w2s.config.doubts import doubts
+from w2s.config.sections import Config
+from w2s.host import compute_deterministically
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.model_registry import register_clip
+from w2s.profiling import Profiler
+from w2s.run import open_run, recorded, share_sources, test_inputs, training_inputs
+from w2s.trainer import Trainer
+from w2s.training.stage import Stage
+
+
+def train_stage(config: Config, build: Callable[[Config, Ranks], Stage]) -> None:
+    """Run a training stage, as one rank of it.
+
+    Args:
+        config: the stage's configuration.
+        build: makes the stage, with weights drawn from the seed.
+    """
+    started = time.perf_counter()
+    if config.train.deterministic:
+        compute_deterministically()
+    steps = config.train.profiled
+    callbacks = [*([Profiler(steps)] if steps else []), *load_callbacks(config.train.callbacks)]
+    with open_run(config) as (ranks, heartbeat, run), host_memory(config, run, ranks) as memory:
+        if memory is None or memory.find(ranks.broadcast(checkpoint_folders.newest_step(run))) is None:
+            recover(run, ranks, strict=config.checkpoint.strict)
+        config = with_its_start(config, run)
+        # Before the model is built, which may take long.
+        for doubt in doubts(config, ranks.world_size) if ranks.main and checkpoint_folders.latest(run) is None else []:
+            print(f"warning: {doubt}", flush=True)
+        heartbeat.at("finding the shards", long=True)
+        sources = share_sources(config, ranks)
+        heartbeat.at("building the model", long=True)
+        trainer = Trainer(build(config, ranks), config, run, ranks, heartbeat, memory, sources, callbacks=callbacks)
+        with recorded(trainer.tracker, run, config, started, ranks) as metrics:
+            _tell_resumed(trainer)
+            if ranks.main:
+                trainer.tracker.inputs([*training_inputs(config, sources), *test_inputs(config)])
+            trainer.train()
+            heartbeat.at("finishing", long=True)
+            metrics |= trainer.finish()
+    register_clip(config, run, checkpoint_folders.latest(run), ranks)
+
+
+def _tell_resumed(trainer: Trainer) -> None:
+    """Say where the run continues, and what became of it."""
+    if trainer.memory is not None and trainer.memory.meta is not None:
+        trainer.tracker.message(f"resumes at step {trainer.step}, from the memory of the hosts")
+    elif trainer.step and trainer.parent:
+        trainer.tracker.message(f"resumes at step {trainer.step}, begun from {trainer.parent}")
+    trainer.tell_news()
