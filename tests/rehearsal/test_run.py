@@ -20,7 +20,6 @@ from w2s.objectives import masked
 from w2s.planning.cards import card
 from w2s.rehearsal.kinds import chosen
 from w2s.rehearsal.rank import Job, RankReport, rehearse
-from w2s.rehearsal.repetition import Repetition
 from w2s.rehearsal.run import Rehearsal, conclude, perform
 from w2s.rehearsal.tape import Compute, Tape
 
@@ -103,7 +102,7 @@ def test_ranks_of_each_kind_stand_for_all() -> None:
 
 def in_full(job: Job) -> RankReport:
     """No micro-batch repeats what another did."""
-    with mock.patch.object(Repetition, "on", nullcontext):
+    with mock.patch("w2s.rehearsal.rank.shortened", lambda *_: nullcontext()):
         return rehearse(job)
 
 
@@ -119,11 +118,25 @@ def done(report: RankReport) -> list[Any]:
     return [(e.part, pytest.approx(e.seconds)) if isinstance(e, Compute) else e for e in tape.events]
 
 
-@SLOW
-@pytest.mark.parametrize(("stage", "layout"), [("mim", TENSOR), ("clip", ["parallel.virtual_pipeline=2"])])
+RECOMPUTED = ["parallel.recompute=full", "parallel.recompute_layers=1"]
+ALONE = ["parallel.pipeline=1", "train.global_batch=80"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "layout"),
+    [
+        ("mim", [*ALONE, "parallel.shard=full"]),
+        pytest.param("mim", [*ALONE, "parallel.shard=full", *RECOMPUTED], marks=SLOW),
+        pytest.param("clip", [*ALONE, "parallel.shard=full", *RECOMPUTED], marks=SLOW),
+        pytest.param("clip", [*ALONE, *OVERLAP], marks=SLOW),
+        pytest.param("mim", [*TENSOR, *OVERLAP, *RECOMPUTED, "train.global_batch=48"], marks=SLOW),
+        pytest.param(
+            "clip", [*OVERLAP, *RECOMPUTED, "parallel.virtual_pipeline=2", "train.global_batch=48"], marks=SLOW
+        ),
+    ],
+)
 def test_repeated_micro_batches_do_what_all_do(stage: str, layout: list[str]) -> None:
-    bf16 = ["precision.compute=bf16", "teacher.precision=bf16", "train.global_batch=48", "parallel.recompute=full"]
-    config = configured(stage, *OVERLAP, *layout, "parallel.recompute_layers=1", *bf16)
+    config = configured(stage, *layout, "precision.compute=bf16", "teacher.precision=bf16")
     world_size = 4 * config.parallel.tensor
     short, full = (rehearsed(config, world_size, [0, world_size // 2], be) for be in (rehearse, in_full))
     assert not short.wrong
@@ -131,6 +144,7 @@ def test_repeated_micro_batches_do_what_all_do(stage: str, layout: list[str]) ->
         assert done(one) == done(two)
         assert (one.peak, one.parts, one.fullest) == (two.peak, two.parts, two.fullest)
         assert (one.built, one.written) == (two.built, two.written)
+    assert short.timeline.steps == pytest.approx(full.timeline.steps)
 
 
 def swapped(job: Job) -> RankReport:
