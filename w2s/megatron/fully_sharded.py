@@ -12,6 +12,7 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
+from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import TrainingState
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
@@ -47,6 +48,7 @@ class FullySharded(FullyShardedDataParallel):
         self.module._replace_param_with_distributed_if_needed = _nothing
         self.module.attach_grad_to_optimizer_state = _nothing
         self._reduce_at_the_end()
+        self._gather_ahead_what_is_to_come()
         self._is_whole = False
         self.shares = {parameter: share for group in self._groups for parameter, share in _shares(group)}
 
@@ -60,6 +62,21 @@ class FullySharded(FullyShardedDataParallel):
             for parameter in group.params if group.fsdp_unit_id is None else []:
                 name = self.module.param_to_name[parameter]
                 self.module.grad_acc_hooks.pop(f"grad_acc and reduce for {name}").remove()
+
+    def _gather_ahead_what_is_to_come(self) -> None:
+        """Gather nothing ahead in a backward pass that has been through all layers.
+
+        Megatron gathers what stands before a module in its list. Patches are embedded first and listed last: the last
+        layers would be gathered again as the pass ends.
+        """
+        gather = self.module.all_gather_and_wait_parameters_ready
+        layers = [module for module in self.module.modules() if isinstance(module, TransformerLayer)]
+
+        def gather_needed(params: Any, prefetch: bool = True, bwd: bool = False, **settings: Any) -> None:
+            to_come = not bwd or any(layer._training_state is TrainingState.PRE_BACKWARD for layer in layers)
+            gather(params, prefetch=prefetch and to_come, bwd=bwd, **settings)
+
+        self.module.all_gather_and_wait_parameters_ready = gather_needed
 
     @property
     def _groups(self) -> list[Any]:
