@@ -48,7 +48,8 @@ class FullySharded(FullyShardedDataParallel):
         self.module._replace_param_with_distributed_if_needed = _nothing
         self.module.attach_grad_to_optimizer_state = _nothing
         self._reduce_at_the_end()
-        self._gather_ahead_what_is_to_come()
+        self._layers_to_come = True
+        self._gather_ahead_what_is_to_come(part)
         self._is_whole = False
         self.shares = {parameter: share for group in self._groups for parameter, share in _shares(group)}
 
@@ -63,19 +64,28 @@ class FullySharded(FullyShardedDataParallel):
                 name = self.module.param_to_name[parameter]
                 self.module.grad_acc_hooks.pop(f"grad_acc and reduce for {name}").remove()
 
-    def _gather_ahead_what_is_to_come(self) -> None:
-        """Gather nothing ahead in a backward pass that has been through all layers.
+    def _gather_ahead_what_is_to_come(self, part: Tower) -> None:
+        """Gather nothing ahead where a pass has been through all layers.
 
-        Megatron gathers what stands before a module in its list. Patches are embedded first and listed last: the last
-        layers would be gathered again as the pass ends.
+        Megatron gathers what stands beside a module in its list, in which all that is outside of layers comes first or
+        last: it would gather the first layers again for the head, and the last ones as patches' embedding goes back.
         """
         gather = self.module.all_gather_and_wait_parameters_ready
-        layers = [module for module in self.module.modules() if isinstance(module, TransformerLayer)]
+        layers = [module for module in part.modules() if isinstance(module, TransformerLayer)]
+
+        def begin(*unused: Any) -> None:
+            self._layers_to_come = True
+
+        def end(*unused: Any) -> None:
+            self._layers_to_come = False
 
         def gather_needed(params: Any, prefetch: bool = True, bwd: bool = False, **settings: Any) -> None:
-            to_come = not bwd or any(layer._training_state is TrainingState.PRE_BACKWARD for layer in layers)
+            going_back = any(layer._training_state is TrainingState.PRE_BACKWARD for layer in layers)
+            to_come = going_back if bwd else self._layers_to_come
             gather(params, prefetch=prefetch and to_come, bwd=bwd, **settings)
 
+        part.register_forward_pre_hook(begin, prepend=True)
+        layers[-1].register_forward_hook(end)
         self.module.all_gather_and_wait_parameters_ready = gather_needed
 
     @property
@@ -104,6 +114,7 @@ class FullySharded(FullyShardedDataParallel):
     def release(self) -> None:
         """Let go of what was gathered: the next pass gathers the shares as they are then."""
         self.module.synchronize_param_gather()
+        self._layers_to_come = True
 
     def take_masters(self) -> None:
         """Make the shares' weights of the master weights."""
