@@ -36,7 +36,7 @@ class Memory:
     activations: int = 0
     """Kept for the backward pass."""
     loss: int = 0
-    """Features, their gradients and logits of the contrastive loss; what the masked loss keeps and needs for a while."""
+    """Features, their gradients and logits of the contrastive loss; predictions of the masked loss in float32."""
     buffers: int = 0
     """Temporaries of the backward pass or of the optimizer."""
 
