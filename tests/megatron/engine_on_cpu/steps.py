@@ -112,9 +112,11 @@ def float8(parallel: ParallelConfig) -> dict[str, float]:
 
     current = passes(tower(Linears("te", precision("tensorwise")), parallel))
     emulated = passes(tower(Linears("local", precision("emulated")), parallel))
-    blockwise = passes(tower(Linears("te", precision("blockwise")), parallel))
+    # Sequence parallelism would take rows in whole blocks from each rank.
+    apart = replace(parallel, sequence=False)
+    blockwise = passes(tower(Linears("te", precision("blockwise")), apart))
     with mock.patch.object(emulation.Product, "apply", Blocks.apply):
-        by_blocks = passes(tower(Linears("local", precision("emulated")), parallel))
+        by_blocks = passes(tower(Linears("local", precision("emulated")), apart))
     later = tower(Linears("te", precision("delayed"), bf16_layers=frozenset({1})), parallel)
     passes(later)
     later.chunks[0].zero_grad_buffer()

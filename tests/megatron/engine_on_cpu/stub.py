@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -115,6 +116,8 @@ def create_empty_quantized_tensor(quantizer: Any, shape: list[int], dtype: torch
     def empty(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.uint8, device=device)
 
+    if hasattr(quantizer, "block_scaling_dim"):
+        return _empty_blocks(quantizer, shape, dtype, empty)
     return Float8Tensor(
         shape=shape,
         dtype=dtype,
@@ -124,6 +127,20 @@ def create_empty_quantized_tensor(quantizer: Any, shape: list[int], dtype: torch
         fp8_dtype=quantizer.dtype,
         quantizer=quantizer,
     )
+
+
+def _empty_blocks(quantizer: Any, shape: list[int], dtype: torch.dtype, empty: Callable[..., Tensor]) -> Any:
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
+
+    sizes = {"rowwise": list(shape), "columnwise": quantizer.get_columnwise_shape(shape)}
+    parts: dict[str, Tensor | None] = {}
+    for name, size in sizes.items():
+        used = getattr(quantizer, f"{name}_usage")
+        scales = quantizer.get_scale_shape(shape, columnwise=name == "columnwise")
+        parts[f"{name}_data"] = empty(*size) if used else None
+        parts[f"{name}_scale_inv"] = empty(*scales).float() if used else None
+    whole = {"shape": shape, "dtype": dtype, "fp8_dtype": quantizer.dtype, "quantizer": quantizer}
+    return Float8BlockwiseQTensor(**whole, **parts, is_2D_scaled=quantizer.block_scaling_dim == 2)
 
 
 def fused_amax_and_scale_update_after_reduction(
