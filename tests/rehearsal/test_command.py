@@ -41,7 +41,9 @@ def test_data_that_do_not_exist_are_what_the_run_would_end_with(
 ) -> None:
     """It is told before any rank is rehearsed; none is here."""
     begun: list[int] = []
-    monkeypatch.setattr("w2s.rehearsal.run.perform", lambda be, jobs: begun.extend(job.rank for job in jobs) or [])
+    monkeypatch.setattr(
+        "w2s.rehearsal.rehearsal.perform", lambda be, jobs: begun.extend(job.rank for job in jobs) or []
+    )
     missing = f"data.train={tmp_path / 'nowhere.tar'}"
     rank = ["--gpus", "2", "--ranks", "0"]
     monkeypatch.setenv("COLUMNS", "80")

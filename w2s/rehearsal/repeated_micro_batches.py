@@ -14,7 +14,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from w2s.megatron import schedule
+from w2s.megatron.parallel import pipeline_schedule
 from w2s.rehearsal.repetition import Done, Repetition
 
 
@@ -31,17 +31,17 @@ class RepeatedMicroBatches:
     @contextmanager
     def on(self) -> Iterator[None]:
         """Inside, passes of Megatron's schedules are shortened."""
-        choose = schedule.get_forward_backward_func
+        choose = pipeline_schedule.get_forward_backward_func
 
         def passes() -> Callable[..., Any]:
             return partial(self._pass, choose())
 
-        with mock.patch.object(schedule, "get_forward_backward_func", passes):
+        with mock.patch.object(pipeline_schedule, "get_forward_backward_func", passes):
             yield
 
     def _pass(
         self, run: Callable[..., Any], *, num_microbatches: int, forward_step_func: Any, **settings: Any
-    ) -> list[schedule.Reported]:
+    ) -> list[pipeline_schedule.Reported]:
         if num_microbatches <= 3:
             return run(num_microbatches=num_microbatches, forward_step_func=forward_step_func, **settings)
         repeated = _Repeated(self._repetition, forward_step_func, num_microbatches - 3)
@@ -64,9 +64,9 @@ class _Repeated:
     def __init__(self, repetition: Repetition, step: Callable[..., Any], times: int) -> None:
         self._repetition, self._step, self._times = repetition, step, times
         self._numbers = count()
-        self._reported: schedule.Reported = {}
+        self._reported: pipeline_schedule.Reported = {}
         self._end: Callable[[list[Tensor]], Done]
-        self.reports: list[schedule.Reported] = []
+        self.reports: list[pipeline_schedule.Reported] = []
         self._held: list[list[Tensor]] = []
 
     def __call__(self, batches: Any, chunk: Any) -> Any:
@@ -79,8 +79,8 @@ class _Repeated:
         output, loss = self._step(batches, chunk)
         return output, self._kept(loss) if number == 1 else loss
 
-    def _kept(self, loss: schedule.Loss) -> schedule.Loss:
-        def kept(output: Any) -> tuple[Tensor, schedule.Reported]:
+    def _kept(self, loss: pipeline_schedule.Loss) -> pipeline_schedule.Loss:
+        def kept(output: Any) -> tuple[Tensor, pipeline_schedule.Reported]:
             value, self._reported = loss(output)
             return value, self._reported
 

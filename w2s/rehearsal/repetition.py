@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from w2s.rehearsal.group import Recorder
+from w2s.rehearsal.fake_group import Recorder
 from w2s.rehearsal.meter import Meter, Rise
 from w2s.rehearsal.tape import Call, Compute, Event, Wait
 
