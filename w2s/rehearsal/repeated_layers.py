@@ -15,8 +15,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from w2s.megatron.parallel import pipeline_schedule
 from w2s.megatron.model.tower import TransformerBlock
+from w2s.megatron.parallel import pipeline_schedule
 from w2s.rehearsal.repetition import Done, Repetition
 
 

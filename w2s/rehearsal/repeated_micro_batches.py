@@ -41,7 +41,7 @@ class RepeatedMicroBatches:
 
     def _pass(
         self, run: Callable[..., Any], *, num_microbatches: int, forward_step_func: Any, **settings: Any
-    ) -> list[pipeline_schedule.Reported]:
+    ) -> list[pipeline_schedule.Metrics]:
         if num_microbatches <= 3:
             return run(num_microbatches=num_microbatches, forward_step_func=forward_step_func, **settings)
         repeated = _Repeated(self._repetition, forward_step_func, num_microbatches - 3)
@@ -64,9 +64,9 @@ class _Repeated:
     def __init__(self, repetition: Repetition, step: Callable[..., Any], times: int) -> None:
         self._repetition, self._step, self._times = repetition, step, times
         self._numbers = count()
-        self._reported: pipeline_schedule.Reported = {}
+        self._reported: pipeline_schedule.Metrics = {}
         self._end: Callable[[list[Tensor]], Done]
-        self.reports: list[pipeline_schedule.Reported] = []
+        self.reports: list[pipeline_schedule.Metrics] = []
         self._held: list[list[Tensor]] = []
 
     def __call__(self, batches: Any, chunk: Any) -> Any:
@@ -80,7 +80,7 @@ class _Repeated:
         return output, self._kept(loss) if number == 1 else loss
 
     def _kept(self, loss: pipeline_schedule.Loss) -> pipeline_schedule.Loss:
-        def kept(output: Any) -> tuple[Tensor, pipeline_schedule.Reported]:
+        def kept(output: Any) -> tuple[Tensor, pipeline_schedule.Metrics]:
             value, self._reported = loss(output)
             return value, self._reported
 
