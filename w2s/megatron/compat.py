@@ -15,6 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer as fsdp_buffers
+from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import TrainingState
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import p2p_communication, schedules
@@ -164,6 +165,11 @@ class OpenFullySharded(FullyShardedDataParallel):
         self.module._replace_param_with_raw_if_needed()
         self.module._replace_param_with_distributed_if_needed = _nothing
         self.module.attach_grad_to_optimizer_state = _nothing
+
+
+def is_to_go_back(layer: nn.Module) -> bool:
+    """Return whether a backward pass has begun that has still to go through an FSDP layer, or is in it."""
+    return layer._training_state is TrainingState.PRE_BACKWARD
 
 
 def begin_of_share(buffer: Any, number: int) -> int:
