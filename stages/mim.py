@@ -18,6 +18,7 @@ from w2s.config.lessons import Target
 from w2s.config.sections import Config
 from w2s.data.batch import Batch, gather_batch, given, normalize
 from w2s.data.sample import SampleSpec, draw_mask
+from w2s.data.turns import Turns, group_indices
 from w2s.evaluation.dataset import EvalSet
 from w2s.evaluation.encode import Rows, encode_all, of_images
 from w2s.evaluation.evaluate import of_sets, under
@@ -29,8 +30,10 @@ from w2s.megatron.sharded import data_parallel
 from w2s.objectives.layers import LayerLosses
 from w2s.objectives.masked import masked_cosines
 from w2s.optim.schedule import falling_weight
+from w2s.planning.teacher import planned_teachers
 from w2s.precision import compute_dtype
 from w2s.probe import Probe, attention_of_cls, patch_features
+from w2s.spread import Own, Part, parts
 from w2s.teachers.phi_s import PhiS
 from w2s.teachers.targets import TargetNorm
 from w2s.towers.build import build_student
@@ -76,9 +79,12 @@ class MaskedStage:
         self.config, self.ranks = config, ranks
         vision, dtype = config.model.vision, compute_dtype(config.precision)
         layers = [pair.student for pair in config.mim.layers]
-        first, *others = config.lessons
-        of_first = Tutor(config, first, [pair.teacher for pair in config.mim.layers], ranks)
-        self.tutors = [of_first, *(Tutor(config, lesson, [], ranks) for lesson in others)]
+        self.turns = Turns.of(config)
+        taught = self.turns.in_first_batch() if self.turns else [config.train.global_batch] * len(config.lessons)
+        first, *others = zip(config.lessons, taught, strict=True)
+        of_first = Tutor(config, first[0], [pair.teacher for pair in config.mim.layers], ranks, first[1])
+        self.tutors = [of_first, *(Tutor(config, lesson, [], ranks, samples) for lesson, samples in others)]
+        self.costs = [each.flops for each in planned_teachers(config)] if self.turns else []
         self.teachers: Sequence[nn.Module] = [tutor.teacher for tutor in self.tutors]
         self.targets = [tutor.target for tutor in self.tutors]
         layer_widths = dict.fromkeys(layers, of_first.teacher.layer_width)
@@ -99,7 +105,7 @@ class MaskedStage:
             batch: this rank's share of the samples of its model-parallel group. The teachers see no others here; one
                 gather gives the group's images and targets to all its ranks.
         """
-        whole = gather_batch(self._teach(batch.to(self.ranks.device)), self.ranks.model_group)
+        whole, facts = self._taught(batch)
         micro_batches = whole.split(self.config.train.micro_batch)
         learn = LayerLosses(self.config.mim, self._layers_weight(batch) / len(micro_batches))
 
@@ -107,11 +113,12 @@ class MaskedStage:
             masks = given(micro.masks)
             targets, layers = self._targets_of(micro)
             images = normalize(micro.images, *channel_statistics(self.config.model.vision))
-            predictions = student(images, masks, self._places(masks), learn.of(layers), micro.branches)
+            weights = self._weights_of(micro)
+            predictions = student(images, masks, self._places(masks), learn.of(layers, weights[0]), micro.branches)
 
             def loss(predictions: Sequence[Tensor]) -> tuple[Tensor, Reported]:
-                each = zip(self.tutors, outputs_of(predictions, self.targets), targets, strict=True)
-                losses, reports = zip(*(tutor.compare(*outputs) for tutor, *outputs in each), strict=True)
+                each = map(Tutor.compare, self.tutors, outputs_of(predictions, self.targets), targets, weights)
+                losses, reports = zip(*each, strict=True)
                 value = torch.stack(losses).sum()
                 return value, {"loss": value.detach(), **self._by_teacher(reports)}
 
@@ -119,18 +126,55 @@ class MaskedStage:
 
         rows = len(micro_batches[0]) * self.tokens
         reports = forward_backward(self.student, micro_batches, forward, rows)
-        return {**means(reports), **means(learn.reports), "teacher_images_per_rank": torch.tensor(float(len(batch)))}
+        return {**means(reports), **means(learn.reports), **facts}
 
-    def _teach(self, batch: Batch) -> Batch:
-        """Exchange the images at the teachers' sizes for their features of them, at the patches to predict."""
+    def _taught(self, batch: Batch) -> tuple[Batch, Reported]:
+        """The samples of the model-parallel group with their targets, and facts to report.
+
+        Where every sample has every teacher, each rank shows its own samples to all of them. Otherwise the group's
+        samples are spread over its ranks by what the teachers that they have cost.
+        """
+        own, group = batch.to(self.ranks.device), self.ranks.model_group
+        if self.turns is None:
+            taught = self._teach(own, [Own()] * len(self.tutors))
+            return gather_batch(taught, group), {"teacher_images_per_rank": torch.tensor(float(len(batch)))}
+        indices = group_indices(batch.indices.numpy(), self.config.train.global_batch, self.ranks.data_size)
+        drawn = self.turns.drawn(indices)
+        shown = parts(drawn > 0, self.costs, group)
+        taught = self._teach(gather_batch(own, group), shown)
+        shares = ({"share": torch.tensor(share)} for share in (drawn > 0).mean(0).tolist())
+        images = float(sum(len(part.places) for part in shown))
+        facts = {"teacher_images_per_rank": torch.tensor(images)} | self._by_teacher(shares)
+        return dataclasses.replace(taught, teacher_weights=self._weights(torch.from_numpy(drawn))), facts
+
+    def _weights(self, drawn: Tensor) -> Tensor:
+        """What samples count in the losses, of what `Turns.drawn` gave: its mean over the global batch becomes 1."""
+        drawn = drawn.to(self.ranks.device, non_blocking=True)
+        mean = drawn.mean(0)
+        dist.all_reduce(mean, group=self.ranks.data_group)
+        mean /= dist.get_world_size(self.ranks.data_group)
+        return (drawn / mean.clamp_min(torch.finfo(mean.dtype).tiny)).float()
+
+    def _weights_of(self, micro: Batch) -> Sequence[Tensor | None]:
+        """What the samples of a micro-batch count in the loss of each teacher."""
+        return [None] * len(self.tutors) if micro.teacher_weights is None else micro.teacher_weights.unbind(1)
+
+    def _teach(self, batch: Batch, shown: Sequence[Part | Own]) -> Batch:
+        """Exchange the images at the teachers' sizes for their features of them, at the patches to predict.
+
+        Args:
+            batch: samples.
+            shown: which of them each teacher sees, and on which rank.
+        """
         masks, group = self._masks(batch), self.ranks.world_group
         places = self._places(masks)
         patches, layers, summaries = list[Tensor](), list[Tensor](), list[Tensor]()
-        for tutor in self.tutors:
-            features = tutor.look(self._seen_by(tutor, batch.teacher_images), self.config.train.micro_batch)
-            of_patches, *of_layers = tutor.targets(features, places, group)
+        for tutor, part in zip(self.tutors, shown, strict=True):
+            images = part.own(self._seen_by(tutor, batch.teacher_images))
+            features = tutor.look(images, self.config.train.micro_batch)
+            of_patches, *of_layers = map(part.join, tutor.targets(features, part.own(places), group))
             patches, layers = [*patches, of_patches], [*layers, *of_layers]
-            summaries += [each for each in [tutor.summary(features)] if each is not None]
+            summaries += [part.join(each) for each in [tutor.summary(features)] if each is not None]
         return dataclasses.replace(
             batch,
             teacher_images=(),

@@ -184,7 +184,7 @@ def test_a_wait_for_the_gpu_is_found() -> None:
 def misshaped(job: Job) -> RankReport:
     """The loss gets targets of another width."""
     loss = masked.LOSSES["cosine"]
-    with mock.patch.dict(masked.LOSSES, cosine=lambda ours, theirs: loss(ours, theirs[..., :-1])):
+    with mock.patch.dict(masked.LOSSES, cosine=lambda ours, theirs, _: loss(ours, theirs[..., :-1])):
         return rehearse(job)
 
 

@@ -38,6 +38,11 @@ class Batch:
     """The teacher's summary of each image: [n, summary width]."""
     text_summaries: torch.Tensor | None = None
     """The teacher's embedding of each caption: [n, summary width]."""
+    teacher_weights: torch.Tensor | None = None
+    """What a sample counts in the loss of each teacher, 0 where it lacks the teacher: float32 [n, teachers].
+
+    The mean over the global batch is 1. None where every sample has every teacher.
+    """
     keys: list[str]
     """The samples' names in their shards; empty in a batch that was gathered from several ranks."""
     indices: torch.Tensor
