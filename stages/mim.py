@@ -138,10 +138,11 @@ class MaskedStage:
         if self.turns is None:
             taught = self._teach(own, [Own()] * len(self.tutors))
             return gather_batch(taught, group), {"teacher_images_per_rank": torch.tensor(float(len(batch)))}
+        whole = gather_batch(own, group)
         indices = group_indices(batch.indices.numpy(), self.config.train.global_batch, self.ranks.data_size)
         drawn = self.turns.drawn(indices)
         shown = parts(drawn > 0, self.costs, group)
-        taught = self._teach(gather_batch(own, group), shown)
+        taught = self._teach(whole, shown)
         shares = ({"share": torch.tensor(share)} for share in (drawn > 0).mean(0).tolist())
         images = float(sum(len(part.places) for part in shown))
         facts = {"teacher_images_per_rank": torch.tensor(images)} | self._by_teacher(shares)

@@ -66,13 +66,13 @@ def test_two_teachers_give_the_numbers_of_one_process_in_every_layout(
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
 def test_the_ranks_of_a_group_share_the_work_of_all_teachers(common: list[str], two: str, layout: str) -> None:
     """No rank has more than 1.1 times the mean of the teachers' FLOPs."""
-    work = run_ranks(_teachers_flops, 2, load("mim", [*common, two, layout, "train.micro_batch=4"]))
+    work = run_ranks(teachers_flops, 2, load("mim", [*common, two, layout, "train.micro_batch=4"]))
     assert max(work) <= 1.1 * sum(work) / len(work)
     whole = sum(teacher.flops for teacher in planned_teachers(load("mim", [*common, two])))
     assert sum(work) == 16 * whole, "each image is shown to each teacher once"
 
 
-def _teachers_flops(config: Config) -> float:
+def teachers_flops(config: Config) -> float:
     """Operations of the teachers of this rank in a step."""
     costs, seen = planned_teachers(config), [0.0]
     with groups.split(config.parallel, torch.device("cpu")) as ranks:

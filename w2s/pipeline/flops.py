@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from w2s.config.sections import Config, ModelConfig
 from w2s.planning.flops import stage_flops
-from w2s.planning.teacher import planned_teachers, predicted
+from w2s.planning.teacher import planned_teachers, predicted, sample_flops
 
 Models = Mapping[str, ModelConfig] | None
 
@@ -26,8 +26,8 @@ def training_flops(config: Config, teacher_models: Models = None, begins_at: int
         samples += (steps - taught) * stage_flops(config, 1).model
     teachers = planned_teachers(config, teacher_models)
     if teachers:
-        seen = sum(teacher.flops for teacher in teachers)
-        samples += taught * stage_flops(config, 1, **predicted(config, teachers), teacher=seen).model
+        heard = sample_flops(teachers)
+        samples += taught * stage_flops(config, 1, **predicted(config, teachers), teacher=heard).model
     return samples * config.train.global_batch
 
 
