@@ -76,11 +76,12 @@ def test_shares_are_those_of_all_phases() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["teachers=[{name: big, sources: [onne]}]", *MIX], r"big has sources=\[onne\]: did you mean one\? There are one, two"),
-        (["teachers=[{name: big, sources: [two]}]", "data.train=a/one/*.tar"], r"There are one \(one pool: data.weights"),
-        (["teachers=[{name: big, sources: [one]}, {name: small, sources: [one]}]", *MIX], "none is for the source two"),
+        (["big.sources=[onne]", *MIX], r"big has sources=\[onne\]: did you mean one\? There are one, two"),
+        (["big.sources=[two]", "data.train=a/one/*.tar"], r"There are one \(one pool: data.weights"),
+        (["big.sources=[one]", "teachers.small.sources=[one]", *MIX], "none is for the source two"),
     ],
-)  # fmt: skip
+)
 def test_sources_that_do_not_fit_are_refused(overrides: list[str], message: str) -> None:
+    first, *others = overrides
     with pytest.raises(ConfigError, match=message):
-        Turns.of(configured(*overrides))
+        Turns.of(configured("teachers=[{name: big}, {name: small}]", f"teachers.{first}", *others))

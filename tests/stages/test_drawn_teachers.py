@@ -18,11 +18,15 @@ from tests.stages.test_layouts import PIPELINE, RELATIVE, TENSOR, relative_error
 from tests.stages.test_teachers import teachers_flops
 from w2s.config.load import load
 from w2s.config.sections import ParallelConfig
+from w2s.data.batch import given, normalize
 from w2s.data.stream import Stream
 from w2s.data.turns import Turns
 from w2s.errors import ConfigError, StopRun
 from w2s.megatron import groups
+from w2s.objectives.masked import masked_cosines
 from w2s.planning.teacher import planned_teachers, sample_flops
+from w2s.towers.masked import masked_places, outputs_of
+from w2s.towers.vision import channel_statistics
 
 STEPS = 3
 ONE = ["teachers.draw=one", "teachers.vit.share=2"]
@@ -105,24 +109,35 @@ def stage(alone: groups.Ranks, common: list[str], two: str) -> MaskedStage:
     return MaskedStage(load("mim", [*common, two, *ONE, "teachers.clip.target_norm=standardize"]), alone)
 
 
-def test_the_loss_of_a_teacher_is_the_mean_over_its_samples(stage: MaskedStage) -> None:
-    """Also where each micro-batch has another number of them, and where it has none in a step."""
-    config = stage.config
+def test_a_teacher_is_measured_on_its_samples(stage: MaskedStage) -> None:
+    """The mean over them, in the loss too; where it has none in a step, nothing is heard of it."""
+    config, (part,) = stage.config, stage.student.parts
     with closing(Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1)) as stream:
         batch = stream.next()
     assert stage.turns is not None
-    has = stage.turns.drawn(batch.indices.numpy())[:, 0] > 0
+    has, vit = stage.turns.drawn(batch.indices.numpy())[:, 0] > 0, stage.tutors[0]
     mixed = stage.step(batch)
-    kept = batch._select(torch.from_numpy(np.flatnonzero(has)))
-    stage.turns.chances[:] = [1, 0]
-    stage.turns._one = False
-    only = stage.step(kept)
-    assert mixed["vit/share"] == has.mean() and only["vit/share"] == 1 and only["clip/share"] == 0
-    # The statistics have moved on between the two: the summary, which has none, is the same.
-    assert mixed["vit/summary_cosine"].item() == pytest.approx(only["vit/summary_cosine"].item(), abs=1e-6)
-    assert only["loss"].item() == pytest.approx(only["vit/loss"].item(), abs=1e-6)
+    masks = given(batch.masks)
+    with torch.no_grad():
+        predictions = part(
+            normalize(batch.images, *channel_statistics(config.model.vision)), masks, masked_places(masks, 6)
+        )
+        summary = vit.summary(vit.look(batch.teacher_images[stage.sizes.index(64)], 16))
+    cosines = masked_cosines(given(outputs_of(predictions, stage.targets)[0].summary), given(summary))
+    assert mixed["vit/summary_cosine"].item() == pytest.approx(cosines[torch.from_numpy(has)].mean().item(), abs=1e-6)
+    assert mixed["vit/summary_cosine"].item() != pytest.approx(cosines.mean().item(), abs=1e-4)
+    assert mixed["vit/share"].item() == has.mean()
+    assert mixed["loss"].item() == pytest.approx((mixed["vit/loss"] + 0.5 * mixed["clip/loss"]).item(), abs=1e-6)
+    stage.turns = replace_chances(stage.turns, [1.0, 0.0])
+    only = stage.step(batch)
+    assert only["loss"] == only["vit/loss"]
+    assert only["vit/share"] == 1 and only["clip/share"] == only["clip/loss"] == only["clip/cosine"] == 0
     assert all(np.isfinite(value.item()) for value in only.values())
-    assert only["clip/loss"] == only["clip/cosine"] == 0
+
+
+def replace_chances(turns: Turns, chances: list[float]) -> Turns:
+    turns.chances[:] = chances
+    return turns
 
 
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
@@ -155,5 +170,5 @@ def test_an_interrupted_run_goes_on_bit_for_bit(base: list[str], root: Path, two
 def test_phi_s_needs_samples_of_its_teacher_in_the_first_batch(
     alone: groups.Ranks, common: list[str], two: str, sources: list[str]
 ) -> None:
-    with pytest.raises(ConfigError, match="phi_s of clip: the first batch has .* features for its 16 channels"):
+    with pytest.raises(ConfigError, match=r"phi_s of clip: the first batch has .* features for its 16 channels"):
         MaskedStage(load("mim", [*common, two, *sources, "train.global_batch=4", "train.micro_batch=4"]), alone)
