@@ -158,6 +158,15 @@ def test_two_ranks_that_reduce_in_another_order_are_found() -> None:
     assert "float32[] at w2s/megatron/gradients.py:" in line and "float32[3] at tests/rehearsal/test_run.py:" in line
 
 
+def test_drawn_teachers_are_rehearsed() -> None:
+    """The host knows who shows what to which teacher: it waits for no GPU, and all ranks exchange the same."""
+    several = "teachers=[{name: one, source: 'eva:tiny'}, {name: two, source: 'timm:test_vit', image_size: 64}]"
+    options = [*(each for each in COMMON if not each.startswith("teacher.")), "parallel.tensor=2"]
+    found = rehearsed(load("mim", [*options, several, "teachers.draw=one"]), 4, [0, 3])
+    assert found.wrong == []
+    assert found.timeline.steps
+
+
 def waiting(job: Job) -> RankReport:
     """The loss is looked at in every step."""
     loss = masked.LOSSES["cosine"]

@@ -26,7 +26,7 @@ class Turns:
     """
 
     def __init__(self, config: Config) -> None:
-        self._seed, self._batch, self._steps = config.run.seed, config.train.global_batch, config.train.steps
+        self._seed, self._train = config.run.seed, config.train
         self._mixes, self._one = plan_mixes(config.data), config.teachers.draw == "one"
         self.chances = _chances(config, list(source_names(config.data).values()))
 
@@ -53,8 +53,9 @@ class Turns:
         sources = [mix.draw(self._seed, index) if several else 0 for index in indices.tolist()]
         chances = self.chances[sources]
         if self._one:
-            step = int(indices[0]) // self._batch
-            points = generator(self._seed, Purpose.TEACHER, step).random(self._batch)[indices - step * self._batch]
+            step = int(indices[0]) // self._train.global_batch
+            first = step * self._train.global_batch
+            points = generator(self._seed, Purpose.TEACHER, step).random(self._train.global_batch)[indices - first]
             edges = chances.cumsum(1)
             chosen = (points[:, None] >= edges / edges[:, -1:]).sum(1)
             has = chosen[:, None] == np.arange(chances.shape[1])
@@ -64,12 +65,12 @@ class Turns:
 
     def in_first_batch(self) -> list[int]:
         """Return how many samples of the first global batch have each teacher."""
-        counts: list[int] = np.count_nonzero(self.drawn(np.arange(self._batch)), axis=0).tolist()
+        counts: list[int] = np.count_nonzero(self.drawn(np.arange(self._train.global_batch)), axis=0).tolist()
         return counts
 
     def shares(self) -> list[float]:
         """Return the share of the run's samples that each teacher has, as it is to be expected."""
-        total = self._steps * self._batch
+        total = self._train.steps * self._train.global_batch
         ends = [*(mix.first for mix in self._mixes[1:]), total]
         lengths = [max(0, min(end, total) - mix.first) for mix, end in zip(self._mixes, ends, strict=True)]
         weights = np.average([mix.weights for mix in self._mixes], axis=0, weights=lengths)
