@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from typing import TypeVar
 
 import numpy as np
@@ -33,7 +34,7 @@ from w2s.optim.schedule import falling_weight
 from w2s.planning.teacher import planned_teachers
 from w2s.precision import compute_dtype
 from w2s.probe import Probe, attention_of_cls, patch_features
-from w2s.spread import Own, Part, parts
+from w2s.spread import Alone, Part, parts
 from w2s.teachers.phi_s import PhiS
 from w2s.teachers.targets import TargetNorm
 from w2s.towers.build import build_student
@@ -78,16 +79,16 @@ class MaskedStage:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         vision, dtype = config.model.vision, compute_dtype(config.precision)
-        layers = [pair.student for pair in config.mim.layers]
+        layers, lessons = [pair.student for pair in config.mim.layers], config.lessons
         self.turns = Turns.of(config)
-        taught = self.turns.in_first_batch() if self.turns else [config.train.global_batch] * len(config.lessons)
-        first, *others = zip(config.lessons, taught, strict=True)
-        of_first = Tutor(config, first[0], [pair.teacher for pair in config.mim.layers], ranks, first[1])
-        self.tutors = [of_first, *(Tutor(config, lesson, [], ranks, samples) for lesson, samples in others)]
-        self.costs = [each.flops for each in planned_teachers(config)] if self.turns else []
+        samples = self.turns.in_first_batch() if self.turns else [config.train.global_batch] * len(lessons)
+        learnt = [[pair.teacher for pair in config.mim.layers], *([[]] * (len(lessons) - 1))]
+        self.tutors = list(map(Tutor, repeat(config), lessons, learnt, repeat(ranks), samples))
+        shares_work = self.turns is not None and ranks.model_size > 1
+        self.costs = [each.flops for each in planned_teachers(config)] if shares_work else [1.0] * len(lessons)
         self.teachers: Sequence[nn.Module] = [tutor.teacher for tutor in self.tutors]
         self.targets = [tutor.target for tutor in self.tutors]
-        layer_widths = dict.fromkeys(layers, of_first.teacher.layer_width)
+        layer_widths = dict.fromkeys(layers, self.tutors[0].teacher.layer_width)
         student = build_student(config, self.targets, dtype, ranks.device, layer_widths)
         self.student = data_parallel(student, config.parallel, config.precision)
         self.towers: Towers = {"vision": self.student}
@@ -136,7 +137,7 @@ class MaskedStage:
         """
         own, group = batch.to(self.ranks.device), self.ranks.model_group
         if self.turns is None:
-            taught = self._teach(own, [Own()] * len(self.tutors))
+            taught = self._teach(own, [Alone()] * len(self.tutors))
             return gather_batch(taught, group), {"teacher_images_per_rank": torch.tensor(float(len(batch)))}
         whole = gather_batch(own, group)
         indices = group_indices(batch.indices.numpy(), self.config.train.global_batch, self.ranks.data_size)
@@ -144,7 +145,7 @@ class MaskedStage:
         shown = parts(drawn > 0, self.costs, group)
         taught = self._teach(whole, shown)
         shares = ({"share": torch.tensor(share)} for share in (drawn > 0).mean(0).tolist())
-        images = float(sum(len(part.places) for part in shown))
+        images = float(sum(len(part.samples) for part in shown))
         facts = {"teacher_images_per_rank": torch.tensor(images)} | self._by_teacher(shares)
         return dataclasses.replace(taught, teacher_weights=self._weights(torch.from_numpy(drawn))), facts
 
@@ -160,7 +161,7 @@ class MaskedStage:
         """What the samples of a micro-batch count in the loss of each teacher."""
         return [None] * len(self.tutors) if micro.teacher_weights is None else micro.teacher_weights.unbind(1)
 
-    def _teach(self, batch: Batch, shown: Sequence[Part | Own]) -> Batch:
+    def _teach(self, batch: Batch, shown: Sequence[Part | Alone]) -> Batch:
         """Exchange the images at the teachers' sizes for their features of them, at the patches to predict.
 
         Args:
@@ -171,9 +172,9 @@ class MaskedStage:
         places = self._places(masks)
         patches, layers, summaries = list[Tensor](), list[Tensor](), list[Tensor]()
         for tutor, part in zip(self.tutors, shown, strict=True):
-            images = part.own(self._seen_by(tutor, batch.teacher_images))
+            images = part.pick(self._seen_by(tutor, batch.teacher_images))
             features = tutor.look(images, self.config.train.micro_batch)
-            of_patches, *of_layers = map(part.join, tutor.targets(features, part.own(places), group))
+            of_patches, *of_layers = map(part.join, tutor.targets(features, part.pick(places), group))
             patches, layers = [*patches, of_patches], [*layers, *of_layers]
             summaries += [part.join(each) for each in [tutor.summary(features)] if each is not None]
         return dataclasses.replace(

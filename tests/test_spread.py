@@ -63,6 +63,6 @@ def _joined() -> tuple[list[list[float]], int]:
     samples = torch.arange(5.0)
     with groups.split(load("mim", ["hardware=cpu"]).parallel, torch.device("cpu")) as ranks:
         shown = parts(has, [1.0, 3.0], ranks.world_group)
-        wholes = [part.join(10 * part.own(samples)) for part in shown]
-        images = sum(ranks.gather(sum(len(part.places) for part in shown)))
+        wholes = [part.join(10 * part.pick(samples)) for part in shown]
+        images = sum(ranks.gather(sum(len(part.samples) for part in shown)))
     return [whole.tolist() for whole in wholes], images

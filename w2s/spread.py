@@ -35,10 +35,10 @@ def spread(costs: Sequence[float], counts: Sequence[int], ranks: int) -> list[li
     return shares
 
 
-class Own:
-    """The samples that this rank has read, all of which it shows to a teacher itself."""
+class Alone:
+    """All samples that this rank has, which it shows to a teacher itself: nothing is exchanged."""
 
-    def own(self, whole: Tensor) -> Tensor:
+    def pick(self, whole: Tensor) -> Tensor:
         """All of them."""
         return whole
 
@@ -52,19 +52,19 @@ class Part:
     """The samples of a model-parallel group that have a teacher, and who of its ranks shows them to it."""
 
     of_ranks: Sequence[NDArray[np.int64]]
-    """Places of the samples in the group's batch, by rank."""
+    """Indices of samples in the group's batch, by rank."""
     size: int
     """Samples of the group."""
     group: dist.ProcessGroup
 
     @property
-    def places(self) -> NDArray[np.int64]:
+    def samples(self) -> NDArray[np.int64]:
         """Those that this rank shows to it."""
         return self.of_ranks[dist.get_rank(self.group)]
 
-    def own(self, whole: Tensor) -> Tensor:
+    def pick(self, whole: Tensor) -> Tensor:
         """Pick from [size, ...] the samples of this rank."""
-        return whole[_on(whole.device, self.places)]
+        return whole[_on(whole.device, self.samples)]
 
     def join(self, own: Tensor) -> Tensor:
         """Put what all ranks have of their samples in its place: [size, ...], zeros for those without the teacher."""
@@ -74,7 +74,7 @@ class Part:
             padded = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
             everyone = own.new_empty(ranks * most, *own.shape[1:])
             dist.all_gather_into_tensor(everyone, padded, group=self.group)
-            held = [rank * most + np.arange(len(places)) for rank, places in enumerate(self.of_ranks)]
+            held = [rank * most + np.arange(len(samples)) for rank, samples in enumerate(self.of_ranks)]
             everyone = everyone[_on(own.device, np.concatenate(held))]
         whole = own.new_zeros(self.size, *own.shape[1:])
         return whole.index_copy_(0, _on(own.device, np.concatenate(self.of_ranks)), everyone)
@@ -96,5 +96,5 @@ def parts(has: NDArray[np.bool_], costs: Sequence[float], group: dist.ProcessGro
     ]
 
 
-def _on(device: torch.device, places: NDArray[np.int64]) -> Tensor:
-    return torch.from_numpy(places).to(device, non_blocking=True)
+def _on(device: torch.device, indices: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(indices).to(device, non_blocking=True)

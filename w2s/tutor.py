@@ -29,7 +29,7 @@ class Tutor:
         lesson: which teacher, and how it is learnt from.
         layers: layers of it that are learnt from too.
         ranks: this process among all.
-        first: samples of the first global batch that it teaches.
+        samples: how many of the first global batch have the teacher.
 
     Attributes:
         name: what its metrics are under; empty for the only teacher.
@@ -39,7 +39,7 @@ class Tutor:
         layer_norms: make targets of the tokens after `layers`.
     """
 
-    def __init__(self, config: Config, lesson: Lesson, layers: Sequence[int], ranks: Ranks, first: int) -> None:
+    def __init__(self, config: Config, lesson: Lesson, layers: Sequence[int], ranks: Ranks, samples: int) -> None:
         self.lesson, self.layers = lesson, layers
         self.name = lesson.teacher.name if len(config.lessons) > 1 else ""
         self.teacher = build_teacher(
@@ -51,7 +51,7 @@ class Tutor:
         )
         self.teacher.check_layers(layers, "mim.layers")
         if lesson.teacher.target_norm == "phi_s":
-            _check_first_batch(lesson, self.teacher, first, config.train.global_batch)
+            _check_first_batch(lesson, self.teacher, samples, config.train.global_batch)
         self.target = lesson.target(self.teacher.width, self.teacher.summary_width)
         kind = lesson.teacher.target_norm
         self.norm = target_norm(self.target.width, kind).to(ranks.device)

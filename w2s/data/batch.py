@@ -33,9 +33,9 @@ class Batch:
     captions: torch.Tensor | None = None
     """A hash of each caption's text, so that equal captions can be found: int64 [n], not negative."""
     targets: torch.Tensor | None = None
-    """The teacher's features at the patches to predict: [n, k, teacher width]."""
+    """The teachers' features at the patches to predict: [n, k, widths]; 0 where a sample lacks a teacher."""
     summaries: torch.Tensor | None = None
-    """The teacher's summary of each image: [n, summary width]."""
+    """The teachers' summaries of each image: [n, widths]; 0 where a sample lacks a teacher."""
     text_summaries: torch.Tensor | None = None
     """The teacher's embedding of each caption: [n, summary width]."""
     teacher_weights: torch.Tensor | None = None
