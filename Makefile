@@ -32,7 +32,7 @@ test: $(VENV)/.dev $(OLDEST)
 check: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy w2s stages
+	$(BIN)/mypy w2s
 	$(BIN)/lint-imports
 
 # The theme's advertisement of its successor is no news of these pages.

@@ -81,7 +81,7 @@ def run_stage(config: Config) -> None:
     if config.data.workers:
         prepare_workers()
     with marked():
-        importlib.import_module(f"stages.{config.stage}").run(config)
+        importlib.import_module(f"w2s.stages.{config.stage}").run(config)
 
 
 def show_notes() -> None:

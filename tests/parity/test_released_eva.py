@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from tests.checkpoint.eva_weights import from_eva, to_eva
 from tests.distributed import run_ranks
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
-from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES, from_eva, to_eva
+from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES
 from w2s.config.lessons import Target
 from w2s.config.sections import ParallelConfig, PrecisionConfig, TextConfig, VisionConfig
 from w2s.megatron import groups

@@ -12,8 +12,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from tests.checkpoint.eva_weights import from_eva, to_eva
 from w2s.checkpoint import clip_vit
-from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES, from_eva, to_eva
+from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES
 from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
 from w2s.kernels.gelu import bias_gelu
 from w2s.megatron.groups import Ranks

@@ -7,11 +7,11 @@ from operator import mul
 from pathlib import Path
 from typing import Any, Literal
 
-from w2s.config.checks import check_teacher_widths
-from w2s.config.layout import model_parallel_size
+from w2s.config.batching import model_parallel_size, samples_per_rank
 from w2s.config.lessons import Target
 from w2s.config.load import model_from, named_model
 from w2s.config.sections import Config, ModelConfig, TeacherConfig, VisionConfig
+from w2s.config.teacher_checks import check_teacher_widths
 from w2s.data.turns import Turns
 from w2s.planning.flops import seen_frames, teacher_flops, text_flops
 from w2s.planning.towers import pool_sizes
@@ -79,7 +79,7 @@ def images_of_rank(config: Config, teachers: Sequence[PlannedTeacher], world_siz
 
     Where samples may lack teachers it is the spread of as many images as are to be expected of a group.
     """
-    own, ranks = config.train.global_batch // world_size, model_parallel_size(config.parallel)
+    own, ranks = samples_per_rank(config, world_size), model_parallel_size(config.parallel)
     if not drawn(teachers) or ranks == 1:
         return [each.share * own for each in teachers]
     counts = tuple(round(each.share * own * ranks) for each in teachers)
