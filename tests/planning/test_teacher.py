@@ -103,11 +103,11 @@ def test_teachers_cost_what_their_shares_of_the_samples_do(keys: list[str], shar
     assert [each.share for each in teachers] == shares
     whole = sum(share * each.flops for share, each in zip(shares, teachers, strict=True))
     assert sample_flops(teachers) == pytest.approx(whole)
-    student = stage_flops(config, 1, **predicted(config, teachers)).model
+    alone = replace(config, parallel=ParallelConfig())
+    student = stage_flops(alone, 1, **predicted(config, teachers)).model
     assert training_flops(config) == pytest.approx(7 * 512 * (student + whole))
     images = images_of_rank(config, teachers, 16)
     slowest = sum(count * each.flops for count, each in zip(images, teachers, strict=True))
     assert 32 * whole <= 1.0001 * slowest
     assert slowest <= 32 * whole + max(each.flops for each in teachers)
-    alone = images_of_rank(replace(config, parallel=ParallelConfig()), teachers, 16)
-    assert alone == pytest.approx([32 * share for share in shares])
+    assert images_of_rank(alone, teachers, 16) == pytest.approx([32 * share for share in shares])
