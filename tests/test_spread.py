@@ -6,7 +6,7 @@ import torch
 
 from tests.distributed import run_ranks
 from w2s.config.load import load
-from w2s.megatron import groups
+from w2s.megatron.parallel import process_groups
 from w2s.planning.teacher import planned_teachers
 from w2s.spread import parts, spread
 
@@ -61,7 +61,7 @@ def _joined() -> tuple[list[list[float]], int]:
     """Of five samples the first has no teacher and the others one of two; the whole, and the images of all ranks."""
     has = np.array([[0, 0], [1, 0], [0, 1], [1, 0], [1, 0]], dtype=bool)
     samples = torch.arange(5.0)
-    with groups.split(load("mim", ["hardware=cpu"]).parallel, torch.device("cpu")) as ranks:
+    with process_groups.initialize_groups(load("mim", ["hardware=cpu"]).parallel, torch.device("cpu")) as ranks:
         shown = parts(has, [1.0, 3.0], ranks.world_group)
         wholes = [part.join(10 * part.pick(samples)) for part in shown]
         images = sum(ranks.gather(sum(len(part.samples) for part in shown)))

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from w2s.checkpoint.eva_format import by_head, eva_name, is_fused, separate
+from w2s.checkpoint.eva_format import eva_name, is_fused, separate, split_heads
 
 
 def from_eva(
@@ -34,4 +34,4 @@ def to_eva(tensors: Mapping[str, Tensor], names: Mapping[str, str], heads: int) 
 
 def interleave(rows: Tensor, heads: int) -> Tensor:
     """Reorder rows from (q | k | v), each in heads, to Megatron's (q, k, v) of a head next to each other."""
-    return by_head(rows, heads).flatten(0, 2)
+    return split_heads(rows, heads).flatten(0, 2)

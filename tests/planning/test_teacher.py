@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from w2s.config.load import load
 from w2s.config.sections import ParallelConfig, TeacherConfig
-from w2s.pipeline.flops import training_flops
+from w2s.pipeline.training_flops import training_flops
 from w2s.planning.flops import stage_flops
 from w2s.planning.teacher import images_of_rank, planned_teachers, predicted, sample_flops
 from w2s.teachers.base import Teacher

@@ -22,10 +22,10 @@ from w2s.data.batch import given, normalize
 from w2s.data.stream import Stream
 from w2s.data.turns import Turns
 from w2s.errors import ConfigError, StopRun
-from w2s.megatron import groups
-from w2s.objectives.masked import masked_cosines
+from w2s.megatron.parallel import process_groups
+from w2s.objectives.masked_loss import masked_cosines
 from w2s.planning.teacher import planned_teachers, sample_flops
-from w2s.towers.masked import masked_places, outputs_of
+from w2s.towers.masked_student import masked_patch_indices, outputs_of
 from w2s.towers.vision import channel_statistics
 
 STEPS = 3
@@ -57,9 +57,9 @@ def variants(common: list[str], two: str, sources: list[str]) -> dict[str, list[
 
 
 @pytest.fixture(scope="module")
-def whole(variants: dict[str, list[str]]) -> Mapping[str, Steps]:
+def unsharded(variants: dict[str, list[str]]) -> Mapping[str, Steps]:
     """All variants on one process in one micro-batch."""
-    with groups.start(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
+    with process_groups.init_distributed(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
         return {name: run_alone(load("mim", options), ranks, STEPS) for name, options in variants.items()}
 
 
@@ -105,13 +105,13 @@ def test_statistics_are_of_the_samples_that_a_teacher_has(
 
 
 @pytest.fixture
-def stage(alone: groups.Ranks, common: list[str], two: str) -> MaskedStage:
+def stage(alone: process_groups.Ranks, common: list[str], two: str) -> MaskedStage:
     return MaskedStage(load("mim", [*common, two, *ONE, "teachers.clip.target_norm=standardize"]), alone)
 
 
 def test_a_teacher_is_measured_on_its_samples(stage: MaskedStage) -> None:
     """The mean over them, in the loss too; where it has none in a step, nothing is heard of it."""
-    config, (part,) = stage.config, stage.student.parts
+    config, (part,) = stage.config, stage.student.chunks
     with closing(Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1)) as stream:
         batch = stream.next()
     assert stage.turns is not None
@@ -120,7 +120,7 @@ def test_a_teacher_is_measured_on_its_samples(stage: MaskedStage) -> None:
     masks = given(batch.masks)
     with torch.no_grad():
         predictions = part(
-            normalize(batch.images, *channel_statistics(config.model.vision)), masks, masked_places(masks, 6)
+            normalize(batch.images, *channel_statistics(config.model.vision)), masks, masked_patch_indices(masks, 6)
         )
         summary = vit.summary(vit.look(batch.teacher_images[stage.sizes.index(64)], 16))
     cosines = masked_cosines(given(outputs_of(predictions, stage.targets)[0].summary), given(summary))
@@ -168,7 +168,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(base: list[str], root: Path, two
 
 
 def test_phi_s_needs_samples_of_its_teacher_in_the_first_batch(
-    alone: groups.Ranks, common: list[str], two: str, sources: list[str]
+    alone: process_groups.Ranks, common: list[str], two: str, sources: list[str]
 ) -> None:
     """One of 16 has the CLIP, whose 16 channels need more than 16 features."""
     with pytest.raises(ConfigError, match="phi_s of clip: the first batch has 16 features for its 16 channels"):

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from w2s.objectives.masked import weighted
+from w2s.objectives.masked_loss import weighted
 
 
 def summary_loss(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
