@@ -18,7 +18,7 @@ from tests.stages.test_layouts import PIPELINE, RELATIVE, TENSOR, relative_error
 from tests.stages.test_teachers import teachers_flops
 from w2s.config.load import load
 from w2s.config.sections import ParallelConfig
-from w2s.data.batch import given, normalize
+from w2s.data.batch import normalize, require
 from w2s.data.stream import Stream
 from w2s.data.turns import Turns
 from w2s.errors import ConfigError, StopRun
@@ -117,13 +117,13 @@ def test_a_teacher_is_measured_on_its_samples(stage: MaskedStage) -> None:
     assert stage.turns is not None
     has, vit = stage.turns.drawn(batch.indices.numpy())[:, 0] > 0, stage.tutors[0]
     mixed = stage.step(batch)
-    masks = given(batch.masks)
+    masks = require(batch.masks)
     with torch.no_grad():
         predictions = part(
             normalize(batch.images, *channel_statistics(config.model.vision)), masks, masked_patch_indices(masks, 6)
         )
         summary = vit.summary(vit.look(batch.teacher_images[stage.sizes.index(64)], 16))
-    cosines = masked_cosines(given(outputs_of(predictions, stage.targets)[0].summary), given(summary))
+    cosines = masked_cosines(require(outputs_of(predictions, stage.targets)[0].summary), require(summary))
     assert mixed["vit/summary_cosine"].item() == pytest.approx(cosines[torch.from_numpy(has)].mean().item(), abs=1e-6)
     assert mixed["vit/summary_cosine"].item() != pytest.approx(cosines.mean().item(), abs=1e-4)
     assert mixed["vit/share"].item() == has.mean()
