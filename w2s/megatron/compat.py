@@ -6,7 +6,7 @@ The only place that says them; torch's are in `w2s/compat.py`. `tests/megatron/t
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataPa
 from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer as fsdp_buffers
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import p2p_communication
+from megatron.core.pipeline_parallel import p2p_communication, schedules
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -125,6 +125,17 @@ def gradients_for_norm(optimizer: MegatronOptimizer) -> list[Tensor]:
     if hasattr(optimizer, "get_grads_for_grad_norm"):  # 0.19
         return optimizer.get_grads_for_grad_norm()
     return optimizer.get_main_grads_for_grad_norm()
+
+
+def no_function_modes() -> AbstractContextManager[None]:
+    """Inside, torch asks no function mode."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context
+
+
+def replace_torch_of_schedules(stand_in: Any) -> None:
+    """Make `stand_in` what Megatron's schedules know as torch."""
+    schedules.torch = stand_in
 
 
 class OpenDistributedOptimizer(DistributedOptimizer):

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import run_ranks
+from w2s import compat
 from w2s.config.sections import ParallelConfig
 from w2s.errors import DataError
-from w2s.megatron import compat
 from w2s.megatron.parallel import process_groups
 
 
