@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from typing import TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from w2s.config.lessons import Target
 from w2s.config.sections import Config
 from w2s.data.batch import Batch, gather_batch, normalize, require
 from w2s.data.sample import SampleSpec, draw_mask
+from w2s.data.turns import Turns, group_indices
 from w2s.evaluation.batched_features import TensorItems, encode_all, of_images
 from w2s.evaluation.dataset import EvalSet
 from w2s.evaluation.evaluate import of_sets, under
@@ -30,7 +32,9 @@ from w2s.megatron.parallel.sharded import data_parallel
 from w2s.objectives.layer_losses import LayerLosses
 from w2s.objectives.masked_loss import masked_cosines
 from w2s.optim.lr_schedule import falling_weight
+from w2s.planning.teacher import planned_teachers
 from w2s.precision import compute_dtype
+from w2s.spread import Alone, Part, parts
 from w2s.teachers.phi_s import PhiS
 from w2s.teachers.targets import TargetNorm
 from w2s.towers.build import build_student
@@ -75,13 +79,16 @@ class MaskedStage:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         vision, dtype = config.model.vision, compute_dtype(config.precision)
-        layers = [pair.student for pair in config.mim.layers]
-        first, *others = config.lessons
-        of_first = Tutor(config, first, [pair.teacher for pair in config.mim.layers], ranks)
-        self.tutors = [of_first, *(Tutor(config, lesson, [], ranks) for lesson in others)]
+        layers, lessons = [pair.student for pair in config.mim.layers], config.lessons
+        self.turns = Turns.of(config)
+        samples = self.turns.in_first_batch() if self.turns else [config.train.global_batch] * len(lessons)
+        learnt = [[pair.teacher for pair in config.mim.layers], *([[]] * (len(lessons) - 1))]
+        self.tutors = list(map(Tutor, repeat(config), lessons, learnt, repeat(ranks), samples))
+        shares_work = self.turns is not None and ranks.model_size > 1
+        self.costs = [each.flops for each in planned_teachers(config)] if shares_work else [1.0] * len(lessons)
         self.teachers: Sequence[nn.Module] = [tutor.teacher for tutor in self.tutors]
         self.targets = [tutor.target for tutor in self.tutors]
-        layer_widths = dict.fromkeys(layers, of_first.teacher.layer_width)
+        layer_widths = dict.fromkeys(layers, self.tutors[0].teacher.layer_width)
         student = build_student(config, self.targets, dtype, ranks.device, layer_widths)
         self.student = data_parallel(student, config.parallel, config.precision)
         self.towers: Towers = {"vision": self.student}
@@ -99,7 +106,7 @@ class MaskedStage:
             batch: this rank's share of the samples of its model-parallel group. The teachers see no others here; one
                 gather gives the group's images and targets to all its ranks.
         """
-        group_batch = gather_batch(self._run_teacher(batch.to(self.ranks.device)), self.ranks.model_group)
+        group_batch, facts = self._taught(batch)
         micro_batches = group_batch.split(self.config.train.micro_batch)
         layer_losses = LayerLosses(self.config.mim, self._layers_weight(batch) / len(micro_batches))
 
@@ -107,13 +114,18 @@ class MaskedStage:
             masks = require(micro.masks)
             targets, layers = self._targets_of(micro)
             images = normalize(micro.images, *channel_statistics(self.config.model.vision))
+            weights = self._weights_of(micro)
             predictions = student(
-                images, masks, self._patch_indices(masks), layer_losses.for_targets(layers), micro.branch_scales
+                images,
+                masks,
+                self._patch_indices(masks),
+                layer_losses.for_targets(layers, weights[0]),
+                micro.branch_scales,
             )
 
             def loss(predictions: Sequence[Tensor]) -> tuple[Tensor, Metrics]:
-                each = zip(self.tutors, outputs_of(predictions, self.targets), targets, strict=True)
-                losses, reports = zip(*(tutor.compare(*outputs) for tutor, *outputs in each), strict=True)
+                each = map(Tutor.compare, self.tutors, outputs_of(predictions, self.targets), targets, weights)
+                losses, reports = zip(*each, strict=True)
                 value = torch.stack(losses).sum()
                 return value, {"loss": value.detach(), **self._by_teacher(reports)}
 
@@ -121,22 +133,56 @@ class MaskedStage:
 
         num_tokens = len(micro_batches[0]) * self.tokens
         reports = forward_backward(self.student, micro_batches, forward, num_tokens)
-        return {
-            **means(reports),
-            **means(layer_losses.reports),
-            "teacher_images_per_rank": torch.tensor(float(len(batch))),
-        }
+        return {**means(reports), **means(layer_losses.reports), **facts}
 
-    def _run_teacher(self, batch: Batch) -> Batch:
-        """Exchange the images at the teachers' sizes for their features of them, at the patches to predict."""
+    def _taught(self, batch: Batch) -> tuple[Batch, Metrics]:
+        """The samples of the model-parallel group with their targets, and facts to report.
+
+        Where every sample has every teacher, each rank shows its own samples to all of them. Otherwise the group's
+        samples are spread over its ranks by what the teachers that they have cost.
+        """
+        own, group = batch.to(self.ranks.device), self.ranks.model_group
+        if self.turns is None:
+            taught = self._run_teacher(own, [Alone()] * len(self.tutors))
+            return gather_batch(taught, group), {"teacher_images_per_rank": torch.tensor(float(len(batch)))}
+        whole = gather_batch(own, group)
+        indices = group_indices(batch.indices.numpy(), self.config.train.global_batch, self.ranks.data_size)
+        drawn = self.turns.drawn(indices)
+        shown = parts(drawn > 0, self.costs, group)
+        taught = self._run_teacher(whole, shown)
+        shares = ({"share": torch.tensor(share)} for share in (drawn > 0).mean(0).tolist())
+        images = float(sum(len(part.samples) for part in shown))
+        facts = {"teacher_images_per_rank": torch.tensor(images)} | self._by_teacher(shares)
+        return dataclasses.replace(taught, teacher_weights=self._weights(torch.from_numpy(drawn))), facts
+
+    def _weights(self, drawn: Tensor) -> Tensor:
+        """What samples count in the losses, of what `Turns.drawn` gave: its mean over the global batch becomes 1."""
+        drawn = drawn.to(self.ranks.device, non_blocking=True)
+        mean = drawn.mean(0)
+        dist.all_reduce(mean, group=self.ranks.data_group)
+        mean /= dist.get_world_size(self.ranks.data_group)
+        return (drawn / mean.clamp_min(torch.finfo(mean.dtype).tiny)).float()
+
+    def _weights_of(self, micro: Batch) -> Sequence[Tensor | None]:
+        """What the samples of a micro-batch count in the loss of each teacher."""
+        return [None] * len(self.tutors) if micro.teacher_weights is None else micro.teacher_weights.unbind(1)
+
+    def _run_teacher(self, batch: Batch, shown: Sequence[Part | Alone]) -> Batch:
+        """Exchange the images at the teachers' sizes for their features of them, at the patches to predict.
+
+        Args:
+            batch: samples.
+            shown: which of them each teacher sees, and on which rank.
+        """
         masks, group = self._masks(batch), self.ranks.world_group
         patch_indices = self._patch_indices(masks)
         patches, layers, summaries = list[Tensor](), list[Tensor](), list[Tensor]()
-        for tutor in self.tutors:
-            features = tutor.look(self._seen_by(tutor, batch.teacher_images), self.config.train.micro_batch)
-            of_patches, *of_layers = tutor.targets(features, patch_indices, group)
+        for tutor, part in zip(self.tutors, shown, strict=True):
+            images = part.pick(self._seen_by(tutor, batch.teacher_images))
+            features = tutor.look(images, self.config.train.micro_batch)
+            of_patches, *of_layers = map(part.join, tutor.targets(features, part.pick(patch_indices), group))
             patches, layers = [*patches, of_patches], [*layers, *of_layers]
-            summaries += [each for each in [tutor.summary(features)] if each is not None]
+            summaries += [part.join(each) for each in [tutor.summary(features)] if each is not None]
         return dataclasses.replace(
             batch,
             teacher_images=(),

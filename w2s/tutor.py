@@ -12,7 +12,7 @@ from w2s.data.batch import require
 from w2s.errors import ConfigError
 from w2s.megatron.parallel.pipeline_schedule import Metrics
 from w2s.megatron.parallel.process_groups import Ranks
-from w2s.objectives.masked_loss import LOSSES, constant_cosine, masked_cosines
+from w2s.objectives.masked_loss import LOSSES, constant_cosine, masked_cosines, weighted
 from w2s.objectives.summary import summary_loss
 from w2s.teachers.base import Features, Teacher
 from w2s.teachers.build import build_teacher
@@ -29,6 +29,7 @@ class Tutor:
         lesson: which teacher, and how it is learnt from.
         layers: layers of it that are learnt from too.
         ranks: this process among all.
+        samples: how many of the first global batch have the teacher.
 
     Attributes:
         name: what its metrics are under; empty for the only teacher.
@@ -38,7 +39,7 @@ class Tutor:
         layer_norms: make targets of the tokens after `layers`.
     """
 
-    def __init__(self, config: Config, lesson: Lesson, layers: Sequence[int], ranks: Ranks) -> None:
+    def __init__(self, config: Config, lesson: Lesson, layers: Sequence[int], ranks: Ranks, samples: int) -> None:
         self.lesson, self.layers = lesson, layers
         self.name = lesson.teacher.name if len(config.lessons) > 1 else ""
         self.teacher = build_teacher(
@@ -50,7 +51,7 @@ class Tutor:
         )
         self.teacher.check_layers(layers, "mim.layers")
         if lesson.teacher.target_norm == "phi_s":
-            _check_first_batch(config, lesson, self.teacher)
+            _check_first_batch(lesson, self.teacher, samples, config.train.global_batch)
         self.target = lesson.target(self.teacher.width, self.teacher.summary_width)
         kind = lesson.teacher.target_norm
         self.norm = target_norm(self.target.width, kind).to(ranks.device)
@@ -58,8 +59,16 @@ class Tutor:
         self.layer_norms = nn.ModuleList(norms).to(ranks.device)
 
     def look(self, images: Tensor, size: int) -> Features:
-        """Features of images [n, 3, T, T], uint8, at most `size` at a time."""
+        """Features of images [n, 3, T, T], uint8, at most `size` at a time; of no images without a forward pass."""
+        if not len(images):
+            return self._nothing(images.device)
         return Features.join([teacher_features(self.teacher, part, self.layers) for part in images.split(size)])
+
+    def _nothing(self, device: torch.device) -> Features:
+        teacher, count = self.teacher, len(self.layers)
+        patches = torch.empty(0, teacher.grid**2, teacher.width, device=device)
+        layers = torch.empty(count, 0, teacher.grid**2, teacher.layer_width, device=device)
+        return Features(patches, torch.empty(0, teacher.summary_width, device=device), tuple(layers))
 
     def targets(self, features: Features, patch_indices: Tensor, group: ProcessGroup) -> list[Tensor]:
         """What is to be predicted at places [n, k]: [n, k, d] of the patches, then of each layer; all ranks call."""
@@ -78,25 +87,26 @@ class Tutor:
         features = teacher_features(self.teacher, images)
         return Outputs(features.patches, self.summary(features)).flatten()
 
-    def compare(self, predictions: Outputs, targets: Outputs) -> tuple[Tensor, Metrics]:
-        """Its share of the stage's loss, and what there is to report; shapes as in `Outputs`."""
-        loss = LOSSES[self.lesson.loss](predictions.patches, targets.patches)
+    def compare(self, predictions: Outputs, targets: Outputs, weights: Tensor | None) -> tuple[Tensor, Metrics]:
+        """Its share of the stage's loss, and what there is to report; shapes as in `Outputs`, weights [n]."""
+        loss = LOSSES[self.lesson.loss](predictions.patches, targets.patches, weights)
         if predictions.summary is not None:
-            loss = loss + self.lesson.summary_weight * summary_loss(predictions.summary, require(targets.summary))
+            summary = summary_loss(predictions.summary, require(targets.summary), weights)
+            loss = loss + self.lesson.summary_weight * summary
         own = {"loss": loss.detach()} if self.name else {}  # that of the only teacher is the stage's
-        return self.lesson.weight * loss, own | self._cosines(predictions, targets)
+        return self.lesson.weight * loss, own | self._cosines(predictions, targets, weights)
 
     @torch.no_grad()
-    def _cosines(self, predictions: Outputs, targets: Outputs) -> Metrics:
+    def _cosines(self, predictions: Outputs, targets: Outputs, weights: Tensor | None) -> Metrics:
         """Cosine of predictions and targets, where that is not the loss, and the best constant's; of summaries too."""
         found = {}
         if self.lesson.loss != "cosine" or predictions.summary is not None or self.name:
-            found["cosine"] = masked_cosines(predictions.patches, targets.patches).mean()
-        found["constant_cosine"] = constant_cosine(targets.patches.flatten(0, 1))
+            found["cosine"] = weighted(masked_cosines(predictions.patches, targets.patches), weights).mean()
+        found["constant_cosine"] = constant_cosine(targets.patches, weights)
         if predictions.summary is not None:
             summaries = require(targets.summary)
-            found["summary_cosine"] = masked_cosines(predictions.summary, summaries).mean()
-            found["summary_constant_cosine"] = constant_cosine(summaries)
+            found["summary_cosine"] = weighted(masked_cosines(predictions.summary, summaries), weights).mean()
+            found["summary_constant_cosine"] = constant_cosine(summaries, weights)
         return found
 
     def state(self) -> dict[str, Tensor]:
@@ -110,11 +120,16 @@ class Tutor:
         self.layer_norms.load_state_dict({name.removeprefix("layers."): value for name, value in of_layers.items()})
 
 
-def _check_first_batch(config: Config, lesson: Lesson, teacher: Teacher) -> None:
+def _check_first_batch(lesson: Lesson, teacher: Teacher, samples: int, global_batch: int) -> None:
     """Refuse a batch that does not show how every channel of a teacher varies, which PHI-S has to know of the first."""
-    vectors = config.train.global_batch * min(teacher.grid, teacher.network.grid) ** 2
+    vectors = samples * min(teacher.grid, teacher.network.grid) ** 2
+    if not samples:
+        raise ConfigError(
+            f"target_norm=phi_s of {lesson.teacher.name}: it has no sample of the first batch, whose features are "
+            "needed: use another target_norm"
+        )
     if vectors <= teacher.width:
-        needed = config.train.global_batch * teacher.width // vectors + 1
+        needed = global_batch * teacher.width // vectors + 1
         raise ConfigError(
             f"target_norm=phi_s of {lesson.teacher.name}: the first batch has {vectors} features for its "
             f"{teacher.width} channels: use train.global_batch={needed} or more"

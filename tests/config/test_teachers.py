@@ -40,6 +40,7 @@ def test_without_a_list_the_only_lesson_is_the_section_teacher() -> None:
         ([TWO, "teachers.light.weight=2"], "there is no teacher light: did you mean teachers.lite.weight?"),
         (["teachers.lite.weight=2"], "there is no teacher lite: give teachers=.* before it"),
         ([TWO, "teachers.lite.weight=heavy"], "teachers.lite.weight=heavy is not a number"),
+        ([TWO, "teachers.draw=two"], "teachers.draw=two is not one of all, one"),
         ([TWO, "teachers.lite.loss=l2"], "teachers.lite.loss=l2 is not one of cosine, smooth_l1, mse or null"),
         ([TWO, "teacher=efficientnet_lite0"], "teacher=efficientnet_lite0 does nothing beside several teachers"),
         ([TWO, "teacher.source=efficientnet_lite0"], "does nothing beside several teachers"),
@@ -61,6 +62,12 @@ def test_what_is_written_wrongly_is_named(overrides: list[str], message: str) ->
         ([TWO, "teachers.lite.target_norm=phi_s"], "lite has target_norm=phi_s, a rotation and a scale, which cancel"),
         (["teacher.target_norm=phi_s"], "has target_norm=phi_s"),
         (["init.teacher=lite"], "init.teacher=lite is for the contrastive stage"),
+        (["teachers.draw=one"], r"teachers.draw=one draws one of several teachers: give teachers=\[...\]"),
+        (["teachers=[eva02_clip_b]", "teachers.draw=one"], "teachers.draw=one draws one of several teachers"),
+        ([TWO, "teachers.lite.share=2"], "lite has share=2, which does nothing with teachers.draw=all"),
+        ([TWO, "teachers.draw=one", "teachers.lite.share=0"], "lite has share=0, which must be above 0"),
+        ([TWO, "teachers.draw=one", "teacher.sharded=true"], "teacher.sharded=true with teachers.draw=one: ranks"),
+        ([TWO, "teachers.lite.sources=[a]", "teacher.sharded=true"], "teacher.sharded=true with teachers.lite.sources"),
     ],
 )
 def test_what_cannot_be_is_refused(overrides: list[str], message: str) -> None:
@@ -80,6 +87,19 @@ def test_a_file_that_says_more_than_a_teacher_has_no_place_in_a_list(tmp_path: P
     path.write_text("teacher: {name: more}\nmim: {masked_patches: 3}\n")
     with pytest.raises(ConfigError, match="may have the section teacher alone"):
         load("mim", [f"teachers=[{path}]"])
+
+
+def test_a_run_from_before_samples_lacked_teachers_goes_on() -> None:
+    config = load("mim", [TWO])
+    saved = written(config)
+    del saved["teachers"]["draw"]
+    for entry in saved["teachers"]["of"]:
+        del entry["share"], entry["sources"]
+    assert difference(config, saved) is None
+    drawn = load("mim", [TWO, "teachers.draw=one"])
+    assert difference(drawn, saved) == ("teachers.draw", None, "one")
+    shared = load("mim", [TWO, "teachers.draw=one", "teachers.lite.share=2"])
+    assert len({digest(each) for each in (config, drawn, shared)}) == 3
 
 
 def test_a_run_from_before_there_were_lists_goes_on() -> None:

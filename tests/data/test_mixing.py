@@ -149,7 +149,7 @@ def test_phases_change_sources_crop_and_patch_dropout(folder: Path) -> None:
     kept = [0 if batch.kept is None else batch.kept.shape[1] for batch in batches]
     assert kept == [8] * 4 + [0] * 2 + [4] * 3
     sources = list_sources(phased(folder))
-    phases = plan_phases(phased(folder), sources, SPEC, BATCH)
+    phases = plan_phases(phased(folder), SPEC, BATCH)
     assert [source.name for source in sources] == ["big", "small"]
     assert [phase.first for phase in phases] == [0, 64, 96]
     assert [phase.weights for phase in phases] == [(1.0, 0.0), (0.8, 0.2), (0.0, 1.0)]

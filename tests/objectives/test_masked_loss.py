@@ -63,3 +63,17 @@ def test_each_loss_is_its_definition(name: str, naive: Callable[[Tensor, Tensor]
     by_hand.backward()
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_samples_count_by_their_weights(name: str) -> None:
+    """Weights of mean 1 make a mean over the samples that have one, of parts too; targets of the others are zeros."""
+    generator = torch.Generator().manual_seed(3)
+    targets = torch.randn(4, 5, 8, generator=generator) * torch.tensor([1.0, 0, 1, 0])[:, None, None]
+    ours = torch.randn(4, 5, 8, generator=generator)
+    weights, having = torch.tensor([2.0, 0, 2, 0]), torch.tensor([0, 2])
+    expected = LOSSES[name](ours[having], targets[having])
+    torch.testing.assert_close(LOSSES[name](ours, targets, weights), expected)
+    parts = [LOSSES[name](*(each[some] for each in (ours, targets, weights))) for some in (slice(0, 2), slice(2, 4))]
+    torch.testing.assert_close(torch.stack(parts).mean(), expected)
+    torch.testing.assert_close(constant_cosine(targets, weights), constant_cosine(targets[having]))

@@ -1,13 +1,17 @@
 """Bytes and operations of teachers against the networks themselves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from w2s.config.load import load
-from w2s.config.sections import TeacherConfig
-from w2s.planning.teacher import planned_teachers
+from w2s.config.sections import ParallelConfig, TeacherConfig
+from w2s.pipeline.training_flops import training_flops
+from w2s.planning.flops import stage_flops
+from w2s.planning.teacher import images_of_rank, planned_teachers, predicted, sample_flops
 from w2s.teachers.base import Teacher
 from w2s.teachers.build import without_weights
 from w2s.teachers.text import build_text_teacher
@@ -74,3 +78,36 @@ def test_any_other_network_is_counted() -> None:
     assert planned.flops / 1e9 == pytest.approx(4.0, abs=0.051)
     assert planned.width == 1280
     assert planned.weights / 4 == pytest.approx(5e6, abs=0.5e6)
+
+
+TAUGHT = [
+    "model=eva_s", "data.builtin=none", "data.train=a/one/*.tar::a/two/*.tar", "data.weights=[0.75,0.25]",
+    "train.global_batch=512", "train.micro_batch=16",
+    "teachers=[{name: big, source: 'eva:eva02_e_plus', share: 3}, {name: small, source: 'eva:eva_s'}]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keys", "shares"),
+    [
+        (["teachers.big.share=1"], [1.0, 1.0]),
+        (["teachers.draw=one"], [0.75, 0.25]),
+        (["teachers.big.share=1", "teachers.small.sources=[two]"], [1.0, 0.25]),
+        (["teachers.draw=one", "teachers.small.sources=[two]"], [0.9375, 0.0625]),
+    ],
+)
+def test_teachers_cost_what_their_shares_of_the_samples_do(keys: list[str], shares: list[float]) -> None:
+    """A sample's FLOPs and all training's are sums by share, and so is the slowest rank's time, to an image."""
+    config = load("mim", [*TAUGHT, *keys, "train.steps=7", "parallel.tensor=4", "parallel.pipeline=2"])
+    teachers = planned_teachers(config)
+    assert [each.share for each in teachers] == shares
+    whole = sum(share * each.flops for share, each in zip(shares, teachers, strict=True))
+    assert sample_flops(teachers) == pytest.approx(whole)
+    alone = replace(config, parallel=ParallelConfig())
+    student = stage_flops(alone, 1, **predicted(config, teachers)).model
+    assert training_flops(config) == pytest.approx(7 * 512 * (student + whole))
+    images = images_of_rank(config, teachers, 16)
+    slowest = sum(count * each.flops for count, each in zip(images, teachers, strict=True))
+    assert 32 * whole <= 1.0001 * slowest
+    assert slowest <= 32 * whole + max(each.flops for each in teachers)
+    assert images_of_rank(alone, teachers, 16) == pytest.approx([32 * share for share in shares])

@@ -182,6 +182,15 @@ def test_two_ranks_that_reduce_in_another_order_are_found() -> None:
     )
 
 
+def test_drawn_teachers_are_rehearsed() -> None:
+    """The host knows who shows what to which teacher: it waits for no GPU, and all ranks exchange the same."""
+    several = "teachers=[{name: one, source: 'eva:tiny'}, {name: two, source: 'timm:test_vit', image_size: 64}]"
+    options = [*(each for each in COMMON if not each.startswith("teacher.")), "parallel.tensor=2"]
+    found = rehearsed(load("mim", [*options, several, "teachers.draw=one"]), 4, [0, 3])
+    assert found.wrong == []
+    assert found.timeline.steps
+
+
 def waiting(job: Job) -> RankReport:
     """The loss is looked at in every step."""
     loss = masked_loss.LOSSES["cosine"]
@@ -208,7 +217,7 @@ def test_a_wait_for_the_gpu_is_found() -> None:
 def misshaped(job: Job) -> RankReport:
     """The loss gets targets of another width."""
     loss = masked_loss.LOSSES["cosine"]
-    with mock.patch.dict(masked_loss.LOSSES, cosine=lambda ours, theirs: loss(ours, theirs[..., :-1])):
+    with mock.patch.dict(masked_loss.LOSSES, cosine=lambda ours, theirs, _: loss(ours, theirs[..., :-1])):
         return rehearse(job)
 
 

@@ -88,6 +88,41 @@ def client(root: Path) -> "MlflowClient":
 
 
 @pytest.fixture(scope="module")
+def vit(material: Material) -> str:
+    """A vision teacher with a feature for each of the student's patches."""
+    return f"{{name: vit, source: 'timm:test_vit@{material.teacher}', image_size: 64, target_norm: standardize}}"
+
+
+@pytest.fixture(scope="module")
+def two(vit: str) -> str:
+    """Beside it a CLIP of another kind, grid (6 x 6 patches) and width, by another loss."""
+    clip = "{name: clip, source: 'eva:tiny', image_size: 48, target_norm: phi_s, loss: mse, weight: 0.5}"
+    return f"teachers=[{vit}, {clip}]"
+
+
+@pytest.fixture(scope="module")
+def common(material: Material) -> list[str]:
+    """Overrides for a masked stage with teachers of its own."""
+    return [
+        "model=tiny",
+        "model.vision.layers=4",
+        "hardware=cpu",
+        "data.builtin=none",
+        f"data.train={material.train}",
+        "data.workers=0",
+        "eval.shards=",
+        "eval.knn_shards=",
+        "train.steps=3",
+        "train.global_batch=16",
+        "train.micro_batch=16",
+        "optim.warmup=1",
+        "optim.lr=1e-4",
+        "init.post_norm=0.5",
+        "mim.summary_weight=0.5",
+    ]
+
+
+@pytest.fixture(scope="module")
 def base(root: Path, material: Material) -> list[str]:
     """Overrides for the smallest runs: four steps of 16 samples."""
     return [

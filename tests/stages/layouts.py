@@ -39,6 +39,10 @@ class Steps:
     """Whole weights after the last step."""
     teacher_images: float
     """Images that the teacher of a rank has seen in a step."""
+    reports: list[dict[str, float]]
+    """All that the stage reports of every step."""
+    extra: dict[str, Tensor]
+    """The stage's own state after the last step."""
 
 
 def run_layouts(world_size: int, cases: dict[str, tuple[str, Sequence[str]]], steps: int) -> dict[str, Steps]:
@@ -81,7 +85,7 @@ def _steps(config: Config, ranks: Ranks, steps: int) -> dict[str, Any]:
     stage.optimizer.gather_weights()
     with unsharded(stage.towers.values()):
         weights = _pieces(stage, lambda parameter: parameter.detach().clone())
-    return {"logs": logs, "gradients": gradients, "weights": weights}
+    return {"logs": logs, "gradients": gradients, "weights": weights, "extra": stage.extra_state()}
 
 
 def _gradients(stage: Any, ranks: Ranks) -> Pieces:
@@ -126,4 +130,6 @@ def _join(everyone: list[dict[str, Any]]) -> Steps:
         gradients=join_pieces([each["gradients"] for each in everyone]),
         weights=join_pieces([each["weights"] for each in everyone]),
         teacher_images=(logs or [{}])[0].get("teacher_images_per_rank", 0.0),
+        reports=logs,
+        extra=everyone[0]["extra"],
     )

@@ -40,40 +40,6 @@ def first_batch(config: Config, stage: MaskedStage) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def vit(material: Material) -> str:
-    """A vision teacher with a feature for each of the student's patches."""
-    return f"{{name: vit, source: 'timm:test_vit@{material.teacher}', image_size: 64, target_norm: standardize}}"
-
-
-@pytest.fixture(scope="module")
-def two(vit: str) -> str:
-    """Beside it a CLIP of another kind, grid (6 x 6 patches) and width, by another loss."""
-    clip = "{name: clip, source: 'eva:tiny', image_size: 48, target_norm: phi_s, loss: mse, weight: 0.5}"
-    return f"teachers=[{vit}, {clip}]"
-
-
-@pytest.fixture(scope="module")
-def common(material: Material) -> list[str]:
-    return [
-        "model=tiny",
-        "model.vision.layers=4",
-        "hardware=cpu",
-        "data.builtin=none",
-        f"data.train={material.train}",
-        "data.workers=0",
-        "eval.shards=",
-        "eval.knn_shards=",
-        f"train.steps={STEPS}",
-        "train.global_batch=16",
-        "train.micro_batch=16",
-        "optim.warmup=1",
-        "optim.lr=1e-4",
-        "init.post_norm=0.5",
-        "mim.summary_weight=0.5",
-    ]
-
-
-@pytest.fixture(scope="module")
 def unsharded(common: list[str], two: str) -> Steps:
     """Two teachers on one process in one micro-batch."""
     with process_groups.init_distributed(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
@@ -100,13 +66,13 @@ def test_two_teachers_give_the_numbers_of_one_process_in_every_layout(
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
 def test_the_ranks_of_a_group_share_the_work_of_all_teachers(common: list[str], two: str, layout: str) -> None:
     """No rank has more than 1.1 times the mean of the teachers' FLOPs."""
-    work = run_ranks(_teachers_flops, 2, load("mim", [*common, two, layout, "train.micro_batch=4"]))
+    work = run_ranks(teachers_flops, 2, load("mim", [*common, two, layout, "train.micro_batch=4"]))
     assert max(work) <= 1.1 * sum(work) / len(work)
     whole = sum(teacher.flops for teacher in planned_teachers(load("mim", [*common, two])))
     assert sum(work) == 16 * whole, "each image is shown to each teacher once"
 
 
-def _teachers_flops(config: Config) -> float:
+def teachers_flops(config: Config) -> float:
     """Operations of the teachers of this rank in a step."""
     costs, seen = planned_teachers(config), [0.0]
     with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:

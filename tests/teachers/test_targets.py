@@ -67,6 +67,18 @@ def test_a_dead_channel_stays_finite():
     assert torch.equal(norm(torch.ones(2, 4, 4), update=True), torch.zeros(2, 4, 4))
 
 
+@pytest.mark.parametrize("seen", [0, 2])
+def test_a_batch_without_a_sample_changes_nothing(seen):
+    """Also before there was one: a teacher may have no sample in a step."""
+    norm = TargetNorm(4, "standardize")
+    for batch in batches()[:seen]:
+        norm(batch, update=True)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    assert norm(torch.empty(0, 16, 4), update=True).shape == (0, 16, 4)
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+    assert norm.ready == bool(seen)
+
+
 def test_resume_is_bit_exact():
     norm, resumed = TargetNorm(4, "standardize"), TargetNorm(4, "standardize")
     first, *rest = batches(4)

@@ -7,7 +7,7 @@ from typing import TypeVar
 import yaml
 
 from w2s.config.load import named_model
-from w2s.config.sections import Config, TeacherConfig, TeachersConfig, TeachingConfig
+from w2s.config.sections import Config, TeacherConfig, TeachingConfig
 from w2s.errors import ConfigError
 
 T = TypeVar("T", TeacherConfig, TeachingConfig)
@@ -39,7 +39,7 @@ def reduced(config: Config, layers: int | None, folder: Path) -> Config:
     )
     heard = config.taught_by[0] if config.stage == "clip" and config.taught_by else config.teacher
     teacher, clip = _teacher(heard, fraction, folder), config.clip
-    teachers = TeachersConfig(of=[_teacher(each, fraction, folder) for each in config.teachers.of])
+    teachers = replace(config.teachers, of=[_teacher(each, fraction, folder) for each in config.teachers.of])
     if config.stage == "clip" and config.taught_by:
         # Heard in every step, and shallower as described.
         clip = replace(clip, distill=replace(clip.distill, source="teacher", until=1.0, until_better=False))

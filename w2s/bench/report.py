@@ -19,7 +19,7 @@ from w2s.errors import ConfigError, W2SError
 from w2s.launch import is_rank
 from w2s.planning.flops import image_flops, seen_tokens, student_flops, text_flops
 from w2s.planning.plan import find_plans
-from w2s.planning.teacher import PlannedTeacher, planned_teachers, predicted
+from w2s.planning.teacher import PlannedTeacher, planned_teachers, predicted, sample_flops
 
 PACKAGES = ("w2s", "torch", "megatron-core", "timm", "open_clip_torch")
 
@@ -130,7 +130,7 @@ def bench_step(
         layers=_layers(small),
         full_layers=_layers(config),
         teacher=" + ".join(each.name for each in config.taught_by) or "none",
-        teacher_gflop=sum(each.flops for each in teachers) / 1e9,
+        teacher_gflop=sample_flops(teachers) / 1e9,
         device=first.device,
         bf16_peak_tflops=bf16_peak(first.device),
         ranks=ranks,

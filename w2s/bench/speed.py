@@ -8,7 +8,7 @@ from w2s.bench.step import Row
 from w2s.config.sections import Config
 from w2s.planning.cards import Card, cards
 from w2s.planning.flops import stage_flops
-from w2s.planning.teacher import PlannedTeacher, predicted
+from w2s.planning.teacher import PlannedTeacher, predicted, sample_flops
 
 _TOWERS = ("student", "vision", "text")
 
@@ -54,8 +54,7 @@ def speed(config: Config, teachers: Sequence[PlannedTeacher], device: str, row: 
     if not row.parts:
         return None
     seconds = row.milliseconds / 1e3
-    seen = sum(teacher.flops for teacher in teachers)
-    flops = stage_flops(config, world_size, **predicted(config, teachers), teacher=seen)
+    flops = stage_flops(config, world_size, **predicted(config, teachers), teacher=sample_flops(teachers))
     per_rank = row.global_batch / world_size / 1e12
     towers = sum(part.model for name, part in flops.parts.items() if name in _TOWERS)
     passes = (row.parts["forward"] + row.parts["backward"]) / 1e3

@@ -32,6 +32,10 @@ class Lesson:
     """What the summary is."""
     summary_weight: float
     """Weight of the summary's loss beside that of the patches; 0 for no summary."""
+    share: float = 1.0
+    """How often it is drawn, where a sample has one of several teachers."""
+    sources: tuple[str, ...] = ()
+    """The data sources whose samples it teaches; empty for all."""
 
     @classmethod
     def of(cls, entry: TeachingConfig, teacher: TeacherConfig, mim: MimConfig) -> "Lesson":
@@ -51,6 +55,8 @@ class Lesson:
             loss=entry.loss or mim.loss,
             summary=entry.summary or mim.summary,
             summary_weight=weight,
+            share=entry.share,
+            sources=tuple(entry.sources),
         )
 
     def target(self, width: int, embedding: int) -> Target:

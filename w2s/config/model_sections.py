@@ -222,6 +222,10 @@ class TeachingConfig:
     """What its summary is; null takes `mim.summary`."""
     summary_weight: float | None = None
     """Weight of its summary's loss beside that of its patches; null takes `mim.summary_weight`."""
+    share: float = 1.0
+    """With `teachers.draw=one`, how often it is drawn, relative to the shares of the others that a sample may have."""
+    sources: list[str] = field(default_factory=list)
+    """Names of the data sources whose samples it teaches, as in the metrics `source/NAME/...`; empty for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,3 +235,5 @@ class TeachersConfig:
     of: list[TeachingConfig] = field(default_factory=list)
     """The teachers: sections, or names of configs/teacher. `teachers=[...]` sets it, and `teachers.NAME.KEY=...` a key
     of one of them (or `teachers.NUMBER.KEY`, from 0). Empty leaves the stage to `teacher`."""
+    draw: Literal["all", "one"] = "all"
+    """Which of the teachers of its source a sample has: all of them, or one that is drawn by `share`."""

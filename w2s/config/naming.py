@@ -47,12 +47,15 @@ is kept beside it."""
 
 _SINCE: Mapping[str, Any] = {
     "teachers.of": [],
+    "teachers.of.share": 1.0,
+    "teachers.of.sources": [],
+    "teachers.draw": "all",
     "init.teacher": "",
     "teacher.weights": "last",
     "init.weights": "last",
     "eval.weights": "last",
 }
-"""Keys that came later, and the values with which a run is what it was before them."""
+"""Keys that came later, also those of the sections in a list, and the values with which a run is what it was before."""
 
 
 def digest(config: Config) -> str:
@@ -87,11 +90,27 @@ def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
     data = config.get("data")
     cache = str(data.get("cache", "")) if isinstance(data, Mapping) else ""
     kept = {
-        key: value.removeprefix(cache) if isinstance(value, str) else value
+        key: value.removeprefix(cache) if isinstance(value, str) else _entries_kept(key, value)
         for key, value in flatten(config).items()
-        if not _without_effect(key) and not (key in _SINCE and value == _SINCE[key])
+        if not _without_effect(key) and not _as_before(key, value)
     }
     return cast(dict[str, Any], json.loads(json.dumps(kept)))
+
+
+def _entries_kept(key: str, value: Any) -> Any:
+    """A list of sections without what has the value of before; any other value as it is."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {name: part for name, part in entry.items() if not _as_before(f"{key}.{name}", part)}
+        if isinstance(entry, Mapping)
+        else entry
+        for entry in value
+    ]
+
+
+def _as_before(key: str, value: Any) -> bool:
+    return key in _SINCE and bool(value == _SINCE[key])
 
 
 def run_folder(config: Config) -> Path:

@@ -1,5 +1,6 @@
 """What the sections `teacher` and `teachers` may say."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ def check_teachers(config: Config) -> None:
         ConfigError: with the key, its value and legal ones.
     """
     names = [entry.name for entry in config.teachers.of]
+    if config.teachers.draw == "one" and len(names) < 2:
+        raise ConfigError("teachers.draw=one draws one of several teachers: give teachers=[...] or leave it out")
     if config.stage != "mim":
         if names:
             raise ConfigError(f"teachers={names}: several teach the masked stage alone, the others have teacher=NAME")
@@ -30,8 +33,25 @@ def check_teachers(config: Config) -> None:
             raise ConfigError(f"teachers: name={name} must be letters, digits, _ and -: use another")
         if names.count(name) > 1:
             raise ConfigError(f"teachers: two are called {name}: give each a name of its own")
+    _check_draw(config)
     for lesson in config.lessons:
         _check_lesson(lesson, "teachers: " if names else "")
+
+
+def _check_draw(config: Config) -> None:
+    one, lessons = config.teachers.draw == "one", config.lessons
+    for lesson in lessons:
+        name, share = lesson.teacher.name, lesson.share
+        if not 0 < share < math.inf:
+            raise ConfigError(f"teachers: {name} has share={share:g}, which must be above 0: leave the teacher out")
+        if share != 1 and not one:
+            raise ConfigError(f"teachers: {name} has share={share:g}, which does nothing with teachers.draw=all")
+    some = "draw=one" if one else next((f"{each.teacher.name}.sources" for each in lessons if each.sources), "")
+    if some and config.teacher.sharded:
+        raise ConfigError(
+            f"teacher.sharded=true with teachers.{some}: ranks that hold a teacher together must run it on as many "
+            "images each, and some samples have other teachers: use teacher.sharded=false"
+        )
 
 
 def _check_lesson(lesson: Lesson, where: str) -> None:

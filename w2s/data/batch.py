@@ -33,11 +33,16 @@ class Batch:
     caption_hashes: torch.Tensor | None = None
     """A hash of each caption's text, so that equal captions can be found: int64 [n], not negative."""
     targets: torch.Tensor | None = None
-    """The teacher's features at the patches to predict: [n, k, teacher width]."""
+    """The teachers' features at the patches to predict: [n, k, widths]; 0 where a sample lacks a teacher."""
     teacher_summaries: torch.Tensor | None = None
-    """The teacher's summary of each image: [n, summary width]."""
+    """The teachers' summaries of each image: [n, widths]; 0 where a sample lacks a teacher."""
     teacher_text_summaries: torch.Tensor | None = None
     """The teacher's embedding of each caption: [n, summary width]."""
+    teacher_weights: torch.Tensor | None = None
+    """What a sample counts in the loss of each teacher, 0 where it lacks the teacher: float32 [n, teachers].
+
+    The mean over the global batch is 1. None where every sample has every teacher.
+    """
     keys: list[str]
     """The samples' names in their shards; empty in a batch that was gathered from several ranks."""
     indices: torch.Tensor

@@ -17,6 +17,7 @@ class Purpose(IntEnum):
     CAPTION = 6
     SOURCE_SEED = 7
     BRANCHES = 8
+    TEACHER = 9
 
 
 def generator(seed: int, purpose: Purpose, first: int, second: int = 0) -> np.random.Generator:

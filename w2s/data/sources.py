@@ -5,6 +5,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -32,15 +33,13 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A part of the training samples."""
+class Mix:
+    """How often the sources are drawn in a part of the training samples."""
 
     first: int
     """Global index of its first sample."""
     weights: tuple[float, ...]
     """Probability of each source of the run."""
-    spec: SampleSpec
-    """What is made of its samples."""
 
     def draw(self, seed: int, index: int) -> int:
         """Return the source of a sample; it depends on the seed and the global index alone."""
@@ -50,8 +49,19 @@ class Phase:
         return int(np.searchsorted(np.cumsum(self.weights), point, side="right"))
 
 
-def phase_at(phases: Sequence[Phase], index: int) -> Phase:
-    """Return the phase of a global sample index."""
+@dataclass(frozen=True)
+class Phase(Mix):
+    """A part of the training samples."""
+
+    spec: SampleSpec
+    """What is made of its samples."""
+
+
+M = TypeVar("M", bound=Mix)
+
+
+def phase_at(phases: Sequence[M], index: int) -> M:
+    """Return the phase, or the mix, of a global sample index."""
     return phases[bisect.bisect_right(phases, index, key=lambda phase: phase.first) - 1]
 
 
@@ -81,20 +91,29 @@ def find_sources(data: DataConfig, global_batch: int, size: int, *, captions: bo
     return sources
 
 
-def plan_phases(data: DataConfig, sources: Sequence[Source], spec: SampleSpec, global_batch: int) -> list[Phase]:
+def plan_phases(data: DataConfig, spec: SampleSpec, global_batch: int) -> list[Phase]:
     """Lay out the phases of a run.
 
     Raises:
         ConfigError: weights that are not one for each source, or a phase that does not end with a batch.
     """
     parts = data.phases or [PhaseConfig()]
-    mixes = [_mix(part, data) for part in parts]
+    mixes = plan_mixes(data)
     _check_lengths(parts, global_batch)
+    return [Phase(mix.first, mix.weights, _phase_spec(part, spec)) for mix, part in zip(mixes, parts, strict=True)]
+
+
+def plan_mixes(data: DataConfig) -> list[Mix]:
+    """Lay out how often each source of `source_names` is drawn, phase by phase; no shards are looked for.
+
+    Raises:
+        ConfigError: weights that are not one for each source.
+    """
+    parts, patterns = data.phases or [PhaseConfig()], source_names(data)
     firsts = itertools.accumulate((part.samples for part in parts[:-1]), initial=0)
-    return [
-        Phase(first, tuple(mix.get(source.pattern, 0.0) for source in sources), _phase_spec(part, spec))
-        for first, part, mix in zip(firsts, parts, mixes, strict=True)
-    ]
+    by_pattern = (_mix(part, data) for part in parts)
+    weights = [tuple(mix.get(text, 0.0) for text in patterns) for mix in by_pattern]
+    return list(map(Mix, firsts, weights))
 
 
 def list_sources(data: DataConfig) -> list[Source]:
@@ -104,11 +123,19 @@ def list_sources(data: DataConfig) -> list[Source]:
         ConfigError: weights that are not one for each source.
         DataError: shards that are missing.
     """
-    mixes = [_mix(part, data) for part in data.phases or [PhaseConfig()]]
-    patterns = list(dict.fromkeys(pattern for mix in mixes for pattern in mix))
-    names = _names(patterns)
-    found = {text: list_shards(text, allow_pipe=data.allow_pipe) for text in patterns}
+    names = source_names(data)
+    found = {text: list_shards(text, allow_pipe=data.allow_pipe) for text in names}
     return [Source(names[text], text, shards, names_digest(shards)) for text, shards in found.items()]
+
+
+def source_names(data: DataConfig) -> dict[str, str]:
+    """Name the sources of all phases, by their patterns and in their order; no shards are looked for.
+
+    Raises:
+        ConfigError: weights that are not one for each source.
+    """
+    mixes = [_mix(part, data) for part in data.phases or [PhaseConfig()]]
+    return _names(list(dict.fromkeys(pattern for mix in mixes for pattern in mix)))
 
 
 def _mix(part: PhaseConfig, data: DataConfig) -> dict[str, float]:

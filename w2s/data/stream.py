@@ -81,7 +81,7 @@ class Stream:
         if sources is None:
             sources = find_sources(data, global_batch, size, captions=spec.context_length > 0)
         self.sources = list(sources)
-        self._phases = plan_phases(data, self.sources, spec, global_batch)
+        self._phases = plan_phases(data, spec, global_batch)
         self._order = _describe_order(data, self.sources, self._phases, global_batch, seed)
         self._lanes = _restore(position, self._order, range(rank, data.lanes, size))
         self._step = self._first_step = 0 if position is None else position["step"]

@@ -23,17 +23,18 @@ class LayerLosses:
         self.mim, self.factor = mim, factor
         self.reports: list[dict[str, Tensor]] = []
 
-    def for_targets(self, targets: Sequence[Tensor]) -> Callable[[int, Tensor], Tensor]:
+    def for_targets(self, targets: Sequence[Tensor], weights: Tensor | None = None) -> Callable[[int, Tensor], Tensor]:
         """Return the loss of a micro-batch, which takes the number of a student's layer and its predictions [n, k, d].
 
         Args:
             targets: what is to be predicted, [n, k, d] for each of `mim.layers`.
+            weights: [n] of the samples, see `weighted`.
         """
         known = {pair.student: (pair.weight, target) for pair, target in zip(self.mim.layers, targets, strict=True)}
 
         def loss(layer: int, predictions: Tensor) -> Tensor:
             weight, target = known[layer]
-            value = LOSSES[self.mim.loss](predictions, target)
+            value = LOSSES[self.mim.loss](predictions, target, weights)
             self.reports.append({f"layers/{layer}": value.detach()})
             return self.factor * weight * value
 

@@ -7,43 +7,59 @@ from torch import Tensor
 
 
 def masked_cosines(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Return the cosine of each prediction [m, d] and its target [m, d], in float32: [m]."""
+    """Return the cosine of each prediction [..., d] and its target [..., d], in float32: [...]."""
     return F.cosine_similarity(predictions.float(), targets.float(), dim=-1)
 
 
-def constant_cosine(targets: Tensor) -> Tensor:
-    """Return the mean cosine with targets [m, d] of the best prediction that is the same everywhere, a scalar.
+def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Multiply what belongs to samples [n, ...] with their weights [n]; without weights each counts alike.
+
+    Weights whose mean over a global batch is 1 make a mean of it, of the means over equally large parts too.
+    """
+    return values if weights is None else values * weights.view(-1, *[1] * (values.ndim - 1))
+
+
+def constant_cosine(targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the mean cosine with targets [n, ..., d] of the best prediction that is the same everywhere, a scalar.
 
     The mean cosine of a constant c is (c / |c|) . m with m the mean of the normalised targets. By Cauchy and Schwarz
-    that is at most |m|, which c = m attains.
+    that is at most |m|, which c = m attains. For `weights` see `weighted`.
     """
-    return F.normalize(targets.float(), dim=-1).mean(0).norm()
+    directions = weighted(F.normalize(targets.float(), dim=-1), weights)
+    return directions.flatten(0, -2).mean(0).norm()
 
 
-def masked_cosine_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+def masked_cosine_loss(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the negative mean cosine over masked patches (baaivision/EVA, EVA-01/eva/engine_for_pretraining.py).
 
     Args:
-        predictions: [m, d] at masked patches.
-        targets: [m, d], the teacher's features there.
+        predictions: [n, ..., d] at masked patches.
+        targets: [n, ..., d], the teacher's features there.
+        weights: [n] of the samples, see `weighted`.
     """
-    return -masked_cosines(predictions, targets).mean()
+    return -weighted(masked_cosines(predictions, targets), weights).mean()
 
 
-def smooth_l1_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+def smooth_l1_loss(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the mean over patches and channels of e^2 / 2 where the error e is below 1 and |e| - 1/2 elsewhere.
 
-    It is that of data2vec (Baevski et al. 2022, section 3.4) with beta 1; shapes as in `masked_cosine_loss`.
+    It is that of data2vec (Baevski et al. 2022, section 3.4) with beta 1; arguments as in `masked_cosine_loss`.
     """
-    return F.smooth_l1_loss(predictions.float(), targets.float())
+    return _mean_error(F.smooth_l1_loss, predictions, targets, weights)
 
 
-def mse_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean over patches and channels of the squared error; shapes as in `masked_cosine_loss`."""
-    return F.mse_loss(predictions.float(), targets.float())
+def mse_loss(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the mean over patches and channels of the squared error; arguments as in `masked_cosine_loss`."""
+    return _mean_error(F.mse_loss, predictions, targets, weights)
 
 
-LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+def _mean_error(error: Callable[..., Tensor], predictions: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return error(predictions.float(), targets.float())
+    return weighted(error(predictions.float(), targets.float(), reduction="none"), weights).mean()
+
+
+LOSSES: Mapping[str, Callable[..., Tensor]] = {
     "cosine": masked_cosine_loss,
     "smooth_l1": smooth_l1_loss,
     "mse": mse_loss,

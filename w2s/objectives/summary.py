@@ -3,12 +3,15 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from w2s.objectives.masked_loss import weighted
 
-def summary_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+
+def summary_loss(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the negative mean cosine of embeddings, in float32; lengths do not matter, so targets need no norm.
 
     Args:
         predictions: the student's [n, d].
         targets: the teacher's [n, d].
+        weights: [n] of the samples, see `weighted`.
     """
-    return -F.cosine_similarity(predictions.float(), targets.float(), dim=-1).mean()
+    return -weighted(F.cosine_similarity(predictions.float(), targets.float(), dim=-1), weights).mean()

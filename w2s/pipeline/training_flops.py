@@ -1,10 +1,11 @@
 """Floating-point operations of the training of a stage, its teachers' included."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from w2s.config.sections import Config, ModelConfig
+from w2s.config.sections import Config, ModelConfig, ParallelConfig
 from w2s.planning.flops import stage_flops
-from w2s.planning.teacher import planned_teachers, predicted
+from w2s.planning.teacher import planned_teachers, predicted, sample_flops
 
 Models = Mapping[str, ModelConfig] | None
 
@@ -20,14 +21,15 @@ def training_flops(config: Config, teacher_models: Models = None, begins_at: int
         teacher_models: by source, the models of its teachers that are runs still to come.
         begins_at: steps of another run that this one continues from, and that are not its own.
     """
+    config = replace(config, parallel=ParallelConfig())  # what training needs at least is the same in all layouts
     steps, taught = config.train.steps - begins_at, max(0, config.taught_steps - begins_at)
     samples = 0.0
     if taught < steps:
         samples += (steps - taught) * stage_flops(config, 1).model
     teachers = planned_teachers(config, teacher_models)
     if teachers:
-        seen = sum(teacher.flops for teacher in teachers)
-        samples += taught * stage_flops(config, 1, **predicted(config, teachers), teacher=seen).model
+        heard = sample_flops(teachers)
+        samples += taught * stage_flops(config, 1, **predicted(config, teachers), teacher=heard).model
     return samples * config.train.global_batch
 
 

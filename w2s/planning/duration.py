@@ -14,7 +14,6 @@ from w2s.config.batching import (
     model_parallel_size,
     num_micro_batches,
     num_passes,
-    samples_per_rank,
     samples_per_replica,
 )
 from w2s.config.sections import Config
@@ -27,7 +26,7 @@ from w2s.planning.memory import fp8_share, sample_bytes
 from w2s.planning.roofline import exchange, message, moving
 from w2s.planning.simulated_schedule import Chunks, Passes, pipeline_of, seconds
 from w2s.planning.states import States
-from w2s.planning.teacher import PlannedTeacher, predicted
+from w2s.planning.teacher import PlannedTeacher, images_of_rank, predicted
 from w2s.planning.towers import PlannedTower
 
 _BF16, _FP32 = 2, 4
@@ -126,7 +125,10 @@ class StepModel:
             tensor=work.tensor,
             recomputation=sum(run.count * run.recomputed for run in self._runs),
             accumulation=moving(card, states.gradients) + sum(run.count * run.accumulated for run in self._runs),
-            teacher=sum(teacher_seconds(card, teacher, samples_per_rank(config, world_size)) for teacher in teachers),
+            teacher=sum(
+                teacher_seconds(card, teacher, images)
+                for teacher, images in zip(teachers, images_of_rank(config, teachers, world_size), strict=True)
+            ),
             loss=_loss(config, card, teachers, world_size) if config.stage == "clip" else 0.0,
             optimizer=moving(card, UPDATE[config.optim.name] * states.optimizer / 12 + _AVERAGING * states.average / 4),
             batch=_batch(config, card, teachers, world_size),
@@ -340,7 +342,7 @@ def fuses(config: Config, card: Card) -> bool:
     return config.precision.linear == "te" or (config.precision.linear == "auto" and card.fp8_tflops > 0)
 
 
-def teacher_seconds(card: Card, teacher: PlannedTeacher, images: int) -> float:
+def teacher_seconds(card: Card, teacher: PlannedTeacher, images: float) -> float:
     """Return the seconds of a teacher's forward pass over the images of one rank."""
     operations = images * teacher.flops
     if teacher.precision == "bf16":

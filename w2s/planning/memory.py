@@ -21,7 +21,7 @@ from w2s.planning.activations import Types, kept_going_back, peak
 from w2s.planning.flops import patch_width, seen_frames
 from w2s.planning.fully_sharded_costs import Whole, whole
 from w2s.planning.states import States
-from w2s.planning.teacher import PlannedTeacher, predicted
+from w2s.planning.teacher import PlannedTeacher, drawn, predicted
 from w2s.planning.towers import PlannedTower
 
 _BF16, _FP32 = 2, 4
@@ -194,9 +194,15 @@ def _teaching(
     patches = config.model.vision.patches if config.stage == "mim" else 0
     features = _targets(config, teachers, patches)
     pixels = 3 * seen_frames(config) * sum(side**2 for side in {teacher.image_size for teacher in teachers})
-    own = samples_per_rank(config, world_size) * (features + pixels)
+    own = samples_per_rank(config, world_size)
+    batch = own * (features + pixels)
+    if drawn(teachers) and model_parallel_size(config.parallel) > 1:
+        # All ranks of the group have all its images, and then all targets.
+        group, seen = samples_per_replica(config, world_size), 3 * config.model.vision.image_size**2
+        gathering = 3 * group * (seen + pixels)
+        batch = max(gathering, group * (pixels + sample_bytes(config, teachers)) + own * features)
     working = max(teacher.working for teacher in teachers)
-    return replace(standing, teacher=standing.teacher + samples * working, batch=own)
+    return replace(standing, teacher=standing.teacher + samples * working, batch=batch)
 
 
 def sample_bytes(config: Config, teachers: Sequence[PlannedTeacher]) -> int:

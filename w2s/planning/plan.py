@@ -18,7 +18,7 @@ from w2s.planning.in_memory_costs import HostCopy, host_copy
 from w2s.planning.layouts import Layouts
 from w2s.planning.memory import Memory, rank_memory
 from w2s.planning.states import States, rank_states
-from w2s.planning.teacher import PlannedTeacher, planned_teachers, predicted
+from w2s.planning.teacher import PlannedTeacher, planned_teachers, predicted, sample_flops
 from w2s.planning.towers import planned_towers
 
 MARGIN = 1.01
@@ -234,7 +234,7 @@ class _Candidate:
 
     def plan(self) -> Plan:
         """Simulate it, on a bad and a good cluster too."""
-        search, teacher = self._search, sum(each.flops for each in self._search.teachers)
+        search, teacher = self._search, sample_flops(self._search.teachers)
         fullest = max(self._stage.states.values(), key=lambda states: states.weights + states.optimizer)
         return Plan(
             config=self._config,

@@ -2,15 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from operator import mul
 from pathlib import Path
 from typing import Any, Literal
 
+from w2s.config.batching import model_parallel_size, samples_per_rank
 from w2s.config.lessons import Target
 from w2s.config.load import model_from, named_model
 from w2s.config.sections import Config, ModelConfig, TeacherConfig, VisionConfig
 from w2s.config.teacher_checks import check_teacher_widths
+from w2s.data.turns import Turns
 from w2s.planning.flops import seen_frames, teacher_flops, text_flops
 from w2s.planning.towers import pool_sizes
+from w2s.spread import spread
 
 _MAPS = 16
 """Feature maps of the input's size, in float32, that a network which is no EVA tower is taken to need at once."""
@@ -38,6 +43,8 @@ class PlannedTeacher:
     """Bytes of its text tower, which every rank holds whole."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of its forward pass."""
+    share: float = 1.0
+    """Fraction of the samples that have it, as it is to be expected of a run."""
 
 
 _NOTHING = PlannedTeacher(width=0, layer_width=0, summary_width=0, image_size=0, weights=0, working=0, flops=0.0)
@@ -57,6 +64,33 @@ def predicted(config: Config, teachers: Sequence[PlannedTeacher]) -> dict[str, A
     return {"targets": targets, "layer_width": teachers[0].layer_width if teachers else 0}
 
 
+def sample_flops(teachers: Sequence[PlannedTeacher]) -> float:
+    """Return the operations of the teachers' forward passes for a sample, in the mean over a run."""
+    return sum(each.share * each.flops for each in teachers)
+
+
+def drawn(teachers: Sequence[PlannedTeacher]) -> bool:
+    """Whether a sample may lack a teacher, so that a group's images are spread over its ranks (`w2s.spread`)."""
+    return any(each.share < 1 for each in teachers)
+
+
+def images_of_rank(config: Config, teachers: Sequence[PlannedTeacher], world_size: int) -> Sequence[float]:
+    """Return how many images each teacher sees in a step on the rank of a model-parallel group that has most work.
+
+    Where samples may lack teachers it is the spread of as many images as are to be expected of a group.
+    """
+    own, ranks = samples_per_rank(config, world_size), model_parallel_size(config.parallel)
+    if not drawn(teachers) or ranks == 1:
+        return [each.share * own for each in teachers]
+    counts = tuple(round(each.share * own * ranks) for each in teachers)
+    return _largest_share(tuple(each.flops for each in teachers), counts, ranks)
+
+
+@cache  # a plan goes through many layouts with groups of a size
+def _largest_share(costs: tuple[float, ...], counts: tuple[int, ...], ranks: int) -> Sequence[int]:
+    return max(spread(costs, counts, ranks), key=lambda images: sum(map(mul, images, costs)))
+
+
 def planned_teachers(config: Config, models: Mapping[str, ModelConfig] | None = None) -> tuple[PlannedTeacher, ...]:
     """Return the teachers of a stage, as far as they are needed; none where there are none.
 
@@ -72,7 +106,10 @@ def planned_teachers(config: Config, models: Mapping[str, ModelConfig] | None = 
     """
     known = models or {}
     if config.stage == "mim":
-        return tuple(_image_side(config, teacher, known.get(teacher.source)) for teacher in config.taught_by)
+        teachers = [_image_side(config, teacher, known.get(teacher.source)) for teacher in config.taught_by]
+        turns = Turns.of(config)
+        shares = turns.shares() if turns else [1.0] * len(teachers)
+        return tuple(replace(each, share=share) for each, share in zip(teachers, shares, strict=True))
     return tuple(_beside_pairs(config, teacher, known.get(teacher.source)) for teacher in config.taught_by)
 
 

@@ -14,7 +14,7 @@ import torch
 from w2s import host
 from w2s.config.batching import data_parallel_size
 from w2s.config.checks import check
-from w2s.config.sections import Config, TeacherConfig, TeachersConfig, TeachingConfig
+from w2s.config.sections import Config, TeacherConfig, TeachingConfig
 from w2s.data.shards import list_shards
 from w2s.data.sources import find_sources
 from w2s.errors import UserError, W2SError
@@ -154,7 +154,7 @@ def _without_files(config: Config) -> Config:
     if precision.fp8 != "none":
         precision = replace(precision, fp8="emulated")
     clip = replace(config.clip, distill=distill)
-    teachers = TeachersConfig(of=[bare(each) for each in config.teachers.of])
+    teachers = replace(config.teachers, of=[bare(each) for each in config.teachers.of])
     teacher = replace(bare(config.teacher), compile=False)
     return replace(config, teacher=teacher, teachers=teachers, clip=clip, precision=precision)
 
