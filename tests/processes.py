@@ -1,9 +1,15 @@
-"""Whether processes have ended."""
+"""The ranks of a command, and whether processes have ended."""
 
 import time
 from collections.abc import Sequence
 
 import psutil
+
+
+def ranks_of(command: int) -> list[psutil.Process]:
+    """The local ranks of a command, in their order; they are forked from its server."""
+    servers = [each for each in psutil.Process(command).children() if "forkserver" in " ".join(each.cmdline())]
+    return sorted((rank for server in servers for rank in server.children()), key=lambda rank: rank.pid)
 
 
 def runs(process: psutil.Process) -> bool:

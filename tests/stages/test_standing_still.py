@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.processes import running_after
+from tests.processes import ranks_of, running_after
 from tests.stages.runs import DEADLINE, records, start_command
 from w2s.checkpoint import store
 from w2s.liveness.verdict import STOP_SECONDS
@@ -65,8 +65,7 @@ def test_a_rank_that_is_stopped(layout: str, rank: int, base: list[str], root: P
     run = root / f"stopped-{layout}-{rank}"
     options = [*base, "eval.shards=", "eval.knn_shards=", "tracking.enabled=false", "--nproc", "2", *LAYOUTS[layout]]
     command, processes = start("mim", options, run)
-    ranks = [each for each in processes[0].children() if "spawn_main" in " ".join(each.cmdline())]
-    ranks.sort(key=lambda each: each.pid)
+    ranks = ranks_of(command.pid)
     ranks[rank].suspend()
     error = end(command, processes)
     assert re.fullmatch(
