@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.checkpoint.peers import KINDS, model_of
+from tests.released import assign, from_eva
 from w2s.bench.marks import Marks
 from w2s.bench.peers.clip import OpenClip, open_clip_model
 from w2s.bench.peers.fit import check_peer
@@ -14,13 +15,13 @@ from w2s.bench.peers.masked import TimmMasked, TimmStudent
 from w2s.bench.report import check_equal
 from w2s.bench.step import Measured
 from w2s.bench.synthetic import synthetic_batch
-from w2s.checkpoint.eva_format import VISION_NAMES, from_eva
+from w2s.checkpoint.eva_format import VISION_NAMES
 from w2s.config.lessons import Target
 from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig
 from w2s.errors import ConfigError, W2SError
 from w2s.megatron.groups import Ranks
-from w2s.megatron.initialize import assign, global_name
+from w2s.megatron.initialize import global_name
 from w2s.planning.teacher import planned_teachers, predicted
 from w2s.towers.build import build_clip, build_student
 from w2s.towers.masked import MaskedStudent, masked_places

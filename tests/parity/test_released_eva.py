@@ -18,11 +18,12 @@ from torch import Tensor
 
 from tests.distributed import run_ranks
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
-from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES, from_eva, to_eva
+from tests.released import assign, from_eva, to_eva
+from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES
 from w2s.config.lessons import Target
 from w2s.config.sections import ParallelConfig, PrecisionConfig, TextConfig, VisionConfig
 from w2s.megatron import groups
-from w2s.megatron.initialize import assign, global_name
+from w2s.megatron.initialize import global_name
 from w2s.megatron.schedule import forward_backward, infer
 from w2s.megatron.sharded import ShardedTower, data_parallel, shard
 from w2s.megatron.tower import Tower

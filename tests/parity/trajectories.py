@@ -18,13 +18,14 @@ from stages.clip import ContrastiveStage
 from stages.mim import MaskedStage
 from tests.distributed import means
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
-from w2s.checkpoint.eva_format import VISION_NAMES, from_eva, is_fused, released_name, separate
+from tests.released import assign, from_eva
+from w2s.checkpoint.eva_format import VISION_NAMES, is_fused, released_name, separate
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
-from w2s.megatron.initialize import assign, global_name
+from w2s.megatron.initialize import global_name
 from w2s.optim.schedule import lr_factor
 from w2s.teachers.base import Features, PatchNetwork, Teacher
 from w2s.trainer import train_step

@@ -12,12 +12,13 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from tests.released import assign, from_eva, to_eva
 from w2s.checkpoint import clip_vit
-from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES, from_eva, to_eva
+from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES
 from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
 from w2s.kernels.gelu import bias_gelu
 from w2s.megatron.groups import Ranks
-from w2s.megatron.initialize import assign, fill, global_name
+from w2s.megatron.initialize import fill, global_name
 from w2s.megatron.tower import Tower
 from w2s.towers.attention_pool import AttentionPool
 from w2s.towers.clip import ImageTower, TextTower

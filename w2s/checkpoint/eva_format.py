@@ -4,7 +4,7 @@ Source of the names: baaivision/EVA, EVA-CLIP-18B/shinji/eva_clip. Ours are glob
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -60,31 +60,6 @@ def eva_name(name: str, names: Mapping[str, str]) -> str:
     return name
 
 
-def from_eva(
-    tensors: Mapping[str, Tensor], wanted: Iterable[str], names: Mapping[str, str], heads: int
-) -> dict[str, Tensor]:
-    """Return our tensors out of a tower's released ones.
-
-    Args:
-        tensors: released tensors by released name, without the tower's prefix.
-        wanted: our global names.
-        names: `VISION_NAMES` or `TEXT_NAMES`.
-        heads: attention heads of the tower.
-
-    Raises:
-        KeyError: a released tensor is missing.
-    """
-    found = {name: tensors[eva_name(name, names)] for name in wanted}
-    return {name: interleave(tensor, heads) if is_fused(name) else tensor for name, tensor in found.items()}
-
-
-def to_eva(tensors: Mapping[str, Tensor], names: Mapping[str, str], heads: int) -> dict[str, Tensor]:
-    """Return the released tensors out of a tower's own, the inverse of `from_eva`."""
-    return {
-        eva_name(name, names): separate(tensor, heads) if is_fused(name) else tensor for name, tensor in tensors.items()
-    }
-
-
 def is_fused(name: str) -> bool:
     """Whether our parameter `name` holds Q, K and V together."""
     return re.search(r"linear_qkv\.(weight|bias)$", name) is not None
@@ -95,11 +70,6 @@ def by_head(rows: Tensor, heads: int) -> Tensor:
     return rows.unflatten(0, (3, heads, -1)).transpose(0, 1)
 
 
-def interleave(rows: Tensor, heads: int) -> Tensor:
-    """Reorder rows from (q | k | v), each in heads, to Megatron's (q, k, v) of a head next to each other."""
-    return by_head(rows, heads).flatten(0, 2)
-
-
 def separate(rows: Tensor, heads: int) -> Tensor:
-    """Reorder Megatron's rows to (q | k | v), the inverse of `interleave`."""
+    """Reorder Megatron's rows to (q | k | v), each in heads."""
     return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)

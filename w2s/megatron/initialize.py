@@ -95,10 +95,3 @@ def copy_slices(towers: Mapping[str, ShardedTower[Any]], read: Callable[[str], T
                 name = f"{tower}.{global_name(part, local)}".replace(".blocks.", ".blocks.layers.", 1)
                 if name in names:
                     parameter.copy_(_slice(read(name), parameter).reshape(parameter.shape))
-
-
-def assign(tower: Tower, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors, by global name, into this rank's slices of `tower`'s parameters; every name must be there."""
-    with torch.no_grad():
-        for name, parameter in tower.named_parameters():
-            parameter.copy_(_slice(tensors[global_name(tower, name)], parameter))
