@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from w2s.checkpoint.handover import Handover, take_over
-from w2s.config.layout import kept_patches
+from w2s.config.batching import num_kept_patches, num_passes
 from w2s.config.sections import Config
 from w2s.data.batch import Batch, gather_batch, given, normalize
 from w2s.data.sample import SampleSpec
@@ -30,7 +30,7 @@ from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.vision import channel_statistics
 from w2s.tracking.tracker import Tracker
-from w2s.trainer import train_stage
+from w2s.train import train_stage
 
 
 def run(config: Config) -> None:
@@ -45,7 +45,7 @@ def sample_spec(config: Config, teacher_sizes: tuple[int, ...] = ()) -> SampleSp
         config,
         teacher_sizes=teacher_sizes,
         teacher_samples=config.clip.distill.last_step(config.train) * config.train.global_batch,
-        kept_patches=kept_patches(patches, dropout) if dropout else 0,
+        kept_patches=num_kept_patches(patches, dropout) if dropout else 0,
         context_length=config.model.text.context_length,
     )
 
@@ -84,11 +84,13 @@ class ContrastiveStage:
         Args:
             batch: this rank's share of the samples of its model-parallel group. A teacher sees no others here.
         """
-        taught = batch if self.distillation is None else self.distillation.teach(batch)
+        micro_batch = self.config.train.micro_batch
+        taught = batch if self.distillation is None else self.distillation.teach(batch, micro_batch)
         whole = gather_batch(taught.to(self.ranks.device), self.ranks.model_group)
-        micro_batches = whole.split(self.config.train.micro_batch)
-        direct = len(micro_batches) == 1 and self.config.parallel.pipeline == 1 and self.config.clip.two_pass == "auto"
-        return self._one_pass(whole) if direct else self._two_passes(whole, micro_batches)
+        micro_batches = whole.split(micro_batch)
+        if num_passes(self.config, len(micro_batches)) == 1:
+            return self._one_pass(whole)
+        return self._two_passes(whole, micro_batches)
 
     def _loss(self, images: Tensor, texts: Tensor, scalars: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Reported]:
         """The loss of the features of a whole batch, over the data-parallel ranks: contrastive, and distillation's."""

@@ -28,7 +28,7 @@ from w2s.megatron.sharded import ShardedTower
 from w2s.precision import compute_dtype
 from w2s.probe import ClipProbe, attention_of_cls
 from w2s.registering import register_clip
-from w2s.run import open_run, origins, test_inputs, tracked, write_result
+from w2s.run import open_run, origins, recorded, test_inputs
 from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower
 from w2s.tracking.pictures import (
@@ -53,21 +53,19 @@ def run(config: Config) -> None:
         pulse.at("evaluating", long=True)
         suite = load_suite(config.eval.suite) if config.eval.suite else None
         if suite is None:
-            config.eval.sets = without_left_out(config.data, config.eval.sets)
+            sets = without_left_out(config.data, config.eval.sets)
         else:
-            config.eval.sets = find_sets(config.eval.suite, suite, config.eval.root)
+            sets = find_sets(config.eval.suite, suite, config.eval.root)
         trained = read_meta(checkpoint)
         loss = replace(config.clip, loss=trained.setting("clip", "loss"))
-        config = replace(config, model=model_from(trained.config), clip=loss)
+        config = replace(config, model=model_from(trained.config), clip=loss, eval=replace(config.eval, sets=sets))
         check_towers(config)
         inputs = test_inputs(config)
         facts = {**origins(config, str(checkpoint)), "checkpoint": str(checkpoint.absolute())}
         tracker = Tracker(config, folder, main=ranks.main, facts=facts)
-        with tracked(tracker):
-            tracker.message(f"run folder: {folder}")
+        with recorded(tracker, folder, config, started, ranks) as metrics:
             tracker.inputs(inputs)
-            metrics = evaluate(config, suite, checkpoint, tracker, ranks)
-            write_result(folder, config, metrics, started, ranks)
+            metrics |= evaluate(config, suite, checkpoint, tracker, ranks)
     register_clip(config, folder, checkpoint, ranks)
 
 

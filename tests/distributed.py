@@ -19,7 +19,7 @@ from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 
 # Ranks are forked from a process that has imported what takes seconds.
-multiprocessing.set_forkserver_preload(["w2s.data.workers", "stages.mim", "stages.clip"])
+multiprocessing.set_forkserver_preload(["w2s.data.workers", "w2s.stages.mim", "w2s.stages.clip"])
 
 TIMEOUT = timedelta(seconds=120)
 """A rank that waits longer for another one fails."""

@@ -39,9 +39,9 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config], None]
     """Put a function in the place of the masked stage."""
 
     def replace(function: Callable[[Config], None]) -> None:
-        module = types.ModuleType("stages.mim")
+        module = types.ModuleType("w2s.stages.mim")
         module.run = function  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "stages.mim", module)
+        monkeypatch.setitem(sys.modules, "w2s.stages.mim", module)
 
     return replace
 
@@ -208,22 +208,20 @@ def test_debug_shows_the_traceback_before_the_line(w2s: Run, stage: Callable[...
 
 
 def test_a_failed_rank_gives_one_line_and_its_exit_code(tmp_path: Path) -> None:
-    package = tmp_path / "stages"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "mim.py").write_text(
-        "import os\nfrom w2s.errors import DataError\n"
-        "def run(config):\n    if os.environ['RANK'] == '1': raise DataError('shard is missing')\n"
-    )
     script = tmp_path / "command.py"  # a file, as the installed command is: each rank imports it again
-    script.write_text("from w2s.cli import main\nif __name__ == '__main__':\n    main()\n")
+    script.write_text(
+        "import os, sys, types\nfrom w2s.cli import main\nfrom w2s.errors import DataError\n"
+        "def run(config):\n    if os.environ['RANK'] == '1': raise DataError('shard is missing')\n"
+        "sys.modules['w2s.stages.mim'] = types.SimpleNamespace(run=run)\n"
+        "if __name__ == '__main__':\n    main()\n"
+    )
     arguments = ["stage", "mim", "hardware=cpu", "train.micro_batch=32", "--nproc", "2"]
     result = subprocess.run(
         [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: shard is missing\n")
 

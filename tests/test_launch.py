@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 from contextlib import nullcontext, suppress
 from multiprocessing import forkserver
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from w2s.errors import DataError, StopRun, UserError
 from w2s.forks import started_by
-from w2s.launch import RankError, adopt_slurm, check_torchrun, is_rank, launch
+from w2s.launch import _WARM, RankError, adopt_slurm, check_torchrun, is_rank, launch
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +161,7 @@ def _ignore_the_signal(_: object) -> None:
 
 
 def _killed_the_first_time(folder: Path) -> None:
+    (folder / "warm").write_text(str(all(name in sys.modules for name in _WARM)))
     if (folder / "killed").exists():
         (folder / os.environ["RANK"]).write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
     elif os.environ["RANK"] == "1":
@@ -179,6 +181,7 @@ def test_ranks_are_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[st
     forkserver._forkserver._stop()  # type: ignore[attr-defined] # ranks print where the server did at its start
     launch(_killed_the_first_time, tmp_path, 2, restarts=1)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
+    assert (tmp_path / "warm").read_text() == "True", "what takes seconds is imported once, by the server"
     assert "note: a rank was killed; all ranks are started again (1 of 1)\n" in capfd.readouterr().out
 
 

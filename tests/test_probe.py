@@ -16,8 +16,9 @@ from w2s.evaluation.images import eval_transform
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import fill
 from w2s.megatron.sharded import ShardedTower, shard
-from w2s.probe import Probe, attention_of_cls, patch_features, teacher_features
+from w2s.probe import Probe, attention_of_cls, patch_features
 from w2s.teachers.build import build_teacher
+from w2s.teachers.features import teacher_features
 from w2s.towers.clip import ImageTower
 from w2s.towers.initial import vision_rule
 from w2s.towers.vision import MEAN, STD, VisionTower

@@ -427,7 +427,7 @@ def test_replicas_that_differ(
     mended: bool,
 ) -> None:
     found = iter([[], [Odd("vision.norm.weight", (1,) if mended else (0, 1), mended)]])
-    monkeypatch.setattr("w2s.trainer.mend", lambda *_: next(found, []))
+    monkeypatch.setattr("w2s.training.following.mend", lambda *_: next(found, []))
     config = load("mim", [*options, "train.check_replicas=2", "checkpoint.every=3"])
     trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     trainer.train()

@@ -571,7 +571,7 @@ def main(
     """Hit small runs with the faults of a cluster."""
     torch.set_num_threads(1)
     for stage in STAGES:
-        importlib.import_module(f"stages.{stage}")
+        importlib.import_module(f"w2s.stages.{stage}")
     chaos = Chaos(folder.absolute())
     if not only_table:
         replicas = [Setting(layout, stage, False, LONG) for layout in ("DP2", "DP3") for stage in STAGES]

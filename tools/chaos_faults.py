@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2s import trainer
 from w2s.checkpoint.store import step_name
 from w2s.data.batch import Batch
 from w2s.megatron import writing
 from w2s.megatron.optimizer import Towers
+from w2s.training import progress
+from w2s.training.stage import Stage
 
 FACTORS = {"nan": float("nan"), "spike": 300.0, "loud": 100.0}
 BIT = 2**27
@@ -41,7 +42,7 @@ class Fault:
         if self.kind == "writer":
             _kill_writer(self)
         else:
-            trainer.train_step = _Faulty(self)
+            progress.train_step = _Faulty(self)
 
 
 def _kill_writer(fault: Fault) -> None:
@@ -59,9 +60,9 @@ class _Faulty:
     """A training step that does what it should but once."""
 
     def __init__(self, fault: Fault) -> None:
-        self._fault, self._genuine, self._done = fault, trainer.train_step, 0
+        self._fault, self._genuine, self._done = fault, progress.train_step, 0
 
-    def __call__(self, stage: trainer.Stage, batch: Batch, factor: float) -> dict[str, Tensor]:
+    def __call__(self, stage: Stage, batch: Batch, factor: float) -> dict[str, Tensor]:
         self._done += 1
         if self._done != self._fault.step or not self._fault.here():
             return self._genuine(stage, batch, factor)
@@ -77,7 +78,7 @@ class _Faulty:
         finally:
             stage.step = step  # type: ignore[method-assign]
 
-    def _scaling(self, step: Callable[[Batch], dict[str, Tensor]], stage: trainer.Stage) -> Callable[[Batch], Any]:
+    def _scaling(self, step: Callable[[Batch], dict[str, Tensor]], stage: Stage) -> Callable[[Batch], Any]:
         def scaling(batch: Batch) -> dict[str, Tensor]:
             metrics = step(batch)
             for weight in _weights(stage.towers):

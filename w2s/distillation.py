@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from w2s.config.checks import check_teacher_widths
 from w2s.config.sections import Config, TeacherConfig
+from w2s.config.teacher_checks import check_teacher_widths
 from w2s.data.batch import Batch, given
 from w2s.errors import ConfigError, DataError
 from w2s.evaluation.evaluate import evaluate_clip, under
@@ -65,18 +65,18 @@ class Distillation:
         left = {"none": 1.0, "linear": linear, "cosine": (1 - math.cos(math.pi * linear)) / 2}
         return self.settings.weight * left[self.settings.decay]
 
-    def teach(self, batch: Batch) -> Batch:
+    def teach(self, batch: Batch, micro_batch: int) -> Batch:
         """Exchange images at the teacher's size for its embeddings of images and captions, while it is heard.
 
         Args:
             batch: this rank's samples of a step, on the host.
+            micro_batch: how many samples it sees at a time.
         """
-        train = self.config.train
-        self.step = int(batch.indices.numpy()[0]) // train.global_batch
+        self.step = int(batch.indices.numpy()[0]) // self.config.train.global_batch
         batch = batch.to(self.ranks.device)
         if not self.on:
             return dataclasses.replace(batch, teacher_images=())
-        parts = [self.teacher(_seen(part), part.tokens) for part in batch.split(train.micro_batch)]
+        parts = [self.teacher(_seen(part), part.tokens) for part in batch.split(micro_batch)]
         images, texts = (None if side[0] is None else torch.cat(side) for side in zip(*parts, strict=True))
         return dataclasses.replace(batch, teacher_images=(), summaries=images, text_summaries=texts)
 

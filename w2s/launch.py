@@ -39,7 +39,7 @@ NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 has the addresses of dead ranks."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """What the elastic agent passes on to the ranks."""
-_WARM = ("stages.mim", "stages.clip", "stages.eval", "torch._dynamo")
+_WARM = ("w2s.stages.mim", "w2s.stages.clip", "w2s.stages.eval", "torch._dynamo")
 """What a rank imports."""
 
 Argument = TypeVar("Argument")
@@ -86,7 +86,7 @@ def run_stage(config: Config) -> None:
     if config.data.workers:
         prepare_workers()
     with marked():
-        importlib.import_module(f"stages.{config.stage}").run(config)
+        importlib.import_module(f"w2s.stages.{config.stage}").run(config)
 
 
 def show_notes() -> None:

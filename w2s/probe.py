@@ -1,7 +1,7 @@
 """What is measured of a tower on test images: k-NN and a linear probe of its features, and a CLIP by its texts."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,8 +34,9 @@ from w2s.megatron.attention_maps import cls_attention
 from w2s.megatron.groups import Ranks
 from w2s.megatron.schedule import infer
 from w2s.megatron.sharded import ShardedTower
-from w2s.teachers.base import Features, Teacher
+from w2s.teachers.base import Teacher
 from w2s.teachers.build import build_teacher
+from w2s.teachers.features import teacher_features
 from w2s.towers.build import build_student
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.masked import MaskedStudent
@@ -56,13 +57,6 @@ def attention_of_cls(tower: ShardedTower[Any], images: Tensor) -> Tensor:
     """Return what the CLS token, or a pool's probe, attends to last: uint8 [n, 3, S, S] to float32 [n, patches]."""
     device = next(tower.parts[0].parameters()).device
     return cls_attention(tower, normalize(images.to(device), *channel_statistics(tower.parts[0].shape)))
-
-
-def teacher_features(teacher: Teacher, images: Tensor, layers: Sequence[int] = ()) -> Features:
-    """Return the teacher's features of uint8 images [n, 3, T, T], and those after some of its layers."""
-    device = next(teacher.parameters()).device
-    features: Features = teacher(normalize(images.to(device), teacher.mean, teacher.std), layers)
-    return features
 
 
 HEADLINES = ("zero_shot/top1", "zero_shot/mean_average_precision", "retrieval/mean_recall_at_1")

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from w2s import compat
 from w2s.callbacks import Callback, Training
 
 _OPERATORS = 60
@@ -39,7 +39,7 @@ class Profiler(Callback):
         if self._profile is None and step in self._steps and self._training.ranks.data_rank == 0:
             on_gpu = self._training.ranks.device.type == "cuda"
             if on_gpu:
-                torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
+                compat.record_cuda_memory(_ALLOCATIONS)
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
             self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
             self._profile.start()
@@ -73,5 +73,5 @@ class Profiler(Callback):
         table = found.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=_OPERATORS)
         (folder / f"{stem}.operators.txt").write_text(table, encoding="utf-8")
         if kind == "cuda":
-            torch.cuda.memory._dump_snapshot(str(folder / f"{stem}.memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
+            compat.write_cuda_memory(str(folder / f"{stem}.memory.pickle"))
+            compat.record_cuda_memory(None)

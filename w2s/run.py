@@ -11,8 +11,10 @@ from w2s.checkpoint.find import find_any, is_finished, unfinished_folder
 from w2s.checkpoint.store import read_meta
 from w2s.config.sections import Config
 from w2s.data.builtin.registry import ensure_builtin
+from w2s.data.sample import SampleSpec
 from w2s.data.shards import list_shards, shards_digest
 from w2s.data.sources import Source, find_sources
+from w2s.data.stream import Position, Stream
 from w2s.errors import CheckpointError, StopRun, UserError
 from w2s.liveness.beating import watched
 from w2s.liveness.owner import owned
@@ -73,6 +75,28 @@ def share_sources(config: Config, ranks: Ranks) -> list[Source]:
     return ranks.from_main(lambda: find_sources(config.data, batch, ranks.world_size, captions=captions))
 
 
+def open_stream(
+    config: Config,
+    spec: SampleSpec,
+    *,
+    rank: int,
+    size: int,
+    position: Position | None = None,
+    sources: Sequence[Source] | None = None,
+) -> Stream:
+    """Open the training samples of one of `size` readers, where an earlier stream stood or at the beginning."""
+    return Stream(
+        config.data,
+        spec,
+        global_batch=config.train.global_batch,
+        seed=config.run.seed,
+        rank=rank,
+        size=size,
+        position=position,
+        sources=sources,
+    )
+
+
 def origins(config: Config, parent: str | None) -> dict[str, str]:
     """Tell what a run comes from: its teachers, the checkpoints that it began with, and the MLflow runs of all these.
 
@@ -128,22 +152,6 @@ def _data_input(config: Config, key: str, source: str, context: str) -> DataInpu
     return DataInput(f"{config.data.name} {context}", source, digest, context)
 
 
-def write_result(run: Path, config: Config, metrics: Mapping[str, float], started: float, ranks: Ranks) -> None:
-    """Mark a run as finished: result.json holds its stage, metrics, seconds of computing and peak memory in GiB.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    if ranks.main:
-        result = {
-            "stage": config.stage,
-            "metrics": dict(metrics),
-            "seconds": time.perf_counter() - started,
-            "peak_memory_gib": peak_memory_gib(ranks.device),
-        }
-        write_text(run / "result.json", json.dumps(result, indent=1))
-
-
 @contextmanager
 def tracked(tracker: Tracker) -> Iterator[None]:
     """End the tracked run as it ended: FINISHED, KILLED when it was asked to stop, else FAILED.
@@ -161,3 +169,36 @@ def tracked(tracker: Tracker) -> Iterator[None]:
             tracker.finish("FAILED")
         raise
     tracker.finish("FINISHED")
+
+
+@contextmanager
+def recorded(tracker: Tracker, run: Path, config: Config, started: float, ranks: Ranks) -> Iterator[dict[str, float]]:
+    """Track a run and write its result: give the metrics, which the work inside fills.
+
+    Args:
+        tracker: follows the run.
+        run: its folder.
+        config: its configuration.
+        started: when its work began, by `time.perf_counter`.
+        ranks: this process among all.
+
+    Raises:
+        UserError: the result cannot be written.
+    """
+    metrics: dict[str, float] = {}
+    with tracked(tracker):
+        tracker.message(f"run folder: {run}")
+        yield metrics
+        _write_result(run, config, metrics, started, ranks)
+
+
+def _write_result(run: Path, config: Config, metrics: Mapping[str, float], started: float, ranks: Ranks) -> None:
+    """Mark a run as finished: result.json holds its stage, metrics, seconds of computing and peak memory in GiB."""
+    if ranks.main:
+        result = {
+            "stage": config.stage,
+            "metrics": dict(metrics),
+            "seconds": time.perf_counter() - started,
+            "peak_memory_gib": peak_memory_gib(ranks.device),
+        }
+        write_text(run / "result.json", json.dumps(result, indent=1))

@@ -14,9 +14,9 @@ from w2s.megatron.groups import Ranks
 from w2s.megatron.schedule import Reported
 from w2s.objectives.masked import LOSSES, constant_cosine, masked_cosines
 from w2s.objectives.summary import summary_loss
-from w2s.probe import teacher_features
 from w2s.teachers.base import Features, Teacher
 from w2s.teachers.build import build_teacher
+from w2s.teachers.features import teacher_features
 from w2s.teachers.targets import target_norm
 from w2s.towers.masked import Outputs, at_places
 

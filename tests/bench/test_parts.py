@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Work
 
-from stages.clip import ContrastiveStage
-from stages.mim import MaskedStage
 from tests.distributed import run_ranks
 from w2s.bench.marks import REST, Marks
 from w2s.bench.parts import PARTS, marked
@@ -16,7 +14,9 @@ from w2s.bench.synthetic import synthetic_batch
 from w2s.config.load import load
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
-from w2s.trainer import train_step
+from w2s.stages.clip import ContrastiveStage
+from w2s.stages.mim import MaskedStage
+from w2s.training.stage import train_step
 
 
 def build(stage: str, ranks: Ranks, *overrides: str) -> MaskedStage | ContrastiveStage:

@@ -6,8 +6,8 @@ from typing import Literal
 import pytest
 import torch
 
+from tests.checkpoint.eva_weights import assign, from_eva
 from tests.checkpoint.peers import KINDS, model_of
-from tests.released import assign, from_eva
 from w2s.bench.marks import Marks
 from w2s.bench.peers.clip import OpenClip, open_clip_model
 from w2s.bench.peers.fit import check_peer
@@ -59,7 +59,7 @@ def test_timm_trains_and_computes_as_much_as_we_do(
     alone: Ranks, kind: str, predict: Literal["masked", "visible", "all"]
 ) -> None:
     config = config_of("mim", kind)
-    config.mim.predict = predict
+    config = replace(config, mim=replace(config.mim, predict=predict))
     peer = TimmMasked(config, CPU)
     teachers = planned_teachers(config)
     assert [teacher.width for teacher in teachers] == [peer.teacher.width]
@@ -74,7 +74,7 @@ def test_timm_trains_and_computes_as_much_as_we_do(
 
 def test_timm_predicts_every_patch_where_nothing_is_masked() -> None:
     config = config_of("mim", "18b")
-    config.mim.masked_patches = 0
+    config = replace(config, mim=replace(config.mim, masked_patches=0))
     peer = TimmMasked(config, CPU)
     batch = synthetic_batch(peer.spec, 4, config.model.text.vocab_size)
     shapes = []

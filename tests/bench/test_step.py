@@ -2,11 +2,11 @@ from pathlib import Path
 
 import torch
 
-from stages.clip import sample_spec
 from w2s.bench.marks import Marks
 from w2s.bench.step import WARM_UP, Job, _measure_rows, _Subject, with_batch
 from w2s.config.load import load
 from w2s.data.batch import Batch
+from w2s.stages.clip import sample_spec
 
 CPU = torch.device("cpu")
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages import clip, mim
 from tests.stages.shapes import write_shapes
 from w2s.bench.synthetic import synthetic_batch
 from w2s.config.load import load
-from w2s.trainer import open_stream
+from w2s.run import open_stream
+from w2s.stages import clip, mim
 
 
 @pytest.mark.parametrize(("stage", "frames"), [("mim", 1), ("clip", 1), ("clip", 2)])

@@ -1,3 +1,4 @@
+from dataclasses import FrozenInstanceError, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -35,6 +36,20 @@ def test_defaults_of_a_stage(stage: str) -> None:
     assert config.teacher.name == "efficientnet_lite0"
     assert config.data.name == "emoji"
     assert config.hardware.name == "auto"
+
+
+def test_what_is_loaded_stays_as_it_is() -> None:
+    config = load(
+        "mim", ["teachers=[eva02_clip_b]", "data.phases=[{samples: 64}, {}]", "mim.layers=[{student: 0, teacher: 1}]"]
+    )
+    sections = [config]
+    while sections:
+        section = sections.pop()
+        assert is_dataclass(section)
+        inner = [part for value in vars(section).values() for part in (value if isinstance(value, list) else [value])]
+        sections += [part for part in inner if is_dataclass(part)]
+        with pytest.raises(FrozenInstanceError):
+            setattr(section, next(iter(vars(section))), None)
 
 
 def test_the_recipe_of_the_two_training_stages() -> None:

@@ -5,6 +5,7 @@ import math
 import random
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def phased(folder: Path, **changes: Any) -> DataConfig:
 def read(
     data: DataConfig, steps: int, *, size: int = 1, workers: int = 0, position: Any = None
 ) -> tuple[list[Batch], Any]:
-    data.workers = workers
+    data = replace(data, workers=workers)
     streams = [
         Stream(data, SPEC, global_batch=BATCH, seed=1, rank=rank, size=size, position=position) for rank in range(size)
     ]

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from tests.checkpoint.eva_weights import assign, from_eva, to_eva
 from tests.distributed import run_ranks
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
-from tests.released import assign, from_eva, to_eva
 from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES
 from w2s.config.lessons import Target
 from w2s.config.sections import ParallelConfig, PrecisionConfig, TextConfig, VisionConfig

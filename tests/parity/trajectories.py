@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import w2s.tutor
-from stages.clip import ContrastiveStage
-from stages.mim import MaskedStage
+from tests.checkpoint.eva_weights import assign, from_eva
 from tests.distributed import means
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
-from tests.released import assign, from_eva
 from w2s.checkpoint.eva_format import VISION_NAMES, is_fused, released_name, separate
 from w2s.config.load import load
 from w2s.config.sections import Config
@@ -27,8 +25,10 @@ from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import global_name
 from w2s.optim.schedule import lr_factor
+from w2s.stages.clip import ContrastiveStage
+from w2s.stages.mim import MaskedStage
 from w2s.teachers.base import Features, PatchNetwork, Teacher
-from w2s.trainer import train_step
+from w2s.training.stage import train_step
 
 
 @dataclass
@@ -194,8 +194,8 @@ def follow(path: Path, changes: Sequence[str]) -> dict[str, Any]:
 def _follow_clip(reference: Reference, config: Config, ranks: Ranks) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
         save_file(reference.start, file.name)
-        config.init.vision = config.init.text = file.name
-        stage = ContrastiveStage(config, ranks)
+        start = replace(config.init, vision=file.name, text=file.name)
+        stage = ContrastiveStage(replace(config, init=start), ranks)
         stage.begin()
     stage.optimizer.reload_weights()
 

@@ -9,8 +9,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from stages.clip import ContrastiveStage
-from stages.mim import MaskedStage
 from tests.distributed import run_ranks
 from tests.stages.layouts import STAGES
 from w2s.config.load import load
@@ -18,6 +16,8 @@ from w2s.config.sections import Config
 from w2s.data.stream import Stream
 from w2s.megatron import groups, layers
 from w2s.megatron.groups import Ranks
+from w2s.stages.clip import ContrastiveStage
+from w2s.stages.mim import MaskedStage
 
 SMALL = [
     "model=tiny",

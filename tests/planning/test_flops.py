@@ -11,10 +11,9 @@ import torch
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.clip import ContrastiveStage
-from stages.mim import MaskedStage
 from tests.planning.measured import SMALL
 from tests.stages.shapes import write_shapes
+from w2s.config.batching import num_micro_batches, num_passes
 from w2s.config.lessons import Target
 from w2s.config.load import load, named_model
 from w2s.config.sections import Config, HardwareConfig, ParallelConfig
@@ -23,7 +22,6 @@ from w2s.megatron import groups
 from w2s.planning.flops import (
     image_flops,
     loss_flops,
-    passes,
     recomputed_fraction,
     stage_flops,
     student_flops,
@@ -32,6 +30,8 @@ from w2s.planning.flops import (
 )
 from w2s.planning.teacher import planned_teachers, predicted
 from w2s.planning.towers import planned_towers
+from w2s.stages.clip import ContrastiveStage
+from w2s.stages.mim import MaskedStage
 from w2s.towers.masked import MaskedStudent
 
 BATCH = 12
@@ -114,7 +114,7 @@ def test_the_formulas_give_what_the_counter_counts(shards: str, stage: str, micr
         one = torch.zeros(1, 3, tutor.teacher.image_size, tutor.teacher.image_size)
         targets, seen = built.targets, operations(partial(tutor.teacher, one))
     expected = stage_flops(config, 1, targets=targets, teacher=seen)
-    assert passes(config, 1) == (2 if stage == "clip" and micro == 4 else 1)
+    assert num_passes(config, num_micro_batches(config, 1)) == (2 if stage == "clip" and micro == 4 else 1)
     # Exact but for a sum of squares in the loss, which the counter takes for a product: 2 x 16 operations of 2 million.
     assert total - seen == pytest.approx(expected.hardware - seen, rel=2e-5)
 

@@ -79,7 +79,7 @@ def real_calls(config: Any, build: Callable[..., Any], steps: int) -> list[Noted
     """What this rank calls in some steps of a stage."""
     from w2s.bench.synthetic import synthetic_batch
     from w2s.megatron import groups
-    from w2s.trainer import train_step
+    from w2s.training.stage import train_step
 
     with groups.split(config.parallel, torch.device("cpu")) as ranks:
         stage = build(config, ranks)

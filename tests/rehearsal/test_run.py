@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stages.clip import ContrastiveStage
-from stages.mim import MaskedStage
 from tests.distributed import run_ranks
 from tests.rehearsal.real import Noted, real_calls
 from w2s.config.load import load
@@ -23,6 +21,8 @@ from w2s.rehearsal.rank import Job, RankReport, rehearse
 from w2s.rehearsal.repetition import Repetition
 from w2s.rehearsal.run import Rehearsal, conclude, perform
 from w2s.rehearsal.tape import Compute, Tape
+from w2s.stages.clip import ContrastiveStage
+from w2s.stages.mim import MaskedStage
 
 H100 = card("h100")
 SLOW = pytest.mark.slow

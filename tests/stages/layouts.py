@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stages.clip import ContrastiveStage
-from stages.mim import MaskedStage
 from tests.distributed import means, run_ranks
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
 from w2s.config.load import load
@@ -21,6 +19,8 @@ from w2s.megatron.groups import Ranks
 from w2s.megatron.initialize import global_name
 from w2s.megatron.sharded import whole
 from w2s.optim.schedule import lr_factor
+from w2s.stages.clip import ContrastiveStage
+from w2s.stages.mim import MaskedStage
 
 STAGES = {"mim": MaskedStage, "clip": ContrastiveStage}
 

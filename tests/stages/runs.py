@@ -29,7 +29,7 @@ QUIET = ("tracking.enabled=false", "eval.shards=", "eval.knn_shards=")
 
 def run_in_process(config: Config) -> Path:
     """Run a stage in this process and return its folder."""
-    importlib.import_module(f"stages.{config.stage}").run(config)
+    importlib.import_module(f"w2s.stages.{config.stage}").run(config)
     return run_folder(config)
 
 

@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from stages.clip import ContrastiveStage
 from tests.stages.runs import QUIET, history, run_stage
 from w2s.checkpoint.store import latest
 from w2s.config.load import load
 from w2s.megatron.groups import Ranks
 from w2s.megatron.stored import StoredTensors
+from w2s.stages.clip import ContrastiveStage
 
 
 @pytest.fixture(scope="module")

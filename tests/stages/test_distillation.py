@@ -11,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.clip import ContrastiveStage, read, see
 from tests.objectives.pairs import softmax_definition
 from tests.objectives.test_distillation import definition
 from tests.stages.runs import QUIET, history, records, run_stage
-from w2s import trainer
 from w2s.config.checks import check
 from w2s.config.load import load
 from w2s.data.batch import given
@@ -23,6 +21,8 @@ from w2s.data.stream import Stream
 from w2s.distillation import Distillation
 from w2s.errors import ConfigError, StopRun
 from w2s.megatron.groups import Ranks
+from w2s.stages.clip import ContrastiveStage, read, see
+from w2s.training import progress
 
 TAUGHT = ["init.vision=none", "clip.distill.source=eva:tiny"]
 """A CLIP with random weights, of the student's shape, seen at 64 px."""
@@ -111,7 +111,7 @@ def test_the_weight_goes_down_to_zero_over_the_first_steps(alone: Ranks, options
 
 def stopped_after(step: int, patch: pytest.MonkeyPatch, options: list[str]) -> None:
     """Run up to a step, after which the run is told to stop."""
-    genuine = trainer.train_step
+    genuine = progress.train_step
 
     def train_step(stage: ContrastiveStage, *arguments: Any) -> dict[str, Tensor]:
         metrics = genuine(stage, *arguments)
@@ -120,7 +120,7 @@ def stopped_after(step: int, patch: pytest.MonkeyPatch, options: list[str]) -> N
         return metrics
 
     with patch.context() as during, pytest.raises(StopRun):
-        during.setattr(trainer, "train_step", train_step)
+        during.setattr(progress, "train_step", train_step)
         run_stage("clip", options)
 
 

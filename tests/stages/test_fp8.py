@@ -7,7 +7,6 @@ import pytest
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
-from stages.clip import ContrastiveStage
 from tests.stages.conftest import Run
 from tests.stages.layouts import Steps, run_alone, run_layouts
 from tests.stages.runs import QUIET, history, records, result, run_stage
@@ -17,7 +16,8 @@ from w2s.config.sections import ParallelConfig
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.megatron.stored import StoredTensors
-from w2s.trainer import open_stream
+from w2s.run import open_stream
+from w2s.stages.clip import ContrastiveStage
 
 FP8 = "precision.fp8=emulated"
 SCRATCH = {"mim": [], "clip": ["init.vision=none"]}

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from stages.mim import MaskedStage
 from tests.stages.conftest import Run
 from tests.stages.runs import (
     QUIET,
@@ -22,6 +21,7 @@ from tests.stages.runs import (
 )
 from w2s.checkpoint import store
 from w2s.errors import StopRun, UserError
+from w2s.stages.mim import MaskedStage
 
 STEPS = 40
 EVERY = 5

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.mim import MaskedStage
 from tests.stages.runs import QUIET, history, killed_at_each_update, result, run_stage
 from w2s.checkpoint.exporting import export_checkpoint
 from w2s.checkpoint.importing import import_checkpoint
@@ -21,7 +20,8 @@ from w2s.data.stream import Stream
 from w2s.errors import ConfigError, StopRun
 from w2s.megatron import groups, state
 from w2s.megatron.groups import Ranks
-from w2s.probe import teacher_features
+from w2s.stages.mim import MaskedStage
+from w2s.teachers.features import teacher_features
 from w2s.towers.build import build_clip
 from w2s.towers.vision import MEAN, STD
 from w2s.trainer import Trainer

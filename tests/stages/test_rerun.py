@@ -17,7 +17,8 @@ from w2s.data.batch import Batch
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.rerun import Repeatable, explain
-from w2s.trainer import open_stream, train_step
+from w2s.run import open_stream
+from w2s.training.stage import train_step
 
 Fault = Callable[[Ranks, Batch, int], bool]
 """Whether a step goes wrong on a rank, with a batch, at a call."""

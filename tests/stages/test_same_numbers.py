@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.clip import ContrastiveStage, read, see
 from tests.stages.runs import QUIET, history, run_stage
 from w2s.config.load import load
 from w2s.config.sections import Config
@@ -16,6 +15,7 @@ from w2s.data.stream import Stream
 from w2s.launch import launch
 from w2s.launch import run_stage as run_as_rank
 from w2s.megatron.groups import Ranks
+from w2s.stages.clip import ContrastiveStage, read, see
 
 TOLERANCE = 1e-6
 """Relative and absolute, of losses between 0.1 and 4 in float32 (a unit is 2.4e-7 at 4) summed in another order."""

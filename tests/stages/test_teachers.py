@@ -9,8 +9,6 @@ import timm
 import torch
 from torch import Tensor
 
-from stages.clip import ContrastiveStage
-from stages.mim import MaskedStage
 from tests.distributed import run_ranks
 from tests.stages.conftest import Material
 from tests.stages.layouts import Steps, run_alone, run_layouts
@@ -28,6 +26,8 @@ from w2s.errors import ConfigError, StopRun
 from w2s.megatron import groups
 from w2s.megatron.groups import Ranks
 from w2s.planning.teacher import planned_teachers
+from w2s.stages.clip import ContrastiveStage
+from w2s.stages.mim import MaskedStage
 from w2s.teachers.text import text_weights
 from w2s.towers.masked import outputs_of
 

@@ -12,7 +12,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tests.released import assign, from_eva, to_eva
+from tests.checkpoint.eva_weights import assign, from_eva, to_eva
 from w2s.checkpoint import clip_vit
 from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES
 from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from w2s.config import Config
+from w2s.config.sections import Config, RunConfig, TrackingConfig, TrainConfig
 from w2s.tracking.store import connect
 
 
@@ -35,8 +35,6 @@ def client(root: Path) -> MlflowClient:
 @pytest.fixture
 def config(root: Path) -> Config:
     """A configuration whose runs go to `root`; system metrics are left out, their thread only costs time here."""
-    config = Config()
-    config.run.root = str(root)
-    config.train.steps = 40
-    config.tracking.system_metrics = False
-    return config
+    return Config(
+        run=RunConfig(root=str(root)), train=TrainConfig(steps=40), tracking=TrackingConfig(system_metrics=False)
+    )

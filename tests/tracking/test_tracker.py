@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,8 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_was(root: Path, config: Conf
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "lo')  # what SIGKILL in the middle of a write leaves
     run_id = killed.run_id  # for which the first checkpoint has waited
-    config.train.steps = 50
-    resumed = Tracker(config, run_dir, main=True, resumed_step=20)
+    longer = replace(config, train=replace(config.train, steps=50))
+    resumed = Tracker(longer, run_dir, main=True, resumed_step=20)
     assert steps(run_dir) == [10, 20]
     resumed.log(30, 1920, {"loss": 0.5})
     resumed.finish("FINISHED")
@@ -112,7 +113,7 @@ def test_other_ranks_write_nothing(root: Path, config: Config) -> None:
 def test_without_mlflow_the_files_are_there_all_the_same(
     root: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config.tracking.enabled = False
+    config = replace(config, tracking=replace(config.tracking, enabled=False))
     monkeypatch.setattr("w2s.tracking.mlflow_run._open_run", lambda *_: pytest.fail("MLflow was called"))
     tracker = Tracker(config, root / "x", main=True)
     tracker.log(10, 640, {"loss": math.nan, "lr": math.inf})
@@ -124,7 +125,7 @@ def test_without_mlflow_the_files_are_there_all_the_same(
 
 
 def test_a_store_that_fails_is_said_at_the_end(root: Path, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    config.tracking.uri = "nonsense://host"
+    config = replace(config, tracking=replace(config.tracking, uri="nonsense://host"))
     tracker = Tracker(config, root / "x", main=True)
     tracker.log(10, 640, {"loss": 1.0})
     tracker.finish("FINISHED")

@@ -86,7 +86,7 @@ def measure(photographs: Path, *, samples: int, repeats: int, workers: int) -> d
     return figures
 
 
-def spec(scale: tuple[float, float], half_scale: bool = False) -> SampleSpec:
+def spec(scale: tuple[float, float]) -> SampleSpec:
     """Return what open_clip's loader gives too: an image and the tokens of its caption."""
     return SampleSpec(
         image_size=SIZE,
@@ -94,7 +94,6 @@ def spec(scale: tuple[float, float], half_scale: bool = False) -> SampleSpec:
         context_length=77,
         crop_scale=scale,
         flip=False,
-        half_scale=half_scale,
     )
 
 

@@ -63,7 +63,8 @@ def _teacher(teacher: T, fraction: float, folder: Path) -> T:
 def _shallower(name: str, fraction: float, folder: Path) -> str:
     """Describe a model with fewer layers; return the path of the description."""
     model = named_model(name)
-    model.vision.layers, model.text.layers = (_part(tower.layers, fraction) for tower in (model.vision, model.text))
+    vision = replace(model.vision, layers=_part(model.vision.layers, fraction))
+    text = replace(model.text, layers=_part(model.text.layers, fraction))
     path = folder / f"{Path(name).stem}.yaml"
-    path.write_text(yaml.safe_dump({"model": asdict(model)}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({"model": asdict(replace(model, vision=vision, text=text))}), encoding="utf-8")
     return str(path)

@@ -6,11 +6,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.distributed import ProcessGroup, Work
 
+from w2s import compat
 from w2s.bench.marks import Parts
-from w2s.trainer import Stage
+from w2s.training.stage import Stage
 
 PARTS = ("data", "teacher", "forward", "backward", "optimizer", "communication")
 """The names of the parts, in the order of a step; what is left is `marks.REST`."""
@@ -67,7 +67,7 @@ def _backward_marker(marks: Parts) -> Callable[[nn.Module, Any, Any], None]:
             nonlocal begun
             if not begun:
                 marks.begin("backward")
-                Variable._execution_engine.queue_callback(marks.end)
+                compat.after_backward(marks.end)
             begun = True
 
         for part in [output] if isinstance(output, Tensor) else output or ():

@@ -7,26 +7,27 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
-from stages import clip, mim
 from w2s.bench.marks import Marks
 from w2s.bench.parts import marked
 from w2s.bench.peers.clip import OpenClip
 from w2s.bench.peers.masked import TimmMasked
 from w2s.bench.synthetic import synthetic_batch
-from w2s.config.layout import model_parallel_size
+from w2s.config.batching import data_parallel_size, samples_per_rank
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.sample import SampleSpec
 from w2s.host import keep_freed_memory
 from w2s.launch import launch
 from w2s.megatron import groups
+from w2s.run import open_stream
+from w2s.stages import clip, mim
 from w2s.tracking.meters import peak_memory_gib
-from w2s.trainer import open_stream, train_step
+from w2s.training.stage import train_step
 
 WARM_UP = 3
 """Steps before those that are measured: kernels are chosen or compiled, buffers and optimizer states made."""
@@ -81,6 +82,10 @@ class Measured:
     rows: list[Row]
 
 
+class _Configured(Protocol):
+    config: Config
+
+
 @dataclass(frozen=True)
 class _Subject:
     """Whose steps are measured."""
@@ -88,6 +93,8 @@ class _Subject:
     step: Callable[[Batch], object]
     spec: SampleSpec
     parameters: int
+    configured: _Configured | None = None
+    """What reads the sizes of batches from its configuration."""
     compiled: bool = False
     tower_flops: float = 0.0
 
@@ -105,7 +112,7 @@ def measure(job: Job, ranks: int) -> Measured:
 
 def with_batch(config: Config, micro_batch: int, world_size: int) -> Config:
     """Return a configuration whose global batch is one micro-batch a data-parallel rank."""
-    replicas = world_size // model_parallel_size(config.parallel)
+    replicas = data_parallel_size(config.parallel, world_size)
     return replace(config, train=replace(config.train, micro_batch=micro_batch, global_batch=micro_batch * replicas))
 
 
@@ -125,6 +132,7 @@ def _run_ours(job: Job) -> None:
             step=lambda batch: train_step(stage, batch, factor=1.0),
             spec=stage.spec,
             parameters=sum(_size(part) for tower in stage.towers.values() for part in tower.parts),
+            configured=stage,
         )
         with marked(stage, marks):
             rows = _measure_rows(subject, job, marks, ranks.device, ranks.reader, ranks.world_size)
@@ -143,6 +151,7 @@ def _run_peer(job: Job) -> None:
         step=lambda batch: peer.step(batch, marks),
         spec=peer.spec,
         parameters=_size(peer.model),
+        configured=peer,
         compiled=peer.compiled,
         tower_flops=peer.forward_flops(),
     )
@@ -171,31 +180,31 @@ def _measure_rows(
     subject: _Subject, job: Job, marks: Marks, device: torch.device, reader: int, world_size: int
 ) -> list[Row]:
     rows = []
-    for micro_batch in job.micro_batches or (job.config.train.micro_batch,):
-        if job.micro_batches:
-            # In place: the stage holds this section, and is not built again.
-            job.config.train.micro_batch = micro_batch
-            job.config.train.global_batch = with_batch(job.config, micro_batch, world_size).train.global_batch
+    for config in [with_batch(job.config, size, world_size) for size in job.micro_batches] or [job.config]:
+        if subject.configured is not None:
+            subject.configured.config = config
         try:
-            with _batches(subject.spec, job, reader, world_size) as next_batch:
+            with _batches(subject.spec, job.data, config, reader, world_size) as next_batch:
                 parts = _median_step(subject.step, next_batch, marks, job.steps)
         except torch.OutOfMemoryError:
             if world_size > 1:  # the others wait for this rank
                 raise
             parts = {}
-        rows.append(Row(micro_batch, job.config.train.global_batch, parts, peak_memory_gib(device)))
+        rows.append(Row(config.train.micro_batch, config.train.global_batch, parts, peak_memory_gib(device)))
     return rows
 
 
 @contextmanager
-def _batches(spec: SampleSpec, job: Job, reader: int, world_size: int) -> Iterator[Callable[[], Batch]]:
+def _batches(
+    spec: SampleSpec, data: Literal["synthetic", "real"], config: Config, reader: int, world_size: int
+) -> Iterator[Callable[[], Batch]]:
     """What gives this rank's share of a global batch."""
-    if job.data == "synthetic":
-        vocabulary, size = job.config.model.text.vocab_size, job.config.train.global_batch // world_size
+    if data == "synthetic":
+        vocabulary, size = config.model.text.vocab_size, samples_per_rank(config, world_size)
         batch = synthetic_batch(spec, size, vocabulary, seed=reader)
         yield lambda: batch
     else:
-        with closing(open_stream(job.config, spec, rank=reader, size=world_size)) as stream:
+        with closing(open_stream(config, spec, rank=reader, size=world_size)) as stream:
             yield stream.next
 
 

@@ -71,5 +71,5 @@ def by_head(rows: Tensor, heads: int) -> Tensor:
 
 
 def separate(rows: Tensor, heads: int) -> Tensor:
-    """Reorder Megatron's rows to (q | k | v), each in heads."""
+    """Reorder Megatron's rows to (q | k | v), each in heads, as the released names have them."""
     return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)

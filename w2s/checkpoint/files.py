@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from w2s.checkpoint.torchscript import read_torchscript
+from w2s.compat import NOT_A_TORCH_FILE
 from w2s.errors import CheckpointError
 from w2s.megatron.unpickling import check_records, refused_name
 
@@ -103,9 +104,9 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, EOFError, OSError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
-        if "_use_new_zipfile_serialization" in str(error) and not _is_pickle(path):
+        if NOT_A_TORCH_FILE in str(error) and not _is_pickle(path):
             reason = "it is no file of weights, or cut short"
-        elif "_use_new_zipfile_serialization" in str(error):
+        elif NOT_A_TORCH_FILE in str(error):
             reason = "it has PyTorch's old format, which cannot be mapped: load it and torch.save it again"
         elif "weights_only" in str(error):
             name = refused_name(error) or "more than tensors"

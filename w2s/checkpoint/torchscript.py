@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from w2s.compat import TENSOR_FUNCTIONS, TorchFileReader, storage_types
 from w2s.megatron.unpickling import Unpickler, reading
 
-_TYPES = torch.storage._storage_type_to_dtype_map()
+_TYPES = storage_types()
 """Types of numbers by torch's names of their storages."""
 
 
@@ -30,15 +31,15 @@ class _Archive(Unpickler):
     """
 
     def __init__(self, path: Path) -> None:
-        self._records = torch._C.PyTorchFileReader(str(path))
+        self._records = TorchFileReader(str(path))
         self._bytes = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
         super().__init__(self._records.get_record("data.pkl"), str(path))
 
     def known(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return _Object
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return torch._utils._rebuild_tensor_v2
+        if f"{module}.{name}" in TENSOR_FUNCTIONS:
+            return TENSOR_FUNCTIONS[f"{module}.{name}"]
         if module == "torch" and name in _TYPES:
             return _TYPES[name]
         if module == "torch.jit._pickle":
@@ -48,7 +49,7 @@ class _Archive(Unpickler):
     def persistent_load(self, pid: tuple[str, torch.dtype, str, str, int]) -> torch.TypedStorage:
         """Return a storage that is mapped to the file."""
         _, dtype, key, _, numel = pid
-        start = self._records.get_record_offset(f"data/{key}")  # type: ignore[attr-defined]
+        start = self._records.get_record_offset(f"data/{key}")
         size = numel * dtype.itemsize
         if not 0 <= size <= self._records.get_record_size(f"data/{key}"):
             raise pickle.UnpicklingError(f"data/{key} has not {numel} values")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from w2s.compat import FakeTensorMode
 from w2s.errors import CheckpointError
 
 Read = Callable[[str], Tensor]

@@ -6,7 +6,7 @@ from typing import Literal
 from w2s.config.requirements import require, require_probabilities, require_scale
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
     """A part of the training samples; what is empty or null is as in the sections above."""
 
@@ -34,7 +34,7 @@ class PhaseConfig:
             require(self.frames >= 1, f"data.phases: frames={self.frames} must be at least 1")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Training images and captions: webdataset shards or parquet files, drawn in lanes."""
 

@@ -1,14 +1,19 @@
 """Parallel layouts that cannot work, and those that would do nothing, are refused before a run starts."""
 
-import math
-
-from w2s.config.sections import Config, ParallelConfig, PhaseConfig, TrainConfig
+from w2s.config.batching import (
+    data_parallel_size,
+    divisors,
+    fills_pipeline,
+    lanes_fit,
+    micro_batch_size,
+    model_parallel_size,
+    num_micro_batches,
+    num_stages,
+    samples_per_replica,
+    sequence_lengths,
+)
+from w2s.config.sections import Config, ParallelConfig, TrainConfig
 from w2s.errors import ConfigError
-
-
-def model_parallel_size(parallel: ParallelConfig) -> int:
-    """Return how many ranks hold one copy of the model together."""
-    return parallel.tensor * parallel.pipeline
 
 
 def check_ranks(config: Config, world_size: int) -> None:
@@ -18,7 +23,7 @@ def check_ranks(config: Config, world_size: int) -> None:
         ConfigError: with the key, its value and the legal ones.
     """
     _check_sizes(config.parallel, world_size)
-    _check_options(config, world_size // model_parallel_size(config.parallel))
+    _check_options(config, data_parallel_size(config.parallel, world_size))
     _check_sharded_teacher(config)
 
 
@@ -41,8 +46,8 @@ def check_micro_batches(config: Config, world_size: int) -> None:
         ConfigError: with the key, its value and the legal ones.
     """
     parallel, train = config.parallel, config.train
-    size = model_parallel_size(parallel)
-    _check_batch(train, world_size // size)
+    replicas = data_parallel_size(parallel, world_size)
+    _check_batch(train, replicas)
     if train.global_batch % world_size:
         legal = max(1, train.global_batch // world_size) * world_size
         ranks = _named(world_size, parallel)
@@ -50,20 +55,18 @@ def check_micro_batches(config: Config, world_size: int) -> None:
             f"train.global_batch={train.global_batch} is not divisible by {ranks}, each of which reads and "
             f"teaches its share: use train.global_batch={legal}"
         )
-    share = train.global_batch // (world_size // size)
-    micro = min(train.micro_batch, share)
-    count, stages = share // micro, parallel.pipeline
-    if count < stages or (parallel.virtual_pipeline > 1 and count % stages):
-        legal_sizes = [n for n in divisors(share) if _fills(share // n, parallel)]
-        least = f"train.global_batch={stages * (world_size // size)} or more"
+    share, count = samples_per_replica(config, world_size), num_micro_batches(config, world_size)
+    if not fills_pipeline(parallel, count):
+        legal_sizes = [n for n in divisors(share) if fills_pipeline(parallel, share // n)]
+        least = f"train.global_batch={parallel.pipeline * replicas} or more"
         fix = f"use train.micro_batch={listed(legal_sizes)}" if legal_sizes else f"use {least}"
         raise ConfigError(
             f"train.micro_batch={train.micro_batch} makes {count} micro-batches of the {share} samples of a "
-            f"data-parallel rank, which do not fill {stages} pipeline stages: {fix}"
+            f"data-parallel rank, which do not fill {parallel.pipeline} pipeline stages: {fix}"
         )
     _check_group(parallel, count)
     if parallel.sequence:
-        _check_rows(config, micro, share)
+        _check_rows(config, micro_batch_size(config, world_size), share)
 
 
 def check_lanes(lanes: int, global_batch: int, world_size: int, parallel: ParallelConfig | None = None) -> None:
@@ -84,7 +87,7 @@ def check_lanes(lanes: int, global_batch: int, world_size: int, parallel: Parall
     if lanes % world_size:
         ranks = _named(world_size, parallel)
         raise ConfigError(f"data.lanes={lanes} is not divisible by {ranks}, each of which reads: {fix}")
-    if global_batch % lanes and lanes % global_batch:
+    if not lanes_fit(lanes, global_batch, world_size):
         raise ConfigError(f"data.lanes={lanes} and train.global_batch={global_batch} do not divide: {fix}")
 
 
@@ -130,10 +133,6 @@ def _check_batch(train: TrainConfig, replicas: int) -> None:
         )
 
 
-def _fills(count: int, parallel: ParallelConfig) -> bool:
-    return count % parallel.pipeline == 0 if parallel.virtual_pipeline > 1 else count >= parallel.pipeline
-
-
 def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
     for name in ("tensor", "pipeline", "virtual_pipeline"):
         value = getattr(parallel, name)
@@ -150,7 +149,7 @@ def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
 def _check_options(config: Config, replicas: int) -> None:
     """Refuse what would do nothing, or do it wrongly."""
     parallel = config.parallel
-    stages = parallel.pipeline * parallel.virtual_pipeline
+    stages = num_stages(parallel)
     useless = {
         "parallel.vision_split": (parallel.vision_split and stages == 1, "parallel.pipeline=1"),
         "parallel.text_split": (parallel.text_split and stages == 1, "parallel.pipeline=1"),
@@ -272,7 +271,7 @@ def _legal_tensor_sizes(config: Config) -> list[int]:
 
 def _check_pipeline(config: Config, name: str) -> None:
     parallel, layers = config.parallel, getattr(config.model, name).layers
-    stages, split = parallel.pipeline * parallel.virtual_pipeline, getattr(parallel, f"{name}_split")
+    stages, split = num_stages(parallel), getattr(parallel, f"{name}_split")
     if layers < stages:
         raise ConfigError(
             f"parallel.pipeline={parallel.pipeline} x parallel.virtual_pipeline={parallel.virtual_pipeline} makes "
@@ -312,36 +311,6 @@ def _check_rows(config: Config, micro: int, share: int) -> None:
                 f"parallel.sequence=true cannot share the {micro} x {tokens} tokens of a micro-batch among "
                 f"parallel.tensor={tensor} ranks: {fix}"
             )
-
-
-def sequence_lengths(config: Config) -> list[int]:
-    """Return how many tokens a sample has in the towers of a stage, in each phase of the data."""
-    patches, class_tokens = config.model.vision.patches, config.model.vision.class_tokens
-    if config.stage == "mim":
-        return [class_tokens + config.mim.seen(patches)]
-    phases = sorted(set(views_in_phases(config)))
-    vision = [frames * (class_tokens + kept_patches(patches, dropout)) for frames, dropout in phases]
-    return [*vision, config.model.text.context_length]
-
-
-def views_in_phases(config: Config) -> list[tuple[int, float]]:
-    """Return the frames of a sample and the fraction of patches that is dropped, in each phase of the data."""
-    frames, dropout = config.data.frames, config.clip.patch_dropout
-    return [
-        (phase.frames or frames, dropout if phase.patch_dropout is None else phase.patch_dropout)
-        for phase in config.data.phases or [PhaseConfig()]
-    ]
-
-
-def kept_patches(patches: int, dropout: float) -> int:
-    """Return how many of an image's patches the vision tower sees under patch dropout."""
-    return max(1, int(patches * (1 - dropout))) if dropout else patches
-
-
-def divisors(number: int) -> list[int]:
-    """Return what divides a number, ascending."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
 
 
 def listed(values: list[int]) -> str:

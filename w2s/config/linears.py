@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from w2s import host
+from w2s.config.batching import divisors, micro_batch_size, samples_per_replica, sequence_lengths
 from w2s.config.fields import nearest
-from w2s.config.layout import divisors, listed, model_parallel_size, sequence_lengths, tower_names
+from w2s.config.layout import listed, tower_names
 from w2s.config.sections import Config, HardwareConfig, PrecisionConfig
 from w2s.errors import ConfigError, MissingPackageError
 
@@ -200,8 +201,8 @@ def _check_layers(config: Config) -> None:
 def _check_rows(config: Config, world_size: int) -> None:
     """Rows of a product: the tokens of all images of a micro-batch that are on a rank at a time."""
     parallel, train, recipe = config.parallel, config.train, config.precision.fp8
-    share = train.global_batch // (world_size // model_parallel_size(parallel))
-    micro, ranks = min(train.micro_batch, share), parallel.tensor if parallel.sequence else 1
+    share, micro = samples_per_replica(config, world_size), micro_batch_size(config, world_size)
+    ranks = parallel.tensor if parallel.sequence else 1
     blocks = recipe == "blockwise" and parallel.sequence
     unit = _BLOCK if blocks else ALIGNMENT
     for tokens in sequence_lengths(config):

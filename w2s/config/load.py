@@ -84,7 +84,21 @@ def load(stage: str, overrides: Sequence[str] = ()) -> Config:
 @cache
 def _defaults() -> DictConfig:
     """The defaults of the dataclasses: to copy them takes a third of the time that it takes to make them."""
-    return OmegaConf.structured(Config)
+    return _structured(Config)
+
+
+def _structured(section: type) -> DictConfig:
+    """A section to be filled in: OmegaConf makes those of frozen dataclasses read-only, each for itself."""
+    node: DictConfig = OmegaConf.structured(section)
+    _make_writable(node)
+    return node
+
+
+def _make_writable(node: DictConfig) -> None:
+    OmegaConf.set_readonly(node, False)
+    for child in node.values():
+        if isinstance(child, DictConfig):
+            _make_writable(child)
 
 
 def named_model(name: str) -> ModelConfig:
@@ -106,7 +120,7 @@ def model_from(saved: Mapping[str, Any]) -> ModelConfig:
         section = saved["model"]
         if "${" in json.dumps(section):  # a file of somebody's may not ask for variables of this machine
             raise ValueError("it names variables")
-        return cast(ModelConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), section)))
+        return cast(ModelConfig, OmegaConf.to_object(OmegaConf.merge(_structured(ModelConfig), section)))
     except (LookupError, TypeError, ValueError, ArithmeticError, OmegaConfBaseException) as error:
         raise ConfigError(f"the checkpoint's model section cannot be read: {_first_line(error)}") from error
 
@@ -280,7 +294,7 @@ def _entries(key: str, value: Any, origin: str) -> Any:
         else entry
         for entry in value
     ]
-    return [OmegaConf.merge(OmegaConf.structured(entry_type), entry) for entry in entries]
+    return [OmegaConf.merge(_structured(entry_type), entry) for entry in entries]
 
 
 def _teacher_of_file(name: str, origin: str) -> Any:

@@ -11,7 +11,7 @@ ACTIVATIONS = {"eva": ("gelu",), "clip": ("gelu", "quick_gelu"), "siglip": ("gel
 """Of the MLPs, by kind of vision tower."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """Shape of the vision tower: an EVA vision transformer, a CLIP's own, or a SigLIP's."""
 
@@ -115,7 +115,7 @@ class VisionConfig:
         return self.class_tokens + self.patches
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """Shape of the text tower (CLIP's causal pre-norm transformer)."""
 
@@ -142,7 +142,7 @@ class TextConfig:
         )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The CLIP that is grown: a vision tower, a text tower and the width that they share."""
 
@@ -164,7 +164,7 @@ class ModelConfig:
         )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """The frozen teacher of the masked stage."""
 
@@ -195,7 +195,7 @@ class TeacherConfig:
     """Images of one teacher forward in evaluation."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TeachingConfig:
     """One of several teachers of the masked stage, and how the student learns from it.
 
@@ -224,7 +224,7 @@ class TeachingConfig:
     """Weight of its summary's loss beside that of its patches; null takes `mim.summary_weight`."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TeachersConfig:
     """Several teachers of the masked stage, in the place of the section `teacher`."""
 

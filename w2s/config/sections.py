@@ -52,7 +52,7 @@ __all__ = [
 Resize = Literal["crop", "squash"]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where a run lives and what it is called."""
 
@@ -71,7 +71,7 @@ class RunConfig:
             require_folder_name(self.group, "run.group", "`w2s run` sets it, leave it out")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the model is split over ranks; data parallelism is what is left."""
 
@@ -108,7 +108,7 @@ class ParallelConfig:
     """Replay the layers from CUDA graphs, which small layers on a fast GPU gain from; data parallelism alone."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
     """Arithmetic; master weights and optimizer states are always float32."""
 
@@ -145,7 +145,7 @@ class PrecisionConfig:
             require(value >= 0, f"precision.{name}={value} must be at least 0")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class HardwareConfig:
     """The machine."""
 
@@ -159,7 +159,7 @@ class HardwareConfig:
     """The same where one call may take long: at the start, in the first step, while measuring, saving and finishing."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Saving."""
 
@@ -184,7 +184,7 @@ class CheckpointConfig:
         require(min(self.keep_at, default=1) >= 1, f"checkpoint.keep_at={self.keep_at} must be steps, counted from 1")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class InitConfig:
     """Where the weights come from when the run has no checkpoint of its own."""
 
@@ -225,7 +225,7 @@ class InitConfig:
         return {tower for tower in ("vision", "text") if getattr(self, tower) == "none"}
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Zero-shot classification, retrieval and k-NN."""
 
@@ -302,7 +302,7 @@ class EvalConfig:
         }
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """MLflow, console and pictures."""
 
@@ -323,7 +323,7 @@ class TrackingConfig:
     """Images (masked stage) or classes (evaluation) in the pictures at the end of a stage; 0 draws none."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that a stage is told."""
 

@@ -24,7 +24,7 @@ _WAYS = {"text": "image_to_text", "image": "text_to_image"}
 """What is retrieved, and the way there."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SuiteSet:
     """A test set of a suite."""
 
@@ -42,7 +42,7 @@ class SuiteSet:
     """Prompts around a class name, as `eval.templates`."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Mean:
     """A mean over columns of the table."""
 
@@ -54,7 +54,7 @@ class Mean:
     """Names of the sets whose columns are averaged; empty takes all."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Suite:
     """A file of `configs/suite`."""
 

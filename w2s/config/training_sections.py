@@ -7,7 +7,7 @@ from typing import Literal
 from w2s.config.requirements import require, require_positive
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length and batch of a training stage."""
 
@@ -52,7 +52,7 @@ class TrainConfig:
         return range(int(first), int(last) + 1) if self.profile else range(0)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerPairConfig:
     """A layer of the student that learns the patch tokens after a layer of the teacher; both are counted from 0."""
 
@@ -70,7 +70,7 @@ class LayerPairConfig:
         require(self.weight > 0, f"mim.layers: weight={self.weight} must be above 0")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MimConfig:
     """The masked stage."""
 
@@ -112,7 +112,7 @@ class MimConfig:
         return (self.masked_patches or patches) if self.predict == "masked" else self.seen(patches)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """Distillation inside the contrastive stage: for some of the steps a finished CLIP teaches the one in training."""
 
@@ -153,7 +153,7 @@ class DistillConfig:
         return max(1, round(self.until * train.steps))
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ClipConfig:
     """The contrastive stage."""
 
@@ -184,7 +184,7 @@ class ClipConfig:
         return 1 / 0.07 if self.logit_scale is None else self.logit_scale
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimizer, learning rates and schedule."""
 

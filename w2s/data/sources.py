@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from w2s.config.layout import kept_patches
+from w2s.config.batching import lanes_fit, num_kept_patches
 from w2s.config.sections import DataConfig, PhaseConfig
 from w2s.data.containers import check_source
 from w2s.data.counter import Purpose, generator
@@ -72,7 +72,7 @@ def find_sources(data: DataConfig, global_batch: int, size: int, *, captions: bo
     smallest = min(sources, key=lambda source: len(source.shards))
     lanes, shards = data.lanes, len(smallest.shards)
     if shards < lanes and not data.replacement:
-        fitting = [n for n in range(size, shards + 1, size) if global_batch % n == 0 or n % global_batch == 0]
+        fitting = [n for n in range(size, shards + 1, size) if lanes_fit(n, global_batch, size)]
         fix = f"use data.lanes={fitting[-1]} or data.replacement=true" if fitting else "use data.replacement=true"
         what = "data.train" if len(sources) == 1 else smallest.pattern
         raise ConfigError(f"data.lanes={lanes} needs as many shards, {what} has {shards}: {fix}")
@@ -157,7 +157,7 @@ def _phase_spec(part: PhaseConfig, spec: SampleSpec) -> SampleSpec:
     if part.crop_scale is not None:
         spec = replace(spec, crop_scale=part.crop_scale)
     if part.patch_dropout is not None:
-        kept = kept_patches(spec.grid**2, part.patch_dropout) if part.patch_dropout else 0
+        kept = num_kept_patches(spec.grid**2, part.patch_dropout) if part.patch_dropout else 0
         spec = replace(spec, kept_patches=kept)
     if part.frames is not None:
         spec = replace(spec, frames=part.frames)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from w2s.config.batching import lanes_per_rank
 from w2s.config.layout import check_lanes
 from w2s.config.sections import DataConfig
 from w2s.data.bad import Skipped
@@ -84,7 +85,7 @@ class Stream:
         self._lanes = _restore(position, self._order, range(rank, data.lanes, size))
         self._step = self._first_step = 0 if position is None else position["step"]
         # A worker without samples would have nothing to send, so there are at most as many as a batch has lanes.
-        self._workers = min(data.workers, min(data.lanes, global_batch) // size)
+        self._workers = min(data.workers, lanes_per_rank(data.lanes, global_batch, size))
         self.bad: Counter[str] = Counter()
         self.reopened: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from w2s.compat import shut_down_workers, worker_processes
 from w2s.data.reader import Part, PartDataset, ReadPlan
 from w2s.errors import DataError
 from w2s.forks import start_fork_server
@@ -55,21 +56,21 @@ def start_workers(dataset: IterableDataset[T], workers: int) -> Iterator[T]:
 
 def reader_pids(parts: Iterator[Any]) -> list[int]:
     """Return the ids of the processes of `start_workers`."""
-    return [process.pid for process in getattr(parts, "_workers", ())]
+    return [process.pid for process in worker_processes(parts)]
 
 
 def end_reading(parts: Iterator[Any]) -> None:
     """End the processes of `start_workers`; a stopped one would not hear that it is asked to."""
-    processes = list(getattr(parts, "_workers", ()))
+    processes = worker_processes(parts)
     if processes:
-        parts._shutdown_workers()  # type: ignore[attr-defined]
+        shut_down_workers(parts)
     for process in processes:
         process.kill()
 
 
 def kill_readers(parts: Iterator[Any]) -> None:
     """Kill the processes of `start_workers` of which one died: the others may wait for a lock that it held."""
-    for process in getattr(parts, "_workers", ()):
+    for process in worker_processes(parts):
         process.kill()
 
 

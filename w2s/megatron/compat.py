@@ -1,22 +1,37 @@
-"""What differs between Megatron-Core releases (0.16.1 on Python 3.11, 0.19 on 3.12 and newer)."""
+"""Private names of Megatron-Core and Transformer Engine, and what differs between their releases, 0.16.1 and 0.19.
+
+The only place that says them; torch's are in `w2s/compat.py`. `tests/megatron/test_compat.py` tries each.
+"""
 
 import inspect
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch.distributed as dist
+import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
+from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer as fsdp_buffers
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch import Tensor, nn
 
-# 0.16 warns of every MLP that is not its own, 0.19 of every wrapper that works out its buffers itself.
-for name in ("transformer.transformer_layer", "distributed.distributed_data_parallel"):
+# 0.16 warns of every MLP that is not its own, 0.19 of every wrapper that works out its buffers itself and of its saves.
+for name in (
+    "transformer.transformer_layer",
+    "distributed.distributed_data_parallel",
+    "dist_checkpointing.strategies.torch",
+):
     logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
+# It logs what it raises as well.
+logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
 
 def replace_rng_tracker(tracker: Any) -> None:
@@ -25,9 +40,10 @@ def replace_rng_tracker(tracker: Any) -> None:
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
 
-def process_groups() -> list[ProcessGroup]:
-    """Return the process groups that this rank belongs to, in the order in which they were made."""
-    return list(dist.distributed_c10d._world.pg_map)
+def ignore_rng_states() -> None:
+    """Let recomputed activations save and restore no random state of a GPU."""
+    megatron_random._get_cuda_rng_state = lambda *_, **__: None
+    megatron_random._set_cuda_rng_state = lambda *_, **__: None
 
 
 def begin_save(state: dict[str, Any], folder: str) -> Any:
@@ -38,6 +54,15 @@ def begin_save(state: dict[str, Any], folder: str) -> Any:
     return dist_checkpointing.save(state, folder, **options)
 
 
+def report_writing_to(results: Any) -> None:
+    """Make `results`, with `put` and `get_nowait`, the queue that Megatron's writers report to.
+
+    Megatron would start a server process for it, seconds of imports; after a SIGKILL of this process it would stay for
+    ever.
+    """
+    filesystem_async._results_queue = results
+
+
 def mlp_spec(mlp: type[MLP], linear_fc1: type, linear_fc2: type) -> Any:
     """Return the specification of an MLP of some class out of its two linears."""
     submodules = MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2)
@@ -46,8 +71,132 @@ def mlp_spec(mlp: type[MLP], linear_fc1: type, linear_fc2: type) -> Any:
     return ModuleSpec(module=mlp, submodules=submodules)
 
 
+def leave_gradients_alone(layer: nn.Module) -> None:
+    """Keep a layer from turning gradients on for its residual additions: passes without any would keep their norms."""
+    layer.bias_dropout_add_exec_handler = nullcontext  # type: ignore[assignment]
+
+
+class OwnProduct:
+    """Mixed into one of Megatron's linears: while it is trained, `product` stands in for its matrix product."""
+
+    training: bool
+
+    def product(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, allreduce_dgrad: bool, sequence_parallel: bool
+    ) -> Tensor:
+        """Multiply what tensor-parallel ranks have of the input; communication is as the flags say."""
+        raise NotImplementedError
+
+    def _forward_impl(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        **megatron: Any,
+    ) -> Tensor:
+        if self.training:
+            return self.product(input, weight, bias, allreduce_dgrad, sequence_parallel)
+        options = {"allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel, **megatron}
+        return super()._forward_impl(input, weight, bias=bias, **options)  # type: ignore[misc]
+
+
+def delayed_scale(linear: Any, kind: str) -> Tensor:
+    """Return the scale by which Transformer Engine's delayed recipe rounds a linear's input, weight or gradient."""
+    state = linear.fp8_meta["scaling_bwd" if kind == "gradient" else "scaling_fwd"]
+    scale: Tensor = state.scale[1 if kind == "weight" else 0]
+    return scale
+
+
+@contextmanager
+def messages_through(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside, the messages between pipeline stages are posted by what `wrap` makes of Megatron's function for it."""
+    post = p2p_communication._p2p_ops
+    p2p_communication._p2p_ops = wrap(post)
+    try:
+        yield
+    finally:
+        p2p_communication._p2p_ops = post
+
+
 def gradients_for_norm(optimizer: MegatronOptimizer) -> list[Tensor]:
     """Return the gradients that this rank answers for: what is shared or replicated counts on one rank only."""
     if hasattr(optimizer, "get_grads_for_grad_norm"):  # 0.19
         return optimizer.get_grads_for_grad_norm()
     return optimizer.get_main_grads_for_grad_norm()
+
+
+class OpenDistributedOptimizer(DistributedOptimizer):
+    """Megatron's distributed optimizer, whose states of a parameter can be read and set."""
+
+    def copy_master_to_model(self) -> None:
+        """Make this rank's share of the weights of its master weights."""
+        self._copy_main_params_to_model_params()
+
+    def states_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return this rank's share of a parameter's master weight and moments, by name."""
+        states: dict[str, Tensor] = self._get_main_param_and_optimizer_states(parameter)
+        return states
+
+    def set_states_of(self, parameter: nn.Parameter, states: dict[str, Tensor]) -> None:
+        """Set what `states_of` returns."""
+        self._set_main_param_and_optimizer_states(parameter, states)
+
+
+class OpenFullySharded(FullyShardedDataParallel):
+    """Megatron's FSDP, whose parameters stay what they are: no DTensors of shares stand in for them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with _without_dtensors():
+            super().__init__(*args, **kwargs)
+        self.module._replace_param_with_raw_if_needed()
+        self.module._replace_param_with_distributed_if_needed = _nothing
+        self.module.attach_grad_to_optimizer_state = _nothing
+
+
+def begin_of_share(buffer: Any, number: int) -> int:
+    """Return where this rank's share of a parameter of an FSDP buffer begins, in the flattened parameter."""
+    begin, _ = buffer._get_item_slice_in_shard(number)
+    return int(begin)
+
+
+def coalesce_with(manager: Any) -> None:
+    """Make `manager` what FSDP exchanges several tensors together with."""
+    fsdp_buffers._coalescing_manager = manager
+
+
+@contextmanager
+def coalescing_with(manager: Any) -> Iterator[None]:
+    """Inside, `manager` is what FSDP exchanges several tensors together with."""
+    before = fsdp_buffers._coalescing_manager
+    coalesce_with(manager)
+    try:
+        yield
+    finally:
+        coalesce_with(before)
+
+
+FSDP_MESHES = "_init_dist_index"
+"""The method of FSDP that makes its device meshes."""
+
+
+def answer_for_cuda(answers: dict[str, Any]) -> None:
+    """Put functions and classes in the place of those of `torch.cuda`, which Megatron-Core asks by name."""
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+@contextmanager
+def _without_dtensors() -> Iterator[None]:
+    """Inside, no DTensors are made of shares: nobody needs them, ranks would compare each, and scalars are refused."""
+    genuine = fsdp_buffers.make_fsdp_dtensor
+    fsdp_buffers.make_fsdp_dtensor = lambda local_tensor, *unused, **unused_too: local_tensor
+    try:
+        yield
+    finally:
+        fsdp_buffers.make_fsdp_dtensor = genuine

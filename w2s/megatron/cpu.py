@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer as fsdp_buffers
-from megatron.core.tensor_parallel import random as megatron_random
-from torch.distributed import _coalescing_manager
 from torch.overrides import TorchFunctionMode
+
+from w2s.compat import coalescing_manager
+from w2s.megatron import compat
 
 
 class _Stream:
@@ -101,7 +101,7 @@ class NoRngTracker:
 @contextlib.contextmanager
 def _waited_for(*arguments: Any, **settings: Any) -> Iterator[Any]:
     """Exchange together what is exchanged inside, and wait for it."""
-    with _coalescing_manager(*arguments, **settings) as exchanged:
+    with coalescing_manager(*arguments, **settings) as exchanged:
         yield exchanged
     exchanged.wait()
 
@@ -125,13 +125,10 @@ def enable() -> None:
         "FloatTensor": lambda values: torch.tensor(values, dtype=torch.float),
         "IntTensor": lambda values: torch.tensor(values, dtype=torch.int),
     }
-    for name, stand_in in stand_ins.items():
-        setattr(torch.cuda, name, stand_in)
-    # Recomputed activations save and restore it.
-    megatron_random._get_cuda_rng_state = lambda *_, **__: None
-    megatron_random._set_cuda_rng_state = lambda *_, **__: None
+    compat.answer_for_cuda(stand_ins)
+    compat.ignore_rng_states()
     # FSDP orders what it frees and what is still on its way by streams, of which there are none.
-    fsdp_buffers._coalescing_manager = _waited_for
+    compat.coalesce_with(_waited_for)
     mode = CudaOnCpu()
     mode.__enter__()
     _enabled.append(mode)

@@ -115,8 +115,9 @@ def tell(linear: Any, config: Any, record: Record) -> Iterator[Any]:
 
     def scale(kind: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if config.fp8_recipe == "delayed":
-            state = linear.fp8_meta["scaling_bwd" if kind == "gradient" else "scaling_fwd"]
-            return state.scale[1 if kind == "weight" else 0]
+            from w2s.megatron.compat import delayed_scale  # with Megatron-Core, which `settle` comes before
+
+            return delayed_scale(linear, kind)
         if config.fp8_recipe == "blockwise":
             return block_scale(sampled(tensor), dtype, rows=128 if kind == "weight" else 1)
         return current_scale(tensor, dtype, linear.tp_group if spread(kind) and linear.sequence_parallel else None)

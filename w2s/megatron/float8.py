@@ -17,8 +17,10 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from w2s.compat import scaled_mm
 from w2s.config.linears import ALIGNMENT
 from w2s.errors import ConfigError
+from w2s.megatron.compat import OwnProduct
 from w2s.megatron.formats import FORWARD, GRADIENTS, Float8, Record, current_scale, quantize, sampled
 
 
@@ -26,13 +28,7 @@ def multiply(a: Float8, b: Float8, dtype: torch.dtype) -> Tensor:
     """Return the product of a [m, k] and b [k, n] as `dtype` [m, n]."""
     with _own_cpu_kernel():
         # cuBLAS takes its first factor by rows and its second by columns.
-        return torch._scaled_mm(
-            a.data.contiguous(),
-            b.data.t().contiguous().t(),
-            scale_a=a.inverse,
-            scale_b=b.inverse,
-            out_dtype=dtype,
-        )
+        return scaled_mm(a.data.contiguous(), b.data.t().contiguous().t(), a.inverse, b.inverse, dtype)
 
 
 @contextmanager
@@ -68,7 +64,7 @@ class Product(torch.autograd.Function):
         return by_rows, by_weight, None
 
 
-class _Emulated:
+class _Emulated(OwnProduct):
     """What makes a Megatron linear multiply in FP8 while it is trained; mixed into its class.
 
     Attributes:
@@ -80,26 +76,16 @@ class _Emulated:
 
     gradients: torch.dtype
     split: frozenset[str]
-    training: bool
     tp_group: dist.ProcessGroup
     _record: Record | None = None
     _told: set[str]
     weight_stays = False
     kept_weight: Float8 | None = None
 
-    def _forward_impl(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        allreduce_dgrad: bool,
-        sequence_parallel: bool,
-        **megatron: Any,
+    def product(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, allreduce_dgrad: bool, sequence_parallel: bool
     ) -> Tensor:
-        """Do what Megatron's implementation of this name does; outside of training it is that one."""
-        if not self.training:
-            options = {"allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel, **megatron}
-            return super()._forward_impl(input, weight, bias=bias, **options)  # type: ignore[misc]
+        """Do what Megatron's linears do, in FP8."""
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
         elif allreduce_dgrad:

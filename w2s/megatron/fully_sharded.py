@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
-from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from w2s.megatron.compat import OpenFullySharded, begin_of_share
 from w2s.megatron.tower import Tower
 
 
@@ -32,7 +31,7 @@ class Share:
     """Reduced."""
 
 
-class FullySharded(FullyShardedDataParallel):
+class FullySharded(OpenFullySharded):
     """A chunk of a model, all of whose parameters are trained, that Megatron's FSDP drives.
 
     Megatron has DTensors of the shares stand in for the chunk's parameters whenever no pass runs. Here the parameters
@@ -41,11 +40,7 @@ class FullySharded(FullyShardedDataParallel):
 
     def __init__(self, part: Tower, settings: DistributedDataParallelConfig) -> None:
         units, device = [TransformerLayer, *part.gathered_apart], next(part.parameters()).device
-        with _without_dtensors():
-            super().__init__(part.config, settings, part, fsdp_unit_modules=units, device=device)
-        self.module._replace_param_with_raw_if_needed()
-        self.module._replace_param_with_distributed_if_needed = _nothing
-        self.module.attach_grad_to_optimizer_state = _nothing
+        super().__init__(part.config, settings, part, fsdp_unit_modules=units, device=device)
         self._reduce_at_the_end()
         self._is_whole = False
         self.shares = {parameter: share for group in self._groups for parameter, share in _shares(group)}
@@ -94,26 +89,13 @@ class FullySharded(FullyShardedDataParallel):
         self.module.install_optimized_model_weights()
 
 
-def _nothing() -> None:
-    """Do nothing."""
-
-
-@contextmanager
-def _without_dtensors() -> Iterator[None]:
-    """Inside, no DTensors are made of shares: nobody needs them, ranks would compare each, and scalars are refused."""
-    genuine = param_and_grad_buffer.make_fsdp_dtensor
-    param_and_grad_buffer.make_fsdp_dtensor = lambda local_tensor, *unused, **unused_too: local_tensor
-    try:
-        yield
-    finally:
-        param_and_grad_buffer.make_fsdp_dtensor = genuine
-
-
 def _shares(group: Any) -> Iterator[tuple[nn.Parameter, Share]]:
     """The shares of a group of parameters whose numbers lie in one buffer."""
 
     weights = group.model_weight_buffer
     for number, parameter in enumerate(group.params):
-        begin, _ = weights._get_item_slice_in_shard(number)
         buffers = weights, group.main_weight_buffer, group.main_grad_buffer
-        yield parameter, Share(begin, *(buffer.get_item(number, only_shard=True) for buffer in buffers))
+        yield (
+            parameter,
+            Share(begin_of_share(weights, number), *(buffer.get_item(number, only_shard=True) for buffer in buffers)),
+        )

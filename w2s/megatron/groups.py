@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from w2s.compat import process_groups, world_group
 from w2s.config.sections import HardwareConfig, ParallelConfig
 from w2s.errors import W2SError
 from w2s.megatron import compat, cpu
@@ -182,7 +183,7 @@ def split(
         timeout: after which a rank that waits for another gives up.
     """
     cpu.enable()
-    before = compat.process_groups()
+    before = process_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -200,7 +201,7 @@ def split(
             model_rank=dist.get_rank(parallel_state.get_model_parallel_group()),
             model_size=dist.get_world_size(parallel_state.get_model_parallel_group()),
             model_group=parallel_state.get_model_parallel_group(),
-            world_group=dist.distributed_c10d._get_default_group(),
+            world_group=world_group(),
             own_group=parallel_state.get_context_parallel_group(),
             control_group=_all_over_gloo(timeout),
             device=device,
@@ -208,7 +209,7 @@ def split(
     finally:
         parallel_state.destroy_model_parallel()
         # Megatron forgets them alone; over gloo each has three threads, which would go on waking up.
-        for group in compat.process_groups()[len(before) :]:
+        for group in process_groups()[len(before) :]:
             dist.destroy_process_group(group)
 
 

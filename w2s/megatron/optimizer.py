@@ -13,7 +13,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -208,7 +207,7 @@ class Optimizer:
         self.spread_weights()
 
 
-class _DistributedOptimizer(DistributedOptimizer):
+class _DistributedOptimizer(compat.OpenDistributedOptimizer):
     """Megatron's distributed optimizer, but for five things.
 
     Its reshardable checkpoints forget that torch's AdamW keeps a `step`, and gather the whole state to every rank; it
@@ -248,7 +247,7 @@ class _DistributedOptimizer(DistributedOptimizer):
 
     def spread(self) -> None:
         """Make the weights of the master weights, on all ranks."""
-        self._copy_main_params_to_model_params()
+        self.copy_master_to_model()
         for chunk in self.model_chunks:
             chunk.start_param_sync(force_sync=True)
 
@@ -260,7 +259,7 @@ class _DistributedOptimizer(DistributedOptimizer):
         return {
             number: {
                 name: sharded_boxes(whole[parameter], f"optimizer.state.{name}.{whole[parameter].key}", tensor, begin)
-                for name, tensor in self._get_main_param_and_optimizer_states(parameter).items()
+                for name, tensor in self.states_of(parameter).items()
                 if name != "step"
             }
             for number, (parameter, (begin, _)) in enumerate(self.runs().items())
@@ -271,12 +270,13 @@ class _DistributedOptimizer(DistributedOptimizer):
         """Take up what was read into the parts that `sharded_param_state_fully_reshardable` describes."""
         for parameter, parts in zip(self.runs(), state_dict.values(), strict=True):
             runs = {name: torch.cat([part.flatten() for part in each]) for name, each in parts.items()}
-            self._set_main_param_and_optimizer_states(parameter, runs)
+            self.set_states_of(parameter, runs)
 
-    def _set_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
-        group, place = self.model_param_group_index_map[model_param]
+    def set_states_of(self, parameter: torch.nn.Parameter, states: dict[str, Tensor]) -> None:
+        """Set master weight and moments; the number of updates stays."""
+        group, place = self.model_param_group_index_map[parameter]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
-        super()._set_main_param_and_optimizer_states(model_param, {"step": state["step"], **tensors})
+        super().set_states_of(parameter, {"step": state["step"], **states})
 
 
 def _named_parameters(towers: Towers) -> list[tuple[str, str, int, torch.nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from w2s.config.batching import num_stages
 from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
 
 
@@ -15,18 +16,14 @@ def vision_layers(vision: VisionConfig, head_width: int, parallel: ParallelConfi
     """
     layer = 4 * vision.width + 2 * vision.mlp_width + 2 * vision.tokens  # products of a token, over the width
     first, last = 3 * vision.patch_size**2 / layer, (1 + head_width) / layer
-    return list(parallel.vision_split) or balanced(vision.layers, _stages(parallel), first, last)
+    return list(parallel.vision_split) or balanced(vision.layers, num_stages(parallel), first, last)
 
 
 def text_layers(text: TextConfig, head_width: int, parallel: ParallelConfig) -> list[int]:
     """Return the layers of the text tower on each pipeline stage, as `vision_layers`."""
     layer = 4 * text.width + 2 * text.mlp_width + 2 * text.context_length
     first, last = 1 / layer, (1 + head_width / text.context_length) / layer
-    return list(parallel.text_split) or balanced(text.layers, _stages(parallel), first, last)
-
-
-def _stages(parallel: ParallelConfig) -> int:
-    return parallel.pipeline * parallel.virtual_pipeline
+    return list(parallel.text_split) or balanced(text.layers, num_stages(parallel), first, last)
 
 
 def balanced(layers: int, stages: int, first: float, last: float) -> list[int]:

@@ -1,7 +1,6 @@
 """The transformer layers of a tower, as many of them as a chunk of this pipeline stage holds, over packed rows."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from w2s.config.sections import ParallelConfig
 from w2s.kernels.gelu import bias_gelu, bias_gelu_tanh, bias_quick_gelu
 from w2s.megatron.backend import LOCAL, Linears
+from w2s.megatron.compat import leave_gradients_alone
 from w2s.megatron.graphs import LayerGraphs
 from w2s.megatron.layers import layer_spec, mark_split_weights
 from w2s.megatron.split import pipeline_layout
@@ -155,8 +155,7 @@ class Tower(MegatronModule):
         )
         mark_split_weights(self.blocks)
         for layer in self.blocks.layers:
-            # Megatron turns gradients on for the residual addition, so that passes without any would keep its norms.
-            layer.bias_dropout_add_exec_handler = nullcontext
+            leave_gradients_alone(layer)
         self.graphs = LayerGraphs(self.blocks.layers) if parallel.cuda_graphs else None
         # What Megatron's schedules and DDP ask of a model.
         self.model_type = ModelType.encoder_or_decoder

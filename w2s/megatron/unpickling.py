@@ -8,7 +8,6 @@ through them too.
 
 import io
 import pathlib
-import pickle
 import re
 import sys
 import zipfile
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, f
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from w2s.compat import LAYOUT_FUNCTIONS, TENSOR_FUNCTIONS, PythonUnpickler
 from w2s.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -42,8 +42,8 @@ _KNOWN: dict[str, Any] = {
     for name in names
     if hasattr(module, name)
 } | {
+    **LAYOUT_FUNCTIONS,
     "torch.Size": torch.Size,
-    "torch.serialization._get_layout": torch.serialization._get_layout,
     "collections.OrderedDict": dict,
     "pathlib.PosixPath": pathlib.PosixPath,
     "pathlib._local.PosixPath": pathlib.PosixPath,  # Python 3.13
@@ -57,7 +57,7 @@ _STORAGES = ("torch.storage._load_from_bytes", "megatron.core.safe_globals.safe_
 """What a pickled tensor names for its values: torch's function, or what Megatron-Core 0.19 puts in its place."""
 
 
-class Unpickler(pickle._Unpickler):
+class Unpickler(PythonUnpickler):
     """Knows the classes of the distributed format, and no others.
 
     Python's own unpickler, as that in C makes room for as many objects as a pickle of some bytes may ask for.
@@ -94,8 +94,8 @@ class _StateUnpickler(Unpickler):
     def known(self, module: str, name: str) -> Any:
         if f"{module}.{name}" in _STORAGES:
             return lambda data: torch.load(io.BytesIO(data), weights_only=True)
-        if f"{module}.{name}" == "torch._utils._rebuild_tensor_v2":
-            return torch._utils._rebuild_tensor_v2
+        if f"{module}.{name}" in TENSOR_FUNCTIONS:
+            return TENSOR_FUNCTIONS[f"{module}.{name}"]
         if module == "transformer_engine.common.recipe":
             recipe = getattr(sys.modules.get(module), name, None)
             return recipe if isinstance(recipe, type) and recipe.__module__ == module else None

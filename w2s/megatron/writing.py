@@ -1,6 +1,5 @@
 """A distributed checkpoint on its way to the disk: written at once, or by a process of its own."""
 
-import logging
 import multiprocessing
 import queue
 import signal
@@ -11,16 +10,12 @@ from typing import Any
 
 import psutil
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint import CheckpointException
 
 from w2s.checksum import Checksum, checksums
 from w2s.errors import FREE_SPACE, CheckpointError, W2SError
 from w2s.megatron import compat
-
-# It logs what it raises as well.
-logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
 _processes = multiprocessing.get_context("fork")
 
@@ -37,10 +32,8 @@ class Writing:
     def __init__(self, folder: Path, state: dict[str, Any], background: bool) -> None:
         self._folder = folder
         self._process: Any = None
-        # Megatron would start a server process for what its writers report, seconds of imports; after a SIGKILL of
-        # this process it would stay for ever.
         self._results = _Results(folder, background)
-        filesystem_async._results_queue = self._results
+        compat.report_writing_to(self._results)
         with reporting_write(folder):
             self._request: AsyncRequest = compat.begin_save(state, str(folder))
             self._start(background)

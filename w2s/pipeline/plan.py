@@ -138,14 +138,15 @@ class Plan:
             value = choice.among[task.trial] if task.trial is not None else chosen.get(choosing.name, choice.among[0])
             overrides.append(f"{choice.key}={value}")
         config = load(step.stage, overrides)
-        config.run.group, config.run.name = self.group, task.name
+        config = replace(config, run=replace(config.run, group=self.group, name=task.name))
         if step.compute_of:
             others = [self._task(task.seed, self._steps[name]) for name in step.compute_of]
             flops = sum(self._flops(other, chosen) for other in others)
             paid = steps_of_equal_compute(config, flops, self._teacher_models(task, config, chosen))
-            config.train.steps = self.begins_at(task, config, chosen) + paid
+            steps = self.begins_at(task, config, chosen) + paid
+            config = replace(config, train=replace(config.train, steps=steps))
         if choice is not None and task.trial is not None:
-            _shorten(config, choice.share, self.begins_at(task, config, chosen), step.budgets)
+            return _shortened(config, choice.share, self.begins_at(task, config, chosen), step.budgets)
         return config
 
     def begins_at(self, task: Task, config: Config, chosen: Chosen) -> int:
@@ -220,17 +221,19 @@ class Plan:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
-def _shorten(config: Config, share: float, begins_at: int, budgets: Budgets | None) -> None:
-    """Shorten a training, of which `begins_at` steps are done already, to a share of its steps.
+def _shortened(config: Config, share: float, begins_at: int, budgets: Budgets | None) -> Config:
+    """A training, of which `begins_at` steps are done already, shortened to a share of its steps.
 
     Of a trunk, to a share of its longest length, with a cool-down.
     """
     whole = budgets.steps[-1] if budgets else config.train.steps
-    config.train.steps = begins_at + max(1, round(share * (whole - begins_at)))
-    config.optim.warmup = min(round(share * config.optim.warmup), config.train.steps - 1)
-    if budgets:
-        config.optim.cooldown = budgets.cooldown
-        config.checkpoint.keep_at = []
+    steps = begins_at + max(1, round(share * (whole - begins_at)))
+    optim = replace(config.optim, warmup=min(round(share * config.optim.warmup), steps - 1))
+    config = replace(config, train=replace(config.train, steps=steps), optim=optim)
+    if budgets is None:
+        return config
+    optim, checkpoint = replace(optim, cooldown=budgets.cooldown), replace(config.checkpoint, keep_at=[])
+    return replace(config, optim=optim, checkpoint=checkpoint)
 
 
 def _overrides_of(step: Step, pipeline: Pipeline, overrides: Sequence[str]) -> list[str]:

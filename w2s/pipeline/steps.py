@@ -17,7 +17,7 @@ REFERENCE = re.compile(r"\{([A-Za-z_]\w*)\}")
 """`{NAME}` in an override: the folder of an earlier step, of the same seed where that step is not shared."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """A value that is chosen by trials before the first run of its step."""
 
@@ -31,7 +31,7 @@ class Choice:
     """Length of a trial, as a fraction of the step's train.steps and optim.warmup."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Budgets:
     """Lengths that one training is read out at: a trunk at a constant rate, and from it a cool-down to each length."""
 
@@ -45,7 +45,7 @@ class Budgets:
         return OptimConfig(cooldown=self.cooldown).cooldown_start(length)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One stage of a pipeline."""
 
@@ -69,7 +69,7 @@ class Step:
     """Steps whose figures stand beside this one's in the tables."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Trainings of different length compared by a metric and by what they cost, in two ledgers."""
 
@@ -81,7 +81,7 @@ class Comparison:
     """Steps whose training one ledger does not count, as if they had been there before: teachers."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Pipeline:
     """A file of `configs/run`."""
 

@@ -8,12 +8,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from w2s.config.layout import model_parallel_size
+from w2s.config.batching import (
+    data_parallel_size,
+    micro_batch_size,
+    model_parallel_size,
+    num_micro_batches,
+    num_passes,
+    samples_per_rank,
+    samples_per_replica,
+)
 from w2s.config.sections import Config
 from w2s.planning import fully_sharded
 from w2s.planning.activations import local_rows
 from w2s.planning.cards import Card
-from w2s.planning.flops import loss_flops, micro_batches, passes, patch_width, recomputed_layers, share
+from w2s.planning.flops import loss_flops, patch_width, recomputed_layers
 from w2s.planning.layers import Work, layer_time
 from w2s.planning.memory import fp8_share, sample_bytes
 from w2s.planning.roofline import exchange, message, moving
@@ -106,7 +114,7 @@ class StepModel:
         world_size: int,
     ) -> None:
         self._runs = [_Run(config, card, tower, world_size) for tower in towers]
-        self._twice = passes(config, world_size) == 2
+        self._twice = num_passes(config, num_micro_batches(config, world_size)) == 2
         work = Work()
         for run in self._runs:
             work += run.work * run.count
@@ -118,9 +126,7 @@ class StepModel:
             tensor=work.tensor,
             recomputation=sum(run.count * run.recomputed for run in self._runs),
             accumulation=moving(card, states.gradients) + sum(run.count * run.accumulated for run in self._runs),
-            teacher=sum(
-                teacher_seconds(card, teacher, config.train.global_batch // world_size) for teacher in teachers
-            ),
+            teacher=sum(teacher_seconds(card, teacher, samples_per_rank(config, world_size)) for teacher in teachers),
             loss=_loss(config, card, teachers, world_size) if config.stage == "clip" else 0.0,
             optimizer=moving(card, UPDATE[config.optim.name] * states.optimizer / 12 + _AVERAGING * states.average / 4),
             batch=_batch(config, card, teachers, world_size),
@@ -172,9 +178,9 @@ class _Run:
     """
 
     def __init__(self, config: Config, card: Card, tower: PlannedTower, world_size: int) -> None:
-        parallel, samples = config.parallel, min(config.train.micro_batch, share(config, world_size))
+        parallel, samples = config.parallel, micro_batch_size(config, world_size)
         self._parallel, self._card, self._tower = parallel, card, tower
-        self.count = micro_batches(config, world_size)
+        self.count = num_micro_batches(config, world_size)
         self._pipeline = pipeline_of(parallel, self.count)
         fused = fuses(config, card)
         self._layer = layer_time(card, tower, parallel, samples, fp8_share(config, tower), fused)
@@ -308,7 +314,7 @@ class _Exchange:
 
     @property
     def _replicas(self) -> int:
-        return self.world_size // model_parallel_size(self.config.parallel)
+        return data_parallel_size(self.config.parallel, self.world_size)
 
     def _seconds(self, count: float) -> float:
         return exchange(self.card, count, self._replicas, self.config.parallel.tensor)
@@ -342,17 +348,17 @@ def teacher_seconds(card: Card, teacher: PlannedTeacher, images: int) -> float:
 
 def _loss(config: Config, card: Card, teachers: Sequence[PlannedTeacher], world_size: int) -> float:
     """Products in float32, passes over the tiles, and the exchange of the captions' features and gradients."""
-    samples, parallel = share(config, world_size), config.parallel
+    samples, parallel = samples_per_replica(config, world_size), config.parallel
     operations = loss_flops(config, patch_width(predicted(config, teachers)["targets"])).hardware
     products = samples * operations / (card.fp32_tflops * 1e12 * card.estimates.fp32)
     tiles = moving(card, LOSS_READS * _FP32 * samples * config.train.global_batch)
     features = _FP32 * config.train.global_batch * config.model.embed_dim
-    size = world_size // model_parallel_size(parallel)
+    size = data_parallel_size(parallel, world_size)
     return products + tiles + 2 * exchange(card, features, size, parallel.tensor)
 
 
 def _batch(config: Config, card: Card, teachers: Sequence[PlannedTeacher], world_size: int) -> float:
     """What the ranks of a model-parallel group give each other of the samples that each has read."""
-    parallel, sent = config.parallel, share(config, world_size) * sample_bytes(config, teachers)
+    parallel, sent = config.parallel, samples_per_replica(config, world_size) * sample_bytes(config, teachers)
     stride = 1 if parallel.pipeline == 1 else world_size // parallel.pipeline
     return exchange(card, sent, model_parallel_size(parallel), stride)

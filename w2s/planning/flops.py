@@ -10,7 +10,7 @@ computes again (five products in its backward pass for two in its forward pass),
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from w2s.config.layout import kept_patches, model_parallel_size, views_in_phases
+from w2s.config.batching import num_kept_patches, num_micro_batches, num_passes, views_in_phases
 from w2s.config.lessons import Target
 from w2s.config.sections import Config, ParallelConfig, TextConfig, VisionConfig
 from w2s.megatron.split import text_layers, vision_layers
@@ -148,25 +148,6 @@ def loss_flops(config: Config, teacher_width: int = 0) -> Flops:
     return Flops(model, hardware)
 
 
-def passes(config: Config, world_size: int) -> int:
-    """Forward passes of a stage's towers in a step; the contrastive stage has two where one cannot have all samples."""
-    one_pass = (
-        micro_batches(config, world_size) == 1 and config.parallel.pipeline == 1 and config.clip.two_pass == "auto"
-    )
-    return 1 if config.stage == "mim" or one_pass else 2
-
-
-def share(config: Config, world_size: int) -> int:
-    """Samples of a step that a model-parallel group sees."""
-    return config.train.global_batch * model_parallel_size(config.parallel) // world_size
-
-
-def micro_batches(config: Config, world_size: int) -> int:
-    """Micro-batches of a step on a model-parallel group."""
-    samples = share(config, world_size)
-    return samples // min(config.train.micro_batch, samples)
-
-
 def recomputed_layers(parallel: ParallelConfig, layers: int) -> int:
     """Layers of a chunk that the backward pass computes again."""
     return min(parallel.recompute_layers or layers, layers) if parallel.recompute == "full" else 0
@@ -183,7 +164,7 @@ def seen_tokens(config: Config) -> int:
     if config.stage == "mim":
         return config.model.vision.class_tokens + config.mim.seen(patches)
     _, dropout = views_in_phases(config)[0]
-    return config.model.vision.class_tokens + kept_patches(patches, dropout)
+    return config.model.vision.class_tokens + num_kept_patches(patches, dropout)
 
 
 def seen_frames(config: Config) -> int:
@@ -247,7 +228,7 @@ def stage_flops(
         layer_width: channels of the teacher's layers (masked stage with `mim.layers`).
         teacher: operations of the teachers' forward passes for one sample.
     """
-    parallel, model, times = config.parallel, config.model, passes(config, world_size)
+    parallel, model, times = config.parallel, config.model, num_passes(config, num_micro_batches(config, world_size))
     width = model.embed_dim
 
     def trained(tower: TowerFlops, split: list[int]) -> Flops:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from w2s.config.layout import divisors
+from w2s.config.batching import divisors, samples_per_rank
 from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig, PrecisionConfig
 from w2s.errors import UserError
@@ -84,7 +84,7 @@ def _layout(plan: Plan, request: Request) -> list[tuple[str, Mapping[str, Any]]]
 
 def lanes(config: Config, gpus: int) -> int:
     """Return lanes of the data: LANES or more that keep the readers of a GPU busy, as far as its batch allows."""
-    share, least = config.train.global_batch // gpus, max(WORKERS, LANES // gpus)
+    share, least = samples_per_rank(config, gpus), max(WORKERS, LANES // gpus)
     return gpus * min((count for count in divisors(share) if count >= least), default=share)
 
 

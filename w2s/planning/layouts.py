@@ -4,12 +4,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from w2s.config.layout import check_micro_batches, check_ranks, check_towers, divisors, model_parallel_size
+from w2s.config.batching import data_parallel_size, divisors, num_micro_batches, samples_per_replica
+from w2s.config.layout import check_micro_batches, check_ranks, check_towers
 from w2s.config.linears import check_fp8_layout
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
 from w2s.planning.cards import GPUS_PER_NODE
-from w2s.planning.flops import micro_batches, share
 
 
 class Layouts:
@@ -41,7 +41,7 @@ class Layouts:
 
     def _shared_out(self, sized: Config, shard: str) -> Config:
         """Data-parallel ranks overlap what they exchange; fully sharded, they do so without being asked."""
-        overlap = self.world_size > model_parallel_size(sized.parallel) and shard != "full"
+        overlap = data_parallel_size(sized.parallel, self.world_size) > 1 and shard != "full"
         return self._parallel(
             sized,
             shard=shard,
@@ -54,7 +54,7 @@ class Layouts:
 
     def batches(self, split: Config) -> Iterator[Config]:
         """Micro-batches of a split and of its groups, with and without sequence parallelism."""
-        for micro in self._choices("train.micro_batch", divisors(share(split, self.world_size))):
+        for micro in self._choices("train.micro_batch", divisors(samples_per_replica(split, self.world_size))):
             sized = replace(split, train=replace(split.train, micro_batch=micro))
             for sequence in self._choices("parallel.sequence", [False, True] if split.parallel.tensor > 1 else [False]):
                 for group in self._choices("parallel.micro_batch_group", self._groups(sized)):
@@ -80,7 +80,7 @@ class Layouts:
     def _groups(self, config: Config) -> list[int]:
         """As many micro-batches in a group as there are stages, or twice as many where that is possible."""
         double = 2 * config.parallel.pipeline
-        fits = config.parallel.virtual_pipeline > 1 and micro_batches(config, self.world_size) % double == 0
+        fits = config.parallel.virtual_pipeline > 1 and num_micro_batches(config, self.world_size) % double == 0
         return [0, double] if fits else [0]
 
     def _tensor(self, pipeline: int) -> Iterable[int]:

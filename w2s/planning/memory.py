@@ -7,11 +7,18 @@ sums of their largest tensors. All of it is beside what the rehearsal counts (do
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
-from w2s.config.layout import model_parallel_size
+from w2s.config.batching import (
+    micro_batch_size,
+    model_parallel_size,
+    num_micro_batches,
+    num_passes,
+    samples_per_rank,
+    samples_per_replica,
+)
 from w2s.config.linears import bf16_layers
 from w2s.config.sections import Config
 from w2s.planning.activations import Types, kept_going_back, peak
-from w2s.planning.flops import micro_batches, passes, patch_width, seen_frames, share
+from w2s.planning.flops import patch_width, seen_frames
 from w2s.planning.fully_sharded import Whole, whole
 from w2s.planning.states import States
 from w2s.planning.teacher import PlannedTeacher, predicted
@@ -64,8 +71,8 @@ def rank_memory(
         world_size: ranks in all.
         stage: rank in the pipeline.
     """
-    own = share(config, world_size)
-    samples, count = min(config.train.micro_batch, own), micro_batches(config, world_size)
+    own, samples = samples_per_replica(config, world_size), micro_batch_size(config, world_size)
+    count = num_micro_batches(config, world_size)
     standing = Memory(
         weights=states.weights + sum(_fp8_weights(config, tower, stage) for tower in towers),
         gradients=states.gradients,
@@ -78,7 +85,7 @@ def rank_memory(
         peak(tower, config.parallel, on_gpu(config, tower), samples=samples, micro_batches=count, stage=stage)
         for tower in towers
     ]
-    twice, has_loss = passes(config, world_size) == 2, config.stage == "clip" and _is_last(config, stage)
+    twice, has_loss = num_passes(config, count) == 2, config.stage == "clip" and _is_last(config, stage)
     activations = max(kept) if twice else sum(kept)
     features = _features(config, own) if has_loss else 0
     back = replace(
@@ -185,7 +192,7 @@ def _teaching(
     patches = config.model.vision.patches if config.stage == "mim" else 0
     features = _targets(config, teachers, patches)
     pixels = 3 * seen_frames(config) * sum(side**2 for side in {teacher.image_size for teacher in teachers})
-    own = config.train.global_batch // world_size * (features + pixels)
+    own = samples_per_rank(config, world_size) * (features + pixels)
     working = max(teacher.working for teacher in teachers)
     return replace(standing, teacher=standing.teacher + samples * working, batch=own)
 

@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from w2s.config.batching import data_parallel_size
 from w2s.config.checks import check_settings
-from w2s.config.layout import model_parallel_size
 from w2s.config.linears import check_useless_fp8
 from w2s.config.sections import Config
 from w2s.errors import UserError
@@ -51,7 +51,7 @@ class Plan:
     @property
     def data_size(self) -> int:
         """Data-parallel ranks."""
-        return self.gpus // model_parallel_size(self.config.parallel)
+        return data_parallel_size(self.config.parallel, self.gpus)
 
     @property
     def seconds(self) -> float:
@@ -253,7 +253,7 @@ class _Candidate:
     def _written(self, states: States) -> int:
         """Data-parallel ranks share out the weights too when they write."""
         parallel = self._config.parallel
-        shares = 1 if parallel.shard == "full" else self._search.gpus // model_parallel_size(parallel)
+        shares = 1 if parallel.shard == "full" else data_parallel_size(parallel, self._search.gpus)
         return states.weights // shares + states.optimizer
 
 
@@ -269,7 +269,7 @@ class _SplitStage:
     def __init__(self, split: Config, predicted: dict[str, Any], gpus: int) -> None:
         self.towers = planned_towers(split, **predicted)
         parallel = split.parallel
-        last, size = parallel.pipeline - 1, gpus // model_parallel_size(parallel)
+        last, size = parallel.pipeline - 1, data_parallel_size(parallel, gpus)
         average = split.optim.ema > 0
         if parallel.shard == "full":
             self.states = {0: fully_sharded.rank_states(self.towers, split.precision, size, average)}

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from w2s.config.batching import data_parallel_size
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.planning.cards import Card, card
@@ -152,7 +153,7 @@ def _config(stage: str, case: Mapping[str, Any], *overrides: str) -> Config:
 
 
 def _seconds(config: Config, kind: Card, towers: Sequence[PlannedTower], gpus: int) -> float:
-    size = gpus // (config.parallel.tensor * config.parallel.pipeline)
+    size = data_parallel_size(config.parallel, gpus)
     states = rank_states(towers, config.parallel, config.precision, data_size=size, data_rank=0, stage=0)
     return StepModel(config, kind, towers, (), states, gpus).time().total
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from w2s.config.layout import model_parallel_size
+from w2s.config.batching import model_parallel_size
 from w2s.config.sections import Config
 from w2s.data.shards import list_shards
 from w2s.data.sizes import count_samples

@@ -5,17 +5,17 @@ would be on the GPU is kept beside them, by storage.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 
+from w2s import compat
+from w2s.compat import FakeTensor, storage_key
 from w2s.rehearsal.meter import Meter
 from w2s.rehearsal.streams import Streams
 
@@ -41,7 +41,7 @@ class FakeGpu(TorchFunctionMode):
         if func is torch.device:
             return GPU if args and str(args[0]).startswith("cuda") else func(*args, **kwargs)
         if func is torch.Tensor.data_ptr:
-            return args[0].untyped_storage()._cdata + args[0].storage_offset()
+            return storage_key(args[0].untyped_storage()) + args[0].storage_offset()
         if func in _FETCHES:
             return self._fetched(args[0], _FETCHES[func])
         if func is torch.Tensor.cuda:
@@ -61,7 +61,7 @@ class FakeGpu(TorchFunctionMode):
         kwargs = {name: value for name, value in kwargs.items() if name != "copy"}
         if others and isinstance(others[0], Tensor):
             others = (others[0].device, others[0].dtype, *others[1:])
-        device, dtype, at_leisure, form = torch._C._nn._parse_to(*others, **kwargs)
+        device, dtype, at_leisure, form = compat.parse_to(*others, **kwargs)
         wanted = {name: value for name, value in (("dtype", dtype), ("memory_format", form)) if value is not None}
         converted = func(tensor, **wanted) if wanted else tensor
         if device is None:
@@ -144,11 +144,11 @@ def stand_in_for_cuda(meter: Meter, streams: Streams) -> Iterator[None]:
         for name, stand_in in stand_ins.items():
             undo.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         undo.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resize))
-        undo.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        undo.enter_context(mock.patch.object(nn.Module, compat.MODULE_APPLY, _apply))
         # Torch's own draws until it likes the numbers, of which there are none.
         undo.enter_context(mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor))
         undo.enter_context(mock.patch.object(torch, "autocast", _autocast))
-        undo.enter_context(mock.patch.object(torch.autograd, "backward", _backward))
+        undo.enter_context(mock.patch.object(torch.autograd, "backward", compat.run_backward))
         undo.enter_context(mock.patch.object(FakeTensor, "device", property(device)))
         undo.enter_context(mock.patch.object(FakeTensor, "is_cuda", property(is_cuda), create=True))
         yield
@@ -161,27 +161,9 @@ def _autocast(device_type: str, *args: Any, **settings: Any) -> torch.autocast:
 _real_autocast = torch.autocast
 
 
-def _backward(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Go back, as torch's own does, which lets a mode such as `FakeGpu` answer it, and none answer what is inside."""
-    Variable._execution_engine.run_backward(
-        tuple(tensors), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
-    )
-
-
 def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """Do what torch's own does by swapping tensors, which fake ones do not take."""
     for child in module.children() if recurse else ():
-        child._apply(change)
-    for name, parameter in module._parameters.items():
-        if parameter is None:
-            continue
-        with torch.no_grad():
-            value = change(parameter)
-        if value is not parameter:
-            changed = nn.Parameter(value, parameter.requires_grad)
-            changed.__dict__.update(parameter.__dict__ | changed.__dict__)
-            module._parameters[name] = changed
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = change(buffer)
+        _apply(child, change)
+    compat.apply_to_own_tensors(module, change)
     return module

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.distributed import ProcessGroup, Work
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from w2s.bench.marks import Parts
+from w2s.compat import FakeTensor, fake_store, group_name
 from w2s.rehearsal.streams import Streams
 from w2s.rehearsal.tape import Call, Group, Tape
 from w2s.rehearsal.where import line
@@ -209,7 +208,7 @@ def joined(recorder: Recorder, rank: int, world_size: int) -> Iterator[None]:
 
     def named(group: Any) -> Any:
         if isinstance(group, RecordedGroup):
-            group.group_name = dist.distributed_c10d._world.pg_names[group]
+            group.group_name = group_name(group)
         return group
 
     def exchange_objects(kind: str, group: Any) -> None:
@@ -229,7 +228,7 @@ def joined(recorder: Recorder, rank: int, world_size: int) -> Iterator[None]:
     if not hasattr(dist.Backend, _BACKEND.upper()):
         dist.Backend.register_backend(_BACKEND, create, devices=["cpu"])
     with ExitStack() as undo:
-        dist.init_process_group(_BACKEND, store=FakeStore(), rank=rank, world_size=world_size)
+        dist.init_process_group(_BACKEND, store=fake_store(), rank=rank, world_size=world_size)
         world = named(dist.group.WORLD)
         undo.callback(dist.destroy_process_group)
         stand_ins = {

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from w2s.config.layout import model_parallel_size
+from w2s.config.batching import data_parallel_size
 from w2s.config.sections import ParallelConfig
 from w2s.errors import UserError
 
@@ -19,7 +19,7 @@ def chosen(text: str, parallel: ParallelConfig, world_size: int) -> list[int]:
     Raises:
         UserError: it is none of that.
     """
-    data = world_size // model_parallel_size(parallel)
+    data = data_parallel_size(parallel, world_size)
     if text == "kinds":
         return _ranks(parallel, data, {0, parallel.tensor - 1}, {0, data - 1})
     if text == "pipeline":

@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from w2s.bench.marks import Parts
+from w2s.compat import (
+    READ_SCALAR,
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    mutates,
+    storage_key,
+    tree_leaves,
+)
 from w2s.planning.cards import Card
 from w2s.planning.roofline import moving, product
 from w2s.rehearsal.tape import HostWait, Tape
@@ -72,7 +78,7 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         on_gpu = self._making or any(self.on_gpu(each) for each in inputs)
-        if func is aten._local_scalar_dense.default:
+        if func is READ_SCALAR:
             return self._number(func, inputs[0], on_gpu)
         result = func(*args, **kwargs)
         if on_gpu:
@@ -92,7 +98,7 @@ class Meter(TorchDispatchMode):
 
     def on_gpu(self, tensor: Tensor) -> bool:
         """Whether a tensor is on the GPU."""
-        return tensor.untyped_storage()._cdata in self._sizes
+        return storage_key(tensor.untyped_storage()) in self._sizes
 
     def onto_gpu(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the host on the GPU."""
@@ -172,27 +178,27 @@ class Meter(TorchDispatchMode):
 
     def of(self, tensor: Tensor) -> Counter[str]:
         """The bytes of a tensor, by part of the step, if it is on the GPU."""
-        size, part = self._sizes.get(tensor.untyped_storage()._cdata, (0, ""))
+        size, part = self._sizes.get(storage_key(tensor.untyped_storage()), (0, ""))
         return Counter({part: size} if part else {})
 
     def _place(self, tensor: Tensor) -> bool:
         """Count a tensor's storage as one of the GPU, if it is not counted yet."""
         storage = tensor.untyped_storage()
-        if storage._cdata in self._sizes:
+        if storage_key(storage) in self._sizes:
             return False
         self._allocate(storage)
-        weakref.finalize(storage, self._free, storage._cdata)
+        weakref.finalize(storage, self._free, storage_key(storage))
         return True
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Count a storage anew whose size has changed."""
-        if storage._cdata in self._sizes:
-            self._free(storage._cdata)
+        if storage_key(storage) in self._sizes:
+            self._free(storage_key(storage))
             self._allocate(storage)
 
     def _allocate(self, storage: torch.UntypedStorage) -> None:
         size, part = storage.nbytes(), self._parts.innermost
-        self._sizes[storage._cdata] = size, part
+        self._sizes[storage_key(storage)] = size, part
         self.now += size
         self._by_part[part] += size
         if self.now > self.peak:
@@ -214,7 +220,7 @@ class Meter(TorchDispatchMode):
             return left.shape[0] * product(self._card, left.shape[1], left.shape[2], right.shape[2], fp8=False)
         if any(word in name.__name__ for word in _ATTENTION):
             return self._attention(inputs, backward="backward" in name.__name__)
-        if name in _FREE or not (made or func._schema.is_mutable):
+        if name in _FREE or not (made or mutates(func)):
             return 0.0
         return moving(self._card, sum(each.numel() * each.element_size() for each in (*inputs, *outputs)))
 

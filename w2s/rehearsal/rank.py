@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from stages import clip, mim
 from w2s.bench.marks import Parts
 from w2s.bench.parts import marked
 from w2s.bench.synthetic import synthetic_batch
+from w2s.config.batching import samples_per_rank
 from w2s.config.sections import Config
 from w2s.failure import describe
 from w2s.megatron import groups, state
@@ -26,7 +26,8 @@ from w2s.rehearsal.streams import Streams
 from w2s.rehearsal.tape import Tape
 from w2s.rehearsal.triton import stand_in_for_triton
 from w2s.rehearsal.where import line_of
-from w2s.trainer import Stage, train_step
+from w2s.stages import clip, mim
+from w2s.training.stage import Stage, train_step
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,7 @@ def _steps(job: Job, ranks: Ranks, meter: Meter, parts: Parts, report: RankRepor
     with _on_gpu(meter):
         stage = _build(job.config, ranks)
     report.built = meter.now
-    batch = synthetic_batch(
-        stage.spec, job.config.train.global_batch // job.world_size, job.config.model.text.vocab_size
-    )
+    batch = synthetic_batch(stage.spec, samples_per_rank(job.config, job.world_size), job.config.model.text.vocab_size)
     with marked(stage, parts), _on_gpu(meter):
         for _ in range(job.steps):
             report.tape.steps.append(len(report.tape.events))

@@ -12,8 +12,8 @@ from unittest import mock
 import torch
 
 from w2s import host
+from w2s.config.batching import data_parallel_size
 from w2s.config.checks import check
-from w2s.config.layout import model_parallel_size
 from w2s.config.sections import Config, TeacherConfig, TeachersConfig, TeachingConfig
 from w2s.data.shards import list_shards
 from w2s.data.sources import find_sources
@@ -196,7 +196,7 @@ def _named(ranks: Sequence[int]) -> str:
 def _planned(config: Config, world_size: int, rank: int) -> Memory:
     teachers, parallel = planned_teachers(config), config.parallel
     towers = planned_towers(config, **predicted(config, teachers))
-    stage, size = stage_of(rank, parallel, world_size), world_size // model_parallel_size(parallel)
+    stage, size = stage_of(rank, parallel, world_size), data_parallel_size(parallel, world_size)
     average = config.optim.ema > 0
     if parallel.shard == "full":
         states = fully_sharded.rank_states(towers, config.precision, size, average)

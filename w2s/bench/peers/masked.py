@@ -6,13 +6,14 @@ import torch
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from stages.mim import sample_spec
 from w2s.bench.marks import Marks
 from w2s.bench.peers.base import Peer, forward_flops
 from w2s.checkpoint.formats.plain import image_tower
+from w2s.compat import positioned
 from w2s.config.sections import Config, ModelConfig
 from w2s.data.batch import Batch, given, normalize
 from w2s.objectives.masked import LOSSES
+from w2s.stages.mim import sample_spec
 from w2s.teachers.build import build_teacher
 from w2s.towers.masked import at_places, places_to_predict
 from w2s.towers.vision import channel_statistics
@@ -34,7 +35,7 @@ class TimmStudent(nn.Module):
         patches = self.trunk.patch_embed(images)
         if not self.drops_masked:
             patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
-        placed = self.trunk._pos_embed(patches)
+        placed = positioned(self.trunk, patches)
         # Eva's gives rotary positions too, which are none here; the ViT has a norm before the layers.
         tokens = placed[0] if isinstance(self.trunk, Eva) else self.trunk.norm_pre(placed)
         before = self.trunk.num_prefix_tokens

@@ -59,14 +59,14 @@ def _vit(vision: VisionConfig, **shape: Any) -> VisionTransformer:
     return VisionTransformer(pre_norm=vision.norm_pre, act_layer=vision.activation, **shape)
 
 
-def text_tower(model: ModelConfig, *, device: torch.device | str = "meta") -> TextTransformer:
-    """open_clip's module for the text tower of a CLIP, with random weights, on `device`.
+def text_tower(model: ModelConfig) -> TextTransformer:
+    """open_clip's module for the text tower of a CLIP, without values.
 
     Its blocks are the `custom` ones: the same weights and function without the transposed rows of torch's attention, at
     whose graph ONNX Runtime 1.32 crashes in float16 on a CPU.
     """
     quick, text = model.text.activation == "quick_gelu", text_config(model.text) | {"block_type": "custom"}
-    with torch.device(device):
+    with torch.device("meta"):
         return open_clip.CustomTextCLIP(model.embed_dim, SMALLEST_VISION_TOWER, text, quick).text
 
 

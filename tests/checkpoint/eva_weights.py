@@ -1,4 +1,4 @@
-"""The tensors of towers as the released EVA code names them, and towers that are given theirs."""
+"""Weights of a single tower as the released models have them, and as ours has them."""
 
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
@@ -13,16 +13,31 @@ from w2s.megatron.tower import Tower
 def from_eva(
     tensors: Mapping[str, Tensor], wanted: Iterable[str], names: Mapping[str, str], heads: int
 ) -> dict[str, Tensor]:
-    """Our tensors, by global name, out of a tower's released ones; `names` is `VISION_NAMES` or `TEXT_NAMES`."""
+    """Return our tensors out of a tower's released ones.
+
+    Args:
+        tensors: released tensors by released name, without the tower's prefix.
+        wanted: our global names.
+        names: `VISION_NAMES` or `TEXT_NAMES`.
+        heads: attention heads of the tower.
+
+    Raises:
+        KeyError: a released tensor is missing.
+    """
     found = {name: tensors[eva_name(name, names)] for name in wanted}
-    return {name: by_head(tensor, heads).flatten(0, 2) if is_fused(name) else tensor for name, tensor in found.items()}
+    return {name: interleave(tensor, heads) if is_fused(name) else tensor for name, tensor in found.items()}
 
 
 def to_eva(tensors: Mapping[str, Tensor], names: Mapping[str, str], heads: int) -> dict[str, Tensor]:
-    """The released tensors out of a tower's own, the inverse of `from_eva`."""
+    """Return the released tensors out of a tower's own, the inverse of `from_eva`."""
     return {
         eva_name(name, names): separate(tensor, heads) if is_fused(name) else tensor for name, tensor in tensors.items()
     }
+
+
+def interleave(rows: Tensor, heads: int) -> Tensor:
+    """Reorder rows from (q | k | v), each in heads, to Megatron's (q, k, v) of a head next to each other."""
+    return by_head(rows, heads).flatten(0, 2)
 
 
 def assign(tower: Tower, tensors: Mapping[str, Tensor]) -> None:

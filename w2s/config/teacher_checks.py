@@ -1,0 +1,64 @@
+"""What the sections `teacher` and `teachers` may say."""
+
+import re
+from collections.abc import Sequence
+
+from w2s.config.lessons import Lesson
+from w2s.config.sections import Config
+from w2s.errors import ConfigError
+
+
+def check_teachers(config: Config) -> None:
+    """Refuse teachers that a stage cannot have, or cannot learn from.
+
+    Raises:
+        ConfigError: with the key, its value and legal ones.
+    """
+    names = [entry.name for entry in config.teachers.of]
+    if config.stage != "mim":
+        if names:
+            raise ConfigError(f"teachers={names}: several teach the masked stage alone, the others have teacher=NAME")
+        if config.init.teacher and config.init.vision == "none":
+            raise ConfigError(
+                f"init.teacher={config.init.teacher} does nothing with init.vision=none: name a masked run"
+            )
+        return
+    if config.init.teacher:
+        raise ConfigError(f"init.teacher={config.init.teacher} is for the contrastive stage: leave it out")
+    for name in names:
+        if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+            raise ConfigError(f"teachers: name={name} must be letters, digits, _ and -: use another")
+        if names.count(name) > 1:
+            raise ConfigError(f"teachers: two are called {name}: give each a name of its own")
+    for lesson in config.lessons:
+        _check_lesson(lesson, "teachers: " if names else "")
+
+
+def _check_lesson(lesson: Lesson, where: str) -> None:
+    name = f"{where}{lesson.teacher.name} has "
+    if lesson.weight <= 0:
+        raise ConfigError(f"{name}weight={lesson.weight:g}, which must be above 0: leave the teacher out")
+    if lesson.summary_weight < 0:
+        raise ConfigError(f"{name}summary_weight={lesson.summary_weight:g}, which must be at least 0")
+    if lesson.teacher.image_size < 0:
+        raise ConfigError(f"{name}image_size={lesson.teacher.image_size}, which must be at least 0")
+    if lesson.teacher.target_norm == "phi_s" and lesson.loss == "cosine":
+        raise ConfigError(
+            f"{name}target_norm=phi_s, a rotation and a scale, which cancel under the cosine loss: use mse, smooth_l1, "
+            "or another target_norm"
+        )
+
+
+def check_teacher_widths(config: Config, widths: Sequence[int]) -> None:
+    """Refuse a teacher of the contrastive stage whose embeddings are to be matched and have other widths.
+
+    Raises:
+        ConfigError: they have.
+    """
+    kind, embed_dim = config.clip.distill.kind, config.model.embed_dim
+    if kind != "affinity" and any(width != embed_dim for width in widths):
+        raise ConfigError(
+            f"clip.distill.kind={kind}: the teacher's embeddings have {widths[0]} channels and "
+            f"model.embed_dim={embed_dim}: use clip.distill.kind=affinity, or a student with "
+            f"model.embed_dim={widths[0]}"
+        )

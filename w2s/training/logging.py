@@ -1,0 +1,110 @@
+"""The callback that logs, and repeats a step that was skipped to find out why."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from w2s.callbacks import Callback, Training
+from w2s.data.batch import Batch
+from w2s.data.sizes import Counting, count_samples
+from w2s.megatron import groups
+from w2s.megatron.watch import float8_metrics
+from w2s.rerun import clones, explain
+from w2s.tracking.meters import over_ranks
+from w2s.training.progress import Progress, RollBack
+
+
+class Logging(Callback):
+    """Tells the tracker what a run begins with, and how it goes on where a line is due.
+
+    There a step that was skipped since the last line is repeated, and the run goes back after too many of them.
+    """
+
+    def __init__(self, run: Progress) -> None:
+        self._run = run
+        self._counting: Counting | None = None
+        # Fully sharded, no rank has gradients of its own to compare: nothing is repeated.
+        self._repeats = run.config.parallel.shard != "full"
+        self._batches: list[Batch] = []
+        self._before: dict[str, Tensor] = {}
+
+    def begin(self, training: Training) -> None:
+        """Show what was taken over, and what is read."""
+        handover = self._run.handover
+        if handover is not None:
+            training.tracker.table("handover", ["", "tensors", "names"], handover.rows(), handover.title)
+        if training.ranks.main:
+            self._show_sources()
+
+    def before_step(self, step: int) -> None:
+        """Keep what a repetition of the step needs."""
+        if self._run.is_logged(step):
+            self._before = clones(self._run.stage.extra_state())
+
+    def after_step(self, step: int, metrics: Mapping[str, Tensor]) -> None:
+        """Log if it is time: the only place in the loop that waits for the device."""
+        run = self._run
+        if self._repeats:
+            self._batches.append(run.batch)
+        if not run.is_logged(step):
+            return
+        metrics = self._repeat() or metrics
+        self._batches.clear()
+        self._log(metrics, run.meter.read())
+        # A run ends with a good step only.
+        skipped, most = run.skipped_in_a_row(), run.config.train.bad_steps if step < run.config.train.steps else 1
+        if skipped >= most:
+            raise RollBack(f"loss or gradient norm of the last {skipped} steps was not a number, or a spike")
+
+    def _show_sources(self) -> None:
+        """Show what is read, and begin to count what nobody has counted."""
+        run, index = self._run, Path(self._run.config.data.index)
+        sizes = {source.name: count_samples(source.shards, index) for source in run.sources}
+        rows = run.stream.source_rows(sizes)
+        run.tracker.table("sources", ["source", "shards", "samples", "weight"], rows, "training data")
+        unknown = {source.name: source.shards for source in run.sources if sizes[source.name] is None}
+        self._counting = Counting(unknown, index) if unknown else None
+
+    def _repeat(self) -> dict[str, Tensor] | None:
+        """Say whose fault it is that one of the steps since the last line was skipped, if one was.
+
+        Where it was the last step and the fault has passed, the step is taken after all.
+        """
+        run, batches = self._run, self._batches
+        since = int(run.stage.optimizer.guard.since)
+        if since >= len(batches):
+            return None
+        run.pulse.at("repeating a bad step", run.step, long=True)
+        verdict = explain(run.stage, batches[-1 - since], run.ranks)
+        again = verdict.passing and not since
+        when = f" at step {run.step}" if since else ""
+        words = f"{verdict.words}{'; the step is taken again' if again else ''}"
+        run.tracker.message(f"warning: step {run.step - since} was skipped; repeated{when}, it is {words}")
+        return self._take_again() if again else None
+
+    def _take_again(self) -> dict[str, Tensor]:
+        run = self._run
+        run.step -= 1
+        run.stage.load_extra_state(self._before)
+        run.stage.optimizer.forget_skipped()
+        metrics = run.update(self._batches[-1])
+        run.undone += not run.skipped_in_a_row()
+        return metrics
+
+    def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
+        """Average over the ranks."""
+        run = self._run
+        own = run.ranks.numbers(metrics), run.watch.read(), figures, run.stream.counts()
+        numbers, counts, everyones, read = zip(*run.ranks.gather(own), strict=True)
+        averages = groups.means(numbers) | float8_metrics(counts)
+        skipped = int(run.stage.optimizer.guard.skipped) + run.undone
+        if skipped:
+            averages["skipped_steps"] = skipped
+        compared = over_ranks(everyones, ("seconds_per_step", "data_wait"))
+        logged = {**averages, **figures, **compared, **run.stream.metrics(groups.sums(read))}
+        run.tracker.log(run.step, run.samples, logged)
+        for callback in run.callbacks:
+            callback.logged(run.step, logged)
+        for line in self._counting.news() if self._counting else ():
+            run.tracker.message(f"counted: {line}")

@@ -1,0 +1,95 @@
+"""Where a run takes its weights, optimizer and place in the data from when it begins."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from w2s.checkpoint import store
+from w2s.checkpoint.continued import find_continued
+from w2s.checkpoint.handover import Handover, check_shapes
+from w2s.checkpoint.memory import HostMemory
+from w2s.checkpoint.verifying import verify
+from w2s.config.naming import difference
+from w2s.config.sections import Config
+from w2s.errors import UserError
+from w2s.megatron import state
+from w2s.megatron.sharded import whole
+from w2s.training.stage import Stage
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run stands after it has taken up what there was."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    parent: str | None = None
+    """Checkpoint that its weights came from at first."""
+    handover: Handover | None = None
+    """What became of the weights that `init` names."""
+    position: dict[str, Any] | None = None
+    """Place in the data; None at its beginning."""
+    news: tuple[str, ...] = ()
+    """What the user is told."""
+
+
+def resume(stage: Stage, config: Config, run: Path, memory: HostMemory | None) -> Resumed:
+    """Take up the run where it stands.
+
+    1. This run's checkpoint in the memory of the hosts, if one was found: weights, optimizer, data position.
+    2. Else its own latest checkpoint, if it has one, as `recover` has left it.
+    3. Else all that of the checkpoint that `init.checkpoint` names.
+    4. Else the weights that `init` names; a new optimizer.
+    5. Else the weights drawn from the seed.
+
+    Raises:
+        UserError: the run was begun with another configuration.
+    """
+    if memory is not None and memory.meta is not None:
+        meta = memory.meta
+        _refuse_another_run(config, run, meta)
+        stage.load_extra_state(state.take_up(memory.read(), stage.towers, stage.optimizer, meta.step))
+        return _resumed(config, meta)
+    own = store.latest(run)
+    if own is not None:
+        _refuse_another_run(config, run, store.read_meta(own))
+        return load_checkpoint(own, stage, config)
+    other = find_continued(config)
+    if other is not None:
+        verify(other)
+        check_shapes(stage.towers, other)
+        return replace(load_checkpoint(other, stage, config), parent=str(other))
+    with whole(stage.towers.values()):
+        handover = stage.begin()
+    if handover is None:
+        return Resumed()
+    stage.optimizer.reload_weights()
+    return Resumed(parent=handover.parent, handover=handover)
+
+
+def load_checkpoint(checkpoint: Path, stage: Stage, config: Config) -> Resumed:
+    """Take up all that a checkpoint holds."""
+    meta = store.read_meta(checkpoint)
+    stage.load_extra_state(state.load(checkpoint, stage.towers, stage.optimizer, meta.step))
+    return _resumed(config, meta)
+
+
+def _resumed(config: Config, meta: store.Meta) -> Resumed:
+    return Resumed(meta.step, meta.parent, position=dict(meta.data), news=_news_of_average(config, meta))
+
+
+def _news_of_average(config: Config, meta: store.Meta) -> tuple[str, ...]:
+    """Say where the moving average of the weights begins anew, or ends."""
+    kept, saved = bool(config.optim.ema), bool(meta.config.get("optim", {}).get("ema"))
+    if kept and not saved:
+        return (f"the moving average begins at the weights of step {meta.step}: there was none before",)
+    if saved and not kept:
+        return (f"the moving average ends at step {meta.step}: optim.ema=0 keeps none",)
+    return ()
+
+
+def _refuse_another_run(config: Config, run: Path, meta: store.Meta) -> None:
+    found = difference(config, meta.config)
+    if found is not None:
+        key, then, now = found
+        raise UserError(f"{run} was begun with {key}={then}, not {key}={now}: keep that, or choose another run.name")
