@@ -15,17 +15,24 @@ from torch import Tensor, nn
 from w2s.checkpoint.handover import Handover, take_over
 from w2s.config.batching import num_kept_patches, num_passes
 from w2s.config.sections import Config
-from w2s.data.batch import Batch, gather_batch, given, normalize
+from w2s.data.batch import Batch, gather_batch, normalize, require
 from w2s.data.sample import SampleSpec
 from w2s.distillation import Distillation
-from w2s.megatron.groups import Ranks
-from w2s.megatron.optimizer import Optimizer, Towers
-from w2s.megatron.schedule import Loss, Reported, begin_pass, finish_gradients, forward_backward, forward_only
-from w2s.megatron.sharded import data_parallel
+from w2s.evaluator import ClipEvaluator
+from w2s.megatron.parallel.optimizer import Optimizer, Towers
+from w2s.megatron.parallel.pipeline_schedule import (
+    Loss,
+    Metrics,
+    forward_backward,
+    forward_only,
+    reduce_gradients,
+    start_pass,
+)
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.megatron.parallel.sharded import data_parallel
 from w2s.objectives.contrastive import contrastive_loss
 from w2s.objectives.sigmoid import sigmoid_loss
 from w2s.precision import compute_dtype
-from w2s.probe import ClipProbe
 from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.vision import channel_statistics
@@ -45,19 +52,19 @@ def sample_spec(config: Config, teacher_sizes: tuple[int, ...] = ()) -> SampleSp
         config,
         teacher_sizes=teacher_sizes,
         teacher_samples=config.clip.distill.last_step(config.train) * config.train.global_batch,
-        kept_patches=num_kept_patches(patches, dropout) if dropout else 0,
+        num_kept_patches=num_kept_patches(patches, dropout) if dropout else 0,
         context_length=config.model.text.context_length,
     )
 
 
-def see(tower: ImageTower, batch: Batch) -> Tensor:
+def encode_image(tower: ImageTower, batch: Batch) -> Tensor:
     """Features of a batch's images or clips, seen through patch dropout and drop path: [n, embed_dim]."""
-    return tower(normalize(batch.images, *channel_statistics(tower.shape)), batch.kept, batch.branches)
+    return tower(normalize(batch.images, *channel_statistics(tower.shape)), batch.kept, batch.branch_scales)
 
 
-def read(tower: TextTower, batch: Batch) -> Tensor:
+def encode_text(tower: TextTower, batch: Batch) -> Tensor:
     """Features of a batch's captions: [n, embed_dim]."""
-    return tower(given(batch.tokens))
+    return tower(require(batch.tokens))
 
 
 class ContrastiveStage:
@@ -73,7 +80,7 @@ class ContrastiveStage:
         # As baaivision/EVA, shinji/training/train.py.
         bounds = {"logit_scale": (0.0, math.log(config.clip.logit_scale_max))}
         self.optimizer = Optimizer(self.towers, config.optim, dtype, config.init.scratch, bounds)
-        self.probe = ClipProbe(config, ranks)
+        self.evaluator = ClipEvaluator(config, ranks)
         self.distillation = next((Distillation(config, each, ranks) for each in config.taught_by), None)
         self.teachers: Sequence[nn.Module] = [self.distillation.teacher] if self.distillation else []
         self.spec = sample_spec(config, self.distillation.image_sizes if self.distillation else ())
@@ -85,18 +92,20 @@ class ContrastiveStage:
             batch: this rank's share of the samples of its model-parallel group. A teacher sees no others here.
         """
         micro_batch = self.config.train.micro_batch
-        taught = batch if self.distillation is None else self.distillation.teach(batch, micro_batch)
-        whole = gather_batch(taught.to(self.ranks.device), self.ranks.model_group)
-        micro_batches = whole.split(micro_batch)
+        local_batch = batch if self.distillation is None else self.distillation.run_teacher(batch, micro_batch)
+        group_batch = gather_batch(local_batch.to(self.ranks.device), self.ranks.model_group)
+        micro_batches = group_batch.split(micro_batch)
         if num_passes(self.config, len(micro_batches)) == 1:
-            return self._one_pass(whole)
-        return self._two_passes(whole, micro_batches)
+            return self._direct_step(group_batch)
+        return self._gradcache_step(group_batch, micro_batches)
 
-    def _loss(self, images: Tensor, texts: Tensor, scalars: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Reported]:
+    def _loss(
+        self, images: Tensor, texts: Tensor, logit_parameters: Sequence[Tensor], batch: Batch
+    ) -> tuple[Tensor, Metrics]:
         """The loss of the features of a whole batch, over the data-parallel ranks: contrastive, and distillation's."""
-        clip, (logit_scale, *bias) = self.config.clip, scalars
+        clip, (logit_scale, *bias) = self.config.clip, logit_parameters
         units = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
-        labels = given(batch.captions) if clip.equal_captions == "positives" else None
+        labels = require(batch.caption_hashes) if clip.equal_captions == "positives" else None
         loss = sigmoid_loss if clip.loss == "sigmoid" else contrastive_loss
         scale = logit_scale.exp()
         value = loss(*units, scale, *bias, group=self.ranks.data_group, labels=labels, tile=clip.tile)
@@ -107,70 +116,72 @@ class ContrastiveStage:
             reported["distill_loss"] = distance.detach()
         return value, reported
 
-    def _one_pass(self, batch: Batch) -> Reported:
+    def _direct_step(self, batch: Batch) -> Metrics:
         """Forward and backward of both towers at once: the batch of this rank is one micro-batch."""
-        (text,) = self.text.parts
+        (text,) = self.text.chunks
 
         def forward(vision: ImageTower, batch: Batch) -> tuple[Tensor, Loss]:
-            images, texts = see(vision, batch), read(text, batch)
+            images, texts = encode_image(vision, batch), encode_text(text, batch)
 
-            def loss(images: Tensor) -> tuple[Tensor, Reported]:
-                return self._loss(images, texts, text.scalars(), batch)
+            def loss(images: Tensor) -> tuple[Tensor, Metrics]:
+                return self._loss(images, texts, text.logit_parameters(), batch)
 
             return images, loss
 
-        begin_pass(self.text)
-        (losses,) = forward_backward(self.vision, [batch], forward, self._rows("vision", batch))
-        finish_gradients(self.text)
+        start_pass(self.text)
+        (losses,) = forward_backward(self.vision, [batch], forward, self._num_tokens("vision", batch))
+        reduce_gradients(self.text)
         return losses
 
-    def _two_passes(self, batch: Batch, micro_batches: list[Batch]) -> Reported:
+    def _gradcache_step(self, batch: Batch, micro_batches: list[Batch]) -> Metrics:
         """GradCache: all features, the loss and its gradients with respect to them, the towers again with those."""
-        images = forward_only(self.vision, micro_batches, see, self._rows("vision", micro_batches[0]))
-        texts = forward_only(self.text, micro_batches, read, self._rows("text", micro_batches[0]))
-        losses, (by_images, by_texts, *by_scalars) = self._gradients(images, texts, batch)
-        self._send_back("vision", micro_batches, see, by_images, [])
-        self._send_back("text", micro_batches, read, by_texts, by_scalars)
+        images = forward_only(self.vision, micro_batches, encode_image, self._num_tokens("vision", micro_batches[0]))
+        texts = forward_only(self.text, micro_batches, encode_text, self._num_tokens("text", micro_batches[0]))
+        losses, (grad_images, grad_texts, *grad_logit_parameters) = self._feature_gradients(images, texts, batch)
+        self._backward("vision", micro_batches, encode_image, grad_images, [])
+        self._backward("text", micro_batches, encode_text, grad_texts, grad_logit_parameters)
         return losses
 
-    def _gradients(
+    def _feature_gradients(
         self, images: list[Tensor], texts: list[Tensor], batch: Batch
-    ) -> tuple[Reported, Sequence[Tensor | None]]:
+    ) -> tuple[Metrics, Sequence[Tensor | None]]:
         """The losses, and the gradients with respect to features and scalars; None where there are no features."""
-        if self.text.tail is None:
+        if self.text.last_chunk is None:
             return {}, (None, None)
-        scalars = [scalar.detach().clone() for scalar in self.text.tail.scalars()]
-        leaves = [leaf.requires_grad_() for leaf in (torch.cat(images), torch.cat(texts), *scalars)]
+        logit_parameters = [scalar.detach().clone() for scalar in self.text.last_chunk.logit_parameters()]
+        leaves = [leaf.requires_grad_() for leaf in (torch.cat(images), torch.cat(texts), *logit_parameters)]
         loss, losses = self._loss(leaves[0], leaves[1], leaves[2:], batch)
         return losses, torch.autograd.grad(loss, leaves)
 
-    def _send_back(
+    def _backward(
         self,
         name: str,
         micro_batches: list[Batch],
         embed: Callable[[Any, Batch], Tensor],
-        by_features: Tensor | None,
-        by_scalars: Sequence[Tensor | None],
+        grad_features: Tensor | None,
+        grad_logit_parameters: Sequence[Tensor | None],
     ) -> None:
         """Accumulate in a tower the gradients that its features and, for the text tower, the loss's scalars have."""
         count = len(micro_batches)
 
         def forward(chunk: Any, micro: tuple[Batch, Tensor]) -> tuple[Tensor, Loss]:
-            def loss(features: Tensor) -> tuple[Tensor, Reported]:
+            def loss(features: Tensor) -> tuple[Tensor, Metrics]:
                 # The schedule divides by the number of micro-batches.
                 value = count * (features.float() * micro[1].float()).sum()
-                for gradient, scalar in zip(by_scalars, chunk.scalars() if by_scalars else [], strict=True):
+                for gradient, scalar in zip(
+                    grad_logit_parameters, chunk.logit_parameters() if grad_logit_parameters else [], strict=True
+                ):
                     value = value + gradient * scalar
                 return value, {}
 
             return embed(chunk, micro[0]), loss
 
         # Only the last pipeline stage has features, and so gradients with respect to them.
-        parts = [None] * count if by_features is None else by_features.split(self.config.train.micro_batch)
+        parts = [None] * count if grad_features is None else grad_features.split(self.config.train.micro_batch)
         micros = list(zip(micro_batches, parts, strict=True))
-        forward_backward(self.towers[name], micros, forward, self._rows(name, micro_batches[0]))
+        forward_backward(self.towers[name], micros, forward, self._num_tokens(name, micro_batches[0]))
 
-    def _rows(self, name: str, batch: Batch) -> int:
+    def _num_tokens(self, name: str, batch: Batch) -> int:
         """Tokens of all samples of a batch in a tower; each phase of the data has its own patch dropout and frames."""
         model = self.config.model
         if name == "text":
@@ -186,8 +197,8 @@ class ContrastiveStage:
 
             text = text_weights(self.config)
         handover = take_over(self.towers, self.config, text)
-        if self.text.tail is not None and self.config.clip.logit_scale is not None:
-            self.text.tail.logit_scale.data.fill_(math.log(self.config.clip.logit_scale))
+        if self.text.last_chunk is not None and self.config.clip.logit_scale is not None:
+            self.text.last_chunk.logit_scale.data.fill_(math.log(self.config.clip.logit_scale))
         return handover
 
     def extra_state(self) -> dict[str, Tensor]:
@@ -203,8 +214,8 @@ class ContrastiveStage:
         """Zero-shot classification and retrieval on the test images; a teacher that is passed there is let go."""
         if not self.config.eval.shards:
             return {}
-        metrics = self.probe.measure(self.vision, self.text).metrics
-        return metrics if self.distillation is None else metrics | self.distillation.judge(metrics, self.probe)
+        metrics = self.evaluator.measure(self.vision, self.text).metrics
+        return metrics if self.distillation is None else metrics | self.distillation.judge(metrics, self.evaluator)
 
     def finish(self, tracker: Tracker) -> dict[str, float]:
         """Measure the finished CLIP."""

@@ -9,25 +9,25 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from w2s.checkpoint.checkpoint_folders import read_meta
 from w2s.checkpoint.find import find
 from w2s.checkpoint.handover import load_all
-from w2s.checkpoint.store import read_meta
 from w2s.config.layout import check_towers
 from w2s.config.load import model_from
 from w2s.config.sections import Config, Resize
 from w2s.config.suites import Suite, load_suite
-from w2s.data.builtin.registry import without_left_out
+from w2s.data.builtin.builtin_sets import without_left_out
 from w2s.errors import ConfigError
 from w2s.evaluation.evaluate import ClipResult, of_sets, under
 from w2s.evaluation.images import EvalImages, stills
 from w2s.evaluation.suite import as_measured, differences, find_sets, means, score, table
 from w2s.evaluation.zero_shot import ClassResult, ZeroShotResult
-from w2s.megatron.groups import Ranks
-from w2s.megatron.optimizer import Towers
-from w2s.megatron.sharded import ShardedTower
+from w2s.evaluator import ClipEvaluator, attention_of_cls
+from w2s.megatron.parallel.optimizer import Towers
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.megatron.parallel.sharded import ShardedTower
+from w2s.model_registry import register_clip
 from w2s.precision import compute_dtype
-from w2s.probe import ClipProbe, attention_of_cls
-from w2s.registering import register_clip
 from w2s.run import open_run, origins, recorded, test_inputs
 from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower
@@ -49,8 +49,8 @@ def run(config: Config) -> None:
     checkpoint = find(config.init.checkpoint, Path(config.run.root).expanduser(), key="init.checkpoint", stage="clip")
     if checkpoint is None:
         raise ConfigError("init.checkpoint=none leaves nothing to evaluate: give a clip run, or latest")
-    with open_run(config) as (ranks, pulse, folder):
-        pulse.at("evaluating", long=True)
+    with open_run(config) as (ranks, heartbeat, folder):
+        heartbeat.at("evaluating", long=True)
         suite = load_suite(config.eval.suite) if config.eval.suite else None
         if suite is None:
             sets = without_left_out(config.data, config.eval.sets)
@@ -73,15 +73,15 @@ def evaluate(config: Config, suite: Suite | None, checkpoint: Path, tracker: Tra
     """Measure a checkpoint, show tables and pictures, return the metrics."""
     vision, text = build_clip(config, compute_dtype(config.precision), ranks.device)
     load_all({"vision": vision, "text": text}, checkpoint, config.eval.weights)
-    probe = ClipProbe(config, ranks)
+    evaluator = ClipEvaluator(config, ranks)
     measured, resized, sizes = dict[str, dict[str, float]](), dict[str, Resize](), dict[str, int]()
-    for name, rules, result in _measure({"vision": vision, "text": text}, probe, suite):
+    for name, rules, result in _measure({"vision": vision, "text": text}, evaluator, suite):
         measured[name], resized[name], sizes[name] = result.metrics, result.resize, len(rules.test_set(name))
         if config.tracking.pictures:
             _show(name, result, rules, config.tracking.pictures, tracker)
         if config.tracking.pictures and len(measured) == 1:  # of one set says enough
             _show_attention(name, vision, rules, config.tracking.pictures, tracker)
-    metrics = of_sets(measured) | probe.baselines()
+    metrics = of_sets(measured) | evaluator.baselines()
     if suite is not None:
         metrics |= under(Path(config.eval.suite).stem, means(suite, measured))
         tracker.table("suite", *table(suite, _name(checkpoint), measured, resized), suite.title)
@@ -93,18 +93,20 @@ def evaluate(config: Config, suite: Suite | None, checkpoint: Path, tracker: Tra
     return metrics
 
 
-def _measure(towers: Towers, probe: ClipProbe, suite: Suite | None) -> Iterator[tuple[str, ClipProbe, ClipResult]]:
+def _measure(
+    towers: Towers, evaluator: ClipEvaluator, suite: Suite | None
+) -> Iterator[tuple[str, ClipEvaluator, ClipResult]]:
     """Measure the test sets one after the other, each with the probe of its rules."""
     vision, text = towers["vision"], towers["text"]
-    sets = probe.config.eval.by_name
+    sets = evaluator.config.eval.by_name
     if suite is None:
-        galleries = probe.galleries(vision)
+        galleries = evaluator.galleries(vision)
         for name in sets:
-            yield name, probe, probe.measure(vision, text, name, galleries=galleries)
+            yield name, evaluator, evaluator.measure(vision, text, name, galleries=galleries)
         return
     for one in suite.sets:
         if one.name in sets:
-            own = ClipProbe(as_measured(probe.config, suite, one, sets[one.name]), probe.ranks)
+            own = ClipEvaluator(as_measured(evaluator.config, suite, one, sets[one.name]), evaluator.ranks)
             galleries, rule = own.galleries(vision), partial(score, one, suite)
             yield one.name, own, own.measure(vision, text, one.name, galleries=galleries, score=rule)
 
@@ -114,9 +116,9 @@ def _name(checkpoint: Path) -> str:
     return checkpoint.parent.parent.name if checkpoint.parent.name == "checkpoints" else checkpoint.name
 
 
-def _show(name: str, result: ClipResult, probe: ClipProbe, count: int, tracker: Tracker) -> None:
+def _show(name: str, result: ClipResult, evaluator: ClipEvaluator, count: int, tracker: Tracker) -> None:
     """Tables and pictures of a test set; the main rank alone decodes what is in them."""
-    images = probe.images(probe.test_set(name), probe.config.model.vision.image_size, how=result.resize)
+    images = evaluator.images(evaluator.test_set(name), evaluator.config.model.vision.image_size, how=result.resize)
     if result.zero_shot is not None:
         _show_classes(name, result.zero_shot, images, count, tracker)
     if result.found:
@@ -124,12 +126,12 @@ def _show(name: str, result: ClipResult, probe: ClipProbe, count: int, tracker: 
 
 
 def _show_attention(
-    name: str, vision: ShardedTower[ImageTower], probe: ClipProbe, count: int, tracker: Tracker
+    name: str, vision: ShardedTower[ImageTower], evaluator: ClipEvaluator, count: int, tracker: Tracker
 ) -> None:
     """Picture of what the embedding looks at in some test images; every rank computes."""
-    data = probe.test_set(name)
+    data = evaluator.test_set(name)
     numbers = np.unique(np.linspace(0, len(data) - 1, count).astype(int))
-    (read,) = probe.images(data, probe.config.model.vision.image_size).only(numbers).read()
+    (read,) = evaluator.images(data, evaluator.config.model.vision.image_size).only(numbers).read()
     shown = stills(read)
     looks = attention_of_cls(vision, shown)
     tracker.picture(_file("attention", name), lambda path: attention_picture(path, shown, looks))

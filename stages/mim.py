@@ -16,33 +16,33 @@ from torch import Tensor, nn
 from w2s.checkpoint.handover import Handover, take_over
 from w2s.config.lessons import Target
 from w2s.config.sections import Config
-from w2s.data.batch import Batch, gather_batch, given, normalize
+from w2s.data.batch import Batch, gather_batch, normalize, require
 from w2s.data.sample import SampleSpec, draw_mask
+from w2s.evaluation.batched_features import TensorItems, encode_all, of_images
 from w2s.evaluation.dataset import EvalSet
-from w2s.evaluation.encode import Rows, encode_all, of_images
 from w2s.evaluation.evaluate import of_sets, under
 from w2s.evaluation.images import ImageBatch
-from w2s.megatron.groups import Ranks
-from w2s.megatron.optimizer import Optimizer, Towers
-from w2s.megatron.schedule import Loss, Reported, forward_backward, infer, means
-from w2s.megatron.sharded import data_parallel
-from w2s.objectives.layers import LayerLosses
-from w2s.objectives.masked import masked_cosines
-from w2s.optim.schedule import falling_weight
+from w2s.evaluator import Evaluator, attention_of_cls, patch_features
+from w2s.megatron.parallel.optimizer import Optimizer, Towers
+from w2s.megatron.parallel.pipeline_schedule import Loss, Metrics, forward_backward, infer, means
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.megatron.parallel.sharded import data_parallel
+from w2s.objectives.layer_losses import LayerLosses
+from w2s.objectives.masked_loss import masked_cosines
+from w2s.optim.lr_schedule import falling_weight
 from w2s.precision import compute_dtype
-from w2s.probe import Probe, attention_of_cls, patch_features
 from w2s.teachers.phi_s import PhiS
 from w2s.teachers.targets import TargetNorm
 from w2s.towers.build import build_student
-from w2s.towers.masked import (
+from w2s.towers.masked_student import (
     MaskedStudent,
     Outputs,
-    at_places,
-    everywhere,
+    all_patch_indices,
+    gather_patches,
     outputs_of,
-    places_to_predict,
-    put_at_places,
-    split_rows,
+    patch_indices_to_predict,
+    scatter_patches,
+    unflatten_outputs,
 )
 from w2s.towers.vision import channel_statistics
 from w2s.tracking.tracker import Tracker
@@ -86,11 +86,11 @@ class MaskedStage:
         self.student = data_parallel(student, config.parallel, config.precision)
         self.towers: Towers = {"vision": self.student}
         self.optimizer = Optimizer(self.towers, config.optim, dtype, config.init.scratch)
-        self.probe = Probe(config, ranks)
+        self.evaluator = Evaluator(config, ranks)
         self.sizes = tuple(dict.fromkeys(tutor.teacher.image_size for tutor in self.tutors))
         self.spec = sample_spec(config, self.sizes)
-        self.widths = [target.width for target in self.targets], list(layer_widths.values())
-        self.tokens = vision.class_tokens + config.mim.seen(vision.patches)
+        self.target_widths = [target.width for target in self.targets], list(layer_widths.values())
+        self.tokens = vision.class_tokens + config.mim.num_visible(vision.patches)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step: the teachers see whole images, the student masked ones, and predicts targets at some patches.
@@ -99,17 +99,19 @@ class MaskedStage:
             batch: this rank's share of the samples of its model-parallel group. The teachers see no others here; one
                 gather gives the group's images and targets to all its ranks.
         """
-        whole = gather_batch(self._teach(batch.to(self.ranks.device)), self.ranks.model_group)
-        micro_batches = whole.split(self.config.train.micro_batch)
-        learn = LayerLosses(self.config.mim, self._layers_weight(batch) / len(micro_batches))
+        group_batch = gather_batch(self._run_teacher(batch.to(self.ranks.device)), self.ranks.model_group)
+        micro_batches = group_batch.split(self.config.train.micro_batch)
+        layer_losses = LayerLosses(self.config.mim, self._layers_weight(batch) / len(micro_batches))
 
         def forward(student: MaskedStudent, micro: Batch) -> tuple[Tensor, Loss]:
-            masks = given(micro.masks)
+            masks = require(micro.masks)
             targets, layers = self._targets_of(micro)
             images = normalize(micro.images, *channel_statistics(self.config.model.vision))
-            predictions = student(images, masks, self._places(masks), learn.of(layers), micro.branches)
+            predictions = student(
+                images, masks, self._patch_indices(masks), layer_losses.for_targets(layers), micro.branch_scales
+            )
 
-            def loss(predictions: Sequence[Tensor]) -> tuple[Tensor, Reported]:
+            def loss(predictions: Sequence[Tensor]) -> tuple[Tensor, Metrics]:
                 each = zip(self.tutors, outputs_of(predictions, self.targets), targets, strict=True)
                 losses, reports = zip(*(tutor.compare(*outputs) for tutor, *outputs in each), strict=True)
                 value = torch.stack(losses).sum()
@@ -117,18 +119,22 @@ class MaskedStage:
 
             return predictions, loss
 
-        rows = len(micro_batches[0]) * self.tokens
-        reports = forward_backward(self.student, micro_batches, forward, rows)
-        return {**means(reports), **means(learn.reports), "teacher_images_per_rank": torch.tensor(float(len(batch)))}
+        num_tokens = len(micro_batches[0]) * self.tokens
+        reports = forward_backward(self.student, micro_batches, forward, num_tokens)
+        return {
+            **means(reports),
+            **means(layer_losses.reports),
+            "teacher_images_per_rank": torch.tensor(float(len(batch))),
+        }
 
-    def _teach(self, batch: Batch) -> Batch:
+    def _run_teacher(self, batch: Batch) -> Batch:
         """Exchange the images at the teachers' sizes for their features of them, at the patches to predict."""
         masks, group = self._masks(batch), self.ranks.world_group
-        places = self._places(masks)
+        patch_indices = self._patch_indices(masks)
         patches, layers, summaries = list[Tensor](), list[Tensor](), list[Tensor]()
         for tutor in self.tutors:
             features = tutor.look(self._seen_by(tutor, batch.teacher_images), self.config.train.micro_batch)
-            of_patches, *of_layers = tutor.targets(features, places, group)
+            of_patches, *of_layers = tutor.targets(features, patch_indices, group)
             patches, layers = [*patches, of_patches], [*layers, *of_layers]
             summaries += [each for each in [tutor.summary(features)] if each is not None]
         return dataclasses.replace(
@@ -136,17 +142,17 @@ class MaskedStage:
             teacher_images=(),
             masks=masks,
             targets=torch.cat([*patches, *layers], dim=-1),
-            summaries=torch.cat(summaries, dim=-1) if summaries else None,
+            teacher_summaries=torch.cat(summaries, dim=-1) if summaries else None,
         )
 
     def _targets_of(self, micro: Batch) -> tuple[list[Outputs], Sequence[Tensor]]:
-        """What is to be predicted of each teacher, and after single layers, out of what `_teach` has joined."""
-        widths, layer_widths = self.widths
-        parts = given(micro.targets).split([*widths, *layer_widths], dim=-1)
-        patches, layers = parts[: len(widths)], parts[len(widths) :]
-        if micro.summaries is None:
+        """What is to be predicted of each teacher, and after single layers, out of what `_run_teacher` has joined."""
+        target_widths, layer_widths = self.target_widths
+        parts = require(micro.targets).split([*target_widths, *layer_widths], dim=-1)
+        patches, layers = parts[: len(target_widths)], parts[len(target_widths) :]
+        if micro.teacher_summaries is None:
             return [Outputs(each, None) for each in patches], layers
-        summaries = micro.summaries.split([target.summary_width for target in self.targets], dim=-1)
+        summaries = micro.teacher_summaries.split([target.summary_width for target in self.targets], dim=-1)
         some = (each if each.shape[-1] else None for each in summaries)
         return [Outputs(*each) for each in zip(patches, some, strict=True)], layers
 
@@ -170,12 +176,12 @@ class MaskedStage:
             return batch.masks
         return torch.zeros(len(batch), self.config.model.vision.patches, dtype=torch.bool, device=batch.images.device)
 
-    def _places(self, masks: Tensor) -> Tensor:
+    def _patch_indices(self, masks: Tensor) -> Tensor:
         """The patches to predict: int64 [n, k]."""
-        return places_to_predict(masks, self.config.mim)
+        return patch_indices_to_predict(masks, self.config.mim)
 
     @property
-    def _kind(self) -> str:
+    def _metric_prefix(self) -> str:
         """Which patches are predicted, as the names of the metrics say it."""
         return self.config.mim.predict if self.config.mim.masked_patches else "unmasked"
 
@@ -202,15 +208,15 @@ class MaskedStage:
         """Cosines on the test images beside those of the best constant predictions, and k-NN of the features."""
         if not self.config.eval.shards:
             return {}
-        return self._cosines("test", self.probe.test_set()) | self.probe.of_tower(self.student)
+        return self._cosines("test", self.evaluator.test_set()) | self.evaluator.evaluate_tower(self.student)
 
     def finish(self, tracker: Tracker) -> dict[str, float]:
         """Measure the finished student and its baselines, and draw what it has learnt."""
         if not self.config.eval.shards:
             return {}
-        metrics = self.evaluate() | self._as_clips() | self.probe.baselines()
+        metrics = self.evaluate() | self._as_clips() | self.evaluator.baselines()
         if self.config.eval.knn_shards:
-            metrics |= self._cosines("neighbours", self.probe.neighbours())
+            metrics |= self._cosines("neighbours", self.evaluator.gallery_set())
         tracker.results(metrics, "masked stage")
         if self.config.tracking.pictures:
             self._draw(tracker)
@@ -220,44 +226,45 @@ class MaskedStage:
         """The student as the CLIP of each teacher whose summary it has learnt, beside that teacher."""
         embeds = [partial(MaskedStudent.embed, teacher=number) for number in range(len(self.tutors))]
         return self._by_teacher(
-            self.probe.as_clip(self.student, embed, tutor.lesson, tutor.teacher)
+            self.evaluator.evaluate_as_clip(self.student, embed, tutor.lesson, tutor.teacher)
             for tutor, embed in zip(self.tutors, embeds, strict=True)
         )
 
     def _cosines(self, name: str, data: EvalSet) -> dict[str, float]:
         """Cosines with each teacher, and of the best constant predictions: `NAME/…`, under the teachers' names."""
-        norms = [self._norm_for_tests(tutor) for tutor in self.tutors]
+        norms = [self._test_target_norm(tutor) for tutor in self.tutors]
 
         def measure(batch: ImageBatch) -> Tensor:
             """Cosine and direction of the targets, first the mean of an image's places, then the summary's if any."""
             predictions, targets, masks = self._predict(batch, norms)
             return torch.cat(
-                [self._measured(*each, self._places(masks)) for each in zip(predictions, targets, strict=True)], dim=1
+                [self._measured(*each, self._patch_indices(masks)) for each in zip(predictions, targets, strict=True)],
+                dim=1,
             )
 
-        images, size = self.probe.images(data, *self._sizes), self.config.eval.batch_size
+        images, size = self.evaluator.images(data, *self._sizes), self.config.eval.batch_size
         mean = encode_all(measure, images, size, self.ranks.data_group).mean(0)
         parts = mean.split([2 + target.width + target.summary_width for target in self.targets])
         found = [self._cosines_of(part, target) for part, target in zip(parts, self.targets, strict=True)]
         return self._by_teacher(under(name, each) for each in found)
 
     @staticmethod
-    def _measured(predictions: Outputs, targets: Outputs, places: Tensor) -> Tensor:
+    def _measured(predictions: Outputs, targets: Outputs, patch_indices: Tensor) -> Tensor:
         """Of each image the mean cosine and the mean direction of its targets, and those of the summary.
 
         It is [n, 1 + d + 1 + e]; without a summary its cosine is 0.
         """
-        at = [at_places(each.patches, places) for each in (predictions, targets)]
+        at = [gather_patches(each.patches, patch_indices) for each in (predictions, targets)]
         columns = [masked_cosines(*at).mean(1, keepdim=True), F.normalize(at[1], dim=-1).mean(1)]
         if predictions.summary is None or targets.summary is None:
-            return torch.cat([*columns, at[0].new_zeros(len(places), 1)], dim=1)
+            return torch.cat([*columns, at[0].new_zeros(len(patch_indices), 1)], dim=1)
         summary = masked_cosines(predictions.summary, targets.summary)[:, None]
         return torch.cat([*columns, summary, F.normalize(targets.summary, dim=-1)], dim=1)
 
     def _cosines_of(self, mean: Tensor, target: Target) -> dict[str, float]:
         """The metrics of a teacher, of the mean of what `_measured` gave."""
         cosine, direction, summary, towards = mean.split([1, target.width, 1, target.summary_width])
-        found = {f"{self._kind}_cosine": cosine.item(), "constant_cosine": direction.norm().item()}
+        found = {f"{self._metric_prefix}_cosine": cosine.item(), "constant_cosine": direction.norm().item()}
         if target.summary_width:
             found |= {"summary_cosine": summary.item(), "summary_constant_cosine": towards.norm().item()}
         return found
@@ -278,34 +285,34 @@ class MaskedStage:
         masks = torch.from_numpy(np.stack(drawn)).to(device)
         images, *views = batch.views
         seen = normalize(images.to(device), *channel_statistics(self.config.model.vision))
-        places = self._places(masks) if self.config.mim.predict == "visible" else everywhere(masks)
-        rows = infer(self.student, (seen, masks, places), MaskedStudent.predict, self.tokens).float()
+        patch_indices = self._patch_indices(masks) if self.config.mim.predict == "visible" else all_patch_indices(masks)
+        flattened = infer(self.student, (seen, masks, patch_indices), MaskedStudent.predict, self.tokens).float()
         predictions = [
-            each._replace(patches=put_at_places(each.patches, places, vision.patches))
-            for each in split_rows(rows, self.targets)
+            each._replace(patches=scatter_patches(each.patches, patch_indices, vision.patches))
+            for each in unflatten_outputs(flattened, self.targets)
         ]
         targets = []
         for tutor, norm in zip(self.tutors, norms, strict=True):
-            taught = self._teach_together(tutor, self._seen_by(tutor, views), self.ranks.model_group)
+            taught = self._run_teacher_sharded(tutor, self._seen_by(tutor, views), self.ranks.model_group)
             targets.append(taught._replace(patches=norm(taught.patches, update=False)))
         return predictions, targets, masks
 
-    def _teach_together(self, tutor: Tutor, images: Tensor, group: dist.ProcessGroup) -> Outputs:
+    def _run_teacher_sharded(self, tutor: Tutor, images: Tensor, group: dist.ProcessGroup) -> Outputs:
         """A teacher's features of images that all ranks of `group` have; each computes those of a share."""
         share = math.ceil(len(images) / dist.get_world_size(group))
-        return Outputs.from_rows(encode_all(tutor.rows, Rows(images), share, group), tutor.target)
+        return Outputs.unflatten(encode_all(tutor.flat_outputs, TensorItems(images), share, group), tutor.target)
 
-    def _norm_for_tests(self, tutor: Tutor) -> TargetNorm | PhiS:
+    def _test_target_norm(self, tutor: Tutor) -> TargetNorm | PhiS:
         """The running statistics; before the first step, those of some of the images that k-NN looks among."""
         norm = copy.deepcopy(tutor.norm)
         if not norm.ready:
-            probe, size, group = self.probe, tutor.teacher.image_size, self.ranks.world_group
-            data = probe.neighbours() if self.config.eval.knn_shards else probe.test_set()
+            evaluator, size, group = self.evaluator, tutor.teacher.image_size, self.ranks.world_group
+            data = evaluator.gallery_set() if self.config.eval.knn_shards else evaluator.test_set()
             numbers = np.arange(0, len(data), max(1, len(data) // self.config.eval.batch_size))
             share = math.ceil(len(numbers) / dist.get_world_size(group))
-            some = probe.images(data, size, alone=True).only(numbers)
-            rows = encode_all(of_images(tutor.rows), some, share, group)
-            norm(Outputs.from_rows(rows, tutor.target).patches, update=True)
+            some = evaluator.images(data, size, alone=True).only(numbers)
+            flattened = encode_all(of_images(tutor.flat_outputs), some, share, group)
+            norm(Outputs.unflatten(flattened, tutor.target).patches, update=True)
         return norm
 
     def _draw(self, tracker: Tracker) -> None:
@@ -315,14 +322,14 @@ class MaskedStage:
             masked_picture,
         )  # not before the first step
 
-        data = self.probe.test_set()
+        data = self.evaluator.test_set()
         numbers = torch.linspace(0, len(data) - 1, self.config.tracking.pictures).long().unique()
-        batch = ImageBatch(numbers, self.probe.images(data, *self._sizes).only(numbers.numpy()).read())
+        batch = ImageBatch(numbers, self.evaluator.images(data, *self._sizes).only(numbers.numpy()).read())
         predictions, targets, masks = self._predict(batch, [tutor.norm for tutor in self.tutors])
         shown, student = batch.images, patch_features(self.student, batch.images)
         for tutor, predicted, target in zip(self.tutors, predictions, targets, strict=True):
             name, cosines = f"_{tutor.name}" if tutor.name else "", masked_cosines(predicted.patches, target.patches)
-            of_masks = partial(masked_picture, images=shown, masks=masks, cosines=cosines, kind=self._kind)
+            of_masks = partial(masked_picture, images=shown, masks=masks, cosines=cosines, kind=self._metric_prefix)
             tracker.picture(f"masked{name}", of_masks)
             tracker.picture(
                 f"features{name}", partial(features_picture, images=shown, student=student, teacher=target.patches)

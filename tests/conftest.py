@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from w2s.config.sections import HardwareConfig, ParallelConfig
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -18,5 +18,5 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="module")
 def alone() -> Iterator[Ranks]:
     """One process with Megatron's groups."""
-    with groups.start(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
+    with process_groups.init_distributed(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
         yield ranks

@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
 
 # Ranks are forked from a process that has imported what takes seconds.
 multiprocessing.set_forkserver_preload(["w2s.data.workers", "w2s.stages.mim", "w2s.stages.clip"])
@@ -72,4 +72,4 @@ def _rank(rank: int, world_size: int, folder: Path, fn: Callable[..., Any], args
 
 def means(ranks: Ranks, values: Mapping[str, Tensor]) -> dict[str, float]:
     """Average what a step reports over the ranks, as a log line does."""
-    return groups.means(ranks.gather(ranks.numbers(values)))
+    return process_groups.means(ranks.gather(ranks.to_floats(values)))

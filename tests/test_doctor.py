@@ -10,8 +10,8 @@ from rich.console import Console
 import w2s.doctor
 from w2s.doctor import Finding, examine, print_report
 from w2s.host import Card
-from w2s.megatron import engine
-from w2s.tracking.store import connect
+from w2s.megatron.fp8 import transformer_engine
+from w2s.tracking.mlflow_store import connect
 
 HOPPER = Card("NVIDIA H100", (9, 0))
 
@@ -51,8 +51,11 @@ def test_everything_is_listed_and_nothing_is_written(tmp_path: Path) -> None:
 
 def test_missing_pieces_say_what_they_would_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_installed(monkeypatch, transformer_engine=None, resvg_py=None, megatron_core=None)
-    engine = finding("Transformer Engine", tmp_path)
-    assert (engine.state, engine.value) == ("missing", "not installed") and "w2s[gpu]" in engine.note
+    transformer_engine = finding("Transformer Engine", tmp_path)
+    assert (transformer_engine.state, transformer_engine.value) == (
+        "missing",
+        "not installed",
+    ) and "w2s[gpu]" in transformer_engine.note
     demo = finding("demo packages", tmp_path)
     assert demo.state == "missing" and "resvg-py" in demo.value and "w2s[demo]" in demo.note
     assert finding("megatron-core", tmp_path).state == "broken"
@@ -77,7 +80,7 @@ def test_a_broken_transformer_engine_is_one_row(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("w2s.doctor.cards", lambda: [])
     monkeypatch.setattr("w2s.host.card", lambda: HOPPER)
-    monkeypatch.setattr(engine, "_problems", [problem])
+    monkeypatch.setattr(transformer_engine, "_problems", [problem])
     row = finding("Transformer Engine", tmp_path)
     assert row.state == "broken" and "2.12.0" in row.value
     assert row.note.startswith(f"{problem}; install the release that was built for torch")
@@ -88,7 +91,7 @@ def test_the_linear_layers_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("w2s.host.card", lambda: HOPPER)
     monkeypatch.setattr("w2s.host.transformer_engine_installed", lambda: True)
     assert finding("linear layers", tmp_path).value == "Transformer Engine's: NVIDIA H100 with Transformer Engine"
-    monkeypatch.setattr(engine, "_problems", ["libcudart.so: not found"])
+    monkeypatch.setattr(transformer_engine, "_problems", ["libcudart.so: not found"])
     broken = finding("linear layers", tmp_path)
     assert (broken.value, broken.state) == ("Transformer Engine's, which cannot be loaded", "broken")
 

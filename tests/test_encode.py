@@ -131,9 +131,11 @@ def test_pictures_are_squashed_where_that_is_wanted(folder: Path, monkeypatch: p
 def on_two_ranks(folder: Path) -> None:
     import torch.distributed as dist
 
-    from w2s.megatron import groups
+    from w2s.megatron.parallel import process_groups
 
-    groups.start = lambda parallel, hardware: groups.split(parallel, torch.device("cpu"))  # type: ignore[assignment]
+    process_groups.init_distributed = lambda parallel, hardware: process_groups.initialize_groups(
+        parallel, torch.device("cpu")
+    )  # type: ignore[assignment]
     for name, layout in {"data": [], "tensor": ["parallel.tensor=2"], "pipeline": ["parallel.pipeline=2"]}.items():
         config = configured(folder / "clip", None, ["hardware=cpu", *layout], dist.get_world_size())
         images, out = str(folder / "images" / "*.png"), folder / f"{name}.safetensors"
@@ -161,7 +163,7 @@ def test_mistakes_are_one_line(
         "has no shards": [str(folder / "clip"), "--images", str(folder / "nothing" / "*.png")],
         f"for its pictures give '{folder}/images/*.jpg'": [str(folder / "clip"), "--images", str(folder / "images")],
         "0.png: ": [str(folder / "clip"), "--images", str(folder / "broken" / "*.png")],
-        "CHECKPOINT=nowhere is no path": ["nowhere", "--images", images],
+        "CHECKPOINT=nowhere is neither a path": ["nowhere", "--images", images],
         "is a text tower alone": [str(folder / "text.pt"), "--model", "tiny", "--texts", texts],
         "asks for nothing": [str(folder / "clip")],
     }

@@ -68,7 +68,7 @@ def _save_when_told_to_stop(folder: Path) -> None:
     (folder / f"{dist.get_rank()}").write_text("saved")
     with suppress(RuntimeError):  # one that leaves earlier would break the other's first barrier
         dist.barrier()
-    raise StopRun("stopped by SIGTERM at step 3: repeat the command to go on", number)
+    raise StopRun("stopped by SIGTERM at step 3: repeat the command to resume", number)
 
 
 def _interrupt_the_launcher(_: object) -> None:
@@ -81,7 +81,7 @@ def _killed_on_rank_1_beside_one_that_stops(_: object) -> None:
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     number = signal.sigwait({signal.SIGTERM})
-    raise StopRun("stopped by SIGTERM: repeat the command to go on", number)
+    raise StopRun("stopped by SIGTERM: repeat the command to resume", number)
 
 
 def _leave(_: object) -> None:

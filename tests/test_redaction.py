@@ -39,7 +39,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"pipe:curl -u bob:{PASSWORD} https://h/a.tar", "pipe:curl -u bob:*** https://h/a.tar"),
         (f"pipe:curl -H 'X-Api-Key: {PASSWORD}' https://h/a.tar", "pipe:curl -H 'X-Api-Key: ***' https://h/a.tar"),
         (f"https://h/a.tar?key=AIza{PASSWORD}-{PASSWORD}&x=1", "https://h/a.tar?key=***&x=1"),
-        # What is no secret stays.
+        # What is not a secret stays.
         ("https://h/get?key=a-folder/with-a-long-name.tar", "https://h/get?key=a-folder/with-a-long-name.tar"),
         ("abfs://container@account.dfs.core.windows.net/a.tar", "abfs://container@account.dfs.core.windows.net/a.tar"),
         ("https://h/get?file=a.tar&key=b", "https://h/get?file=a.tar&key=b"),

@@ -19,17 +19,17 @@ from tests.processes import running_after
 from tests.stages.runs import after_each_update
 from tests.stages.shapes import write_shapes
 from w2s.callbacks import Callback, Training
-from w2s.checkpoint import store
+from w2s.checkpoint import checkpoint_folders
 from w2s.checkpoint.handover import Handover
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.sample import SampleSpec
 from w2s.errors import CheckpointError, StopRun, UserError, W2SError
-from w2s.liveness.pulse import WRITER
-from w2s.megatron.groups import Ranks
-from w2s.megatron.optimizer import Optimizer, Towers
-from w2s.megatron.replicas import Odd
+from w2s.liveness.heartbeat import WRITER
+from w2s.megatron.parallel.optimizer import Optimizer, Towers
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.megatron.parallel.replicas import Divergence
 from w2s.run import tracked
 from w2s.tracking.history import read_history
 from w2s.tracking.tracker import Tracker
@@ -105,7 +105,7 @@ def test_what_happens_when(alone: Ranks, options: list[str], tmp_path: Path) -> 
     lines = [(line["step"], line["samples_seen"], line.get("loss")) for line in read_history(tmp_path / "run")]
     # Every third step, whenever something is saved, at the end; the evaluations at 0 and 4 have no loss.
     assert lines == [(0, 0, None), (3, 12, 12), (4, 16, None), (5, 20, 20), (6, 24, 24), (7, 28, 28)]
-    names = sorted(path.name for path in store.checkpoints_of(tmp_path / "run").iterdir())
+    names = sorted(path.name for path in checkpoint_folders.checkpoints_of(tmp_path / "run").iterdir())
     assert names == ["latest", "step-00000005", "step-00000007"]
     assert stage.indices == list(range(28))
 
@@ -132,7 +132,7 @@ class Following(Callback):
         self.told.append(("evaluated", step, metrics["knn/top1"]))
 
     def saved(self, step: int, checkpoint: Path) -> None:
-        self.told.append(("saved", step, store.read_meta(checkpoint).step))
+        self.told.append(("saved", step, checkpoint_folders.read_meta(checkpoint).step))
 
     def end(self) -> None:
         self.told.append(("end",))
@@ -208,7 +208,10 @@ def test_a_bad_step_is_skipped_counted_and_not_saved(alone: Ranks, options: list
         (6, 24, 1),
         (7, 28, 1),
     ]
-    assert sorted(path.name for path in store.checkpoints_of(tmp_path / "run").iterdir()) == ["latest", "step-00000007"]
+    assert sorted(path.name for path in checkpoint_folders.checkpoints_of(tmp_path / "run").iterdir()) == [
+        "latest",
+        "step-00000007",
+    ]
     again = Trainer(Counting(config, alone), config, tmp_path / "run", alone)
     assert (int(again.stage.optimizer.guard.skipped), again.step) == (1, 7)
 
@@ -298,7 +301,7 @@ def test_a_run_that_cannot_go_on_ends(alone: Ranks, options: list[str], tmp_path
     stage.wrong = range(12, 1000)
     with pytest.raises(W2SError, match=rf"was not a number, or a spike, and {why}: lower optim\.lr"):
         trainer.train()
-    newest = store.latest(tmp_path / "run")
+    newest = checkpoint_folders.latest(tmp_path / "run")
     assert newest is None or newest.name == "step-00000003", "nothing is saved on bad steps"
 
 
@@ -308,7 +311,7 @@ def test_nothing_is_saved_where_a_signal_follows_a_bad_step(alone: Ranks, option
     stage.wrong, stage.stop_at = range(4, 8), 2
     with pytest.raises(StopRun, match="stopped by SIGTERM at step 2, not saved: it was skipped"):
         trainer.train()
-    assert store.latest(tmp_path / "run") is None
+    assert checkpoint_folders.latest(tmp_path / "run") is None
 
 
 class FullDisk:
@@ -325,7 +328,7 @@ class FullDisk:
         return self._genuine(*arguments)
 
 
-BEGIN, FLUSH, SEAL = "os.posix_fallocate", "os.fsync", "w2s.checkpoint.store.seal"
+BEGIN, FLUSH, SEAL = "os.posix_fallocate", "os.fsync", "w2s.checkpoint.checkpoint_folders.seal"
 """Where a disk can turn out to be full: before the tensors, in the process that writes them, after them."""
 
 
@@ -345,13 +348,13 @@ def test_a_full_disk_is_outlived(
     monkeypatch.setattr(call, FullDisk(stage, {3, 4, 6}, call))
     trainer.train()
     out = " ".join(capsys.readouterr().out.split())
-    refused = re.findall(r"No space left on device\).*?training goes on, (step-\d+) stands \((\d) of at most 3", out)
-    found = [store.step_of(path) for path in store.all_of(tmp_path / "run")]
+    refused = re.findall(r"No space left on device\).*?training continues, (step-\d+) stands \((\d) of at most 3", out)
+    found = [checkpoint_folders.step_of(path) for path in checkpoint_folders.all_of(tmp_path / "run")]
     if background == "false":
         assert found == [1, 2, 5, 7]
         assert refused == [("step-00000002", "1"), ("step-00000002", "2"), ("step-00000005", "1")]
     assert found[-1] == 7 and refused
-    assert [path.name for path in store.checkpoints_of(tmp_path / "run").glob(".*")] == []
+    assert [path.name for path in checkpoint_folders.checkpoints_of(tmp_path / "run").glob(".*")] == []
     assert [line["step"] for line in read_history(tmp_path / "run")] == list(range(8))
 
 
@@ -371,8 +374,8 @@ def test_a_disk_that_stays_full_ends_the_run(
     monkeypatch.setattr(BEGIN, FullDisk(stage, range(full_from, 100), BEGIN))
     with pytest.raises(CheckpointError, match=r"cannot write .* \(No space left on device\): free some space or"):
         trainer.train()
-    newest = store.latest(tmp_path / "run")
-    assert (trainer.step, newest and store.step_of(newest)) == (steps, last)
+    newest = checkpoint_folders.latest(tmp_path / "run")
+    assert (trainer.step, newest and checkpoint_folders.step_of(newest)) == (steps, last)
 
 
 def test_a_run_that_fails_leaves_no_writer(
@@ -380,12 +383,12 @@ def test_a_run_that_fails_leaves_no_writer(
 ) -> None:
     config = load("mim", [*options, "checkpoint.every=2", "checkpoint.async_save=true"])
     trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
-    monkeypatch.setattr("w2s.megatron.writing._Results.put", lambda *_: signal.pause())
+    monkeypatch.setattr("w2s.megatron.checkpoint.async_save._WriterResults.put", lambda *_: signal.pause())
     writers: list[psutil.Process] = []
 
     def fail_while_it_is_written() -> None:
-        if WRITER in trainer.pulse.helpers:
-            writers.extend(map(psutil.Process, trainer.pulse.helpers[WRITER]()))
+        if WRITER in trainer.heartbeat.helpers:
+            writers.extend(map(psutil.Process, trainer.heartbeat.helpers[WRITER]()))
             raise RuntimeError("broken")
 
     monkeypatch.setattr(stage, "after_update", fail_while_it_is_written)
@@ -417,21 +420,21 @@ def test_a_stop_on_a_full_disk_says_that_nothing_was_saved(
         trainer.train()
 
 
-@pytest.mark.parametrize("mended", [True, False])
+@pytest.mark.parametrize("repaired", [True, False])
 def test_replicas_that_differ(
     alone: Ranks,
     options: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    mended: bool,
+    repaired: bool,
 ) -> None:
-    found = iter([[], [Odd("vision.norm.weight", (1,) if mended else (0, 1), mended)]])
+    found = iter([[], [Divergence("vision.norm.weight", (1,) if repaired else (0, 1), repaired)]])
     monkeypatch.setattr("w2s.training.following.mend", lambda *_: next(found, []))
     config = load("mim", [*options, "train.check_replicas=2", "checkpoint.every=3"])
     trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     trainer.train()
     printed = capsys.readouterr().out
-    assert f"step 4: vision.norm.weight differs on ranks {[1] if mended else [0, 1]}" in printed
-    assert ("back at step 3, the samples of steps 4 to 4 come again" in printed) == (not mended)
-    assert stage.indices == [*range(16), *range(16 if mended else 12, 28)]
+    assert f"step 4: vision.norm.weight differs on ranks {[1] if repaired else [0, 1]}" in printed
+    assert ("back at step 3, the samples of steps 4 to 4 come again" in printed) == (not repaired)
+    assert stage.indices == [*range(16), *range(16 if repaired else 12, 28)]

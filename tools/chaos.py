@@ -8,8 +8,8 @@ Two ranks train `model=tiny` for 48 steps with a checkpoint every 6, in every la
 are hit. A trial has survived when the run, repeated where it had ended, comes to its end; when each step's loss, norm
 and rate are those of the run that nothing befell, bit for bit, or, where a flipped bit has gone into an update before
 replicas are compared, the last ten losses are within 1 % in the mean; when no process that it started is there 30 s
-after each end, and at last no temporary folder or semaphore. The same command goes on with the trials that are missing.
-Commands are forked from this process, which has imported what takes seconds.
+after each end, and at last no temporary folder or semaphore. The same command continues with the trials that are
+missing. Commands are forked from this process, which has imported what takes seconds.
 """
 
 import importlib
@@ -37,7 +37,7 @@ import typer
 from chaos_faults import Fault
 
 from w2s import cli, launch
-from w2s.leftovers import temporary
+from w2s.cleanup import temporary
 
 FORK = multiprocessing.get_context("fork")
 STEPS, EVERY, TIMEOUT = 48, 6, 5
@@ -382,7 +382,7 @@ class Chaos:
             run.start()
             run.wait_for(lambda: run.step >= at, f"step {at}")
             _fill(disk / "filler")
-            run.wait_for(lambda: run.said("training goes on"), "word of the full disk")
+            run.wait_for(lambda: run.said("training continues"), "word of the full disk")
             word, lost, seconds = run.last_word(), 0, 0.0
             if stays:
                 code, word, since = run.end(), run.last_word(), time.monotonic()

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2s.checkpoint.store import step_name
+from w2s.checkpoint.checkpoint_folders import step_name
 from w2s.data.batch import Batch
-from w2s.megatron import writing
-from w2s.megatron.optimizer import Towers
+from w2s.megatron.checkpoint import async_save
+from w2s.megatron.parallel.optimizer import Towers
 from w2s.training import progress
 from w2s.training.stage import Stage
 
@@ -46,14 +46,14 @@ class Fault:
 
 
 def _kill_writer(fault: Fault) -> None:
-    genuine = writing._Results.put
+    genuine = async_save._WriterResults.put
 
-    def put(results: writing._Results, result: Any) -> None:
+    def put(results: async_save._WriterResults, result: Any) -> None:
         if step_name(fault.step) in results._folder.name and fault.here():
             os.kill(os.getpid(), signal.SIGKILL)
         genuine(results, result)
 
-    writing._Results.put = put  # type: ignore[method-assign]
+    async_save._WriterResults.put = put  # type: ignore[method-assign]
 
 
 class _Faulty:
@@ -90,5 +90,5 @@ class _Faulty:
 
 def _weights(towers: Towers) -> Iterator[Tensor]:
     for tower in towers.values():
-        for part in tower.parts:
+        for part in tower.chunks:
             yield from part.parameters()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
-from w2s.megatron.groups import Ranks
-from w2s.megatron.optimizer import Optimizer, Towers
+from w2s.megatron.parallel.optimizer import Optimizer, Towers
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.tracking.tracker import Tracker
 
 

@@ -10,15 +10,15 @@ from torch.distributed import ProcessGroup
 
 from w2s.config.sections import Config, TeacherConfig
 from w2s.config.teacher_checks import check_teacher_widths
-from w2s.data.batch import Batch, given
+from w2s.data.batch import Batch, require
 from w2s.errors import ConfigError, DataError
 from w2s.evaluation.evaluate import evaluate_clip, under
-from w2s.megatron.groups import Ranks
-from w2s.objectives.distillation import affinity_loss, feature_loss
-from w2s.optim.schedule import falling_weight
-from w2s.probe import Probe
+from w2s.evaluator import Evaluator
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.objectives.distillation_loss import affinity_loss, feature_loss
+from w2s.optim.lr_schedule import falling_weight
 from w2s.teachers.build import build_teacher
-from w2s.teachers.clip import ClipTeacher
+from w2s.teachers.clip_teacher import ClipTeacher
 
 SCORES = ("retrieval/mean_recall_at_10", "zero_shot/top1")
 """What says which of two CLIPs is better: the first of these that the test set gives."""
@@ -65,7 +65,7 @@ class Distillation:
         left = {"none": 1.0, "linear": linear, "cosine": (1 - math.cos(math.pi * linear)) / 2}
         return self.settings.weight * left[self.settings.decay]
 
-    def teach(self, batch: Batch, micro_batch: int) -> Batch:
+    def run_teacher(self, batch: Batch, micro_batch: int) -> Batch:
         """Exchange images at the teacher's size for its embeddings of images and captions, while it is heard.
 
         Args:
@@ -78,7 +78,7 @@ class Distillation:
             return dataclasses.replace(batch, teacher_images=())
         parts = [self.teacher(_seen(part), part.tokens) for part in batch.split(micro_batch)]
         images, texts = (None if side[0] is None else torch.cat(side) for side in zip(*parts, strict=True))
-        return dataclasses.replace(batch, teacher_images=(), summaries=images, text_summaries=texts)
+        return dataclasses.replace(batch, teacher_images=(), teacher_summaries=images, teacher_text_summaries=texts)
 
     def loss(self, images: Tensor, texts: Tensor, scale: Tensor, batch: Batch, group: ProcessGroup) -> Tensor:
         """What separates the student's embeddings [n, d], L2-normalised, from the teacher's.
@@ -93,27 +93,27 @@ class Distillation:
         kind, sides = self.settings.kind, self.settings.sides
         loss = images.new_zeros(())
         if kind != "affinity":
-            pairs = {"image": (images, batch.summaries), "text": (texts, batch.text_summaries)}
-            loss = loss + sum(feature_loss(pairs[side][0], given(pairs[side][1])) for side in sides)
+            pairs = {"image": (images, batch.teacher_summaries), "text": (texts, batch.teacher_text_summaries)}
+            loss = loss + sum(feature_loss(pairs[side][0], require(pairs[side][1])) for side in sides)
         if kind != "feature":
             loss = loss + affinity_loss(
                 images if "image" in sides else images.detach(),
                 texts if "text" in sides else texts.detach(),
                 scale,
-                given(batch.summaries),
-                given(batch.text_summaries),
+                require(batch.teacher_summaries),
+                require(batch.teacher_text_summaries),
                 self.teacher.logit_scale,
                 group=group,
                 tile=self.config.clip.tile,
             )
         return loss
 
-    def judge(self, student: Mapping[str, float], probe: Probe) -> dict[str, float]:
+    def judge(self, student: Mapping[str, float], evaluator: Evaluator) -> dict[str, float]:
         """Let the teacher go if the student has passed it; every rank calls, and all decide alike.
 
         Args:
             student: its metrics on the test set.
-            probe: the test set.
+            evaluator: the test set.
 
         Returns:
             The teacher's score there under `teacher/`; nothing where nobody asks, or the teacher is gone already.
@@ -127,16 +127,16 @@ class Distillation:
         if name is None:
             raise DataError("clip.distill.until_better=true: eval.shards has nothing to compare, see eval.retrieval")
         if self._score is None:
-            self._score = self._measure(probe)[name]
+            self._score = self._measure(evaluator)[name]
         self.passed = self.ranks.any(student[name] > self._score)
         return under("teacher", {name: self._score})
 
     @torch.no_grad()
-    def _measure(self, probe: Probe) -> dict[str, float]:
-        data, device = probe.test_set(), self.ranks.device
-        texts = probe.texts(data, lambda tokens: given(self.teacher(None, tokens)[1]), alone=True)
-        images = probe.features(
-            data, lambda images: given(self.teacher(images.to(device), None)[0]), self.teacher.image_size, alone=True
+    def _measure(self, evaluator: Evaluator) -> dict[str, float]:
+        data, device = evaluator.test_set(), self.ranks.device
+        texts = evaluator.texts(data, lambda tokens: require(self.teacher(None, tokens)[1]), alone=True)
+        images = evaluator.features(
+            data, lambda images: require(self.teacher(images.to(device), None)[0]), self.teacher.image_size, alone=True
         )
         return evaluate_clip(data, images, texts, group=self.ranks.world_group).metrics
 

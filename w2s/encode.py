@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from w2s.checkpoint.checkpoint_folders import read_meta
 from w2s.checkpoint.handover import hand_over
 from w2s.checkpoint.inspecting import known_models
 from w2s.checkpoint.released import open_released
-from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify
 from w2s.config.layout import check_ranks, check_towers
 from w2s.config.lessons import Target
@@ -29,14 +29,14 @@ from w2s.data.shards import list_shards, shard_name
 from w2s.data.storage import EXTENSIONS
 from w2s.data.tokens import tokenize
 from w2s.errors import CheckpointError, ConfigError, DataError, UserError
-from w2s.evaluation.encode import Rows, encode_all, over_frames
+from w2s.evaluation.batched_features import TensorItems, encode_all, over_frames
 from w2s.evaluation.images import view
-from w2s.liveness.beating import watched
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
-from w2s.megatron.schedule import infer
+from w2s.evaluator import patch_features
+from w2s.liveness.heartbeat_sender import watched
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.pipeline_schedule import infer
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.precision import compute_dtype
-from w2s.probe import patch_features
 from w2s.stopping import stop_at_once
 from w2s.towers.build import build_clip, build_student
 from w2s.towers.clip import ImageTower, TextTower
@@ -106,8 +106,12 @@ def run(job: EncodeJob) -> None:
     """
     _check_out(job.out)
     parallel, hardware = job.config.parallel, job.config.hardware
-    with stop_at_once(), groups.start(parallel, hardware) as ranks, watched(hardware, ranks) as pulse:
-        pulse.at("encoding", long=True)
+    with (
+        stop_at_once(),
+        process_groups.init_distributed(parallel, hardware) as ranks,
+        watched(hardware, ranks) as heartbeat,
+    ):
+        heartbeat.at("encoding", long=True)
         vision, text, kind = _encoders(job, ranks)
         found: dict[str, Tensor] = {}
         about = {"checkpoint": str(job.checkpoint), "model": job.config.model.name}
@@ -142,14 +146,18 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]
     if job.texts is not None:
         hand_over(text, "text", job.checkpoint, weights=weights)
 
-    def see(images: Tensor) -> Tensor:
+    def encode_image(images: Tensor) -> Tensor:
         seen = normalize(images.to(ranks.device), *channel_statistics(config.model.vision))
         return infer(vision, (seen,), ImageTower.__call__, tokens)
 
-    def read(captions: Tensor) -> Tensor:
+    def encode_text(captions: Tensor) -> Tensor:
         return infer(text, (captions.to(ranks.device),), TextTower.__call__, captions.shape[1])
 
-    return see, read, "projected class token" if config.model.vision.class_tokens else "tokens pooled by attention"
+    return (
+        encode_image,
+        encode_text,
+        "projected class token" if config.model.vision.class_tokens else "tokens pooled by attention",
+    )
 
 
 def _all_images(job: EncodeJob, encode: Encode, ranks: Ranks) -> tuple[list[str], Tensor]:
@@ -160,18 +168,18 @@ def _all_images(job: EncodeJob, encode: Encode, ranks: Ranks) -> tuple[list[str]
     while files := list(islice(source, job.batch_size * ranks.data_size)):
         names += [name for name, _ in files]
 
-        def see(numbers: Tensor, files: list[tuple[str, list[bytes]]] = files) -> Tensor:
+        def encode_image(numbers: Tensor, files: list[tuple[str, list[bytes]]] = files) -> Tensor:
             views = [_view(name, images, job.config) for name, images in (files[number] for number in numbers.tolist())]
             return over_frames(encode)(torch.stack(views)).float()
 
         numbers = torch.arange(len(files))
-        features.append(encode_all(see, Rows(numbers), job.batch_size, ranks.data_group).cpu())
+        features.append(encode_all(encode_image, TensorItems(numbers), job.batch_size, ranks.data_group).cpu())
     return names, torch.cat(features)
 
 
 def _all_texts(job: EncodeJob, texts: list[str], encode: Encode, ranks: Ranks) -> Tensor:
     tokens = tokenize(texts, job.config.model.text.context_length)
-    return encode_all(lambda part: encode(part).float(), Rows(tokens), job.batch_size, ranks.data_group).cpu()
+    return encode_all(lambda part: encode(part).float(), TensorItems(tokens), job.batch_size, ranks.data_group).cpu()
 
 
 def _image_files(source: str, image_key: str) -> Iterator[tuple[str, list[bytes]]]:

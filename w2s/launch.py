@@ -22,16 +22,16 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from w2s.cleanup import in_memory, mark, marked, sweep, temporary
 from w2s.config.sections import Config
 from w2s.data.workers import prepare_workers
 from w2s.errors import ConfigError, StopRun, UserError, W2SError
 from w2s.failure import FAILURE_FILE, Failure, describe
 from w2s.forks import start_fork_server
 from w2s.host import keep_freed_memory, keep_printing
-from w2s.leftovers import in_memory, mark, marked, sweep, temporary
 from w2s.redaction import redact, shown
 from w2s.stopping import SIGNALS, stop_with_parent
-from w2s.tracking.files import write_text
+from w2s.tracking.atomic_files import write_text
 
 _MONITOR_SECONDS = 0.1
 NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"

@@ -7,42 +7,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from w2s.checkpoint.checkpoint_folders import read_meta
 from w2s.checkpoint.find import find_any, is_finished, unfinished_folder
-from w2s.checkpoint.store import read_meta
 from w2s.config.sections import Config
-from w2s.data.builtin.registry import ensure_builtin
+from w2s.data.builtin.builtin_sets import ensure_builtin
 from w2s.data.sample import SampleSpec
 from w2s.data.shards import list_shards, shards_digest
 from w2s.data.sources import Source, find_sources
 from w2s.data.stream import Position, Stream
 from w2s.errors import CheckpointError, StopRun, UserError
-from w2s.liveness.beating import watched
+from w2s.liveness.heartbeat import Heartbeat
+from w2s.liveness.heartbeat_sender import watched
 from w2s.liveness.owner import owned
-from w2s.liveness.pulse import Pulse
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.stopping import stop_at_once
+from w2s.tracking.atomic_files import write_text
 from w2s.tracking.datasets import DataInput
-from w2s.tracking.files import write_text
 from w2s.tracking.meters import peak_memory_gib
 from w2s.tracking.tracker import Tracker
 
 STACKS = "stacks.txt"
-"""File of a run folder with the Python stacks of all ranks, when they stood still."""
+"""File of a run folder with the Python stacks of all ranks, when they stalled."""
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[tuple[Ranks, Pulse, Path]]:
+def open_run(config: Config) -> Iterator[tuple[Ranks, Heartbeat, Path]]:
     """Be a rank of a run, watched, with its data built: give the ranks, where to note what is done, and its folder."""
     with (
         stop_at_once(),
-        groups.start(config.parallel, config.hardware) as ranks,
-        watched(config.hardware, ranks) as pulse,
+        process_groups.init_distributed(config.parallel, config.hardware) as ranks,
+        watched(config.hardware, ranks) as heartbeat,
         owned_folder(config, ranks) as run,
     ):
-        pulse.report = run / STACKS
+        heartbeat.report = run / STACKS
         prepare_data(config, ranks)
-        yield ranks, pulse, run
+        yield ranks, heartbeat, run
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def owned_folder(config: Config, ranks: Ranks) -> Iterator[Path]:
 
     A named run is that run. A run without a name is the interrupted one of the same configuration, else a new one.
     """
-    folder = ranks.from_main(lambda: unfinished_folder(config))
+    folder = ranks.on_main(lambda: unfinished_folder(config))
     if is_finished(folder):
         raise UserError(f"run.name={config.run.name}: {folder} is finished: choose another name")
     with owned(folder, ranks):
@@ -61,7 +61,7 @@ def owned_folder(config: Config, ranks: Ranks) -> Iterator[Path]:
 def prepare_data(config: Config, ranks: Ranks) -> None:
     """Build the built-in data set where it is missing; one rank works, the others wait."""
     if config.data.builtin != "none":
-        ranks.from_main(lambda: ensure_builtin(config.data))
+        ranks.on_main(lambda: ensure_builtin(config.data))
 
 
 def share_sources(config: Config, ranks: Ranks) -> list[Source]:
@@ -72,7 +72,7 @@ def share_sources(config: Config, ranks: Ranks) -> list[Source]:
         DataError: shards that are missing or lack something; on every rank.
     """
     batch, captions = config.train.global_batch, config.stage == "clip"
-    return ranks.from_main(lambda: find_sources(config.data, batch, ranks.world_size, captions=captions))
+    return ranks.on_main(lambda: find_sources(config.data, batch, ranks.world_size, captions=captions))
 
 
 def open_stream(
@@ -109,7 +109,7 @@ def origins(config: Config, parent: str | None) -> dict[str, str]:
     sources += [each.source.removeprefix("w2s:") for each in taught if each.source.startswith("w2s:")]
     runs: dict[str, None] = {}
     for source in sources:
-        with suppress(CheckpointError):  # an interrupted run goes on without what it was begun from, too
+        with suppress(CheckpointError):  # an interrupted run continues without what it was begun from, too
             run_id = read_meta(find_any(source, root, key="parent")).mlflow_run_id
             runs |= {run_id: None} if run_id else {}
     found = {

@@ -20,7 +20,7 @@ def stop_at_once() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        seen.append(StopRun(f"stopped by {name}: repeat the command to go on", number))
+        seen.append(StopRun(f"stopped by {name}: repeat the command to resume", number))
         raise seen[-1]
 
     with _handling(stop):

@@ -5,10 +5,10 @@ from contextlib import ExitStack, nullcontext
 from torch import Tensor
 
 from w2s.callbacks import Training
-from w2s.checkpoint import store
+from w2s.checkpoint import checkpoint_folders
 from w2s.checkpoint.verifying import recover
 from w2s.errors import W2SError
-from w2s.liveness.pulse import READERS
+from w2s.liveness.heartbeat import READERS
 from w2s.stopping import stop_when_ready
 from w2s.tracking.meters import StepMeter
 from w2s.training.following import Evaluation, ReplicaCheck, Stopping
@@ -22,7 +22,7 @@ class Trainer(Progress):
     """Trains a stage in a run folder.
 
     After each step the callbacks of the user are called first. Then, in this order, a line is logged, replicas are
-    compared, the stage is measured (which may decide how it goes on, as its checkpoint has to know), a checkpoint is
+    compared, the stage is measured (which may decide how it continues, as its checkpoint has to know), a checkpoint is
     saved, and the run stops if it was asked to.
     """
 
@@ -42,7 +42,7 @@ class Trainer(Progress):
             for callback in self.callbacks:
                 callback.begin(training)
                 ending.callback(callback.end)
-            self.pulse.signals = ending.enter_context(stop_when_ready())
+            self.heartbeat.signals = ending.enter_context(stop_when_ready())
             ending.callback(lambda: self.stream.close())
             self.meter = StepMeter(self.ranks.device)
             while self.step < self.config.train.steps:
@@ -55,24 +55,24 @@ class Trainer(Progress):
     def _take_step(self, step: int) -> None:
         for callback in self.callbacks:
             callback.before_step(step)
-        with self.watch.looking() if self.is_logged(step) else nullcontext():
+        with self.watch.recording() if self.is_logged(step) else nullcontext():
             metrics = self._step()
         self.meter.update(self.config.train.global_batch, self.stream.wait_seconds)
         for callback in self.callbacks:
             callback.after_step(step, metrics)
 
     def _step(self) -> dict[str, Tensor]:
-        self.pulse.at("waiting for samples", self.step + 1, awaits=READERS)
+        self.heartbeat.at("waiting for samples", self.step + 1, awaits=READERS)
         self.batch = self.stream.next()
         # Kernels are compiled in the first step.
-        self.pulse.at("training", self.step + 1, long=self.step == self.begun_at)
+        self.heartbeat.at("training", self.step + 1, long=self.step == self.begun_at)
         return self.update(self.batch)
 
     def _roll_back(self, why: RollBack) -> None:
         """Take up the last checkpoint, and the samples after it again or, where they may have led here, no more."""
-        self.pulse.at("going back to a checkpoint", self.step, long=True)
+        self.heartbeat.at("going back to a checkpoint", self.step, long=True)
         recover(self.run, self.ranks, strict=self.config.checkpoint.strict)
-        newest, trouble = store.latest(self.run), f"step {self.step}: {why.trouble}"
+        newest, trouble = checkpoint_folders.latest(self.run), f"step {self.step}: {why.trouble}"
         if newest is None or self._rollbacks == self.config.train.rollbacks:
             reason = "there is no checkpoint" if newest is None else f"the run has gone back {self._rollbacks} times"
             raise W2SError(f"{trouble}, and {reason}: lower optim.lr, lengthen optim.warmup or look at the data")

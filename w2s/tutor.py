@@ -8,17 +8,17 @@ from torch.distributed import ProcessGroup
 
 from w2s.config.lessons import Lesson
 from w2s.config.sections import Config
-from w2s.data.batch import given
+from w2s.data.batch import require
 from w2s.errors import ConfigError
-from w2s.megatron.groups import Ranks
-from w2s.megatron.schedule import Reported
-from w2s.objectives.masked import LOSSES, constant_cosine, masked_cosines
+from w2s.megatron.parallel.pipeline_schedule import Metrics
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.objectives.masked_loss import LOSSES, constant_cosine, masked_cosines
 from w2s.objectives.summary import summary_loss
 from w2s.teachers.base import Features, Teacher
 from w2s.teachers.build import build_teacher
 from w2s.teachers.features import teacher_features
 from w2s.teachers.targets import target_norm
-from w2s.towers.masked import Outputs, at_places
+from w2s.towers.masked_student import Outputs, gather_patches
 
 
 class Tutor:
@@ -61,10 +61,10 @@ class Tutor:
         """Features of images [n, 3, T, T], uint8, at most `size` at a time."""
         return Features.join([teacher_features(self.teacher, part, self.layers) for part in images.split(size)])
 
-    def targets(self, features: Features, places: Tensor, group: ProcessGroup) -> list[Tensor]:
+    def targets(self, features: Features, patch_indices: Tensor, group: ProcessGroup) -> list[Tensor]:
         """What is to be predicted at places [n, k]: [n, k, d] of the patches, then of each layer; all ranks call."""
         norms = zip((self.norm, *self.layer_norms), (features.patches, *features.layers), strict=True)
-        return [at_places(norm(each, group, update=True), places) for norm, each in norms]
+        return [gather_patches(norm(each, group, update=True), patch_indices) for norm, each in norms]
 
     def summary(self, features: Features) -> Tensor | None:
         """The summary that is to be predicted, if there is one."""
@@ -73,28 +73,28 @@ class Tutor:
         return features.summary if self.lesson.summary == "cls" else Teacher.pooled(features.patches)
 
     @torch.no_grad()
-    def rows(self, images: Tensor) -> Tensor:
-        """Its features and summaries of images as rows, see `Outputs`."""
+    def flat_outputs(self, images: Tensor) -> Tensor:
+        """Its features and summaries of images, flattened, see `Outputs`."""
         features = teacher_features(self.teacher, images)
-        return Outputs(features.patches, self.summary(features)).rows()
+        return Outputs(features.patches, self.summary(features)).flatten()
 
-    def compare(self, predictions: Outputs, targets: Outputs) -> tuple[Tensor, Reported]:
+    def compare(self, predictions: Outputs, targets: Outputs) -> tuple[Tensor, Metrics]:
         """Its share of the stage's loss, and what there is to report; shapes as in `Outputs`."""
         loss = LOSSES[self.lesson.loss](predictions.patches, targets.patches)
         if predictions.summary is not None:
-            loss = loss + self.lesson.summary_weight * summary_loss(predictions.summary, given(targets.summary))
+            loss = loss + self.lesson.summary_weight * summary_loss(predictions.summary, require(targets.summary))
         own = {"loss": loss.detach()} if self.name else {}  # that of the only teacher is the stage's
         return self.lesson.weight * loss, own | self._cosines(predictions, targets)
 
     @torch.no_grad()
-    def _cosines(self, predictions: Outputs, targets: Outputs) -> Reported:
+    def _cosines(self, predictions: Outputs, targets: Outputs) -> Metrics:
         """Cosine of predictions and targets, where that is not the loss, and the best constant's; of summaries too."""
         found = {}
         if self.lesson.loss != "cosine" or predictions.summary is not None or self.name:
             found["cosine"] = masked_cosines(predictions.patches, targets.patches).mean()
         found["constant_cosine"] = constant_cosine(targets.patches.flatten(0, 1))
         if predictions.summary is not None:
-            summaries = given(targets.summary)
+            summaries = require(targets.summary)
             found["summary_cosine"] = masked_cosines(predictions.summary, summaries).mean()
             found["summary_constant_cosine"] = constant_cosine(summaries)
         return found

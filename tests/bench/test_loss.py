@@ -4,7 +4,7 @@ import pytest
 
 from w2s import cli
 from w2s.bench import loss
-from w2s.bench.cost import Cost
+from w2s.bench.call_cost import Cost
 
 
 def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:

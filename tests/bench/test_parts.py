@@ -12,8 +12,8 @@ from w2s.bench.marks import REST, Marks
 from w2s.bench.parts import PARTS, marked
 from w2s.bench.synthetic import synthetic_batch
 from w2s.config.load import load
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.stages.clip import ContrastiveStage
 from w2s.stages.mim import MaskedStage
 from w2s.training.stage import train_step
@@ -47,7 +47,7 @@ def test_every_part_is_seen_and_nothing_is_left_behind(alone: Ranks) -> None:
         assert min(parts.values()) > 0
         # The same numbers as without marks, and the same objects as before.
         assert watched == steps(build(name, alone, *overrides), Marks(alone.device), 2)
-        modules: list[nn.Module] = [part for tower in stage.towers.values() for part in tower.parts]
+        modules: list[nn.Module] = [part for tower in stage.towers.values() for part in tower.chunks]
         modules += [] if not stage.teachers else stage.teachers
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
         assert not vars(stage.optimizer).keys() & {"step", "zero_grad"}
@@ -57,7 +57,7 @@ def test_every_part_is_seen_and_nothing_is_left_behind(alone: Ranks) -> None:
 def collectives(layout: tuple[str, ...]) -> float:
     """How often a rank of two communicates in a step: on a clock that ticks once a reading, a part is its marks."""
     parallel = load("mim", [*layout]).parallel
-    with groups.split(parallel, torch.device("cpu")) as ranks:
+    with process_groups.initialize_groups(parallel, torch.device("cpu")) as ranks:
         stage, marks = build("mim", ranks, *layout), Marks(ranks.device)
         marks._now = count().__next__
         with marked(stage, marks):

@@ -6,12 +6,12 @@ from typing import Literal
 import pytest
 import torch
 
-from tests.checkpoint.eva_weights import assign, from_eva
+from tests.checkpoint.eva_weights import from_eva
 from tests.checkpoint.peers import KINDS, model_of
 from w2s.bench.marks import Marks
 from w2s.bench.peers.clip import OpenClip, open_clip_model
-from w2s.bench.peers.fit import check_peer
 from w2s.bench.peers.masked import TimmMasked, TimmStudent
+from w2s.bench.peers.peer_choice import check_peer
 from w2s.bench.report import check_equal
 from w2s.bench.step import Measured
 from w2s.bench.synthetic import synthetic_batch
@@ -20,11 +20,11 @@ from w2s.config.lessons import Target
 from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig
 from w2s.errors import ConfigError, W2SError
-from w2s.megatron.groups import Ranks
-from w2s.megatron.initialize import global_name
+from w2s.megatron.model.initialize import global_name, load_tensors
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.planning.teacher import planned_teachers, predicted
 from w2s.towers.build import build_clip, build_student
-from w2s.towers.masked import MaskedStudent, masked_places
+from w2s.towers.masked_student import MaskedStudent, masked_patch_indices
 
 CPU = torch.device("cpu")
 
@@ -42,13 +42,13 @@ def found(parameters: int, flops: float) -> Measured:
 @pytest.mark.parametrize("kind", KINDS)
 def test_timms_student_predicts_what_ours_does(alone: Ranks, kind: str, drops: bool) -> None:
     model = model_of(kind)
-    ours = MaskedStudent(model.vision, [Target(24)], ParallelConfig(), torch.float32, drops_masked=drops)
+    ours = MaskedStudent(model.vision, [Target(24)], ParallelConfig(), torch.float32, drop_masked=drops)
     peer = TimmStudent(model, 24, CPU, drops)
     state = {name.removeprefix("trunk."): value for name, value in peer.state_dict().items()}
     names = [global_name(ours, name) for name, _ in ours.named_parameters()]
-    assign(ours, from_eva(state, names, VISION_NAMES, model.vision.heads))
+    load_tensors(ours, from_eva(state, names, VISION_NAMES, model.vision.heads))
     masks = torch.rand(3, model.vision.patches).argsort(dim=1) < 6
-    inputs = torch.randn(3, 3, 32, 32), masks, masked_places(masks, 6)
+    inputs = torch.randn(3, 3, 32, 32), masks, masked_patch_indices(masks, 6)
     # float32, two layers of width 32
     torch.testing.assert_close(peer(*inputs), ours(*inputs)[0], atol=1e-5, rtol=1e-5)
 
@@ -63,7 +63,7 @@ def test_timm_trains_and_computes_as_much_as_we_do(
     peer = TimmMasked(config, CPU)
     teachers = planned_teachers(config)
     assert [teacher.width for teacher in teachers] == [peer.teacher.width]
-    (ours,) = build_student(config, predicted(config, teachers)["targets"], torch.float32, CPU).parts
+    (ours,) = build_student(config, predicted(config, teachers)["targets"], torch.float32, CPU).chunks
     size = sum(parameter.numel() for parameter in ours.parameters())
     theirs = sum(parameter.numel() for parameter in peer.model.parameters())
     check_equal(config, teachers, found(size, 0.0), found(theirs, peer.forward_flops()))
@@ -89,7 +89,7 @@ def test_timm_predicts_every_patch_where_nothing_is_masked() -> None:
 def test_open_clip_trains_and_computes_as_much_as_we_do(alone: Ranks, kind: str) -> None:
     config = config_of("clip", kind)
     towers = build_clip(config, torch.float32, CPU)
-    size = sum(parameter.numel() for tower in towers for parameter in tower.parts[0].parameters())
+    size = sum(parameter.numel() for tower in towers for parameter in tower.chunks[0].parameters())
     theirs = sum(parameter.numel() for parameter in open_clip_model(config, CPU).parameters())
     check_equal(config, None, found(size, 0.0), found(theirs, OpenClip(config, CPU).forward_flops()))
 

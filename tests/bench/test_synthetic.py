@@ -31,5 +31,5 @@ def test_noise_has_the_form_of_samples(stage: str, frames: int, tmp_path: Path) 
     # What is drawn is that of the first samples of a run, and the end token is the largest number.
     assert noise.masks is None or torch.equal(noise.masks, real.masks)
     assert noise.kept is None or torch.equal(noise.kept, real.kept)
-    assert torch.equal(noise.branches, real.branches)
+    assert torch.equal(noise.branch_scales, real.branch_scales)
     assert noise.tokens is None or torch.equal(noise.tokens.max(dim=1).values, real.tokens.max(dim=1).values)

@@ -1,13 +1,10 @@
 """Weights of a single tower as the released models have them, and as ours has them."""
 
 from collections.abc import Iterable, Mapping
-from types import SimpleNamespace
 
 from torch import Tensor
 
-from w2s.checkpoint.eva_format import by_head, eva_name, is_fused, separate
-from w2s.megatron.initialize import copy_slices, global_name
-from w2s.megatron.tower import Tower
+from w2s.checkpoint.eva_format import eva_name, is_fused, separate, split_heads
 
 
 def from_eva(
@@ -37,13 +34,4 @@ def to_eva(tensors: Mapping[str, Tensor], names: Mapping[str, str], heads: int) 
 
 def interleave(rows: Tensor, heads: int) -> Tensor:
     """Reorder rows from (q | k | v), each in heads, to Megatron's (q, k, v) of a head next to each other."""
-    return by_head(rows, heads).flatten(0, 2)
-
-
-def assign(tower: Tower, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors, by global name, into this rank's slices of `tower`'s parameters; every name must be there."""
-    wanted = {
-        f"tower.{name}".replace(".blocks.", ".blocks.layers.", 1): name
-        for name in (global_name(tower, local) for local, _ in tower.named_parameters())
-    }
-    copy_slices({"tower": SimpleNamespace(parts=[tower])}, lambda name: tensors[wanted[name]], wanted)
+    return split_heads(rows, heads).flatten(0, 2)

@@ -10,8 +10,9 @@ from torch import Tensor
 from tests.checkpoint.peers import captions, images
 from w2s.checkpoint.released import open_released
 from w2s.config.sections import HardwareConfig, ModelConfig, ParallelConfig
-from w2s.megatron import groups, state
-from w2s.megatron.sharded import ShardedTower
+from w2s.megatron.checkpoint import state
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.sharded import ShardedTower
 from w2s.towers.clip import ImageTower, TextTower
 
 
@@ -25,7 +26,7 @@ class Features(NamedTuple):
 
 def features(checkpoint: Path, model: ModelConfig, towers: Sequence[str] = ("vision", "text")) -> Features:
     """Load those towers of a checkpoint that are named, and run both."""
-    with groups.start(ParallelConfig(), HardwareConfig(device="cpu")), torch.no_grad():
+    with process_groups.init_distributed(ParallelConfig(), HardwareConfig(device="cpu")), torch.no_grad():
         vision = ImageTower(model.vision, model.embed_dim, ParallelConfig(), torch.float32)
         text = TextTower(model.text, model.embed_dim, ParallelConfig(), torch.float32)
         both = {name: ShardedTower([tower], [tower]) for name, tower in (("vision", vision), ("text", text))}

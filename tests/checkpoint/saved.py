@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from w2s.checkpoint.checkpoint_folders import Meta, Saving
 from w2s.checkpoint.manifest import NAME, read_manifest, write_manifest
-from w2s.checkpoint.store import Meta, Saving
 from w2s.checksum import Checksum, checksums
 from w2s.config.sections import CheckpointConfig
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel.process_groups import Ranks
 
 
 def meta(step: int, **changes: Any) -> Meta:

@@ -9,13 +9,13 @@ import pytest
 from tests.checkpoint.peers import model_of
 from tests.checkpoint.saved import save
 from w2s.checkpoint.card import Facts, card
+from w2s.checkpoint.checkpoint_folders import Meta
 from w2s.checkpoint.formats.base import Guide
 from w2s.checkpoint.lineage import Measurement, data_licences, lineage, measurements
-from w2s.checkpoint.store import Meta
 from w2s.config.load import load, to_yaml
 from w2s.config.naming import digest, written
 from w2s.config.sections import Config
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.tracking.tables import Table
 
 COMMIT = "0123456789abcdef" * 2
@@ -83,7 +83,7 @@ def test_what_the_makers_of_the_data_ask(alone: Ranks, tmp_path: Path) -> None:
 def test_a_run_that_goes_on_counts_the_samples_of_the_first_part(alone: Ranks, tmp_path: Path) -> None:
     first = trained(tmp_path, load("clip", ["model=tiny"]), alone, None, "first", step=2)
     second = trained(tmp_path, load("clip", ["model=tiny", f"init.checkpoint={first}"]), alone, str(first), "second")
-    assert [each.role for each in lineage(second)] == ["contrastive run", "goes on from, contrastive run"]
+    assert [each.role for each in lineage(second)] == ["contrastive run", "continues from, contrastive run"]
     facts = Facts("a", "mit", model_of("g"), 1, ["float32"], ["visual"], lineage(second), [], "")
     assert "Samples seen without those of the teachers: 400." in card(facts, Guide("timm", "images", []), {})
 

@@ -18,7 +18,7 @@ from w2s.checkpoint.importing import import_checkpoint
 from w2s.config.load import load
 from w2s.config.sections import ModelConfig
 from w2s.errors import CheckpointError, ConfigError
-from w2s.megatron import groups
+from w2s.megatron.parallel import process_groups
 from w2s.teachers.eva_vit import w2s_run
 from w2s.towers.build import build_clip
 
@@ -62,11 +62,11 @@ def test_open_clips_weights_come_in_and_go_out_again(tmp_path: Path, activation:
 def _towers(model: ModelConfig, file: Path) -> tuple[Tensor, Tensor]:
     """What our towers give that take a file over without a conversion."""
     config = replace(load("clip", ["model=tiny", "hardware=cpu"]), model=model)
-    with groups.start(config.parallel, config.hardware):
+    with process_groups.init_distributed(config.parallel, config.hardware):
         vision, text = build_clip(config, torch.float32, torch.device("cpu"))
         assert hand_over(vision, "vision", file).new == []
         assert hand_over(text, "text", file).new == []
-        return vision.parts[0](images(model)), text.parts[0](captions(model))
+        return vision.chunks[0](images(model)), text.chunks[0](captions(model))
 
 
 def test_timm_has_the_tower_too(tmp_path: Path) -> None:
@@ -87,10 +87,10 @@ def test_a_masked_stage_grows_out_of_it(tmp_path: Path) -> None:
     torch.save(peer.state_dict(), tmp_path / "clip.pt")
     wide = replace(model.vision, width=64, heads=4, mlp_width=256)
     config = replace(load("clip", ["model=tiny", "hardware=cpu"]), model=replace(model, vision=wide))
-    with groups.start(config.parallel, config.hardware), torch.no_grad():
+    with process_groups.init_distributed(config.parallel, config.hardware), torch.no_grad():
         vision, _ = build_clip(config, torch.float32, torch.device("cpu"))
         hand_over(vision, "vision", tmp_path / "clip.pt", growth=Growth("none", "copy", seed=0))
-        seen = vision.parts[0](images(model))
+        seen = vision.chunks[0](images(model))
     torch.testing.assert_close(seen, peer.encode_image(images(model)), atol=1e-5, rtol=1e-5)
 
 

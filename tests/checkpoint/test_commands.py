@@ -68,5 +68,5 @@ def test_a_stopped_import_or_export_leaves_nothing(
     for command in commands:
         reads.clear()
         assert run(monkeypatch, *command, "--out", "out") == 128 + number
-        assert capsys.readouterr().err == f"error: stopped by {number.name}: repeat the command to go on\n"
+        assert capsys.readouterr().err == f"error: stopped by {number.name}: repeat the command to resume\n"
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["clip.pt", "start"]

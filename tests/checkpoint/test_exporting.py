@@ -181,11 +181,11 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(model, tmp_path)
     with pytest.raises(ConfigError, match="--format caffe does not exist: use eva, open_clip, timm, safetensors"):
         export_checkpoint(checkpoint, "caffe", tmp_path / "out")
-    with pytest.raises(ConfigError, match="--hub nobody is no name of a hub: use OWNER/NAME"):
+    with pytest.raises(ConfigError, match="--hub nobody is not a name of a hub: use OWNER/NAME"):
         export_checkpoint(checkpoint, "eva", tmp_path / "out", hub="nobody")
-    with pytest.raises(ConfigError, match="--license Apache 2 is no licence as a hub calls it: use apache-2"):
+    with pytest.raises(ConfigError, match="--license Apache 2 is not a licence as a hub calls it: use apache-2"):
         export_checkpoint(checkpoint, "eva", tmp_path / "out", licence="Apache 2")
-    with pytest.raises(CheckpointError, match=r"clip\.pt is no checkpoint of w2s: make one of it with `w2s import`"):
+    with pytest.raises(CheckpointError, match=r"clip\.pt is not a checkpoint of w2s: make one of it with `w2s import`"):
         export_checkpoint(tmp_path / "clip.pt", "eva", tmp_path / "out")
     next((checkpoint).glob("*.distcp")).write_bytes(b"gone")
     with pytest.raises(CheckpointError, match=r"is damaged: __0_0\.distcp has 4 of") as error:

@@ -9,13 +9,13 @@ import timm
 import torch
 
 from w2s.checkpoint.eva_format import released_name
-from w2s.checkpoint.files import InMemory
 from w2s.checkpoint.formats.open_clip import open_clip_config, open_clip_name
 from w2s.checkpoint.formats.timm import named_tower, timm_config, timm_name
 from w2s.checkpoint.formats.transformers import clip_config, dual_encoder_config, origins
 from w2s.checkpoint.released import rename
+from w2s.checkpoint.tensor_files import InMemory
 from w2s.config.load import load
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.towers.shapes import model_shapes
 
 

@@ -18,9 +18,9 @@ from w2s.checkpoint.importing import import_checkpoint
 from w2s.config.load import load
 from w2s.config.sections import Config, InitConfig, ModelConfig, ParallelConfig
 from w2s.errors import CheckpointError
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
-from w2s.megatron.initialize import global_name
+from w2s.megatron.model.initialize import global_name
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower, TextTower
 
@@ -54,7 +54,7 @@ def grow(model: ModelConfig, path: Path, **init: str) -> tuple[ImageTower, TextT
     vision, text = build_clip(config, torch.float32, torch.device("cpu"))
     handover = take_over({"vision": vision, "text": text}, config)
     assert handover is not None
-    return vision.parts[0], text.parts[0], handover
+    return vision.chunks[0], text.chunks[0], handover
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_a_checkpoint_of_ours_grows_like_the_file(
     small: tuple[ModelConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, path = small
-    monkeypatch.setattr(groups, "start", lambda *_: nullcontext())  # they are there already
+    monkeypatch.setattr(process_groups, "init_distributed", lambda *_: nullcontext())  # they are there already
     import_checkpoint(path, model, tmp_path / "imported")
     grown = [
         grow(bigger(model, 2, layers=3), each, grow="stack", grow_width="split")
@@ -188,11 +188,11 @@ def split(model: ModelConfig, path: Path) -> list[dict[str, Tensor]]:
     """This rank's vision tower under TP2 and under PP2, by global name."""
     results = []
     for parallel in (ParallelConfig(tensor=2), ParallelConfig(pipeline=2)):
-        with groups.split(parallel, torch.device("cpu")):
+        with process_groups.initialize_groups(parallel, torch.device("cpu")):
             config = replace(config_of(model, path, grow="stack", grow_width="split"), parallel=parallel)
             vision, text = build_clip(config, torch.float32, torch.device("cpu"))
             take_over({"vision": vision, "text": text}, config)
-            results.append(weights(vision.parts[0]))
+            results.append(weights(vision.chunks[0]))
     return results
 
 

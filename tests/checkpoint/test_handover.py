@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from tests.megatron.spawn import SHAPE, make_student
+from w2s.checkpoint.checkpoint_folders import Meta, Saving
 from w2s.checkpoint.handover import Handover, hand_over, load_all
-from w2s.checkpoint.store import Meta, Saving
 from w2s.config.sections import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig, VisionConfig
 from w2s.errors import CheckpointError
-from w2s.megatron import state
-from w2s.megatron.groups import Ranks
-from w2s.megatron.initialize import fill
-from w2s.megatron.optimizer import Optimizer
-from w2s.megatron.sharded import ShardedTower, shard
+from w2s.megatron.checkpoint import state
+from w2s.megatron.model.initialize import init_parameters
+from w2s.megatron.parallel.optimizer import Optimizer
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.megatron.parallel.sharded import ShardedTower, shard
 from w2s.towers.clip import ImageTower
 from w2s.towers.initial import vision_rule
 
@@ -41,20 +41,20 @@ def checkpoint(alone: Ranks, tmp_path: Path) -> Path:
 def image_tower(shape: VisionConfig) -> ShardedTower[ImageTower]:
     def chunk(number: int) -> ImageTower:
         tower = ImageTower(shape, 16, ParallelConfig(), torch.float32, number)
-        fill(tower, vision_rule(shape, post_norm=1.0), seed=77)
+        init_parameters(tower, vision_rule(shape, post_norm=1.0), seed=77)
         return tower
 
     return shard(chunk, ParallelConfig(), torch.device("cpu"))
 
 
 def test_layers_are_taken_over_and_the_head_starts_afresh(checkpoint: Path) -> None:
-    sharded, (untouched,) = image_tower(SHAPE), image_tower(SHAPE).parts
+    sharded, (untouched,) = image_tower(SHAPE), image_tower(SHAPE).chunks
     handover = hand_over(sharded, "vision", checkpoint)
-    (tower,) = sharded.parts
+    (tower,) = sharded.chunks
     assert handover.dropped == ["vision.lm_head.bias", "vision.lm_head.weight", "vision.mask_token"]
     assert handover.new == ["vision.head.weight"]
     assert torch.equal(tower.head.weight, untouched.head.weight)
-    student = dict(make_student().parts[0].named_parameters())
+    student = dict(make_student().chunks[0].named_parameters())
     # No weight decay and no gradient: the step before the checkpoint has left the norms and positions alone.
     assert torch.equal(tower.pos_embed, student["pos_embed"])
     assert torch.equal(tower.blocks.layers[1].mlp_bda.norm.weight, student["blocks.layers.1.mlp_bda.norm.weight"])

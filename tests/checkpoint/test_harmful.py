@@ -22,12 +22,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 from tests.checkpoint.peers import released
 from tests.checkpoint.saved import Harmful, seal_again
 from w2s import cli
-from w2s.checkpoint.files import open_weights
 from w2s.checkpoint.importing import import_checkpoint
+from w2s.checkpoint.tensor_files import open_weights
 from w2s.config.load import load
 from w2s.errors import CheckpointError
-from w2s.megatron import state
-from w2s.megatron.unpickling import check_common, check_state, read_metadata
+from w2s.megatron.checkpoint import state
+from w2s.megatron.checkpoint.safe_unpickling import check_common, check_state, read_metadata
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_commands_refuse_code_in_one_line(
         cli.main()
     error = capsys.readouterr().err
     assert (end.value.code, error.count("\n")) == (2, 1)
-    assert error.startswith(f"error: start/{file} names posix.mkdir, which is no part of a checkpoint")
+    assert error.startswith(f"error: start/{file} names posix.mkdir, which is not part of a checkpoint")
     assert not mark.exists() and not Path("out").exists()
 
 
@@ -122,7 +122,7 @@ def test_a_few_bytes_make_no_room_for_many_objects(checkpoint: Path) -> None:
     used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"\.metadata cannot be read \(ValueError it is no description"):
+        with pytest.raises(CheckpointError, match=r"\.metadata cannot be read \(ValueError it is not a description"):
             read_metadata(checkpoint)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -143,14 +143,14 @@ def test_tensors_lie_in_files_of_the_folder(checkpoint: Path) -> None:
     for index, place in found.storage_data.items():
         found.storage_data[index] = replace(place, relative_path="../../dev/zero")
     (checkpoint / ".metadata").write_bytes(pickle.dumps(found))
-    with pytest.raises(CheckpointError, match="it is no description of tensors"):
+    with pytest.raises(CheckpointError, match="it is not a description of tensors"):
         read_metadata(checkpoint)
 
 
 def test_code_in_megatrons_common_file_is_refused(checkpoint: Path, mark: Path) -> None:
     check_common(checkpoint)
     torch.save({"extra": Harmful(mark)}, checkpoint / "common.pt")
-    with pytest.raises(CheckpointError, match=r"common\.pt names posix\.mkdir, which is no part"):
+    with pytest.raises(CheckpointError, match=r"common\.pt names posix\.mkdir, which is not part"):
         state._load({}, checkpoint)
     assert not mark.exists()
 

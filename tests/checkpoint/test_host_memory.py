@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from tests.megatron.spawn import make_student, run_split
-from w2s.checkpoint.memory import HostMemory
-from w2s.checkpoint.store import Meta
+from w2s.checkpoint.checkpoint_folders import Meta
+from w2s.checkpoint.in_memory import HostMemory
 from w2s.config.load import load
 from w2s.config.naming import written
 from w2s.config.sections import Config
 from w2s.errors import CheckpointError, ConfigError
-from w2s.megatron import state
-from w2s.megatron.groups import Ranks
-from w2s.megatron.optimizer import Optimizer
+from w2s.megatron.checkpoint import state
+from w2s.megatron.parallel.optimizer import Optimizer
+from w2s.megatron.parallel.process_groups import Ranks
 
 
 def _meta(config: Config, step: int) -> Meta:
@@ -46,13 +46,13 @@ def _trained(config: Config, steps: int) -> tuple[Any, Optimizer]:
 def _train(towers: Any, optimizer: Optimizer, step: int) -> None:
     optimizer.zero_grad()
     generator = torch.Generator().manual_seed(step)
-    for parameter in towers["vision"].parts[0].parameters():
+    for parameter in towers["vision"].chunks[0].parameters():
         parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
     optimizer.step(1.0)
 
 
 def _weights(towers: Any) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in towers["vision"].parts[0].parameters()]
+    return [parameter.detach().clone() for parameter in towers["vision"].chunks[0].parameters()]
 
 
 def _memory(config: Config, ranks: Ranks, folder: Path, host: int | None = None) -> HostMemory:
@@ -61,7 +61,7 @@ def _memory(config: Config, ranks: Ranks, folder: Path, host: int | None = None)
 
 
 def _lose_and_go_on(ranks: Ranks, config: Config, folder: Path, lost: str) -> tuple[int | None, bool, list[str]]:
-    """Step that is found after a loss, whether training goes on bit for bit from there, and what each host holds."""
+    """Step that is found after a loss, whether training continues bit for bit from there, and what each host holds."""
     towers, optimizer = _trained(config, 3)
     memory = _memory(config, ranks, folder)
     for step in (2, 3):
@@ -85,7 +85,7 @@ def _lose_and_go_on(ranks: Ranks, config: Config, folder: Path, lost: str) -> tu
     meta = found.find(4 if lost == "newer on disk" else 0)
     if meta is None:
         return None, False, held
-    extra = state.take_up(found.read(), again, other, meta.step)
+    extra = state.restore(found.read(), again, other, meta.step)
     for step in (3, 4):
         _train(towers, optimizer, step)
         _train(again, other, step)

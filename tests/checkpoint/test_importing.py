@@ -22,10 +22,10 @@ from tests.checkpoint.peers import (
     text_tower,
     timm_tower,
 )
-from w2s.checkpoint.files import open_weights
+from w2s.checkpoint.checkpoint_folders import read_meta
 from w2s.checkpoint.importing import import_checkpoint, with_size
 from w2s.checkpoint.released import open_released, rename
-from w2s.checkpoint.store import read_meta
+from w2s.checkpoint.tensor_files import open_weights
 from w2s.config.sections import ModelConfig
 from w2s.errors import CheckpointError, UserError
 
@@ -237,14 +237,14 @@ def wrong_files(folder: Path, model: ModelConfig) -> dict[str, tuple[Path, str]]
     for name, content in {"list": [1], "names": {"weight_map": ["a"]}, "empty": {"weight_map": {}}}.items():
         paths[f"{name}.index.json"].write_text(json.dumps(content))
     messages = {
-        "garbage.pt": "cannot be read: it is no file of weights", "cut.pt": "cannot be read",
+        "garbage.pt": "cannot be read: it is not a file of weights", "cut.pt": "cannot be read",
         "garbage.safetensors": "cannot be read",
         "cut.safetensors": "cannot be read", "old.pt": "PyTorch's old format", "code.pt": "which may run code",
         "number.pt": "holds no tensors", "gap.pt": "1 tensors are missing, such as vision.norm.weight",
         "extra.pt": "1 tensors are unexpected, such as visual.blocks.7.norm1.weight",
-        "shape.pt": "is [65, 32] there and [64, 32] here", "notes.txt": "is no weights file",
-        "empty.safetensors": "holds no tensors", "list.index.json": "is no index of weights",
-        "names.index.json": "is no index of weights", "empty.index.json": "holds no tensors",
+        "shape.pt": "is [65, 32] there and [64, 32] here", "notes.txt": "is not a weights file",
+        "empty.safetensors": "holds no tensors", "list.index.json": "is not an index of weights",
+        "names.index.json": "is not an index of weights", "empty.index.json": "holds no tensors",
     }  # fmt: skip
     return {name: (paths[name], messages[name]) for name in names} | {"none": (folder / "none.pt", "does not exist")}
 

@@ -8,13 +8,13 @@ import torch
 
 from tests.checkpoint.peers import model_of, open_clip_model, released, timm_tower
 from w2s.checkpoint.eva_format import released_name
-from w2s.checkpoint.files import InMemory
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.checkpoint.inspecting import inspect, known_models
 from w2s.checkpoint.released import rename
+from w2s.checkpoint.tensor_files import InMemory
 from w2s.config.load import load
 from w2s.errors import CheckpointError
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.towers.shapes import model_shapes
 
 

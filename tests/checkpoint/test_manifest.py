@@ -10,33 +10,34 @@ from tests.checkpoint.saved import meta
 from tests.distributed import run_ranks
 from tests.megatron.spawn import SHAPE, TARGET_WIDTH
 from w2s.checkpoint import manifest
-from w2s.checkpoint.store import Saving
+from w2s.checkpoint.checkpoint_folders import Saving
 from w2s.checkpoint.verifying import damage, recover
 from w2s.checksum import Checksum, checksum, checksums
 from w2s.config.lessons import Target
 from w2s.config.sections import CheckpointConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from w2s.errors import CheckpointError
-from w2s.megatron import groups, state, writing
-from w2s.megatron.groups import Ranks
-from w2s.megatron.initialize import fill
-from w2s.megatron.optimizer import Optimizer, Towers
-from w2s.megatron.sharded import data_parallel, shard
-from w2s.megatron.unpickling import read_metadata
+from w2s.megatron.checkpoint import async_save, state
+from w2s.megatron.checkpoint.safe_unpickling import read_metadata
+from w2s.megatron.model.initialize import init_parameters
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.optimizer import Optimizer, Towers
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.megatron.parallel.sharded import data_parallel, shard
 from w2s.towers.initial import vision_rule
-from w2s.towers.masked import MaskedStudent
+from w2s.towers.masked_student import MaskedStudent
 
 
 def make_towers(parallel: ParallelConfig) -> Towers:
     def chunk(number: int) -> MaskedStudent:
         student = MaskedStudent(SHAPE, [Target(TARGET_WIDTH)], parallel, torch.float32, number)
-        fill(student, vision_rule(SHAPE, post_norm=0.5), seed=1)
+        init_parameters(student, vision_rule(SHAPE, post_norm=0.5), seed=1)
         return student
 
     return {"vision": data_parallel(shard(chunk, parallel, torch.device("cpu")), parallel, PrecisionConfig())}
 
 
 def saved_and_verified(parallel: ParallelConfig, run: Path, background: bool) -> dict[str, Any]:
-    with groups.split(parallel, torch.device("cpu")) as ranks:
+    with process_groups.initialize_groups(parallel, torch.device("cpu")) as ranks:
         return _saved_and_verified(ranks, make_towers(parallel), run, background)
 
 
@@ -58,7 +59,7 @@ def _saved_and_verified(ranks: Ranks, towers: Towers, run: Path, background: boo
     optimizer.zero_grad()
     optimizer.step(1.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing, "checksums", noted)
+        patch.setattr(async_save, "checksums", noted)
         patch.setattr(manifest, "checksum", counted)
         saving = Saving(
             run,
@@ -81,7 +82,7 @@ def _saved_and_verified(ranks: Ranks, towers: Towers, run: Path, background: boo
         refusal = ""
     except CheckpointError as error:
         refusal = str(error)
-    written = state.written(towers, optimizer, {})
+    written = state.written_bytes(towers, optimizer, {})
     return {"hashed": hashed, "read": read, "whole": whole, "refusal": refusal, "written": written}
 
 

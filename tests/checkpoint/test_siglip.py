@@ -14,16 +14,16 @@ from torch import Tensor
 from tests.checkpoint.ours import features
 from tests.checkpoint.peers import images, masked_stage, model_of, released, stir, timm_tower
 from w2s.checkpoint.exporting import export_checkpoint
-from w2s.checkpoint.files import InMemory
 from w2s.checkpoint.growth import Growth
 from w2s.checkpoint.handover import hand_over
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.checkpoint.inspecting import inspect, known_models
 from w2s.checkpoint.released import rename
+from w2s.checkpoint.tensor_files import InMemory
 from w2s.config.load import load
 from w2s.config.sections import ModelConfig
 from w2s.errors import CheckpointError, ConfigError
-from w2s.megatron import groups
+from w2s.megatron.parallel import process_groups
 from w2s.teachers.eva_vit import w2s_run
 from w2s.towers.build import build_clip
 
@@ -60,10 +60,10 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 def taken(model: ModelConfig, file: Path, growth: Growth | None = None) -> Tensor:
     """What our tower gives that takes a file over without a conversion."""
     config = replace(load("clip", ["model=tiny", "hardware=cpu"]), model=model)
-    with groups.start(config.parallel, config.hardware), torch.no_grad():
+    with process_groups.init_distributed(config.parallel, config.hardware), torch.no_grad():
         vision, _ = build_clip(config, torch.float32, torch.device("cpu"))
         assert hand_over(vision, "vision", file, **({"growth": growth} if growth else {})).new == []
-        return vision.parts[0](images(model_of("siglip")))
+        return vision.chunks[0](images(model_of("siglip")))
 
 
 @torch.no_grad()

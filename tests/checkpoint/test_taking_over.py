@@ -13,17 +13,17 @@ from torch import Tensor
 
 from tests.checkpoint.peers import model_of, open_clip_model, released
 from tests.distributed import run_ranks
-from w2s.checkpoint.eva_format import by_head
-from w2s.checkpoint.fit import Fit
+from w2s.checkpoint.eva_format import split_heads
 from w2s.checkpoint.handover import Handover, hand_over, take_over
 from w2s.checkpoint.importing import import_checkpoint
+from w2s.checkpoint.matching import Fit
 from w2s.config.load import load
 from w2s.config.sections import Config, InitConfig, ModelConfig, ParallelConfig
 from w2s.errors import CheckpointError
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
-from w2s.megatron.initialize import global_name
-from w2s.megatron.optimizer import Towers
+from w2s.megatron.model.initialize import global_name
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.optimizer import Towers
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.towers.build import build_clip
 
 whole_read = Fit.read
@@ -40,7 +40,7 @@ def towers_of(config: Config) -> Towers:
 
 
 def values(towers: Towers, name: str) -> dict[str, Tensor]:
-    return {key: value.detach().clone() for part in towers[name].parts for key, value in part.named_parameters()}
+    return {key: value.detach().clone() for part in towers[name].chunks for key, value in part.named_parameters()}
 
 
 def taken(model: ModelConfig, **init: Any) -> tuple[Handover, dict[str, Tensor], dict[str, Tensor]]:
@@ -57,7 +57,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, alone: Ranks, monkeyp
     save_file(released(model_of("e")), tmp_path / "clip.safetensors")
     if request.param == "file":
         return tmp_path / "clip.safetensors"
-    monkeypatch.setattr(groups, "start", lambda *_: nullcontext())  # they are there already
+    monkeypatch.setattr(process_groups, "init_distributed", lambda *_: nullcontext())  # they are there already
     import_checkpoint(tmp_path / "clip.safetensors", model_of("e"), tmp_path / "imported")
     return tmp_path / "imported"
 
@@ -67,7 +67,7 @@ def test_both_towers_with_their_projections(source: Path) -> None:
     handover, vision, text = taken(model_of("e"), vision=str(source), text=str(source))
     assert (handover.new, handover.dropped, handover.resized) == ([], [], [])
     assert len(handover.loaded) == len(clip)
-    fused = by_head(clip["visual.blocks.1.attn.qkv.weight"], 2).flatten(0, 2)
+    fused = split_heads(clip["visual.blocks.1.attn.qkv.weight"], 2).flatten(0, 2)
     assert torch.equal(vision["blocks.layers.1.self_attention.linear_qkv.weight"], fused)
     assert torch.equal(vision["head.weight"], clip["visual.head.weight"])
     assert text["logit_scale"] == 2.5
@@ -112,7 +112,7 @@ def test_the_text_tower_of_open_clips_vit(alone: Ranks, tmp_path: Path) -> None:
     handover, _, text = taken(model, text=str(tmp_path / "vit.pt"))
     assert handover.new == []
     assert torch.equal(text["token_embedding"], clip.token_embedding.weight)
-    expected = by_head(clip.transformer.resblocks[0].attn.in_proj_bias, 2).flatten()
+    expected = split_heads(clip.transformer.resblocks[0].attn.in_proj_bias, 2).flatten()
     assert torch.equal(text["blocks.layers.0.self_attention.linear_qkv.bias"], expected)
     with pytest.raises(CheckpointError, match=r"vit\.pt is of another model: .*kind: model=vit_b_16 is one"):
         taken(model, vision=str(tmp_path / "vit.pt"))
@@ -139,11 +139,11 @@ def split(path: Path) -> list[tuple[dict[str, Tensor], set[str]]]:
     """This rank's vision tower under TP2 and under PP2, by global name, and the tensors that it has read."""
     results = []
     for parallel in (ParallelConfig(tensor=2), ParallelConfig(pipeline=2)):
-        with groups.split(parallel, torch.device("cpu")), pytest.MonkeyPatch.context() as patch:
+        with process_groups.initialize_groups(parallel, torch.device("cpu")), pytest.MonkeyPatch.context() as patch:
             towers, read = towers_of(config_of(model_of("e"), parallel)), set[str]()
             patch.setattr(Fit, "read", lambda found, name, seen=read: seen.add(name) or whole_read(found, name))
             hand_over(towers["vision"], "vision", path)
-            (part,) = towers["vision"].parts
+            (part,) = towers["vision"].chunks
             own = {global_name(part, name): value.detach() for name, value in part.named_parameters()}
         results.append((own, read))
     return results

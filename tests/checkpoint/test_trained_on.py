@@ -1,4 +1,4 @@
-"""A CLIP goes to a peer, is trained on there, and comes back: our contrastive stage goes on from that."""
+"""A CLIP goes to a peer, is trained on there, and comes back: our contrastive stage continues from that."""
 
 import os
 import subprocess
@@ -17,10 +17,10 @@ from tests.checkpoint.test_coming_back import as_released, train
 from tests.stages.runs import QUIET, history, run_stage
 from tests.stages.shapes import write_shapes
 from w2s.checkpoint.exporting import export_checkpoint
-from w2s.checkpoint.files import InMemory
 from w2s.checkpoint.find import find_any
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.checkpoint.released import rename
+from w2s.checkpoint.tensor_files import InMemory
 from w2s.config.load import named_model
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ def by_timm(exported: Path, folder: Path) -> Trained:
     optimizer = train(tower, lambda: loss_of_classes(tower(torch.randn(4, 3, 32, 32))))
     saver = timm.utils.CheckpointSaver(tower, optimizer, Namespace(model="vit", lr=0.01), checkpoint_dir=str(folder))
     saver.save_checkpoint(epoch=1, metric=0.5)
-    return folder / "last.pth.tar", of_tower(tower)
+    return folder / "last.pth.tar", evaluate_tower(tower)
 
 
 def by_transformers(exported: Path, folder: Path) -> Trained:
@@ -55,7 +55,7 @@ def by_transformers(exported: Path, folder: Path) -> Trained:
     )
     train(tower, lambda: loss_of_classes(tower(torch.randn(4, 3, 32, 32)).logits))
     tower.save_pretrained(folder)
-    return folder, of_tower(tower.timm_model)
+    return folder, evaluate_tower(tower.timm_model)
 
 
 def by_trainer(exported: Path, folder: Path) -> Trained:
@@ -88,7 +88,7 @@ def loss_of_classes(logits: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, torch.arange(4))
 
 
-def of_tower(tower: nn.Module) -> dict[str, Tensor]:
+def evaluate_tower(tower: nn.Module) -> dict[str, Tensor]:
     return {f"visual.{name}": value for name, value in tower.state_dict().items() if not name.startswith("head.")}
 
 

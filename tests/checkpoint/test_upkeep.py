@@ -8,9 +8,9 @@ import pytest
 
 from tests.checkpoint.saved import meta, save
 from w2s import cli
-from w2s.checkpoint.store import all_of, latest, point
+from w2s.checkpoint.checkpoint_folders import all_of, latest, point
 from w2s.checkpoint.verifying import damage
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel.process_groups import Ranks
 
 Command = Callable[..., tuple[int, list[str], str]]
 FILE = "__0_1.distcp"
@@ -119,5 +119,5 @@ def test_a_run_that_is_not_there(name: str, command: Command, tmp_path: Path) ->
         code, lines, error = command(name, what)
         assert (code, lines) == (2, [])
         assert error == (
-            f"error: RUN={what} is no run with a checkpoint, nor one below {tmp_path}: see `ls {tmp_path}`\n"
+            f"error: RUN={what} is not a run with a checkpoint, nor one below {tmp_path}: see `ls {tmp_path}`\n"
         )

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: what is damaged is named, and a run goes on from the newest whole one."""
+"""Damaged checkpoints: what is damaged is named, and a run continues from the newest whole one."""
 
 import json
 import logging
@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.saved import Written, meta, save
+from w2s.checkpoint.checkpoint_folders import Saving, all_of, latest, point, read_meta
 from w2s.checkpoint.manifest import Manifest, read_manifest
-from w2s.checkpoint.store import Saving, all_of, latest, point, read_meta
 from w2s.checkpoint.verifying import damage, recover, verify
 from w2s.checksum import Checksum
 from w2s.config.sections import CheckpointConfig
 from w2s.errors import CheckpointError
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel.process_groups import Ranks
 
 FILE = "__0_1.distcp"
 
@@ -158,7 +158,7 @@ def test_a_run_goes_on_from_the_newest_whole_one(
     message = record.getMessage()
     assert message.startswith(f"{newest} is damaged: ")
     assert line in message
-    assert message.endswith("; goes on from step-00000004, 2 steps are repeated")
+    assert message.endswith("; resumes from step-00000004, 2 steps are repeated")
     assert "\n" not in message
     found = latest(run)
     assert found is not None
@@ -177,7 +177,7 @@ def test_several_damaged_ones_are_passed_over(run: Path, alone: Ranks, caplog: p
     with caplog.at_level(logging.WARNING):
         recover(run, alone, strict=False)
     endings = [record.getMessage().partition("; ")[2] for record in caplog.records]
-    assert endings == [f"goes on from step-00000002, {steps} steps are repeated" for steps in (4, 2)]
+    assert endings == [f"resumes from step-00000002, {steps} steps are repeated" for steps in (4, 2)]
     assert names(run) == ["latest", "step-00000002", "step-00000004.damaged", "step-00000006.damaged"]
     # One that was whole stays beside the next, whatever the damaged ones were called.
     save(run, meta(3), keep=2, ranks=alone)

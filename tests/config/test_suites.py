@@ -41,7 +41,7 @@ def test_texts_are_retrieved_from_all_sets_before_images() -> None:
         ("title: x\nsets: [{name: a, metric: accuracy}]", "metric: Invalid value 'accuracy'"),
         ("title: x\nsets: []", "sets are named []: give at least one"),
         ("title: x\nsets: [{name: a}, {name: a}]", "each with a name of its own"),
-        ("title: x\nsets: [{name: a/b}]", "'a/b' is no name of a test set"),
+        ("title: x\nsets: [{name: a/b}]", "'a/b' is not a name of a test set"),
         ("title: x\nsets: [{name: pets}]\nmeans: [{name: m, title: m, of: [pet]}]", "no set pet: did you mean pets?"),
         ("title: x\nsets: [{name: a, metric: recall}]\npublished: {m: [1]}", "m has 1 numbers for 6 columns"),
     ],

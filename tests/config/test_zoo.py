@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from w2s.config.load import STAGES, load
 from w2s.config.sections import ModelConfig, ParallelConfig
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.towers.clip import ImageTower, TextTower
 
 ZOO = sorted(path.name.removesuffix(".yaml") for path in (files("w2s.configs") / "model").iterdir())

@@ -19,8 +19,8 @@ from PIL import Image
 
 from tests.data.shard_files import Files, encode, noise, smooth_photo, write_shard, write_shards
 from w2s.config.sections import DataConfig
+from w2s.data.connection_stats import WAITS
 from w2s.data.containers import read_shard
-from w2s.data.link import WAITS
 from w2s.data.sample import SampleSpec
 from w2s.data.stream import Stream
 
@@ -177,7 +177,9 @@ class Failing:
         monkeypatch.setattr(
             type(fsspec.filesystem("memory")), "_open", self.open(type(fsspec.filesystem("memory"))._open)
         )
-        monkeypatch.setattr("w2s.data.link.Link.pause", lambda _, seconds: self.waits.append(seconds))
+        monkeypatch.setattr(
+            "w2s.data.connection_stats.SourceConnection.pause", lambda _, seconds: self.waits.append(seconds)
+        )
 
     def open(self, original: Any) -> Any:
         def opened(filesystem: Any, path: str, *args: Any, **options: Any) -> Any:
@@ -244,7 +246,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    monkeypatch.setattr("w2s.data.link.Link.pause", lambda *_: None)
+    monkeypatch.setattr("w2s.data.connection_stats.SourceConnection.pause", lambda *_: None)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "a"))) as web:
         thread = Thread(target=web.serve_forever)
         thread.start()

@@ -41,7 +41,7 @@ def make_whole(indices: list[int]) -> Batch:
     """With masks and branches, and what two teachers see."""
     whole = make(indices)
     rows = whole.indices[:, None]
-    whole.masks, whole.branches = rows > torch.arange(6), rows[..., None] / torch.ones(len(rows), 2, 2)
+    whole.masks, whole.branch_scales = rows > torch.arange(6), rows[..., None] / torch.ones(len(rows), 2, 2)
     whole.teacher_images = (rows.expand(-1, 3), rows.expand(-1, 5) + 1)
     return whole
 

@@ -81,7 +81,7 @@ def test_names_that_clip_benchmark_does_not_list_are_the_folders(package: None) 
     assert cars.class_names(["Audi_A4", "BMW/M3"]) == ["Audi A4", "BMW M3"]
     assert cars.find_prompts() == ["a {c}"]
     assert BenchmarkSet(split="test", like="wds/imagenet-a").find_prompts() == ["of {c}"]
-    with pytest.raises(ConfigError, match=r"^--like vtab/petz is no set of CLIP_benchmark: did you mean pets\?"):
+    with pytest.raises(ConfigError, match=r"^--like vtab/petz is not a set of CLIP_benchmark: did you mean pets\?"):
         BenchmarkSet(split="test", like="vtab/petz").find_prompts()
     assert BenchmarkSet(split="test").class_names(["Audi_A4"]) == ["Audi_A4"]
     with pytest.raises(DataError, match="--like pets has 2 classes, the source has 1: compare them"):

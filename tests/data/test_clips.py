@@ -11,7 +11,7 @@ from w2s.data.sample import SampleSpec, Views, make_views
 from w2s.data.samples import RawSample
 from w2s.data.video import spread
 
-SPEC = SampleSpec(image_size=16, grid=4, kept_patches=8, layers=12, drop_path=0.5, frames=4)
+SPEC = SampleSpec(image_size=16, grid=4, num_kept_patches=8, layers=12, drop_path=0.5, frames=4)
 IMAGES = [encode(noise(number)) for number in range(11)]
 
 
@@ -48,7 +48,7 @@ def test_a_clip_is_its_frames_with_one_crop() -> None:
 
 def test_each_frame_has_patches_and_branches_of_its_own_and_the_first_those_of_an_image() -> None:
     clip, image = views_of({"png": IMAGES[0]}), views_of({"png": IMAGES[0]}, dataclasses.replace(SPEC, frames=1))
-    for ours, theirs, shape in ((clip.kept, image.kept, (4, 8)), (clip.branches, image.branches, (4, 12, 2))):
+    for ours, theirs, shape in ((clip.kept, image.kept, (4, 8)), (clip.branch_scales, image.branch_scales, (4, 12, 2))):
         assert ours is not None and theirs is not None
         assert ours.shape == shape
         assert np.array_equal(ours[0], theirs)

@@ -19,7 +19,7 @@ from w2s.data.inspect import check_shards, describe_shards, draw_sheet
 from w2s.data.items import find_items
 from w2s.data.make import make_shards
 from w2s.data.shards import list_shards
-from w2s.data.tables import Columns
+from w2s.data.table_files import Columns
 from w2s.errors import DataError
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from w2s.data import masks as masks_module
 from w2s.data.counter import Purpose, generator
-from w2s.data.masks import block_mask, kept_patches
+from w2s.data.masks import block_mask, draw_kept_patches
 
 
 def draw(seed: int, grid: int, masked: int, min_block: int) -> np.ndarray:
@@ -66,7 +66,7 @@ def test_too_many_patches_are_refused() -> None:
 
 
 def test_kept_patches_are_distinct_ascending_and_uniform() -> None:
-    draws = np.stack([kept_patches(generator(0, Purpose.PATCHES, index), 16, 8) for index in range(2000)])
+    draws = np.stack([draw_kept_patches(generator(0, Purpose.PATCHES, index), 16, 8) for index in range(2000)])
     assert draws.dtype == np.int64
     assert (np.diff(draws, axis=1) > 0).all()
     assert np.bincount(draws.ravel(), minlength=16) / 2000 == pytest.approx(np.full(16, 0.5), abs=0.05)

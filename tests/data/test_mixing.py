@@ -19,7 +19,7 @@ from w2s.data.sources import Phase, list_sources, phase_at, plan_phases
 from w2s.data.stream import Stream, merge_positions
 from w2s.errors import ConfigError, DataError
 
-SPEC = SampleSpec(image_size=8, grid=4, kept_patches=8, image_key="png", crop_scale=(0.9, 1.0), flip=False)
+SPEC = SampleSpec(image_size=8, grid=4, num_kept_patches=8, image_key="png", crop_scale=(0.9, 1.0), flip=False)
 BATCH = 16
 STEPS = 9
 
@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_refused(folder: Path, changes: dict[str, Any], mes
 
 def test_other_weights_are_another_order(folder: Path) -> None:
     _, position = read(mixed(folder), 1)
-    with pytest.raises(DataError, match=r"cannot go on with data.weights=\[\[0, 0.7, 0.3\]\]: the run began with"):
+    with pytest.raises(DataError, match=r"cannot continue with data.weights=\[\[0, 0.7, 0.3\]\]: the run began with"):
         read(mixed(folder, weights=[0.7, 0.3]), 1, position=position)
 
 

@@ -14,8 +14,8 @@ import pytest
 from tests.data.shard_files import encode, noise, write_shard, write_shards
 from tests.data.web import Faults, serve
 from w2s.config.sections import DataConfig
+from w2s.data.connection_stats import WAITS, SourceConnection
 from w2s.data.containers import read_shard
-from w2s.data.link import WAITS, Link
 from w2s.data.sample import SampleSpec
 from w2s.data.sizes import count_samples
 from w2s.data.sources import Source, list_sources
@@ -32,7 +32,7 @@ STEPS = 14
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What a server is waited for, without waiting."""
     pauses: list[float] = []
-    monkeypatch.setattr("w2s.data.link.Link.pause", lambda _, seconds: pauses.append(seconds))
+    monkeypatch.setattr("w2s.data.connection_stats.SourceConnection.pause", lambda _, seconds: pauses.append(seconds))
     return pauses
 
 
@@ -93,7 +93,7 @@ def test_a_stall_in_the_middle_of_a_shard_is_read_again_from_the_same_byte(
 def test_each_stall_is_counted_and_its_byte_is_named(web: tuple[str, Faults]) -> None:
     url, faults = web
     faults.stalls = [9_000, 20_000]
-    link = Link(timeout=0.2)
+    link = SourceConnection(timeout=0.2)
     assert [sample.damage for sample in read_shard(f"{url}/000003.tar", link=link)] == [""] * SIZES[3]
     broken = link.take().broken
     assert [(each.key, each.reason) for each in broken] == [
@@ -159,11 +159,11 @@ def test_a_server_that_never_answers_loses_its_shards_and_holds_up_nothing(
 ) -> None:
     url, faults = web
     faults.stalls = [0] * 3
-    link = Link(timeout=0.1, waits=(1.0, 1.0))
+    link = SourceConnection(timeout=0.1, waits=(1.0, 1.0))
     (sample,) = read_shard(f"{url}/000001.tar", link=link)
     assert sample.damage == "shard cannot be read"
     assert [each.reason for each in link.take().broken] == ["connection stalled"] * 3
-    monkeypatch.setattr("w2s.data.reader.Link", lambda timeout: Link(timeout, waits=(1.0, 1.0)))
+    monkeypatch.setattr("w2s.data.reader.SourceConnection", lambda timeout: SourceConnection(timeout, waits=(1.0, 1.0)))
     # 127.0.0.1:9 has no server.
     stream = open_stream(f"{shards(url)},http://127.0.0.1:9/gone/{{0..3}}.tar", lanes=4)
     with caplog.at_level(logging.WARNING, logger="w2s.data.stream"), closing(stream):
@@ -207,9 +207,9 @@ def test_names_are_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_nothing_comes_behind_the_end(web: tuple[str, Faults]) -> None:
     url, faults = web
     faults.refusals = [416]
-    with open_at(f"{url}/000001.tar", 10**6, Link()) as file:
+    with open_at(f"{url}/000001.tar", 10**6, SourceConnection()) as file:
         assert file.read() == b""
-    with open_at(f"{url}/000001.tar", 0, Link()) as file:
+    with open_at(f"{url}/000001.tar", 0, SourceConnection()) as file:
         file.seek(-1024, io.SEEK_END)
         assert file.read() == bytes(1024)
     assert faults.asked["000001.tar"] <= 3
@@ -218,10 +218,10 @@ def test_nothing_comes_behind_the_end(web: tuple[str, Faults]) -> None:
 def test_a_command_that_gives_nothing_is_ended_and_run_again(tmp_path: Path, pauses: list[float]) -> None:
     shard = write_shards(tmp_path / "a", [6]) / "000000.tar"
     first = f"test -e {tmp_path}/once || {{ touch {tmp_path}/once; head -c 5000 {shard}; exec sleep 100; }}"
-    link = Link(timeout=0.5)
+    link = SourceConnection(timeout=0.5)
     assert [sample.damage for sample in read_shard(f"pipe:{first}; cat {shard}", link=link)] == [""] * 6
     assert [each.reason for each in link.take().broken] == ["connection stalled"]
-    link = Link()
+    link = SourceConnection()
     assert [each.damage for each in read_shard(f"pipe:head -c 5000 {shard}; exit 3", link=link)][-1:] != [""]
     assert link.take().broken[0].reason == "exit code 3"
 

@@ -231,7 +231,7 @@ def test_a_server_that_breaks_off_costs_nothing_and_one_that_is_gone_the_file(
 ) -> None:
     (shard,) = list_shards(remote)
     whole = [sample.files for sample in read_shard(str(tmp_path / "remote" / "000000.parquet"))]
-    monkeypatch.setattr("w2s.data.link.Link.pause", lambda *_: None)
+    monkeypatch.setattr("w2s.data.connection_stats.SourceConnection.pause", lambda *_: None)
     kind_of_file = type(fsspec.open(shard).open())
     plain, answers = kind_of_file.read, itertools.cycle([False, True])
 

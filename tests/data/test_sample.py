@@ -22,7 +22,7 @@ SPEC = SampleSpec(
     teacher_sizes=(128,),
     masked_patches=6,
     min_block=2,
-    kept_patches=8,
+    num_kept_patches=8,
     layers=12,
     drop_path=0.5,
     context_length=8,
@@ -71,8 +71,8 @@ def test_everything_random_depends_on_seed_and_index() -> None:
         views = make_views(photo(), SPEC, seed, index)
         assert views.mask is not None
         assert views.kept is not None
-        assert views.branches is not None
-        drawn = views.image.numpy(), views.mask, views.kept, views.branches
+        assert views.branch_scales is not None
+        drawn = views.image.numpy(), views.mask, views.kept, views.branch_scales
         return tuple(array.tobytes() for array in drawn)
 
     assert fingerprint(1, 7) == fingerprint(1, 7)
@@ -83,7 +83,13 @@ def test_everything_random_depends_on_seed_and_index() -> None:
 def test_only_what_is_asked_for_is_made() -> None:
     views = make_views(raw(png=encode(noise(0))), SampleSpec(image_size=32, grid=4), 0, 0)
     assert views.image.shape == (3, 32, 32)
-    assert (views.teacher_images, views.mask, views.kept, views.branches, views.caption) == ((), None, None, None, None)
+    assert (views.teacher_images, views.mask, views.kept, views.branch_scales, views.caption) == (
+        (),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def test_boxes_follow_torchvisions_rule() -> None:

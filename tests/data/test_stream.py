@@ -41,7 +41,7 @@ SPEC = SampleSpec(
     teacher_sizes=(24,),
     masked_patches=6,
     min_block=2,
-    kept_patches=8,
+    num_kept_patches=8,
     layers=3,
     drop_path=0.5,
     context_length=8,
@@ -74,7 +74,7 @@ def open_stream(folder: Path, rank: int = 0, size: int = 1, position: Any = None
 
 
 def same(one: Batch, other: Batch) -> bool:
-    tensors = ("images", "masks", "kept", "branches", "tokens", "captions", "indices")
+    tensors = ("images", "masks", "kept", "branch_scales", "tokens", "caption_hashes", "indices")
     views = zip(one.teacher_images, other.teacher_images, strict=True)
     pairs = [*((getattr(one, name), getattr(other, name)) for name in tensors), *views]
     return one.keys == other.keys and all(torch.equal(*pair) for pair in pairs)
@@ -115,9 +115,9 @@ def test_a_batch_has_the_shapes_and_types_it_promises(whole: list[Batch]) -> Non
         "images": (torch.uint8, (16, 3, 16, 16)),
         "masks": (torch.bool, (16, 16)),
         "kept": (torch.int64, (16, 8)),
-        "branches": (torch.float32, (16, 3, 2)),
+        "branch_scales": (torch.float32, (16, 3, 2)),
         "tokens": (torch.int64, (16, 8)),
-        "captions": (torch.int64, (16,)),
+        "caption_hashes": (torch.int64, (16,)),
         "indices": (torch.int64, (16,)),
     }
     assert [view.shape for view in batch.teacher_images] == [(16, 3, 24, 24)]
@@ -128,10 +128,10 @@ def test_a_batch_has_the_shapes_and_types_it_promises(whole: list[Batch]) -> Non
 
 def test_equal_captions_have_equal_hashes(whole: list[Batch]) -> None:
     for batch in whole:
-        assert batch.captions is not None
+        assert batch.caption_hashes is not None
         texts = [good_sample(int(key[:2]) * 1000 + int(key[3:]))["txt"] for key in batch.keys]
         by_text: dict[bytes, set[int]] = {}
-        for text, number in zip(texts, batch.captions.tolist(), strict=True):
+        for text, number in zip(texts, batch.caption_hashes.tolist(), strict=True):
             by_text.setdefault(text, set()).add(number)
         assert all(len(numbers) == 1 for numbers in by_text.values())
         assert len({number for numbers in by_text.values() for number in numbers}) == len(by_text)
@@ -344,7 +344,7 @@ def test_a_position_of_another_order_is_refused(folder: Path) -> None:
         with closing(open_stream(folder, rank, 2)) as stream:
             stream.next()
             positions.append(stream.position())
-    with pytest.raises(DataError, match=r"cannot go on with data.shuffle=9: the run began with data.shuffle=4"):
+    with pytest.raises(DataError, match=r"cannot continue with data.shuffle=9: the run began with data.shuffle=4"):
         open_stream(folder, position=merge_positions(positions), shuffle=9)
     with pytest.raises(DataError, match="the data position has no lane 1: merge"):
         open_stream(folder, position=positions[0])

@@ -24,5 +24,5 @@ def test_the_table_of_ranks() -> None:
         pipeline, own_stage = place(rank, "pp")
         assert (own_stage, place(rank, "dp")[1], place(rank, "tp")[1]) == (stage, data, tensor)
         assert pipeline[1 - own_stage] == peer
-        reader = data + DATA * place(rank, "tp-pp")[1]  # Ranks.reader
+        reader = data + DATA * place(rank, "tp-pp")[1]  # Ranks.data_reader_rank
         assert [int(number) for number in row[4].split(",")] == list(range(reader, BATCH, WORLD))[:3]

@@ -51,9 +51,9 @@ def test_order_labels_and_names(tmp_path):
     assert data.labels.tolist() == [0, 0, 1]
     assert data.class_names == ["red things", "blue things"]
     assert data.shards == [str(tmp_path / f"test/00000{number}.tar") for number in range(2)]
-    assert data.places[:, 0].tolist() == [0, 0, 1] and len(data) == 3
+    assert data.locations[:, 0].tolist() == [0, 0, 1] and len(data) == 3
     with tarfile.open(data.shards[0]) as tar:
-        assert data.places[:2, 1].tolist() == [0, tar.getmember("b.png").offset]
+        assert data.locations[:2, 1].tolist() == [0, tar.getmember("b.png").offset]
 
 
 def test_several_classes_an_image(tmp_path):

@@ -1,4 +1,4 @@
-"""Ranks of right answers, with ties and values that are no numbers."""
+"""Ranks of right answers, with ties and values that are not numbers."""
 
 import torch
 

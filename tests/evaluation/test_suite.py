@@ -19,7 +19,7 @@ def test_a_set_without_its_metric_is_one_line() -> None:
 
 def test_a_set_without_its_prompts_is_refused_before_others_are_measured(tmp_path: Path) -> None:
     suite = load_suite("clip27")
-    with pytest.raises(DataError, match=r"^eval\.root=.*nowhere is no folder"):
+    with pytest.raises(DataError, match=r"^eval\.root=.*nowhere is not a folder"):
         find_sets("clip27", suite, str(tmp_path / "nowhere"))
     for name in ("wds_cars", "wds_vtab-pets"):
         (tmp_path / name / "test").mkdir(parents=True)

@@ -36,7 +36,7 @@ def fused(name: str) -> Operator:
 
 
 def inputs(name: str, dtype: torch.dtype) -> list[Tensor]:
-    """Arguments of an operator, and last the gradient by its output."""
+    """Arguments of an operator, and last the gradient with respect to its output."""
     generator = torch.Generator().manual_seed(0)
     rows, vector = (ROWS, 1, WIDTH), (WIDTH,)
     shapes = {"add_norm": [rows, vector, rows, vector, rows], "gelu": [rows, vector, rows]}[name]

@@ -15,7 +15,7 @@ import pytest
 
 from w2s.errors import UserError
 from w2s.liveness.owner import owned
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel.process_groups import Ranks
 
 HOLD = """
 import fcntl, json, os, sys

@@ -18,62 +18,62 @@ from tests.distributed import RankError, run_ranks
 from tests.processes import running_after, runs
 from w2s.config.sections import HardwareConfig, ParallelConfig
 from w2s.failure import FAILURE_FILE
-from w2s.liveness.beating import watched
-from w2s.liveness.pulse import READERS, Pulse
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
+from w2s.liveness.heartbeat import READERS, Heartbeat
+from w2s.liveness.heartbeat_sender import watched
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
 
 SECONDS = 2
 """`hardware.timeout` of these runs."""
 
 
-Act = Callable[[Ranks, Pulse], None]
+Act = Callable[[Ranks, Heartbeat], None]
 
 
 def watch(folder: Path, act: Act) -> None:
     """Be watched in some steps of which `act` is the third."""
     os.environ["MASTER_ADDR"] = "localhost"
-    with groups.split(ParallelConfig(), torch.device("cpu")) as ranks:
+    with process_groups.initialize_groups(ParallelConfig(), torch.device("cpu")) as ranks:
         os.environ[FAILURE_FILE] = str(folder / f"{ranks.rank}.json")
-        with watched(HardwareConfig(timeout=SECONDS, slow_timeout=3 * SECONDS), ranks) as pulse:
-            pulse.report = folder / "stacks.txt"
+        with watched(HardwareConfig(timeout=SECONDS, slow_timeout=3 * SECONDS), ranks) as heartbeat:
+            heartbeat.report = folder / "stacks.txt"
             for step in range(1, 5):
-                pulse.at("training", step)
+                heartbeat.at("training", step)
                 if step == 3:
                     (folder / f"{ranks.rank}.at").write_text(str(time.time()))
-                    act(ranks, pulse)
+                    act(ranks, heartbeat)
                 ranks.barrier()
 
 
-def stop(ranks: Ranks, pulse: Pulse) -> None:
+def stop(ranks: Ranks, heartbeat: Heartbeat) -> None:
     """Rank 1 is stopped, rank 0 waits for it."""
     if ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def stop_the_main_rank(ranks: Ranks, pulse: Pulse) -> None:
+def stop_the_main_rank(ranks: Ranks, heartbeat: Heartbeat) -> None:
     if ranks.rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def hang(ranks: Ranks, pulse: Pulse) -> None:
+def hang(ranks: Ranks, heartbeat: Heartbeat) -> None:
     if ranks.rank == 1:
         time.sleep(600)
 
 
-def wait_for_a_stopped_reader(ranks: Ranks, pulse: Pulse) -> None:
+def wait_for_a_stopped_reader(ranks: Ranks, heartbeat: Heartbeat) -> None:
     """Rank 1 looks again and again whether the process that it waits for has ended, and that one is stopped."""
-    pulse.at("waiting for samples", 3, awaits=READERS)
+    heartbeat.at("waiting for samples", 3, awaits=READERS)
     if ranks.rank == 1:
         reader = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
         reader.send_signal(signal.SIGSTOP)
-        pulse.helpers[READERS] = lambda: [reader.pid]
+        heartbeat.helpers[READERS] = lambda: [reader.pid]
         Path(os.environ[FAILURE_FILE]).with_name("reader").write_text(str(reader.pid))
         while reader.poll() is None:
             time.sleep(0.01)
 
 
-def die(ranks: Ranks, pulse: Pulse) -> None:
+def die(ranks: Ranks, heartbeat: Heartbeat) -> None:
     """Rank 1 is killed, rank 0 waits for what does not tell it so, and nothing asks it to stop."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ranks.barrier()
@@ -82,12 +82,12 @@ def die(ranks: Ranks, pulse: Pulse) -> None:
     time.sleep(600)
 
 
-def evaluate_for_long(ranks: Ranks, pulse: Pulse) -> None:
-    """Longer than a rank may stand still; rank 0 is done with it at once and waits."""
-    pulse.at("evaluating", 3, long=True)
+def evaluate_for_long(ranks: Ranks, heartbeat: Heartbeat) -> None:
+    """Longer than a rank may stall; rank 0 is done with it at once and waits."""
+    heartbeat.at("evaluating", 3, long=True)
     if ranks.rank == 1:
         time.sleep(SECONDS + 2)
-    pulse.at("training", 3)
+    heartbeat.at("training", 3)
 
 
 CASES = {
@@ -118,7 +118,7 @@ def test_a_rank_that_stands_still_is_named_and_all_end(act: Act, tmp_path: Path)
     expected = CASES[act].format(reader=reader.read_text() if reader.exists() else "")
     for failure in told:
         assert re.fullmatch(
-            rf"{expected}.*: repeat the command to go on from the last checkpoint; stacks .* in {tmp_path}/stacks.txt",
+            rf"{expected}.*: repeat the command to resume from the last checkpoint; stacks .* in {tmp_path}/stacks.txt",
             failure["message"],
         )
         assert (failure["exit_code"], failure["expected"]) == (1, True)

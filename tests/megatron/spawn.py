@@ -8,12 +8,12 @@ import torch
 from tests.distributed import run_ranks
 from w2s.config.lessons import Target
 from w2s.config.sections import ParallelConfig, PrecisionConfig, VisionConfig
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
-from w2s.megatron.initialize import fill
-from w2s.megatron.sharded import ShardedTower, data_parallel, shard
+from w2s.megatron.model.initialize import init_parameters
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.megatron.parallel.sharded import ShardedTower, data_parallel, shard
 from w2s.towers.initial import vision_rule
-from w2s.towers.masked import MaskedStudent
+from w2s.towers.masked_student import MaskedStudent
 
 SHAPE = VisionConfig(image_size=32, patch_size=8, layers=2, width=32, heads=2, mlp_width=64)
 TARGET_WIDTH = 24
@@ -25,7 +25,7 @@ def run_split(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
 
 
 def _call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    with groups.split(ParallelConfig(), torch.device("cpu")) as ranks:
+    with process_groups.initialize_groups(ParallelConfig(), torch.device("cpu")) as ranks:
         return fn(ranks, *args)
 
 
@@ -37,7 +37,7 @@ def make_student(
 
     def chunk(number: int) -> MaskedStudent:
         student = MaskedStudent(SHAPE, [Target(TARGET_WIDTH)], layout, dtype, number)
-        fill(student, vision_rule(SHAPE, post_norm=0.5), seed=1)
+        init_parameters(student, vision_rule(SHAPE, post_norm=0.5), seed=1)
         return student
 
     return data_parallel(shard(chunk, layout, torch.device("cpu")), layout, PrecisionConfig())

@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.megatron.spawn import make_student
 from w2s.megatron import compat
 from w2s.megatron.cpu import NoRngTracker
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel.process_groups import Ranks
 
 
 def test_every_name_that_is_set_was_there_before() -> None:
@@ -60,7 +60,7 @@ def test_a_product_of_our_own_stands_in_while_a_linear_is_trained(alone: Ranks, 
         def product(self, input: Tensor, weight: Tensor, bias: Tensor | None, *flags: bool) -> Tensor:
             return 2 * (input @ weight.T)
 
-    config = make_student().parts[0].config
+    config = make_student().chunks[0].config
     others = {"input_is_parallel": True} if base is RowParallelLinear else {}
     linear = Own(16, 16, config=config, init_method=torch.nn.init.normal_, bias=False, skip_bias_add=True, **others)
     torch.nn.init.normal_(linear.weight)
@@ -90,7 +90,7 @@ def test_tensors_are_exchanged_together_with_what_is_given_for_it() -> None:
 
 
 def test_layers_leave_gradients_off(alone: Ranks) -> None:
-    (part,) = make_student().parts
+    (part,) = make_student().chunks
     for layer in part.blocks.layers:
         assert "bias_dropout_add_exec_handler" in vars(layer)
         with torch.no_grad(), layer.bias_dropout_add_exec_handler():
@@ -98,7 +98,7 @@ def test_layers_leave_gradients_off(alone: Ranks) -> None:
 
 
 def test_the_scale_of_the_delayed_recipe_is_found_by_what_is_rounded() -> None:
-    """As Transformer Engine 2.12 keeps it; `tests/megatron/test_engine_gpu.py` asks the real one."""
+    """As Transformer Engine 2.12 keeps it; `tests/megatron/fp8/test_transformer_engine_gpu.py` asks the real one."""
     forward, backward = (SimpleNamespace(scale=torch.tensor(values)) for values in ([1.0, 2.0, 3.0], [4.0, 5.0]))
     linear = SimpleNamespace(fp8_meta={"scaling_fwd": forward, "scaling_bwd": backward})
     assert [float(compat.delayed_scale(linear, kind)) for kind in ("input", "weight", "gradient")] == [1, 2, 4]

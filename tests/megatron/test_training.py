@@ -12,12 +12,12 @@ from torch import Tensor
 from tests.megatron.spawn import SHAPE, make_batch, make_student, run_split
 from w2s.config.sections import OptimConfig
 from w2s.errors import CheckpointError, W2SError
-from w2s.megatron import state
-from w2s.megatron.groups import Ranks
-from w2s.megatron.optimizer import Optimizer
-from w2s.megatron.schedule import Loss, Reported, forward_backward, forward_only
-from w2s.objectives.masked import masked_cosine_loss
-from w2s.towers.masked import MaskedStudent, at_places, masked_places
+from w2s.megatron.checkpoint import state
+from w2s.megatron.parallel.optimizer import Optimizer
+from w2s.megatron.parallel.pipeline_schedule import Loss, Metrics, forward_backward, forward_only
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.objectives.masked_loss import masked_cosine_loss
+from w2s.towers.masked_student import MaskedStudent, gather_patches, masked_patch_indices
 
 RELATIVE = 1e-5
 """Float32 sums in another order: 1e-7 a sum, grown over five steps of an optimizer that divides by small roots."""
@@ -29,7 +29,7 @@ class Run:
     def __init__(self, ranks: Ranks, optim: OptimConfig, dtype: torch.dtype = torch.float32) -> None:
         self.ranks = ranks
         self.student = make_student(dtype=dtype)
-        (self.tower,) = self.student.parts
+        (self.tower,) = self.student.chunks
         self.optimizer = Optimizer({"vision": self.student}, optim, dtype)
         self.batch = make_batch(ranks)
 
@@ -55,10 +55,10 @@ class Run:
 
 
 def masked_forward(student: MaskedStudent, part: dict[str, Tensor]) -> tuple[Any, Loss]:
-    places = masked_places(part["masks"], int(part["masks"][0].sum()))
+    places = masked_patch_indices(part["masks"], int(part["masks"][0].sum()))
 
-    def loss(predictions: tuple[Tensor, ...]) -> tuple[Tensor, Reported]:
-        value = masked_cosine_loss(predictions[0], at_places(part["targets"], places))
+    def loss(predictions: tuple[Tensor, ...]) -> tuple[Tensor, Metrics]:
+        value = masked_cosine_loss(predictions[0], gather_patches(part["targets"], places))
         return value, {"loss": value.detach()}
 
     return student(part["images"], part["masks"], places), loss
@@ -105,7 +105,7 @@ def test_clipping_bounds_the_update(alone: Ranks) -> None:
     unclipped, clipped = Run(alone, config), Run(alone, OptimConfig(lr=1e-2, clip_grad=1e-9))
     assert unclipped.step()[1] == pytest.approx(clipped.step()[1]), "the norm is measured before clipping, also without"
     change = [
-        (run.tower.lm_head.weight - make_student().parts[0].lm_head.weight).abs().max() for run in (unclipped, clipped)
+        (run.tower.lm_head.weight - make_student().chunks[0].lm_head.weight).abs().max() for run in (unclipped, clipped)
     ]
     # At a norm of 1e-9 the gradients vanish beside Adam's eps of 1e-6; what is left is the weight decay.
     assert change[0] > 0.5e-2

@@ -37,7 +37,7 @@ def sigmoid_definition(
     return -(signs * (scale * images @ texts.T + bias)).sigmoid().log().sum() / len(images)
 
 
-def with_gradients(loss: Loss, inputs: Sequence[Tensor], **options: object) -> list[Tensor]:
+def with_known_gradients(loss: Loss, inputs: Sequence[Tensor], **options: object) -> list[Tensor]:
     """The loss, and its gradients by all inputs."""
     leaves = [value.clone().requires_grad_() for value in inputs]
     value = loss(*leaves, **options)
@@ -45,8 +45,8 @@ def with_gradients(loss: Loss, inputs: Sequence[Tensor], **options: object) -> l
 
 
 def exactly(definition: Loss, inputs: Sequence[Tensor], labels: Tensor | None = None) -> list[Tensor]:
-    """What `with_gradients` should give, in float64."""
-    return with_gradients(definition, [value.double() for value in inputs], labels=labels)
+    """What `with_known_gradients` should give, in float64."""
+    return with_known_gradients(definition, [value.double() for value in inputs], labels=labels)
 
 
 def assert_close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:

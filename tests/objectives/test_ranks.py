@@ -17,10 +17,10 @@ from tests.objectives.pairs import (
     features,
     sigmoid_definition,
     softmax_definition,
-    with_gradients,
+    with_known_gradients,
 )
 from w2s.config.sections import ParallelConfig
-from w2s.megatron import groups
+from w2s.megatron.parallel import process_groups
 from w2s.objectives.contrastive import contrastive_loss
 from w2s.objectives.sigmoid import sigmoid_loss
 
@@ -51,7 +51,7 @@ def share(name: str, rank: int, size: int, group: ProcessGroup, labels: Tensor |
     loss, _, (images, texts, *scalars) = cases()[name]
     own = slice(rank * COUNT // size, (rank + 1) * COUNT // size)
     inputs = [images[own], texts[own], *scalars]
-    return with_gradients(loss, inputs, group=group, labels=None if labels is None else labels[own], tile=3)
+    return with_known_gradients(loss, inputs, group=group, labels=None if labels is None else labels[own], tile=3)
 
 
 def mean(parts: Sequence[Results]) -> Results:
@@ -63,7 +63,7 @@ def mean(parts: Sequence[Results]) -> Results:
 
 def tensor_parallel() -> dict[tuple[str, str], Results]:
     """Over the data-parallel group, with and without labels, and as it must not be: over the world."""
-    with groups.split(ParallelConfig(tensor=2), torch.device("cpu")) as ranks:
+    with process_groups.initialize_groups(ParallelConfig(tensor=2), torch.device("cpu")) as ranks:
         rank, size, data = ranks.data_rank, ranks.data_size, ranks.data_group
         return {
             (name, way): share(name, rank, size, group, labels)

@@ -5,7 +5,7 @@ import torch
 from open_clip.loss import SigLipLoss
 from torch import Tensor
 
-from tests.objectives.pairs import assert_close, exactly, features, sigmoid_definition, with_gradients
+from tests.objectives.pairs import assert_close, exactly, features, sigmoid_definition, with_known_gradients
 from w2s.objectives.sigmoid import sigmoid_loss
 
 
@@ -15,17 +15,17 @@ def inputs(count: int) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("tile", [1, 7, 16, 1000])
 def test_equals_the_definition(tile: int) -> None:
-    ours = with_gradients(sigmoid_loss, inputs(33), tile=tile)
+    ours = with_known_gradients(sigmoid_loss, inputs(33), tile=tile)
     assert_close(ours, exactly(sigmoid_definition, inputs(33)))
 
 
 def test_equals_open_clip() -> None:
-    assert_close(with_gradients(sigmoid_loss, inputs(20)), with_gradients(SigLipLoss(), inputs(20)))
+    assert_close(with_known_gradients(sigmoid_loss, inputs(20)), with_known_gradients(SigLipLoss(), inputs(20)))
 
 
 def test_every_caption_with_an_equal_label_is_a_positive() -> None:
     labels = torch.arange(33) % 10
-    ours = with_gradients(sigmoid_loss, inputs(33), labels=labels, tile=8)
+    ours = with_known_gradients(sigmoid_loss, inputs(33), labels=labels, tile=8)
     assert_close(ours, exactly(sigmoid_definition, inputs(33), labels))
 
 

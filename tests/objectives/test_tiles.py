@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.objectives.pairs import features
-from w2s.bench.cost import cost, in_fresh_process
+from w2s.bench.call_cost import cost, in_fresh_process
 from w2s.objectives.contrastive import contrastive_loss
 from w2s.objectives.sigmoid import sigmoid_loss
 

@@ -35,7 +35,7 @@ def good_steps(values: list[float], window: int, deviations: float) -> list[bool
 @pytest.mark.parametrize(("window", "deviations"), [(16, 8.0), (20, 12.0), (16, 0.0)])
 def test_the_rule(window: int, deviations: float) -> None:
     guard = StepGuard(window, deviations, CPU)
-    judged = [bool(guard.judge(torch.tensor(value))) for value in norms(100)]
+    judged = [bool(guard.check(torch.tensor(value))) for value in norms(100)]
     expected = good_steps(norms(100), window, deviations) if deviations else [math.isfinite(v) for v in norms(100)]
     assert judged == expected
     assert judged.count(False) == int(guard.skipped) == (5 if deviations else 2)
@@ -46,14 +46,14 @@ def test_in_a_row() -> None:
     guard = StepGuard(4, 20.0, CPU)
     rows = []
     for value in (1.0, math.nan, math.inf, 1.0, math.nan):
-        guard.judge(torch.tensor(value))
-        rows.append(int(guard.in_a_row))
+        guard.check(torch.tensor(value))
+        rows.append(int(guard.consecutive_skips))
     assert rows == [0, 1, 2, 0, 1]
 
 
 def test_norms_that_stay_higher_are_no_spikes_for_long() -> None:
     guard = StepGuard(8, 10.0, CPU)
-    judged = [bool(guard.judge(torch.tensor(value))) for value in [1.0] * 8 + [100.0] * 8]
+    judged = [bool(guard.check(torch.tensor(value))) for value in [1.0] * 8 + [100.0] * 8]
     # The median moves when four of eight are of the new level.
     assert judged == [True] * 8 + [False] * 5 + [True] * 3
 
@@ -61,10 +61,10 @@ def test_norms_that_stay_higher_are_no_spikes_for_long() -> None:
 def test_it_goes_on_from_its_state() -> None:
     values = norms(100)
     whole, first, second = (StepGuard(16, 8.0, CPU) for _ in range(3))
-    judged = [bool(whole.judge(torch.tensor(value))) for value in values]
-    assert [bool(first.judge(torch.tensor(value))) for value in values[:45]] == judged[:45]
+    judged = [bool(whole.check(torch.tensor(value))) for value in values]
+    assert [bool(first.check(torch.tensor(value))) for value in values[:45]] == judged[:45]
     second.load(first.state())
-    assert [bool(second.judge(torch.tensor(value))) for value in values[45:]] == judged[45:]
+    assert [bool(second.check(torch.tensor(value))) for value in values[45:]] == judged[45:]
     other = StepGuard(4, 8.0, CPU)
     other.load(first.state())
     assert int(other.skipped) == int(first.skipped)

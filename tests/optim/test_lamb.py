@@ -71,13 +71,13 @@ def sliced(decay: float, bounds: Bounds, exempt: Exempt) -> list[Tensor]:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         return [flat[own][numbers[own] == number] for number in numbers[own].unique()]
 
-    def add_up(sums: Tensor) -> Tensor:
+    def reduce_norms(sums: Tensor) -> Tensor:
         dist.all_reduce(sums)
         return sums
 
     slices = [torch.nn.Parameter(piece) for piece in cut(start())]
     optimizer = Lamb(slices, lr=LR, betas=BETAS, eps=EPS, weight_decay=decay, trust_ratio=bounds)
-    optimizer.share(dict(zip(slices, numbers[own].unique().tolist(), strict=True)), len(SHAPES), add_up, exempt)
+    optimizer.share(dict(zip(slices, numbers[own].unique().tolist(), strict=True)), len(SHAPES), reduce_norms, exempt)
     for step in range(1, STEPS + 1):
         for piece, gradient in zip(slices, cut(gradients(step)), strict=True):
             piece.grad = gradient

@@ -16,21 +16,21 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from tests.checkpoint.eva_weights import assign, from_eva, to_eva
+from tests.checkpoint.eva_weights import from_eva, to_eva
 from tests.distributed import run_ranks
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
 from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES
 from w2s.config.lessons import Target
 from w2s.config.sections import ParallelConfig, PrecisionConfig, TextConfig, VisionConfig
-from w2s.megatron import groups
-from w2s.megatron.initialize import global_name
-from w2s.megatron.schedule import forward_backward, infer
-from w2s.megatron.sharded import ShardedTower, data_parallel, shard
-from w2s.megatron.tower import Tower
+from w2s.megatron.model.initialize import global_name, load_tensors
+from w2s.megatron.model.tower import Tower
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.pipeline_schedule import forward_backward, infer
+from w2s.megatron.parallel.sharded import ShardedTower, data_parallel, shard
 from w2s.objectives.contrastive import contrastive_loss
-from w2s.objectives.masked import masked_cosine_loss
+from w2s.objectives.masked_loss import masked_cosine_loss
 from w2s.towers.clip import ImageTower, TextTower
-from w2s.towers.masked import MaskedStudent
+from w2s.towers.masked_student import MaskedStudent
 
 FOLDER = Path(os.environ.get("W2S_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
 FILES = sorted(FOLDER.glob("*.safetensors"))
@@ -90,7 +90,7 @@ def names_of(tower: Tower) -> list[str]:
 def fill_from(tower: Tower, released: dict[str, Tensor], names: dict[str, str]) -> None:
     own = [name for name in names_of(tower) if name != "logit_scale"]
     tensors = from_eva(released, own, names, tower.config.num_attention_heads)
-    assign(tower, {**tensors, "logit_scale": released.get("logit_scale", torch.empty(0))})
+    load_tensors(tower, {**tensors, "logit_scale": released.get("logit_scale", torch.empty(0))})
 
 
 def sharded(
@@ -110,20 +110,20 @@ def send_back(
     tower: ShardedTower[Any], inputs: Sequence[Tensor], tokens: int, gradient: Tensor, **scalars: Tensor
 ) -> Pieces:
     """Gradients of the weights, given those by the output and by scalars of the tower."""
-    for part in tower.chunks:
+    for part in tower.wrapped:
         part.zero_grad_buffer()
 
     def forward(chunk: Any, inputs: Sequence[Tensor]) -> Any:
         def loss(output: Tensor) -> Any:
-            by_scalars = [by * getattr(chunk, name) for name, by in scalars.items()]
-            return (output * gradient).sum() + sum(by_scalars), {}
+            grad_logit_parameters = [by * getattr(chunk, name) for name, by in scalars.items()]
+            return (output * gradient).sum() + sum(grad_logit_parameters), {}
 
         return call(chunk, *inputs), loss
 
     forward_backward(tower, [inputs], forward, len(inputs[0]) * tokens)
     return {
         global_name(part, name): (parameter.main_grad, axis_of(parameter))
-        for part in tower.parts
+        for part in tower.chunks
         for name, parameter in part.named_parameters()
     }
 
@@ -160,10 +160,10 @@ def clip_numbers(path: Path, parallel: ParallelConfig) -> tuple[dict[str, Tensor
     leaves = [x.clone().requires_grad_() for x in (out["image_features"], out["text_features"], state["logit_scale"])]
     units = (F.normalize(leaf, dim=-1) for leaf in leaves[:2])
     out["clip_loss"] = contrastive_loss(*units, leaves[2].exp(), tile=4)
-    by_images, by_texts, by_scale = torch.autograd.grad(out["clip_loss"], leaves)
+    grad_images, grad_texts, grad_scale = torch.autograd.grad(out["clip_loss"], leaves)
     grads = {
-        "visual.": send_back(vision, (images,), 1 + seen.patches, by_images),
-        "text.": send_back(text, (texts,), spoken.context_length, by_texts, logit_scale=by_scale),
+        "visual.": send_back(vision, (images,), 1 + seen.patches, grad_images),
+        "text.": send_back(text, (texts,), spoken.context_length, grad_texts, logit_scale=grad_scale),
     }
     return {name: value.detach() for name, value in out.items()}, grads
 
@@ -189,7 +189,7 @@ def masked_numbers(path: Path, parallel: ParallelConfig) -> tuple[dict[str, Tens
 
 def numbers(paths: list[Path], parallel: ParallelConfig) -> dict[str, Any]:
     """What a rank of a layout has to say about every file."""
-    with groups.split(parallel, torch.device("cpu")):
+    with process_groups.initialize_groups(parallel, torch.device("cpu")):
         return {
             path.name: (clip_numbers if path.name.startswith("clip") else masked_numbers)(path, parallel)
             for path in paths

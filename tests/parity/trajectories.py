@@ -14,17 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import w2s.tutor
-from tests.checkpoint.eva_weights import assign, from_eva
+from tests.checkpoint.eva_weights import from_eva
 from tests.distributed import means
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
 from w2s.checkpoint.eva_format import VISION_NAMES, is_fused, released_name, separate
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
-from w2s.megatron.initialize import global_name
-from w2s.optim.schedule import lr_factor
+from w2s.megatron.model.initialize import global_name, load_tensors
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.optim.lr_schedule import lr_factor
 from w2s.stages.clip import ContrastiveStage
 from w2s.stages.mim import MaskedStage
 from w2s.teachers.base import Features, PatchNetwork, Teacher
@@ -187,7 +187,7 @@ def follow(path: Path, changes: Sequence[str]) -> dict[str, Any]:
     """Train as a file did, as one rank of a process group; `changes` are further options of w2s."""
     reference = Reference.read(path)
     config = load(reference.stage, [*options(reference), *changes])
-    with groups.split(config.parallel, torch.device("cpu")) as ranks:
+    with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
         return (_follow_clip if reference.stage == "clip" else _follow_mim)(reference, config, ranks)
 
 
@@ -197,14 +197,19 @@ def _follow_clip(reference: Reference, config: Config, ranks: Ranks) -> dict[str
         start = replace(config.init, vision=file.name, text=file.name)
         stage = ContrastiveStage(replace(config, init=start), ranks)
         stage.begin()
-    stage.optimizer.reload_weights()
+    stage.optimizer.copy_model_to_master()
 
     def batch(step: int, own: slice) -> Batch:
         given = reference.of_step(step, own)
         kept = given["kept"].sort(dim=1).values if "kept" in given else None
         count, pairs = len(given["images"]), torch.arange(config.train.global_batch)[own]
         return Batch(
-            images=given["images"], tokens=given["tokens"], kept=kept, captions=pairs, keys=[""] * count, indices=pairs
+            images=given["images"],
+            tokens=given["tokens"],
+            kept=kept,
+            caption_hashes=pairs,
+            keys=[""] * count,
+            indices=pairs,
         )
 
     return _train(stage, config, ranks, batch)
@@ -215,10 +220,10 @@ def _follow_mim(reference: Reference, config: Config, ranks: Ranks) -> dict[str,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(w2s.tutor, "build_teacher", lambda *_, **__: Teacher(network, grid=network.grid))
         stage = MaskedStage(config, ranks)
-    for part in stage.student.parts:
+    for part in stage.student.chunks:
         own = [global_name(part, name) for name, _ in part.named_parameters()]
-        assign(part, from_eva(reference.start, own, VISION_NAMES, config.model.vision.heads))
-    stage.optimizer.reload_weights()
+        load_tensors(part, from_eva(reference.start, own, VISION_NAMES, config.model.vision.heads))
+    stage.optimizer.copy_model_to_master()
 
     def batch(step: int, own: slice) -> Batch:
         given = reference.of_step(step, own)
@@ -233,7 +238,7 @@ def _follow_mim(reference: Reference, config: Config, ranks: Ranks) -> dict[str,
 
 def _train(stage: Any, config: Config, ranks: Ranks, batch: Callable[[int, slice], Batch]) -> dict[str, Any]:
     share = config.train.global_batch // ranks.world_size
-    own, logs, rates = slice(ranks.reader * share, (ranks.reader + 1) * share), [], []
+    own, logs, rates = slice(ranks.data_reader_rank * share, (ranks.data_reader_rank + 1) * share), [], []
     for step in range(config.train.steps):
         factor = lr_factor(step, config.train.steps, config.optim)
         logs.append(means(ranks, train_step(stage, batch(step, own), factor)))
@@ -241,7 +246,7 @@ def _train(stage: Any, config: Config, ranks: Ranks, batch: Callable[[int, slice
     pieces: Pieces = {
         f"{tower}.{global_name(part, name)}": (parameter.detach().clone(), axis_of(parameter))
         for tower, sharded in stage.towers.items()
-        for part in sharded.parts
+        for part in sharded.chunks
         for name, parameter in part.named_parameters()
     }
     return {"logs": logs, "rates": rates, "decays": _of_groups(stage, "weight_decay"), "weights": pieces}
@@ -253,7 +258,7 @@ def _of_groups(stage: Any, key: str) -> dict[str, float]:
     return {
         f"{tower}.{global_name(part, name)}": float(optimizer.param_groups[place[0]][key])
         for tower, sharded in stage.towers.items()
-        for part in sharded.parts
+        for part in sharded.chunks
         for name, parameter in part.named_parameters()
         if (place := optimizer.model_param_group_index_map.get(parameter))
     }

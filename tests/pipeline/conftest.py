@@ -1,12 +1,12 @@
 import pytest
 
 from tests.pipeline.launcher import Launcher, by_stage
-from w2s.pipeline import run
+from w2s.pipeline import runner
 
 
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     launcher = Launcher(by_stage)
-    monkeypatch.setattr(run, "launch_stage", launcher)
-    monkeypatch.setattr(run, "check_data", lambda configs: None)  # nothing is read
+    monkeypatch.setattr(runner, "launch_stage", launcher)
+    monkeypatch.setattr(runner, "check_data", lambda configs: None)  # nothing is read
     return launcher

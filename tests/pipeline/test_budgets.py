@@ -6,8 +6,8 @@ from tests.pipeline.launcher import overrides
 from tests.pipeline.lengths import STEPS, write_lengths
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
-from w2s.pipeline.plan import Plan, Task
 from w2s.pipeline.steps import load_pipeline
+from w2s.pipeline.tasks import Plan, Task
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from tests.pipeline.launcher import Launcher, overrides
 from tests.pipeline.lengths import write_lengths
 from w2s.config.sections import Config
 from w2s.pipeline.comparison import comparison, on_the_way, points, rival
-from w2s.pipeline.flops import training_flops
-from w2s.pipeline.pictures import draw
-from w2s.pipeline.plan import Plan
+from w2s.pipeline.plots import draw
 from w2s.pipeline.results import Results, Run
 from w2s.pipeline.steps import Comparison, load_pipeline
+from w2s.pipeline.tasks import Plan
+from w2s.pipeline.training_flops import training_flops
 
 
 def measure(config: Config) -> dict[str, float]:

@@ -9,16 +9,16 @@ import torch
 
 from tests.checkpoint.peers import released
 from tests.stages.shapes import write_shapes
+from w2s.checkpoint.checkpoint_folders import latest, read_meta
 from w2s.checkpoint.released import open_released
-from w2s.checkpoint.store import latest, read_meta
 from w2s.config.checks import check
 from w2s.config.load import named_model
 from w2s.config.sections import Config
 from w2s.launch import run_stage
-from w2s.pipeline import run
-from w2s.pipeline.plan import Plan
-from w2s.pipeline.run import run_pipeline
+from w2s.pipeline import runner
+from w2s.pipeline.runner import run_pipeline
 from w2s.pipeline.steps import load_pipeline
+from w2s.pipeline.tasks import Plan
 from w2s.planning.cards import card
 from w2s.planning.hardware_file import lanes
 from w2s.planning.plan import find_plans
@@ -66,7 +66,7 @@ def test_every_step_fits_on_its_gpus(steps: dict[str, Config], name: str) -> Non
 def test_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step runs; the text tower is the teacher's at first, and each step begins with what the one before gave."""
     monkeypatch.setattr(
-        run, "launch_stage", lambda config, ranks, restarts: run_stage(config)
+        runner, "launch_stage", lambda config, ranks, restarts: run_stage(config)
     )  # in this process: sooner
     torch.save(released(named_model("tiny")), tmp_path / "teacher.pt")
     train = write_shapes(tmp_path / "train", shards=4, seed=0)

@@ -5,9 +5,9 @@ from tests.pipeline.seeded import write_seeded
 from w2s.config.sections import Config
 from w2s.pipeline.meaning import meaning_of
 from w2s.pipeline.parent import metrics, params
-from w2s.pipeline.plan import Plan
 from w2s.pipeline.results import Results, Run
 from w2s.pipeline.steps import load_pipeline
+from w2s.pipeline.tasks import Plan
 
 
 def measure(config: Config) -> dict[str, float]:

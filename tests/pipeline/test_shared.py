@@ -7,8 +7,8 @@ import pytest
 from tests.pipeline.launcher import overrides
 from tests.pipeline.lengths import write_lengths
 from w2s.errors import ConfigError
-from w2s.pipeline.plan import Plan
 from w2s.pipeline.steps import load_pipeline
+from w2s.pipeline.tasks import Plan
 
 
 def test_it_runs_once_and_every_seed_builds_on_it(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from mlflow import MlflowClient
 from tests.stages.runs import run_in_process
 from tests.stages.shapes import write_shapes
 from w2s.config.load import read_document
-from w2s.pipeline import run
-from w2s.pipeline.plan import Plan
-from w2s.pipeline.run import run_pipeline
+from w2s.pipeline import runner
+from w2s.pipeline.runner import run_pipeline
 from w2s.pipeline.steps import load_pipeline
-from w2s.tracking.store import connect
+from w2s.pipeline.tasks import Plan
+from w2s.tracking.mlflow_store import connect
 
 ARMS = ["weak", "scratch", "masked", "summary", "distill", "both", "grown"]
 TAUGHT = ["masked_mim", "summary_mim"]
@@ -78,7 +78,7 @@ def few_images(path: Path) -> str:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("showcase")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "launch_stage", lambda config, ranks, restarts: run_in_process(config))
+        patch.setattr(runner, "launch_stage", lambda config, ranks, restarts: run_in_process(config))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         name = one_seed_and_two_candidates(folder / "showcase.yaml")
         data = few_images(folder / "data.yaml")
@@ -155,10 +155,10 @@ def test_all_runs_are_in_one_experiment_below_one_run(report: Path) -> None:
     experiment = client.get_experiment_by_name("showcase")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
-    parents = [run.data.tags.get("mlflow.parentRunId") for run in runs]
-    (top,) = [run for run, parent in zip(runs, parents, strict=True) if parent is None]
+    parents = [runner.data.tags.get("mlflow.parentRunId") for runner in runs]
+    (top,) = [runner for runner, parent in zip(runs, parents, strict=True) if parent is None]
     assert parents.count(top.info.run_id) == len(runs) - 1 == len(list(report.parent.glob("*/result.json")))
-    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {runner.info.status for runner in runs} == {"FINISHED"}
 
 
 def test_every_choice_of_the_real_showcase_is_made_alike() -> None:

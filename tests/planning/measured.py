@@ -14,8 +14,9 @@ from tests.stages.layouts import STAGES
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.stream import Stream
-from w2s.megatron import groups, layers
-from w2s.megatron.groups import Ranks
+from w2s.megatron.model import layers
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.stages.clip import ContrastiveStage
 from w2s.stages.mim import MaskedStage
 
@@ -51,7 +52,7 @@ def on_ranks(world_size: int, fn: Any, stage: str, cases: dict[str, Sequence[str
 def _all_cases(fn: Any, configs: dict[str, Config]) -> dict[str, Any]:
     results = {}
     for name, config in configs.items():
-        with groups.split(config.parallel, torch.device("cpu")) as ranks:
+        with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
             stage = STAGES[config.stage](config, ranks)
             results[name] = (_place(config, ranks), fn(stage, config, ranks))
     return results
@@ -66,13 +67,15 @@ def allocated(stage: MaskedStage | ContrastiveStage, config: Config, ranks: Rank
     optimizer = stage.optimizer
     optimizer.prepare_to_load()
     if config.parallel.shard == "full":
-        groups = [group for chunk in optimizer.chunks for group in chunk.param_and_grad_buffer.parameter_groups]
+        process_groups = [
+            group for chunk in optimizer.wrapped for group in chunk.param_and_grad_buffer.parameter_groups
+        ]
         return (
-            size_of([group.model_weight_buffer.data for group in groups]),
-            size_of([group.main_grad_buffer.data for group in groups]),
-            3 * size_of([group.main_weight_buffer.data for group in groups]),  # two moments beside
+            size_of([group.model_weight_buffer.data for group in process_groups]),
+            size_of([group.main_grad_buffer.data for group in process_groups]),
+            3 * size_of([group.main_weight_buffer.data for group in process_groups]),  # two moments beside
         )
-    buffers = [buffer for chunk in optimizer.chunks for buffer in chunk.buffers]
+    buffers = [buffer for chunk in optimizer.wrapped for buffer in chunk.buffers]
     masters = [part for group in optimizer.sharded.shard_fp32_from_float16_groups for part in group]
     moments = [
         state[name] for state in optimizer.sharded.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
@@ -97,15 +100,15 @@ def most_kept(stage: MaskedStage | ContrastiveStage, config: Config, ranks: Rank
         stage.spec,
         global_batch=config.train.global_batch,
         seed=0,
-        rank=ranks.reader,
+        rank=ranks.data_reader_rank,
         size=ranks.world_size,
     )
     batch = stream.next()
-    weights = {buffer.param_data.untyped_storage().data_ptr() for c in stage.optimizer.chunks for buffer in c.buffers}
+    weights = {buffer.param_data.untyped_storage().data_ptr() for c in stage.optimizer.wrapped for buffer in c.buffers}
     kept = Kept(weights)
     # The flash kernel, as on a GPU: a CPU has another one for short sequences.
     with (
-        mock.patch.object(layers, "_SHORT", 0),
+        mock.patch.object(layers, "_MATH_KERNEL_UP_TO", 0),
         torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda held: held.tensor),
     ):
         stage.step(batch)

@@ -8,7 +8,7 @@ from tests.planning.measured import SMALL, most_kept, on_ranks
 from tests.stages.shapes import write_shapes
 from w2s.config.load import load
 from w2s.planning.activations import Types, in_flight, peak
-from w2s.planning.schedule import Pipeline
+from w2s.planning.simulated_schedule import Pipeline
 from w2s.planning.towers import planned_towers
 
 TARGET_WIDTH = 1280

@@ -70,7 +70,7 @@ def test_a_batch_is_that_of_every_stage_or_of_one() -> None:
     train = {stage: asked.config(stage, 360).train for stage in asked.stages}
     assert [(part.global_batch, part.steps) for part in train.values()] == [(3600, 1_666_667), (108_000, 55_557)]
     for wrong in ("eval=3600", "clip=0", "many"):
-        with pytest.raises(UserError, match=f"--batch {wrong} is no batch of mim or clip: use 4096, or mim=4096"):
+        with pytest.raises(UserError, match=f"--batch {wrong} is not a batch of mim or clip: use 4096, or mim=4096"):
             request(["mim", "clip"], 8, "h100", [wrong])
 
 

@@ -18,7 +18,7 @@ from w2s.config.lessons import Target
 from w2s.config.load import load, named_model
 from w2s.config.sections import Config, HardwareConfig, ParallelConfig
 from w2s.data.stream import Stream
-from w2s.megatron import groups
+from w2s.megatron.parallel import process_groups
 from w2s.planning.flops import (
     image_flops,
     loss_flops,
@@ -32,7 +32,7 @@ from w2s.planning.teacher import planned_teachers, predicted
 from w2s.planning.towers import planned_towers
 from w2s.stages.clip import ContrastiveStage
 from w2s.stages.mim import MaskedStage
-from w2s.towers.masked import MaskedStudent
+from w2s.towers.masked_student import MaskedStudent
 
 BATCH = 12
 CONFIG = [*SMALL, f"train.global_batch={BATCH}"]
@@ -80,7 +80,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def counted(config: Config) -> tuple[float, MaskedStage | ContrastiveStage]:
     """Operations of a step for one sample by torch's counter, on one rank."""
-    with groups.start(config.parallel, config.hardware) as ranks:
+    with process_groups.init_distributed(config.parallel, config.hardware) as ranks:
         stage = (MaskedStage if config.stage == "mim" else ContrastiveStage)(config, ranks)
         stream = Stream(config.data, stage.spec, global_batch=BATCH, seed=0, rank=0, size=1)
         batch = stream.next()
@@ -161,7 +161,7 @@ def test_several_teachers_and_their_heads_are_counted(shards: str) -> None:
     assert said["targets"] == built.targets
     seen = sum(teacher.flops for teacher in teachers)
     assert total == pytest.approx(stage_flops(config, 1, **said, teacher=seen).hardware, rel=4e-5)  # two such sums
-    (tower,), (student,) = planned_towers(config, **said), built.student.parts
+    (tower,), (student,) = planned_towers(config, **said), built.student.chunks
     assert sorted(tower.chunk(0, 1, True)) == sorted(parameter.numel() for parameter in student.parameters())
 
 
@@ -222,9 +222,9 @@ def test_half_of_eva_18bs_tokens_by_the_counter() -> None:
     totals = []
     for options in ([], ["mim.predict=visible", "mim.masked_patches=128"]):
         config = load("mim", ["model=eva_18b", "teacher=eva02_clip_e_plus", *options])
-        with groups.start(ParallelConfig(), HardwareConfig(device="cpu")), torch.device("meta"):
+        with process_groups.init_distributed(ParallelConfig(), HardwareConfig(device="cpu")), torch.device("meta"):
             student = MaskedStudent(
-                model, [Target(teacher.embed_dim)], ParallelConfig(), torch.bfloat16, drops_masked=bool(options)
+                model, [Target(teacher.embed_dim)], ParallelConfig(), torch.bfloat16, drop_masked=bool(options)
             )
             images, masks = torch.empty(1, 3, 224, 224), torch.empty(1, model.patches, dtype=torch.bool)
             places = torch.empty(1, config.mim.predicted(model.patches), dtype=torch.int64)

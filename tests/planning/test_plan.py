@@ -12,7 +12,7 @@ from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.errors import ConfigError, UserError
 from w2s.planning.cards import card
-from w2s.planning.host import host_copy
+from w2s.planning.in_memory_costs import host_copy
 from w2s.planning.memory import rank_memory
 from w2s.planning.plan import Plan, find_plans
 from w2s.planning.report import bottleneck

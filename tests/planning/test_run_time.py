@@ -10,7 +10,7 @@ from tests.planning.test_plan import eva_18b, one
 from w2s.config.sections import CheckpointConfig, Config
 from w2s.errors import UserError
 from w2s.planning.cards import card
-from w2s.planning.layers import layer_time
+from w2s.planning.layer_costs import layer_time
 from w2s.planning.plan import Plan
 from w2s.planning.run_time import Images, counted, run_time
 from w2s.planning.towers import planned_towers

@@ -9,7 +9,7 @@ from tests.planning.measured import SMALL, Place, allocated, average_kept, on_ra
 from tests.stages.shapes import write_shapes
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.planning import fully_sharded
+from w2s.planning import fully_sharded_costs
 from w2s.planning.states import States, rank_states
 from w2s.planning.towers import PlannedTower, planned_towers
 
@@ -58,7 +58,7 @@ SIGMOID = ["clip.loss=sigmoid", "clip.learn_logit_scale=false", "clip.logit_scal
 
 def _planned(config: Config, towers: Sequence[PlannedTower], place: Place) -> States:
     if config.parallel.shard == "full":
-        return fully_sharded.rank_states(towers, config.precision, place.data_size, config.optim.ema > 0)
+        return fully_sharded_costs.rank_states(towers, config.precision, place.data_size, config.optim.ema > 0)
     return rank_states(
         towers,
         config.parallel,

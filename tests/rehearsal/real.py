@@ -78,10 +78,10 @@ def words(tensors: Tensor | list[Any]) -> tuple[str, ...]:
 def real_calls(config: Any, build: Callable[..., Any], steps: int) -> list[Noted]:
     """What this rank calls in some steps of a stage."""
     from w2s.bench.synthetic import synthetic_batch
-    from w2s.megatron import groups
+    from w2s.megatron.parallel import process_groups
     from w2s.training.stage import train_step
 
-    with groups.split(config.parallel, torch.device("cpu")) as ranks:
+    with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
         stage = build(config, ranks)
         batch = synthetic_batch(stage.spec, config.train.global_batch // ranks.world_size, config.model.text.vocab_size)
         with noted() as calls:

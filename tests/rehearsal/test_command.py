@@ -40,7 +40,7 @@ def test_data_that_do_not_exist_are_what_the_run_would_end_with(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """No rank is rehearsed here."""
-    monkeypatch.setattr("w2s.rehearsal.run.perform", lambda be, jobs: [])
+    monkeypatch.setattr("w2s.rehearsal.rehearsal.perform", lambda be, jobs: [])
     missing = f"data.train={tmp_path / 'nowhere.tar'}"
     rank = ["--gpus", "2", "--ranks", "0"]
     monkeypatch.setenv("COLUMNS", "80")

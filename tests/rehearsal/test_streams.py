@@ -1,4 +1,4 @@
-"""Who waits for a call that goes on in a stream of its own."""
+"""Who waits for a call that continues in a stream of its own."""
 
 from w2s.rehearsal.streams import Streams
 from w2s.rehearsal.tape import Tape, Wait

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from tests.stages.shapes import write_shapes
 from w2s import cli
 from w2s.config.sections import HardwareConfig, ParallelConfig
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
-from w2s.tracking.store import connect
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.tracking.mlflow_store import connect
 
 if TYPE_CHECKING:  # a bare GPU machine has no MLflow, and its tests need none
     from mlflow import MlflowClient
@@ -131,7 +131,7 @@ def tiny(material: Material) -> list[str]:
 @pytest.fixture
 def alone() -> Iterator[Ranks]:
     """One process with Megatron's groups, for one test: the runs of other tests make their own."""
-    with groups.start(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
+    with process_groups.init_distributed(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
         yield ranks
 
 

@@ -13,12 +13,12 @@ from tests.megatron.pieces import Pieces, axis_of, join_pieces
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.stream import Stream
-from w2s.megatron import groups
-from w2s.megatron.fully_sharded import Share
-from w2s.megatron.groups import Ranks
-from w2s.megatron.initialize import global_name
-from w2s.megatron.sharded import whole
-from w2s.optim.schedule import lr_factor
+from w2s.megatron.model.initialize import global_name
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.fully_sharded import Share
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.megatron.parallel.sharded import unsharded
+from w2s.optim.lr_schedule import lr_factor
 from w2s.stages.clip import ContrastiveStage
 from w2s.stages.mim import MaskedStage
 
@@ -56,7 +56,7 @@ def run_alone(config: Config, ranks: Ranks, steps: int) -> Steps:
 def _all_cases(configs: dict[str, Config], steps: int) -> dict[str, dict[str, Any]]:
     results = {}
     for name, config in configs.items():
-        with groups.split(config.parallel, torch.device("cpu")) as ranks:
+        with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
             results[name] = _steps(config, ranks, steps)
     return results
 
@@ -68,7 +68,7 @@ def _steps(config: Config, ranks: Ranks, steps: int) -> dict[str, Any]:
         stage.spec,
         global_batch=config.train.global_batch,
         seed=config.run.seed,
-        rank=ranks.reader,
+        rank=ranks.data_reader_rank,
         size=ranks.world_size,
     )
     logs, gradients = [], {}
@@ -79,7 +79,7 @@ def _steps(config: Config, ranks: Ranks, steps: int) -> dict[str, Any]:
             gradients = _gradients(stage, ranks)
         stage.optimizer.step(lr_factor(step, config.train.steps, config.optim))
     stage.optimizer.gather_weights()
-    with whole(stage.towers.values()):
+    with unsharded(stage.towers.values()):
         weights = _pieces(stage, lambda parameter: parameter.detach().clone())
     return {"logs": logs, "gradients": gradients, "weights": weights}
 
@@ -87,10 +87,10 @@ def _steps(config: Config, ranks: Ranks, steps: int) -> dict[str, Any]:
 def _gradients(stage: Any, ranks: Ranks) -> Pieces:
     """Every data-parallel rank has reduced its slices of the buffers alone: join them first."""
     if ranks.data_size > 1 and stage.config.parallel.shard == "full":
-        shares = {p: share for tower in stage.towers.values() for c in tower.chunks for p, share in c.shares.items()}
+        shares = {p: share for tower in stage.towers.values() for c in tower.wrapped for p, share in c.shares.items()}
         return _pieces(stage, lambda parameter: _joined(parameter, shares[parameter], ranks))
     for tower in stage.towers.values():
-        for buffer in (buffer for chunk in tower.chunks for buffer in chunk.buffers):
+        for buffer in (buffer for chunk in tower.wrapped for buffer in chunk.buffers):
             for bucket in buffer.buckets:
                 own = bucket.grad_data.chunk(ranks.data_size)[ranks.data_rank].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, own, group=ranks.data_group)
@@ -111,7 +111,7 @@ def _pieces(stage: Any, take: Any) -> Pieces:
             axis_of(parameter),
         )
         for tower_name, tower in stage.towers.items()
-        for part in tower.parts
+        for part in tower.chunks
         for name, parameter in part.named_parameters()
         if parameter.requires_grad
     }

@@ -18,7 +18,7 @@ from torch import Tensor
 from w2s.config.load import load
 from w2s.config.naming import run_folder
 from w2s.config.sections import Config
-from w2s.megatron.optimizer import Optimizer
+from w2s.megatron.parallel.optimizer import Optimizer
 
 DEADLINE = 120.0
 """Seconds after which a command that did not come as far as it should is a failure."""

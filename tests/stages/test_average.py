@@ -16,11 +16,12 @@ from tests.stages.test_layouts import FULLY, LAYOUTS, PIPELINE, TENSOR
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.stream import Stream
-from w2s.megatron import groups, state
-from w2s.megatron.groups import Ranks
-from w2s.megatron.initialize import global_name
-from w2s.megatron.sharded import whole
-from w2s.optim.schedule import lr_factor
+from w2s.megatron.checkpoint import state
+from w2s.megatron.model.initialize import global_name
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.megatron.parallel.sharded import unsharded
+from w2s.optim.lr_schedule import lr_factor
 
 STEPS, SKIPPED = 50, (7, 31)
 DECAY = 0.6
@@ -33,18 +34,23 @@ QUICK = [(1, "accumulation", STEPS), (2, "data", STEPS), (8, "tensor, pipeline, 
 
 def pieces(stage: Any) -> Pieces:
     """Copies of the weights that this rank's towers hold."""
-    with whole(stage.towers.values()):
+    with unsharded(stage.towers.values()):
         return {
             f"{name}.{global_name(part, key)}": (parameter.detach().clone(), axis_of(parameter))
             for name, tower in stage.towers.items()
-            for part in tower.parts
+            for part in tower.chunks
             for key, parameter in part.named_parameters()
         }
 
 
 def build(config: Config, ranks: Ranks) -> tuple[Any, Stream]:
     stage: Any = STAGES[config.stage](config, ranks)
-    sizes = {"global_batch": config.train.global_batch, "seed": 0, "rank": ranks.reader, "size": ranks.world_size}
+    sizes = {
+        "global_batch": config.train.global_batch,
+        "seed": 0,
+        "rank": ranks.data_reader_rank,
+        "size": ranks.world_size,
+    }
     return stage, Stream(config.data, stage.spec, **sizes)
 
 
@@ -60,7 +66,7 @@ def distances(configs: list[Config], steps: int) -> list[float]:
     """How far the average is from a plain one in float64, for each layout: of this rank's weights the largest."""
     found = []
     for config in configs:
-        with groups.split(config.parallel, torch.device("cpu")) as ranks:
+        with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
             stage, stream = build(config, ranks)
             plain = {name: weight.double() for name, (weight, _) in pieces(stage).items()}
             for step in range(steps):
@@ -82,7 +88,7 @@ def distances(configs: list[Config], steps: int) -> list[float]:
 
 def trained(config: Config, measured: bool) -> Pieces:
     """The weights after four steps, after the second of which the average was measured or not."""
-    with groups.split(config.parallel, torch.device("cpu")) as ranks:
+    with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
         stage, stream = build(config, ranks)
         for step in range(4):
             train(stage, stream, step)
@@ -145,7 +151,7 @@ def test_training_goes_on_after_a_measurement_as_without_it(
 
 def begin(config: Config, folder: Path, background: bool) -> Pieces:
     """Train for three steps, save, train on while it is written; the average as it was when it was saved."""
-    with groups.split(config.parallel, torch.device("cpu")) as ranks:
+    with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
         stage, stream = build(config, ranks)
         for step in range(3):
             train(stage, stream, step)
@@ -159,7 +165,7 @@ def begin(config: Config, folder: Path, background: bool) -> Pieces:
 
 def hand_on(config: Config, before: Path, after: Path) -> tuple[Pieces, Pieces]:
     """Load and save; the average that was loaded, and that which is loaded as weights."""
-    with groups.split(config.parallel, torch.device("cpu")) as ranks:
+    with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
         stage, _ = build(config, ranks)
         stage.load_extra_state(state.load(before, stage.towers, stage.optimizer, step=3))
         state.save(after, stage.towers, stage.optimizer, stage.extra_state()).finish()

@@ -12,13 +12,13 @@ from torch import Tensor
 from tests.stages.conftest import Run
 from tests.stages.runs import history, records, result, run_stage
 from w2s.checkpoint.averaging import average_checkpoints
+from w2s.checkpoint.checkpoint_folders import checkpoints_of, latest, step_name
 from w2s.checkpoint.exporting import export_checkpoint
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.checkpoint.lineage import lineage, measurements
-from w2s.checkpoint.store import checkpoints_of, latest, step_name
 from w2s.config.load import load
 from w2s.config.sections import TeacherConfig
-from w2s.megatron.stored import StoredTensors, has_average
+from w2s.megatron.checkpoint.tensor_store import TensorStore, has_average
 from w2s.teachers.build import build_teacher
 
 AVERAGE = ["optim.ema=0.9", "optim.lr=3e-3", "checkpoint.every=2", "checkpoint.keep=4"]
@@ -49,7 +49,7 @@ def at(run: Path, step: int) -> Path:
 
 
 def tensors(checkpoint: Path, weights: Any) -> dict[str, Tensor]:
-    stored = StoredTensors(checkpoint, weights)
+    stored = TensorStore(checkpoint, weights)
     return {name: stored.read(name) for name in stored.meta}
 
 
@@ -119,7 +119,7 @@ def test_it_is_exported(averaged: Path, tmp_path: Path) -> None:
         export_checkpoint(at(averaged, 4), "safetensors", tmp_path / weights, weights=weights)
     last, ema = (load_file(tmp_path / weights / "model.safetensors") for weights in ("last", "ema"))
     assert last.keys() == ema.keys()
-    assert torch.equal(ema["logit_scale"], StoredTensors(at(averaged, 4), "ema").read("text.logit_scale"))
+    assert torch.equal(ema["logit_scale"], TensorStore(at(averaged, 4), "ema").read("text.logit_scale"))
     assert not torch.equal(ema["logit_scale"], last["logit_scale"])
     card = (tmp_path / "ema" / "README.md").read_text()
     assert "contrastive run (moving average)" in card
@@ -204,7 +204,7 @@ def mean(averaged: Path) -> Path:
 def test_the_mean_of_finished_checkpoints(
     w2s: Run, mean: Path, averaged: Path, options: list[str], tmp_path: Path
 ) -> None:
-    """Equal to the mean in float64; no training goes on from it."""
+    """Equal to the mean in float64; no training continues from it."""
     ask = ["average", "averaged", f"--root={averaged.parent}", "--last"]
     code, out, _ = w2s(*ask, "2", "--out", str(tmp_path / "mean"))
     assert (code, out.count("step-0000000")) == (0, 2)
@@ -215,7 +215,7 @@ def test_the_mean_of_finished_checkpoints(
     assert [each.role for each in lineage(mean)] == ["average of checkpoints", *["averages, contrastive run"] * 2]
     code, _, error = w2s("stage", "clip", *options, f"init.checkpoint={mean}", "train.steps=9", "run.name=refused")
     assert code == 2
-    assert "is of stage average, and clip cannot go on from it: use init.vision to begin with its weights" in error
+    assert "is of stage average, and clip cannot continue from it: use init.vision to begin with its weights" in error
     for arguments, line in ((["3"], "has 2 checkpoints"), (["2"], f"--out {mean} exists already")):
         code, _, error = w2s(*ask, *arguments)
         assert (code, error.count("\n")) == (2, 1)
@@ -230,6 +230,6 @@ def test_the_mean_is_measured_taken_over_exported_and_teaches(
     assert shared(records(heir)[0]) == measured(base, mean, "run.name=of-the-mean")
     export_checkpoint(mean, "safetensors", tmp_path / "out")
     exported = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(exported["logit_scale"], StoredTensors(mean).read("text.logit_scale"))
+    assert torch.equal(exported["logit_scale"], TensorStore(mean).read("text.logit_scale"))
     teacher = build_teacher(TeacherConfig(source=f"w2s:{mean}"), grid=4, device="cpu")
     assert torch.equal(teacher.network.trunk.cls_token, exported["visual.cls_token"])

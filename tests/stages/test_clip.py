@@ -5,10 +5,10 @@ import math
 import pytest
 
 from tests.stages.runs import QUIET, history, run_stage
-from w2s.checkpoint.store import latest
+from w2s.checkpoint.checkpoint_folders import latest
 from w2s.config.load import load
-from w2s.megatron.groups import Ranks
-from w2s.megatron.stored import StoredTensors
+from w2s.megatron.checkpoint.tensor_store import TensorStore
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.stages.clip import ContrastiveStage
 
 
@@ -34,8 +34,8 @@ def test_a_fixed_logit_scale_stays_put(options: list[str]) -> None:
     scales = history(run, "logit_scale")
     assert len(set(scales)) == 1
     assert scales[0] == pytest.approx(100)
-    # What is not trained is in the checkpoint all the same: evaluation, export and a run that goes on need it.
-    assert float(StoredTensors(latest(run)).read("text.logit_scale")) == pytest.approx(math.log(100))
+    # What is not trained is in the checkpoint all the same: evaluation, export and a run that continues need it.
+    assert float(TensorStore(latest(run)).read("text.logit_scale")) == pytest.approx(math.log(100))
 
 
 def test_learning_rates_of_towers_and_layers_reach_the_optimizer(alone: Ranks, options: list[str]) -> None:
@@ -53,7 +53,7 @@ def test_learning_rates_of_towers_and_layers_reach_the_optimizer(alone: Ranks, o
 
 def test_patch_dropout_keeps_half_of_the_patches(alone: Ranks, options: list[str]) -> None:
     kept = [
-        ContrastiveStage(load("clip", [*options, f"clip.patch_dropout={p}"]), alone).spec.kept_patches
+        ContrastiveStage(load("clip", [*options, f"clip.patch_dropout={p}"]), alone).spec.num_kept_patches
         for p in (0, 0.5, 0.9)
     ]
     assert kept == [0, 8, 1]  # 0 stands for all of the 16

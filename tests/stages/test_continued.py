@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint of another one: a trunk, branches of it, and what does not fit."""
+"""A run that continues from a checkpoint of another one: a trunk, branches of it, and what does not fit."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from tests.stages.conftest import Run
 from tests.stages.runs import QUIET, history, run_stage
-from w2s.checkpoint.store import latest, read_meta
+from w2s.checkpoint.checkpoint_folders import latest, read_meta
 from w2s.config.load import load
 from w2s.launch import launch
 from w2s.launch import run_stage as run_as_rank
@@ -71,9 +71,12 @@ def test_a_finished_run_goes_on_with_other_rates_in_another_layout(
     [
         ("train.steps=4", "has done 4 steps, which train.steps=4 counts too: use more"),
         ("model.vision.width=64", "is of another model (model=tiny): "),
-        ("train.global_batch=32", "cannot go on with train.global_batch=32: the run began with train.global_batch=16"),
-        ("run.seed=1", "cannot go on with run.seed=1: the run began with run.seed=0"),
-        ("init.checkpoint=nowhere", "init.checkpoint=nowhere is no path, no run below"),
+        (
+            "train.global_batch=32",
+            "cannot continue with train.global_batch=32: the run began with train.global_batch=16",
+        ),
+        ("run.seed=1", "cannot continue with run.seed=1: the run began with run.seed=0"),
+        ("init.checkpoint=nowhere", "init.checkpoint=nowhere is neither a path, nor a run below"),
     ],
 )
 def test_what_does_not_fit_is_one_line(w2s: Run, trunk: tuple[str, list[str], Path], override: str, line: str) -> None:
@@ -88,4 +91,4 @@ def test_another_stage_is_one_line(w2s: Run, base: list[str], trunk: tuple[str, 
     other = {"mim": "clip", "clip": "mim"}[stage]
     code, _, error = w2s("stage", other, *base, *QUIET, "train.steps=8", branch(folder), "run.name=misfit")
     assert (code, error.count("\n")) == (2, 1)
-    assert re.search(rf"is of stage {stage}, and {other} cannot go on from it", error)
+    assert re.search(rf"is of stage {stage}, and {other} cannot continue from it", error)

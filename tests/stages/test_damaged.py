@@ -36,7 +36,7 @@ def test_a_run_that_falls_back_gives_the_numbers_of_one_that_was_not_damaged(
     with caplog.at_level(logging.WARNING, "w2s"):
         run_stage("clip", options)
     messages = [record.getMessage() for record in caplog.records]
-    assert any(message.endswith("goes on from step-00000002, 4 steps are repeated") for message in messages)
+    assert any(message.endswith("resumes from step-00000002, 4 steps are repeated") for message in messages)
     assert {name: history(run, name) for name in names} == before
     assert [record["step"] for record in records(run)] == before["step"]
     again = read_manifest(folder / "step-00000006").files

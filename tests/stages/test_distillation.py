@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.objectives.pairs import softmax_definition
-from tests.objectives.test_distillation import definition
+from tests.objectives.test_distillation_loss import definition
 from tests.stages.runs import QUIET, history, records, run_stage
 from w2s.config.checks import check
 from w2s.config.load import load
-from w2s.data.batch import given
+from w2s.data.batch import require
 from w2s.data.stream import Stream
 from w2s.distillation import Distillation
 from w2s.errors import ConfigError, StopRun
-from w2s.megatron.groups import Ranks
-from w2s.stages.clip import ContrastiveStage, read, see
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.stages.clip import ContrastiveStage, encode_image, encode_text
 from w2s.training import progress
 
 TAUGHT = ["init.vision=none", "clip.distill.source=eva:tiny"]
@@ -71,12 +71,12 @@ def test_a_step_is_the_naive_sum_in_float64(alone: Ranks, options: list[str], na
     batch = Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1).next()
     stage.optimizer.zero_grad()
     found = stage.step(batch)
-    towers = [part for tower in stage.towers.values() for part in tower.parts]
+    towers = [part for tower in stage.towers.values() for part in tower.chunks]
     gradients = [parameter.main_grad.clone() for part in towers for parameter in part.parameters()]
 
     stage.optimizer.zero_grad()
-    (vision,), (text,) = stage.vision.parts, stage.text.parts
-    student = [F.normalize(x.double(), dim=-1) for x in (see(vision, batch), read(text, batch))]
+    (vision,), (text,) = stage.vision.chunks, stage.text.chunks
+    student = [F.normalize(x.double(), dim=-1) for x in (encode_image(vision, batch), encode_text(text, batch))]
     teacher = [
         torch.zeros(16, 16) if x is None else x.double()
         for x in stage.teachers[0](*batch.teacher_images or [None], batch.tokens)
@@ -147,8 +147,8 @@ def test_a_student_that_passes_its_teacher_is_taught_no_longer(
     monkeypatch.setattr(Distillation, "_measure", lambda *_: {RECALL: 0.4})
     until = [*options, "train.steps=6", "clip.distill.until_better=true", "train.eval_every=1", "eval.knn_shards="]
 
-    def judged(self: Distillation, student: dict[str, float], probe: Any) -> dict[str, float]:
-        return real(self, {RECALL: next(scores, 0.0)}, probe)
+    def judged(self: Distillation, student: dict[str, float], evaluator: Any) -> dict[str, float]:
+        return real(self, {RECALL: next(scores, 0.0)}, evaluator)
 
     real = Distillation.judge
     monkeypatch.setattr(Distillation, "judge", judged)
@@ -173,7 +173,7 @@ def test_the_teacher_is_measured_on_the_test_images(alone: Ranks, options: list[
     assert stage.distillation.on == (metrics[RECALL] <= metrics[f"teacher/{RECALL}"])
     assert 0 < metrics[f"teacher/{RECALL}"] < 1
     stage.distillation.passed = False
-    assert stage.distillation.judge({RECALL: metrics[f"teacher/{RECALL}"]}, stage.probe)
+    assert stage.distillation.judge({RECALL: metrics[f"teacher/{RECALL}"]}, stage.evaluator)
     assert stage.distillation.on, "as good is not better"
 
 
@@ -199,8 +199,8 @@ def test_a_run_of_ours_teaches_as_it_is(base: list[str], weak: str, alone: Ranks
     stage = ContrastiveStage(config, alone)
     batch = Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1).next()
     images, texts = stage.teachers[0](*batch.teacher_images or [None], batch.tokens)
-    assert given(images).norm(dim=1).tolist() == pytest.approx([1] * 16, abs=1e-5)
-    assert given(texts).shape == (16, 16)
+    assert require(images).norm(dim=1).tolist() == pytest.approx([1] * 16, abs=1e-5)
+    assert require(texts).shape == (16, 16)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_squashing_and_cropping_are_both_measured_and_the_better_counts(
     ("options", "message"),
     [
         (["eval.suite=clip27", "eval.shards="], "eval.suite=clip27: give the folder of its sets in eval.root"),
-        (["eval.suite=clip27", "eval.root=x", "eval.shards="], "eval.root=x is no folder: give the one that has"),
+        (["eval.suite=clip27", "eval.root=x", "eval.shards="], "eval.root=x is not a folder: give the one that has"),
         (["eval.suite=clip27", "eval.root=x", "eval.shards=y"], "eval.shards=y does nothing with eval.suite=clip27"),
         (["eval.root=x"], "eval.root=x does nothing without eval.suite"),
         (["eval.linear_probe=true"], "eval.linear_probe=true has nothing to learn from"),

@@ -10,12 +10,12 @@ from torch.distributed.checkpoint import FileSystemReader
 from tests.stages.conftest import Run
 from tests.stages.layouts import Steps, run_alone, run_layouts
 from tests.stages.runs import QUIET, history, records, result, run_stage
-from w2s.checkpoint.store import latest
+from w2s.checkpoint.checkpoint_folders import latest
 from w2s.config.load import load
 from w2s.config.sections import ParallelConfig
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
-from w2s.megatron.stored import StoredTensors
+from w2s.megatron.checkpoint.tensor_store import TensorStore
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.run import open_stream
 from w2s.stages.clip import ContrastiveStage
 
@@ -42,9 +42,9 @@ def relative(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 @pytest.fixture(scope="module")
-def whole(small: list[str]) -> dict[str, Steps]:
+def unsharded(small: list[str]) -> dict[str, Steps]:
     """Both stages on one process, with FP8 and without."""
-    with groups.start(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
+    with process_groups.init_distributed(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
         return {
             f"{stage}{plain}": run_alone(load(stage, [*small, *own, *without]), ranks, steps=2)
             for stage, own in SCRATCH.items()
@@ -104,10 +104,10 @@ def chain(base: list[str]) -> dict[str, Path]:
     return runs
 
 
-def stored(run: Path) -> StoredTensors:
+def stored(run: Path) -> TensorStore:
     checkpoint = latest(run)
     assert checkpoint is not None
-    return StoredTensors(checkpoint)
+    return TensorStore(checkpoint)
 
 
 def test_a_checkpoint_has_the_tensors_of_any_backend_and_no_scales(chain: dict[str, Path], base: list[str]) -> None:
@@ -172,7 +172,7 @@ def test_a_rehearsal_refuses_what_a_gpu_would(base: list[str], w2s: Run) -> None
 def test_a_text_tower_in_the_other_towers_pass_is_told_of_its_new_weights(base: list[str], alone: Ranks) -> None:
     config = load("clip", [*base, *QUIET, "init.vision=none"])
     stage = ContrastiveStage(config, alone)
-    (text,) = stage.text.parts
+    (text,) = stage.text.chunks
     linear = text.blocks.layers[0].mlp.linear_fc1
     text.config.fp8 = "hybrid"  # no FP8 without Transformer Engine, but Megatron tells its linears as if
     linear.is_first_microbatch = False

@@ -10,7 +10,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from tests.stages.conftest import Run
 from tests.stages.runs import QUIET, history, result, run_stage
-from w2s.checkpoint.store import latest, read_meta
+from w2s.checkpoint.checkpoint_folders import latest, read_meta
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def test_a_finished_tower_grows(chain: Chain, base: list[str], stage: str, tmp_p
             "model.vision.layers=1",
             "is of another model (model=tiny): this model has no vision.blocks.layers.1.",
         ),
-        ("clip", "init.vision=nowhere", "init.vision=nowhere is no path, no run below"),
+        ("clip", "init.vision=nowhere", "init.vision=nowhere is neither a path, nor a run below"),
         ("eval", "init.checkpoint=newer", "is of another model (model=tiny): it has no text."),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from tests.checkpoint.saved import Harmful, seal_again
 from tests.stages.conftest import Run
 from tests.stages.runs import QUIET
-from w2s.checkpoint.store import latest
+from w2s.checkpoint.checkpoint_folders import latest
 
 
 def test_resume_init_and_teacher_refuse_code(w2s: Run, base: list[str], root: Path, tmp_path: Path) -> None:
@@ -23,12 +23,12 @@ def test_resume_init_and_teacher_refuse_code(w2s: Run, base: list[str], root: Pa
     for arguments in (["run.name=harmful"], ["init.vision=harmful"], ["teacher.source=w2s:harmful"]):
         code, _, error = w2s(*command, *arguments)
         assert (code, error.count("\n")) == (2, 1)
-        assert error.startswith(f"error: {checkpoint}/.metadata names posix.mkdir, which is no part of a checkpoint")
+        assert error.startswith(f"error: {checkpoint}/.metadata names posix.mkdir, which is not part of a checkpoint")
     (checkpoint / ".metadata").write_bytes(sound)
     torch.save(Harmful(mark), common)
     seal_again(checkpoint)
     for arguments in (["run.name=harmful"], ["init.vision=harmful"], ["teacher.source=w2s:harmful"]):
         code, _, error = w2s(*command, *arguments)
         assert (code, error.count("\n")) == (2, 1)
-        assert error.startswith(f"error: {common} names posix.mkdir, which is no part of a checkpoint")
+        assert error.startswith(f"error: {common} names posix.mkdir, which is not part of a checkpoint")
     assert not mark.exists()

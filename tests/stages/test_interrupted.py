@@ -19,7 +19,7 @@ from tests.stages.runs import (
     run_stage,
     start_command,
 )
-from w2s.checkpoint import store
+from w2s.checkpoint import checkpoint_folders
 from w2s.errors import StopRun, UserError
 from w2s.stages.mim import MaskedStage
 
@@ -61,10 +61,10 @@ def test_interrupted_runs_give_the_numbers_of_one_that_was_not(
     for number in signals:
         command = start_command("stage", stage, *again, f"data.workers={workers[0]}")
         code, error = interrupt(command, number, run, step + 2 * EVERY + 1)  # the next save waits for the one before
-        saved = store.latest(run)
+        saved = checkpoint_folders.latest(run)
         assert saved is not None
         done = records(run)[-1]["step"]
-        step = store.read_meta(saved).step
+        step = checkpoint_folders.read_meta(saved).step
         assert EVERY <= step < STEPS
         assert not (run / "result.json").exists()
         if number == signal.SIGKILL:
@@ -74,7 +74,7 @@ def test_interrupted_runs_give_the_numbers_of_one_that_was_not(
             assert code == 128 + number
             # Libraries may warn before it.
             assert [line for line in error.splitlines() if line.startswith("error")] == [
-                f"error: stopped by {number.name} at step {step}, saved in {run}: repeat the command to go on"
+                f"error: stopped by {number.name} at step {step}, saved in {run}: repeat the command to resume"
             ]
             assert (done, status(client, run)) == (step, "KILLED")
     run_stage(stage, [*again, f"data.workers={workers[1]}"])
@@ -102,7 +102,7 @@ def test_a_signal_between_checkpoints_saves_at_the_step(
         run_stage("mim", options)
     assert caught.value.exit_code == 128 + number
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    assert store.latest(root / name) == root / name / "checkpoints" / "step-00000001"
+    assert checkpoint_folders.latest(root / name) == root / name / "checkpoints" / "step-00000001"
     assert status(client, root / name) == "KILLED"
     run_stage("mim", options)
     assert history(root / name, "step") == [1, 2, 3, 4]
@@ -120,7 +120,7 @@ def test_a_run_whose_loss_is_no_number_fails(w2s: Run, base: list[str], root: Pa
     assert error.endswith("there is no checkpoint: lower optim.lr, lengthen optim.warmup or look at the data\n")
     assert status(client, root / "diverged") == "FAILED"
     assert not (root / "diverged" / "result.json").exists()
-    assert store.latest(root / "diverged") is None, "what is no number is not saved"
+    assert checkpoint_folders.latest(root / "diverged") is None, "what is not a number is not saved"
     assert (root / "diverged" / "report.html").is_file()
 
 
@@ -149,7 +149,7 @@ def test_a_signal_outside_of_the_steps_is_no_failure(
     monkeypatch.setattr(MaskedStage, "finish", lambda *_: signal.raise_signal(number))
     options = [*base, "eval.shards=", "eval.knn_shards=", f"run.name={number.name}", "train.steps=2"]
     code, _, error = w2s("stage", "mim", *options)
-    assert (code, error) == (128 + number, f"error: stopped by {number.name}: repeat the command to go on\n")
+    assert (code, error) == (128 + number, f"error: stopped by {number.name}: repeat the command to resume\n")
     assert status(client, root / number.name) == "KILLED"
 
 

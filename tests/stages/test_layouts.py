@@ -10,7 +10,7 @@ from tests.stages.conftest import Material
 from tests.stages.layouts import Steps, run_alone, run_layouts
 from w2s.config.load import load
 from w2s.config.sections import ParallelConfig
-from w2s.megatron import groups
+from w2s.megatron.parallel import process_groups
 
 STEPS = 5
 RELATIVE = 1e-5
@@ -199,9 +199,9 @@ def case(name: str, common: Sequence[str], changes: Sequence[str] = ()) -> tuple
 
 
 @pytest.fixture(scope="module")
-def whole(common: list[str]) -> dict[str, Steps]:
+def unsharded(common: list[str]) -> dict[str, Steps]:
     """Every variant on one process in one micro-batch."""
-    with groups.start(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
+    with process_groups.init_distributed(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
         return {name: run_alone(load(*case(name, common)), ranks, STEPS) for name in VARIANTS}
 
 

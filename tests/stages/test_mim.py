@@ -15,11 +15,12 @@ from w2s.checkpoint.exporting import export_checkpoint
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.config.load import load
 from w2s.config.sections import Config, HardwareConfig, LayerPairConfig, ParallelConfig
-from w2s.data.batch import Batch, given, normalize
+from w2s.data.batch import Batch, normalize, require
 from w2s.data.stream import Stream
 from w2s.errors import ConfigError, StopRun
-from w2s.megatron import groups, state
-from w2s.megatron.groups import Ranks
+from w2s.megatron.checkpoint import state
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.stages.mim import MaskedStage
 from w2s.teachers.features import teacher_features
 from w2s.towers.build import build_clip
@@ -43,7 +44,7 @@ def batches(config: Config, stage: MaskedStage) -> Iterator[Batch]:
 def test_every_image_has_the_exact_number_of_masked_patches(alone: Ranks, config: Config) -> None:
     stage = MaskedStage(config, alone)
     stream = batches(config, stage)
-    masks = torch.cat([given(next(stream).masks) for _ in range(4)])
+    masks = torch.cat([require(next(stream).masks) for _ in range(4)])
     assert masks.shape == (64, 16)
     assert masks.sum(1).tolist() == [6] * 64
     assert len(masks.unique(dim=0)) > 32
@@ -53,13 +54,13 @@ def test_the_loss_is_minus_the_masked_cosine(alone: Ranks, config: Config) -> No
     """The first step by hand: the teacher on whole images, standardised targets, the student on masked images."""
     stage = MaskedStage(config, alone)
     batch = next(batches(config, stage))
-    images, masks = normalize(batch.images, MEAN, STD), given(batch.masks)
+    images, masks = normalize(batch.images, MEAN, STD), require(batch.masks)
     teacher = stage.tutors[0].teacher
     features = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std)).patches.double()
     flat = features.flatten(0, 1)
     targets = (features - flat.mean(0)) / (flat.var(0, correction=0) + EPS).sqrt()
     with torch.no_grad():
-        (student,) = stage.student.parts
+        (student,) = stage.student.chunks
         predictions = student(images, masks, torch.arange(masks.shape[1]).expand(16, -1))[0]
     cosines = F.cosine_similarity(predictions.double(), targets, dim=-1)
     by_hand = -sum(cosines[image][masks[image]].mean().item() for image in range(16)) / 16
@@ -105,7 +106,7 @@ def test_the_final_measures_stand_beside_their_baselines(base: list[str]) -> Non
 
 def test_a_student_starts_from_the_vision_tower_of_another_run(base: list[str]) -> None:
     first = run_stage("mim", [*base, *QUIET, "run.name=first", "train.steps=2"])
-    with groups.start(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
+    with process_groups.init_distributed(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
         handover = MaskedStage(load("mim", [*base, "init.vision=first"]), ranks).begin()
     assert handover is not None
     assert handover.source == first / "checkpoints" / "step-00000002"
@@ -121,7 +122,7 @@ def test_without_masks_the_student_sees_whole_images_and_predicts_all_patches(al
     features = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std)).patches
     targets = copy.deepcopy(stage.tutors[0].norm)(features, update=True)
     with torch.no_grad():
-        (student,) = stage.student.parts
+        (student,) = stage.student.chunks
         predictions = student.lm_head(student.patch_tokens(normalize(batch.images, MEAN, STD)))
     by_hand = -F.cosine_similarity(predictions, targets, dim=-1).mean().item()
     assert stage.step(batch)["loss"].item() == pytest.approx(by_hand, rel=0, abs=1e-6)  # sums in another order
@@ -131,11 +132,11 @@ def test_a_student_that_predicts_what_it_sees_sees_nothing_else(alone: Ranks, co
     """By hand; and the pixels of the masked patches may be anything."""
     stage = MaskedStage(replace(config, mim=replace(config.mim, predict="visible", loss="mse")), alone)
     batch = next(batches(config, stage))
-    masks, teacher = given(batch.masks), stage.tutors[0].teacher
+    masks, teacher = require(batch.masks), stage.tutors[0].teacher
     features = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std)).patches
     targets = copy.deepcopy(stage.tutors[0].norm)(features, update=True)[~masks].view(16, 10, -1)
     visible = torch.stack([(~mask).nonzero().flatten() for mask in masks])
-    (student,) = stage.student.parts
+    (student,) = stage.student.chunks
     with torch.no_grad():
         tokens = student.encode(normalize(batch.images, MEAN, STD), kept=visible)
         by_hand = F.mse_loss(student.lm_head(tokens[:, 1:]), targets).item()
@@ -151,7 +152,7 @@ def test_predicting_all_is_the_mean_of_masked_and_visible(alone: Ranks, config: 
     stage = MaskedStage(replace(config, mim=replace(config.mim, predict="all")), alone)
     masked = MaskedStage(config, alone)
     batch = next(batches(config, stage))
-    (student,), masks, teacher = masked.student.parts, given(batch.masks), stage.tutors[0].teacher
+    (student,), masks, teacher = masked.student.chunks, require(batch.masks), stage.tutors[0].teacher
     features = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std)).patches
     targets = copy.deepcopy(stage.tutors[0].norm)(features, update=True)
     with torch.no_grad():
@@ -167,10 +168,10 @@ def test_the_summary_loss_is_added(alone: Ranks, config: Config, summary: str) -
     plain = MaskedStage(config, alone)
     stage = MaskedStage(replace(config, mim=replace(config.mim, summary_weight=0.25, summary=summary)), alone)
     batch = next(batches(config, stage))
-    images, masks, teacher = normalize(batch.images, MEAN, STD), given(batch.masks), stage.tutors[0].teacher
+    images, masks, teacher = normalize(batch.images, MEAN, STD), require(batch.masks), stage.tutors[0].teacher
     features = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std))
     target = features.summary if summary == "cls" else features.patches.mean(1)
-    (student,) = stage.student.parts
+    (student,) = stage.student.chunks
     with torch.no_grad():
         cls = student.encode(images, masks)[:, 0].double()
     embedded = cls @ student.head.weight.double().T @ student.summary_proj.weight.double().T
@@ -189,7 +190,7 @@ def test_without_a_weight_there_is_no_head_and_with_one_of_the_targets_width_no_
 ) -> None:
     def names(weight: float, embed_dim: int) -> set[str]:
         model, mim = replace(config.model, embed_dim=embed_dim), replace(config.mim, summary_weight=weight)
-        (student,) = MaskedStage(replace(config, model=model, mim=mim), alone).student.parts
+        (student,) = MaskedStage(replace(config, model=model, mim=mim), alone).student.chunks
         return {name for name, _ in student.named_parameters()}
 
     own = names(0, 64)
@@ -200,9 +201,9 @@ def test_without_a_weight_there_is_no_head_and_with_one_of_the_targets_width_no_
 
 def test_the_head_starts_as_that_of_the_contrastive_stage(alone: Ranks, config: Config) -> None:
     mim = replace(config, mim=replace(config.mim, summary_weight=1.0))
-    (student,) = MaskedStage(mim, alone).student.parts
+    (student,) = MaskedStage(mim, alone).student.chunks
     vision, _ = build_clip(config, torch.float32, alone.device)
-    assert torch.equal(student.head.weight, vision.parts[0].head.weight)
+    assert torch.equal(student.head.weight, vision.chunks[0].head.weight)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_single_layers_learn_single_layers_of_the_teacher(alone: Ranks, config: 
     stage = MaskedStage(replace(changed, train=replace(config.train, micro_batch=8)), alone)
     stream = batches(config, stage)
     batch = [next(stream) for _ in range(3)][2]
-    masks, teacher, (student,) = given(batch.masks), stage.tutors[0].teacher, stage.student.parts
+    masks, teacher, (student,) = require(batch.masks), stage.tutors[0].teacher, stage.student.chunks
     found = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std), [5, 3])
     norms = copy.deepcopy([stage.tutors[0].norm, *stage.tutors[0].layer_norms])
     features = [found.patches, *found.layers]
@@ -266,7 +267,7 @@ def test_layers_that_learn_go_on_where_they_were_stopped(base: list[str], root: 
         assert history(root / "layers-broken", name) == history(whole, name), name
     # The heads serve this stage alone.
     again = load("mim", [*base, "init.vision=layers-whole"])
-    with groups.start(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
+    with process_groups.init_distributed(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
         handover = MaskedStage(again, ranks).begin()
     assert handover is not None
     assert {name for name in handover.dropped if "layer_heads" in name} == {

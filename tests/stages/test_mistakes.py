@@ -12,7 +12,7 @@ import torch
 
 from tests.stages.conftest import Material, Run
 from tests.stages.runs import QUIET
-from w2s.checkpoint import store
+from w2s.checkpoint import checkpoint_folders
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def mim(w2s: Run, base: list[str]) -> Run:
         ("mim.masked_patches=16", "mim.masked_patches=16 must lie between 0 and 15: an image has 16 patches"),
         ("data.train=/nowhere/{0..3}.tar", "data.train: 4 of the 4 shards of '/nowhere/{0..3}.tar' are missing"),
         ("data.train=/nowhere/0.tar", "data.train=/nowhere/0.tar does not exist: check the path"),
-        ("init.vision=nothing", "init.vision=nothing is no path, no run below"),
+        ("init.vision=nothing", "init.vision=nothing is neither a path, nor a run below"),
         ("teacher.source=timm:vit_nowhere", "teacher.source: timm has no model vit_nowhere, the nearest are"),
         ("teacher.source=timm:test_vit@/nowhere.pt", "teacher weights /nowhere.pt do not exist"),
     ],
@@ -130,7 +130,7 @@ def test_a_file_that_the_system_refuses(w2s: Run, base: list[str], monkeypatch: 
     def full(run: Path, *_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run))
 
-    monkeypatch.setattr(store, "Saving", full)
+    monkeypatch.setattr(checkpoint_folders, "Saving", full)
     code, _, error = w2s("stage", "mim", *base, *QUIET, "run.name=refused")
     assert (code, error.count("\n")) == (2, 1)
     assert "/refused: No space left on device: free it, or choose another folder with run.root=FOLDER" in error

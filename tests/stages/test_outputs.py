@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from tests.stages.conftest import Run
 from tests.stages.runs import history, records, result, run_in_process, run_stage
-from w2s.checkpoint.store import latest
+from w2s.checkpoint.checkpoint_folders import latest
 from w2s.config.load import load, to_yaml
 from w2s.config.sections import Config
-from w2s.pipeline import run as pipeline
+from w2s.pipeline import runner as pipeline
 from w2s.tracking.about import read_about
 
 PIPELINE = str(Path(__file__).with_name("five_steps.yaml"))

@@ -1,4 +1,4 @@
-"""A checkpoint of one layout goes on in any other: weights, optimizer, statistics."""
+"""A checkpoint of one layout continues in any other: weights, optimizer, statistics."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from tests.stages.layouts import STAGES
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.stream import Stream
-from w2s.megatron import groups, state
-from w2s.optim.schedule import lr_factor
+from w2s.megatron.checkpoint import state
+from w2s.megatron.parallel import process_groups
+from w2s.optim.lr_schedule import lr_factor
 
 TENSOR, PIPELINE, FULLY = "parallel.tensor=2", "parallel.pipeline=2", "parallel.shard=full"
 CHAIN: list[tuple[int, list[str]]] = [
@@ -24,7 +25,7 @@ CHAIN: list[tuple[int, list[str]]] = [
     (2, ["train.micro_batch=8"]),
     (2, [TENSOR, "train.micro_batch=16"]),
 ]
-"""Ranks and layouts, each of which goes on where the one before has saved."""
+"""Ranks and layouts, each of which continues where the one before has saved."""
 BEGUN, NEXT = 2, 3
 """Steps before the first checkpoint, and after each."""
 TOLERANCE = 1e-6
@@ -37,9 +38,9 @@ def go_on(configs: list[Config], folders: list[tuple[Path | None, Path]]) -> lis
 
 
 def _go_on(config: Config, before: Path | None, after: Path) -> list[float]:
-    with groups.split(config.parallel, torch.device("cpu")) as ranks:
+    with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
         stage: Any = STAGES[config.stage](config, ranks)
-        sizes = {"global_batch": 16, "seed": 0, "rank": ranks.reader, "size": ranks.world_size}
+        sizes = {"global_batch": 16, "seed": 0, "rank": ranks.data_reader_rank, "size": ranks.world_size}
         stream = Stream(config.data, stage.spec, **sizes)
         batches = [stream.next() for _ in range(BEGUN + NEXT)]
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from tests.stages.runs import QUIET, history, run_stage
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.data.batch import given
+from w2s.data.batch import require
 from w2s.data.stream import Stream
 from w2s.launch import launch
 from w2s.launch import run_stage as run_as_rank
-from w2s.megatron.groups import Ranks
-from w2s.stages.clip import ContrastiveStage, read, see
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.stages.clip import ContrastiveStage, encode_image, encode_text
 
 TOLERANCE = 1e-6
 """Relative and absolute, of losses between 0.1 and 4 in float32 (a unit is 2.4e-7 at 4) summed in another order."""
@@ -30,7 +30,7 @@ def small(base: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=[pytest.param("mim", marks=pytest.mark.slow), "clip"])
-def whole(request: pytest.FixtureRequest, small: list[str]) -> tuple[str, list[float]]:
+def unsharded(request: pytest.FixtureRequest, small: list[str]) -> tuple[str, list[float]]:
     """The losses of a stage on one rank in one micro-batch."""
     stage = request.param
     run = run_stage(stage, [*small, *scratch(stage), f"run.name={stage}-whole"])
@@ -65,7 +65,7 @@ def clip_step(config: Config, ranks: Ranks) -> tuple[float, dict[str, Tensor]]:
     gradients = {
         f"{name}.{key}": parameter.main_grad.clone()
         for name, tower in stage.towers.items()
-        for part in tower.parts
+        for part in tower.chunks
         for key, parameter in part.named_parameters()
     }
     return loss, gradients
@@ -95,8 +95,8 @@ def test_a_step_is_the_naive_loss_in_float64(alone: Ranks, base: list[str], spli
     stage = ContrastiveStage(config := load("clip", options), alone)
     batch = Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1).next()
     stage.optimizer.zero_grad()
-    (vision,), (text,) = stage.vision.parts, stage.text.parts
-    images, texts = (F.normalize(x.double(), dim=-1) for x in (see(vision, batch), read(text, batch)))
+    (vision,), (text,) = stage.vision.chunks, stage.text.chunks
+    images, texts = (F.normalize(x.double(), dim=-1) for x in (encode_image(vision, batch), encode_text(text, batch)))
     logits, own = text.logit_scale.double().exp() * images @ texts.T, torch.arange(16)
     naive = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     naive.backward()
@@ -119,7 +119,7 @@ def test_repeated_captions_are_positives_or_negatives(alone: Ranks, base: list[s
     options = [*base, "init.vision=none"]
     config = load("clip", options)
     stream = Stream(config.data, ContrastiveStage(config, alone).spec, global_batch=16, seed=0, rank=0, size=1)
-    assert len(given(stream.next().captions).unique()) < 16, "captions repeat in this batch"
+    assert len(require(stream.next().caption_hashes).unique()) < 16, "captions repeat in this batch"
     positives, _ = clip_step(load("clip", [*options, "clip.equal_captions=positives"]), alone)
     negatives, _ = clip_step(load("clip", [*options, "clip.equal_captions=negatives"]), alone)
     assert positives < negatives - 0.05, "captions that repeat are not to be told apart"

@@ -8,7 +8,7 @@ import pytest
 
 from tests.processes import ranks_of
 from tests.stages.runs import DEADLINE, QUIET, history, records, start_command
-from w2s.leftovers import in_memory
+from w2s.cleanup import in_memory
 
 
 @pytest.mark.slow

@@ -14,22 +14,22 @@ from tests.stages.conftest import Material
 from tests.stages.layouts import Steps, run_alone, run_layouts
 from tests.stages.runs import QUIET, history, killed_at_each_update, result, run_stage
 from tests.stages.test_layouts import PIPELINE, RELATIVE, TENSOR, relative_error
+from w2s.checkpoint.checkpoint_folders import latest
 from w2s.checkpoint.exporting import export_checkpoint
 from w2s.checkpoint.handover import load_all
 from w2s.checkpoint.released import open_released
-from w2s.checkpoint.store import latest
 from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig
 from w2s.data.batch import Batch
 from w2s.data.stream import Stream
 from w2s.errors import ConfigError, StopRun
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.planning.teacher import planned_teachers
 from w2s.stages.clip import ContrastiveStage
 from w2s.stages.mim import MaskedStage
 from w2s.teachers.text import text_weights
-from w2s.towers.masked import outputs_of
+from w2s.towers.masked_student import outputs_of
 
 STEPS = 3
 
@@ -74,9 +74,9 @@ def common(material: Material) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(common: list[str], two: str) -> Steps:
+def unsharded(common: list[str], two: str) -> Steps:
     """Two teachers on one process in one micro-batch."""
-    with groups.start(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
+    with process_groups.init_distributed(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
         return run_alone(load("mim", [*common, two]), ranks, STEPS)
 
 
@@ -109,11 +109,13 @@ def test_the_ranks_of_a_group_share_the_work_of_all_teachers(common: list[str], 
 def _teachers_flops(config: Config) -> float:
     """Operations of the teachers of this rank in a step."""
     costs, seen = planned_teachers(config), [0.0]
-    with groups.split(config.parallel, torch.device("cpu")) as ranks:
+    with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
         stage = MaskedStage(config, ranks)
         for teacher, planned in zip(stage.teachers, costs, strict=True):
             teacher.register_forward_hook(lambda _, inputs, __, cost=planned.flops: seen.append(cost * len(inputs[0])))
-        with closing(Stream(config.data, stage.spec, global_batch=16, seed=0, rank=ranks.reader, size=2)) as stream:
+        with closing(
+            Stream(config.data, stage.spec, global_batch=16, seed=0, rank=ranks.data_reader_rank, size=2)
+        ) as stream:
             stage.step(stream.next())
     return sum(seen)
 
@@ -123,11 +125,13 @@ def test_a_list_of_one_is_the_only_teacher_bit_for_bit(common: list[str], materi
         "teacher.name=vit", f"teacher.source=timm:test_vit@{material.teacher}", "teacher.image_size=64",
         "teacher.target_norm=standardize",
     ]  # fmt: skip
-    with groups.start(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
+    with process_groups.init_distributed(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
         one, listed = (load("mim", [*common, *own]) for own in (single, [f"teachers=[{vit}]"]))
         first, second = (run_alone(config, ranks, STEPS) for config in (one, listed))
         stages = [MaskedStage(config, ranks) for config in (one, listed)]
-        names = [{*stage.extra_state(), *(n for n, _ in stage.student.parts[0].named_parameters())} for stage in stages]
+        names = [
+            {*stage.extra_state(), *(n for n, _ in stage.student.chunks[0].named_parameters())} for stage in stages
+        ]
     assert first.losses == second.losses
     assert first.weights.keys() == second.weights.keys()
     assert all(torch.equal(first.weights[name], weight) for name, weight in second.weights.items())
@@ -191,7 +195,7 @@ def test_the_contrastive_stage_takes_the_head_of_the_named_teacher(
     stage = ContrastiveStage(config, alone)
     handover = stage.begin()
     assert handover is not None
-    assert torch.equal(stage.towers["vision"].parts[0].head.weight, head_of(run, name))
+    assert torch.equal(stage.towers["vision"].chunks[0].head.weight, head_of(run, name))
     other = "vision.teachers.clip.head.weight" if name == "head" else "vision.head.weight"
     assert {other, "vision.lm_head.weight", "vision.teachers.clip.lm_head.weight"} <= {*handover.dropped}
 
@@ -233,7 +237,7 @@ def test_an_exported_student_stands_in_for_a_teacher(
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     student = MaskedStage(stage_config(run), alone)
     load_all(student.towers, newest(run))
-    (part,) = student.student.parts
+    (part,) = student.student.chunks
     masks = torch.zeros(2, 16, dtype=torch.bool)
     with torch.no_grad():
         predictions = part(images, masks, torch.arange(16).expand(2, -1))

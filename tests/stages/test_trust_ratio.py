@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.stages.layouts import STAGES, Steps, run_alone
 from w2s.config.load import load
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel.process_groups import Ranks
 
 STEPS = 12
 
@@ -23,7 +23,7 @@ def weights(ranks: Ranks, overrides: list[str]) -> dict[str, Tensor]:
 
 def started_from_zero(ranks: Ranks, overrides: list[str]) -> set[str]:
     stage = STAGES["clip"](load("clip", overrides), ranks)
-    towers = {name: dict(sharded.parts[0].named_parameters()) for name, sharded in stage.towers.items()}
+    towers = {name: dict(sharded.chunks[0].named_parameters()) for name, sharded in stage.towers.items()}
     # Without K's bias, whose gradient is rounding noise.
     return {
         f"{tower}.{name}".replace("blocks.layers.", "blocks.")

@@ -12,7 +12,7 @@ from tests.distributed import run_ranks
 from tests.stages.layouts import STAGES
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.megatron import groups
+from w2s.megatron.parallel import process_groups
 from w2s.trainer import Trainer
 
 aten = torch.ops.aten
@@ -58,7 +58,7 @@ def train(configs: list[Config], root: Path) -> list[int]:
     """Train each configuration to its end; return the steps done."""
     steps = []
     for number, config in enumerate(configs):
-        with groups.split(config.parallel, torch.device("cpu")) as ranks:
+        with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
             trainer = Watched(STAGES[config.stage](config, ranks), config, root / str(number), ranks)
             trainer.train()
             steps.append(trainer.step)
@@ -114,7 +114,7 @@ def test_no_step_waits_for_a_gpu(base: list[str], tmp_path: Path, stage: str, op
     bf16 = ["hardware=auto", "precision.compute=bf16", f"optim.name={optimizer}", "train.steps=6"]
     quiet = ["eval.shards=", "eval.knn_shards=", "tracking.enabled=false", "init.vision=none"]
     config = load(stage, [*base, *bf16, *quiet])
-    with groups.start(config.parallel, config.hardware) as ranks:
+    with process_groups.init_distributed(config.parallel, config.hardware) as ranks:
         trainer = WatchedOnGpu(STAGES[stage](config, ranks), config, tmp_path, ranks)
         trainer.train()
     assert trainer.step == 6

@@ -128,7 +128,7 @@ def test_what_is_no_such_teacher(tmp_path: Path) -> None:
         build(f"eva:tiny@{file}")
     with pytest.raises(ConfigError, match="model=eva02_clip_e does not exist: did you mean"):
         build(f"eva:eva02_clip_e@{file}")
-    with pytest.raises(CheckpointError, match=r"teacher\.source=nothing is no path, no run below"):
+    with pytest.raises(CheckpointError, match=r"teacher\.source=nothing is neither a path, nor a run below"):
         build("w2s:nothing", root=tmp_path)
 
 

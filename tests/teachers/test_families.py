@@ -143,7 +143,7 @@ def describe(**settings: object) -> Callable[[Path], None]:
 
 
 NO_PATCHES = "is of the type KIND, which gives no features of an image's patches" + MODEL
-NO_MAP = "tokens of 32 px, which are no square map of patches; use a model of timm:"
+NO_MAP = "tokens of 32 px, which are not a square map of patches; use a model of timm:"
 GROUPS = {**VISION, "depths": [1, 1, 0], "num_group_tokens": [9, 8, 0], "num_output_groups": [9, 8, 0]}
 DINOV2 = saved("Dinov2Model", "Dinov2Config", **DINO)
 

@@ -9,7 +9,7 @@ from tests.checkpoint.peers import images, model_of, released, timm_tower
 from tests.distributed import run_ranks
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.config.sections import ParallelConfig, TeacherConfig
-from w2s.megatron import groups
+from w2s.megatron.parallel import process_groups
 from w2s.teachers.base import Features
 from w2s.teachers.build import build_teacher
 
@@ -20,7 +20,7 @@ COUNTS = (3, 1)
 def teach(checkpoint: Path, kind: str) -> tuple[int, Features]:
     """Parameters that this rank holds, and the features of its images."""
     parallel = ParallelConfig(tensor=2)
-    with groups.split(parallel, torch.device("cpu")) as ranks:
+    with process_groups.initialize_groups(parallel, torch.device("cpu")) as ranks:
         config = TeacherConfig(source=f"w2s:{checkpoint}", sharded=True)
         teacher = build_teacher(config, grid=2, device="cpu", parallel=parallel)
         own = images(model_of(kind), sum(COUNTS)).split(COUNTS)[ranks.rank]

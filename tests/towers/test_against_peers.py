@@ -12,14 +12,14 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tests.checkpoint.eva_weights import assign, from_eva, to_eva
+from tests.checkpoint.eva_weights import from_eva, to_eva
 from w2s.checkpoint import clip_vit
 from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES
 from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
 from w2s.kernels.gelu import bias_gelu
-from w2s.megatron.groups import Ranks
-from w2s.megatron.initialize import fill, global_name
-from w2s.megatron.tower import Tower
+from w2s.megatron.model.initialize import global_name, init_parameters, load_tensors
+from w2s.megatron.model.tower import Tower
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.towers.attention_pool import AttentionPool
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.initial import text_rule, vision_rule
@@ -37,7 +37,7 @@ def copy_from(tower: Tower, peer: nn.Module, names: dict[str, str], **own: Tenso
     """Give `tower` the peer's weights."""
     wanted = [name for name in names_of(tower) if name not in own]
     tensors = from_eva(peer.state_dict(), wanted, names, tower.config.num_attention_heads)
-    assign(tower, {**tensors, **own})
+    load_tensors(tower, {**tensors, **own})
 
 
 def gradients(tower: Tower, names: dict[str, str]) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def assert_same(tower: Tower, ours: Tensor, peer: nn.Module, theirs: Tensor, nam
 
 def image_tower(shape: VisionConfig) -> ImageTower:
     tower = ImageTower(shape, EMBED, ParallelConfig(), torch.float32)
-    fill(tower, vision_rule(shape, post_norm=1.0), seed=0)
+    init_parameters(tower, vision_rule(shape, post_norm=1.0), seed=0)
     return tower
 
 
@@ -142,7 +142,7 @@ def test_a_clips_own_towers_are_open_clips(alone: Ranks, quick: bool) -> None:
         activation=activation, **sizes,
     )  # fmt: skip
     tower = image_tower(shape)
-    assign(tower, from_eva(_released(peer.state_dict()), names_of(tower), VISION_NAMES, 4))
+    load_tensors(tower, from_eva(_released(peer.state_dict()), names_of(tower), VISION_NAMES, 4))
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     ours, theirs = tower(images), peer.encode_image(images)
     assert_close("image features", ours, theirs)
@@ -239,8 +239,8 @@ def test_weights_start_from_seed_and_name(alone: Ranks) -> None:
         image_tower(shape),
         image_tower(shape),
     )
-    fill(first, vision_rule(shape, post_norm=0.1), seed=0)
-    fill(other, vision_rule(shape, post_norm=1.0), seed=1)
+    init_parameters(first, vision_rule(shape, post_norm=0.1), seed=0)
+    init_parameters(other, vision_rule(shape, post_norm=1.0), seed=1)
     weight = "blocks.layers.1.mlp.linear_fc2.weight"
     tensors = [dict(tower.named_parameters())[weight] for tower in (first, again, other)]
     assert torch.equal(tensors[0], tensors[1])
@@ -252,7 +252,7 @@ def test_weights_start_from_seed_and_name(alone: Ranks) -> None:
 def test_text_tower_starts_as_clips(alone: Ranks) -> None:
     shape = TextConfig(vocab_size=500, layers=2, width=128, heads=2, mlp_width=512)
     tower = TextTower(shape, EMBED, ParallelConfig(), torch.float32)
-    fill(tower, text_rule(shape, logit_scale=1 / 0.07, logit_bias=0.0), seed=0)
+    init_parameters(tower, text_rule(shape, logit_scale=1 / 0.07, logit_bias=0.0), seed=0)
     assert float(tower.logit_scale) == pytest.approx(2.6593, abs=1e-4)
     assert float(tower.text_projection.std()) == pytest.approx(128**-0.5, rel=0.03)
     assert float(tower.positional_embedding.std()) == pytest.approx(0.01, rel=0.05)
@@ -262,7 +262,7 @@ def test_text_tower_starts_as_clips(alone: Ranks) -> None:
 def test_a_truncated_start_is_eva_01s(alone: Ranks) -> None:
     shape = VisionConfig(image_size=32, patch_size=8, layers=2, width=128, heads=2, mlp_width=256)
     tower = ImageTower(shape, EMBED, ParallelConfig(), torch.float32)
-    fill(tower, vision_rule(shape, post_norm=0.0, std=0.015, truncated=True), seed=0)
+    init_parameters(tower, vision_rule(shape, post_norm=0.0, std=0.015, truncated=True), seed=0)
     weights = dict(tower.named_parameters())
     # A normal cut at one standard deviation has 0.5396 of its own; the second layer is divided by sqrt(2 * 2).
     ends = {"patch_embed.weight": 0.015, "pos_embed": 0.015, "blocks.layers.1.mlp.linear_fc2.weight": 0.0075}
@@ -275,7 +275,7 @@ def test_a_truncated_start_is_eva_01s(alone: Ranks) -> None:
 def test_mlp_biases_of_a_text_tower_start_as_torchs(alone: Ranks) -> None:
     shape = TextConfig(vocab_size=50, layers=1, width=256, heads=2, mlp_width=1024)
     tower = TextTower(shape, EMBED, ParallelConfig(), torch.float32)
-    fill(tower, text_rule(shape, logit_scale=1.0, logit_bias=0.0, mlp_bias="uniform"), seed=0)
+    init_parameters(tower, text_rule(shape, logit_scale=1.0, logit_bias=0.0, mlp_bias="uniform"), seed=0)
     layer = tower.blocks.layers[0]
     for bias, width in ((layer.mlp.linear_fc1.bias, 256), (layer.mlp.linear_fc2.bias, 1024)):
         theirs = torch.nn.Linear(width, len(bias)).bias

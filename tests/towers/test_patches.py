@@ -32,5 +32,5 @@ def test_dropped_patches_cost_nothing() -> None:
     module, images = embedding()
     with FlopCounterMode(display=False) as counter:
         module(images, KEPT).sum().backward()
-    # Forward and the gradient by the weight; the pixels get none.
+    # Forward and the gradient with respect to the weight; the pixels get none.
     assert counter.get_total_flops() == 2 * 2 * KEPT.numel() * 3 * PATCH**2 * WIDTH

@@ -19,7 +19,7 @@ from w2s.errors import StopRun
 from w2s.tracking.datasets import DataInput
 from w2s.tracking.delivery import clean_name
 from w2s.tracking.mlflow_run import MlflowRun, Status, end_abandoned, parent_run
-from w2s.tracking.store import artifact_location, load_mlflow, tracking_uri
+from w2s.tracking.mlflow_store import artifact_location, load_mlflow, tracking_uri
 
 QUIET = TrackingConfig(system_metrics=False)
 

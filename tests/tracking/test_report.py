@@ -9,8 +9,8 @@ import pytest
 from w2s.errors import UserError
 from w2s.tracking.about import About
 from w2s.tracking.charts import Chart, Curve
-from w2s.tracking.group import find_runs, write_group
 from w2s.tracking.report import write_comparison, write_report
+from w2s.tracking.run_group import find_runs, write_group
 from w2s.tracking.tables import Table, cell_text
 
 EVIL = "<script>alert(1)</script>"
@@ -119,7 +119,7 @@ def test_runs_of_one_name_are_told_apart_by_their_groups_and_none_comes_twice(tm
 def test_a_run_is_found_by_path_and_by_name(tmp_path: Path) -> None:
     run = run_with(tmp_path / "runs" / "a", [2.0, 1.0])
     assert find_runs([str(run), "a"], tmp_path / "runs") == [run, run]
-    with pytest.raises(UserError, match=r"RUN=b is no run, nor one below"):
+    with pytest.raises(UserError, match=r"RUN=b is not a run, nor one below"):
         find_runs(["b"], tmp_path / "runs")
 
 

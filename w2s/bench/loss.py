@@ -1,4 +1,5 @@
-"""`w2s bench loss`: the tiled contrastive loss with its gradients by the features, beside open_clip's ClipLoss."""
+"""`w2s bench loss`: the tiled contrastive loss with its gradients with respect to the features, beside open_clip's
+ClipLoss."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
-from w2s.bench.cost import Cost, cost, in_fresh_process
+from w2s.bench.call_cost import Cost, cost, in_fresh_process
 from w2s.objectives.contrastive import contrastive_loss
 
 BATCHES = (4096, 8192, 16384, 32768, 65536)

@@ -23,7 +23,7 @@ _COLLECTIVES = ("all", "broadcast", "gather", "recv", "reduce", "scatter", "send
 def marked(stage: Stage, marks: Parts) -> Iterator[None]:
     """Mark the parts of a stage's steps for as long as the block lasts.
 
-    Communication is what a rank spends on it alone: collectives that go on beside the computation count from where the
+    Communication is what a rank spends on it alone: collectives that run beside the computation count from where the
     rank begins to wait for them. It is taken out of the part in which it happens.
 
     Args:
@@ -32,7 +32,7 @@ def marked(stage: Stage, marks: Parts) -> Iterator[None]:
     """
     with ExitStack() as undo:
         for tower in stage.towers.values():
-            for chunk in tower.parts:
+            for chunk in tower.chunks:
                 _mark_module(chunk, "forward", marks, undo)
                 undo.callback(chunk.register_forward_hook(_backward_marker(marks)).remove)
         for teacher in stage.teachers:

@@ -9,12 +9,12 @@ from statistics import median
 from typing import Any, Literal
 
 from w2s.bench.depth import reduced
-from w2s.bench.peers.fit import check_peer
+from w2s.bench.peers.peer_choice import check_peer
 from w2s.bench.speed import Speed, bf16_peak, card_of, speed
 from w2s.bench.step import Job, Measured, Row, measure, with_batch
 from w2s.config.checks import check
 from w2s.config.sections import Config, ParallelConfig
-from w2s.data.builtin.registry import ensure_builtin
+from w2s.data.builtin.builtin_sets import ensure_builtin
 from w2s.errors import ConfigError, W2SError
 from w2s.launch import is_rank
 from w2s.planning.flops import image_flops, seen_tokens, student_flops, text_flops

@@ -23,7 +23,7 @@ from w2s.data.batch import Batch
 from w2s.data.sample import SampleSpec
 from w2s.host import keep_freed_memory
 from w2s.launch import launch
-from w2s.megatron import groups
+from w2s.megatron.parallel import process_groups
 from w2s.run import open_stream
 from w2s.stages import clip, mim
 from w2s.tracking.meters import peak_memory_gib
@@ -125,17 +125,17 @@ def _run(job: Job) -> None:
 
 def _run_ours(job: Job) -> None:
     config = job.config
-    with groups.start(config.parallel, config.hardware) as ranks:
+    with process_groups.init_distributed(config.parallel, config.hardware) as ranks:
         stage = (mim.MaskedStage if config.stage == "mim" else clip.ContrastiveStage)(config, ranks)
         marks = Marks(ranks.device)
         subject = _Subject(
             step=lambda batch: train_step(stage, batch, factor=1.0),
             spec=stage.spec,
-            parameters=sum(_size(part) for tower in stage.towers.values() for part in tower.parts),
+            parameters=sum(_size(part) for tower in stage.towers.values() for part in tower.chunks),
             configured=stage,
         )
         with marked(stage, marks):
-            rows = _measure_rows(subject, job, marks, ranks.device, ranks.reader, ranks.world_size)
+            rows = _measure_rows(subject, job, marks, ranks.device, ranks.data_reader_rank, ranks.world_size)
         memories = ranks.gather([row.memory_gib for row in rows])
         rows = [replace(row, memory_gib=max(most)) for row, most in zip(rows, zip(*memories, strict=True), strict=True)]
         if ranks.main:
@@ -144,7 +144,7 @@ def _run_ours(job: Job) -> None:
 
 def _run_peer(job: Job) -> None:
     """A peer needs none of our process groups, and on a CPU nothing that stands in for CUDA."""
-    device = groups.local_device(job.config.hardware)
+    device = process_groups.local_device(job.config.hardware)
     marks = Marks(device)
     peer = (TimmMasked if job.config.stage == "mim" else OpenClip)(job.config, device)
     subject = _Subject(

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from w2s.checkpoint.checkpoint_folders import FORMAT, all_of, read_meta, seal
 from w2s.checkpoint.folder import new_folder
-from w2s.checkpoint.store import FORMAT, all_of, read_meta, seal
 from w2s.checkpoint.verifying import verify
 from w2s.errors import CheckpointError
-from w2s.megatron.stored import StoredTensors, write_tensors
+from w2s.megatron.checkpoint.tensor_store import TensorStore, write_tensors
 
 
 def average_checkpoints(run: Path, last: int, out: Path) -> list[Path]:
@@ -41,7 +41,7 @@ def average_checkpoints(run: Path, last: int, out: Path) -> list[Path]:
     chosen = found[-last:]
     for checkpoint in chosen:
         verify(checkpoint)
-    stored = [StoredTensors(checkpoint) for checkpoint in chosen]
+    stored = [TensorStore(checkpoint) for checkpoint in chosen]
     _refuse_others(stored)
     meta = {name: torch.empty_like(tensor, dtype=torch.float32) for name, tensor in stored[-1].meta.items()}
     with new_folder(out) as folder:
@@ -51,14 +51,14 @@ def average_checkpoints(run: Path, last: int, out: Path) -> list[Path]:
     return chosen
 
 
-def _mean(name: str, stored: Sequence[StoredTensors]) -> Tensor:
+def _mean(name: str, stored: Sequence[TensorStore]) -> Tensor:
     total = torch.zeros(stored[-1].meta[name].shape, dtype=torch.float64)
     for each in stored:
         total += each.read(name)
     return (total / len(stored)).float()
 
 
-def _refuse_others(stored: Sequence[StoredTensors]) -> None:
+def _refuse_others(stored: Sequence[TensorStore]) -> None:
     """Refuse checkpoints of different weights, which a run of one name may have left."""
     shapes = [{name: tensor.shape for name, tensor in each.meta.items()} for each in stored]
     for each, own in zip(stored, shapes, strict=True):

@@ -162,7 +162,7 @@ def _lineage_table(facts: Facts) -> str:
         ]
         for each in facts.lineage
     ]  # fmt: skip
-    # a run that goes on from another one's checkpoint counts its samples too, and so does an average of checkpoints
+    # a run that continues from another one's checkpoint counts its samples too, and so does an average of checkpoints
     seen = sum(
         each.samples or 0 for each in facts.lineage if not each.role.startswith(("teacher", CONTINUED, AVERAGED))
     )

@@ -1,16 +1,16 @@
-"""A training that goes on from a checkpoint of another run: what that has to be."""
+"""A training that continues from a checkpoint of another run: what that has to be."""
 
 from dataclasses import replace
 from pathlib import Path
 
+from w2s.checkpoint.checkpoint_folders import Meta, latest, read_meta
 from w2s.checkpoint.find import find
-from w2s.checkpoint.store import Meta, latest, read_meta
 from w2s.config.sections import Config
 from w2s.errors import CheckpointError
 
 
 def find_continued(config: Config) -> Path | None:
-    """Return the checkpoint that `init.checkpoint` tells a training to go on from, or None.
+    """Return the checkpoint that `init.checkpoint` tells a training to continue from, or None.
 
     Raises:
         CheckpointError: nothing is found.
@@ -20,7 +20,7 @@ def find_continued(config: Config) -> Path | None:
 
 
 def with_its_start(config: Config, run: Path) -> Config:
-    """Return the configuration of a run with the start of what it goes on from: where its towers once began.
+    """Return the configuration of a run with the start of what it continues from: where its towers once began.
 
     Optimizer, rates, schedule and length may be others than those that the checkpoint was written with. The stream of
     samples refuses another order of them.
@@ -42,7 +42,7 @@ def with_its_start(config: Config, run: Path) -> Config:
 def _check(config: Config, checkpoint: Path, meta: Meta) -> None:
     if meta.stage != config.stage:
         raise CheckpointError(
-            f"init.checkpoint={checkpoint} is of stage {meta.stage}, and {config.stage} cannot go on from it: "
+            f"init.checkpoint={checkpoint} is of stage {meta.stage}, and {config.stage} cannot continue from it: "
             "use init.vision to begin with its weights"
         )
     if meta.step >= config.train.steps:

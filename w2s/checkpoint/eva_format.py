@@ -65,11 +65,11 @@ def is_fused(name: str) -> bool:
     return re.search(r"linear_qkv\.(weight|bias)$", name) is not None
 
 
-def by_head(rows: Tensor, heads: int) -> Tensor:
+def split_heads(weight: Tensor, heads: int) -> Tensor:
     """View rows (q | k | v), each in heads, in Megatron's order: [heads, 3, head width, ...]."""
-    return rows.unflatten(0, (3, heads, -1)).transpose(0, 1)
+    return weight.unflatten(0, (3, heads, -1)).transpose(0, 1)
 
 
-def separate(rows: Tensor, heads: int) -> Tensor:
+def separate(weight: Tensor, heads: int) -> Tensor:
     """Reorder Megatron's rows to (q | k | v), each in heads, as the released names have them."""
-    return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+    return weight.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)

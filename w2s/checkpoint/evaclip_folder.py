@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from w2s.checkpoint.files import Tensors
 from w2s.checkpoint.joined import Joined
+from w2s.checkpoint.tensor_files import Tensors
 
 MARKS = ("class_embedding", "patch_embedding.bias", "position_embedding.weight")
 """What together tells their vision tower from CLIP's, which has no bias, and SigLIP's, which has no class token."""

@@ -9,12 +9,12 @@ import yaml
 
 from w2s.checkpoint.card import gather_facts, write_card
 from w2s.checkpoint.cast import Cast, numbers
+from w2s.checkpoint.checkpoint_folders import read_meta
 from w2s.checkpoint.folder import new_folder
 from w2s.checkpoint.formats import eva, onnx, open_clip, safetensors, timm, torch_export, transformers
 from w2s.checkpoint.formats.base import HEAD, Export, Guide, Snippet, Write
 from w2s.checkpoint.of_teacher import InTeachersSpace, OfTeacher, choose
 from w2s.checkpoint.released import Released, open_released
-from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify
 from w2s.config.load import model_from
 from w2s.config.sections import ModelConfig, Weights
@@ -83,11 +83,13 @@ def export_checkpoint(
     if format not in FORMATS:
         raise ConfigError(f"--format {format} does not exist: use {', '.join(FORMATS)}")
     if hub and not HUB_NAME.fullmatch(hub):
-        raise ConfigError(f"--hub {hub} is no name of a hub: use OWNER/NAME, of letters, digits, ., _ and -")
+        raise ConfigError(f"--hub {hub} is not a name of a hub: use OWNER/NAME, of letters, digits, ., _ and -")
     if not LICENCE.fullmatch(licence):
-        raise ConfigError(f"--license {licence} is no licence as a hub calls it: use apache-2.0, cc-by-4.0, other, ...")
+        raise ConfigError(
+            f"--license {licence} is not a licence as a hub calls it: use apache-2.0, cc-by-4.0, other, ..."
+        )
     if not (checkpoint / "meta.json").is_file():
-        raise CheckpointError(f"{checkpoint} is no checkpoint of w2s: make one of it with `w2s import`")
+        raise CheckpointError(f"{checkpoint} is not a checkpoint of w2s: make one of it with `w2s import`")
     verify(checkpoint)
     model, released = _with_head(checkpoint, head, weights)
     if precision:

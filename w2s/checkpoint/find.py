@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from w2s.checkpoint.files import SUFFIXES, holds_weights
-from w2s.checkpoint.store import all_of, checkpoints_of, latest, read_meta
+from w2s.checkpoint.checkpoint_folders import all_of, checkpoints_of, latest, read_meta
+from w2s.checkpoint.tensor_files import SUFFIXES, holds_weights
 from w2s.config.naming import run_folder
 from w2s.config.sections import Config
 from w2s.errors import CheckpointError
@@ -39,7 +39,9 @@ def find(what: str, root: Path, *, key: str, stage: str) -> Path | None:
     for run in _runs(root):
         if _mlflow_run_id(run) == what:
             return _latest_of(run, key)
-    raise CheckpointError(f"{key}={what} is no path, no run below {root} and no MLflow run id of one: see `ls {root}`")
+    raise CheckpointError(
+        f"{key}={what} is neither a path, nor a run below {root}, nor the MLflow run id of one: see `ls {root}`"
+    )
 
 
 def find_any(what: str, root: Path, *, key: str) -> Path:
@@ -63,7 +65,7 @@ def find_run(what: str, root: Path) -> Path:
     for path in (Path(what).expanduser(), root / what):
         if all_of(path):
             return path
-    raise CheckpointError(f"RUN={what} is no run with a checkpoint, nor one below {root}: see `ls {root}`")
+    raise CheckpointError(f"RUN={what} is not a run with a checkpoint, nor one below {root}: see `ls {root}`")
 
 
 def is_finished(run: Path) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from w2s.checkpoint.released import Released
 from w2s.errors import CheckpointError
-from w2s.megatron.initialize import generator
+from w2s.megatron.model.initialize import generator
 
 Depth = Literal["none", "stack", "interleave"]
 Width = Literal["none", "copy", "split"]

@@ -5,20 +5,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from w2s.checkpoint.checkpoint_folders import read_meta
 from w2s.checkpoint.eva_format import released_name
 from w2s.checkpoint.find import find
-from w2s.checkpoint.fit import OPTIONAL, POOL_OF, PROJECTIONS, SCALARS, STAGE_ONLY, Fit, fit, hint, summary
 from w2s.checkpoint.growth import NO_GROWTH, Grown, Growth, Size
+from w2s.checkpoint.matching import (
+    LOGIT_PARAMETERS,
+    OPTIONAL,
+    POOL_OF,
+    PROJECTIONS,
+    STAGE_ONLY,
+    Fit,
+    fit,
+    hint,
+    summary,
+)
 from w2s.checkpoint.of_teacher import OTHERS, OfTeacher, choose
 from w2s.checkpoint.released import Released, open_released
-from w2s.checkpoint.store import read_meta
 from w2s.checkpoint.verifying import verify
 from w2s.config.sections import Config, Weights
 from w2s.errors import CheckpointError, ConfigError
-from w2s.megatron import state
-from w2s.megatron.initialize import copy_slices
-from w2s.megatron.optimizer import Towers
-from w2s.megatron.sharded import ShardedTower
+from w2s.megatron.checkpoint import state
+from w2s.megatron.model.initialize import load_slices
+from w2s.megatron.parallel.optimizer import Towers
+from w2s.megatron.parallel.sharded import ShardedTower
 
 Shapes = Mapping[str, tuple[int, ...]]
 Projections = Literal["keep", "fresh"]
@@ -149,13 +159,13 @@ def hand_over(
     source = _of_teacher(open_released(checkpoint, weights), teacher, alone=bool(growth))
     if growth:
         source = _grown(source, tower, name, growth)
-    taken = fit(source, _wanted(own, source, projections), {name: tower.parts[0].config.num_attention_heads})
+    taken = fit(source, _wanted(own, source, projections), {name: tower.chunks[0].config.num_attention_heads})
     _check(taken, name)
     if source.format == "w2s" and not isinstance(source, OfTeacher | Grown):
         state.load_weights(checkpoint, towers, taken.loaded, weights)
-        copy_slices(towers, taken.read, taken.resized)
+        load_slices({name: tower.chunks}, taken.read, taken.resized)
     else:
-        copy_slices(towers, taken.read, taken.taken)
+        load_slices({name: tower.chunks}, taken.read, taken.taken)
     changed = source.changed if isinstance(source, Grown) else set()
     grown = {ours for ours in taken.loaded if released_name(ours) in changed}
     return Handover(
@@ -177,7 +187,7 @@ def _of_teacher(source: Released, teacher: str, *, alone: bool) -> Released:
     """
     if source.format != "w2s":
         if teacher:
-            raise ConfigError(f"init.teacher={teacher}: {source.path} is no masked run of w2s, leave it out")
+            raise ConfigError(f"init.teacher={teacher}: {source.path} is not a masked run of w2s, leave it out")
         return source
     meta = read_meta(source.path)
     several = any(name.startswith(OTHERS) for name in source.meta)
@@ -188,7 +198,7 @@ def _of_teacher(source: Released, teacher: str, *, alone: bool) -> Released:
 
 
 def _grown(source: Released, tower: ShardedTower[Any], name: str, growth: Growth) -> Grown:
-    part = tower.parts[0]
+    part = tower.chunks[0]
     size = Size(
         layers=part.config.num_layers,
         width=part.config.hidden_size,
@@ -209,7 +219,9 @@ def _wanted(own: Shapes, source: Released, projections: Projections) -> Shapes:
         return all(source.holds(name) and tuple(source.meta[released_name(name)].shape) == own[name] for name in names)
 
     added = [name for name in own if name.startswith(PROJECTIONS)]
-    scalars, heads = ([name for name in added if name.startswith(SCALARS) == scalar] for scalar in (True, False))
+    scalars, heads = (
+        [name for name in added if name.startswith(LOGIT_PARAMETERS) == scalar] for scalar in (True, False)
+    )
     kept: set[str] = set()
     if projections == "keep" and fits(heads):
         kept = {*heads, *(scalars if fits(scalars) else [])}

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import torch
 
+from w2s.checkpoint.checkpoint_folders import Meta, seal
 from w2s.checkpoint.clip_vit import RELEASED_MARK
 from w2s.checkpoint.eva_format import released_name
-from w2s.checkpoint.fit import PROJECTIONS, STAGE_ONLY, Fit, fit, refuse_gaps
 from w2s.checkpoint.folder import new_folder
+from w2s.checkpoint.matching import PROJECTIONS, STAGE_ONLY, Fit, fit, refuse_gaps
 from w2s.checkpoint.released import Released, open_released
-from w2s.checkpoint.store import Meta, seal
 from w2s.checkpoint.verifying import verify
 from w2s.config.lessons import Target
 from w2s.config.sections import HardwareConfig, ModelConfig, ParallelConfig
 from w2s.errors import ConfigError
-from w2s.megatron import groups
-from w2s.megatron.stored import write_tensors
+from w2s.megatron.checkpoint.tensor_store import write_tensors
+from w2s.megatron.parallel import process_groups
 from w2s.towers.shapes import model_shapes
 
 OWN_HEADS = ("vision.layer_heads.*", "vision.teachers.*")
@@ -43,7 +43,7 @@ def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: S
     """
     verify(source)
     released = open_released(source)
-    with groups.start(ParallelConfig(), HardwareConfig(device="cpu")):
+    with process_groups.init_distributed(ParallelConfig(), HardwareConfig(device="cpu")):
         target = Target(_channels(released, "lm_head"), _channels(released, "summary_proj"))
         shapes = model_shapes(model, target if target.width else None, logit_bias="logit_bias" in released.meta)
     classifier = _classifier(released, shapes)

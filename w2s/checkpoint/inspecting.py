@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 
+from w2s.checkpoint.checkpoint_folders import Meta, read_meta
 from w2s.checkpoint.clip_vit import RELEASED_MARK
 from w2s.checkpoint.released import POOL, Released, open_released
-from w2s.checkpoint.store import Meta, read_meta
 from w2s.config.load import model_from, read_document
 from w2s.config.sections import ModelConfig
-from w2s.megatron.stored import has_average
+from w2s.megatron.checkpoint.tensor_store import has_average
 
 FORMATS = {
     "eva": "EVA-CLIP's released names",

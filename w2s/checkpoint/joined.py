@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from w2s.checkpoint.files import Tensors
+from w2s.checkpoint.tensor_files import Tensors
 
 _QKV = re.compile(r"self_attn\.([qkv])_proj")
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from w2s.checkpoint.files import SUFFIXES, holds_weights
+from w2s.checkpoint.checkpoint_folders import Meta, latest, read_meta
 from w2s.checkpoint.manifest import NAME as MANIFEST
 from w2s.checkpoint.of_teacher import choose, teachers_of
-from w2s.checkpoint.store import Meta, latest, read_meta
+from w2s.checkpoint.tensor_files import SUFFIXES, holds_weights
 from w2s.config.sections import TeacherConfig, Weights
 from w2s.errors import CheckpointError
 from w2s.tracking.history import read_history
@@ -29,7 +29,7 @@ ROLES = {
     "average": "average of checkpoints",
 }
 """What wrote a checkpoint, by its stage."""
-CONTINUED = "goes on from"
+CONTINUED = "continues from"
 """The role of a checkpoint whose steps and samples a run counts as its own."""
 AVERAGED = "averages"
 """The role of a checkpoint whose steps and samples an average counts as its own."""
@@ -124,7 +124,7 @@ def data_licences(checkpoint: Path) -> str:
     data = str(read_meta(checkpoint).config.get("data", {}).get("train", ""))
     folder = Path(data).expanduser()
     for path in (folder, folder.parent) if data else ():
-        with suppress(OSError):  # what names the data may be no folder
+        with suppress(OSError):  # what names the data may be not a folder
             return (path / "LICENSES.txt").read_text(encoding="utf-8", errors="replace").strip()
     return ""
 

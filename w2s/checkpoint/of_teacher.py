@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from w2s.checkpoint.checkpoint_folders import Meta
 from w2s.checkpoint.released import Released
-from w2s.checkpoint.store import Meta
 from w2s.config.sections import TeacherConfig
 from w2s.errors import CheckpointError, ConfigError
 

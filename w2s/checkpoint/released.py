@@ -18,23 +18,23 @@ from pathlib import Path
 from torch import Tensor
 
 from w2s.checkpoint import clip_vit
+from w2s.checkpoint.checkpoint_folders import read_meta
 from w2s.checkpoint.eva_format import is_fused, released_name, separate
 from w2s.checkpoint.evaclip_folder import evaclip_tensors, is_evaclip
-from w2s.checkpoint.files import Tensors, open_weights
-from w2s.checkpoint.store import read_meta
+from w2s.checkpoint.tensor_files import Tensors, open_weights
 from w2s.checkpoint.transformers_clip import TransformersClip, is_transformers_clip
 from w2s.checkpoint.transformers_siglip import TransformersSiglip, is_transformers_siglip
 from w2s.config.load import model_from
 from w2s.config.sections import Weights
 from w2s.errors import CheckpointError
-from w2s.megatron.stored import StoredTensors
+from w2s.megatron.checkpoint.tensor_store import TensorStore
 
 WRAPPING = ("module.", "_orig_mod.", "model.", "timm_model.")
 """Prefixes that data parallelism, `torch.compile` and transformers put before every name."""
 BUFFERS = re.compile(
     r"(^|\.)(attn_mask|input_resolution|context_length|vocab_size|position_ids|rope\.freqs_(cos|sin)|k_bias)$"
 )
-"""What is no weight: it follows from the shape of the model."""
+"""What is not a weight: it follows from the shape of the model."""
 PLAIN_TEXT = ("token_embedding.", "positional_embedding", "transformer.resblocks.", "ln_final.", "text_projection")
 """Where the text tower of a CLIP without the prefix `text.` begins."""
 
@@ -118,7 +118,9 @@ def open_released(path: Path, weights: Weights = "last") -> Released:
     if (path / "meta.json").is_file():
         return _of_run(path, weights)
     if weights == "ema":
-        raise CheckpointError(f"{path} is no checkpoint of w2s, and holds no moving average: take its `last` weights")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of w2s, and holds no moving average: take its `last` weights"
+        )
     return rename(open_weights(path), path)
 
 
@@ -161,7 +163,7 @@ def _of_run(checkpoint: Path, weights: Weights) -> Released:
     def separated(name: str, tensor: Tensor) -> Tensor:
         return separate(tensor, heads[name.partition(".")[0]]) if is_fused(name) else tensor
 
-    stored = StoredTensors(checkpoint, weights)
+    stored = TensorStore(checkpoint, weights)
     names = [name for name in stored.meta if name.startswith(("vision.", "text."))]
     if not names:
         raise CheckpointError(f"{checkpoint} holds no tower: use another checkpoint")

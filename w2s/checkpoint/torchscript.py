@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from w2s.compat import TENSOR_FUNCTIONS, TorchFileReader, storage_types
-from w2s.megatron.unpickling import Unpickler, reading
+from w2s.megatron.checkpoint.safe_unpickling import Unpickler, reading
 
 _TYPES = storage_types()
 """Types of numbers by torch's names of their storages."""
@@ -35,7 +35,7 @@ class _Archive(Unpickler):
         self._bytes = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
         super().__init__(self._records.get_record("data.pkl"), str(path))
 
-    def known(self, module: str, name: str) -> Any:
+    def allowed_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return _Object
         if f"{module}.{name}" in TENSOR_FUNCTIONS:
@@ -44,7 +44,7 @@ class _Archive(Unpickler):
             return _TYPES[name]
         if module == "torch.jit._pickle":
             return lambda values, *_: values  # lists of one type
-        return super().known(module, name)
+        return super().allowed_class(module, name)
 
     def persistent_load(self, pid: tuple[str, torch.dtype, str, str, int]) -> torch.TypedStorage:
         """Return a storage that is mapped to the file."""
@@ -60,7 +60,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     """Return parameters, buffers and other tensors of the archived module by name.
 
     Raises:
-        CheckpointError: the archive is damaged, or names what is no part of one.
+        CheckpointError: the archive is damaged, or names what is not part of one.
     """
     with reading(str(path)):
         return dict(_tensors(_Archive(path).load(), "", set()))

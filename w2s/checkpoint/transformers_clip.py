@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from w2s.checkpoint.files import Tensors
 from w2s.checkpoint.joined import Joined
+from w2s.checkpoint.tensor_files import Tensors
 
 _TOWERS = (
     (r"^text_model\.(text_model\.)?", "text."),

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from w2s.checkpoint.files import Tensors
 from w2s.checkpoint.joined import Joined
+from w2s.checkpoint.tensor_files import Tensors
 
 _TOWER = re.compile(
     r"^(vision_model\.)*(?=embeddings\.|encoder\.|post_layernorm\.|head\.(probe|attention|layernorm|mlp))"
@@ -52,10 +52,10 @@ class TransformersSiglip(Joined):
         self._whole: dict[str, str] = {}
         for kind in ("weight", "bias"):
             whole = f"visual.attn_pool.in_proj_{kind}"
-            rows = self.meta.pop(whole)
+            weight = self.meta.pop(whole)
             for part in ("q", "kv"):
                 name = f"visual.attn_pool.{part}.{kind}"
-                self._whole[name], self.meta[name] = whole, _part(name, rows)
+                self._whole[name], self.meta[name] = whole, _part(name, weight)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor by timm's name."""
@@ -64,10 +64,10 @@ class TransformersSiglip(Joined):
         return super().read(name)
 
 
-def _part(name: str, rows: Tensor) -> Tensor:
+def _part(name: str, weight: Tensor) -> Tensor:
     """Of the rows of Q, K and V: the first third, or the rest."""
-    width = len(rows) // 3
-    return rows[:width] if ".q." in name else rows[width:]
+    width = len(weight) // 3
+    return weight[:width] if ".q." in name else weight[width:]
 
 
 def _shaped(name: str, tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from w2s.checkpoint.store import all_of, latest, point, read_meta, remove, set_aside_of, step_of
+from w2s.checkpoint.checkpoint_folders import all_of, latest, point, read_meta, remove, set_aside_of, step_of
 from w2s.checkpoint.verifying import damage, in_short, is_verifiable
 from w2s.errors import CheckpointError
 
@@ -59,7 +59,7 @@ def look_at(run: Path, *, quick: bool) -> list[Found]:
 def prune(run: Path, keep: int | None) -> list[Found]:
     """Remove a run's damaged checkpoints, and all but the newest whole ones; return what was removed.
 
-    The one that the run goes on from stays, and the steps of `checkpoint.keep_at`.
+    The one that the run continues from stays, and the steps of `checkpoint.keep_at`.
 
     Args:
         run: the run's folder.

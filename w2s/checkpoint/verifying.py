@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what was written, and where a run goes on when its newest is not.
+"""Whether a checkpoint is what was written, and where a run continues when its newest is not.
 
 Every rank calls, where there are several: each reads its share of the files, so that each file is read once.
 """
@@ -9,11 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from w2s.checkpoint.checkpoint_folders import (
+    DAMAGED,
+    WITHOUT_MANIFEST,
+    all_of,
+    clear,
+    latest,
+    named_latest,
+    point,
+    remove,
+    step_of,
+)
 from w2s.checkpoint.manifest import NAME, Manifest, read_manifest
-from w2s.checkpoint.store import DAMAGED, WITHOUT_MANIFEST, all_of, clear, latest, named_latest, point, remove, step_of
 from w2s.errors import CheckpointError
-from w2s.megatron import groups
-from w2s.megatron.groups import Ranks
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +41,8 @@ def damage(checkpoint: Path, *, quick: bool = False) -> list[str]:
         checkpoint: the folder.
         quick: look at the sizes of the files alone.
     """
-    reader, readers = groups.place()
-    everyones = groups.gather(_damage(checkpoint, reader, readers, quick))
+    reader, readers = process_groups.rank_and_size()
+    everyones = process_groups.gather(_damage(checkpoint, reader, readers, quick))
     return sorted({line for lines in everyones for line in lines})
 
 
@@ -70,7 +80,7 @@ def recover(run: Path, ranks: Ranks, *, strict: bool) -> None:
     """
     if ranks.main:
         clear(run)
-    candidates = ranks.share(_in_order(run) if ranks.main else [])
+    candidates = ranks.broadcast(_in_order(run) if ranks.main else [])
     passed: dict[Path, list[str]] = {}
     for path in candidates:
         found = damage(path)
@@ -82,7 +92,7 @@ def recover(run: Path, ranks: Ranks, *, strict: bool) -> None:
         passed[path] = found
         if strict:
             raise CheckpointError(
-                f"{path} is damaged: {in_short(found)}: leave out checkpoint.strict=true to go on from an older one"
+                f"{path} is damaged: {in_short(found)}: leave out checkpoint.strict=true to continue from an older one"
             )
     if candidates:
         newest = candidates[0]
@@ -99,7 +109,7 @@ def in_short(found: Sequence[str]) -> str:
 
 
 def _in_order(run: Path) -> list[Path]:
-    """The checkpoints of a run as it would go on from them: its latest, then the others, the newest first."""
+    """The checkpoints of a run as it would continue from them: its latest, then the others, the newest first."""
     first = latest(run)
     return [path for path in [first] if path] + [path for path in reversed(all_of(run)) if path != first]
 
@@ -111,7 +121,7 @@ def _go_on_from(run: Path, whole: Path, passed: dict[Path, list[str]]) -> None:
     for path, found in passed.items():
         steps = (step_of(path) or 0) - (step_of(whole) or 0)
         again = f", {steps} steps are repeated" if steps > 0 else ""
-        logger.warning("%s is damaged: %s; goes on from %s%s", path, in_short(found), whole.name, again)
+        logger.warning("%s is damaged: %s; resumes from %s%s", path, in_short(found), whole.name, again)
         aside = path.with_name(f"{path.name}{DAMAGED}")
         if aside.exists():
             remove(aside)

@@ -57,7 +57,7 @@ def checkpoint_prune(
 ) -> None:
     """Read a run's checkpoints and remove those that are damaged, and all but the newest whole ones.
 
-    The one that the run goes on from stays, and what checkpoint.keep_at keeps for other runs.
+    The one that the run continues from stays, and what checkpoint.keep_at keeps for other runs.
     """
     with one_line(debug):
         from w2s.checkpoint.find import find_run

@@ -51,12 +51,12 @@ def data_make(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt with {c} for the class name, or several.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Write images, captions and classes into shards. The same command goes on where it was interrupted."""
+    """Write images, captions and classes into shards. The same command resumes where it was interrupted."""
     with one_line(debug):
         from w2s.data.benchmark import BenchmarkSet
         from w2s.data.items import find_items
         from w2s.data.make import make_shards
-        from w2s.data.tables import Columns
+        from w2s.data.table_files import Columns
         from w2s.launch import show_notes
 
         show_notes()
@@ -85,7 +85,7 @@ def data_build(
     """Build a data set that w2s makes from packages; one that lacks some of its sources is built again."""
     with one_line(debug):
         from w2s.config.load import load
-        from w2s.data.builtin.registry import ensure_builtin
+        from w2s.data.builtin.builtin_sets import ensure_builtin
         from w2s.launch import show_notes
 
         show_notes()

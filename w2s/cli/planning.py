@@ -96,7 +96,7 @@ def rehearse(
         from w2s.planning.request import TRAINED, Request
         from w2s.rehearsal import report
         from w2s.rehearsal.kinds import chosen
-        from w2s.rehearsal.run import run as run_rehearsal
+        from w2s.rehearsal.rehearsal import run as run_rehearsal
         from w2s.rehearsal.trace import write_trace
 
         if name not in TRAINED:

@@ -27,8 +27,8 @@ def report(
 ) -> None:
     """Write report.html of a run at any time, or a page with several runs side by side."""
     with one_line(debug):
-        from w2s.tracking.group import find_runs, runs_of
         from w2s.tracking.report import write_comparison, write_report
+        from w2s.tracking.run_group import find_runs, runs_of
 
         folder = Path(root).expanduser()
         found = find_runs(runs, folder)

@@ -78,11 +78,11 @@ def run(
     print_config: PrintConfig = False,
     debug: Debug = False,
 ) -> None:
-    """Run a pipeline of stages, such as mim -> clip -> eval. The same command goes on where it was interrupted."""
+    """Run a pipeline of stages, such as mim -> clip -> eval. The same command resumes where it was interrupted."""
     with one_line(debug):
         from w2s.config.load import refuse_expanded_braces
         from w2s.host import keep_printing
-        from w2s.pipeline.run import pipeline_yaml, run_pipeline
+        from w2s.pipeline.runner import pipeline_yaml, run_pipeline
 
         given = arguments or []
         name = given.pop(0) if given and "=" not in given[0] else "default"

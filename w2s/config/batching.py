@@ -9,7 +9,7 @@ from w2s.config.sections import Config, ParallelConfig, PhaseConfig
 
 
 def model_parallel_size(parallel: ParallelConfig) -> int:
-    """Return how many ranks hold one copy of the model together."""
+    """Return how many ranks hold one replica of the model together."""
     return parallel.tensor * parallel.pipeline
 
 
@@ -71,7 +71,7 @@ def sequence_lengths(config: Config) -> list[int]:
     """Return how many tokens a sample has in the towers of a stage, in each phase of the data."""
     patches, class_tokens = config.model.vision.patches, config.model.vision.class_tokens
     if config.stage == "mim":
-        return [class_tokens + config.mim.seen(patches)]
+        return [class_tokens + config.mim.num_visible(patches)]
     phases = sorted(set(views_in_phases(config)))
     vision = [frames * (class_tokens + num_kept_patches(patches, dropout)) for frames, dropout in phases]
     return [*vision, config.model.text.context_length]

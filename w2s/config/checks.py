@@ -9,9 +9,9 @@ import torch
 
 from w2s.config.data_checks import check_data
 from w2s.config.eval_checks import check_evaluation, check_evaluation_in_training, check_registered
+from w2s.config.fp8_checks import check_fp8_layout, check_linears
 from w2s.config.graph_checks import check_graphs
 from w2s.config.layout import check_lanes, check_micro_batches, check_ranks, check_towers
-from w2s.config.linears import check_fp8_layout, check_linears
 from w2s.config.optim_checks import check_optimizer
 from w2s.config.sections import Config, HardwareConfig
 from w2s.config.stage_checks import check_contrastive_stage, check_masked_stage

@@ -13,7 +13,7 @@ class PhaseConfig:
     samples: int = 0
     """Samples of the phase, a multiple of train.global_batch; 0 in the last phase lasts to the end of the run."""
     train: str = ""
-    """Training shards, as data.train; a source that another phase reads too goes on where that one left it."""
+    """Training shards, as data.train; a source that another phase reads too continues where that one left it."""
     weights: list[float] = field(default_factory=list)
     """Probability of each source, as data.weights."""
     crop_scale: tuple[float, float] | None = None

@@ -301,7 +301,7 @@ def _even(layers: int, stages: int) -> list[int]:
 
 
 def _check_rows(config: Config, micro: int, share: int) -> None:
-    """Packed rows: the tokens of a whole micro-batch have to divide, not those of an image."""
+    """Packed tokens: the tokens of a whole micro-batch have to divide, not those of an image."""
     tensor = config.parallel.tensor
     for tokens in sequence_lengths(config):
         if micro * tokens % tensor:

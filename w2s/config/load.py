@@ -47,7 +47,7 @@ SHARD_KEYS = ("data.train", "eval.shards", "eval.knn_shards")
 _MOST_NODES = 100_000
 """Values of a YAML file, those counted anew that an alias repeats."""
 _UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError)
-"""What the YAML reader and OmegaConf stumble with over text that is no configuration."""
+"""What the YAML reader and OmegaConf stumble with over text that is not a configuration."""
 
 
 def load(stage: str, overrides: Sequence[str] = ()) -> Config:

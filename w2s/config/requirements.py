@@ -14,10 +14,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_folder_name(name: str, key: str, fix: str) -> None:
-    """Refuse what is no name of a folder: with slashes or control characters, or too long."""
+    """Refuse what is not a name of a folder: with slashes or control characters, or too long."""
     require(
         name not in ("", ".", "..") and "/" not in name and name == printable(name),
-        f"{key}={name} is no folder name: {fix}",
+        f"{key}={name} is not a folder name: {fix}",
     )
     # File systems take 255 bytes; a number and an ending may come to it.
     require(len(name.encode()) <= LONGEST_NAME, f"{key}={name[:40]}... is longer than {LONGEST_NAME} bytes: shorten it")
@@ -31,7 +31,7 @@ def require_positive(section: object, prefix: str, names: tuple[str, ...]) -> No
 
 
 def require_scale(scale: tuple[float, float], key: str) -> None:
-    """Refuse what is no range of fractions."""
+    """Refuse what is not a range of fractions."""
     low, high = scale
     require(0 < low <= high <= 1, f"{key}=[{low}, {high}] must be two rising numbers in (0, 1]")
 
@@ -41,4 +41,4 @@ def require_probabilities(weights: list[float], key: str) -> None:
     total = sum(weights)
     if weights and (min(weights) <= 0 or abs(total - 1) > 1e-3):
         fix = [round(weight / total, 4) for weight in weights] if min(weights) > 0 else "only numbers above 0"
-        raise ConfigError(f"{key}={weights} are no probabilities that sum to 1: use {fix}")
+        raise ConfigError(f"{key}={weights} are not probabilities that sum to 1: use {fix}")

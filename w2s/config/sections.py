@@ -96,7 +96,7 @@ class ParallelConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again: none, the MLPs' after their GELU, or those of whole layers."""
     recompute_layers: int = 0
-    """With `recompute=full`, how many layers of each model chunk are computed again; 0 takes all."""
+    """With `recompute=full`, how many layers of each model chunk are recomputed; 0 takes all."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while the backward pass still runs."""
     overlap_param_gather: bool = False
@@ -168,16 +168,16 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints that are kept."""
     keep_at: list[int] = field(default_factory=list)
-    """Steps that are saved, and kept whatever comes after: where other runs go on from (`init.checkpoint`)."""
+    """Steps that are saved, and kept whatever comes after: where other runs continue from (`init.checkpoint`)."""
     async_save: bool = False
-    """Write in the background while training goes on; `latest` moves when all ranks have written."""
+    """Write in the background while training continues; `latest` moves when all ranks have written."""
     memory: bool = False
     """Keep the newest one in the memory of the hosts too, each rank's also on the next host: ranks that are started
     again (--restarts) need no disk."""
     failures: int = 3
     """Saves in a row that the system may refuse (disk full, quota) before the run ends: it trains on meanwhile."""
     strict: bool = False
-    """Stop where the newest checkpoint is damaged, instead of going on from the newest whole one."""
+    """Stop where the newest checkpoint is damaged, instead of continuing from the newest whole one."""
 
     def __post_init__(self) -> None:
         require_positive(self, "checkpoint", ("every", "keep", "failures"))
@@ -209,7 +209,7 @@ class InitConfig:
     """`keep` takes heads and logit scale along where they fit, `fresh` draws them anew (as EVA's released code)."""
     checkpoint: str = "none"
     """A run's path, its name, its MLflow run id, `latest` (the newest finished one), or the path of one of its
-    checkpoints: the model to evaluate, or the state that a training goes on from (weights, optimizer, step, data)."""
+    checkpoints: the model to evaluate, or the state that a training continues from (weights, optimizer, step, data)."""
     post_norm: float = 1.0
     """Initial weight of the branch norms of a post-norm tower that starts from scratch (0 in EVA-01's masked stage)."""
     std: float = 0.02
@@ -280,7 +280,7 @@ class EvalConfig:
         for name in self.sets:
             require(
                 re.fullmatch(r"[\w-]+", name, re.ASCII) is not None,
-                f"eval.sets: '{name}' is no name of a test set: use letters, digits, _ and -",
+                f"eval.sets: '{name}' is not a name of a test set: use letters, digits, _ and -",
             )
 
     @property

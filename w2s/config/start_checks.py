@@ -18,7 +18,7 @@ def check_start(config: Config) -> None:
 
 
 def _check_continued(config: Config) -> None:
-    """A checkpoint that is gone on from has all towers; `latest` is what a stage takes without being told."""
+    """A checkpoint that is continued from has all towers; `latest` is what a stage takes without being told."""
     init, scale = config.init, config.clip.logit_scale
     given = {
         f"init.vision={init.vision}": init.vision not in ("none", "latest"),

@@ -129,7 +129,7 @@ def _mistakes(suite: Suite) -> Iterator[str]:
         yield f"sets are named {names}: give at least one, each with a name of its own"
     for name in names:
         if re.fullmatch(r"[\w-]+", name, re.ASCII) is None:
-            yield f"'{name}' is no name of a test set: use letters, digits, _ and -"
+            yield f"'{name}' is not a name of a test set: use letters, digits, _ and -"
     for mean in suite.means:
         for name in set(mean.of) - set(names):
             yield f"means: there is no set {name}: did you mean {nearest(name, names)}?"

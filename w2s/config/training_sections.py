@@ -66,7 +66,7 @@ class LayerPairConfig:
     def __post_init__(self) -> None:
         for name in ("student", "teacher"):
             value = getattr(self, name)
-            require(value >= 0, f"mim.layers: {name}={value} is no layer: give one, counted from 0")
+            require(value >= 0, f"mim.layers: {name}={value} is not a layer: give one, counted from 0")
         require(self.weight > 0, f"mim.layers: weight={self.weight} must be above 0")
 
 
@@ -103,13 +103,13 @@ class MimConfig:
     """The teacher's summary: its own image embedding (class token or pooled feature of what is no CLIP), or the mean of
     its patch features."""
 
-    def seen(self, patches: int) -> int:
+    def num_visible(self, patches: int) -> int:
         """Return how many of an image's patches go through the student, masked or not."""
         return patches - self.masked_patches if self.predict == "visible" else patches
 
     def predicted(self, patches: int) -> int:
         """Return on how many of an image's patches the loss is."""
-        return (self.masked_patches or patches) if self.predict == "masked" else self.seen(patches)
+        return (self.masked_patches or patches) if self.predict == "masked" else self.num_visible(patches)
 
 
 @dataclass(frozen=True, kw_only=True)

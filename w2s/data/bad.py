@@ -23,7 +23,7 @@ class Skipped:
 
 
 class Tolerance:
-    """Counts good and bad samples and refuses to go on when too many of the last 1,000 were bad."""
+    """Counts good and bad samples and refuses to continue when too many of the last 1,000 were bad."""
 
     def __init__(self, max_fraction: float) -> None:
         # A lane without a single good sample would be read for ever, so 1,000 bad ones in a row always stop.

@@ -23,20 +23,20 @@ class Batch:
     """True where a patch is masked: bool [n, patches]."""
     kept: torch.Tensor | None = None
     """Patches that patch dropout keeps, ascending: int64 [n, kept], or [n, frames, kept] of clips."""
-    branches: torch.Tensor | None = None
+    branch_scales: torch.Tensor | None = None
     """What drop path multiplies the branches of the vision tower with: float32 [n, layers, 2], attention and MLP.
 
     Of clips [n, frames, layers, 2].
     """
     tokens: torch.Tensor | None = None
     """Tokenized captions: int64 [n, context length]."""
-    captions: torch.Tensor | None = None
+    caption_hashes: torch.Tensor | None = None
     """A hash of each caption's text, so that equal captions can be found: int64 [n], not negative."""
     targets: torch.Tensor | None = None
     """The teacher's features at the patches to predict: [n, k, teacher width]."""
-    summaries: torch.Tensor | None = None
+    teacher_summaries: torch.Tensor | None = None
     """The teacher's summary of each image: [n, summary width]."""
-    text_summaries: torch.Tensor | None = None
+    teacher_text_summaries: torch.Tensor | None = None
     """The teacher's embedding of each caption: [n, summary width]."""
     keys: list[str]
     """The samples' names in their shards; empty in a batch that was gathered from several ranks."""
@@ -56,22 +56,22 @@ class Batch:
         return [self._select(slice(start, start + size)) for start in range(0, len(self), size)]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Copy the tensors to a device; from pinned memory the copy goes on while the host does something else."""
+        """Copy the tensors to a device; from pinned memory the copy continues while the host does something else."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True), self.keys)
 
     def pinned(self) -> "Batch":
         """Copy the tensors to pinned memory."""
         return self._map(lambda tensor: tensor.pin_memory(), self.keys)
 
-    def _select(self, rows: slice | torch.Tensor) -> "Batch":
-        chosen = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
-        return self._map(lambda tensor: tensor[rows], [self.keys[row] for row in chosen if self.keys])
+    def _select(self, selected: slice | torch.Tensor) -> "Batch":
+        chosen = range(len(self))[selected] if isinstance(selected, slice) else selected.tolist()
+        return self._map(lambda tensor: tensor[selected], [self.keys[index] for index in chosen if self.keys])
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor], keys: list[str]) -> "Batch":
         return _batch({name: None if part is None else change(part) for name, part in _tensors(self).items()}, keys)
 
 
-def given(tensor: torch.Tensor | None) -> torch.Tensor:
+def require(tensor: torch.Tensor | None) -> torch.Tensor:
     """Return a field that the stage asked for.
 
     Raises:
@@ -92,7 +92,7 @@ def merge_batches(parts: Sequence[Batch]) -> Batch:
     return batch._select(batch.indices.argsort())
 
 
-def gather_batch(own: Batch, group: dist.ProcessGroup) -> Batch:
+def gather_batch(local: Batch, group: dist.ProcessGroup) -> Batch:
     """Join the equally large parts of a batch that the ranks of `group` hold, by one collective.
 
     Returns:
@@ -100,30 +100,30 @@ def gather_batch(own: Batch, group: dist.ProcessGroup) -> Batch:
     """
     size = dist.get_world_size(group)
     if size == 1:
-        return own
-    rows = _packed(own)
-    everyone = rows.new_empty(size * len(own), rows.shape[1])
-    dist.all_gather_into_tensor(everyone, rows, group=group)
-    joined = _unpacked(everyone, own)
+        return local
+    packed_bytes = _packed(local)
+    gathered = packed_bytes.new_empty(size * len(local), packed_bytes.shape[1])
+    dist.all_gather_into_tensor(gathered, packed_bytes, group=group)
+    joined = _unpacked(gathered, local)
     order = joined.indices.argsort()
     return joined._map(lambda tensor: tensor[order], [])
 
 
-def swap_batch(own: Batch, group: dist.ProcessGroup, *, to: int, source: int) -> Batch:
+def swap_batch(local: Batch, group: dist.ProcessGroup, *, to: int, source: int) -> Batch:
     """Give a batch on the host to one rank and return that of another, which has the same fields and size.
 
     Args:
-        own: what is given.
+        local: what is given.
         group: over gloo, with both.
         to: rank in the world.
         source: rank in the world.
     """
-    rows = _packed(own)
-    other = torch.empty_like(rows)
-    works = [dist.isend(rows, to, group=group), dist.irecv(other, source, group=group)]
+    packed_bytes = _packed(local)
+    other = torch.empty_like(packed_bytes)
+    works = [dist.isend(packed_bytes, to, group=group), dist.irecv(other, source, group=group)]
     for work in filter(None, works):
         work.wait()
-    return _unpacked(other, own)
+    return _unpacked(other, local)
 
 
 def _packed(batch: Batch) -> torch.Tensor:
@@ -132,13 +132,13 @@ def _packed(batch: Batch) -> torch.Tensor:
     return torch.cat([tensor.reshape(len(batch), -1).contiguous().view(torch.uint8) for tensor in tensors], dim=1)
 
 
-def _unpacked(rows: torch.Tensor, like: Batch) -> Batch:
+def _unpacked(packed_bytes: torch.Tensor, like: Batch) -> Batch:
     """Undo `_packed`, for a batch with the fields of another, which may have more or fewer samples."""
     fields = {name: tensor for name, tensor in _tensors(like).items() if tensor is not None}
     sizes = [tensor[0].numel() * tensor.element_size() for tensor in fields.values()]
     parts = {
         name: part.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
-        for (name, tensor), part in zip(fields.items(), rows.split(sizes, dim=1), strict=True)
+        for (name, tensor), part in zip(fields.items(), packed_bytes.split(sizes, dim=1), strict=True)
     }
     return _batch(parts, [])
 

@@ -69,7 +69,7 @@ class BenchmarkSet:
         named, key = {*known, *_of_benchmark(self.like, "en_classnames.json")}, _key(self.like)
         if key not in named and not key.startswith(_OF_IMAGENET):
             raise ConfigError(
-                f"--like {self.like} is no set of CLIP_benchmark: did you mean {nearest(key, sorted(named))}?"
+                f"--like {self.like} is not a set of CLIP_benchmark: did you mean {nearest(key, sorted(named))}?"
             )
         return known.get(key, known[_IMAGENET])
 

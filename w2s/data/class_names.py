@@ -54,8 +54,8 @@ def _read(path: Path) -> tuple[Mapping[str, str], list[str]]:
     return _of_pairs(line.split("\t") if "\t" in line else line.split(maxsplit=1) for line in lines), lines
 
 
-def _of_pairs(rows: Iterable[Sequence[str]]) -> dict[str, str]:
-    return {row[0].strip(): row[1].strip() for row in rows if len(row) > 1}
+def _of_pairs(records: Iterable[Sequence[str]]) -> dict[str, str]:
+    return {record[0].strip(): record[1].strip() for record in records if len(record) > 1}
 
 
 def _of_mapping(document: Mapping[str, object]) -> dict[str, str]:

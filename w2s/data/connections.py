@@ -45,7 +45,8 @@ class Connection(Protocol):
         """Return at least one and at most `size` bytes, or nothing at the end or where the connection was cut."""
 
     def skip(self, size: int) -> bool:
-        """Go on `size` bytes further, or back where it is negative; return False where that needs a new connection."""
+        """Continue `size` bytes further, or back where it is negative; return False where that needs a new
+        connection."""
 
     def close(self) -> None:
         """End it."""

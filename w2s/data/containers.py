@@ -5,16 +5,16 @@ A container is a function of this kind, and `read_shard` calls it:
     def read_KIND(shard: str, start: int, wanted: Container[str] | None, link: Link) -> Iterator[RawSample]
 
 It yields samples that begin at the place `start` or behind it. A place is a number as the container counts them (0 is
-the begin of a shard) and `RawSample.end` is that of the next sample, so that reading goes on there. It opens the shard
-with `storage.open_at`, which bridges what a server does, and lets its exceptions through: `ValueError`, `EOFError` and
-those of its library mean damage. A sample without what `wanted` names is yielded all the same.
+the begin of a shard) and `RawSample.end` is that of the next sample, so that reading continues there. It opens the
+shard with `storage.open_at`, which bridges what a server does, and lets its exceptions through: `ValueError`,
+`EOFError` and those of its library mean damage. A sample without what `wanted` names is yielded all the same.
 """
 
 import tarfile
 from collections.abc import Callable, Container, Iterator, Sequence
 
 from w2s.data.clips import find_images, kind
-from w2s.data.link import Link
+from w2s.data.connection_stats import SourceConnection
 from w2s.data.samples import DONE, RawSample, caption_file
 from w2s.data.shards import is_parquet
 from w2s.data.tar import CompressedError, read_tar
@@ -29,7 +29,7 @@ _TRIED = 3
 
 
 def read_shard(
-    shard: str, start: int = 0, wanted: Container[str] | None = None, link: Link | None = None
+    shard: str, start: int = 0, wanted: Container[str] | None = None, link: SourceConnection | None = None
 ) -> Iterator[RawSample]:
     """Yield the samples of a shard in order, undecoded.
 
@@ -46,14 +46,14 @@ def read_shard(
         return
     count = 0
     try:
-        for sample in _reader(shard)(shard, start, wanted, link or Link()):
+        for sample in _reader(shard)(shard, start, wanted, link or SourceConnection()):
             yield sample
             count += 1
     except Exception as error:  # tarfile and the drivers of fsspec stumble in many ways
         yield RawSample(f"sample {count}", shard, {}, damage=_reason(error))
 
 
-def _reader(shard: str) -> Callable[[str, int, Container[str] | None, Link], Iterator[RawSample]]:
+def _reader(shard: str) -> Callable[[str, int, Container[str] | None, SourceConnection], Iterator[RawSample]]:
     if not is_parquet(shard):
         return read_tar
     from w2s.data.parquet import read_parquet  # pyarrow, which most processes need not load
@@ -103,7 +103,7 @@ def _check_shard(shard: str, image_key: str, caption_key: str | None) -> bool:
     """Check the first sample with an image; return whether there is any sample."""
     extensions: set[str] = set()
     sample = None
-    for sample in read_shard(shard, link=Link(waits=_WAITS_AT_THE_START)):
+    for sample in read_shard(shard, link=SourceConnection(waits=_WAITS_AT_THE_START)):
         if sample.damage == _COMPRESSED:
             raise DataError(
                 f"{shard} is compressed, which shards must not be: mv {shard} {shard}.gz; gunzip {shard}.gz"

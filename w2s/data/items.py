@@ -11,13 +11,13 @@ from pathlib import Path
 from w2s.data.clips import extension_of, kind
 from w2s.data.containers import read_shard
 from w2s.data.shards import is_parquet
-from w2s.data.tables import (
+from w2s.data.table_files import (
     CAPTION_COLUMNS,
     CLASS_COLUMNS,
     IMAGE_COLUMNS,
     SUFFIXES,
     Columns,
-    Row,
+    Record,
     choose,
     image_folder,
     read_table,
@@ -73,7 +73,7 @@ def find_items(source: Path, columns: Columns | None = None, images: Path | None
     if is_parquet(str(source)):
         items = _of_parquet_files(source, columns, images)
     elif source.suffix in SUFFIXES:
-        items = _of_rows(source, read_table(source), columns, images)
+        items = _of_records(source, read_table(source), columns, images)
     else:
         if images is not None:
             raise DataError(f"--images is for the paths of a table, and {source} is a folder: leave it out")
@@ -112,7 +112,7 @@ def _of_folder(folder: Path, columns: Columns) -> list[Item]:
         raise DataError(f"{folder} is neither a folder nor a {', '.join(SUFFIXES)} or .parquet file")
     tables = sorted(path for path in folder.rglob("metadata.*") if path.name in _METADATA)
     if tables and tables[0].parent == folder:
-        return _of_rows(tables[0], read_table(tables[0]), columns, None)
+        return _of_records(tables[0], read_table(tables[0]), columns, None)
     if tables:
         raise DataError(f"{folder} has no {' or '.join(_METADATA)}, but {tables[0].parent} has: name that folder")
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix[1:].lower() in (*IMAGES, *VIDEOS)]
@@ -139,10 +139,10 @@ def _text_beside(image: Path) -> tuple[str, ...]:
         raise DataError(f"{text} is not UTF-8 text: repair it") from error
 
 
-def _of_rows(path: Path, rows: Sequence[Row], columns: Columns, images: Path | None) -> list[Item]:
+def _of_records(path: Path, records: Sequence[Record], columns: Columns, images: Path | None) -> list[Item]:
     """Those that a table names, in its order."""
-    there = list(rows[0]) if rows else []
-    if not rows:
+    there = list(records[0]) if records else []
+    if not records:
         return []
     image = choose(there, columns.image, IMAGE_COLUMNS, path)
     caption, label = _beside(path, there, columns)
@@ -151,8 +151,10 @@ def _of_rows(path: Path, rows: Sequence[Row], columns: Columns, images: Path | N
             f"{path} has the columns {', '.join(there)}: name the one of the images with --image-column{_links(there)}"
         )
     # A row that ends early has None in its last columns.
-    folder = images or image_folder(path, str(rows[0].get(image)))
-    items = [Item(folder / str(row.get(image) or ""), texts(row, caption), texts(row, label)) for row in rows]
+    folder = images or image_folder(path, str(records[0].get(image)))
+    items = [
+        Item(folder / str(record.get(image) or ""), texts(record, caption), texts(record, label)) for record in records
+    ]
     missing = [item.image for item in items if not item.image.is_file()]
     if missing:
         raise DataError(
@@ -196,7 +198,7 @@ def _of_parquet(path: Path, columns: Columns, images: Path | None) -> list[Item]
 
     there, pictures = column_names(path), image_columns(path)
     if not pictures:
-        return _of_rows(path, read_texts(path, there), columns, images)
+        return _of_records(path, read_texts(path, there), columns, images)
     if images is not None:
         raise DataError(f"--images is for the paths of a table, and {path} has images inside: leave it out")
     column = choose(pictures, columns.image, IMAGE_COLUMNS, path) or pictures[0]

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from w2s.data.ahead import ReadAhead
+from w2s.data.connection_stats import SourceConnection
 from w2s.data.containers import read_shard
 from w2s.data.counter import Purpose, generator
-from w2s.data.link import Link
+from w2s.data.prefetch import Prefetcher
 from w2s.data.samples import DONE, RawSample
 
 _FEW = 4
@@ -110,15 +110,15 @@ class Lane:
         state: LaneState,
         wanted: Container[str] | None = None,
         room: float = float("inf"),
-        link: Link | None = None,
+        link: SourceConnection | None = None,
     ) -> None:
         self.state = state
         self._number, self._shards, self._order, self._size = number, shards, order, window
-        self._wanted, self._link = wanted, link or Link()
+        self._wanted, self._link = wanted, link or SourceConnection()
         self._begun = False
         self._left: list[RawSample] = []
         self._end = _Step(None, 0, state.shard, state.offset)
-        self._steps = ReadAhead(
+        self._steps = Prefetcher(
             self._walk(state.shard, state.offset),
             size=lambda step: step.size,
             most=window,

@@ -72,6 +72,6 @@ def uniform_mask(rng: np.random.Generator, grid: int, masked: int) -> NDArray[np
     return rng.permutation(grid * grid) < masked
 
 
-def kept_patches(rng: np.random.Generator, patches: int, kept: int) -> NDArray[np.int64]:
+def draw_kept_patches(rng: np.random.Generator, patches: int, kept: int) -> NDArray[np.int64]:
     """Draw `kept` of `patches` patches without replacement: int64 [kept], ascending."""
     return np.sort(rng.permutation(patches)[:kept])

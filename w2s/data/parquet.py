@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from w2s.data.clips import kind
-from w2s.data.link import Link
+from w2s.data.connection_stats import SourceConnection
 from w2s.data.samples import RawSample
 from w2s.data.storage import is_local, open_at
 from w2s.data.tar import MAX_FILE
@@ -29,7 +29,7 @@ _ROWS = 16
 _BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 
 
-def read_parquet(shard: str, start: int, wanted: Container[str] | None, link: Link) -> Iterator[RawSample]:
+def read_parquet(shard: str, start: int, wanted: Container[str] | None, link: SourceConnection) -> Iterator[RawSample]:
     """Yield the samples of a parquet file from a row on; row groups before it are not read. See `containers`."""
     try:
         with open_at(shard, 0, link) as stream:

@@ -12,9 +12,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from w2s.data.bad import BadSample, Skipped, Tolerance
 from w2s.data.batch import Batch
 from w2s.data.captions import caption_hash
+from w2s.data.connection_stats import SourceConnection, Traffic
 from w2s.data.counter import source_seed
 from w2s.data.lanes import Lane, LaneState, ShardOrder
-from w2s.data.link import Link, Traffic
 from w2s.data.sample import SampleSpec, Views, make_views
 from w2s.data.sources import Phase, Source, phase_at
 from w2s.data.storage import allow_many_files
@@ -64,7 +64,7 @@ class ReadPlan:
     lanes: dict[int, LaneStates]
     """Where each lane of the rank stands at that step."""
 
-    def open_lane(self, number: int, source: int, room: float, link: Link) -> Lane:
+    def open_lane(self, number: int, source: int, room: float, link: SourceConnection) -> Lane:
         """Return the part of a lane that reads from one source.
 
         Args:
@@ -98,7 +98,7 @@ class Reader:
     def __init__(self, plan: ReadPlan, worker: int, workers: int) -> None:
         self._plan = plan
         self._numbers = set(sorted(plan.lanes)[worker::workers])
-        self._links = [Link(plan.timeout) for _ in plan.sources]
+        self._links = [SourceConnection(plan.timeout) for _ in plan.sources]
         # Shared among the sources by their weights, as the windows are.
         shares = sum(max(weights) for weights in zip(*(phase.weights for phase in plan.phases), strict=True))
         self._room = plan.read_ahead / len(plan.lanes) / shares
@@ -191,15 +191,15 @@ def _collate(views: list[Views], spec: SampleSpec) -> Batch:
     captions = [view.caption for view in views if view.caption is not None]
     masks = [view.mask for view in views if view.mask is not None]
     kept = [view.kept for view in views if view.kept is not None]
-    branches = [view.branches for view in views if view.branches is not None]
+    branches = [view.branch_scales for view in views if view.branch_scales is not None]
     return Batch(
         images=torch.stack([view.image for view in views]),
         teacher_images=tuple(map(torch.stack, zip(*(view.teacher_images for view in views), strict=True))),
         masks=torch.from_numpy(np.stack(masks)) if masks else None,
         kept=torch.from_numpy(np.stack(kept)) if kept else None,
-        branches=torch.from_numpy(np.stack(branches)) if branches else None,
+        branch_scales=torch.from_numpy(np.stack(branches)) if branches else None,
         tokens=tokenize(captions, spec.context_length) if captions else None,
-        captions=torch.tensor([caption_hash(caption) for caption in captions]) if captions else None,
+        caption_hashes=torch.tensor([caption_hash(caption) for caption in captions]) if captions else None,
         keys=[view.key for view in views],
         indices=torch.tensor([view.index for view in views]),
     )

@@ -17,7 +17,7 @@ from w2s.data.clips import Picture, choose_frames, find_images
 from w2s.data.counter import Purpose, generator
 from w2s.data.decode import decode_crop
 from w2s.data.drop_path import branch_scales
-from w2s.data.masks import block_mask, kept_patches, uniform_mask
+from w2s.data.masks import block_mask, draw_kept_patches, uniform_mask
 from w2s.data.samples import RawSample, caption_file
 
 T = TypeVar("T", bound=np.generic)
@@ -45,7 +45,7 @@ class SampleSpec:
     """Masked blocks have an aspect ratio between this and its inverse."""
     uniform_mask: bool = False
     """Mask patches anywhere instead of in blocks."""
-    kept_patches: int = 0
+    num_kept_patches: int = 0
     """Patches that patch dropout keeps; 0 keeps all and lists none."""
     layers: int = 0
     """Layers of the student."""
@@ -105,7 +105,7 @@ class Views:
     teacher_images: tuple[torch.Tensor, ...]
     mask: NDArray[np.bool_] | None
     kept: NDArray[np.int64] | None
-    branches: NDArray[np.float32] | None
+    branch_scales: NDArray[np.float32] | None
     caption: str | None
 
 
@@ -141,8 +141,8 @@ def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views
         image=views[0],
         teacher_images=tuple(views[1:]),
         mask=draw_mask(spec, seed, index) if spec.masked_patches else None,
-        kept=draw_kept(spec, seed, index) if spec.kept_patches else None,
-        branches=draw_branches(spec, seed, index) if spec.drop_path else None,
+        kept=draw_kept(spec, seed, index) if spec.num_kept_patches else None,
+        branch_scales=draw_branches(spec, seed, index) if spec.drop_path else None,
         caption=caption,
     )
 
@@ -171,7 +171,9 @@ def draw_kept(spec: SampleSpec, seed: int, index: int) -> NDArray[np.int64]:
     """Draw the patches that patch dropout keeps, ascending: int64 [kept_patches], for each frame of a clip its own."""
     return _of_frames(
         spec,
-        lambda frame: kept_patches(generator(seed, Purpose.PATCHES, index, frame), spec.grid**2, spec.kept_patches),
+        lambda frame: draw_kept_patches(
+            generator(seed, Purpose.PATCHES, index, frame), spec.grid**2, spec.num_kept_patches
+        ),
     )
 
 

@@ -119,7 +119,7 @@ def _refuse_compressed(shard: str, option: str) -> None:
     suffix = next((suffix for suffix in UNPACK if shard.lower().endswith(suffix)), "")
     if suffix and not shard.startswith(PIPE):
         raise DataError(
-            f"{option}: {shard} is compressed, so that no run could go on in the middle of it, and images hardly "
+            f"{option}: {shard} is compressed, so that no run could continue in the middle of it, and images hardly "
             f"shrink: unpack with {UNPACK[suffix]} *{suffix} and name the .tar files"
         )
 

@@ -148,7 +148,7 @@ def _check_lengths(parts: Sequence[PhaseConfig], global_batch: int) -> None:
         if (part.samples == 0 and not last) or part.samples % global_batch:
             fitting = max(1, round(part.samples / global_batch)) * global_batch
             raise ConfigError(
-                f"data.phases: phase {number} has samples={part.samples}, which is no multiple of "
+                f"data.phases: phase {number} has samples={part.samples}, which is not a multiple of "
                 f"train.global_batch={global_batch}: use {fitting}"
             )
 
@@ -158,7 +158,7 @@ def _phase_spec(part: PhaseConfig, spec: SampleSpec) -> SampleSpec:
         spec = replace(spec, crop_scale=part.crop_scale)
     if part.patch_dropout is not None:
         kept = num_kept_patches(spec.grid**2, part.patch_dropout) if part.patch_dropout else 0
-        spec = replace(spec, kept_patches=kept)
+        spec = replace(spec, num_kept_patches=kept)
     if part.frames is not None:
         spec = replace(spec, frames=part.frames)
     return spec

@@ -8,9 +8,9 @@ from typing import IO, Any
 
 import fsspec
 
+from w2s.data.connection_stats import SourceConnection
 from w2s.data.connections import PIPE, WEB
-from w2s.data.link import Link
-from w2s.data.steady import SteadyFile
+from w2s.data.reconnecting_file import ReconnectingFile
 from w2s.errors import DataError, MissingPackageError
 
 EXTENSIONS = (".tar", ".parquet")
@@ -33,7 +33,7 @@ def is_local(shard: str) -> bool:
     return not shard.startswith(PIPE) and ("://" not in shard or shard.startswith("file://"))
 
 
-def open_at(shard: str, start: int, link: Link) -> IO[bytes]:
+def open_at(shard: str, start: int, link: SourceConnection) -> IO[bytes]:
     """Open a file for reading from byte `start` on; it can seek.
 
     Raises:
@@ -42,7 +42,7 @@ def open_at(shard: str, start: int, link: Link) -> IO[bytes]:
     if is_local(shard):
         stream: IO[bytes] = open(shard.removeprefix("file://"), "rb", _BUFFER)  # noqa: SIM115, the caller closes it
     else:
-        stream = io.BufferedReader(SteadyFile(shard, link), _BUFFER)
+        stream = io.BufferedReader(ReconnectingFile(shard, link), _BUFFER)
     stream.seek(start)
     return stream
 
@@ -55,7 +55,7 @@ def read_text(path: str) -> str | None:
     if path.startswith(PIPE):
         return None
     try:
-        with open_at(path, 0, Link(waits=())) as stream:
+        with open_at(path, 0, SourceConnection(waits=())) as stream:
             return stream.read().decode("utf-8")
     except Exception:  # each driver raises errors of its own kind; such a file is a courtesy
         return None
@@ -89,7 +89,7 @@ def first_kind(paths: Iterable[str]) -> list[str]:
 def _has_magic(url: str) -> bool:
     if not (url.endswith("/") or "*" in url or "?" in url or "[" in url):  # as of most of a million
         return False
-    # What follows the question mark of a web address is no glob.
+    # What follows the question mark of a web address is not a glob.
     place = url.partition("?")[0] if url.startswith(WEB) else url
     return place.endswith("/") or glob.has_magic(place)
 

@@ -47,9 +47,10 @@ class Stream:
         spec: what the stage wants of a sample.
         global_batch: samples of a step over all ranks.
         seed: seed of the run.
-        rank: which of the readers this is (`Ranks.reader`): every rank reads a share, model-parallel ones too.
+        rank: which of the readers this is (`Ranks.data_reader_rank`): every rank reads a share, model-parallel ones
+            too.
         size: number of readers, which is that of all ranks.
-        position: where to go on: what `position()` gave, merged over the ranks, at any size and number of workers.
+        position: where to continue: what `position()` gave, merged over the ranks, at any size and number of workers.
         sources: what `find_sources` gave, where it was called before.
 
     Attributes:
@@ -240,8 +241,8 @@ class Stream:
             raise part
         return part
 
-    def _note(self, places: Sequence[Skipped], counter: Counter[str], message: str) -> None:
-        for each in places:
+    def _note(self, skipped: Sequence[Skipped], counter: Counter[str], message: str) -> None:
+        for each in skipped:
             counter[each.reason] += 1
             count = counter[each.reason]
             if _is_telling(count):
@@ -268,7 +269,7 @@ def _is_telling(count: int) -> bool:
 
 
 def merge_positions(positions: Sequence[Position]) -> Position:
-    """Join the positions of all ranks after the same step into one that any rank can go on from.
+    """Join the positions of all ranks after the same step into one that any rank can continue from.
 
     Raises:
         DataError: positions of different steps or of different orders of samples.
@@ -312,7 +313,7 @@ def _restore(position: Position | None, order: dict[str, Any], lanes: range) -> 
         for key, value in order.items():
             if position["order"].get(key) != value:
                 raise DataError(
-                    f"cannot go on with {key}={value}: the run began with {key}={position['order'].get(key)}, "
+                    f"cannot continue with {key}={value}: the run began with {key}={position['order'].get(key)}, "
                     "keep that or start a new run"
                 )
         missing = [lane for lane in lanes if str(lane) not in position["lanes"]]

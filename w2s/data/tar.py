@@ -7,7 +7,7 @@ from typing import IO
 from webdataset.tariterators import base_plus_ext
 
 from w2s.data.clips import kind
-from w2s.data.link import Link
+from w2s.data.connection_stats import SourceConnection
 from w2s.data.samples import RawSample
 from w2s.data.storage import open_at
 
@@ -28,7 +28,7 @@ class CompressedError(ValueError):
     """A tar file inside of a gzip file, which could only be read from its start."""
 
 
-def read_tar(shard: str, start: int, wanted: Container[str] | None, link: Link) -> Iterator[RawSample]:
+def read_tar(shard: str, start: int, wanted: Container[str] | None, link: SourceConnection) -> Iterator[RawSample]:
     """Yield the samples of a tar file from a byte on; see `containers`."""
     with open_at(shard, start, link) as stream:
         if start == 0:

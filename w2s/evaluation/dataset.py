@@ -38,7 +38,7 @@ class EvalSet:
 
     shards: list[str]
     """Its shards, in order."""
-    places: NDArray[np.int64]
+    locations: NDArray[np.int64]
     """Where each sample begins, [n, 2]: number of the shard and place in it."""
     captions: list[str]
     """One text an image, several captions on lines of their own; empty where the samples have none."""
@@ -103,7 +103,7 @@ def load_eval_set(
     entries = [entry for path in paths for entry in read[path]]
     if not entries:
         raise DataError(f"{option}={shards} has no samples: its shards are empty")
-    places = [(number, entry.start) for number, path in enumerate(paths) for entry in read[path]]
+    locations = [(number, entry.start) for number, path in enumerate(paths) for entry in read[path]]
     keys = [entry.key for entry in entries]
     texts = _all_or_none([entry.caption for entry in entries], keys, f"caption .{caption_key}")
     classes = _all_or_none([entry.number for entry in entries], keys, f"class number .{class_key}")
@@ -115,7 +115,7 @@ def load_eval_set(
         labels, names = _several_classes(several, paths[0])
     else:
         labels, names = _caption_classes(texts, f"{option}={shards}")
-    return EvalSet(paths, np.array(places), texts, labels, names, keys, _prompts(paths[0]))
+    return EvalSet(paths, np.array(locations), texts, labels, names, keys, _prompts(paths[0]))
 
 
 def _scan(shard: str, caption_key: str, class_key: str) -> list[_Entry]:

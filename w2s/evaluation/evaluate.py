@@ -12,8 +12,8 @@ from torch import Tensor
 from w2s.config.sections import EvalConfig, Resize
 from w2s.errors import DataError
 from w2s.evaluation.average_precision import mean_average_precision
+from w2s.evaluation.batched_features import Encoder, TensorItems, Tokenizer, encode_all
 from w2s.evaluation.dataset import CLASS_NAMES, PROMPTS, EvalSet
-from w2s.evaluation.encode import Encoder, Rows, Tokenizer, encode_all
 from w2s.evaluation.knn import knn
 from w2s.evaluation.linear_probe import LinearProbe
 from w2s.evaluation.retrieval import Captions, Found, first_found, retrieval, split_captions
@@ -90,7 +90,7 @@ def encode_texts(
         )
     if config.retrieval and data.captions:
         captions = split_captions(data.captions, equal_is_right=config.equal_captions == "right")
-        features = encode_all(encode_text, Rows(tokenize(captions.texts)), config.batch_size, group)
+        features = encode_all(encode_text, TensorItems(tokenize(captions.texts)), config.batch_size, group)
     return Texts(classes, captions, features)
 
 

@@ -128,7 +128,7 @@ class EvalImages:
         Raises:
             DataError: an image is missing or cannot be decoded.
         """
-        return self.view.decode(self.data.shards, self.data.places[self.numbers])
+        return self.view.decode(self.data.shards, self.data.locations[self.numbers])
 
     def _parts(self, pieces: Sequence[NDArray[np.int64]]) -> Iterator[tuple[Tensor, ...]]:
         """Views of pieces of batches, in order; with new reading processes where one died."""
@@ -225,7 +225,7 @@ class _Pieces(IterableDataset[tuple[Tensor, ...] | DataError]):
     """
 
     def __init__(self, view: View, data: EvalSet, pieces: Sequence[NDArray[np.int64]]) -> None:
-        self._view, self._shards, self._pieces = view, data.shards, [data.places[piece] for piece in pieces]
+        self._view, self._shards, self._pieces = view, data.shards, [data.locations[piece] for piece in pieces]
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...] | DataError]:
         worker = get_worker_info()

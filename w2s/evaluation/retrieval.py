@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from w2s.evaluation.encode import score_all
+from w2s.evaluation.batched_features import score_all
 from w2s.evaluation.ranking import rank_of_right
 
 BLOCK = 256

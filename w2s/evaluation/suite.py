@@ -25,7 +25,7 @@ def find_sets(name: str, suite: Suite, root: str) -> dict[str, str]:
         DataError: none is there, or one lacks its prompts.
     """
     if not Path(root).expanduser().is_dir():
-        raise DataError(f"eval.root={root} is no folder: give the one that has a folder for each set")
+        raise DataError(f"eval.root={root} is not a folder: give the one that has a folder for each set")
     there = {one.name: one for one in suite.sets if (folder_of(one, root) / "test").is_dir()}
     if not there:
         first = folder_of(suite.sets[0], root) / "test"

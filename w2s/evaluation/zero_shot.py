@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from w2s.evaluation.encode import Encoder, Rows, Tokenizer, encode_all, score_all
+from w2s.evaluation.batched_features import Encoder, TensorItems, Tokenizer, encode_all, score_all
 from w2s.evaluation.ranking import one_hot, rank_of_right
 
 Template = Callable[[str], str]
@@ -79,7 +79,7 @@ def class_embeddings(
         float32 [C, d].
     """
     prompts = [template(name) for name in names for template in templates]
-    features = F.normalize(encode_all(encode_text, Rows(tokenize(prompts)), batch_size, group).float(), dim=-1)
+    features = F.normalize(encode_all(encode_text, TensorItems(tokenize(prompts)), batch_size, group).float(), dim=-1)
     return F.normalize(features.unflatten(0, (len(names), -1)).mean(1), dim=-1)
 
 

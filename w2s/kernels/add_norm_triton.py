@@ -1,8 +1,9 @@
 """residual + RMSNorm(branch + bias) as one Triton kernel forward and one backward.
 
-A program holds a whole row, so every tensor is read once. With x = branch + bias, r = 1 / sqrt(mean(x^2) + eps),
-n = x r and g the gradient by the output, the gradient by x is r (w g - n mean(w g n)), that by the weight the sum over
-rows of g n, that by the bias the sum of the gradient by x. A backward program adds these sums up over ROWS rows.
+A program holds a whole row, so every tensor is read once. With x = branch + bias, r = 1 / sqrt(mean(x^2) + eps), n = x
+r and g the gradient with respect to the output, the gradient with respect to x is r (w g - n mean(w g n)), that with
+respect to the weight the sum over rows of g n, that with respect to the bias the sum of the gradient with respect to x.
+A backward program adds these sums up over ROWS rows.
 """
 
 from typing import Any
@@ -34,14 +35,14 @@ def _forward(branch, bias, residual, weight, out, inverse, width, eps, BLOCK: tl
 
 @triton.jit
 def _backward(
-    by_out,
+    grad_out,
     branch,
     bias,
     weight,
     inverse,
-    by_branch,
-    by_weight,
-    by_bias,
+    grad_branch,
+    grad_weight,
+    grad_bias,
     rows,
     width,
     ROWS: tl.constexpr,
@@ -56,16 +57,16 @@ def _backward(
     bias_sum = tl.zeros((BLOCK,), tl.float32)
     for row in range(program * ROWS, tl.minimum(program * ROWS + ROWS, rows)):
         here = row * width + columns
-        g = tl.load(by_out + here, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad_out + here, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(branch + here, mask=inside, other=0.0).to(tl.float32) + b
         r = tl.load(inverse + row)
         n = x * r
         gradient = r * (w * g - n * (tl.sum(w * g * n, axis=0) / width))
-        tl.store(by_branch + here, gradient.to(by_branch.dtype.element_ty), mask=inside)
+        tl.store(grad_branch + here, gradient.to(grad_branch.dtype.element_ty), mask=inside)
         weight_sum += g * n
         bias_sum += gradient
-    tl.store(by_weight + program * width + columns, weight_sum, mask=inside)
-    tl.store(by_bias + program * width + columns, bias_sum, mask=inside)
+    tl.store(grad_weight + program * width + columns, weight_sum, mask=inside)
+    tl.store(grad_bias + program * width + columns, bias_sum, mask=inside)
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -83,25 +84,25 @@ class _AddRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         branch, bias, weight, inverse = ctx.saved_tensors
-        by_out, width, rows = outputs[0].contiguous(), weight.numel(), inverse.numel()
+        grad_out, width, rows = outputs[0].contiguous(), weight.numel(), inverse.numel()
         programs = triton.cdiv(rows, ROWS)
-        by_branch = torch.empty_like(branch)
-        by_weight, by_bias = inverse.new_empty(2, programs, width)
+        grad_branch = torch.empty_like(branch)
+        grad_weight, grad_bias = inverse.new_empty(2, programs, width)
         _backward[(programs,)](
-            by_out,
+            grad_out,
             branch,
             bias,
             weight,
             inverse,
-            by_branch,
-            by_weight,
-            by_bias,
+            grad_branch,
+            grad_weight,
+            grad_bias,
             rows,
             width,
             ROWS=ROWS,
             **_launch(width),
         )
-        return by_branch, by_bias.sum(0).to(bias.dtype), by_out, by_weight.sum(0).to(weight.dtype), None
+        return grad_branch, grad_bias.sum(0).to(bias.dtype), grad_out, grad_weight.sum(0).to(weight.dtype), None
 
 
 def _launch(width: int) -> dict[str, int]:

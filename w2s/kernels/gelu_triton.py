@@ -1,8 +1,8 @@
 """GELU(hidden + bias) as one Triton kernel forward and one backward.
 
-With x = hidden + bias and P the standard normal distribution function, the output is x P(x) and the gradient by x is
-P(x) + x P'(x) times that by the output; the gradient by the bias is its sum over rows. A backward program adds that up
-over the ROWS rows of its tile.
+With x = hidden + bias and P the standard normal distribution function, the output is x P(x) and the gradient with
+respect to x is P(x) + x P'(x) times that with respect to the output; the gradient with respect to the bias is its sum
+over rows. A backward program adds that up over the ROWS rows of its tile.
 """
 
 from typing import Any
@@ -37,15 +37,15 @@ def _forward(hidden, bias, out, rows, width, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 @triton.jit
-def _backward(by_out, hidden, bias, by_hidden, by_bias, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _backward(grad_out, hidden, bias, grad_hidden, grad_bias, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     here, inside, column = _tile(rows, width, ROWS, COLUMNS)
     x = tl.load(hidden + here, mask=inside, other=0.0).to(tl.float32)
     x += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
     slope = 0.5 + 0.5 * tl.erf(x * _ROOT_HALF) + x * _DENSITY_AT_ZERO * tl.exp(-0.5 * x * x)
-    gradient = tl.load(by_out + here, mask=inside, other=0.0).to(tl.float32) * slope
-    tl.store(by_hidden + here, gradient.to(by_hidden.dtype.element_ty), mask=inside)
+    gradient = tl.load(grad_out + here, mask=inside, other=0.0).to(tl.float32) * slope
+    tl.store(grad_hidden + here, gradient.to(grad_hidden.dtype.element_ty), mask=inside)
     part = tl.sum(gradient, axis=0)[None, :]
-    tl.store(by_bias + tl.program_id(0) * width + column, part, mask=column < width)
+    tl.store(grad_bias + tl.program_id(0) * width + column, part, mask=column < width)
 
 
 class _BiasGelu(torch.autograd.Function):
@@ -61,10 +61,10 @@ class _BiasGelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         hidden, bias = ctx.saved_tensors
-        grid, by_hidden = _grid(hidden), torch.empty_like(hidden)
-        by_bias = hidden.new_empty(grid[0], bias.numel(), dtype=torch.float32)
-        _backward[grid](outputs[0].contiguous(), hidden, bias, by_hidden, by_bias, *_shape(hidden), **_LAUNCH)
-        return by_hidden, by_bias.sum(0).to(bias.dtype)
+        grid, grad_hidden = _grid(hidden), torch.empty_like(hidden)
+        grad_bias = hidden.new_empty(grid[0], bias.numel(), dtype=torch.float32)
+        _backward[grid](outputs[0].contiguous(), hidden, bias, grad_hidden, grad_bias, *_shape(hidden), **_LAUNCH)
+        return grad_hidden, grad_bias.sum(0).to(bias.dtype)
 
 
 _LAUNCH = {"ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 8}

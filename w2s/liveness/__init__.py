@@ -1,1 +1,1 @@
-"""Who owns a run folder, and ranks that stand still or die."""
+"""Who owns a run folder, and ranks that stall or die."""

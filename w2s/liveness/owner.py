@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from w2s.errors import UserError
-from w2s.megatron.groups import Ranks
-from w2s.tracking.files import writing
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.tracking.atomic_files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def owned(run: Path, ranks: Ranks) -> Iterator[None]:
             file = _take(run)
         except UserError as error:
             refusal = str(error)
-    refusal = ranks.share(refusal)
+    refusal = ranks.broadcast(refusal)
     if refusal:
         raise UserError(refusal)
     try:

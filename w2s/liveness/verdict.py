@@ -1,4 +1,4 @@
-"""When a run stands still, who holds it up, and what the user is told. The standard library alone is imported here."""
+"""When a run stalls, who holds it up, and what the user is told. The standard library alone is imported here."""
 
 import signal
 from collections.abc import Collection, Iterable
@@ -22,7 +22,7 @@ _WHY: dict[Condition, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class RankStatus:
     """What is known of a rank."""
 
     rank: int
@@ -73,47 +73,52 @@ class Verdict:
         return 128 + self.signal if self.signal else 1
 
 
-def stands_still(rows: Collection[Row]) -> bool:
+def is_stalled(statuses: Collection[RankStatus]) -> bool:
     """Whether the ranks that are furthest behind, for which all others wait, have been too long without a sign of life.
 
     A rank that is further may be waiting for one that evaluates or saves: that one is the measure. One that is stopped
     or dead for too long is enough by itself.
     """
-    if any(row.condition in HOPELESS and row.age > row.limit for row in rows):
+    if any(status.condition in HOPELESS and status.age > status.limit for status in statuses):
         return True
-    behind = min(row.place for row in rows)
-    asked = any(row.signal for row in rows)
-    return all(row.age > _limit(row, asked) for row in rows if row.place == behind)
+    behind = min(status.place for status in statuses)
+    asked = any(status.signal for status in statuses)
+    return all(status.age > _limit(status, asked) for status in statuses if status.place == behind)
 
 
-def _limit(row: Row, asked_to_stop: bool) -> float:
-    return min(row.limit, STOP_SECONDS) if asked_to_stop and row.awaits else row.limit
+def _limit(status: RankStatus, asked_to_stop: bool) -> float:
+    return min(status.limit, STOP_SECONDS) if asked_to_stop and status.awaits else status.limit
 
 
-def culprit(rows: Iterable[Row]) -> Row:
+def first_failed(statuses: Iterable[RankStatus]) -> RankStatus:
     """The rank that holds the others up.
 
-    One that cannot go on comes first, then one whose helper process does not, then the one that is furthest behind;
+    One that cannot continue comes first, then one whose helper process does not, then the one that is furthest behind;
     of several, one that does not wait for others.
     """
-    return min(rows, key=_innocence)
+    return min(statuses, key=_innocence)
 
 
-def _innocence(row: Row) -> tuple[bool, bool, int, bool, float]:
-    return row.condition == "runs", not row.helpers, row.place, row.in_collective, -row.age
+def _innocence(status: RankStatus) -> tuple[bool, bool, int, bool, float]:
+    return status.condition == "runs", not status.helpers, status.place, status.in_collective, -status.age
 
 
-def message(row: Row, asked_by: int, report: str) -> str:
+def message(status: RankStatus, asked_by: int, report: str) -> str:
     """The line for the user.
 
     Args:
-        row: of the culprit.
+        status: of the culprit.
         asked_by: the signal that had asked the run to stop; 0 if none had.
         report: file with the Python stacks of all ranks, if there is one.
     """
-    why = _WHY.get(row.condition) or row.helpers or (f"in {row.frame}" if row.frame else "it is alive and does nothing")
-    where = f"at step {row.step}, {row.doing}" if row.step else row.doing
-    still = f"rank {row.rank} on {row.host} (process {row.pid}) has stood still for {row.age:.0f} s {where}: {why}"
+    why = (
+        _WHY.get(status.condition)
+        or status.helpers
+        or (f"in {status.frame}" if status.frame else "it is alive and does nothing")
+    )
+    where = f"at step {status.step}, {status.doing}" if status.step else status.doing
+    who = f"rank {status.rank} on {status.host} (process {status.pid})"
+    still = f"{who} has been stalled for {status.age:.0f} s {where}: {why}"
     begin = f"stopped by {signal.Signals(asked_by).name}, nothing new was saved, as " if asked_by else ""
     stacks = f"; stacks of all ranks are in {report}" if report else ""
-    return f"{begin}{still}: repeat the command to go on from the last checkpoint{stacks}"
+    return f"{begin}{still}: repeat the command to resume from the last checkpoint{stacks}"

@@ -13,13 +13,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from w2s.cleanup import sweep
 from w2s.errors import UserError
 from w2s.failure import Failure
-from w2s.leftovers import sweep
-from w2s.liveness.desk import Hub, Spoke
-from w2s.liveness.pulse import Board, Phase
-from w2s.liveness.verdict import HOPELESS, Condition, Row, Verdict
-from w2s.tracking.files import write_text
+from w2s.liveness.heartbeat import Board, Phase
+from w2s.liveness.monitor import Hub, Spoke
+from w2s.liveness.verdict import HOPELESS, Condition, RankStatus, Verdict
+from w2s.tracking.atomic_files import write_text
 
 _LOOK_SECONDS = 1.0
 _PAUSE_SECONDS = 5.0
@@ -108,7 +108,7 @@ class Watcher:
             if self._beat.stack:
                 self._told = self._beat
 
-    def row(self) -> Row:
+    def status(self) -> RankStatus:
         """What is known of the rank now."""
         beat, setup, condition, now = self._beat, self._setup, self._condition(), self._clock()
         before, phase = self._phase, self._board.read()
@@ -118,7 +118,7 @@ class Watcher:
             self._was, self._since = condition, now
         hopeless = condition in HOPELESS
         slow = phase.long and not beat.helpers and not hopeless
-        return Row(
+        return RankStatus(
             rank=setup.rank,
             host=self._host,
             pid=setup.pid,
@@ -162,8 +162,8 @@ class Watcher:
             if self._left == "done":
                 self._desk.leave(self._setup.rank)
                 return
-            row = self.row()
-            answer = self._desk.tell(row, self._told.stack)
+            status = self.status()
+            answer = self._desk.tell(status, self._told.stack)
             if answer.verdict is not None:
                 self._end(answer.verdict)
                 return

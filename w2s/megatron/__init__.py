@@ -2,8 +2,8 @@
 
 import warnings
 
-from w2s.megatron import engine
-from w2s.megatron.late import import_megatron
+from w2s.megatron.fp8 import transformer_engine
+from w2s.megatron.lazy_import import import_megatron
 
 # Megatron says at every import that Apex and Transformer Engine are missing; `w2s doctor` says it once, where asked.
 warnings.filterwarnings("ignore", module=r"megatron\..*")
@@ -11,5 +11,5 @@ warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.di
 # With the stand-ins of w2s.megatron.cpu at work, torch blames them for what Megatron does on purpose.
 warnings.filterwarnings("ignore", module=r"w2s\.megatron\.cpu")
 
-engine.settle()
+transformer_engine.load_or_hide()
 import_megatron()

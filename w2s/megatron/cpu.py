@@ -99,7 +99,7 @@ class NoRngTracker:
 
 
 @contextlib.contextmanager
-def _waited_for(*arguments: Any, **settings: Any) -> Iterator[Any]:
+def _coalesced_and_waited(*arguments: Any, **settings: Any) -> Iterator[Any]:
     """Exchange together what is exchanged inside, and wait for it."""
     with coalescing_manager(*arguments, **settings) as exchanged:
         yield exchanged
@@ -128,7 +128,7 @@ def enable() -> None:
     compat.answer_for_cuda(stand_ins)
     compat.ignore_rng_states()
     # FSDP orders what it frees and what is still on its way by streams, of which there are none.
-    compat.coalesce_with(_waited_for)
+    compat.coalesce_with(_coalesced_and_waited)
     mode = CudaOnCpu()
     mode.__enter__()
     _enabled.append(mode)

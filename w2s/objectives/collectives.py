@@ -15,30 +15,30 @@ def size(group: ProcessGroup | None) -> int:
     return dist.get_world_size(group) if group is not None else 1
 
 
-def gather(own: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_gather(local: Tensor, group: ProcessGroup | None) -> Tensor:
     """Return the [n, ...] of all ranks, in order: [size * n, ...]."""
     if size(group) == 1:
-        return own
-    everyone = own.new_empty(size(group) * len(own), *own.shape[1:])
-    dist.all_gather_into_tensor(everyone, own.contiguous(), group=group)
-    return everyone
+        return local
+    gathered = local.new_empty(size(group) * len(local), *local.shape[1:])
+    dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+    return gathered
 
 
-def scatter_sum(everyone: Tensor, group: ProcessGroup | None) -> Tensor:
+def reduce_scatter(gathered: Tensor, group: ProcessGroup | None) -> Tensor:
     """Add the [size * n, ...] of all ranks up and return this rank's part: [n, ...]."""
     if size(group) == 1:
-        return everyone
-    own = everyone.new_empty(len(everyone) // size(group), *everyone.shape[1:])
-    dist.reduce_scatter_tensor(own, everyone, group=group)
-    return own
+        return gathered
+    local = gathered.new_empty(len(gathered) // size(group), *gathered.shape[1:])
+    dist.reduce_scatter_tensor(local, gathered, group=group)
+    return local
 
 
-def logsumexp(own: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return the log of the sum over the ranks of the exponentials of `own`, elementwise."""
+def logsumexp(local: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Return the log of the sum over the ranks of the exponentials of `local`, elementwise."""
     if size(group) == 1:
-        return own
-    highest = own.clone()
+        return local
+    highest = local.clone()
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    total = (own - highest).exp_()
+    total = (local - highest).exp_()
     dist.all_reduce(total, group=group)
     return highest + total.log_()

@@ -1,9 +1,10 @@
 """CLIP's softmax loss over the true global batch, in tiles, with its gradient in closed form.
 
 The loss of a row of logits is the log of its sum of exponentials minus that over its positives alone, and the same for
-a column; so its gradient by a logit is (p - p+ + q - q+) / 2 over the batch size, with p and q the softmaxes over the
-row and the column, p+ and q+ those over their positives. The logs of these sums (two numbers a row and a column) are
-all that is needed: one product a tile finds them, three more the gradients, four in all where autograd takes six.
+a column; so its gradient with respect to a logit is (p - p+ + q - q+) / 2 over the batch size, with p and q the
+softmaxes over the row and the column, p+ and q+ those over their positives. The logs of these sums (two numbers a row
+and a column) are all that is needed: one product a tile finds them, three more the gradients, four in all where
+autograd takes six.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from w2s.objectives.collectives import logsumexp
-from w2s.objectives.tiles import TILE, Gradients, Pairs, Tile, with_gradients
+from w2s.objectives.tiles import TILE, FeatureGradients, LogitTiles, Tile, with_known_gradients
 
 
 def contrastive_loss(
@@ -38,46 +39,46 @@ def contrastive_loss(
         tile: rows and columns of the logits that are in memory at a time.
     """
     with torch.no_grad():
-        pairs = Pairs(images, texts, scale, labels, group, tile)
-        rows, columns = normalisers(pairs)
-        gradients = Gradients(pairs)
-        for part in pairs.tiles():
-            gradients.add(part, _by_logit(part, rows, columns))
-        own = columns[:, pairs.first : pairs.first + len(images)]
-        loss = ((rows[0] - rows[1]).mean() + (own[0] - own[1]).mean()) / 2
+        tiles = LogitTiles(images, texts, scale, labels, group, tile)
+        row_lse, column_lse = normalisers(tiles)
+        gradients = FeatureGradients(tiles)
+        for part in tiles:
+            gradients.add(part, _grad_logits(part, row_lse, column_lse))
+        own = column_lse[:, tiles.offset : tiles.offset + len(images)]
+        loss = ((row_lse[0] - row_lse[1]).mean() + (own[0] - own[1]).mean()) / 2
         known = gradients.finish(1 / (2 * len(images)))
-    return with_gradients(loss, (images, texts, scale), known)
+    return with_known_gradients(loss, (images, texts, scale), known)
 
 
-def normalisers(pairs: Pairs) -> tuple[Tensor, Tensor]:
+def normalisers(tiles: LogitTiles) -> tuple[Tensor, Tensor]:
     """Return the logs of the sums of exponentials, of all and of positives: own rows [2, n], all columns [2, N]."""
-    rows = pairs.images.new_full((2, len(pairs.images)), float("-inf"))
-    columns = pairs.images.new_full((2, len(pairs.texts)), float("-inf"))
-    for tile in pairs.tiles():
+    row_lse = tiles.images.new_full((2, len(tiles.images)), float("-inf"))
+    column_lse = tiles.images.new_full((2, len(tiles.texts)), float("-inf"))
+    for tile in tiles:
         kinds = [tile.logits]
-        if tile.positive is not None:
-            kinds.append(tile.logits.masked_fill(~tile.positive, float("-inf")))
+        if tile.positives is not None:
+            kinds.append(tile.logits.masked_fill(~tile.positives, float("-inf")))
         for kind, logits in enumerate(kinds):
-            rows[kind, tile.rows] = torch.logaddexp(rows[kind, tile.rows], logits.logsumexp(1))
-            columns[kind, tile.columns] = torch.logaddexp(columns[kind, tile.columns], logits.logsumexp(0))
-    return rows, logsumexp(columns, pairs.group)
+            row_lse[kind, tile.rows] = torch.logaddexp(row_lse[kind, tile.rows], logits.logsumexp(1))
+            column_lse[kind, tile.columns] = torch.logaddexp(column_lse[kind, tile.columns], logits.logsumexp(0))
+    return row_lse, logsumexp(column_lse, tiles.group)
 
 
-def _by_logit(tile: Tile, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the gradient by a tile's logits, times twice the number of own images."""
-    by_logit = _softmaxes(tile, rows[0], columns[0])
-    if tile.positive is not None:
+def _grad_logits(tile: Tile, row_lse: Tensor, column_lse: Tensor) -> Tensor:
+    """Return the gradient with respect to a tile's logits, times twice the number of own images."""
+    grad_logits = _softmaxes(tile, row_lse[0], column_lse[0])
+    if tile.positives is not None:
         # Beside the positives' sums another logit may overflow: it is left out, not multiplied by zero.
-        by_logit -= torch.where(tile.positive, _softmaxes(tile, rows[1], columns[1]), 0.0)
-    return by_logit
+        grad_logits -= torch.where(tile.positives, _softmaxes(tile, row_lse[1], column_lse[1]), 0.0)
+    return grad_logits
 
 
-def _softmaxes(tile: Tile, rows: Tensor, columns: Tensor) -> Tensor:
+def _softmaxes(tile: Tile, row_lse: Tensor, column_lse: Tensor) -> Tensor:
     """Return the sum of a tile's softmaxes over rows and over columns, given the logs of their normalisers."""
-    by_row, by_column = log_softmaxes(tile, rows, columns)
+    by_row, by_column = log_softmaxes(tile, row_lse, column_lse)
     return by_row.exp_().add_(by_column.exp_())
 
 
-def log_softmaxes(tile: Tile, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def log_softmaxes(tile: Tile, row_lse: Tensor, column_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logs of a tile's softmaxes over rows and over columns, given the logs of their normalisers."""
-    return tile.logits - rows[tile.rows, None], tile.logits - columns[tile.columns]
+    return tile.logits - row_lse[tile.rows, None], tile.logits - column_lse[tile.columns]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from w2s.objectives.tiles import TILE, Gradients, Pairs, Tile, with_gradients
+from w2s.objectives.tiles import TILE, FeatureGradients, LogitTiles, Tile, with_known_gradients
 
 
 def sigmoid_loss(
@@ -38,23 +38,23 @@ def sigmoid_loss(
         tile: rows and columns of the logits that are in memory at a time.
     """
     with torch.no_grad():
-        pairs = Pairs(images, texts, scale, labels, group, tile)
-        gradients = Gradients(pairs)
-        loss, by_bias = torch.zeros_like(bias), torch.zeros_like(bias)
-        for part in pairs.tiles():
-            part_loss, by_logit = _answer(part, bias)
+        tiles = LogitTiles(images, texts, scale, labels, group, tile)
+        gradients = FeatureGradients(tiles)
+        loss, grad_bias = torch.zeros_like(bias), torch.zeros_like(bias)
+        for part in tiles:
+            part_loss, grad_logits = _loss_and_grad(part, bias)
             loss += part_loss
-            by_bias += by_logit.sum()
-            gradients.add(part, by_logit)
-        known = [*gradients.finish(1 / len(images)), by_bias / len(images)]
-    return with_gradients(loss / len(images), (images, texts, scale, bias), known)
+            grad_bias += grad_logits.sum()
+            gradients.add(part, grad_logits)
+        known = [*gradients.finish(1 / len(images)), grad_bias / len(images)]
+    return with_known_gradients(loss / len(images), (images, texts, scale, bias), known)
 
 
-def _answer(tile: Tile, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of a tile's losses, and their gradient by its logits."""
-    wrong = tile.logits.add_(bias)  # how far each answer leans to the wrong side: -z_ij l_ij
-    if tile.positive is None:
-        return F.softplus(wrong).sum(), wrong.sigmoid()
-    wrong = torch.where(tile.positive, -wrong, wrong)
-    slope = wrong.sigmoid()
-    return F.softplus(wrong).sum(), torch.where(tile.positive, -slope, slope)
+def _loss_and_grad(tile: Tile, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of a tile's losses, and their gradient with respect to its logits."""
+    signed_logits = tile.logits.add_(bias)  # how far each answer leans to the wrong side: -z_ij l_ij
+    if tile.positives is None:
+        return F.softplus(signed_logits).sum(), signed_logits.sigmoid()
+    signed_logits = torch.where(tile.positives, -signed_logits, signed_logits)
+    slope = signed_logits.sigmoid()
+    return F.softplus(signed_logits).sum(), torch.where(tile.positives, -slope, slope)

@@ -1,8 +1,8 @@
 """The logits of all pairs of the global batch, a tile at a time, and the gradients that come back from them.
 
-A rank goes through the logits of its own images against all captions. A loss that knows its gradient by a tile of them
-in closed form needs no other memory than the tile: two products put that gradient into those by the features. So memory
-is linear in the batch.
+A rank goes through the logits of its own images against all captions. A loss that knows its gradient with respect to a
+tile of them in closed form needs no other memory than the tile: two products put that gradient into those with respect
+to the features. So memory is linear in the batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from w2s.objectives.collectives import gather, rank, scatter_sum
+from w2s.objectives.collectives import all_gather, rank, reduce_scatter
 
 TILE = 1024
 """Rows and columns of a tile: on a CPU a few of them fit in the cache, and the products run at full speed."""
@@ -27,10 +27,10 @@ class Tile:
     rows: slice
     columns: slice
     logits: Tensor
-    positive: Tensor | None
+    positives: Tensor | None
 
 
-class Pairs:
+class LogitTiles:
     """The pairs that a rank sees: its own images [n, d] against the captions of all ranks [N, d]."""
 
     def __init__(
@@ -42,12 +42,12 @@ class Pairs:
         group: ProcessGroup | None,
         tile: int,
     ) -> None:
-        self.images, self.texts, self.scale = images, gather(texts, group), scale
-        self.labels, self.all_labels = labels, None if labels is None else gather(labels, group)
+        self.images, self.texts, self.scale = images, all_gather(texts, group), scale
+        self.labels, self.all_labels = labels, None if labels is None else all_gather(labels, group)
         self.group, self.tile = group, tile
-        self.first = rank(group) * len(images)  # place of the first own pair among all
+        self.offset = rank(group) * len(images)  # of this rank's first pair among all
 
-    def tiles(self) -> Iterator[Tile]:
+    def __iter__(self) -> Iterator[Tile]:
         """Yield the logits `scale * image . text`, tile by tile."""
         for rows in _slices(len(self.images), self.tile):
             for columns in _slices(len(self.texts), self.tile):
@@ -58,39 +58,40 @@ class Pairs:
         if self.labels is not None and self.all_labels is not None:
             return self.labels[rows, None] == self.all_labels[columns]
         height, width = rows.stop - rows.start, columns.stop - columns.start
-        diagonal = self.first + rows.start - columns.start
+        diagonal = self.offset + rows.start - columns.start
         if not -height < diagonal < width:
             return None
         return torch.ones(height, width, dtype=torch.bool, device=self.images.device).triu(diagonal).tril(diagonal)
 
 
-class Gradients:
-    """The gradients by own images, by the captions of all ranks and by the scale, added up tile by tile."""
+class FeatureGradients:
+    """The gradients with respect to own images, the captions of all ranks and the scale, added up tile by tile."""
 
-    def __init__(self, pairs: Pairs) -> None:
-        self.pairs = pairs
-        self.images, self.texts = torch.zeros_like(pairs.images), torch.zeros_like(pairs.texts)
+    def __init__(self, tiles: LogitTiles) -> None:
+        self.tiles = tiles
+        self.images, self.texts = torch.zeros_like(tiles.images), torch.zeros_like(tiles.texts)
 
-    def add(self, tile: Tile, by_logit: Tensor) -> None:
-        """Add a tile's part, given the gradient by its logits up to a factor that all tiles share."""
-        self.images[tile.rows].addmm_(by_logit, self.pairs.texts[tile.columns])
-        self.texts[tile.columns].addmm_(by_logit.T, self.pairs.images[tile.rows])
+    def add(self, tile: Tile, grad_logits: Tensor) -> None:
+        """Add a tile's part, given the gradient with respect to its logits up to a factor that all tiles share."""
+        self.images[tile.rows].addmm_(grad_logits, self.tiles.texts[tile.columns])
+        self.texts[tile.columns].addmm_(grad_logits.T, self.tiles.images[tile.rows])
 
     def finish(self, factor: float) -> list[Tensor]:
-        """Return the gradients by own images [n, d], own texts [n, d] and the scale, times the shared factor."""
+        """Return the gradients with respect to own images [n, d], own texts [n, d] and the scale, times the shared
+        factor."""
         # A logit is scale * image . text: what the images get, times the images, is what the scale gets.
-        by_scale = torch.einsum("nd,nd->n", self.images, self.pairs.images).sum() * factor
-        texts = scatter_sum(self.texts, self.pairs.group)
-        weight = self.pairs.scale * factor
-        return [self.images.mul_(weight), texts.mul_(weight), by_scale]
+        grad_scale = torch.einsum("nd,nd->n", self.images, self.tiles.images).sum() * factor
+        texts = reduce_scatter(self.texts, self.tiles.group)
+        weight = self.tiles.scale * factor
+        return [self.images.mul_(weight), texts.mul_(weight), grad_scale]
 
 
-def with_gradients(loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+def with_known_gradients(loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """Return `loss`, whose backward pass (one only) gives `inputs` the `gradients` that are known already."""
-    return _Known.apply(loss, gradients, *inputs)
+    return _PrecomputedGradients.apply(loss, gradients, *inputs)
 
 
-class _Known(torch.autograd.Function):
+class _PrecomputedGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)

@@ -26,7 +26,7 @@ class StepGuard:
 
     Attributes:
         skipped: steps that were not taken, int64.
-        in_a_row: those of them since the last one that was, int64.
+        consecutive_skips: those of them since the last one that was, int64.
         since: steps since the last one that was not taken, int64; very many where there was none.
     """
 
@@ -34,7 +34,7 @@ class StepGuard:
         self._deviations = deviations
         self._norms = torch.full((window,), torch.inf, device=device)
         self._seen = torch.zeros((), dtype=torch.int64, device=device)
-        self.skipped, self.in_a_row = torch.zeros_like(self._seen), torch.zeros_like(self._seen)
+        self.skipped, self.consecutive_skips = torch.zeros_like(self._seen), torch.zeros_like(self._seen)
         self.since = torch.full_like(self._seen, _NEVER)
 
     @property
@@ -42,23 +42,23 @@ class StepGuard:
         """Where the norms come from."""
         return self._norms.device
 
-    def judge(self, norm: Tensor) -> Tensor:
+    def check(self, norm: Tensor) -> Tensor:
         """Whether a step with this gradient norm is to be taken; scalars on the device."""
         finite = norm.isfinite()
         good = finite & ~self._is_spike(norm) if self._deviations else finite
-        # Spikes are remembered too: should the norms stay there, they are no spikes for long.
+        # Spikes are remembered too: should the norms stay there, they are not spikes for long.
         slot = (self._seen % len(self._norms)).view(1)
         self._norms.index_copy_(0, slot, torch.where(finite, norm, self._norms.index_select(0, slot)))
         self._seen += finite
         self.skipped += ~good
-        self.in_a_row.copy_(torch.where(good, 0, self.in_a_row + 1))
+        self.consecutive_skips.copy_(torch.where(good, 0, self.consecutive_skips + 1))
         self.since.copy_(torch.where(good, self.since + 1, 0))
         return good
 
-    def forget_skipped(self) -> None:
+    def clear_skipped(self) -> None:
         """Count the last step, which was skipped, no more; its norm stays among those that are remembered."""
         self.skipped -= 1
-        self.in_a_row -= 1
+        self.consecutive_skips -= 1
         self.since.fill_(_NEVER)
 
     def _is_spike(self, norm: Tensor) -> Tensor:
@@ -74,12 +74,12 @@ class StepGuard:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint has to hold; equal on all ranks."""
-        return {"norms": self._norms, "seen": self._seen, "skipped": self.skipped, "in_a_row": self.in_a_row}
+        return {"norms": self._norms, "seen": self._seen, "skipped": self.skipped, "in_a_row": self.consecutive_skips}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave; norms of another window are forgotten."""
         self.skipped.copy_(state["skipped"])
-        self.in_a_row.copy_(state["in_a_row"])
+        self.consecutive_skips.copy_(state["in_a_row"])
         if state["norms"].shape == self._norms.shape:
             self._norms.copy_(state["norms"])
             self._seen.copy_(state["seen"])

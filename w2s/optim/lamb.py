@@ -34,7 +34,7 @@ class Lamb(torch.optim.AdamW):
         self,
         tensor_of: Mapping[Tensor, int],
         count: int,
-        add_up: Callable[[Tensor], Tensor],
+        reduce_norms: Callable[[Tensor], Tensor],
         exempt: Collection[int] = (),
     ) -> None:
         """Say how parameters make up tensors.
@@ -42,10 +42,10 @@ class Lamb(torch.optim.AdamW):
         Args:
             tensor_of: for each parameter (a slice) the number of its tensor.
             count: how many tensors there are.
-            add_up: takes [2, count] sums of squares of this rank's slices, returns those of whole tensors.
+            reduce_norms: takes [2, count] sums of squares of this rank's slices, returns those of whole tensors.
             exempt: numbers of the tensors whose ratio is 1, whatever the bounds.
         """
-        self._tensor_of, self._count, self._add_up = dict(tensor_of), count, add_up
+        self._tensor_of, self._count, self._reduce_norms = dict(tensor_of), count, reduce_norms
         self._adapted = torch.tensor([number not in exempt for number in range(count)])
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class Lamb(torch.optim.AdamW):
         means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
         taken = 1 - self.found_inf
-        torch._foreach_add_(steps, [taken] * len(steps))  # a tensor that is no list would be read back
+        torch._foreach_add_(steps, [taken] * len(steps))  # a tensor that is not a list would be read back
         first = steps[0].clamp(min=1)  # they take steps together; the first may be skipped
         unbias1, unbias2 = (_one_minus_power(beta, first) for beta in (beta1, beta2))
         torch._foreach_lerp_(means, grads, [(1 - beta1) * taken] * len(means))
@@ -101,7 +101,7 @@ class Lamb(torch.optim.AdamW):
         if slices:
             norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (slices, updates)]
             sums.index_add_(1, numbers, torch.stack(norms).square_())
-        weights, steps = self._add_up(sums).sqrt()
+        weights, steps = self._reduce_norms(sums).sqrt()
         ratios = weights / steps
         if self._bounds is not None:
             ratios.clamp_(*self._bounds)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from w2s.pipeline.cost import of_chain, of_run
 from w2s.pipeline.results import Results
+from w2s.pipeline.run_cost import of_chain, of_run
 from w2s.pipeline.spread import by_seed, spread
 from w2s.pipeline.steps import Comparison, Step
 from w2s.tracking.tables import Cell, Table

@@ -2,8 +2,8 @@
 
 from statistics import mean
 
+from w2s.pipeline.result_tables import by_label
 from w2s.pipeline.results import Results
-from w2s.pipeline.tables import by_label
 
 _FIRST = ("mean of a suite", "zero-shot top-1", "mean average precision", "mean recall at 10")
 """Headlines that say most of a CLIP; where there are none, the first that two steps share counts."""

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from statistics import mean
 
-from w2s.pipeline.plan import Plan
 from w2s.pipeline.results import Run
+from w2s.pipeline.tasks import Plan
 from w2s.redaction import redact
 from w2s.tracking.headlines import readings
 

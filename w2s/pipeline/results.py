@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from w2s.checkpoint.store import STEP_NAME
+from w2s.checkpoint.checkpoint_folders import STEP_NAME
 from w2s.config.naming import flatten, run_folder
 from w2s.config.sections import Config
-from w2s.pipeline.flops import training_flops
-from w2s.pipeline.plan import Task
 from w2s.pipeline.steps import Pipeline, Step
+from w2s.pipeline.tasks import Task
+from w2s.pipeline.training_flops import training_flops
 from w2s.tracking.history import read_history
 
 
@@ -24,7 +24,7 @@ class Run:
     task: Task
     config: Config
     begins_at: int = 0
-    """Steps of another run that it goes on from; its cost is that of the steps after them."""
+    """Steps of another run that it continues from; its cost is that of the steps after them."""
 
     @property
     def folder(self) -> Path:

@@ -2,7 +2,7 @@
 
 Per layer and token these are the inputs of the four linears (of the MLP's second, which is its GELU's output, not under
 `selective`), Q, K and V, the GELU's input and the inputs of both norms; under `full` the layer's input alone, and the
-rest of one layer while it is computed again. Tensor parallelism divides what stands between the linears of a pair,
+rest of one layer while it is recomputed. Tensor parallelism divides what stands between the linears of a pair,
 sequence parallelism the rest too. How many micro-batches are kept at once is the pipeline schedule's matter (Narayanan
 et al. 2021, section 2.2: as many as there are stages from here to the last, more with virtual stages).
 """
@@ -12,7 +12,7 @@ from functools import cache
 
 from w2s.config.sections import ParallelConfig
 from w2s.planning.flops import recomputed_layers
-from w2s.planning.schedule import Pipeline, order, pipeline_of
+from w2s.planning.simulated_schedule import Pipeline, order, pipeline_of
 from w2s.planning.towers import PlannedTower
 
 _STATISTIC = 4
@@ -61,7 +61,7 @@ def peak(
         normed = samples * tower.tokens
         before = _norm(tower, types, normed) if tower.norm_pre else 0
         chunks[0] += samples * tower.embedding_elements * types.value + before
-    tail = _after_layers(tower, types, samples) if stage == parallel.pipeline - 1 else 0
+    last_chunk = _after_layers(tower, types, samples) if stage == parallel.pipeline - 1 else 0
     last = tower.split[virtual[-1]]
     # A recomputed layer is there as a whole; the layers after it are not kept any longer then.
     again = (1 - (last - recomputed_layers(parallel, last))) * whole if parallel.recompute == "full" else 0
@@ -70,8 +70,8 @@ def peak(
     return max(
         sum(counts) * least
         + sum(counts[number] * more for number, more in larger)
-        + max(tail if counts[-1] else 0, again)
-        for counts in (mixes if larger or tail else [next(iter(mixes))])
+        + max(last_chunk if counts[-1] else 0, again)
+        for counts in (mixes if larger or last_chunk else [next(iter(mixes))])
     )
 
 
@@ -119,27 +119,27 @@ def _chunk(parallel: ParallelConfig, layers: int, whole: int, entry: int) -> int
 
 def _layer(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int) -> int:
     """What a layer keeps that is not computed again as a whole."""
-    rows, local = samples * tower.tokens // parallel.tensor, local_rows(tower, parallel, samples)
-    attention = rows * (4 * tower.width * types.value + tower.heads * _STATISTIC + types.fp8 * tower.width)
+    num_tokens, local = samples * tower.tokens // parallel.tensor, local_tokens(tower, parallel, samples)
+    attention = num_tokens * (4 * tower.width * types.value + tower.heads * _STATISTIC + types.fp8 * tower.width)
     forgotten = types.value * (1 - types.fp8) if parallel.recompute == "selective" else 0
-    mlp = rows * tower.mlp_width * (types.value + types.product - forgotten)
+    mlp = num_tokens * tower.mlp_width * (types.value + types.product - forgotten)
     inputs = 2 * local * tower.width * types.product
     return int(attention + mlp + inputs) + 2 * _norm(tower, types, local)
 
 
 def _input(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int) -> int:
     """The input of a layer."""
-    return local_rows(tower, parallel, samples) * tower.width * types.value
+    return local_tokens(tower, parallel, samples) * tower.width * types.value
 
 
-def local_rows(tower: PlannedTower, parallel: ParallelConfig, samples: int) -> int:
+def local_tokens(tower: PlannedTower, parallel: ParallelConfig, samples: int) -> int:
     """Rows of a micro-batch between the pairs of linears on a rank."""
     return samples * tower.tokens // (parallel.tensor if parallel.sequence else 1)
 
 
-def _norm(tower: PlannedTower, types: Types, rows: int) -> int:
+def _norm(tower: PlannedTower, types: Types, num_tokens: int) -> int:
     element = types.rms if tower.norm_vectors == 1 else types.value
-    return rows * (tower.width * element + tower.norm_vectors * _STATISTIC)
+    return num_tokens * (tower.width * element + tower.norm_vectors * _STATISTIC)
 
 
 def _after_layers(tower: PlannedTower, types: Types, samples: int) -> int:

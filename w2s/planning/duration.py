@@ -1,7 +1,7 @@
 """Predicted seconds of a training step, by part, on the slowest rank of the pipeline.
 
 What a pipeline makes of its ranks' passes, and how much of what data-parallel ranks exchange hides behind them, is
-simulated (`schedule.py`). Reading and decoding images is taken to be hidden.
+simulated (`simulated_schedule.py`). Reading and decoding images is taken to be hidden.
 """
 
 import math
@@ -18,14 +18,14 @@ from w2s.config.batching import (
     samples_per_replica,
 )
 from w2s.config.sections import Config
-from w2s.planning import fully_sharded
-from w2s.planning.activations import local_rows
+from w2s.planning import fully_sharded_costs
+from w2s.planning.activations import local_tokens
 from w2s.planning.cards import Card
 from w2s.planning.flops import loss_flops, patch_width, recomputed_layers
-from w2s.planning.layers import Work, layer_time
+from w2s.planning.layer_costs import Work, layer_time
 from w2s.planning.memory import fp8_share, sample_bytes
 from w2s.planning.roofline import exchange, message, moving
-from w2s.planning.schedule import Chunks, Passes, pipeline_of, seconds
+from w2s.planning.simulated_schedule import Chunks, Passes, pipeline_of, seconds
 from w2s.planning.states import States
 from w2s.planning.teacher import PlannedTeacher, predicted
 from w2s.planning.towers import PlannedTower
@@ -171,7 +171,7 @@ class _Run:
     Attributes:
         count: micro-batches.
         work: forward and backward pass of a micro-batch.
-        recomputed: what of its forward pass is computed again.
+        recomputed: what of its forward pass is recomputed.
         accumulated: adding its gradients up, where the products do not.
         forward: forward passes of all micro-batches.
         bubble: in which ranks of a pipeline of even stages wait for each other.
@@ -191,7 +191,7 @@ class _Run:
         added = [size - fused * layers * linears for size, layers in zip(sizes, tower.split, strict=True)]
         self._added = [moving(card, (_BF16 + 2 * gradient) * each) for each in added]
         self._exchange = _Exchange(config, card, world_size, sizes)
-        sent = _BF16 * local_rows(tower, parallel, samples) * tower.width
+        sent = _BF16 * local_tokens(tower, parallel, samples) * tower.width
         self._message = message(card, sent, world_size // parallel.pipeline) if parallel.pipeline > 1 else 0.0
         stage = max(range(parallel.pipeline), key=lambda stage: sum(self._chunks(self._both)[stage]))
         own = range(stage, len(tower.split), parallel.pipeline)
@@ -222,7 +222,9 @@ class _Run:
         backwards = (self._backward(0) - 2 / 3 * ends) / layers if backward else 0.0
         part = self._tower.layer_elements / exchange.sizes[0]
         gather, reduce = exchange.gather(0), exchange.reduce(0)
-        delay = fully_sharded.exposed(layers, self.count, forwards, backwards, part * gather, part * reduce, ahead=2)
+        delay = fully_sharded_costs.exposed(
+            layers, self.count, forwards, backwards, part * gather, part * reduce, ahead=2
+        )
         outside = (1 - layers * part) * (gather + backward * self.count * reduce)
         busy = self.count * (layers * (forwards + backwards) + ends * (1 if backward else 1 / 3))
         return _Taken(busy, 0.0, 0.0, delay + outside)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from w2s.config.batching import num_kept_patches, num_micro_batches, num_passes, views_in_phases
 from w2s.config.lessons import Target
 from w2s.config.sections import Config, ParallelConfig, TextConfig, VisionConfig
-from w2s.megatron.split import text_layers, vision_layers
+from w2s.megatron.model.pipeline_split import text_layers, vision_layers
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def seen_tokens(config: Config) -> int:
     """Tokens of an image in the vision tower while it trains, in the first phase of the data."""
     patches = config.model.vision.patches
     if config.stage == "mim":
-        return config.model.vision.class_tokens + config.mim.seen(patches)
+        return config.model.vision.class_tokens + config.mim.num_visible(patches)
     _, dropout = views_in_phases(config)[0]
     return config.model.vision.class_tokens + num_kept_patches(patches, dropout)
 

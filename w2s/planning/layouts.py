@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from w2s.config.batching import data_parallel_size, divisors, num_micro_batches, samples_per_replica
+from w2s.config.fp8_checks import check_fp8_layout
 from w2s.config.layout import check_micro_batches, check_ranks, check_towers
-from w2s.config.linears import check_fp8_layout
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
 from w2s.planning.cards import GPUS_PER_NODE
@@ -64,7 +64,7 @@ class Layouts:
                         yield config
 
     def recomputes(self, config: Config) -> Iterator[Config]:
-        """What is computed again, from nothing to all layers."""
+        """What is recomputed, from nothing to all layers."""
         for recompute in self._choices("parallel.recompute", ("none", "selective", "full")):
             layers = self.config.parallel.recompute_layers if "parallel.recompute_layers" in self.fixed else 0
             tried = self._parallel(config, recompute=recompute, recompute_layers=layers)
@@ -72,7 +72,7 @@ class Layouts:
                 yield tried
 
     def partly_recomputed(self, config: Config, layers: int) -> Config | None:
-        """The layout with that many layers of each chunk computed again; None if the user has said something else."""
+        """The layout with that many layers of each chunk recomputed; None if the user has said something else."""
         if {"parallel.recompute", "parallel.recompute_layers"} & set(self.fixed):
             return None
         return self._parallel(config, recompute="full", recompute_layers=layers)

@@ -15,11 +15,11 @@ from w2s.config.batching import (
     samples_per_rank,
     samples_per_replica,
 )
-from w2s.config.linears import bf16_layers
+from w2s.config.fp8_checks import bf16_layers
 from w2s.config.sections import Config
 from w2s.planning.activations import Types, kept_going_back, peak
 from w2s.planning.flops import patch_width, seen_frames
-from w2s.planning.fully_sharded import Whole, whole
+from w2s.planning.fully_sharded_costs import Whole, whole
 from w2s.planning.states import States
 from w2s.planning.teacher import PlannedTeacher, predicted
 from w2s.planning.towers import PlannedTower
@@ -168,9 +168,9 @@ def _temporaries(config: Config, tower: PlannedTower, samples: int, hidden: int 
     sequence parallelism gathers them) and of its larger weight matrix. The gradient before the GELU takes the place of
     the GELU's output, if that is kept: then there is one beside what is kept (`hidden`).
     """
-    parallel, rows = config.parallel, samples * tower.tokens
+    parallel, num_tokens = config.parallel, samples * tower.tokens
     width = tower.mlp_width // parallel.tensor
-    backward = hidden * rows * width + 2 * rows * tower.width + tower.width * width
+    backward = hidden * num_tokens * width + 2 * num_tokens * tower.width + tower.width * width
     return _BF16 * backward
 
 

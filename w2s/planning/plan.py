@@ -7,14 +7,14 @@ from typing import Any
 
 from w2s.config.batching import data_parallel_size
 from w2s.config.checks import check_settings
-from w2s.config.linears import check_useless_fp8
+from w2s.config.fp8_checks import check_useless_fp8
 from w2s.config.sections import Config
 from w2s.errors import UserError
-from w2s.planning import fully_sharded
+from w2s.planning import fully_sharded_costs
 from w2s.planning.cards import Card
 from w2s.planning.duration import StepModel, StepTime
 from w2s.planning.flops import StageFlops, stage_flops
-from w2s.planning.host import HostCopy, host_copy
+from w2s.planning.in_memory_costs import HostCopy, host_copy
 from w2s.planning.layouts import Layouts
 from w2s.planning.memory import Memory, rank_memory
 from w2s.planning.states import States, rank_states
@@ -176,7 +176,7 @@ class _Search:
                 yield from self._recomputes(batch, stage)
 
     def _recomputes(self, batch: Config, stage: "_SplitStage") -> "Iterator[_Candidate]":
-        """What is computed again: nothing, the GELU, all layers, or as few as make the rest fit."""
+        """What is recomputed: nothing, the GELU, all layers, or as few as make the rest fit."""
         fits = {}
         for config in self.layouts.recomputes(batch):
             self.legal += 1
@@ -272,7 +272,7 @@ class _SplitStage:
         last, size = parallel.pipeline - 1, data_parallel_size(parallel, gpus)
         average = split.optim.ema > 0
         if parallel.shard == "full":
-            self.states = {0: fully_sharded.rank_states(self.towers, split.precision, size, average)}
+            self.states = {0: fully_sharded_costs.rank_states(self.towers, split.precision, size, average)}
             return
         self.states = {
             rank: rank_states(

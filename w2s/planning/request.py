@@ -58,7 +58,7 @@ def request(arguments: Sequence[str], gpus: int, card: str, batches: Sequence[st
         batches: samples of a step over all GPUs, `N` for every stage or `STAGE=N` for one.
 
     Raises:
-        UserError: there is no stage among the arguments, or one that is not trained; a batch is no number.
+        UserError: there is no stage among the arguments, or one that is not trained; a batch is not a number.
     """
     stages = tuple(argument for argument in arguments if "=" not in argument)
     unknown = [stage for stage in stages if stage not in TRAINED]
@@ -74,7 +74,7 @@ def _by_stage(batches: Sequence[str], stages: tuple[str, ...]) -> dict[str, int]
     for given in batches:
         stage, _, size = given.rpartition("=")
         if stage not in ("", *stages) or not size.isdecimal() or int(size) < 1:
-            raise UserError(f"--batch {given} is no batch of {' or '.join(stages)}: use 4096, or {stages[0]}=4096")
+            raise UserError(f"--batch {given} is not a batch of {' or '.join(stages)}: use 4096, or {stages[0]}=4096")
         found |= dict.fromkeys([stage] if stage else stages, int(size))
     return found
 

@@ -156,8 +156,8 @@ def _eva_bytes(vision: VisionConfig, embed_dim: int, narrow: int) -> int:
 
 
 def _model_of_run(name: str, root: Path) -> ModelConfig:
+    from w2s.checkpoint.checkpoint_folders import read_meta
     from w2s.checkpoint.find import find_any
-    from w2s.checkpoint.store import read_meta
 
     return model_from(read_meta(find_any(name, root, key="teacher.source")).config)
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from w2s.config.lessons import Target
 from w2s.config.sections import Config, VisionConfig
-from w2s.megatron.split import text_layers, vision_layers
+from w2s.megatron.model.pipeline_split import text_layers, vision_layers
 from w2s.planning.flops import (
     TowerFlops,
     image_flops,

@@ -52,9 +52,9 @@ class FakeGpu(TorchFunctionMode):
             return self._rms_norm(*args, **kwargs)
         return self._made(func, args, kwargs)
 
-    def _rms_norm(self, rows: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Any:
+    def _rms_norm(self, hidden: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Any:
         """As the one kernel that a GPU has for it, which keeps rows as they are; a CPU takes steps in float32."""
-        return _RmsNorm.apply(rows, weight, self._meter.launched)
+        return _RmsNorm.apply(hidden, weight, self._meter.launched)
 
     def _to(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensor, others = args[0], args[1:]
@@ -91,18 +91,18 @@ class FakeGpu(TorchFunctionMode):
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, launched: Callable[[list[Tensor]], None]) -> Tensor:
-        out, inverse = torch.empty_like(rows), rows.new_empty(rows.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(rows, weight, inverse)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, launched: Callable[[list[Tensor]], None]) -> Tensor:
+        out, inverse = torch.empty_like(hidden), hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(hidden, weight, inverse)
         ctx.launched = launched
-        launched([rows, out])
+        launched([hidden, out])
         return out
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        rows, weight, _ = ctx.saved_tensors
-        ctx.launched([rows, outputs[0], rows])
-        return torch.empty_like(rows), torch.empty_like(weight), None
+        hidden, weight, _ = ctx.saved_tensors
+        ctx.launched([hidden, outputs[0], hidden])
+        return torch.empty_like(hidden), torch.empty_like(weight), None
 
 
 def _called_by_torch() -> bool:

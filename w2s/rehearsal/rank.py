@@ -13,12 +13,13 @@ from w2s.bench.synthetic import synthetic_batch
 from w2s.config.batching import samples_per_rank
 from w2s.config.sections import Config
 from w2s.failure import describe
-from w2s.megatron import groups, state
-from w2s.megatron.groups import Ranks
+from w2s.megatron.checkpoint import state
+from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.planning.cards import Card
 from w2s.rehearsal.device import GPU, FakeGpu, stand_in_for_cuda
-from w2s.rehearsal.float8 import stand_in_for_transformer_engine
-from w2s.rehearsal.group import Recorder, joined
+from w2s.rehearsal.fake_group import Recorder, joined
+from w2s.rehearsal.fp8 import stand_in_for_transformer_engine
 from w2s.rehearsal.meter import Meter
 from w2s.rehearsal.repetition import Repetition
 from w2s.rehearsal.sharding import sharded_as_on_gpus
@@ -72,7 +73,7 @@ def rehearse(job: Job) -> RankReport:
     recorder = Recorder(report.tape, parts, streams)
     with (
         joined(recorder, job.rank, job.world_size),
-        groups.split(job.config.parallel, GPU) as ranks,
+        process_groups.initialize_groups(job.config.parallel, GPU) as ranks,
         sharded_as_on_gpus(),
         stand_in_for_cuda(meter, streams),
         stand_in_for_triton(meter.launched),
@@ -101,8 +102,8 @@ def _steps(job: Job, ranks: Ranks, meter: Meter, parts: Parts, report: RankRepor
     report.peak, report.parts, report.fullest = meter.peak, dict(meter.parts), meter.where
     taken = len(report.tape.events)
     with _on_gpu(meter):
-        report.written = state.written(stage.towers, stage.optimizer, stage.extra_state())
-    del report.tape.events[taken:]  # a checkpoint is no part of a step
+        report.written = state.written_bytes(stage.towers, stage.optimizer, stage.extra_state())
+    del report.tape.events[taken:]  # a checkpoint is not part of a step
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from w2s.megatron import schedule
-from w2s.megatron.tower import TransformerBlock
-from w2s.rehearsal.group import Recorder
+from w2s.megatron.model.tower import TransformerBlock
+from w2s.megatron.parallel import pipeline_schedule
+from w2s.rehearsal.fake_group import Recorder
 from w2s.rehearsal.meter import Meter, Rise
 from w2s.rehearsal.tape import Call, Compute, Event, Wait
 
@@ -60,16 +60,16 @@ class Repetition:
     @contextmanager
     def on(self) -> Iterator[None]:
         """Inside, passes of Megatron's schedules are shortened."""
-        choose, whole = schedule.get_forward_backward_func, TransformerBlock.forward
+        choose, whole = pipeline_schedule.get_forward_backward_func, TransformerBlock.forward
 
         def passes() -> Callable[..., Any]:
             return partial(self._pass, choose())
 
-        def forward(layers: Any, rows: Any, *args: Any, **kwargs: Any) -> Tensor:
-            return self._forward(partial(whole, layers), layers, rows, args, kwargs)
+        def forward(layers: Any, hidden: Any, *args: Any, **kwargs: Any) -> Tensor:
+            return self._forward(partial(whole, layers), layers, hidden, args, kwargs)
 
         with (
-            mock.patch.object(schedule, "get_forward_backward_func", passes),
+            mock.patch.object(pipeline_schedule, "get_forward_backward_func", passes),
             mock.patch.object(TransformerBlock, "forward", forward),
         ):
             yield
@@ -82,14 +82,14 @@ class Repetition:
             self._micro_batches = 0
             self._passes.clear()
 
-    def _forward(self, whole: Callable[..., Tensor], layers: Any, rows: Any, args: Any, kwargs: Any) -> Tensor:
-        entry: Tensor = rows if layers.pre_process else layers.input_tensor
+    def _forward(self, whole: Callable[..., Tensor], layers: Any, hidden: Any, args: Any, kwargs: Any) -> Tensor:
+        entry: Tensor = hidden if layers.pre_process else layers.input_tensor
         done = self._passes.setdefault(layers, _Pass())
         number, done.seen = done.seen, done.seen + 1
         if number == 1 and self._micro_batches > 3:
-            return self._watched(partial(whole, rows, *args, **kwargs), entry, done)
+            return self._watched(partial(whole, hidden, *args, **kwargs), entry, done)
         if done.forward is None or number == self._micro_batches - 1:
-            return whole(rows, *args, **kwargs)
+            return whole(hidden, *args, **kwargs)
         return _Repeated.apply(entry, self, done.forward, done)
 
     def _watched(self, whole: Callable[[], Tensor], entry: Tensor, done: _Pass) -> Tensor:
@@ -162,10 +162,10 @@ class _Repeated(torch.autograd.Function):
     """Layers from rows to rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, repetition: Repetition, did: _Done, done: _Pass) -> Tensor:
-        result, ctx.held = repetition.repeat(did, rows)
+    def forward(ctx: Any, hidden: Tensor, repetition: Repetition, did: _Done, done: _Pass) -> Tensor:
+        result, ctx.held = repetition.repeat(did, hidden)
         ctx.repetition, ctx.done = repetition, done
-        ctx.save_for_backward(rows)
+        ctx.save_for_backward(hidden)
         return result
 
     @staticmethod

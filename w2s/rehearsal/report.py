@@ -8,7 +8,7 @@ from rich.console import Console
 
 from w2s.bench.marks import REST
 from w2s.planning.cards import GPUS_PER_NODE
-from w2s.rehearsal.run import Rehearsal
+from w2s.rehearsal.rehearsal import Rehearsal
 from w2s.rehearsal.tape import Call, Compute, Group
 from w2s.tracking.tables import Cell, Table
 

@@ -7,7 +7,7 @@ from unittest import mock
 
 from w2s.compat import coalescing_manager, unset_fake_temporarily
 from w2s.megatron import compat
-from w2s.megatron.fully_sharded import FullySharded
+from w2s.megatron.parallel.fully_sharded import FullySharded
 
 
 @contextmanager

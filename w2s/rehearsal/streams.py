@@ -36,7 +36,7 @@ class Streams:
             self.current = before
 
     def wait(self, calls: Mapping[int, int]) -> None:
-        """Let the current stream go on when calls are done: the last one of each group, by the group's number."""
+        """Let the current stream continue when calls are done: the last one of each group, by the group's number."""
         if self.current is self._first:
             self._tape.events += [Wait(call, line()) for call in calls.values()]
         else:
@@ -56,12 +56,12 @@ class _Stream:
         self.calls: dict[int, int] = {}
 
     def wait_stream(self, stream: "_Stream") -> None:
-        """Go on when another is done."""
+        """Continue when another is done."""
         with self.streams.on(self):
             self.streams.wait(stream.calls)
 
     def wait_event(self, event: "_Event") -> None:
-        """Go on when the event has come."""
+        """Continue when the event has come."""
         event.wait(self)
 
     def record_event(self, event: "_Event | None" = None) -> "_Event":
@@ -84,7 +84,7 @@ class _Event:
         self._calls = dict((stream or self.streams.current).calls)
 
     def wait(self, stream: _Stream | None = None) -> None:
-        """Let a stream go on when the event has come."""
+        """Let a stream continue when the event has come."""
         with self.streams.on(stream):
             self.streams.wait(self._calls)
 

@@ -61,7 +61,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Wait:
-    """The GPU goes on when a call is done."""
+    """The GPU continues when a call is done."""
 
     call: int
     where: str
@@ -69,7 +69,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class HostWait:
-    """The host stands still until the GPU has done all that it was given."""
+    """The host waits until the GPU has done all that it was given."""
 
     what: str
     where: str

@@ -1,6 +1,6 @@
 """When what some ranks do would happen: their tapes, played against one another.
 
-The GPU of a rank works through its own events in order. Calls go on beside it, one after the other in each group and
+The GPU of a rank works through its own events in order. Calls run beside it, one after the other in each group and
 from each rank to each other; a call begins when the last of its ranks has come to it, and a `Wait` lets the GPU stand
 still until it is done. The host is taken to be ahead of the GPU.
 """
@@ -109,7 +109,7 @@ class _Play:
         return self._timeline
 
     def _advance(self, rank: _Playing) -> bool:
-        """Go on as far as the other ranks let this one; return whether it went on at all."""
+        """Continue as far as the other ranks let this one; return whether it continued at all."""
         start = rank.place
         while rank.place < len(rank.tape.events):
             if rank.place in rank.tape.steps:

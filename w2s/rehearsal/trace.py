@@ -6,7 +6,7 @@ from typing import Any
 
 from w2s.errors import UserError
 from w2s.rehearsal.kinds import stage_of
-from w2s.rehearsal.run import Rehearsal
+from w2s.rehearsal.rehearsal import Rehearsal
 from w2s.rehearsal.timeline import GPU_LANE
 
 

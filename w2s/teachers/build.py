@@ -17,7 +17,7 @@ from w2s.errors import ConfigError
 from w2s.teachers.base import PatchNetwork, Teacher
 from w2s.teachers.efficientnet import SIZES, EfficientNetLite
 from w2s.teachers.sharded_run import ShardedRun
-from w2s.teachers.weights import check_weights, name_and_weights, weights_file
+from w2s.teachers.teacher_weights import check_weights, name_and_weights, weights_file
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from w2s.checkpoint.files import open_weights
-from w2s.checkpoint.fit import MASKED_STAGE
+from w2s.checkpoint.checkpoint_folders import read_meta
 from w2s.checkpoint.formats.plain import image_tower, zero_key_biases
+from w2s.checkpoint.matching import MASKED_STAGE
 from w2s.checkpoint.released import Released, open_released, rename
-from w2s.checkpoint.store import read_meta
+from w2s.checkpoint.tensor_files import open_weights
 from w2s.config.load import model_from, named_model
 from w2s.config.sections import ModelConfig, VisionConfig, Weights
 from w2s.errors import CheckpointError, ConfigError
@@ -92,7 +92,9 @@ def _evaclip_model(released: Released, vision: Mapping[str, Any]) -> ModelConfig
             ),
         )
     except KeyError as error:
-        raise CheckpointError(f"teacher weights {released.path} are no whole EVA-CLIP: {error} is missing") from error
+        raise CheckpointError(
+            f"teacher weights {released.path} are not a whole EVA-CLIP: {error} is missing"
+        ) from error
 
 
 def w2s_run(checkpoint: Path, *, image_size: int, precision: Precision, weights: Weights = "last") -> TimmTokens:

@@ -26,8 +26,8 @@ from w2s.teachers.eva_vit import describes_evaclip, evaclip_folder
 from w2s.teachers.hugging_face_features import HuggingFaceFeatures, Parts
 from w2s.teachers.hugging_face_inputs import called_with_images
 from w2s.teachers.internvit_folder import KINDS, internvit
+from w2s.teachers.teacher_weights import LOCAL, reading, weights_file
 from w2s.teachers.timm_vit import TimmTokens, resize_input, timm_model
-from w2s.teachers.weights import LOCAL, reading, weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     """
     for name, source in (("open_clip_config.json", f"open_clip:{LOCAL}{folder}"), ("meta.json", f"w2s:{folder}")):
         if (folder / name).is_file() and not (folder / "config.json").is_file():
-            raise CheckpointError(f"teacher.source=hf:{folder} is no folder of transformers: use {source}")
+            raise CheckpointError(f"teacher.source=hf:{folder} is not a folder of transformers: use {source}")
     return _read_json(folder / "config.json")
 
 

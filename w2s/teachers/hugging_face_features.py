@@ -41,14 +41,14 @@ class HuggingFaceFeatures(PatchNetwork):
             normalisation: `image_mean` and `image_std`.
 
         Raises:
-            ValueError: its features are no square map.
+            ValueError: its features are not a square map.
         """
         layered = hasattr(getattr(parts.tower, "config", None), "num_hidden_layers")
         images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             outputs = parts.tower(images, **options, **({"output_hidden_states": True} if layered else {}))
-            tokens = _rows(outputs.last_hidden_state)
-            prefix, grid = _places(tokens, image_size, patch)
+            tokens = _to_tokens(outputs.last_hidden_state)
+            prefix, grid = _positions(tokens, image_size, patch)
             norm, head = _pooling(parts, outputs, tokens, prefix)
             features = _features(outputs, prefix, norm, head, parts.projection)
         hidden = (outputs.hidden_states or [])[1:] if layered else []
@@ -75,7 +75,7 @@ class HuggingFaceFeatures(PatchNetwork):
 
 
 def _features(outputs: Any, prefix: int, norm: nn.Module, head: nn.Module, projection: nn.Module | None) -> Features:
-    tokens = _rows(outputs.last_hidden_state)
+    tokens = _to_tokens(outputs.last_hidden_state)
     patches = head(norm(tokens[:, prefix:]))
     pooled = _pooled(outputs)
     if pooled is not None and projection is not None:
@@ -90,18 +90,18 @@ def _pooled(outputs: Any) -> Tensor | None:
     return None if pooled is None else pooled.flatten(1)
 
 
-def _rows(hidden: Tensor) -> Tensor:
+def _to_tokens(hidden: Tensor) -> Tensor:
     """Hidden states as [n, places, width], from tokens or from a square map with its channels first or last."""
     if hidden.ndim == 3:
         return hidden
     return hidden.movedim(1 if hidden.shape[2] == hidden.shape[3] else 3, 1).flatten(2).transpose(1, 2)
 
 
-def _places(tokens: Tensor, image_size: int, patch: int) -> tuple[int, int]:
+def _positions(tokens: Tensor, image_size: int, patch: int) -> tuple[int, int]:
     """Tokens before the patches, and patches along one side, of what a model makes of two images.
 
     Raises:
-        ValueError: they are no square map of an image.
+        ValueError: they are not a square map of an image.
     """
     count, grid = tokens.shape[1], image_size // patch if patch else 0
     if grid and count >= grid**2:
@@ -110,14 +110,14 @@ def _places(tokens: Tensor, image_size: int, patch: int) -> tuple[int, int]:
         # patches that were merged on the way, behind at most a class token
         possible = [prefix for prefix in (0, 1) if _is_map(count - prefix, image_size)]
     if len(tokens) != 2 or not possible or possible[0] > MOST_PREFIX_TOKENS:
-        raise ValueError(f"it makes {count} tokens of {image_size} px, which are no square map of patches")
+        raise ValueError(f"it makes {count} tokens of {image_size} px, which are not a square map of patches")
     return possible[0], math.isqrt(count - possible[0])
 
 
-def _is_map(places: int, image_size: int) -> bool:
+def _is_map(positions: int, image_size: int) -> bool:
     """Whether places are as many as squares of an image can be."""
-    side = math.isqrt(places)
-    return places > 0 and side**2 == places and image_size % side == 0
+    side = math.isqrt(positions)
+    return positions > 0 and side**2 == positions and image_size % side == 0
 
 
 def _pooling(parts: Parts, outputs: Any, tokens: Tensor, prefix: int) -> tuple[nn.Module, nn.Module]:

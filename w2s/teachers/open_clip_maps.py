@@ -12,7 +12,7 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from w2s.teachers.base import Features, PatchNetwork, check_image_size, resample
-from w2s.teachers.timm_vit import rows, sizes_of
+from w2s.teachers.timm_vit import sizes_of, to_tokens
 
 RESNET_STRIDE = 32
 
@@ -43,12 +43,12 @@ class OpenClipMaps(PatchNetwork):
     def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
         """Features of normalised images, row by row."""
         maps = self.visual.trunk.forward_features(images)
-        return Features(self._places(maps), self.visual.head(self.visual.trunk.forward_head(maps)))
+        return Features(self._positions(maps), self.visual.head(self.visual.trunk.forward_head(maps)))
 
-    def _places(self, maps: Tensor) -> Tensor:
+    def _positions(self, maps: Tensor) -> Tensor:
         trunk = self.visual.trunk
-        places = rows(trunk, maps)
-        alone = places.flatten(0, 1)
+        positions = to_tokens(trunk, maps)
+        alone = positions.flatten(0, 1)
         if hasattr(trunk, "num_prefix_tokens"):
             # whether the head takes the first token or the mean of the patches
             alone = alone[:, None].expand(-1, trunk.num_prefix_tokens + 1, -1)
@@ -57,7 +57,7 @@ class OpenClipMaps(PatchNetwork):
         else:
             alone = alone[:, :, None, None]
         features: Tensor = self.visual.head(trunk.forward_head(alone))
-        return features.unflatten(0, places.shape[:2])
+        return features.unflatten(0, positions.shape[:2])
 
 
 class OpenClipResNet(PatchNetwork):
@@ -87,13 +87,13 @@ class OpenClipResNet(PatchNetwork):
     def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
         """Features of normalised images, row by row."""
         outputs = self.visual.forward_intermediates(images, indices=1)
-        places = outputs["image_intermediates"][0].flatten(2).transpose(1, 2)
+        positions = outputs["image_intermediates"][0].flatten(2).transpose(1, 2)
         pool = self.visual.attnpool
-        return Features(pool.c_proj(pool.v_proj(places)), outputs["image_features"])
+        return Features(pool.c_proj(pool.v_proj(positions)), outputs["image_features"])
 
 
 def _resize_pool(visual: ModifiedResNet, grid: int) -> None:
     """Resample the attention pool's positions, that of the mean first, for a map of `grid` x `grid` places."""
     own = visual.attnpool.positional_embedding.detach()
-    places = resample(own[None, 1:], visual.image_size // RESNET_STRIDE, grid)[0]
-    visual.attnpool.positional_embedding = nn.Parameter(torch.cat([own[:1], places]))
+    positions = resample(own[None, 1:], visual.image_size // RESNET_STRIDE, grid)[0]
+    visual.attnpool.positional_embedding = nn.Parameter(torch.cat([own[:1], positions]))

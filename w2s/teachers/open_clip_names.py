@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import open_clip
 
 from w2s.errors import CheckpointError
-from w2s.teachers.weights import LOCAL, unknown_model
+from w2s.teachers.teacher_weights import LOCAL, unknown_model
 
 
 class Described(NamedTuple):

@@ -23,8 +23,8 @@ from w2s.errors import ConfigError
 from w2s.teachers.base import Features, PatchNetwork, check_image_size
 from w2s.teachers.open_clip_maps import OpenClipMaps, OpenClipResNet
 from w2s.teachers.open_clip_names import Described, described
+from w2s.teachers.teacher_weights import indexed, reading
 from w2s.teachers.timm_vit import TimmTokens, resize_input
-from w2s.teachers.weights import indexed, reading
 
 # A teacher needs no text tower, and a real one costs memory or, for Hugging Face's, a download.
 SMALLEST_TEXT_TOWER = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}

@@ -59,11 +59,11 @@ class PhiS(nn.Module):
             self._find(targets.flatten(0, 1).double(), group)
         return (targets - self.mean.float()) @ self.rotation.float().T
 
-    def _find(self, rows: Tensor, group: dist.ProcessGroup | None) -> None:
-        """Find mean and rotation of `rows` [m, D] of all ranks, which the first of them tells the others."""
-        total = rows.new_tensor(float(len(rows)))
-        mean = _sum(rows.sum(0), group) / _sum(total, group)
-        centred = rows - mean
+    def _find(self, features: Tensor, group: dist.ProcessGroup | None) -> None:
+        """Find mean and rotation of `features` [m, D] of all ranks, which the first of them tells the others."""
+        total = features.new_tensor(float(len(features)))
+        mean = _sum(features.sum(0), group) / _sum(total, group)
+        centred = features - mean
         covariance = _sum(centred.T @ centred, group) / total
         rotation = rotation_of(covariance)
         if group is not None and dist.get_rank(group):
@@ -104,7 +104,7 @@ def hadamard(size: int) -> Tensor:
 
 
 def _undoubled(size: int) -> Tensor | None:
-    """A Hadamard matrix of entries 1 and -1 that is no double, if one of the constructions gives it."""
+    """A Hadamard matrix of entries 1 and -1 that is not a double, if one of the constructions gives it."""
     if size == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     if size % 4 == 0 and _is_prime(size - 1):

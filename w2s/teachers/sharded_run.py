@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from w2s.checkpoint.checkpoint_folders import read_meta
 from w2s.checkpoint.handover import hand_over
 from w2s.checkpoint.released import open_released
-from w2s.checkpoint.store import read_meta
 from w2s.config.load import model_from
 from w2s.config.sections import ParallelConfig, Weights
-from w2s.megatron.sharded import ShardedTower
-from w2s.megatron.together import Together
+from w2s.megatron.parallel.sharded import ShardedTower
+from w2s.megatron.parallel.tp_gather import TensorParallelGather
 from w2s.teachers.base import Features, PatchNetwork, Precision, check_image_size
 from w2s.towers.clip import ImageTower
 from w2s.towers.vision import channel_statistics
@@ -69,11 +69,11 @@ class ShardedRun(PatchNetwork):
         self.tower, self.embeds = tower, embeds
         projects = embeds and not masked and vision.class_tokens
         self.head = tower.head if projects else nn.Identity()
-        self.together = Together()
+        self.tp_gather = TensorParallelGather()
 
     def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
         """Features of this rank's normalised images, row by row, without CLS."""
-        joined = self.together(self._features, images)
+        joined = self.tp_gather(self._features, images)
         patches, summary = joined.split([self.grid**2 * self.width, self.summary_width], dim=1)
         return Features(patches.unflatten(1, (-1, self.width)), summary)
 

@@ -24,7 +24,7 @@ class TargetNorm(nn.Module):
 
     The layer norm has no weights (data2vec, Baevski et al. 2022, section 3.3). Standardisation is per channel with the
     statistics of all batches so far: float64 buffers, merged with the parallel update of Chan, Golub and LeVeque
-    (1983). They are part of `state_dict()`, so a resumed run goes on with the same bits, and equal on all ranks.
+    (1983). They are part of `state_dict()`, so a resumed run continues with the same bits, and equal on all ranks.
 
     Attributes:
         mean: running mean [D].
@@ -74,15 +74,15 @@ class TargetNorm(nn.Module):
         scale = (self.deviations / self.count + self.eps).rsqrt()
         return (targets - self.mean.float()) * scale.float()
 
-    def _update(self, rows: Tensor, group: dist.ProcessGroup | None) -> None:
-        """Merge `rows` [m, D] of all ranks; sums are taken around the running mean, so nothing cancels."""
+    def _update(self, features: Tensor, group: dist.ProcessGroup | None) -> None:
+        """Merge `features` [m, D] of all ranks; sums are taken around the running mean, so nothing cancels."""
         shift = self.mean.float()
-        shifted = rows - shift
+        shifted = features - shift
         parts = [shifted.sum(0, dtype=torch.float64), shifted.square().sum(0, dtype=torch.float64)]
-        sums = torch.cat([*parts, self.count.new_full((1,), len(rows))])
+        sums = torch.cat([*parts, self.count.new_full((1,), len(features))])
         if group is not None:
             dist.all_reduce(sums, group=group)
-        first, second, new = sums[: rows.shape[1]], sums[rows.shape[1] : -1], sums[-1]
+        first, second, new = sums[: features.shape[1]], sums[features.shape[1] : -1], sums[-1]
         step = shift.double() + first / new - self.mean
         total = self.count + new
         self.deviations += second - first.square() / new + step.square() * self.count * new / total

@@ -15,20 +15,20 @@ import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
-from w2s.checkpoint.files import open_weights
+from w2s.checkpoint.checkpoint_folders import read_meta
 from w2s.checkpoint.find import find, find_any
 from w2s.checkpoint.formats.open_clip import text_config
 from w2s.checkpoint.formats.plain import SMALLEST_VISION_TOWER
 from w2s.checkpoint.of_teacher import choose, teachers_of
 from w2s.checkpoint.released import Released, open_released, rename
-from w2s.checkpoint.store import read_meta
+from w2s.checkpoint.tensor_files import open_weights
 from w2s.checkpoint.verifying import verify
 from w2s.config.load import model_from, named_model
 from w2s.config.sections import ClipConfig, Config, ModelConfig, TeacherConfig, TextConfig, Weights
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import Precision
 from w2s.teachers.open_clip_names import described
-from w2s.teachers.weights import check_weights, name_and_weights, weights_file
+from w2s.teachers.teacher_weights import check_weights, name_and_weights, weights_file
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import Features, PatchNetwork, check_image_size
-from w2s.teachers.weights import LOCAL, indexed, reading, unknown_model
+from w2s.teachers.teacher_weights import LOCAL, indexed, reading, unknown_model
 
 
 class TimmTokens(PatchNetwork):
@@ -98,17 +98,17 @@ class TimmMaps(PatchNetwork):
     def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
         """Features of normalised images, row by row, and what timm's head pools them to."""
         features = self.trunk.forward_features(images)
-        return Features(rows(self.trunk, features), self.pool(features))
+        return Features(to_tokens(self.trunk, features), self.pool(features))
 
 
 def pooling(trunk: Any) -> Callable[[Tensor], Tensor]:
     """What makes one vector an image of a model's last features: its head up to the classifier, or else a mean."""
     if "pre_logits" in inspect.signature(trunk.forward_head).parameters:
         return partial(trunk.forward_head, pre_logits=True)
-    return lambda features: rows(trunk, features).mean(1)
+    return lambda features: to_tokens(trunk, features).mean(1)
 
 
-def rows(trunk: Any, features: Tensor) -> Tensor:
+def to_tokens(trunk: Any, features: Tensor) -> Tensor:
     """The last features of a model as [n, places, width], from a map of either order or from tokens."""
     if features.ndim == 3:
         return features[:, getattr(trunk, "num_prefix_tokens", 0) :]
@@ -125,13 +125,13 @@ def sizes_of(trunk: Any, pool: Callable[[Tensor], Tensor], name: str, image_size
     try:
         with torch.no_grad():
             features = trunk.eval().forward_features(torch.zeros(1, 3, image_size, image_size))
-            places, summary_width = rows(trunk, features).shape[1], pool(features).shape[1]
+            positions, summary_width = to_tokens(trunk, features).shape[1], pool(features).shape[1]
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(f"teacher.image_size={image_size} does not suit {name}: {reason}") from error
-    side = math.isqrt(places)
-    if side**2 != places:
-        raise ConfigError(f"teacher.source: {name} makes {places} features, no square map: choose another model")
+    side = math.isqrt(positions)
+    if side**2 != positions:
+        raise ConfigError(f"teacher.source: {name} makes {positions} features, no square map: choose another model")
     return side, summary_width
 
 

@@ -66,7 +66,7 @@ class PoolMLP(nn.Module):
         self.fc1 = nn.Linear(width, mlp_width, dtype=dtype)
         self.fc2 = nn.Linear(mlp_width, width, dtype=dtype)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Rows [n, width] to rows [n, width]."""
-        hidden: Tensor = self.fc2(self.activation(F.linear(rows, self.fc1.weight), self.fc1.bias))
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [n, width] to features [n, width]."""
+        hidden: Tensor = self.fc2(self.activation(F.linear(features, self.fc1.weight), self.fc1.bias))
         return hidden

@@ -6,12 +6,12 @@ import torch
 
 from w2s.config.lessons import Target
 from w2s.config.sections import Config
-from w2s.megatron.backend import linears_of
-from w2s.megatron.initialize import Init, fill
-from w2s.megatron.sharded import ShardedTower, shard
+from w2s.megatron.fp8.linears import linears_of
+from w2s.megatron.model.initialize import Init, init_parameters
+from w2s.megatron.parallel.sharded import ShardedTower, shard
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.initial import text_rule, vision_rule
-from w2s.towers.masked import MaskedStudent
+from w2s.towers.masked_student import MaskedStudent
 
 
 def build_student(
@@ -31,7 +31,7 @@ def build_student(
         layer_widths: channels that heads after single layers have, by the layer's number.
     """
     vision, linears = config.model.vision, linears_of(config, "vision")
-    drops_masked = config.mim.predict == "visible"
+    drop_masked = config.mim.predict == "visible"
 
     def chunk(number: int) -> MaskedStudent:
         student = MaskedStudent(
@@ -41,11 +41,11 @@ def build_student(
             dtype,
             number,
             linears,
-            drops_masked,
+            drop_masked,
             layer_widths,
             embed_dim=config.model.embed_dim,
         )
-        fill(student, _vision_start(config), config.run.seed)
+        init_parameters(student, _vision_start(config), config.run.seed)
         return student
 
     return shard(chunk, config.parallel, device)
@@ -60,14 +60,14 @@ def build_clip(
 
     def vision_chunk(number: int) -> ImageTower:
         tower = ImageTower(model.vision, model.embed_dim, config.parallel, dtype, number, seeing)
-        fill(tower, _vision_start(config), seed)
+        init_parameters(tower, _vision_start(config), seed)
         return tower
 
     def text_chunk(number: int) -> TextTower:
         has_bias = config.clip.loss == "sigmoid"
         tower = TextTower(model.text, model.embed_dim, config.parallel, dtype, number, has_bias, reading)
         scalars = config.clip.drawn_logit_scale, config.clip.logit_bias
-        fill(tower, text_rule(model.text, *scalars, config.init.text_mlp_bias), seed)
+        init_parameters(tower, text_rule(model.text, *scalars, config.init.text_mlp_bias), seed)
         if tower.last:
             tower.logit_scale.requires_grad_(config.clip.learn_logit_scale)
         return tower

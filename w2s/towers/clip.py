@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
-from w2s.megatron.backend import LOCAL, Linears
-from w2s.megatron.split import text_layers
-from w2s.megatron.tower import StackShape, Tower
+from w2s.megatron.fp8.linears import LOCAL, Linears
+from w2s.megatron.model.pipeline_split import text_layers
+from w2s.megatron.model.tower import Tower, TransformerShape
 from w2s.towers.norms import make_norm
 from w2s.towers.vision import VisionTower, image_head
 
@@ -32,23 +32,23 @@ class ImageTower(VisionTower):
         if self.last:
             self.head = image_head(shape, embed_dim, dtype)
 
-    def forward(self, images: Tensor, kept: Tensor | None = None, branches: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, kept: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
         """Embed images, or clips: the mean over their frames' embeddings (EVA-CLIP-18B, section 4).
 
         Args:
             images: [n, 3, side, side], normalised; of clips [n, frames, 3, side, side].
             kept: int64 [n, k], the patches that patch dropout keeps; None keeps all. Of clips [n, frames, k].
-            branches: [n, layers, 2], what drop path multiplies the layers' branches with; None leaves none out. Of
+            branch_scales: [n, layers, 2], what drop path multiplies the layers' branches with; None leaves none out. Of
                 clips [n, frames, layers, 2].
 
         Returns:
-            [n, embed_dim], not normalised, in the last chunk; packed rows elsewhere.
+            [n, embed_dim], not normalised, in the last chunk; packed tokens elsewhere.
         """
         if images.ndim == 5:
-            flat = [None if each is None else each.flatten(0, 1) for each in (kept, branches)]
+            flat = [None if each is None else each.flatten(0, 1) for each in (kept, branch_scales)]
             embedded = self.forward(images.flatten(0, 1), *flat)
             return embedded.unflatten(0, (len(images), -1)).mean(1) if self.last else embedded
-        tokens = self.encode(images, kept=kept, branches=branches)
+        tokens = self.encode(images, kept=kept, branch_scales=branch_scales)
         return self.embedding(tokens, self.head) if self.last else tokens
 
     def embed_and_pool(self, images: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class ImageTower(VisionTower):
             images: [n, 3, side, side], normalised.
 
         Returns:
-            float32 [n, embed_dim + width], the embedding first, in the last chunk; packed rows elsewhere.
+            float32 [n, embed_dim + width], the embedding first, in the last chunk; packed tokens elsewhere.
         """
         tokens = self.encode(images)
         if not self.last:
@@ -91,7 +91,7 @@ class TextTower(Tower):
         logit_bias: bool = False,
         linears: Linears = LOCAL,
     ) -> None:
-        stack = StackShape(
+        stack = TransformerShape(
             layers=shape.layers,
             width=shape.width,
             heads=shape.heads,
@@ -117,7 +117,7 @@ class TextTower(Tower):
             if logit_bias:
                 self.logit_bias = nn.Parameter(torch.empty((), dtype=torch.float32))
 
-    def scalars(self) -> list[nn.Parameter]:
+    def logit_parameters(self) -> list[nn.Parameter]:
         """Return the logit scale and, if there is one, the logit bias; the last chunk has them."""
         return [parameter for name, parameter in self.named_parameters() if name in ("logit_scale", "logit_bias")]
 
@@ -128,7 +128,7 @@ class TextTower(Tower):
             tokens: int64 [n, context]; the end token has the largest id.
 
         Returns:
-            [n, embed_dim], not normalised, in the last chunk; packed rows elsewhere.
+            [n, embed_dim], not normalised, in the last chunk; packed tokens elsewhere.
         """
         embedded = self.token_embedding[tokens] + self.positional_embedding if self.first else None
         hidden = self.run_layers(embedded, *tokens.shape)

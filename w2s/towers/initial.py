@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 
 from w2s.config.sections import TextConfig, VisionConfig
-from w2s.megatron.initialize import Init
+from w2s.megatron.model.initialize import Init
 
 ONE = Init("constant", 1.0)
 ZERO = Init("constant", 0.0)

@@ -4,11 +4,11 @@ import torch
 
 from w2s.config.lessons import Target
 from w2s.config.sections import ModelConfig, ParallelConfig
-from w2s.megatron import state
-from w2s.megatron.sharded import ShardedTower
-from w2s.megatron.tower import Tower
+from w2s.megatron.checkpoint import state
+from w2s.megatron.model.tower import Tower
+from w2s.megatron.parallel.sharded import ShardedTower
 from w2s.towers.clip import ImageTower, TextTower
-from w2s.towers.masked import MaskedStudent
+from w2s.towers.masked_student import MaskedStudent
 
 
 def model_shapes(

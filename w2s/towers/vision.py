@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from w2s.config.sections import ParallelConfig, VisionConfig
-from w2s.megatron.backend import LOCAL, Linears
-from w2s.megatron.split import vision_layers
-from w2s.megatron.taps import Tap
-from w2s.megatron.tower import ACTIVATIONS, StackShape, Tower
+from w2s.megatron.fp8.linears import LOCAL, Linears
+from w2s.megatron.model.pipeline_split import vision_layers
+from w2s.megatron.model.taps import Tap
+from w2s.megatron.model.tower import ACTIVATIONS, Tower, TransformerShape
 from w2s.towers.attention_pool import AttentionPool
 from w2s.towers.norms import make_norm
 from w2s.towers.patches import PatchEmbedding
@@ -30,7 +30,7 @@ def channel_statistics(config: VisionConfig) -> tuple[Channels, Channels]:
     return ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)) if config.kind == "siglip" else (MEAN, STD)
 
 
-def vision_stack(config: VisionConfig, head_width: int, parallel: ParallelConfig) -> StackShape:
+def vision_stack(config: VisionConfig, head_width: int, parallel: ParallelConfig) -> TransformerShape:
     """Return the shape of the vision tower's layers.
 
     Sources: baaivision/EVA, shinji/eva_clip/eva_vit_model.py; openai/CLIP, clip/model.py, `VisionTransformer`;
@@ -41,7 +41,7 @@ def vision_stack(config: VisionConfig, head_width: int, parallel: ParallelConfig
         head_width: channels that its head gives.
         parallel: how it is split over pipeline stages.
     """
-    return StackShape(
+    return TransformerShape(
         layers=config.layers,
         width=config.width,
         heads=config.heads,
@@ -72,7 +72,7 @@ class VisionTower(Tower):
     """
 
     # Megatron's FSDP deals out whole rows: those of a patch's pixels, and of the pool's MLP, divide no other's.
-    gathered_apart = (PatchEmbedding, AttentionPool)
+    fsdp_units = (PatchEmbedding, AttentionPool)
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class VisionTower(Tower):
         masks: Tensor | None = None,
         kept: Tensor | None = None,
         taps: Mapping[int, Tap] | None = None,
-        branches: Tensor | None = None,
+        branch_scales: Tensor | None = None,
     ) -> Tensor:
         """Run the tower up to its final norm, or up to the end of this chunk.
 
@@ -110,15 +110,15 @@ class VisionTower(Tower):
             masks: bool [n, patches], True where the mask token takes a patch's place; None masks nothing.
             kept: int64 [n, k], the patches that patch dropout keeps; None keeps all.
             taps: losses of the tokens [n, tokens, width] after layers of this chunk, by the layer's number.
-            branches: [n, layers, 2], what drop path multiplies the layers' branches with; None leaves none out.
+            branch_scales: [n, layers, 2], what drop path multiplies the layers' branches with; None leaves none out.
 
         Returns:
-            Tokens [n, patches (or k), width], after that of CLS if there is one, in the last chunk, packed rows
+            Tokens [n, patches (or k), width], after that of CLS if there is one, in the last chunk, packed tokens
             elsewhere.
         """
         embedded = self._embed(images, masks, kept) if self.first else None
         patches = self.shape.patches if kept is None else kept.shape[1]
-        tokens = self.run_layers(embedded, len(images), self.shape.class_tokens + patches, taps, branches)
+        tokens = self.run_layers(embedded, len(images), self.shape.class_tokens + patches, taps, branch_scales)
         return self.norm(tokens) if self.last else tokens
 
     def patch_tokens(self, images: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from w2s.redaction import redact
+from w2s.tracking.atomic_files import write_text
 from w2s.tracking.environment import git_sha
-from w2s.tracking.files import write_text
 
 FILE_NAME = "about.json"
 BEGUN = "begun"
@@ -22,7 +22,7 @@ class About:
     Args:
         folder: of the run.
         facts: what is known when it begins.
-        resumed: whether it goes on; when and by which command it was begun stays.
+        resumed: whether it continues; when and by which command it was begun stays.
 
     Attributes:
         facts: text by name.

@@ -40,7 +40,7 @@ _FORMATS = {
 
 
 class RunConsole:
-    """Shows how a run goes on.
+    """Shows how a run continues.
 
     Args:
         stage: name of the stage, the first word of every line.

@@ -108,9 +108,9 @@ class Delivery:
 
 
 def history_points(records: Sequence[Record]) -> list[Point]:
-    """The points of the lines of a run's metrics.jsonl; what was not finite is no number again.
+    """The points of the lines of a run's metrics.jsonl; what was not finite is not a number again.
 
-    A damaged line may have anything in it: what is no number is left out, and a line that does not say when it was.
+    A damaged line may have anything in it: what is not a number is left out, and a line that does not say when it was.
     """
     points = []
     for record in records:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Literal
 from w2s.config.sections import TrackingConfig
 from w2s.errors import StopRun
 from w2s.redaction import redact
+from w2s.tracking.atomic_files import write_text
 from w2s.tracking.datasets import DataInput, to_mlflow
 from w2s.tracking.delivery import Delivery, Record, history_points
-from w2s.tracking.files import write_text
-from w2s.tracking.store import OPEN_SECONDS, artifact_location, connect, load_mlflow, reason, tracking_uri
+from w2s.tracking.mlflow_store import OPEN_SECONDS, artifact_location, connect, load_mlflow, reason, tracking_uri
 from w2s.tracking.worker import Worker
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class MlflowRun:
         self._opened = opened = _open_run(self._request)
         if opened.lost_run_id:
             self._warnings.append(
-                f"MLflow at {self._uri} does not know run {opened.lost_run_id}: went on in run {opened.run_id}"
+                f"MLflow at {self._uri} does not know run {opened.lost_run_id}: continued in run {opened.run_id}"
             )
         if self._request.folder is not None:
             write_text(self._request.folder / _RUN_ID_FILE, f"{opened.run_id}\n")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from w2s.redaction import printable
-from w2s.tracking.files import writing
+from w2s.tracking.atomic_files import writing
 
 _DPI = 150
 _CELL = 1.35  # inches of one image

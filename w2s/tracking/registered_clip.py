@@ -45,7 +45,7 @@ class Clip(PythonModel):
         Returns:
             Unit vectors as lists of numbers; None in rows that have no image, or no text.
         """
-        columns = {"image": self._see, "text": self._read}
+        columns = {"image": self._encode_image, "text": self._encode_text}
         embedded = {
             f"{name}_embedding": _by_batch(list(model_input[name]), embed)
             for name, embed in columns.items()
@@ -54,12 +54,12 @@ class Clip(PythonModel):
         return pd.DataFrame(embedded, index=model_input.index, dtype=object)
 
     @torch.inference_mode()
-    def _see(self, images: list[bytes]) -> Any:
+    def _encode_image(self, images: list[bytes]) -> Any:
         pixels = [self.preprocess(Image.open(io.BytesIO(image)).convert("RGB")) for image in images]
         return self.clip.encode_image(torch.stack(pixels).to(self.device), normalize=True)
 
     @torch.inference_mode()
-    def _read(self, texts: list[str]) -> Any:
+    def _encode_text(self, texts: list[str]) -> Any:
         return self.clip.encode_text(self.tokenize(texts).to(self.device), normalize=True)
 
 

@@ -14,12 +14,12 @@ from markupsafe import Markup, escape
 
 from w2s.config.naming import flatten
 from w2s.tracking.about import BEGUN, read_about
+from w2s.tracking.atomic_files import write_text
 from w2s.tracking.charts import Chart
 from w2s.tracking.curves import charts, comparing
-from w2s.tracking.files import write_text
-from w2s.tracking.group import by_label, is_group, runs_of, title_of
 from w2s.tracking.history import read_history
 from w2s.tracking.meaning import meaning
+from w2s.tracking.run_group import by_label, is_group, runs_of, title_of
 from w2s.tracking.tables import Cell, Table, cell_text
 
 FILE_NAME = "report.html"

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.text import Text
 
 from w2s.redaction import redacted, shown
-from w2s.tracking.files import write_text
+from w2s.tracking.atomic_files import write_text
 
 Cell = str | int | float | None
 

@@ -11,10 +11,10 @@ from w2s.config.sections import Config
 from w2s.errors import UserError
 from w2s.redaction import redacted
 from w2s.tracking.about import About, as_tags
+from w2s.tracking.atomic_files import make_folder, write_text
 from w2s.tracking.console import RunConsole
 from w2s.tracking.datasets import DataInput
 from w2s.tracking.environment import environment_text
-from w2s.tracking.files import make_folder, write_text
 from w2s.tracking.history import History, read_history
 from w2s.tracking.mlflow_run import MlflowRun, Status
 from w2s.tracking.tables import Cell, Table

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from w2s.callbacks import Callback, Training
 from w2s.errors import StopRun
-from w2s.megatron.replicas import mend
+from w2s.megatron.parallel.replicas import repair
 from w2s.training.progress import Progress, RollBack
 from w2s.training.saving import Saving
 
@@ -27,11 +27,11 @@ class ReplicaCheck(Callback):
     def _agree(self) -> bool:
         run = self._run
         run.stage.optimizer.gather_weights()
-        odd = [each for some in run.ranks.gather(mend(run.stage.towers, run.ranks.data_group)) for each in some]
+        odd = [each for some in run.ranks.gather(repair(run.stage.towers, run.ranks.data_group)) for each in some]
         for each in dict.fromkeys(odd):
-            how = "taken from the others" if each.mended else "with no majority"
+            how = "taken from the others" if each.repaired else "with no majority"
             run.tracker.message(f"warning: step {run.step}: {each.weight} differs on ranks {list(each.ranks)}, {how}")
-        return all(each.mended for each in odd)
+        return all(each.repaired for each in odd)
 
 
 class Evaluation(Callback):
@@ -54,7 +54,7 @@ class Evaluation(Callback):
 
     def _measure(self) -> None:
         run = self._run
-        run.pulse.at("evaluating", run.step, long=True)
+        run.heartbeat.at("evaluating", run.step, long=True)
         run.stage.optimizer.gather_weights()
         with run.weights_to_measure():
             metrics = run.stage.evaluate()
@@ -76,7 +76,7 @@ class Stopping(Callback):
         Raises:
             StopRun: one was; the state is saved.
         """
-        run, signals = self._run, self._run.pulse.signals
+        run, signals = self._run, self._run.heartbeat.signals
         # A rank that stopped alone would leave the others waiting.
         if not run.ranks.any(bool(signals)):
             return
@@ -91,4 +91,4 @@ class Stopping(Callback):
         name, kept = signal.Signals(number).name, f"saved in {run.run}"
         if skipped or refused:
             kept = f"not saved: {refused[-1] if refused else 'it was skipped'}"
-        raise StopRun(f"stopped by {name} at step {step}, {kept}: repeat the command to go on", number)
+        raise StopRun(f"stopped by {name} at step {step}, {kept}: repeat the command to resume", number)

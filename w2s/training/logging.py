@@ -8,15 +8,15 @@ from torch import Tensor
 from w2s.callbacks import Callback, Training
 from w2s.data.batch import Batch
 from w2s.data.sizes import Counting, count_samples
-from w2s.megatron import groups
-from w2s.megatron.watch import float8_metrics
-from w2s.rerun import clones, explain
+from w2s.megatron.fp8.fp8_stats import fp8_metrics
+from w2s.megatron.parallel import process_groups
+from w2s.replay import clones, replay
 from w2s.tracking.meters import over_ranks
 from w2s.training.progress import Progress, RollBack
 
 
 class Logging(Callback):
-    """Tells the tracker what a run begins with, and how it goes on where a line is due.
+    """Tells the tracker what a run begins with, and how it continues where a line is due.
 
     There a step that was skipped since the last line is repeated, and the run goes back after too many of them.
     """
@@ -49,7 +49,7 @@ class Logging(Callback):
             self._batches.append(run.batch)
         if not run.is_logged(step):
             return
-        metrics = self._repeat() or metrics
+        metrics = self._replay() or metrics
         self._batches.clear()
         self._log(metrics, run.meter.read())
         # A run ends with a good step only.
@@ -66,7 +66,7 @@ class Logging(Callback):
         unknown = {source.name: source.shards for source in run.sources if sizes[source.name] is None}
         self._counting = Counting(unknown, index) if unknown else None
 
-    def _repeat(self) -> dict[str, Tensor] | None:
+    def _replay(self) -> dict[str, Tensor] | None:
         """Say whose fault it is that one of the steps since the last line was skipped, if one was.
 
         Where it was the last step and the fault has passed, the step is taken after all.
@@ -75,19 +75,19 @@ class Logging(Callback):
         since = int(run.stage.optimizer.guard.since)
         if since >= len(batches):
             return None
-        run.pulse.at("repeating a bad step", run.step, long=True)
-        verdict = explain(run.stage, batches[-1 - since], run.ranks)
-        again = verdict.passing and not since
+        run.heartbeat.at("repeating a bad step", run.step, long=True)
+        diagnosis = replay(run.stage, batches[-1 - since], run.ranks)
+        again = diagnosis.passing and not since
         when = f" at step {run.step}" if since else ""
-        words = f"{verdict.words}{'; the step is taken again' if again else ''}"
+        words = f"{diagnosis.words}{'; the step is taken again' if again else ''}"
         run.tracker.message(f"warning: step {run.step - since} was skipped; repeated{when}, it is {words}")
-        return self._take_again() if again else None
+        return self._retake() if again else None
 
-    def _take_again(self) -> dict[str, Tensor]:
+    def _retake(self) -> dict[str, Tensor]:
         run = self._run
         run.step -= 1
         run.stage.load_extra_state(self._before)
-        run.stage.optimizer.forget_skipped()
+        run.stage.optimizer.clear_skipped()
         metrics = run.update(self._batches[-1])
         run.undone += not run.skipped_in_a_row()
         return metrics
@@ -95,14 +95,14 @@ class Logging(Callback):
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
         """Average over the ranks."""
         run = self._run
-        own = run.ranks.numbers(metrics), run.watch.read(), figures, run.stream.counts()
+        own = run.ranks.to_floats(metrics), run.watch.read(), figures, run.stream.counts()
         numbers, counts, everyones, read = zip(*run.ranks.gather(own), strict=True)
-        averages = groups.means(numbers) | float8_metrics(counts)
+        averages = process_groups.means(numbers) | fp8_metrics(counts)
         skipped = int(run.stage.optimizer.guard.skipped) + run.undone
         if skipped:
             averages["skipped_steps"] = skipped
         compared = over_ranks(everyones, ("seconds_per_step", "data_wait"))
-        logged = {**averages, **figures, **compared, **run.stream.metrics(groups.sums(read))}
+        logged = {**averages, **figures, **compared, **run.stream.metrics(process_groups.sums(read))}
         run.tracker.log(run.step, run.samples, logged)
         for callback in run.callbacks:
             callback.logged(run.step, logged)

@@ -7,16 +7,16 @@ from pathlib import Path
 from torch import Tensor
 
 from w2s.callbacks import Callback
-from w2s.checkpoint.memory import HostMemory
+from w2s.checkpoint.in_memory import HostMemory
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.sources import Source
 from w2s.data.stream import Position, Stream
-from w2s.liveness.pulse import READERS, Pulse
-from w2s.megatron import state
-from w2s.megatron.groups import Ranks
-from w2s.megatron.watch import Float8Watch
-from w2s.optim.schedule import lr_factor
+from w2s.liveness.heartbeat import READERS, Heartbeat
+from w2s.megatron.checkpoint import state
+from w2s.megatron.fp8.fp8_stats import Fp8Stats
+from w2s.megatron.parallel.process_groups import Ranks
+from w2s.optim.lr_schedule import lr_factor
 from w2s.run import counted, open_stream, origins, share_sources
 from w2s.tracking.meters import StepMeter
 from w2s.tracking.tracker import Tracker
@@ -45,7 +45,7 @@ class Progress:
         config: its configuration.
         run: the run folder.
         ranks: this process among all.
-        pulse: where it is noted what is being done.
+        heartbeat: where it is noted what is being done.
         memory: keeps checkpoints in the memory of the hosts; None for none.
         sources: of the training samples; None finds them.
         callbacks: what follows the run.
@@ -70,19 +70,19 @@ class Progress:
         config: Config,
         run: Path,
         ranks: Ranks,
-        pulse: Pulse | None = None,
+        heartbeat: Heartbeat | None = None,
         memory: HostMemory | None = None,
         sources: Sequence[Source] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.stage, self.config, self.run, self.ranks = stage, config, run, ranks
-        self.pulse, self.memory, self.callbacks = pulse or Pulse(), memory, list(callbacks)
+        self.heartbeat, self.memory, self.callbacks = heartbeat or Heartbeat(), memory, list(callbacks)
         self.sources = share_sources(config, ranks) if sources is None else sources
         resumed = resume(stage, config, run, memory)
         self.step, self.parent, self.handover = resumed.step, resumed.parent, resumed.handover
         self.news, self.undone, self.begun_at = list(resumed.news), 0, resumed.step
         self.stream = self.read_from(resumed.position)
-        self.watch = Float8Watch(stage.towers)
+        self.watch = Fp8Stats(stage.towers)
         if memory is not None:
             memory.check_room(sum(tensor.nbytes for tensor in self.own_tensors().values()))
         facts = {**origins(config, self.parent), "parameters": counted(state.tower_shapes(stage.towers))}
@@ -92,8 +92,10 @@ class Progress:
         """Open this rank's share of the samples at a position."""
         ranks, spec = self.ranks, self.stage.spec
         size = ranks.world_size
-        stream = open_stream(self.config, spec, rank=ranks.reader, size=size, position=position, sources=self.sources)
-        self.pulse.helpers[READERS] = stream.reader_pids
+        stream = open_stream(
+            self.config, spec, rank=ranks.data_reader_rank, size=size, position=position, sources=self.sources
+        )
+        self.heartbeat.helpers[READERS] = stream.reader_pids
         return stream
 
     def tell_news(self) -> None:
@@ -117,7 +119,7 @@ class Progress:
 
     def skipped_in_a_row(self) -> int:
         """Count the steps skipped since the last good one; waits for the device."""
-        return int(self.stage.optimizer.guard.in_a_row)
+        return int(self.stage.optimizer.guard.consecutive_skips)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """Take the next step with a batch; return what the stage reports."""

@@ -4,16 +4,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from w2s.checkpoint import store
+from w2s.checkpoint import checkpoint_folders
 from w2s.checkpoint.continued import find_continued
 from w2s.checkpoint.handover import Handover, check_shapes
-from w2s.checkpoint.memory import HostMemory
+from w2s.checkpoint.in_memory import HostMemory
 from w2s.checkpoint.verifying import verify
 from w2s.config.naming import difference
 from w2s.config.sections import Config
 from w2s.errors import UserError
-from w2s.megatron import state
-from w2s.megatron.sharded import whole
+from w2s.megatron.checkpoint import state
+from w2s.megatron.parallel.sharded import unsharded
 from w2s.training.stage import Stage
 
 
@@ -48,37 +48,37 @@ def resume(stage: Stage, config: Config, run: Path, memory: HostMemory | None) -
     if memory is not None and memory.meta is not None:
         meta = memory.meta
         _refuse_another_run(config, run, meta)
-        stage.load_extra_state(state.take_up(memory.read(), stage.towers, stage.optimizer, meta.step))
+        stage.load_extra_state(state.restore(memory.read(), stage.towers, stage.optimizer, meta.step))
         return _resumed(config, meta)
-    own = store.latest(run)
+    own = checkpoint_folders.latest(run)
     if own is not None:
-        _refuse_another_run(config, run, store.read_meta(own))
+        _refuse_another_run(config, run, checkpoint_folders.read_meta(own))
         return load_checkpoint(own, stage, config)
     other = find_continued(config)
     if other is not None:
         verify(other)
         check_shapes(stage.towers, other)
         return replace(load_checkpoint(other, stage, config), parent=str(other))
-    with whole(stage.towers.values()):
+    with unsharded(stage.towers.values()):
         handover = stage.begin()
     if handover is None:
         return Resumed()
-    stage.optimizer.reload_weights()
+    stage.optimizer.copy_model_to_master()
     return Resumed(parent=handover.parent, handover=handover)
 
 
 def load_checkpoint(checkpoint: Path, stage: Stage, config: Config) -> Resumed:
     """Take up all that a checkpoint holds."""
-    meta = store.read_meta(checkpoint)
+    meta = checkpoint_folders.read_meta(checkpoint)
     stage.load_extra_state(state.load(checkpoint, stage.towers, stage.optimizer, meta.step))
     return _resumed(config, meta)
 
 
-def _resumed(config: Config, meta: store.Meta) -> Resumed:
+def _resumed(config: Config, meta: checkpoint_folders.Meta) -> Resumed:
     return Resumed(meta.step, meta.parent, position=dict(meta.data), news=_news_of_average(config, meta))
 
 
-def _news_of_average(config: Config, meta: store.Meta) -> tuple[str, ...]:
+def _news_of_average(config: Config, meta: checkpoint_folders.Meta) -> tuple[str, ...]:
     """Say where the moving average of the weights begins anew, or ends."""
     kept, saved = bool(config.optim.ema), bool(meta.config.get("optim", {}).get("ema"))
     if kept and not saved:
@@ -88,7 +88,7 @@ def _news_of_average(config: Config, meta: store.Meta) -> tuple[str, ...]:
     return ()
 
 
-def _refuse_another_run(config: Config, run: Path, meta: store.Meta) -> None:
+def _refuse_another_run(config: Config, run: Path, meta: checkpoint_folders.Meta) -> None:
     found = difference(config, meta.config)
     if found is not None:
         key, then, now = found

@@ -9,20 +9,20 @@ from pathlib import Path
 from torch import Tensor
 
 from w2s.callbacks import Callback
-from w2s.checkpoint import store
+from w2s.checkpoint import checkpoint_folders
 from w2s.config.naming import written
 from w2s.data.stream import merge_positions
 from w2s.errors import CheckpointError
-from w2s.liveness.pulse import WRITER
-from w2s.megatron import state
-from w2s.megatron.writing import Writing
+from w2s.liveness.heartbeat import WRITER
+from w2s.megatron.checkpoint import state
+from w2s.megatron.checkpoint.async_save import AsyncSave
 from w2s.training.progress import Progress
 
 PACKAGES = ("w2s", "torch", "megatron-core")
 
 
 class Saving(Callback):
-    """Saves a checkpoint when one is due; training goes on without one that the system refuses.
+    """Saves a checkpoint when one is due; training continues without one that the system refuses.
 
     Attributes:
         refused: why the last saves were refused, since the last that was not.
@@ -30,7 +30,7 @@ class Saving(Callback):
 
     def __init__(self, run: Progress) -> None:
         self._run = run
-        self._saving: store.Saving | None = None
+        self._saving: checkpoint_folders.Saving | None = None
         self.refused: list[CheckpointError] = []
 
     def after_step(self, step: int, metrics: Mapping[str, Tensor]) -> None:
@@ -55,9 +55,9 @@ class Saving(Callback):
         meta = self._meta()
         self._keep_in_memory(meta)
         self.finish()
-        run.pulse.at("saving a checkpoint", run.step, long=True)
+        run.heartbeat.at("saving a checkpoint", run.step, long=True)
         with self._training_on_if_refused(run.step):
-            self._saving = store.Saving(run.run, meta, self._write, run.config.checkpoint, run.ranks)
+            self._saving = checkpoint_folders.Saving(run.run, meta, self._write, run.config.checkpoint, run.ranks)
         if not run.config.checkpoint.async_save:
             self.finish()
 
@@ -65,7 +65,7 @@ class Saving(Callback):
         """Wait for the checkpoint that is being written, if one is."""
         run = self._run
         if self._saving is not None:
-            run.pulse.at("finishing a checkpoint", run.step, awaits=WRITER, long=True)
+            run.heartbeat.at("finishing a checkpoint", run.step, awaits=WRITER, long=True)
             saving, self._saving = self._saving, None
             with self._training_on_if_refused(saving.step):
                 checkpoint = saving.finish()
@@ -73,11 +73,11 @@ class Saving(Callback):
                 self.refused = []
                 for callback in run.callbacks:
                     callback.saved(saving.step, checkpoint)
-            run.pulse.helpers.pop(WRITER, None)
+            run.heartbeat.helpers.pop(WRITER, None)
 
-    def _meta(self) -> store.Meta:
+    def _meta(self) -> checkpoint_folders.Meta:
         run = self._run
-        return store.Meta(
+        return checkpoint_folders.Meta(
             stage=run.config.stage,
             step=run.step,
             samples=run.samples,
@@ -88,23 +88,23 @@ class Saving(Callback):
             versions={package: version(package) for package in PACKAGES},
         )
 
-    def _write(self, folder: Path) -> Writing:
+    def _write(self, folder: Path) -> AsyncSave:
         run, stage = self._run, self._run.stage
         background = run.config.checkpoint.async_save
         writing = state.save(folder, stage.towers, stage.optimizer, stage.extra_state(), background)
-        run.pulse.helpers[WRITER] = writing.writer_pids
+        run.heartbeat.helpers[WRITER] = writing.writer_pids
         return writing
 
-    def _keep_in_memory(self, meta: store.Meta) -> None:
+    def _keep_in_memory(self, meta: checkpoint_folders.Meta) -> None:
         run = self._run
         if run.memory is None:
             return
-        run.pulse.at("keeping a checkpoint in memory", run.step, long=True)
+        run.heartbeat.at("keeping a checkpoint in memory", run.step, long=True)
         began = time.perf_counter()
         try:
             size = run.memory.keep(meta, run.own_tensors())
         except CheckpointError as error:
-            run.tracker.message(f"warning: {error}; training goes on")
+            run.tracker.message(f"warning: {error}; training continues")
             return
         seconds = time.perf_counter() - began
         if meta.step <= run.begun_at + run.config.checkpoint.every:  # once is enough
@@ -112,17 +112,17 @@ class Saving(Callback):
 
     @contextmanager
     def _training_on_if_refused(self, step: int) -> Iterator[None]:
-        """Let the run go on without a step's checkpoint that the system refuses, as long as an older one stands."""
+        """Let the run continue without a step's checkpoint that the system refuses, as long as an older one stands."""
         run = self._run
         try:
             yield
         except CheckpointError as error:
             self.refused.append(error)
-            standing, most = store.latest(run.run), run.config.checkpoint.failures
+            standing, most = checkpoint_folders.latest(run.run), run.config.checkpoint.failures
             if standing is None or len(self.refused) == most or step == run.config.train.steps:
                 raise
             count = f"{len(self.refused)} of at most {most} in a row"
-            run.tracker.message(f"warning: {error}; training goes on, {standing.name} stands ({count})")
+            run.tracker.message(f"warning: {error}; training continues, {standing.name} stands ({count})")
 
     def _finish_if_written(self) -> None:
         # As the others wait in `finish`, no rank may go there alone.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from w2s.checkpoint.handover import Handover
 from w2s.data.batch import Batch
 from w2s.data.sample import SampleSpec
-from w2s.megatron.groups import Ranks
-from w2s.megatron.optimizer import Optimizer, Towers
+from w2s.megatron.parallel.optimizer import Optimizer, Towers
+from w2s.megatron.parallel.process_groups import Ranks
 from w2s.tracking.tracker import Tracker
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from tests.checkpoint.peers import captions, images, model_of, released, text_tower, timm_tower
 from w2s.checkpoint.cast import Cast, numbers
 from w2s.checkpoint.exporting import FORMATS
-from w2s.checkpoint.files import InMemory
 from w2s.checkpoint.formats.base import Export, Guide
 from w2s.checkpoint.released import rename
+from w2s.checkpoint.tensor_files import InMemory
 from w2s.config.sections import ModelConfig
 
 

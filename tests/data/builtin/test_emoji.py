@@ -9,7 +9,7 @@ import pytest
 
 from w2s.config.sections import DataConfig
 from w2s.data.builtin import emoji
-from w2s.data.builtin.registry import ensure_builtin
+from w2s.data.builtin.builtin_sets import ensure_builtin
 from w2s.data.containers import read_shard
 from w2s.data.decode import decode_image
 from w2s.data.samples import RawSample

@@ -13,9 +13,9 @@ from w2s.config.checks import check
 from w2s.config.load import load
 from w2s.config.sections import DataConfig
 from w2s.data.builtin import showcase
+from w2s.data.builtin.builtin_sets import ensure_builtin
+from w2s.data.builtin.drawings import Drawing
 from w2s.data.builtin.packages import SourceMissing
-from w2s.data.builtin.pictures import Drawing
-from w2s.data.builtin.registry import ensure_builtin
 from w2s.data.builtin.showcase import NAME, SOURCES, Opened
 from w2s.data.builtin.splits import is_held_out
 from w2s.data.containers import read_shard

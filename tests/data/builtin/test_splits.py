@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from w2s.data.builtin.pictures import png
-from w2s.data.builtin.shards import Pair
+from w2s.data.builtin.drawings import png
 from w2s.data.builtin.splits import TUNING_PICTURES, UNSEEN_PICTURES, allowed, is_held_out, split_tuning, split_unseen
+from w2s.data.builtin.write_shards import Pair
 
 HELD_OUT, SEEN = "banana", "kangaroo"
 

@@ -14,7 +14,7 @@ from w2s.bench.peers.base import Peer, forward_flops
 from w2s.checkpoint.formats.open_clip import open_clip_config
 from w2s.checkpoint.formats.timm import timm_config
 from w2s.config.sections import Config
-from w2s.data.batch import Batch, given, normalize
+from w2s.data.batch import Batch, normalize, require
 from w2s.stages.clip import sample_spec
 from w2s.towers.vision import channel_statistics
 
@@ -35,7 +35,7 @@ class OpenClip(Peer):
         """Return open_clip's contrastive loss of a whole batch."""
         images = normalize(micro.images, *channel_statistics(self.config.model.vision))
         with marks.part("forward"), self.autocast():
-            features = self.model(images, given(micro.tokens))
+            features = self.model(images, require(micro.tokens))
         loss: Tensor = self.criterion(*features)
         return loss
 

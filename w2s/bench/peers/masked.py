@@ -11,40 +11,40 @@ from w2s.bench.peers.base import Peer, forward_flops
 from w2s.checkpoint.formats.plain import image_tower
 from w2s.compat import positioned
 from w2s.config.sections import Config, ModelConfig
-from w2s.data.batch import Batch, given, normalize
-from w2s.objectives.masked import LOSSES
+from w2s.data.batch import Batch, normalize, require
+from w2s.objectives.masked_loss import LOSSES
 from w2s.stages.mim import sample_spec
 from w2s.teachers.build import build_teacher
-from w2s.towers.masked import at_places, places_to_predict
+from w2s.towers.masked_student import gather_patches, patch_indices_to_predict
 from w2s.towers.vision import channel_statistics
 
 
 class TimmStudent(nn.Module):
     """timm's tower with a mask token, or dropping what is masked, and a head on the patches to predict."""
 
-    def __init__(self, model: ModelConfig, target_width: int, device: torch.device, drops_masked: bool = False) -> None:
+    def __init__(self, model: ModelConfig, target_width: int, device: torch.device, drop_masked: bool = False) -> None:
         super().__init__()
-        self.drops_masked = drops_masked
+        self.drop_masked = drop_masked
         self.trunk = image_tower(model, has_head=False, device=device)
-        if not drops_masked:
+        if not drop_masked:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, model.vision.width, device=device))
         self.lm_head = nn.Linear(model.vision.width, target_width, device=device)
 
-    def forward(self, images: Tensor, masks: Tensor, places: Tensor) -> Tensor:
+    def forward(self, images: Tensor, masks: Tensor, patch_indices: Tensor) -> Tensor:
         """Predict the teacher's features at some patches, as `MaskedStudent` does: [n, k, teacher width]."""
         patches = self.trunk.patch_embed(images)
-        if not self.drops_masked:
+        if not self.drop_masked:
             patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
         placed = positioned(self.trunk, patches)
         # Eva's gives rotary positions too, which are none here; the ViT has a norm before the layers.
         tokens = placed[0] if isinstance(self.trunk, Eva) else self.trunk.norm_pre(placed)
         before = self.trunk.num_prefix_tokens
-        if self.drops_masked:
-            tokens = torch.cat([tokens[:, :before], at_places(tokens[:, before:], places)], dim=1)
+        if self.drop_masked:
+            tokens = torch.cat([tokens[:, :before], gather_patches(tokens[:, before:], patch_indices)], dim=1)
         for block in self.trunk.blocks:
             tokens = block(tokens)
         features = self.trunk.norm(tokens)[:, before:]
-        predictions: Tensor = self.lm_head(features if self.drops_masked else at_places(features, places))
+        predictions: Tensor = self.lm_head(features if self.drop_masked else gather_patches(features, patch_indices))
         return predictions
 
 
@@ -65,21 +65,21 @@ class TimmMasked(Peer):
     def loss(self, micro: Batch, marks: Marks) -> Tensor:
         """Return the loss of the features."""
         masked, patches = self.config.mim.masked_patches, self.config.model.vision.patches
-        masks = given(micro.masks) if masked else micro.images.new_zeros(len(micro), patches, dtype=torch.bool)
-        places = places_to_predict(masks, self.config.mim)
+        masks = require(micro.masks) if masked else micro.images.new_zeros(len(micro), patches, dtype=torch.bool)
+        patch_indices = patch_indices_to_predict(masks, self.config.mim)
         with marks.part("teacher"):
             seen = normalize(micro.teacher_images[0], self.teacher.mean, self.teacher.std)
             features = self.teacher(seen).patches
         images = normalize(micro.images, *channel_statistics(self.config.model.vision))
         with marks.part("forward"), self.autocast():
-            predictions = self.model(images, masks, places)
-        return LOSSES[self.config.mim.loss](predictions, at_places(features, places))
+            predictions = self.model(images, masks, patch_indices)
+        return LOSSES[self.config.mim.loss](predictions, gather_patches(features, patch_indices))
 
     def forward_flops(self) -> float:
         """Count the operations of the student for one image."""
         meta, vision, mim = torch.device("meta"), self.config.model.vision, self.config.mim
         images = torch.empty(1, 3, vision.image_size, vision.image_size, device=meta)
         masks = torch.empty(1, vision.patches, dtype=torch.bool, device=meta)
-        places = torch.empty(1, mim.predicted(vision.patches), dtype=torch.int64, device=meta)
+        patch_indices = torch.empty(1, mim.predicted(vision.patches), dtype=torch.int64, device=meta)
         student = TimmStudent(self.config.model, self.teacher.width, meta, mim.predict == "visible")
-        return forward_flops(student, images, masks, places)
+        return forward_flops(student, images, masks, patch_indices)

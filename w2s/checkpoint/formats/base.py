@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from w2s.checkpoint.released import Released
-from w2s.checkpoint.writing import write_safetensors
+from w2s.checkpoint.weight_files import write_safetensors
 from w2s.config.sections import ModelConfig
 
 HEAD = "visual.head.weight"

@@ -5,7 +5,7 @@ from typing import Any
 
 from w2s.checkpoint.formats.base import EMBEDS_BOTH, EMBEDS_IMAGES, Export, Guide, Snippet, mlp_ratio, write_json
 from w2s.checkpoint.formats.open_clip import text_config
-from w2s.checkpoint.writing import write_pt
+from w2s.checkpoint.weight_files import write_pt
 from w2s.config.sections import ModelConfig
 from w2s.errors import CheckpointError
 

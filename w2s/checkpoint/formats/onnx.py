@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from w2s.checkpoint.formats.base import EMBEDS_BOTH, Export, Guide, Snippet
-from w2s.checkpoint.formats.graphs import Graph, dtype_of, traced, write_graphs
+from w2s.checkpoint.formats.exported_graphs import Graph, dtype_of, traced, write_graphs
 from w2s.checkpoint.formats.processor import LIMITS
 from w2s.errors import CheckpointError, MissingPackageError
 
@@ -28,7 +28,7 @@ def write(export: Export, folder: Path) -> Guide:
     """Write vision_model.onnx and text_model.onnx, and what makes their inputs.
 
     Raises:
-        CheckpointError: it is no whole CLIP, or in bfloat16, which ONNX Runtime does not multiply in.
+        CheckpointError: it is not a whole CLIP, or in bfloat16, which ONNX Runtime does not multiply in.
         MissingPackageError: onnx or onnxscript is not installed.
     """
     if missing := [package for package in ("onnx", "onnxscript") if find_spec(package) is None]:

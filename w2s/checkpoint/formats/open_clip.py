@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from w2s.checkpoint import clip_vit
-from w2s.checkpoint.fit import MASKED_STAGE
 from w2s.checkpoint.formats.base import (
     EMBEDS_BOTH,
     RESIZED,
@@ -21,6 +20,7 @@ from w2s.checkpoint.formats.base import (
     write_renamed,
 )
 from w2s.checkpoint.formats.timm import named_tower, timm_config
+from w2s.checkpoint.matching import MASKED_STAGE
 from w2s.config.sections import ModelConfig, TextConfig, VisionConfig
 from w2s.errors import CheckpointError
 from w2s.towers.vision import channel_statistics
@@ -46,7 +46,7 @@ def write(export: Export, folder: Path) -> Guide:
     """Write open_clip_config.json and open_clip_model.safetensors, and timm's config.json where it is needed.
 
     Raises:
-        CheckpointError: it is no whole CLIP, or timm has no tower of its kind.
+        CheckpointError: it is not a whole CLIP, or timm has no tower of its kind.
     """
     released, model = export.released, export.model
     if not (released.has("text") and released.embeds_images):

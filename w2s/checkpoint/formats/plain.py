@@ -11,9 +11,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from w2s.checkpoint.fit import MASKED_STAGE
 from w2s.checkpoint.formats.open_clip import text_config
 from w2s.checkpoint.formats.timm import timm_name, timm_pool
+from w2s.checkpoint.matching import MASKED_STAGE
 from w2s.checkpoint.released import Released
 from w2s.config.sections import ModelConfig, VisionConfig
 

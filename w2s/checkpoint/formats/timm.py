@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from w2s.checkpoint.fit import MASKED_STAGE
 from w2s.checkpoint.formats.base import (
     EMBEDS_IMAGES,
     HEAD,
@@ -15,6 +14,7 @@ from w2s.checkpoint.formats.base import (
     write_json,
     write_renamed,
 )
+from w2s.checkpoint.matching import MASKED_STAGE
 from w2s.config.sections import VisionConfig
 from w2s.errors import CheckpointError
 from w2s.towers.vision import channel_statistics

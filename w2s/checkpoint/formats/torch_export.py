@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from w2s.checkpoint.formats.base import EMBEDS_BOTH, Export, Guide, Snippet
-from w2s.checkpoint.formats.graphs import Graph, traced, write_graphs
+from w2s.checkpoint.formats.exported_graphs import Graph, traced, write_graphs
 from w2s.checkpoint.formats.processor import LIMITS
 
 IMAGES = """\
@@ -24,7 +24,7 @@ def write(export: Export, folder: Path) -> Guide:
     """Write vision_model.pt2 and text_model.pt2, and what makes their inputs.
 
     Raises:
-        CheckpointError: it is no whole CLIP.
+        CheckpointError: it is not a whole CLIP.
     """
     write_graphs(export, folder, _save)
     snippets = [Snippet("torch, images", IMAGES), Snippet("torch, texts", TEXTS)]

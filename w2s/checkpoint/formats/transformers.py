@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2s.checkpoint.fit import MASKED_STAGE
 from w2s.checkpoint.formats.base import EMBEDS_BOTH, HEAD, HEAD_BIAS, Export, Guide, Snippet, write_json
 from w2s.checkpoint.formats.processor import LIMITS, write_processor
 from w2s.checkpoint.formats.timm import timm_config, timm_name
+from w2s.checkpoint.matching import MASKED_STAGE
 from w2s.checkpoint.released import Released
-from w2s.checkpoint.writing import write_safetensors
+from w2s.checkpoint.weight_files import write_safetensors
 from w2s.config.sections import ModelConfig, TextConfig, VisionConfig
 from w2s.errors import CheckpointError
 from w2s.towers.clip import TEXT_NORM_EPS
@@ -80,7 +80,7 @@ def write(export: Export, folder: Path) -> Guide:
     """Write `config.json`, `model.safetensors`, and the files of the processor.
 
     Raises:
-        CheckpointError: it is no whole CLIP, or transformers has no class for it.
+        CheckpointError: it is not a whole CLIP, or transformers has no class for it.
     """
     released, model = export.released, export.model
     require_clip(released, "transformers")
@@ -117,7 +117,7 @@ def write(export: Export, folder: Path) -> Guide:
 
 
 def require_clip(released: Released, peer: str) -> None:
-    """Refuse what is no whole CLIP.
+    """Refuse what is not a whole CLIP.
 
     Raises:
         CheckpointError: a tower or a projection is missing.
@@ -247,8 +247,8 @@ def _apart(theirs: str, name: str) -> Iterator[tuple[str, Origin]]:
         yield theirs.replace(".qkv.", f".{part}_proj."), Origin(name, partial(_third, place))
 
 
-def _third(place: int, rows: Tensor) -> Tensor:
-    return rows.chunk(3)[place]
+def _third(place: int, weight: Tensor) -> Tensor:
+    return weight.chunk(3)[place]
 
 
 def _with_head_bias(released: Released, norm_bias: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 from importlib.metadata import version
 from pathlib import Path
 
+from w2s.data.builtin.drawings import on_white, png
 from w2s.data.builtin.emoji_drawings import MODULES, openmoji, twemoji
 from w2s.data.builtin.packages import check_installed
-from w2s.data.builtin.pictures import on_white, png
-from w2s.data.builtin.shards import Pair, write_folder
 from w2s.data.builtin.splits import split_unseen
+from w2s.data.builtin.write_shards import Pair, write_folder
 
 NAME = "emoji-2"
 """Folder below the cache; the number grows when the contents change."""

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from w2s.data.builtin.drawings import Drawing, draw_svg
 from w2s.data.builtin.packages import installed_folder
-from w2s.data.builtin.pictures import Drawing, draw_svg
 from w2s.data.decode import open_image
 
 MODULES = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from w2s.data.builtin.pictures import Drawing, draw_svg
+from w2s.data.builtin.drawings import Drawing, draw_svg
 
 _FOLDERS = (
     "animals",

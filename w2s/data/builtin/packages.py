@@ -27,7 +27,7 @@ class Fetched:
 
 
 def check_installed(builtin: str, modules: dict[str, str]) -> None:
-    """Refuse to go on without packages of `w2s[demo]`.
+    """Refuse to continue without packages of `w2s[demo]`.
 
     Args:
         builtin: the data set that needs them.

@@ -9,13 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from w2s.data.builtin.drawings import Drawing, is_blank, on_white, png, within
 from w2s.data.builtin.emoji_drawings import MODULES, fluent, noto, openmoji, twemoji
 from w2s.data.builtin.openclipart import openclipart
 from w2s.data.builtin.packages import SourceMissing, check_installed, fetch_deb, fetch_npm
-from w2s.data.builtin.pictures import Drawing, is_blank, on_white, png, within
-from w2s.data.builtin.shards import Pair, write_folder
 from w2s.data.builtin.splits import allowed, is_held_out, split_tuning
 from w2s.data.builtin.tuxpaint import tuxpaint
+from w2s.data.builtin.write_shards import Pair, write_folder
 
 NAME = "showcase-1"
 """Folder below the cache; the number grows when the contents change."""

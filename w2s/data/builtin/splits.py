@@ -5,15 +5,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from w2s.data.builtin.likeness import nearly_in
-from w2s.data.builtin.shards import Pair
+from w2s.data.builtin.near_duplicates import near_duplicates_in
+from w2s.data.builtin.write_shards import Pair
 
 HELD_OUT_NAMES = 0.2
 """Fraction of the emoji names that training never sees."""
 TUNING_PICTURES = 0.15
-"""Fraction of the other training pictures that are put aside, where their name has another picture."""
+"""Fraction of the other training pictures that are held out, where their name has another picture."""
 UNSEEN_PICTURES = 0.12
-"""Fraction of pictures by one artist that are put aside with their names."""
+"""Fraction of pictures by one artist that are held out with their names."""
 
 
 def is_held_out(name: str) -> bool:
@@ -36,13 +36,13 @@ def allowed(emoji: Iterable[Pair], clipart: Iterable[Pair], names: Iterable[str]
     kept += [pair for pair in clipart if not any(name in captions[pair.name] for name in held_out)]
     # Twemoji has one picture for families of several names.
     once = list({pair.png: pair for pair in reversed(kept)}.values())[::-1]
-    return [pair for pair, tested in zip(once, nearly_in(once, tests), strict=True) if not tested]
+    return [pair for pair, tested in zip(once, near_duplicates_in(once, tests), strict=True) if not tested]
 
 
 def split_tuning(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     """Part pictures into those to train on and those to choose settings on.
 
-    A picture is put aside only if another one with its name remains, and if none that remains is nearly the same.
+    A picture is held out only if another one with its name remains, and if none that remains is nearly the same.
     """
     left = Counter(pair.name for pair in pairs)
     aside = []
@@ -52,7 +52,7 @@ def split_tuning(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
             aside.append(pair)
     keys = {pair.key for pair in aside}
     remaining = [pair for pair in pairs if pair.key not in keys]
-    known = nearly_in(aside, remaining)
+    known = near_duplicates_in(aside, remaining)
     tuning = [pair for pair, seen in zip(aside, known, strict=True) if not seen]
     keys = {pair.key for pair in tuning}
     return [pair for pair in pairs if pair.key not in keys], tuning
@@ -61,11 +61,11 @@ def split_tuning(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
 def split_unseen(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     """Part pictures, one a name, into those to train on and those to look at meanwhile, which have other names.
 
-    A picture is put aside only if none that remains is nearly the same.
+    A picture is held out only if none that remains is nearly the same.
     """
     aside = [pair for pair in pairs if _draw(f"picture {pair.key}") < UNSEEN_PICTURES]
     remaining = [pair for pair in pairs if _draw(f"picture {pair.key}") >= UNSEEN_PICTURES]
-    known = nearly_in(aside, remaining)
+    known = near_duplicates_in(aside, remaining)
     tuning = {pair.key for pair, seen in zip(aside, known, strict=True) if not seen}
     return [pair for pair in pairs if pair.key not in tuning], [pair for pair in pairs if pair.key in tuning]
 

@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.launcher import Launcher, overrides
+from tests.pipeline.seeded import write_seeded
+from w2s.config.sections import Config
+from w2s.pipeline.result_tables import arms, by_label, chosen, differences
+from w2s.pipeline.results import Results, Run
+from w2s.pipeline.run_cost import of_chain
+from w2s.pipeline.spread import spread
+from w2s.pipeline.steps import load_pipeline
+from w2s.pipeline.tasks import Plan
+from w2s.pipeline.training_flops import training_flops
+from w2s.pipeline.trials import TrialOutcome
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return Plan(load_pipeline(write_seeded(tmp_path)), overrides(tmp_path), fresh=False)
+
+
+@pytest.fixture
+def results(plan: Plan) -> Results:
+    """Zero-shot top-1 of an evaluation: its seed in percent, and for the masked arm that again."""
+    runs = [Run(task, plan.config(task, {})) for task in plan.tasks()]
+    write = Launcher(measure)
+    for run in runs:
+        write(run.config, 1)
+    return Results(plan.pipeline, runs)
+
+
+def measure(config: Config) -> dict[str, float]:
+    times = 2 if config.run.name.startswith("eval_masked") else 1
+    return {"tux/zero_shot/top1": times * config.run.seed / 100, "tux/zero_shot/chance_top1": 0.0016}
+
+
+def test_a_value_is_a_mean_with_the_sample_deviation_of_several() -> None:
+    assert spread([0.25]) == "0.2500"
+    assert spread([0.1, 0.2, 0.6]) == "0.3000 ± 0.2646"  # sqrt((0.04 + 0.01 + 0.09) / 2)
+
+
+def test_the_arms_stand_beside_each_other_and_chance(results: Results) -> None:
+    table = arms(results)
+    assert table.columns == ["metric", "eval_masked", "eval_scratch", "eval_scratch_long", "beside"]
+    assert table.rows == [
+        ["zero-shot top-1, tux", "0.0800 ± 0.0283", "0.0400 ± 0.0141", "0.0400 ± 0.0141", "chance 0.0016"]
+    ]
+
+
+def test_differences_are_taken_seed_by_seed(results: Results) -> None:
+    (row,) = differences(results).rows
+    # 0.06 - 0.03 and 0.10 - 0.05; paired, they spread less than either arm
+    assert row == [
+        "eval_masked - eval_scratch",
+        "zero-shot top-1, tux",
+        "0.0400 ± 0.0141",
+        "2 of 2",
+        "+0.0300, +0.0500",
+    ]
+
+
+def test_an_arm_costs_all_that_it_builds_on(results: Results) -> None:
+    (masked,), (clip,), (arm,) = (
+        [step for step in results.pipeline.steps if step.name == name]
+        for name in ("masked", "masked_clip", "eval_masked")
+    )
+    costs = of_chain(results, arm)
+    assert len(costs) == 2
+    configs = [results.of(step)[0].config for step in (masked, clip)]
+    assert costs[0].samples == 40 * 64 + 20 * 256
+    assert costs[0].seconds == 0.25 * (40 + 20)
+    assert costs[0].flops == sum(map(training_flops, configs))
+
+
+def test_of_equal_scores_the_earlier_candidate_wins(plan: Plan) -> None:
+    step = plan.pipeline.steps[1]
+    trials = [Run(trial, plan.config(trial, {})) for trial in plan.trials(step)]
+    write = Launcher(lambda config: {"zero_shot/top5": 0.5 if config.optim.lr > 1e-3 else 0.25})
+    for trial in trials:
+        write(trial.config, 1)
+    assert step.choose is not None
+    outcome = TrialOutcome(step, step.choose, trials)
+    assert outcome.value == "0.002"
+    assert [row[-1] for row in chosen([outcome]).rows] == ["", "chosen", ""]
+    assert by_label(trials) == {"zero-shot top-5": [0.25, 0.5, 0.5]}

@@ -1,0 +1,1 @@
+"""Distributed checkpoints: written in the background, read without running code from them."""

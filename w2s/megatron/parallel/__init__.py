@@ -1,0 +1,1 @@
+"""Process groups, sharded towers, pipeline passes and the distributed optimizer."""

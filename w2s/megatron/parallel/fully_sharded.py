@@ -1,0 +1,101 @@
+"""Megatron-Core's FSDP: each data-parallel rank keeps a share of weights, gradients and optimizer states.
+
+The weights of a layer are whole while it computes and no longer; those outside of layers are while a pass runs. Each
+gradient is reduced to the rank that has the share as soon as the backward pass has made it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from w2s.megatron.compat import OpenFullySharded, begin_of_share
+from w2s.megatron.model.tower import Tower
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank has of a parameter: a run of its numbers, perhaps none. Its tensors are flat views of buffers."""
+
+    begin: int
+    """Of the run in the flattened parameter."""
+    weight: Tensor
+    """In the type that the model computes in."""
+    master: Tensor
+    """In float32."""
+    gradient: Tensor
+    """Reduced."""
+
+
+class FullySharded(OpenFullySharded):
+    """A chunk of a model, all of whose parameters are trained, that Megatron's FSDP drives.
+
+    Megatron has DTensors of the shares stand in for the chunk's parameters whenever no pass runs. Here the parameters
+    stay what they are, whole in shape, with numbers during a pass alone; optimizer and checkpoints work on `shares`.
+    """
+
+    def __init__(self, part: Tower, settings: DistributedDataParallelConfig) -> None:
+        units, device = [TransformerLayer, *part.fsdp_units], next(part.parameters()).device
+        super().__init__(part.config, settings, part, fsdp_unit_modules=units, device=device)
+        self._defer_reduction()
+        self._is_unsharded = False
+        self.shares = {parameter: share for group in self._groups for parameter, share in _shares(group)}
+
+    def _defer_reduction(self) -> None:
+        """Reduce what is outside of layers when the backward pass has ended, as its bucket is full no sooner.
+
+        Megatron reduces it then anyway, and once more if a parameter had its gradient before those of the chunk's
+        output were there, as the scalars of a loss have.
+        """
+        for group in self._groups:
+            for parameter in group.params if group.fsdp_unit_id is None else []:
+                name = self.module.param_to_name[parameter]
+                self.module.grad_acc_hooks.pop(f"grad_acc and reduce for {name}").remove()
+
+    @property
+    def _groups(self) -> list[Any]:
+        groups: list[Any] = self.param_and_grad_buffer.parameter_groups
+        return groups
+
+    @contextmanager
+    def unsharded(self) -> Iterator[None]:
+        """Inside, the parameters have all their numbers; what is written into them goes into the shares."""
+        if self._is_unsharded:  # whoever began it ends it
+            yield
+            return
+        self.release()
+        self.module.start_param_sync(force_sync=True)
+        self._is_unsharded = True
+        try:
+            yield
+        finally:
+            self._is_unsharded = False
+        for group in self._groups:
+            buffer = group.model_weight_buffer
+            buffer.get_shard_from_local_buffer().copy_(buffer.get_shard_from_bucket(buffer.fetch_bucket()))
+        self.release()
+
+    def release(self) -> None:
+        """Let go of what was gathered: the next pass gathers the shares as they are then."""
+        self.module.synchronize_param_gather()
+
+    def copy_master_to_model(self) -> None:
+        """Make the shares' weights of the master weights."""
+        self.release()
+        self.module.install_optimized_model_weights()
+
+
+def _shares(group: Any) -> Iterator[tuple[nn.Parameter, Share]]:
+    """The shares of a group of parameters whose numbers lie in one buffer."""
+
+    weights = group.model_weight_buffer
+    for number, parameter in enumerate(group.params):
+        buffers = weights, group.main_weight_buffer, group.main_grad_buffer
+        yield (
+            parameter,
+            Share(begin_of_share(weights, number), *(buffer.get_item(number, only_shard=True) for buffer in buffers)),
+        )

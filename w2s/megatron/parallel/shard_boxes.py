@@ -1,0 +1,78 @@
+"""What a data-parallel rank holds of a tensor, for a checkpoint: a run of its numbers, as boxes.
+
+The distributed optimizer deals a buffer of flattened parameters out in equal runs, which begin and end anywhere. A run
+of the numbers of a matrix is the end of a row, some whole rows, and the beginning of another: three boxes with a place
+each, which Megatron's format stores and any other layout can read. So every rank writes and reads its own share, and
+nothing is gathered.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import NamedTuple
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+
+class Box(NamedTuple):
+    """A part of a tensor."""
+
+    offset: tuple[int, ...]
+    """Of its first number."""
+    shape: tuple[int, ...]
+    begin: int
+    """Of its numbers in the flattened tensor."""
+
+
+def boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[Box]:
+    """Give the boxes of the numbers `begin` to `end` of a flattened tensor, in order; at most 2 n - 1 for n axes."""
+    if begin == end:
+        return
+    if len(shape) == 0:
+        yield Box((), (), begin)
+        return
+    if len(shape) == 1:
+        yield Box((begin,), (end - begin,), begin)
+        return
+    row = prod(shape[1:])
+    first, last = -(-begin // row), end // row
+    if first > last:
+        # Within a single row.
+        yield from _in_row(shape, begin // row, begin, end)
+        return
+    yield from _in_row(shape, first - 1, begin, first * row)
+    if first < last:
+        yield Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]), first * row)
+    yield from _in_row(shape, last, last * row, end)
+
+
+def _in_row(shape: Sequence[int], number: int, begin: int, end: int) -> Iterator[Box]:
+    """The boxes of numbers that lie in one row of the first axis."""
+    start = number * prod(shape[1:])
+    for box in boxes(shape[1:], begin - start, end - start):
+        yield Box((number, *box.offset), (1, *box.shape), start + box.begin)
+
+
+def sharded_boxes(whole: ShardedTensor, key: str, values: Tensor, begin: int) -> list[ShardedTensor]:
+    """Describe a run of the numbers of a tensor to Megatron.
+
+    Args:
+        whole: what this rank's tensor-parallel group holds of the tensor.
+        key: its name in the checkpoint.
+        values: the numbers, flat.
+        begin: where they begin in the flattened tensor.
+    """
+    return [
+        ShardedTensor(
+            key=key,
+            data=values.detach()[box.begin - begin : box.begin - begin + prod(box.shape)].view(box.shape),
+            dtype=values.dtype,
+            local_shape=box.shape,
+            global_shape=whole.global_shape,
+            global_offset=tuple(map(sum, zip(whole.global_offset, box.offset, strict=True))),
+            axis_fragmentations=None,
+            # No other data-parallel rank has it; of tensor-parallel ranks with the same, one writes.
+            replica_id=(*whole.replica_id[:2], 0),
+        )
+        for box in boxes(whole.local_shape, begin, begin + values.numel())
+    ]

@@ -1,0 +1,123 @@
+"""The tables of a finished pipeline: figures over the seeds, paired differences, what it cost, what was chosen."""
+
+from collections.abc import Sequence
+from statistics import mean
+
+from w2s.pipeline.comparison import comparison
+from w2s.pipeline.results import Results, Run
+from w2s.pipeline.run_cost import Cost, of_chain, of_run
+from w2s.pipeline.spread import by_seed, spread
+from w2s.pipeline.steps import Step
+from w2s.pipeline.trials import TrialOutcome
+from w2s.tracking.headlines import readings
+from w2s.tracking.tables import Cell, Table
+
+
+def tables(results: Results, choices: Sequence[TrialOutcome]) -> dict[str, Table]:
+    """The tables by file name; of a pipeline without seeds the summary alone."""
+    if not results.pipeline.seeds:
+        return {"summary": summary(results, results.pipeline.steps)}
+    training = [step for step in results.pipeline.steps if step.stage != "eval"]
+    shown = {
+        "arms": arms(results),
+        "differences": differences(results),
+        "training": summary(results, training),
+        "cost": costs(results),
+    }
+    if results.pipeline.compare:
+        shown["comparison"] = comparison(results, results.pipeline.compare)
+    return shown | ({"choices": chosen(choices)} if choices else {})
+
+
+def summary(results: Results, steps: Sequence[Step]) -> Table:
+    """The headlines of every step that has some, beside their baselines, and what each step took."""
+    rows: list[list[Cell]] = []
+    for step in steps:
+        runs = results.of(step)
+        seconds, memory = (mean(run.result[key] for run in runs) for key in ("seconds", "peak_memory_gib"))
+        name, took = step.name, [f"{seconds:.0f} s", f"{memory:.1f} GiB"]
+        for label, values in by_label(runs).items():
+            others = {other: by_label(results.named(other)).get(label) for other in step.beside}
+            beside = _baselines(runs, label) + [f"{other} {spread(them)}" for other, them in others.items() if them]
+            rows.append([name, label, spread(values), ", ".join(beside), *took])
+            name, took = "", ["", ""]
+        if name:
+            rows.append([name, "", "", "", *took])
+    return Table(f"Summary{_over(results)}", ["step", "metric", "value", "beside", "time", "memory"], rows)
+
+
+def arms(results: Results) -> Table:
+    """A row for each headline, a column for each evaluated step; the baselines come last."""
+    steps = [step for step in results.pipeline.steps if step.stage == "eval"]
+    found = {step.name: by_label(results.of(step)) for step in steps}
+    rows: list[list[Cell]] = []
+    for label in dict.fromkeys(label for values in found.values() for label in values):
+        values = [spread(found[step.name].get(label, [])) for step in steps]
+        beside = dict.fromkeys(text for step in steps for text in _baselines(results.of(step), label))
+        rows.append([label, *values, ", ".join(beside)])
+    return Table(f"Results{_over(results)}", ["metric", *found, "beside"], rows)
+
+
+def differences(results: Results) -> Table:
+    """Each step less the steps beside it, seed by seed."""
+    rows: list[list[Cell]] = []
+    for step in results.pipeline.steps:
+        ours = by_label(results.of(step))
+        for other in step.beside:
+            theirs = by_label(results.named(other))
+            pairs = {label: zip(ours[label], theirs[label], strict=True) for label in ours if label in theirs}
+            found = {label: [a - b for a, b in pair] for label, pair in pairs.items()}
+            rows += [[f"{step.name} - {other}", label, *_paired(values)] for label, values in found.items()]
+    seeds = ", ".join(map(str, results.pipeline.seeds))
+    columns = ["difference", "metric", "mean ± deviation", "above 0", "by seed"]
+    return Table(f"Paired differences, seeds {seeds}", columns, rows)
+
+
+def costs(results: Results) -> Table:
+    """What a run of each training step took, and each evaluated step with all that it builds on."""
+    rows: list[list[Cell]] = []
+    for step in results.pipeline.steps:
+        if step.stage == "eval":
+            rows.append([f"{step.name}, all its steps", *_cost(of_chain(results, step))])
+        else:
+            rows.append([step.name, *_cost([of_run(run) for run in results.of(step)])])
+    return Table(f"Training{_over(results)}", ["step", "samples", "seconds", "TFLOP"], rows)
+
+
+def chosen(choices: Sequence[TrialOutcome]) -> Table:
+    """The candidates of each choice with their scores."""
+    rows: list[list[Cell]] = []
+    for each in choices:
+        key, candidates = each.choice.key, each.choice.among
+        for value, score, trial in zip(candidates, each.scores, each.trials, strict=True):
+            mark = "chosen" if value == each.value else ""
+            rows.append([each.step.name, f"{key}={value}", each.choice.by, score, trial.config.train.steps, mark])
+    return Table("Choices", ["step", "candidate", "metric", "score", "steps", ""], rows)
+
+
+def by_label(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """The headlines of a step's runs, each with its values in the order of the seeds."""
+    found = [{each.label: each.value for each in readings(run.metrics)} for run in runs]
+    return {label: [values[label] for values in found] for label in found[0]}
+
+
+def _paired(values: Sequence[float]) -> list[Cell]:
+    above = sum(value > 0 for value in values)
+    return [spread(values), f"{above} of {len(values)}", by_seed(values)]
+
+
+def _baselines(runs: Sequence[Run], label: str) -> list[str]:
+    """What a headline is compared with, as means over the runs."""
+    found = [each.baselines for run in runs for each in readings(run.metrics) if each.label == label]
+    names = found[0] if found else {}
+    return [f"{name} {mean(baselines[name] for baselines in found):.4f}" for name in names]
+
+
+def _cost(costs: Sequence[Cost]) -> list[Cell]:
+    first, seconds = costs[0], mean(cost.seconds for cost in costs)
+    return [first.samples, f"{seconds:.0f}", f"{first.flops / 1e12:.4g}"]
+
+
+def _over(results: Results) -> str:
+    count = len(results.pipeline.seeds)
+    return f", mean ± standard deviation over {count} seeds" if count > 1 else ""

@@ -1,0 +1,37 @@
+"""Floating-point operations of the training of a stage, its teachers' included."""
+
+from collections.abc import Mapping
+
+from w2s.config.sections import Config, ModelConfig
+from w2s.planning.flops import stage_flops
+from w2s.planning.teacher import planned_teachers, predicted
+
+Models = Mapping[str, ModelConfig] | None
+
+
+def training_flops(config: Config, teacher_models: Models = None, begins_at: int = 0) -> float:
+    """Model FLOPs of the whole training of a stage: what is computed twice counts once (`w2s/planning/flops.py`).
+
+    A teacher of the contrastive stage counts for the steps in which it is heard, as if the student did not pass it
+    before.
+
+    Args:
+        config: the stage.
+        teacher_models: by source, the models of its teachers that are runs still to come.
+        begins_at: steps of another run that this one continues from, and that are not its own.
+    """
+    steps, taught = config.train.steps - begins_at, max(0, config.taught_steps - begins_at)
+    samples = 0.0
+    if taught < steps:
+        samples += (steps - taught) * stage_flops(config, 1).model
+    teachers = planned_teachers(config, teacher_models)
+    if teachers:
+        seen = sum(teacher.flops for teacher in teachers)
+        samples += taught * stage_flops(config, 1, **predicted(config, teachers), teacher=seen).model
+    return samples * config.train.global_batch
+
+
+def steps_of_equal_compute(config: Config, flops: float, teacher_models: Models = None) -> int:
+    """How many steps of `config` take that many model FLOPs, with its teachers in the same share of them."""
+    one_step = training_flops(config, teacher_models) / config.train.steps
+    return max(1, round(flops / one_step))

@@ -1,0 +1,213 @@
+"""A rehearsal: its ranks one after the other, as many at a time as there are cores, and what they come to together."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TypeVar
+from unittest import mock
+
+import torch
+
+from w2s import host
+from w2s.config.batching import data_parallel_size
+from w2s.config.checks import check
+from w2s.config.sections import Config, TeacherConfig, TeachersConfig, TeachingConfig
+from w2s.data.shards import list_shards
+from w2s.data.sources import find_sources
+from w2s.errors import UserError, W2SError
+from w2s.planning import fully_sharded_costs
+from w2s.planning.cards import GPUS_PER_NODE, Card
+from w2s.planning.memory import Memory, rank_memory
+from w2s.planning.states import rank_states
+from w2s.planning.teacher import planned_teachers, predicted
+from w2s.planning.towers import planned_towers
+from w2s.rehearsal.agreement import disagreements
+from w2s.rehearsal.kinds import stage_of
+from w2s.rehearsal.rank import Job, RankReport, rehearse
+from w2s.rehearsal.tape import HostWait
+from w2s.rehearsal.timeline import Timeline, play
+from w2s.stopping import end_with_parent
+
+T = TypeVar("T", TeacherConfig, TeachingConfig)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What came of it."""
+
+    config: Config
+    world_size: int
+    card: Card
+    ranks: list[RankReport]
+    planned: dict[int, Memory]
+    """Memory by rank as the planner has it."""
+    timeline: Timeline
+    wrong: list[str]
+    """What would end the run, hang it, or make it wait: a line each."""
+    looked_for_data: bool = False
+    """Whether shards were looked for."""
+
+
+def run(
+    config: Config, world_size: int, card: Card, ranks: Sequence[int], steps: int, *, data: bool = True
+) -> Rehearsal:
+    """Rehearse some ranks of a stage.
+
+    Args:
+        config: the stage in its layout.
+        world_size: GPUs.
+        card: the GPUs.
+        ranks: which of them are rehearsed.
+        steps: steps of the stage; memory and times are those of the last one.
+        data: whether shards are looked for, as the run does at its start.
+
+    Raises:
+        UserError: it cannot be rehearsed.
+    """
+    _check_rehearsed(config)
+    refused = _refusal(config, world_size, card)
+    if refused:
+        return Rehearsal(config, world_size, card, [], {}, Timeline(), [refused])
+    jobs = [Job(_without_files(config), rank, world_size, steps, card) for rank in ranks]
+    missing = _missing(config, world_size) if data else []
+    found = conclude(config, world_size, card, perform(rehearse, jobs))
+    return replace(found, wrong=[*missing, *found.wrong], looked_for_data=data)
+
+
+def perform(be: Callable[[Job], RankReport], jobs: Sequence[Job]) -> list[RankReport]:
+    """Let a process each be the ranks of some jobs."""
+    # Much of a rank is for ever, so a process takes one alone; what they all import is imported once.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([rehearse.__module__])
+    with ProcessPoolExecutor(
+        os.cpu_count(), mp_context=processes, initializer=end_with_parent, max_tasks_per_child=1
+    ) as pool:
+        return list(pool.map(be, jobs))
+
+
+def conclude(config: Config, world_size: int, card: Card, reports: list[RankReport]) -> Rehearsal:
+    """Say what the reports of some ranks come to."""
+    tapes = [report.tape for report in reports]
+    wrong = _failures(reports) or [str(each) for each in disagreements(tapes)]
+    timeline = Timeline() if wrong else play(tapes, card)
+    planned = {tape.rank: _planned(config, world_size, tape.rank) for tape in tapes}
+    wrong += [*timeline.stuck, *_waits(reports), *_too_full(reports, card)]
+    return Rehearsal(config, world_size, card, reports, planned, timeline, wrong)
+
+
+def _check_rehearsed(config: Config) -> None:
+    """Refuse FP8 whose calls between GPUs are Transformer Engine's own."""
+    precision, tensor = config.precision, config.parallel.tensor
+    own_calls = {
+        f"precision.fp8={precision.fp8}": precision.fp8 in ("delayed", "blockwise"),
+        "precision.fp8_primary_weights=true": precision.fp8_primary_weights,
+        f"precision.fp8={precision.fp8} with parallel.tensor={tensor}": precision.fp8 != "none" and tensor > 1,
+    }
+    for given, holds in own_calls.items():
+        if holds:
+            raise UserError(
+                f"{given} is not rehearsed, as ranks exchange FP8 by calls of Transformer Engine's: rehearse "
+                "precision.fp8=tensorwise with parallel.tensor=1, or precision.fp8=none, and plan with it (w2s plan)"
+            )
+
+
+def _refusal(config: Config, world_size: int, card: Card) -> str:
+    """The line with which the run would end before it builds anything."""
+    local = min(world_size, GPUS_PER_NODE)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: local))
+        stack.enter_context(mock.patch.object(host, "transformer_engine_installed", lambda: True))
+        stack.enter_context(
+            mock.patch.object(host, "card", lambda: host.Card(card.name, (9, 0) if card.fp8_tflops else (8, 0)))
+        )
+        try:
+            check(config, world_size, local)
+        except W2SError as error:
+            return str(error)
+    return ""
+
+
+def _missing(config: Config, world_size: int) -> list[str]:
+    """The line with which the run would end for want of data; what w2s builds itself is not missing."""
+    if config.data.builtin != "none":
+        return []
+    try:
+        find_sources(config.data, config.train.global_batch, world_size, captions=config.stage == "clip")
+        for key, shards in config.eval.by_key.items():
+            list_shards(shards, key, allow_pipe=config.data.allow_pipe)
+    except W2SError as error:
+        return [f"{error} (where the shards are not on this machine, rehearse with --no-data)"]
+    return []
+
+
+def _without_files(config: Config) -> Config:
+    """The same without what a laptop has not: weights of teachers have shapes alone, FP8 is stood in for."""
+
+    def bare(teacher: T) -> T:
+        return replace(teacher, source=teacher.source.partition("@")[0])
+
+    distill = replace(config.clip.distill, source=config.clip.distill.source.partition("@")[0])
+    precision = replace(config.precision, linear="local")
+    if precision.fp8 != "none":
+        precision = replace(precision, fp8="emulated")
+    clip = replace(config.clip, distill=distill)
+    teachers = TeachersConfig(of=[bare(each) for each in config.teachers.of])
+    teacher = replace(bare(config.teacher), compile=False)
+    return replace(config, teacher=teacher, teachers=teachers, clip=clip, precision=precision)
+
+
+def _failures(reports: Sequence[RankReport]) -> list[str]:
+    """What ranks fail of; the same on several ranks is said once."""
+    ranks: dict[tuple[str, str], list[int]] = {}
+    for report in reports:
+        if report.failure:
+            ranks.setdefault((report.failure, report.where), []).append(report.tape.rank)
+    return [f"{_named(who)} would fail at {where}: {failure}" for (failure, where), who in ranks.items()]
+
+
+def _waits(reports: Sequence[RankReport]) -> list[str]:
+    """Where the host waits for the GPU within a step."""
+    ranks: dict[HostWait, list[int]] = {}
+    for report in reports:
+        for wait in dict.fromkeys(event for event in report.tape.last_step if isinstance(event, HostWait)):
+            ranks.setdefault(wait, []).append(report.tape.rank)
+    return [
+        f"{_named(who)} would wait for the GPU in every step: {wait.what} at {wait.where}"
+        for wait, who in ranks.items()
+    ]
+
+
+def _too_full(reports: Sequence[RankReport], card: Card) -> list[str]:
+    return [
+        f"rank {report.tape.rank} would run out of memory: {report.peak / 2**30:.1f} GiB of "
+        f"{card.usable_bytes / 2**30:.1f} at {report.fullest}"
+        for report in reports
+        if report.peak > card.usable_bytes
+    ]
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _planned(config: Config, world_size: int, rank: int) -> Memory:
+    teachers, parallel = planned_teachers(config), config.parallel
+    towers = planned_towers(config, **predicted(config, teachers))
+    stage, size = stage_of(rank, parallel, world_size), data_parallel_size(parallel, world_size)
+    average = config.optim.ema > 0
+    if parallel.shard == "full":
+        states = fully_sharded_costs.rank_states(towers, config.precision, size, average)
+    else:
+        states = rank_states(
+            towers,
+            parallel,
+            config.precision,
+            data_size=size,
+            data_rank=rank // parallel.tensor % size,
+            stage=stage,
+            average=average,
+        )
+    return rank_memory(config, towers, teachers, states, world_size, stage)
