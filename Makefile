@@ -1,5 +1,6 @@
 # make demo    install into .venv, run weak -> mim -> clip -> eval, print a table and the path of a report
 # make test    install into .venv what the tests need too, run them
+# make coverage    the tests again, with the lines and branches of w2s/ that none of them reaches, in htmlcov/
 # make check   lint, format, types and layers
 # make docs    the site, in site/: pages of docs/, of every command and every key; a dead link ends it
 # make showcase-data    install into .venv, build the larger data set of real drawings (apt-get, dpkg-deb and npm are used)
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 OLDEST := $(VENV)/webdataset-0.2.86
 
 .DEFAULT_GOAL := help
-.PHONY: help demo showcase-data test check docs format clean
+.PHONY: help demo showcase-data test coverage check docs format clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -25,9 +26,14 @@ showcase-data: $(VENV)/.demo
 	$(BIN)/w2s data build showcase
 
 # A thread for each process: more of them wait for one another on the cores that the processes share.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.dev $(OLDEST)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(TESTS)
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/data/test_webdataset.py
+
+coverage: $(VENV)/.dev
+	$(TESTS) --cov --cov-report=term --cov-report=html
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check

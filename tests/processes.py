@@ -1,9 +1,19 @@
-"""Whether processes have ended."""
+"""The ranks of a command, and whether processes have ended."""
 
 import time
 from collections.abc import Sequence
 
 import psutil
+
+
+def ranks_of(command: int) -> list[psutil.Process]:
+    """The local ranks of a command, in their order; they are forked from its server."""
+    return sorted((rank for server in servers_of(command) for rank in server.children()), key=lambda rank: rank.pid)
+
+
+def servers_of(command: int) -> list[psutil.Process]:
+    """The server that a command forks from, which ends with it."""
+    return [each for each in psutil.Process(command).children() if "forkserver" in " ".join(each.cmdline())]
 
 
 def runs(process: psutil.Process) -> bool:

@@ -139,6 +139,22 @@ def test_a_store_that_answers(tmp_path: Path) -> None:
     assert finding("MLflow store", tmp_path).value == f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
+def test_a_store_of_sqlite_is_read_without_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("MLflow was asked")
+
+    connect(f"sqlite:///{tmp_path / 'mlflow.db'}").search_experiments()
+    monkeypatch.setattr("w2s.doctor.load_mlflow", refuse)
+    monkeypatch.setattr("w2s.doctor.connect", refuse)
+    assert finding("MLflow store", tmp_path).state == "ok"
+
+
+def test_a_file_that_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database, and long enough to be taken for the head of one" * 20)
+    row = finding("MLflow store", tmp_path)
+    assert row.state == "broken" and "DatabaseError: file is not a database" in row.note
+
+
 def test_the_printed_table(tmp_path: Path) -> None:
     text = io.StringIO()
     print_report(tmp_path, Console(file=text, width=200))

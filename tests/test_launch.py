@@ -1,6 +1,8 @@
 import os
 import signal
+import sys
 from contextlib import nullcontext, suppress
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from w2s.errors import DataError, StopRun, UserError
-from w2s.launch import RankError, adopt_slurm, check_torchrun, is_rank, launch
+from w2s.forks import started_by
+from w2s.launch import _WARM, RankError, adopt_slurm, check_torchrun, is_rank, launch
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +63,7 @@ def _save_when_told_to_stop(folder: Path) -> None:
     dist.init_process_group("gloo")
     dist.barrier()
     if dist.get_rank() == 0:
-        os.kill(os.getppid(), signal.SIGTERM)
+        os.kill(started_by(), signal.SIGTERM)
     number = signal.sigwait({signal.SIGTERM, signal.SIGINT})
     (folder / f"{dist.get_rank()}").write_text("saved")
     with suppress(RuntimeError):  # one that leaves earlier would break the other's first barrier
@@ -69,7 +72,7 @@ def _save_when_told_to_stop(folder: Path) -> None:
 
 
 def _interrupt_the_launcher(_: object) -> None:
-    os.kill(os.getppid(), signal.SIGINT)
+    os.kill(started_by(), signal.SIGINT)
     signal.pause()
 
 
@@ -152,12 +155,13 @@ def test_ranks_that_do_not_stop_are_ended(monkeypatch: pytest.MonkeyPatch) -> No
 
 def _ignore_the_signal(_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.kill(os.getppid(), signal.SIGTERM)
+    os.kill(started_by(), signal.SIGTERM)
     while True:
         signal.pause()
 
 
 def _killed_the_first_time(folder: Path) -> None:
+    (folder / "warm").write_text(str(all(name in sys.modules for name in _WARM)))
     if (folder / "killed").exists():
         (folder / os.environ["RANK"]).write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
     elif os.environ["RANK"] == "1":
@@ -174,8 +178,10 @@ def _mistake(folder: Path) -> None:
 
 
 def test_ranks_are_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    forkserver._forkserver._stop()  # type: ignore[attr-defined] # ranks print where the server did at its start
     launch(_killed_the_first_time, tmp_path, 2, restarts=1)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
+    assert (tmp_path / "warm").read_text() == "True", "what takes seconds is imported once, by the server"
     assert "note: a rank was killed; all ranks are started again (1 of 1)\n" in capfd.readouterr().out
 
 

@@ -1,11 +1,16 @@
 """What SIGTERM and Ctrl-C do."""
 
+import multiprocessing
+import os
 import signal
+from multiprocessing.connection import Connection
 
 import pytest
 
 from w2s.errors import StopRun
-from w2s.stopping import SIGNALS, stop_at_once, stop_when_ready
+from w2s.stopping import SIGNALS, stop_at_once, stop_when_ready, stop_with_parent
+
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -36,3 +41,26 @@ def test_within_a_step_signals_are_noted_and_handlers_come_back() -> None:
         with pytest.raises(StopRun):
             signal.raise_signal(signal.SIGTERM)
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def _parent(told: Connection) -> None:
+    begun, ready = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=_child, args=(told, ready))
+    child.start()
+    begun.recv()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _child(told: Connection, ready: Connection) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    stop_with_parent()
+    ready.send("")
+    told.send(signal.sigwait(SIGNALS))
+
+
+def test_a_process_is_asked_to_stop_when_the_one_that_started_it_was_killed() -> None:
+    hears, told = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=_parent, args=(told,))
+    process.start()
+    process.join()
+    assert hears.poll(60) and hears.recv() == signal.SIGINT

@@ -11,12 +11,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -26,8 +27,10 @@ from w2s.config.sections import Config
 from w2s.data.workers import prepare_workers
 from w2s.errors import ConfigError, StopRun, UserError, W2SError
 from w2s.failure import FAILURE_FILE, Failure, describe
+from w2s.forks import start_fork_server
 from w2s.host import keep_freed_memory, keep_printing
 from w2s.redaction import redact, shown
+from w2s.stopping import SIGNALS, stop_with_parent
 from w2s.tracking.atomic_files import write_text
 
 _MONITOR_SECONDS = 0.1
@@ -36,6 +39,8 @@ NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 has the addresses of dead ranks."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """What the elastic agent passes on to the ranks."""
+_WARM = ("w2s.stages.mim", "w2s.stages.clip", "w2s.stages.eval", "torch._dynamo")
+"""What a rank imports."""
 
 Argument = TypeVar("Argument")
 
@@ -162,6 +167,18 @@ def launch_stage(config: Config, ranks: int, restarts: int) -> None:
         raise
 
 
+def warm_up() -> str:
+    """Begin to prepare for ranks, and return torch's start method for them.
+
+    Without a GPU they are forked from a server that has imported what they need and stays for the ranks to come; a
+    driver of CUDA that a library has touched while it was imported would not survive that.
+    """
+    if torch.cuda.is_available():
+        return "spawn"
+    start_fork_server(_WARM)
+    return "forkserver"
+
+
 def launch(function: Callable[[Argument], None], argument: Argument, ranks: int, restarts: int = 0) -> None:
     """Run `function(argument)` in `ranks` new processes and wait for them.
 
@@ -191,11 +208,11 @@ def launch(function: Callable[[Argument], None], argument: Argument, ranks: int,
             local_addr="localhost",
             max_restarts=restarts,
             monitor_interval=_MONITOR_SECONDS,
-            start_method="spawn",
+            start_method=warm_up(),
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            elastic_launch(config, _rank)(function, argument, Path(folder))
+            elastic_launch(config, _rank)(function, argument, dict(os.environ), Path(folder))
         except (SignalException, ChildFailedError) as end:
             raise _cause(_read_failures(_last_attempt(Path(folder))), end) from None
         finally:
@@ -208,8 +225,13 @@ def _last_attempt(folder: Path) -> Path:
     return max(folder.glob("attempt-*"), key=lambda path: int(path.name.partition("-")[2]), default=folder)
 
 
-def _rank(function: Callable[[Argument], None], argument: Argument, folder: Path) -> None:
-    """The main function of a rank's process."""
+def _rank(
+    function: Callable[[Argument], None], argument: Argument, environment: Mapping[str, str], folder: Path
+) -> None:
+    """The main function of a rank's process, which has the environment of the server that it was forked from."""
+    os.environ.update(environment)
+    stop_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     path = folder / f"attempt-{attempt}" / f"{rank}.json"
     path.parent.mkdir(exist_ok=True)

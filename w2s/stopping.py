@@ -67,11 +67,20 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
 
 def end_with_parent() -> None:
     """Let this process end as soon as the one that asked for it has, be it killed."""
-    threading.Thread(target=_exit_after_parent, daemon=True).start()
+    _after_parent(lambda: os._exit(1))
 
 
-def _exit_after_parent() -> None:
+def stop_with_parent() -> None:
+    """Let this process be asked to stop (SIGINT) as soon as the one that asked for it has ended, be it killed."""
+    _after_parent(lambda: os.kill(os.getpid(), signal.SIGINT))
+
+
+def _after_parent(act: Callable[[], None]) -> None:
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            act()
+
+    threading.Thread(target=wait, daemon=True).start()

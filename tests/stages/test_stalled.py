@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.processes import running_after
+from tests.processes import ranks_of, running_after, servers_of
 from tests.stages.runs import DEADLINE, records, start_command
 from w2s.checkpoint import checkpoint_folders
 from w2s.liveness.verdict import STOP_SECONDS
@@ -52,7 +52,9 @@ def start(
 
 def end(command: subprocess.Popen[str], processes: list[psutil.Process], within: float = SECONDS + 10) -> str:
     """Wait for the end of a run; return its error. Its ranks and their helpers end in time, and nothing stays."""
-    tracked = [each for each in processes if each.pid != command.pid and "resource_tracker" not in str(each.cmdline())]
+    with_command = [command.pid, *(server.pid for server in servers_of(command.pid))]
+    others = [each for each in processes if each.pid not in with_command]
+    tracked = [each for each in others if "resource_tracker" not in str(each.cmdline())]
     assert not running_after(tracked, within)
     error = command.communicate(timeout=DEADLINE)[1]
     assert not running_after(processes, 10)
@@ -65,8 +67,7 @@ def test_a_rank_that_is_stopped(layout: str, rank: int, base: list[str], root: P
     run = root / f"stopped-{layout}-{rank}"
     options = [*base, "eval.shards=", "eval.knn_shards=", "tracking.enabled=false", "--nproc", "2", *LAYOUTS[layout]]
     command, processes = start("mim", options, run)
-    ranks = [each for each in processes[0].children() if "spawn_main" in " ".join(each.cmdline())]
-    ranks.sort(key=lambda each: each.pid)
+    ranks = ranks_of(command.pid)
     ranks[rank].suspend()
     error = end(command, processes)
     assert re.fullmatch(

@@ -4,9 +4,9 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.processes import ranks_of
 from tests.stages.runs import DEADLINE, QUIET, history, records, start_command
 from w2s.cleanup import in_memory
 
@@ -23,8 +23,7 @@ def test_from_the_memory_of_the_host(base: list[str], root: Path) -> None:
         assert command.poll() is None and time.monotonic() < end, command.communicate()[1]
         time.sleep(0.01)
     held = list(in_memory(command.pid).glob("*/rank-*.step-*"))
-    ranks = [each for each in psutil.Process(command.pid).children() if "spawn_main" in " ".join(each.cmdline())]
-    ranks[-1].send_signal(signal.SIGKILL)
+    ranks_of(command.pid)[-1].send_signal(signal.SIGKILL)
     out, error = command.communicate(timeout=DEADLINE)
     assert command.returncode == 0, error
     assert "a rank was killed; all ranks are started again (1 of 1)" in out

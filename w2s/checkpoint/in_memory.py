@@ -30,6 +30,7 @@ from w2s.checksum import checksum
 from w2s.cleanup import in_memory
 from w2s.config.sections import Config
 from w2s.errors import CheckpointError, ConfigError
+from w2s.forks import started_by
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.redaction import resolved
 
@@ -81,7 +82,7 @@ class HostMemory:
 
     def __init__(self, config: Config, run: Path, ranks: Ranks, root: Path | None = None) -> None:
         self._config, self._ranks = config, ranks
-        self._root = root or in_memory(os.getppid())
+        self._root = root or in_memory(started_by())
         self._folder = self._root / hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
         self._on_host = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
         self.meta: Meta | None = None

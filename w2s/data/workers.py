@@ -1,9 +1,7 @@
 """Starting the reading processes of a rank."""
 
-import multiprocessing
 import signal
 from collections.abc import Iterator
-from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +10,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from w2s.compat import shut_down_workers, worker_processes
 from w2s.data.reader import Part, PartDataset, ReadPlan
 from w2s.errors import DataError
+from w2s.forks import start_fork_server
 from w2s.host import keep_freed_memory
-from w2s.stopping import SIGNALS, end_with_parent, signals_blocked
+from w2s.stopping import SIGNALS, end_with_parent
 
 RESTARTS = 3
 """Times that the reading processes are started for the same samples."""
@@ -23,12 +22,7 @@ T = TypeVar("T")
 
 def prepare_workers() -> None:
     """Start the server that workers are forked from, which imports the reader while this process has other work."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["w2s.data.reader"])
-    # The server has no hook for what signals do there, but inherits which are blocked. The resource tracker unblocks
-    # them when it starts, so it has to run already.
-    resource_tracker.ensure_running()
-    with signals_blocked():
-        forkserver.ensure_running()
+    start_fork_server(["w2s.data.reader"])
 
 
 def start_reading(plan: ReadPlan, workers: int) -> Iterator[Part | DataError]:
