@@ -57,7 +57,7 @@ def variants(common: list[str], two: str, sources: list[str]) -> dict[str, list[
 
 
 @pytest.fixture(scope="module")
-def unsharded(variants: dict[str, list[str]]) -> Mapping[str, Steps]:
+def whole(variants: dict[str, list[str]]) -> Mapping[str, Steps]:
     """All variants on one process in one micro-batch."""
     with process_groups.init_distributed(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
         return {name: run_alone(load("mim", options), ranks, STEPS) for name, options in variants.items()}

@@ -40,7 +40,7 @@ def first_batch(config: Config, stage: MaskedStage) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def unsharded(common: list[str], two: str) -> Steps:
+def whole(common: list[str], two: str) -> Steps:
     """Two teachers on one process in one micro-batch."""
     with process_groups.init_distributed(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
         return run_alone(load("mim", [*common, two]), ranks, STEPS)
