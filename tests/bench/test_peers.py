@@ -9,6 +9,7 @@ import torch
 from tests.checkpoint.eva_weights import from_eva
 from tests.checkpoint.peers import KINDS, model_of
 from w2s.bench.marks import Marks
+from w2s.bench.peers.base import peer_optimizer
 from w2s.bench.peers.clip import OpenClip, open_clip_model
 from w2s.bench.peers.masked import TimmMasked, TimmStudent
 from w2s.bench.peers.peer_choice import check_peer
@@ -18,10 +19,11 @@ from w2s.bench.synthetic import synthetic_batch
 from w2s.checkpoint.eva_format import VISION_NAMES
 from w2s.config.lessons import Target
 from w2s.config.load import load
-from w2s.config.sections import Config, ParallelConfig
+from w2s.config.sections import Config, OptimConfig, ParallelConfig
 from w2s.errors import ConfigError, W2SError
 from w2s.megatron.model.initialize import global_name, load_tensors
 from w2s.megatron.parallel.process_groups import Ranks
+from w2s.optim.lamb import Lamb
 from w2s.planning.teacher import planned_teachers, predicted
 from w2s.towers.build import build_clip, build_student
 from w2s.towers.masked_student import MaskedStudent, masked_patch_indices
@@ -107,3 +109,23 @@ def test_open_clip_trains_and_computes_as_much_as_we_do(alone: Ranks, kind: str)
 def test_what_no_peer_can_do(stage: str, peer: str, ranks: int, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_peer(load(stage, overrides), peer, ranks)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_the_peers_update_is_ours(name: Literal["adamw", "lamb"]) -> None:
+    optim = OptimConfig(name=name, lr=0.02, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 4, generator=generator)
+    theirs, ours = (torch.nn.Linear(4, 6, bias=False) for _ in range(2))
+    kind = Lamb if name == "lamb" else torch.optim.AdamW
+    settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    optimizers = [peer_optimizer(theirs, optim), kind(ours.parameters(), **settings)]
+    for linear in (theirs, ours):
+        linear.weight.data.copy_(weight)
+    for _ in range(3):
+        gradient = torch.randn(6, 4, generator=generator)
+        for linear, optimizer in zip((theirs, ours), optimizers, strict=True):
+            linear.weight.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(theirs.weight, ours.weight, rtol=1e-5, atol=1e-6)  # other orders of rounding
+    assert not torch.allclose(ours.weight, weight, atol=1e-2)

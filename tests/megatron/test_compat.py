@@ -31,6 +31,7 @@ def test_every_name_that_is_set_was_there_before() -> None:
         fsdp_buffers: ("_coalescing_manager", "make_fsdp_dtensor"),
         megatron_fsdp.MegatronFSDP: ("_replace_param_with_raw_if_needed",
                                      "_replace_param_with_distributed_if_needed"),
+        megatron_fsdp.TrainingState: ("PRE_BACKWARD",),
         FullyShardedDataParallel: (compat.FSDP_MESHES,),
         ColumnParallelLinear: ("forward",),
     }.items():  # fmt: skip

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from megatron.core.pipeline_parallel import schedules
 
+from w2s.megatron.cpu import unasked
 from w2s.megatron.parallel.process_groups import Ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is replaced")
@@ -26,3 +28,10 @@ def test_streams_and_counts_have_stand_ins(alone: Ranks) -> None:
         torch.cuda.synchronize()
     assert torch.cuda.current_device() == torch.device("cpu")
     assert torch.cuda.IntTensor([3]).tolist() == [3]
+
+
+def test_a_step_asks_no_function_mode_and_its_schedule_needs_none(alone: Ranks) -> None:
+    with unasked():
+        assert torch.zeros(2).type() == "torch.FloatTensor"
+        assert schedules.torch.zeros([], dtype=torch.int, device="cuda").device.type == "cpu"
+    assert torch.zeros(2).type() == "torch.cuda.FloatTensor"

@@ -64,7 +64,7 @@ def test_kept_bytes_are_those_that_autograd_keeps(tmp_path: Path, stage: str, ca
     for name, ranks in on_ranks(2, most_kept, stage, overrides).items():
         config = load(stage, overrides[name])
         width, layer_width = VIT_WIDTHS if config.mim.layers else (TARGET_WIDTH, 0)
-        types = Types(value=2 if config.precision.compute == "bf16" else 4, rms=8)
+        types = Types(value=2, rms=8) if config.precision.compute == "bf16" else Types(value=4, rms=4)
         for place, found in ranks:
             planned = max(
                 peak(

@@ -39,8 +39,11 @@ def test_a_stage_that_is_not_trained_is_not_rehearsed(
 def test_data_that_do_not_exist_are_what_the_run_would_end_with(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """No rank is rehearsed here."""
-    monkeypatch.setattr("w2s.rehearsal.rehearsal.perform", lambda be, jobs: [])
+    """It is told before any rank is rehearsed; none is here."""
+    begun: list[int] = []
+    monkeypatch.setattr(
+        "w2s.rehearsal.rehearsal.perform", lambda be, jobs: begun.extend(job.rank for job in jobs) or []
+    )
     missing = f"data.train={tmp_path / 'nowhere.tar'}"
     rank = ["--gpus", "2", "--ranks", "0"]
     monkeypatch.setenv("COLUMNS", "80")
@@ -48,8 +51,9 @@ def test_data_that_do_not_exist_are_what_the_run_would_end_with(
     printed = capsys.readouterr().out
     hint = "(where the shards are not on this machine, rehearse with --no-data)"
     assert f"wrong: {missing} does not exist: check the path {hint}\n" in printed, "one line, however long"
-    assert "nothing is wrong" not in printed
+    assert "nothing is wrong" not in printed and not begun
     assert run(monkeypatch, "mim", *SMALL, missing, *rank, "--no-data") == 0
+    assert begun == [0]
     assert "the data were not looked for\nnothing is wrong" in capsys.readouterr().out
     shard(tmp_path / "0.tar")
     assert run(monkeypatch, "mim", *SMALL, f"data.train={tmp_path}", "data.replacement=true", *rank, "--json") == 0

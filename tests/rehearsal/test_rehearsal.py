@@ -1,5 +1,6 @@
 """Small layouts, rehearsed: what they call, what is wrong with them, and what they hold."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,8 +20,7 @@ from w2s.planning.cards import card
 from w2s.rehearsal.kinds import chosen
 from w2s.rehearsal.rank import Job, RankReport, rehearse
 from w2s.rehearsal.rehearsal import Rehearsal, conclude, perform
-from w2s.rehearsal.repetition import Repetition
-from w2s.rehearsal.tape import Compute, Tape
+from w2s.rehearsal.tape import Call, Compute, Tape
 from w2s.stages.clip import ContrastiveStage
 from w2s.stages.mim import MaskedStage
 
@@ -69,8 +69,6 @@ def calls_of(report: RankReport) -> list[Noted]:
 
 
 def first_call(report: RankReport) -> int:
-    from w2s.rehearsal.tape import Call
-
     return next(e.number for e in report.tape.events[report.tape.steps[0] :] if isinstance(e, Call))
 
 
@@ -103,7 +101,7 @@ def test_ranks_of_each_kind_stand_for_all() -> None:
 
 def in_full(job: Job) -> RankReport:
     """No micro-batch repeats what another did."""
-    with mock.patch.object(Repetition, "on", nullcontext):
+    with mock.patch("w2s.rehearsal.rank.shortened", lambda *_: nullcontext()):
         return rehearse(job)
 
 
@@ -119,11 +117,24 @@ def done(report: RankReport) -> list[Any]:
     return [(e.part, pytest.approx(e.seconds)) if isinstance(e, Compute) else e for e in tape.events]
 
 
+RECOMPUTED = ["parallel.recompute=full", "parallel.recompute_layers=1"]
+ALONE = ["parallel.pipeline=1", "train.global_batch=80"]
+
+
 @SLOW
-@pytest.mark.parametrize(("stage", "layout"), [("mim", TENSOR), ("clip", ["parallel.virtual_pipeline=2"])])
+@pytest.mark.parametrize(
+    ("stage", "layout"),
+    [
+        ("mim", [*ALONE, "parallel.shard=full"]),
+        ("mim", [*ALONE, "parallel.shard=full", *RECOMPUTED]),
+        ("clip", [*ALONE, "parallel.shard=full", *RECOMPUTED]),
+        ("clip", [*ALONE, *OVERLAP]),
+        ("mim", [*TENSOR, *OVERLAP, *RECOMPUTED, "train.global_batch=48"]),
+        ("clip", [*OVERLAP, *RECOMPUTED, "parallel.virtual_pipeline=2", "train.global_batch=48"]),
+    ],
+)
 def test_repeated_micro_batches_do_what_all_do(stage: str, layout: list[str]) -> None:
-    bf16 = ["precision.compute=bf16", "teacher.precision=bf16", "train.global_batch=48", "parallel.recompute=full"]
-    config = configured(stage, *OVERLAP, *layout, "parallel.recompute_layers=1", *bf16)
+    config = configured(stage, *layout, "precision.compute=bf16", "teacher.precision=bf16")
     world_size = 4 * config.parallel.tensor
     short, full = (rehearsed(config, world_size, [0, world_size // 2], be) for be in (rehearse, in_full))
     assert not short.wrong
@@ -131,6 +142,16 @@ def test_repeated_micro_batches_do_what_all_do(stage: str, layout: list[str]) ->
         assert done(one) == done(two)
         assert (one.peak, one.parts, one.fullest) == (two.peak, two.parts, two.fullest)
         assert (one.built, one.written) == (two.built, two.written)
+    assert short.timeline.steps == pytest.approx(full.timeline.steps)
+
+
+def test_a_fully_sharded_layer_is_gathered_once_each_way() -> None:
+    """Neither for the head nor as the embedding goes back is a layer gathered ahead that has computed."""
+    config = configured("mim", "parallel.pipeline=1", "parallel.shard=full")
+    (report,) = rehearsed(config, 4, [0]).ranks
+    gathers = Counter(e.tensors for e in report.tape.last_step if isinstance(e, Call) and e.kind == "all_gather")
+    layers, ways, micro_batches = 4, 2, 2
+    assert gathers.most_common(1)[0][1] == layers * ways * micro_batches
 
 
 def swapped(job: Job) -> RankReport:
@@ -240,3 +261,13 @@ def test_memory_of_full_sharding_is_what_the_planner_says(stage: str, overrides:
     (report,) = found.ranks
     assert not report.failure
     assert report.peak == pytest.approx(found.planned[0].total, rel=0.03)
+
+
+@SLOW
+def test_memory_of_a_small_student_of_wide_teachers_is_what_the_planner_says() -> None:
+    """What is fullest is the loss: predictions and targets in float32 weigh more than the temporaries of a layer."""
+    teachers = "teachers=[{source: eva:eva_s, name: a}, {source: eva:eva_l, name: b}]"
+    size = ["train.global_batch=512", "train.micro_batch=64", "optim.ema=0.999", "parallel.shard=full"]
+    bf16 = ["precision.compute=bf16", "teacher.precision=bf16"]
+    found = rehearsed(load("mim", ["model=eva_s", teachers, "data.builtin=none", *size, *bf16]), 8, [0])
+    assert found.ranks[0].peak == pytest.approx(found.planned[0].total, rel=0.03)

@@ -53,13 +53,15 @@ class _BiasGelu(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, bias: Tensor, approximate: str) -> Tensor:
         ctx.save_for_backward(hidden, bias)
         ctx.approximate = approximate
-        return F.gelu(hidden + bias, approximate=approximate)
+        out: Tensor = torch.ops.aten.gelu_(hidden + bias, approximate=approximate)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         hidden, bias = ctx.saved_tensors
-        by_sum = torch.ops.aten.gelu_backward(outputs[0], hidden + bias, approximate=ctx.approximate)
+        by_sum = hidden + bias
+        torch.ops.aten.gelu_backward(outputs[0], by_sum, approximate=ctx.approximate, grad_input=by_sum)
         return by_sum, by_sum.flatten(0, -2).sum(0), None
 
 

@@ -6,7 +6,7 @@ The only place that says them; torch's are in `w2s/compat.py`. `tests/megatron/t
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer as fsdp_buffers
+from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import TrainingState
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import p2p_communication
+from megatron.core.pipeline_parallel import p2p_communication, schedules
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -127,6 +128,17 @@ def gradients_for_norm(optimizer: MegatronOptimizer) -> list[Tensor]:
     return optimizer.get_main_grads_for_grad_norm()
 
 
+def no_function_modes() -> AbstractContextManager[None]:
+    """Inside, torch asks no function mode."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context
+
+
+def replace_torch_of_schedules(stand_in: Any) -> None:
+    """Make `stand_in` what Megatron's schedules know as torch."""
+    schedules.torch = stand_in
+
+
 class OpenDistributedOptimizer(DistributedOptimizer):
     """Megatron's distributed optimizer, whose states of a parameter can be read and set."""
 
@@ -153,6 +165,11 @@ class OpenFullySharded(FullyShardedDataParallel):
         self.module._replace_param_with_raw_if_needed()
         self.module._replace_param_with_distributed_if_needed = _nothing
         self.module.attach_grad_to_optimizer_state = _nothing
+
+
+def is_to_go_back(layer: nn.Module) -> bool:
+    """Return whether a backward pass has begun that has still to go through an FSDP layer, or is in it."""
+    return layer._training_state is TrainingState.PRE_BACKWARD
 
 
 def begin_of_share(buffer: Any, number: int) -> int:

@@ -2,6 +2,9 @@
 
 Megatron-Core asks for CUDA by name in a few dozen places (devices, streams, tensor type names). On a CPU this module
 answers those questions; with a GPU it does nothing. `enable` is the only switch and may be called more than once.
+
+Most answers are given by a function mode, which torch asks at every call from Python. A training step names a device in
+one place alone, so it goes without the mode: see `unasked`.
 """
 
 import contextlib
@@ -78,6 +81,18 @@ class CudaOnCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _TorchOnCpu:
+    """What Megatron's schedules know as torch: the only thing in a step that they name a device for is on the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what torch has of that name."""
+        return getattr(torch, name)
+
+    def zeros(self, *size: Any, device: Any = None, **settings: Any) -> torch.Tensor:
+        """Return a tensor of zeros, whatever the device."""
+        return torch.zeros(*size, **settings)
+
+
 class NoRngTracker:
     """Stands in for Megatron's tracker of CUDA random states: our towers draw nothing inside the layers."""
 
@@ -129,6 +144,12 @@ def enable() -> None:
     compat.ignore_rng_states()
     # FSDP orders what it frees and what is still on its way by streams, of which there are none.
     compat.coalesce_with(_coalesced_and_waited)
+    compat.replace_torch_of_schedules(_TorchOnCpu())
     mode = CudaOnCpu()
     mode.__enter__()
     _enabled.append(mode)
+
+
+def unasked() -> contextlib.AbstractContextManager[None]:
+    """Inside, the function mode is not asked: for training steps, where its answers would cost more than a norm."""
+    return compat.no_function_modes() if _enabled else contextlib.nullcontext()

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 
 class Lamb(torch.optim.AdamW):
@@ -54,35 +55,36 @@ class Lamb(torch.optim.AdamW):
         slices = [(group["lr"], p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not hasattr(self, "_tensor_of"):
             self.share({p: i for i, (_, p) in enumerate(slices)}, len(slices), lambda sums: sums)
-        for _, p in slices:
-            p.grad.masked_fill_(self.found_inf > 0, 0.0)
         updates = [update for group in self.param_groups for update in self._updates(group)]
         ratios = self._ratios([p for _, p in slices], updates)
         for (lr, p), update, ratio in zip(slices, updates, ratios, strict=True):
-            p.addcmul_(update, ratio, value=-lr)
+            p.addcmul_(update, ratio, value=lr)
 
-    def _updates(self, group: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Return what AdamW would subtract, by learning rate 1: the only new tensors of the weights' size."""
+    def _updates(self, group: dict[str, Any]) -> list[Tensor]:
+        """Return what AdamW would add, by learning rate 1: the only new tensors of the weights' size."""
         members = [p for p in group["params"] if p.grad is not None]
-        if not members:
-            return ()
         states, grads = [self._state_of(p) for p in members], [p.grad for p in members]
         means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
-        taken = 1 - self.found_inf
-        torch._foreach_add_(steps, [taken] * len(steps))  # a tensor that is not a list would be read back
-        first = steps[0].clamp(min=1)  # they take steps together; the first may be skipped
-        unbias1, unbias2 = (_one_minus_power(beta, first) for beta in (beta1, beta2))
-        torch._foreach_lerp_(means, grads, [(1 - beta1) * taken] * len(means))
-        torch._foreach_mul_(squares, [torch.where(taken > 0, beta2, 1.0)] * len(squares))
-        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
-        updates = torch._foreach_sqrt(squares)
-        torch._foreach_div_(updates, unbias2.sqrt())
-        torch._foreach_add_(updates, group["eps"])
-        torch._foreach_reciprocal_(updates)
-        torch._foreach_mul_(updates, means)
-        torch._foreach_div_(updates, unbias1)
-        torch._foreach_add_(updates, members, alpha=group["weight_decay"])
+        # torch's kernel goes over all of them once, and subtracts what Adam would from the decay alone.
+        updates = list(torch._foreach_mul(members, -group["weight_decay"])) if members else []
+        adam(
+            updates,
+            grads,
+            means,
+            squares,
+            [],
+            steps,
+            fused=True,
+            found_inf=self.found_inf,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=1.0,
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
         return updates
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
@@ -107,8 +109,3 @@ class Lamb(torch.optim.AdamW):
             ratios.clamp_(*self._bounds)
         adapted = (weights > 0) & (steps > 0) & self._adapted.to(device, non_blocking=True)
         return (torch.where(adapted, ratios, 1.0) * (1 - self.found_inf))[numbers].unbind()
-
-
-def _one_minus_power(base: float, exponent: Tensor) -> Tensor:
-    # In float64: near 1 the power has too few digits in float32.
-    return (1 - base ** exponent.double()).float()

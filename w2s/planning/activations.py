@@ -26,8 +26,8 @@ class Types:
     value: int
     """Of weights and activations."""
     rms: int
-    """That an RMSNorm keeps of its input: as `value` where one kernel computes it; 8 where torch does it in steps (on a
-    CPU), which keep the input and its normalised form in float32."""
+    """That an RMSNorm keeps of its input: as `value`; but 8 where torch does it in steps (in bfloat16 on a CPU), which
+    keep the input and its normalised form in float32."""
     fp8: float = 0.0
     """Share of the layers that multiply in FP8: they keep a linear's input in one byte, of which nothing is forgotten,
     and attention keeps its output beside that. An estimate, read in Transformer Engine and not measured."""

@@ -43,7 +43,7 @@ class Memory:
     activations: int = 0
     """Kept for the backward pass."""
     loss: int = 0
-    """Features, their gradients and logits of the contrastive loss."""
+    """Features, their gradients and logits of the contrastive loss; predictions of the masked loss in float32."""
     buffers: int = 0
     """Temporaries of the backward pass or of the optimizer."""
 
@@ -103,6 +103,8 @@ def rank_memory(
         *(_going_back(back, config, towers, wholes, one_pass=not twice) if wholes else [back]),
         replace(standing, buffers=_update(config, states)),
     ]
+    if config.stage == "mim" and _is_last(config, stage):
+        moments.append(replace(back, buffers=0, loss=samples * _masked_losses(config, teachers)))
     if has_loss:
         tiles = _tiles(config, teachers, own)
         moments.append(replace(standing, activations=0 if twice else activations, loss=features + tiles))
@@ -221,6 +223,18 @@ def _teacher_weights(config: Config, teacher: PlannedTeacher) -> int:
 def _features(config: Config, own: int) -> int:
     """Own features in bfloat16, and four times in float32: as leaves, normalised, and the gradients of both."""
     return 2 * own * config.model.embed_dim * (_BF16 + 4 * _FP32)
+
+
+def _masked_losses(config: Config, teachers: Sequence[PlannedTeacher]) -> int:
+    """Bytes of a sample, in float32, as the backward pass begins.
+
+    Predictions are kept, for cosines normalised ones and targets too. Cosines, which are reported beside other losses,
+    have four tensors of that size for a while.
+    """
+    patches = config.mim.predicted(config.model.vision.patches)
+    sizes = [_FP32 * patches * target.width for target in predicted(config, teachers)["targets"]]
+    kept = [1 + (lesson.loss == "cosine") for lesson in config.lessons[: len(sizes)]]
+    return sum(size * times for size, times in zip(sizes, kept, strict=True)) + 4 * max(sizes, default=0)
 
 
 def _tiles(config: Config, teachers: Sequence[PlannedTeacher], own: int) -> int:

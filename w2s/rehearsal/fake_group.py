@@ -26,12 +26,15 @@ class Recorder:
         tape: where to.
         parts: know the part of the step that is open.
         streams: know who waits.
+
+    Attributes:
+        last_number: of the last call.
     """
 
     def __init__(self, tape: Tape, parts: Parts, streams: Streams) -> None:
         self.tape, self.streams, self._parts = tape, streams, parts
-        self.batch = -1
-        self._numbers, self._batches = count(), count()
+        self.batch = self.last_number = -1
+        self._batches = count()
 
     def call(self, group: int, kind: str, tensors: Sequence[Tensor], size: int, **more: Any) -> "_Posted":
         """Note a call, and return what is waited for."""
@@ -44,7 +47,8 @@ class Recorder:
 
     def next_number(self) -> int:
         """Return the number of the next call."""
-        return next(self._numbers)
+        self.last_number += 1
+        return self.last_number
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from w2s.bench.marks import Parts
@@ -21,6 +21,8 @@ from w2s.rehearsal.device import GPU, FakeGpu, stand_in_for_cuda
 from w2s.rehearsal.fake_group import Recorder, joined
 from w2s.rehearsal.fp8 import stand_in_for_transformer_engine
 from w2s.rehearsal.meter import Meter
+from w2s.rehearsal.repeated_layers import RepeatedLayers
+from w2s.rehearsal.repeated_micro_batches import RepeatedMicroBatches
 from w2s.rehearsal.repetition import Repetition
 from w2s.rehearsal.sharding import sharded_as_on_gpus
 from w2s.rehearsal.streams import Streams
@@ -78,15 +80,22 @@ def rehearse(job: Job) -> RankReport:
         stand_in_for_cuda(meter, streams),
         stand_in_for_triton(meter.launched),
         stand_in_for_transformer_engine(meter),
-        ExitStack() as undo,
+        shortened(job.config, Repetition(recorder, meter)),
     ):
-        if job.config.parallel.shard != "full" and not job.config.mim.layers:
-            undo.enter_context(Repetition(recorder, meter).on())
         try:
             _steps(job, ranks, meter, parts, report)
         except Exception as error:  # whatever the run would end with
             report.failure, report.where = describe(error)[0], line_of(error)
     return report
+
+
+def shortened(config: Config, repetition: Repetition) -> AbstractContextManager[None]:
+    """Return a context in which equal micro-batches of a pass are repeated."""
+    if config.parallel.pipeline == 1:
+        return RepeatedMicroBatches(repetition).on()
+    if config.mim.layers:
+        return nullcontext()  # its stacks give out more than one tensor
+    return RepeatedLayers(repetition).on()
 
 
 def _steps(job: Job, ranks: Ranks, meter: Meter, parts: Parts, report: RankReport) -> None:

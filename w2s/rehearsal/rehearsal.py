@@ -62,19 +62,19 @@ def run(
         card: the GPUs.
         ranks: which of them are rehearsed.
         steps: steps of the stage; memory and times are those of the last one.
-        data: whether shards are looked for, as the run does at its start.
+        data: whether shards are looked for, as the run does at its start; without them nothing more is rehearsed.
 
     Raises:
         UserError: it cannot be rehearsed.
     """
     _check_rehearsed(config)
     refused = _refusal(config, world_size, card)
+    looked = data and not refused
+    refused = refused or (_missing(config, world_size) if looked else "")
     if refused:
-        return Rehearsal(config, world_size, card, [], {}, Timeline(), [refused])
+        return Rehearsal(config, world_size, card, [], {}, Timeline(), [refused], looked)
     jobs = [Job(_without_files(config), rank, world_size, steps, card) for rank in ranks]
-    missing = _missing(config, world_size) if data else []
-    found = conclude(config, world_size, card, perform(rehearse, jobs))
-    return replace(found, wrong=[*missing, *found.wrong], looked_for_data=data)
+    return replace(conclude(config, world_size, card, perform(rehearse, jobs)), looked_for_data=looked)
 
 
 def perform(be: Callable[[Job], RankReport], jobs: Sequence[Job]) -> list[RankReport]:
@@ -130,17 +130,17 @@ def _refusal(config: Config, world_size: int, card: Card) -> str:
     return ""
 
 
-def _missing(config: Config, world_size: int) -> list[str]:
+def _missing(config: Config, world_size: int) -> str:
     """The line with which the run would end for want of data; what w2s builds itself is not missing."""
     if config.data.builtin != "none":
-        return []
+        return ""
     try:
         find_sources(config.data, config.train.global_batch, world_size, captions=config.stage == "clip")
         for key, shards in config.eval.by_key.items():
             list_shards(shards, key, allow_pipe=config.data.allow_pipe)
     except W2SError as error:
-        return [f"{error} (where the shards are not on this machine, rehearse with --no-data)"]
-    return []
+        return f"{error} (where the shards are not on this machine, rehearse with --no-data)"
+    return ""
 
 
 def _without_files(config: Config) -> Config:

@@ -18,6 +18,7 @@ class Streams:
         Stream: stands in for `torch.cuda.Stream`.
         Event: stands in for `torch.cuda.Event`.
         current: the stream that work is given to.
+        replaced: calls, by number, in the place of which others are waited for.
     """
 
     def __init__(self, tape: Tape) -> None:
@@ -25,6 +26,7 @@ class Streams:
         self.Stream: type[_Stream] = type("Stream", (_Stream,), {"streams": self})
         self.Event: type[_Event] = type("Event", (_Event,), {"streams": self})
         self.current = self._first = self.Stream()
+        self.replaced: dict[int, int] = {}
 
     @contextmanager
     def on(self, stream: "_Stream | None") -> Iterator[None]:
@@ -38,7 +40,7 @@ class Streams:
     def wait(self, calls: Mapping[int, int]) -> None:
         """Let the current stream continue when calls are done: the last one of each group, by the group's number."""
         if self.current is self._first:
-            self._tape.events += [Wait(call, line()) for call in calls.values()]
+            self._tape.events += [Wait(self.replaced.get(call, call), line()) for call in calls.values()]
         else:
             self.current.calls.update(calls)
 

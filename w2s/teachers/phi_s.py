@@ -136,6 +136,6 @@ def _is_prime(number: int) -> bool:
 
 def _sum(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over the ranks of `group`, in place."""
-    if group is not None:
+    if group is not None and group.size() > 1:
         dist.all_reduce(part, group=group)
     return part

@@ -80,7 +80,7 @@ class TargetNorm(nn.Module):
         shifted = features - shift
         parts = [shifted.sum(0, dtype=torch.float64), shifted.square().sum(0, dtype=torch.float64)]
         sums = torch.cat([*parts, self.count.new_full((1,), len(features))])
-        if group is not None:
+        if group is not None and group.size() > 1:
             dist.all_reduce(sums, group=group)
         first, second, new = sums[: features.shape[1]], sums[features.shape[1] : -1], sums[-1]
         step = shift.double() + first / new - self.mean

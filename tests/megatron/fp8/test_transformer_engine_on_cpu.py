@@ -73,5 +73,6 @@ def test_its_linears_train_as_local_ones_do(release: Path, tmp_path: Path, ranks
     # two each adds up a part of a product, and a bit of bfloat16 is a step of FP8 now and then.
     loss, gradients = (1e-6, 5e-3) if ranks == 1 else (2e-3, 0.2)
     assert fp8["loss"] < loss and fp8["gradients"] < gradients
+    assert fp8["blockwise loss"] < loss and fp8["blockwise gradients"] < gradients
     # Scales of the step before fit as well; FP8 itself is a tenth of a gradient away from bfloat16.
     assert fp8["delayed loss"] < 2e-3 and fp8["delayed gradients"] < 0.2

@@ -1,19 +1,21 @@
-"""What the steps of all peers have in common: autocast, accumulation, AdamW, torch.compile."""
+"""What the steps of all peers have in common: autocast, accumulation, the optimizer, torch.compile."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
+from timm.optim.lamb import Lamb
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from w2s.bench.marks import Marks
-from w2s.config.sections import Config
+from w2s.config.sections import Config, OptimConfig
 from w2s.data.batch import Batch
 from w2s.data.sample import SampleSpec
 
 
 class Peer(ABC):
-    """A peer's step: float32 weights, autocast where ours computes in bfloat16; on a GPU compiled, with a fused AdamW.
+    """A peer's step: float32 weights, autocast where ours computes in bfloat16; compiled on a GPU.
 
     Args:
         config: the stage.
@@ -30,10 +32,7 @@ class Peer(ABC):
         self.compiled = device.type == "cuda"
         if self.compiled:
             model.compile()
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), optim.lr, optim.betas, optim.eps, optim.weight_decay, fused=self.compiled
-        )
+        self.optimizer = peer_optimizer(model, config.optim)
 
     def step(self, batch: Batch, marks: Marks) -> None:
         """Update the weights once.
@@ -63,6 +62,19 @@ class Peer(ABC):
     def autocast(self) -> torch.autocast:
         """Return the context of a forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision.compute == "bf16")
+
+
+def peer_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return torch's fused AdamW, or timm's LAMB with a trust ratio at weight decay 0 too; `step` clips."""
+    settings: dict[str, Any] = {
+        "lr": optim.lr,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+    }
+    if optim.name == "lamb":
+        return Lamb(model.parameters(), max_grad_norm=None, always_adapt=True, **settings)
+    return torch.optim.AdamW(model.parameters(), fused=True, **settings)
 
 
 def forward_flops(model: nn.Module, *inputs: Tensor) -> float:

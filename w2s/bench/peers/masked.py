@@ -15,6 +15,7 @@ from w2s.data.batch import Batch, normalize, require
 from w2s.objectives.masked_loss import LOSSES
 from w2s.stages.mim import sample_spec
 from w2s.teachers.build import build_teacher
+from w2s.teachers.targets import target_norm
 from w2s.towers.masked_student import gather_patches, patch_indices_to_predict
 from w2s.towers.vision import channel_statistics
 
@@ -49,7 +50,7 @@ class TimmStudent(nn.Module):
 
 
 class TimmMasked(Peer):
-    """The masked stage's step; its teacher is built as ours is, and compiled on a GPU.
+    """The masked stage's step; its teacher is built, and its targets are normalised, as ours are; compiled on a GPU.
 
     Args:
         config: the stage.
@@ -59,6 +60,7 @@ class TimmMasked(Peer):
     def __init__(self, config: Config, device: torch.device) -> None:
         compiled = replace(config.lessons[0].teacher, compile=device.type == "cuda")
         self.teacher = build_teacher(compiled, grid=config.model.vision.grid, device=device)
+        self.target_norm = target_norm(self.teacher.width, compiled.target_norm).to(device)
         student = TimmStudent(config.model, self.teacher.width, device, config.mim.predict == "visible")
         super().__init__(config, student, sample_spec(config, (self.teacher.image_size,)), device)
 
@@ -69,7 +71,7 @@ class TimmMasked(Peer):
         patch_indices = patch_indices_to_predict(masks, self.config.mim)
         with marks.part("teacher"):
             seen = normalize(micro.teacher_images[0], self.teacher.mean, self.teacher.std)
-            features = self.teacher(seen).patches
+            features = self.target_norm(self.teacher(seen).patches, update=True)
         images = normalize(micro.images, *channel_statistics(self.config.model.vision))
         with marks.part("forward"), self.autocast():
             predictions = self.model(images, masks, patch_indices)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from w2s.kernels.add_norm import add_rms_norm
+from w2s.kernels.rms_norm import rms_norm
 from w2s.megatron import compat
 
 _MATH_KERNEL_UP_TO = 128
@@ -47,7 +48,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, hidden: Tensor, bias_residual: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return norm(hidden); with (bias, residual) as in a post-norm layer, residual + norm(hidden + bias)."""
         if bias_residual is None:
-            return super().forward(hidden)
+            return rms_norm(hidden, self.weight, self.eps)
         bias, residual = bias_residual
         return add_rms_norm(hidden, bias, residual, self.weight, self.eps)
 

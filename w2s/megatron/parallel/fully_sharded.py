@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from w2s.megatron.compat import OpenFullySharded, begin_of_share
+from w2s.megatron.compat import OpenFullySharded, begin_of_share, is_to_go_back
 from w2s.megatron.model.tower import Tower
 
 
@@ -42,6 +42,8 @@ class FullySharded(OpenFullySharded):
         units, device = [TransformerLayer, *part.fsdp_units], next(part.parameters()).device
         super().__init__(part.config, settings, part, fsdp_unit_modules=units, device=device)
         self._defer_reduction()
+        self._layers_to_come = True
+        self._gather_ahead_what_is_to_come(part)
         self._is_unsharded = False
         self.shares = {parameter: share for group in self._groups for parameter, share in _shares(group)}
 
@@ -55,6 +57,29 @@ class FullySharded(OpenFullySharded):
             for parameter in group.params if group.fsdp_unit_id is None else []:
                 name = self.module.param_to_name[parameter]
                 self.module.grad_acc_hooks.pop(f"grad_acc and reduce for {name}").remove()
+
+    def _gather_ahead_what_is_to_come(self, part: Tower) -> None:
+        """Gather nothing ahead where a pass has been through all layers.
+
+        Megatron gathers what stands beside a module in its list, in which all that is outside of layers comes first or
+        last: it would gather the first layers again for the head, and the last ones as patches' embedding goes back.
+        """
+        gather = self.module.all_gather_and_wait_parameters_ready
+        layers = [module for module in part.modules() if isinstance(module, TransformerLayer)]
+
+        def begin(*unused: Any) -> None:
+            self._layers_to_come = True
+
+        def end(*unused: Any) -> None:
+            self._layers_to_come = False
+
+        def gather_needed(params: Any, prefetch: bool = True, bwd: bool = False, **settings: Any) -> None:
+            to_come = any(is_to_go_back(layer) for layer in layers) if bwd else self._layers_to_come
+            gather(params, prefetch=prefetch and to_come, bwd=bwd, **settings)
+
+        part.register_forward_pre_hook(begin, prepend=True)
+        layers[-1].register_forward_hook(end)
+        self.module.all_gather_and_wait_parameters_ready = gather_needed
 
     @property
     def _groups(self) -> list[Any]:
@@ -82,6 +107,7 @@ class FullySharded(OpenFullySharded):
     def release(self) -> None:
         """Let go of what was gathered: the next pass gathers the shares as they are then."""
         self.module.synchronize_param_gather()
+        self._layers_to_come = True
 
     def copy_master_to_model(self) -> None:
         """Make the shares' weights of the master weights."""

@@ -27,7 +27,8 @@ def global_norm(
     squares = get_total_norm(local_gradients).square() if local_gradients else torch.zeros((), device=device)
     if loss is not None:
         squares = squares + 0 * loss.detach().to(device, non_blocking=True)
-    dist.all_reduce(squares, group=group)
+    if group.size() > 1:
+        dist.all_reduce(squares, group=group)
     return squares.sqrt()
 
 

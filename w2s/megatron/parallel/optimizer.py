@@ -375,7 +375,8 @@ def _configure_lamb(
     split = torch.tensor([bool(getattr(weight, "tensor_model_parallel", False)) for weight in weights])
 
     def reduce_norms(squares: Tensor) -> Tensor:
-        dist.all_reduce(squares, group=parallel_state.get_data_parallel_group())
+        if parallel_state.get_data_parallel_world_size() > 1:
+            dist.all_reduce(squares, group=parallel_state.get_data_parallel_group())
         if parallel_state.get_tensor_model_parallel_world_size() == 1:
             return squares
         # A weight that every tensor-parallel rank holds whole counts once.

@@ -97,7 +97,8 @@ class Ranks:
     def gather(self, value: T) -> list[T]:
         """Return the `value` of every rank, in order."""
         values = [value] * self.world_size
-        dist.all_gather_object(values, value, group=self.control_group)
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.control_group)
         return values
 
     def to_floats(self, values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -107,6 +108,8 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
+        if self.world_size == 1:
+            return flag
         seen = torch.tensor([int(flag)])
         dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self.control_group)
         return bool(seen.item())

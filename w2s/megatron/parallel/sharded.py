@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from torch import nn
 
@@ -64,6 +65,16 @@ def data_parallel(
     return ShardedTower(tower.chunks, list(wrapped))
 
 
+class _Alone(DistributedDataParallel):
+    """Megatron's wrapper for the only replica: gradients and weights are whole, and nothing is exchanged."""
+
+    def start_param_sync(self, *unused: Any, **unused_too: Any) -> None:
+        """Gather nothing: this rank updates all weights."""
+
+    def finish_grad_sync(self, *unused: Any, **unused_too: Any) -> None:
+        """Reduce nothing: the gradients are the sum over all replicas already."""
+
+
 def _fully_sharded(tower: ShardedTower[AnyTower], precision: PrecisionConfig) -> list[Any]:
     """Each rank keeps a share of weights and gradients too."""
     settings = DistributedDataParallelConfig(
@@ -82,17 +93,20 @@ def _optimizer_sharded(
     tower: ShardedTower[AnyTower], parallel: ParallelConfig, precision: PrecisionConfig
 ) -> list[Any]:
     """Each rank has whole weights, and whole gradients in one buffer; it updates a share."""
+    several = parallel_state.get_data_parallel_world_size() > 1
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=precision.gradients == "fp32",
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        align_param_gather=parallel.overlap_param_gather,  # `start_param_gather` asks for all
+        overlap_grad_reduce=several and parallel.overlap_grad_reduce,
+        overlap_param_gather=several and parallel.overlap_param_gather,
+        align_param_gather=several and parallel.overlap_param_gather,  # `start_param_gather` asks for all
         fp8_param_gather=precision.fp8_primary_weights,
     )
+    # After a gather Megatron lays out weights in FP8.
+    wrapper = DistributedDataParallel if several or precision.fp8_primary_weights else _Alone
     # Later chunks reduce in one bucket: there is enough of a backward pass left to hide it behind.
     return [
-        DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=number > 0)
+        wrapper(chunk.config, settings, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(tower.chunks)
     ]
 

@@ -12,8 +12,10 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from tests.megatron.fp8.transformer_engine_on_cpu import stub
 
@@ -24,7 +26,8 @@ import torch.distributed as dist  # noqa: E402
 from w2s.config.lessons import Target  # noqa: E402
 from w2s.config.sections import HardwareConfig, OptimConfig, ParallelConfig, PrecisionConfig, VisionConfig  # noqa: E402
 from w2s.megatron.checkpoint import state  # noqa: E402
-from w2s.megatron.fp8 import transformer_engine  # noqa: E402
+from w2s.megatron.fp8 import fp8_emulation, transformer_engine  # noqa: E402
+from w2s.megatron.fp8.fp8_formats import FORWARD, block_scale  # noqa: E402
 from w2s.megatron.fp8.linears import Linears  # noqa: E402
 from w2s.megatron.model.initialize import init_parameters  # noqa: E402
 from w2s.megatron.parallel import process_groups  # noqa: E402
@@ -77,17 +80,44 @@ def passes(trained: ShardedTower[MaskedStudent]) -> tuple[float, dict[str, torch
     return float(reported[0]["loss"]), {name: p.main_grad.clone() for name, p in trained.chunks[0].named_parameters()}
 
 
+class Blocks(torch.autograd.Function):
+    """Products as the blockwise recipe makes them: 128 numbers along the sum share a scale, of a weight 128 x 128."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, linear: Any) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return (blocks(rows, 1) @ blocks(weight, 128).t()).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (rows, weight), (gradient,) = ctx.saved_tensors, gradients
+        by_rows = blocks(gradient, 1) @ blocks(weight, 128)
+        by_weight = blocks(gradient.t(), 1) @ blocks(rows.t(), 1).t()
+        return by_rows.to(rows.dtype), by_weight.to(weight.dtype), None
+
+
+def blocks(matrix: Tensor, height: int) -> Tensor:
+    """A matrix rounded to E4M3 in blocks of so many rows and 128 columns, in float32."""
+    scale = block_scale(matrix, FORWARD, rows=height)
+    return (matrix.float() * scale).to(FORWARD).float() / scale
+
+
 def float8(parallel: ParallelConfig) -> dict[str, float]:
-    """How far current scales are from w2s's emulation of them, and from BF16 what else is made of FP8.
+    """How far current scales and blocks are from emulations of them, and from BF16 what else is made of FP8.
 
     That is delayed scales, in their second step and with a middle layer that stays without FP8.
     """
 
-    def precision(recipe: Literal["tensorwise", "emulated", "delayed"]) -> PrecisionConfig:
+    def precision(recipe: Literal["tensorwise", "emulated", "delayed", "blockwise"]) -> PrecisionConfig:
         return replace(BF16, fp8=recipe)
 
     current = passes(tower(Linears("te", precision("tensorwise")), parallel))
     emulated = passes(tower(Linears("local", precision("emulated")), parallel))
+    # Sequence parallelism would take rows in whole blocks from each rank.
+    apart = replace(parallel, sequence=False)
+    blockwise = passes(tower(Linears("te", precision("blockwise")), apart))
+    with mock.patch.object(fp8_emulation.Product, "apply", Blocks.apply):
+        by_blocks = passes(tower(Linears("local", precision("emulated")), apart))
     later = tower(Linears("te", precision("delayed"), bf16_layers=frozenset({1})), parallel)
     passes(later)
     later.wrapped[0].zero_grad_buffer()
@@ -95,6 +125,8 @@ def float8(parallel: ParallelConfig) -> dict[str, float]:
     return {
         "loss": abs(current[0] / emulated[0] - 1),
         "gradients": worst(current[1], emulated[1]),
+        "blockwise loss": abs(blockwise[0] / by_blocks[0] - 1),
+        "blockwise gradients": worst(blockwise[1], by_blocks[1]),
         "delayed loss": abs(delayed[0] / plain[0] - 1),
         "delayed gradients": worst(delayed[1], plain[1]),
     }

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -51,6 +52,9 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = Non
     """Round to FP8, as the matrix lies and transposed, by the scale that there is or by the largest magnitude."""
     assert noop is None
     out = quantizer.make_empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if output is None else output
+    CALLS["rounded"] += 1
+    if hasattr(quantizer, "block_scaling_dim"):
+        return _quantize_blocks(tensor.detach().float(), quantizer, out)
     dtype = FLOAT8[quantizer.dtype]
     largest, limit = tensor.detach().abs().amax().float(), torch.finfo(dtype).max
     if not hasattr(quantizer, "with_amax_reduction"):  # delayed: the scale is that of earlier steps
@@ -68,8 +72,35 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = Non
         transposed = rounded.view(torch.uint8).reshape(-1, tensor.shape[-1]).t()
         out._transpose.copy_(transposed.reshape(out._transpose.shape))
         out._transpose_invalid = False
-    CALLS["rounded"] += 1
     return out
+
+
+def _quantize_blocks(tensor: Tensor, quantizer: Any, out: Any) -> Any:
+    """Round each block of a matrix as it lies and, along its columns, transposed: scales are powers of two."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    for name, matrix in (("rowwise", rows), ("columnwise", rows.t())):
+        data, inverse = getattr(out, f"_{name}_data"), getattr(out, f"_{name}_scale_inv")
+        if data is not None:
+            rounded, scales = _blocks(matrix, quantizer)
+            data.copy_(rounded.reshape(data.shape))
+            inverse.zero_()
+            inverse[:, : scales.shape[1]].copy_(scales)
+    return out
+
+
+def _blocks(matrix: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:
+    """A matrix in FP8, and the inverse scales as the extension keeps them: those of a row of blocks in a column."""
+    assert quantizer.force_pow_2_scales and not quantizer.amax_epsilon
+    height, dtype = 128 if quantizer.block_scaling_dim == 2 else 1, FLOAT8[quantizer.dtype]
+    (rows, columns), limit = matrix.shape, torch.finfo(dtype).max
+    blocks = torch.nn.functional.pad(matrix, (0, -columns % 128, 0, -rows % height))
+    blocks = blocks.reshape(-1, height, -(-columns // 128), 128)
+    largest = blocks.abs().amax(dim=(1, 3), keepdim=True)
+    scale = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(limit / largest))), 1.0)
+    rounded = (blocks * scale).clamp(-limit, limit).to(dtype).view(torch.uint8)
+    inverse = (1 / scale).squeeze(3).squeeze(1)
+    rounded = rounded.reshape(blocks.shape[0] * height, -1)[:rows, :columns]
+    return rounded, inverse if quantizer.block_scaling_dim == 2 else inverse.t()
 
 
 def fp8_transpose(data: Tensor, dtype: Any, *, out: Tensor | None = None) -> Tensor:
@@ -85,6 +116,8 @@ def create_empty_quantized_tensor(quantizer: Any, shape: list[int], dtype: torch
     def empty(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.uint8, device=device)
 
+    if hasattr(quantizer, "block_scaling_dim"):
+        return _empty_blocks(quantizer, shape, dtype, empty)
     return Float8Tensor(
         shape=shape,
         dtype=dtype,
@@ -94,6 +127,20 @@ def create_empty_quantized_tensor(quantizer: Any, shape: list[int], dtype: torch
         fp8_dtype=quantizer.dtype,
         quantizer=quantizer,
     )
+
+
+def _empty_blocks(quantizer: Any, shape: list[int], dtype: torch.dtype, empty: Callable[..., Tensor]) -> Any:
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
+
+    sizes = {"rowwise": list(shape), "columnwise": quantizer.get_columnwise_shape(shape)}
+    parts: dict[str, Tensor | None] = {}
+    for name, size in sizes.items():
+        used = getattr(quantizer, f"{name}_usage")
+        scales = quantizer.get_scale_shape(shape, columnwise=name == "columnwise")
+        parts[f"{name}_data"] = empty(*size) if used else None
+        parts[f"{name}_scale_inv"] = empty(*scales).float() if used else None
+    whole = {"shape": shape, "dtype": dtype, "fp8_dtype": quantizer.dtype, "quantizer": quantizer}
+    return Float8BlockwiseQTensor(**whole, **parts, is_2D_scaled=quantizer.block_scaling_dim == 2)
 
 
 def fused_amax_and_scale_update_after_reduction(
@@ -116,8 +163,10 @@ def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
     return gradient.reshape(-1, gradient.shape[-1]).float().sum(0).to(gradient.dtype), quantizer(gradient)
 
 
-def _numbers(matrix: Any) -> Tensor:
-    """A matrix in float32, whatever it is kept in."""
+def _numbers(matrix: Any, columnwise: bool) -> Tensor:
+    """A matrix in float32, whatever it is kept in; of blocks those along the columns, or along the rows."""
+    if hasattr(matrix, "_rowwise_data"):
+        return _of_blocks(matrix, "columnwise" if columnwise else "rowwise")
     if not hasattr(matrix, "_scale_inv"):
         assert matrix.dtype == torch.bfloat16
         return matrix.float()
@@ -126,6 +175,18 @@ def _numbers(matrix: Any) -> Tensor:
         return matrix._data.view(dtype).float() * matrix._scale_inv
     transposed = matrix._transpose.view(dtype).float() * matrix._scale_inv
     return transposed.reshape(transposed.shape[0], -1).t().reshape(*transposed.shape[1:], -1)
+
+
+def _of_blocks(matrix: Any, name: str) -> Tensor:
+    data, inverse = getattr(matrix, f"_{name}_data"), getattr(matrix, f"_{name}_scale_inv")
+    rows = data.reshape(data.shape[0], -1) if name == "columnwise" else data.reshape(-1, data.shape[-1])
+    height, width = rows.shape
+    scales = inverse.repeat_interleave(128, 0) if matrix._is_2D_scaled else inverse.t()
+    scales = scales[:height].repeat_interleave(128, 1)[:, :width]
+    numbers = rows.view(FLOAT8[matrix._fp8_dtype]).float() * scales
+    if name == "rowwise":
+        return numbers.reshape(data.shape)
+    return numbers.t().reshape(*data.shape[1:], data.shape[0])
 
 
 def generic_gemm(
@@ -149,7 +210,9 @@ def generic_gemm(
 ) -> tuple[Tensor, Tensor | None, None, None]:
     """op(B) op(A), as cuBLAS sees row-major matrices; the gradient with respect to a bias is the sum of B's rows."""
     assert quantizer is None and not gelu
-    left, right = (_numbers(each).reshape(-1, each.shape[-1]) for each in (b, a))
+    # Its products sum over the axis that lies together: a factor that is given by columns has it transposed.
+    left, right = _numbers(b, columnwise=transpose_b), _numbers(a, columnwise=not transpose_a)
+    left, right = (each.reshape(-1, each.shape[-1]) for each in (left, right))
     product = (left.t() if transpose_b else left) @ (right.t() if transpose_a else right)
     grad_bias = None
     if bias is not None and grad:
