@@ -42,7 +42,7 @@ def relative(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 @pytest.fixture(scope="module")
-def unsharded(small: list[str]) -> dict[str, Steps]:
+def whole(small: list[str]) -> dict[str, Steps]:
     """Both stages on one process, with FP8 and without."""
     with process_groups.init_distributed(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
         return {

@@ -199,7 +199,7 @@ def case(name: str, common: Sequence[str], changes: Sequence[str] = ()) -> tuple
 
 
 @pytest.fixture(scope="module")
-def unsharded(common: list[str]) -> dict[str, Steps]:
+def whole(common: list[str]) -> dict[str, Steps]:
     """Every variant on one process in one micro-batch."""
     with process_groups.init_distributed(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
         return {name: run_alone(load(*case(name, common)), ranks, STEPS) for name in VARIANTS}

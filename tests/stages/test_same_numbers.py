@@ -30,7 +30,7 @@ def small(base: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=[pytest.param("mim", marks=pytest.mark.slow), "clip"])
-def unsharded(request: pytest.FixtureRequest, small: list[str]) -> tuple[str, list[float]]:
+def whole(request: pytest.FixtureRequest, small: list[str]) -> tuple[str, list[float]]:
     """The losses of a stage on one rank in one micro-batch."""
     stage = request.param
     run = run_stage(stage, [*small, *scratch(stage), f"run.name={stage}-whole"])

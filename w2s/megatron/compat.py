@@ -142,7 +142,7 @@ def replace_torch_of_schedules(stand_in: Any) -> None:
 class OpenDistributedOptimizer(DistributedOptimizer):
     """Megatron's distributed optimizer, whose states of a parameter can be read and set."""
 
-    def copy_master_to_model(self) -> None:
+    def copy_own_master_to_model(self) -> None:
         """Make this rank's share of the weights of its master weights."""
         self._copy_main_params_to_model_params()
 
