@@ -5,6 +5,7 @@ The sections of the model, the data and the training are in files beside this on
 
 import re
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from w2s.config.data_sections import DataConfig, PhaseConfig
@@ -346,7 +347,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    @property
+    @cached_property
     def lessons(self) -> tuple[Lesson, ...]:
         """What the student of the masked stage learns, of each of its teachers."""
         only = TeachingConfig(
