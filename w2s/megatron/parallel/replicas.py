@@ -1,4 +1,4 @@
-"""Data-parallel replicas hold the same weights to the bit: what a fault has changed is found and, if possible, repaired."""
+"""Data-parallel replicas hold the same weights to the bit: a fault's changes are found and repaired if possible."""
 
 from collections import Counter
 from collections.abc import Iterator
