@@ -79,7 +79,7 @@ class Passes:
     backward: Chunks = ()
     """Its backward pass; nothing where there are forward passes alone."""
     message: float = 0.0
-    """From a stage to the next. With several chunks a rank it is on its way while the rank continues; else both
+    """From a stage to the next. With several chunks per rank it is on its way while the rank continues; otherwise both
     wait."""
     gather: Chunks = ()
     """Gathering a chunk's weights, which begins with the first pass, in the order of the chunks; nothing for none."""
