@@ -258,9 +258,7 @@ class _Run:
     def _forwards(self) -> list[float]:
         """Seconds of a micro-batch's forward pass through each virtual stage."""
         layer = self._layer.forward.total
-        return [
-            layer * layers + ends.total / 3 for layers, ends in zip(self._tower.split, self._ends, strict=True)
-        ]
+        return [layer * layers + ends.total / 3 for layers, ends in zip(self._tower.split, self._ends, strict=True)]
 
     def _backwards(self) -> list[float]:
         """The same of its backward pass."""
