@@ -4,9 +4,8 @@ import pytest
 
 from tests.planning.test_plan import eva_18b
 from w2s.config.load import load
-from w2s.planning.cards import card
 from w2s.planning.fully_sharded_costs import exposed, whole
-from w2s.planning.plan import find_plans
+from w2s.planning.layouts import Layouts
 from w2s.planning.towers import planned_towers
 
 LAYERS = 10
@@ -31,21 +30,10 @@ def test_a_slow_network_is_the_step() -> None:
     assert delay + 3 * LAYERS * 3.0 == pytest.approx(3 * LAYERS * 40.0, rel=0.01)
 
 
-def test_eva_18b_has_no_bubble_and_fits() -> None:
-    """One pass of 16 images a GPU is found beside what the best pipeline takes."""
-    full, other = find_plans(eva_18b("mim"), card("h100"), 256, top=2).fastest
-    assert (full.config.parallel.shard, other.config.parallel.shard) == ("full", "optimizer")
-    assert (full.config.parallel.tensor, full.config.parallel.pipeline, full.data_size) == (1, 1, 256)
-    assert full.time.bubble == 0 < other.time.bubble
-    assert full.seconds < other.seconds
-    assert full.memory.optimizer * 64 == pytest.approx(other.memory.optimizer * 64, rel=0.1), "a share of all weights"
-    (alone,) = find_plans(eva_18b("mim", "parallel.shard=full"), card("h100"), 256, ["parallel.shard"]).fastest
-    assert alone == full
-
-
 def test_what_full_sharding_cannot_do_is_not_searched() -> None:
-    plans = find_plans(eva_18b("clip", "clip.learn_logit_scale=false"), card("h100"), 256, top=20).fastest
-    assert {plan.config.parallel.shard for plan in plans} == {"optimizer"}
+    for learnt, searched in (("true", {"optimizer", "full"}), ("false", {"optimizer"})):
+        layouts = Layouts(eva_18b("clip", f"clip.learn_logit_scale={learnt}"), 256, ())
+        assert {split.parallel.shard for split in layouts.splits()} == searched
 
 
 def test_what_a_rank_of_eva_18b_has_whole() -> None:

@@ -14,7 +14,7 @@ from w2s.errors import ConfigError, UserError
 from w2s.planning.cards import card
 from w2s.planning.in_memory_costs import host_copy
 from w2s.planning.memory import rank_memory
-from w2s.planning.plan import Plan, find_plans
+from w2s.planning.plan import Plan, Plans, find_plans
 from w2s.planning.report import bottleneck
 from w2s.planning.states import States
 from w2s.planning.teacher import planned_teachers
@@ -44,11 +44,17 @@ def one(
     return plan
 
 
-def test_18b_on_256_h100_is_planned_in_seconds_and_every_layout_is_legal() -> None:
-    config = eva_18b("mim")
+@pytest.fixture(scope="module")
+def searched() -> tuple[Plans, float]:
+    """The ten best plans of the masked stage on 256 H100, and the seconds that they took."""
     begun = time.process_time()
-    plans = find_plans(config, card("h100"), 256, top=10)
-    assert time.process_time() - begun < 15
+    plans = find_plans(eva_18b("mim"), card("h100"), 256, top=10)
+    return plans, time.process_time() - begun
+
+
+def test_18b_on_256_h100_is_planned_in_seconds_and_every_layout_is_legal(searched: tuple[Plans, float]) -> None:
+    plans, taken = searched
+    assert taken < 15
     assert plans.fitting > 1000 and len(plans.fastest) == 10
     layouts = [plan.config.parallel for plan in plans.fastest]
     assert len({(each.tensor, each.pipeline, each.shard) for each in layouts}) == 10, "each split once"
@@ -61,6 +67,18 @@ def test_18b_on_256_h100_is_planned_in_seconds_and_every_layout_is_legal() -> No
     assert bottleneck(best).startswith("bottleneck: matrix products of the towers")
     # Above what the best product gives at 100 % there is nothing: 794 of 989 TFLOP/s.
     assert 0.3 < best.mfu < 794 / 989
+
+
+def test_a_fully_sharded_18b_has_no_bubble_and_fits(searched: tuple[Plans, float]) -> None:
+    """One pass of 16 images a GPU is found beside what the best pipeline takes."""
+    full, other = searched[0].fastest[:2]
+    assert (full.config.parallel.shard, other.config.parallel.shard) == ("full", "optimizer")
+    assert (full.config.parallel.tensor, full.config.parallel.pipeline, full.data_size) == (1, 1, 256)
+    assert full.time.bubble == 0 < other.time.bubble
+    assert full.seconds < other.seconds
+    assert full.memory.optimizer * 64 == pytest.approx(other.memory.optimizer * 64, rel=0.1), "a share of all weights"
+    (alone,) = find_plans(eva_18b("mim", "parallel.shard=full"), card("h100"), 256, ["parallel.shard"]).fastest
+    assert alone == full
 
 
 def test_a_moving_average_has_four_bytes_a_parameter_of_the_share_and_a_pass_of_twelve() -> None:
