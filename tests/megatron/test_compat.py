@@ -71,6 +71,21 @@ def test_a_product_of_our_own_stands_in_while_a_linear_is_trained(alone: Ranks, 
     torch.testing.assert_close(twice, 2 * once, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("base", [ColumnParallelLinear, RowParallelLinear])
+def test_a_linear_adds_to_its_gradient_within_the_product(alone: Ranks, base: Any) -> None:
+    config = make_student().chunks[0].config
+    others = {"input_is_parallel": True} if base is RowParallelLinear else {}
+    linear = base(16, 16, config=config, init_method=torch.nn.init.normal_, bias=False, skip_bias_add=True, **others)
+    torch.nn.init.normal_(linear.weight)
+    linear.weight.main_grad = torch.ones_like(linear.weight)
+    compat.accumulate_in_products(linear)
+    inputs, gradient = torch.randn(3, 1, 16), torch.randn(3, 1, 16)
+    linear(inputs)[0].backward(gradient)
+    expected = 1 + gradient[:, 0].T @ inputs[:, 0]
+    torch.testing.assert_close(linear.weight.main_grad, expected, atol=1e-5, rtol=1e-5)
+    assert linear.weight.grad is None  # no tensor of its own
+
+
 def test_messages_go_through_what_is_put_in_their_place() -> None:
     genuine, seen = p2p_communication._p2p_ops, []
 

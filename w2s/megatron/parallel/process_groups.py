@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from statistics import fmean
@@ -187,12 +187,13 @@ def initialize_groups(
     """
     cpu.enable()
     before = process_groups()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
-    )
+    with compat.taking_for_groups(world_group()) if _alone_over_gloo() else nullcontext():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
+        )
     compat.replace_rng_tracker(cpu.NoRngTracker())
     try:
         yield Ranks(
@@ -216,6 +217,11 @@ def initialize_groups(
             dist.destroy_process_group(group)
 
 
+def _alone_over_gloo() -> bool:
+    """Whether every group would be the same: each has threads of its own, which wake up a hundred times a second."""
+    return dist.get_world_size() == 1 and dist.get_backend() == "gloo"
+
+
 def _all_over_gloo(timeout: timedelta) -> ProcessGroup:
-    group: Any = dist.new_group(backend="gloo", timeout=timeout)
+    group: Any = world_group() if _alone_over_gloo() else dist.new_group(backend="gloo", timeout=timeout)
     return group
