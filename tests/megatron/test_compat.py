@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.distributed.fsdp.src.megatron_fsdp import megatron_fsdp
@@ -24,6 +25,7 @@ from w2s.megatron.parallel.process_groups import Ranks
 def test_every_name_that_is_set_was_there_before() -> None:
     """What is put in the place of a name that is gone would change nothing."""
     for owner, names in {
+        parallel_state: ("create_group",),
         megatron_random: ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED", "_get_cuda_rng_state",
                           "_set_cuda_rng_state"),
         filesystem_async: ("_results_queue",),

@@ -187,7 +187,10 @@ def initialize_groups(
     """
     cpu.enable()
     before = process_groups()
-    with compat.taking_for_groups(world_group()) if _alone_over_gloo() else nullcontext():
+    control_group: Any = dist.new_group(backend="gloo", timeout=timeout)
+    # Alone all groups would be the same, and each over gloo has a thread that wakes up a hundred times a second.
+    alone = dist.get_world_size() == 1 and dist.get_backend() == "gloo"
+    with compat.taking_for_groups(control_group) if alone else nullcontext():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
@@ -207,7 +210,7 @@ def initialize_groups(
             model_group=parallel_state.get_model_parallel_group(),
             world_group=world_group(),
             self_group=parallel_state.get_context_parallel_group(),
-            control_group=_all_over_gloo(timeout),
+            control_group=control_group,
             device=device,
         )
     finally:
@@ -215,13 +218,3 @@ def initialize_groups(
         # Megatron forgets them alone; over gloo each has three threads, which would keep waking up.
         for group in process_groups()[len(before) :]:
             dist.destroy_process_group(group)
-
-
-def _alone_over_gloo() -> bool:
-    """Whether every group would be the same: each has threads of its own, which wake up a hundred times a second."""
-    return dist.get_world_size() == 1 and dist.get_backend() == "gloo"
-
-
-def _all_over_gloo(timeout: timedelta) -> ProcessGroup:
-    group: Any = world_group() if _alone_over_gloo() else dist.new_group(backend="gloo", timeout=timeout)
-    return group
