@@ -41,7 +41,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy w2s
 	$(BIN)/lint-imports
 
-# The theme's advertisement of its successor is no news of these pages.
+# The theme's advertisement of its successor is not about these pages.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 

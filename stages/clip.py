@@ -46,7 +46,7 @@ def run(config: Config) -> None:
 
 
 def sample_spec(config: Config, teacher_sizes: tuple[int, ...] = ()) -> SampleSpec:
-    """What the stage wants of a sample, with teachers whose inputs have `teacher_sizes` pixels a side."""
+    """What the stage needs of a sample, with teachers whose inputs have `teacher_sizes` pixels a side."""
     patches, dropout = config.model.vision.patches, config.clip.patch_dropout
     return SampleSpec.of(
         config,
@@ -145,10 +145,10 @@ class ContrastiveStage:
     def _feature_gradients(
         self, images: list[Tensor], texts: list[Tensor], batch: Batch
     ) -> tuple[Metrics, Sequence[Tensor | None]]:
-        """The losses, and the gradients with respect to features and scalars; None where there are no features."""
+        """The losses, and the gradients with respect to features and logit parameters; None without features."""
         if self.text.last_chunk is None:
             return {}, (None, None)
-        logit_parameters = [scalar.detach().clone() for scalar in self.text.last_chunk.logit_parameters()]
+        logit_parameters = [each.detach().clone() for each in self.text.last_chunk.logit_parameters()]
         leaves = [leaf.requires_grad_() for leaf in (torch.cat(images), torch.cat(texts), *logit_parameters)]
         loss, losses = self._loss(leaves[0], leaves[1], leaves[2:], batch)
         return losses, torch.autograd.grad(loss, leaves)
@@ -161,17 +161,16 @@ class ContrastiveStage:
         grad_features: Tensor | None,
         grad_logit_parameters: Sequence[Tensor | None],
     ) -> None:
-        """Accumulate in a tower the gradients that its features and, for the text tower, the loss's scalars have."""
+        """Hand a tower the gradients with respect to its features and, for text, the logit parameters."""
         count = len(micro_batches)
 
         def forward(chunk: Any, micro: tuple[Batch, Tensor]) -> tuple[Tensor, Loss]:
             def loss(features: Tensor) -> tuple[Tensor, Metrics]:
                 # The schedule divides by the number of micro-batches.
                 value = count * (features.float() * micro[1].float()).sum()
-                for gradient, scalar in zip(
-                    grad_logit_parameters, chunk.logit_parameters() if grad_logit_parameters else [], strict=True
-                ):
-                    value = value + gradient * scalar
+                parameters = chunk.logit_parameters() if grad_logit_parameters else []
+                for gradient, parameter in zip(grad_logit_parameters, parameters, strict=True):
+                    value = value + gradient * parameter
                 return value, {}
 
             return embed(chunk, micro[0]), loss
@@ -202,16 +201,16 @@ class ContrastiveStage:
         return handover
 
     def extra_state(self) -> dict[str, Tensor]:
-        """Whether the teacher has been passed, if there is one."""
+        """Whether the student has overtaken the teacher, if there is one."""
         return {} if self.distillation is None else self.distillation.state()
 
     def load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
-        """Take back whether the teacher had been passed."""
+        """Restore whether the student had overtaken the teacher."""
         if self.distillation is not None:
             self.distillation.load_state(extra)
 
     def evaluate(self) -> dict[str, float]:
-        """Zero-shot classification and retrieval on the test images; a teacher that is passed there is let go."""
+        """Zero-shot classification and retrieval on the test images; a teacher that is overtaken there is dropped."""
         if not self.config.eval.shards:
             return {}
         metrics = self.evaluator.measure(self.vision, self.text).metrics

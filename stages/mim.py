@@ -62,7 +62,7 @@ def run(config: Config) -> None:
 
 
 def sample_spec(config: Config, teacher_sizes: tuple[int, ...]) -> SampleSpec:
-    """What the stage wants of a sample, with teachers whose inputs have `teacher_sizes` pixels a side."""
+    """What the stage needs of a sample, with teachers whose inputs have `teacher_sizes` pixels a side."""
     return SampleSpec.of(
         config,
         teacher_sizes=teacher_sizes,
@@ -145,18 +145,18 @@ class MaskedStage:
         if self.turns is None:
             taught = self._run_teacher(own, [Alone()] * len(self.tutors))
             return gather_batch(taught, group), {"teacher_images_per_rank": torch.tensor(float(len(batch)))}
-        whole = gather_batch(own, group)
+        group_batch = gather_batch(own, group)
         indices = group_indices(batch.indices.numpy(), self.config.train.global_batch, self.ranks.data_size)
         drawn = self.turns.drawn(indices)
         shown = parts(drawn > 0, self.costs, group)
-        taught = self._run_teacher(whole, shown)
+        taught = self._run_teacher(group_batch, shown)
         shares = ({"share": torch.tensor(share)} for share in (drawn > 0).mean(0).tolist())
         images = float(sum(len(part.samples) for part in shown))
         facts = {"teacher_images_per_rank": torch.tensor(images)} | self._by_teacher(shares)
         return dataclasses.replace(taught, teacher_weights=self._weights(torch.from_numpy(drawn))), facts
 
     def _weights(self, drawn: Tensor) -> Tensor:
-        """What samples count in the losses, of what `Turns.drawn` gave: its mean over the global batch becomes 1."""
+        """The weights of samples in the losses: what `Turns.drawn` gave, with a mean of 1 over the global batch."""
         drawn = drawn.to(self.ranks.device, non_blocking=True)
         mean = drawn.mean(0)
         dist.all_reduce(mean, group=self.ranks.data_group)
@@ -164,7 +164,7 @@ class MaskedStage:
         return (drawn / mean.clamp_min(torch.finfo(mean.dtype).tiny)).float()
 
     def _weights_of(self, micro: Batch) -> Sequence[Tensor | None]:
-        """What the samples of a micro-batch count in the loss of each teacher."""
+        """The weights of a micro-batch's samples in the loss of each teacher."""
         return [None] * len(self.tutors) if micro.teacher_weights is None else micro.teacher_weights.unbind(1)
 
     def _run_teacher(self, batch: Batch, shown: Sequence[Part | Alone]) -> Batch:
@@ -242,7 +242,7 @@ class MaskedStage:
         return first.state() | dict(states)
 
     def load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
-        """Take back the statistics of the targets."""
+        """Restore the statistics of the targets."""
         first, *others = self.tutors
         first.load_state({name: value for name, value in extra.items() if not name.startswith("teachers.")})
         for tutor in others:
@@ -281,7 +281,7 @@ class MaskedStage:
         norms = [self._test_target_norm(tutor) for tutor in self.tutors]
 
         def measure(batch: ImageBatch) -> Tensor:
-            """Cosine and direction of the targets, first the mean of an image's places, then the summary's if any."""
+            """Cosine and direction of the targets: the mean over an image's patches, then the summary's if any."""
             predictions, targets, masks = self._predict(batch, norms)
             return torch.cat(
                 [self._measured(*each, self._patch_indices(masks)) for each in zip(predictions, targets, strict=True)],
@@ -308,7 +308,7 @@ class MaskedStage:
         return torch.cat([*columns, summary, F.normalize(targets.summary, dim=-1)], dim=1)
 
     def _cosines_of(self, mean: Tensor, target: Target) -> dict[str, float]:
-        """The metrics of a teacher, of the mean of what `_measured` gave."""
+        """The metrics of a teacher, from the mean of what `_measured` gave."""
         cosine, direction, summary, towards = mean.split([1, target.width, 1, target.summary_width])
         found = {f"{self._metric_prefix}_cosine": cosine.item(), "constant_cosine": direction.norm().item()}
         if target.summary_width:

@@ -63,7 +63,7 @@ class Counting:
         self.calls.append("step")
         if self.calls.count("step") in self.passing:
             return {"loss": torch.tensor(float("nan"))}
-        # By the data that were seen, as it is for a bad sample: to go back and on brings others.
+        # By the data that were seen, as it is for a bad sample: to roll back and continue brings others.
         return {"loss": torch.tensor(float("nan") if max(self.indices) in self.wrong else float(self.seen))}
 
     def count_update(self) -> None:
@@ -277,7 +277,7 @@ def test_a_run_goes_back_and_passes_over_the_samples_that_led_there(
     trainer.train()
     out = " ".join(capsys.readouterr().out.split())
     assert "step 6 was skipped; repeated, it is reproducible, and there is no other data-parallel rank" in out
-    assert "back at step 3, the samples of steps 4 to 6 are passed over" in out
+    assert "rolled back to step 3, the samples of steps 4 to 6 are skipped" in out
     assert stage.indices == [*range(24), *range(20, 40)], "ten steps of samples for seven, the sixth repeated once"
     lines = read_history(tmp_path / "run")
     assert [(line["step"], line["loss"], line.get("skipped_steps")) for line in lines[1:]] == [
@@ -290,9 +290,9 @@ def test_a_run_goes_back_and_passes_over_the_samples_that_led_there(
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ("train.rollbacks=1", "the run has gone back 1 times"),
+        ("train.rollbacks=1", "the run has rolled back 1 times"),
         ("checkpoint.every=100", "there is no checkpoint"),
-        ("train.bad_steps=100", "the run has gone back 2 times"),
+        ("train.bad_steps=100", "the run has rolled back 2 times"),
     ],
 )
 def test_a_run_that_cannot_go_on_ends(alone: Ranks, options: list[str], tmp_path: Path, change: str, why: str) -> None:
@@ -436,5 +436,5 @@ def test_replicas_that_differ(
     trainer.train()
     printed = capsys.readouterr().out
     assert f"step 4: vision.norm.weight differs on ranks {[1] if repaired else [0, 1]}" in printed
-    assert ("back at step 3, the samples of steps 4 to 4 come again" in printed) == (not repaired)
+    assert ("rolled back to step 3, the samples of steps 4 to 4 are read again" in printed) == (not repaired)
     assert stage.indices == [*range(16), *range(16 if repaired else 12, 28)]

@@ -456,7 +456,7 @@ class Chaos:
             self.finish(run, exact=due)
             if due and not run.said(r"step \d+: \S+ differs on ranks"):
                 raise Failed("nobody noticed")
-            lost = EVERY if run.said("back at step") else 0
+            lost = EVERY if run.said("rolled back to step") else 0
             return lost, 0.0, run.last_word() or "the next update has overwritten it"
 
         return self.trial(fault, number, run, f"rank {rank} at step {at}", act)

@@ -31,7 +31,7 @@ def row(config: TeacherConfig) -> str:
 
 
 if __name__ == "__main__":
-    print("| `teacher=` | million parameters | width | input, px | patch, px | GFLOP an image |")
+    print("| `teacher=` | million parameters | width | input, px | patch, px | GFLOP per image |")
     print("|---|---|---|---|---|---|")
     for path in sorted((files("w2s.configs") / "teacher").iterdir(), key=lambda path: path.name):
         print(row(load("mim", [f"teacher={path.name.removesuffix('.yaml')}"]).teacher))

@@ -87,7 +87,7 @@ class Distillation:
             images: the student's.
             texts: the student's.
             scale: its inverse temperature.
-            batch: what `teach` gave, all of it.
+            batch: what `run_teacher` returned, all of it.
             group: the data-parallel ranks, over which affinities go.
         """
         kind, sides = self.settings.kind, self.settings.sides

@@ -42,7 +42,7 @@ class Finding:
         name: what was looked for.
         value: what was found.
         note: what a missing or broken piece would bring, and how to get it; empty when all is well.
-        state: `missing` is no fault, `broken` is one.
+        state: `missing` is not a fault, `broken` is one.
     """
 
     name: str
@@ -164,7 +164,7 @@ def _mlflow_store(root: Path) -> Finding:
             return Finding("MLflow store", f"{seen}, made by the first run")
         call = partial(_read, database)
     else:
-        load_mlflow()  # outside the time limit: importing it takes seconds, and is no fault of the store
+        load_mlflow()  # outside the time limit: importing it takes seconds, and is not the store's fault
         call = partial(_ask, uri)
     begin = time.monotonic()
     problem = _problem(call)

@@ -86,7 +86,7 @@ def prepare_cuda(tensor: int, deterministic: bool) -> None:
     name = "PYTORCH_ALLOC_CONF" if TorchVersion(torch.__version__) >= "2.9" else "PYTORCH_CUDA_ALLOC_CONF"
     wanted = {name: "expandable_segments:True"}
     if tensor > 1:
-        # One queue to the GPU: else communication that was begun first may come after the product that should hide it.
+        # One queue to the GPU: with more, communication begun first may come after the product that should hide it.
         wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if deterministic:
         wanted |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "NCCL_ALGO": "Ring"}

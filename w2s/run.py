@@ -49,7 +49,7 @@ def open_run(config: Config) -> Iterator[tuple[Ranks, Heartbeat, Path]]:
 def owned_folder(config: Config, ranks: Ranks) -> Iterator[Path]:
     """Own the folder of this run, and give it; every rank calls.
 
-    A named run is that run. A run without a name is the interrupted one of the same configuration, else a new one.
+    A named run is that run. A run without a name is the interrupted one of the same configuration, otherwise a new one.
     """
     folder = ranks.on_main(lambda: unfinished_folder(config))
     if is_finished(folder):
@@ -154,7 +154,7 @@ def _data_input(config: Config, key: str, source: str, context: str) -> DataInpu
 
 @contextmanager
 def tracked(tracker: Tracker) -> Iterator[None]:
-    """End the tracked run as it ended: FINISHED, KILLED when it was asked to stop, else FAILED.
+    """End the tracked run as it ended: FINISHED, KILLED when it was asked to stop, otherwise FAILED.
 
     What ended it is what the user is told, also where a full disk takes no report.
     """

@@ -22,7 +22,7 @@ class Trainer(Progress):
     """Trains a stage in a run folder.
 
     After each step the callbacks of the user are called first. Then, in this order, a line is logged, replicas are
-    compared, the stage is measured (which may decide how it continues, as its checkpoint has to know), a checkpoint is
+    compared, the stage is measured (before the checkpoint, as it may decide how the stage continues), a checkpoint is
     saved, and the run stops if it was asked to.
     """
 
@@ -69,16 +69,16 @@ class Trainer(Progress):
         return self.update(self.batch)
 
     def _roll_back(self, why: RollBack) -> None:
-        """Take up the last checkpoint, and the samples after it again or, where they may have led here, no more."""
-        self.heartbeat.at("going back to a checkpoint", self.step, long=True)
+        """Load the last checkpoint; the samples after it are read again or, if they may be to blame, skipped."""
+        self.heartbeat.at("rolling back to a checkpoint", self.step, long=True)
         recover(self.run, self.ranks, strict=self.config.checkpoint.strict)
         newest, trouble = checkpoint_folders.latest(self.run), f"step {self.step}: {why.trouble}"
         if newest is None or self._rollbacks == self.config.train.rollbacks:
-            reason = "there is no checkpoint" if newest is None else f"the run has gone back {self._rollbacks} times"
+            reason = "there is no checkpoint" if newest is None else f"the run has rolled back {self._rollbacks} times"
             raise W2SError(f"{trouble}, and {reason}: lower optim.lr, lengthen optim.warmup or look at the data")
         self._rollbacks += 1
         reached, skipped = self.step, int(self.stage.optimizer.guard.skipped)
-        self.stage.optimizer.gather_weights()  # a gathering that is still due would write over what is loaded
+        self.stage.optimizer.gather_weights()  # an all-gather that is still due would overwrite what is loaded
         resumed = load_checkpoint(newest, self.stage, self.config)
         self.step, self.news = resumed.step, list(resumed.news)
         self.undone += skipped - int(self.stage.optimizer.guard.skipped)
@@ -86,8 +86,9 @@ class Trainer(Progress):
         if why.again:
             self.stream.close()
             self.stream = self.read_from(resumed.position)
-        fate, steps = "come again" if why.again else "are passed over", f"{self.step + 1} to {reached}"
-        self.tracker.message(f"warning: {trouble}; back at step {self.step}, the samples of steps {steps} {fate}")
+        fate, steps = "are read again" if why.again else "are skipped", f"{self.step + 1} to {reached}"
+        outcome = f"rolled back to step {self.step}, the samples of steps {steps} {fate}"
+        self.tracker.message(f"warning: {trouble}; {outcome}")
         self.tell_news()
 
     def finish(self) -> dict[str, float]:

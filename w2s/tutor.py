@@ -71,7 +71,7 @@ class Tutor:
         return Features(patches, torch.empty(0, teacher.summary_width, device=device), tuple(layers))
 
     def targets(self, features: Features, patch_indices: Tensor, group: ProcessGroup) -> list[Tensor]:
-        """What is to be predicted at places [n, k]: [n, k, d] of the patches, then of each layer; all ranks call."""
+        """What to predict at `patch_indices` [n, k]: [n, k, d] of the patches, then of each layer; all ranks call."""
         norms = zip((self.norm, *self.layer_norms), (features.patches, *features.layers), strict=True)
         return [gather_patches(norm(each, group, update=True), patch_indices) for norm, each in norms]
 
@@ -114,7 +114,7 @@ class Tutor:
         return self.norm.state_dict() | self.layer_norms.state_dict(prefix="layers.")
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back the statistics of the targets."""
+        """Restore the statistics of the targets."""
         of_layers = {name: value for name, value in state.items() if name.startswith("layers.")}
         self.norm.load_state_dict({name: value for name, value in state.items() if name not in of_layers})
         self.layer_norms.load_state_dict({name.removeprefix("layers."): value for name, value in of_layers.items()})

@@ -1,8 +1,11 @@
 """Megatron's questions about CUDA, answered on a CPU."""
 
+from typing import Any
+
 import pytest
 import torch
 from megatron.core.pipeline_parallel import schedules
+from torch.overrides import TorchFunctionMode
 
 from w2s.megatron.cpu import unasked
 from w2s.megatron.parallel.process_groups import Ranks
@@ -35,3 +38,18 @@ def test_a_step_asks_no_function_mode_and_its_schedule_needs_none(alone: Ranks) 
         assert torch.zeros(2).type() == "torch.FloatTensor"
         assert schedules.torch.zeros([], dtype=torch.int, device="cuda").device.type == "cpu"
     assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+
+
+class _OnMeta(TorchFunctionMode):
+    """Another mode, which answers for devices itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (
+            func(*args, **{**(kwargs or {}), "device": "meta"}) if func is torch.zeros else func(*args, **kwargs or {})
+        )
+
+
+def test_a_step_under_another_mode_asks_it(alone: Ranks) -> None:
+    with _OnMeta(), unasked():
+        assert torch.zeros(2).device.type == "meta"
+        assert schedules.torch.zeros([], dtype=torch.int, device="cuda").device.type == "meta"

@@ -83,7 +83,7 @@ def test_a_mistake_in_an_override(override: str, message: str, tmp_path: Path) -
         ("title: t\nseeds: [1, 1]\nsteps: [{name: a, stage: mim}]\n", "seeds=[1, 1] has a seed twice"),
         ("title: t\nsteps: [{name: mask, stage: mim, beside: [mas]}]\n", "no step mas: did you mean mask?"),
         ("title: t\non_stage: {mum: []}\nsteps: [{name: a, stage: mim}]\n", "no stage mum: did you mean mim?"),
-        ("title: t\nsteps: [{name: a, stage: clip, compute_of: [a]}]\n", "compute_of=['a'] are no earlier steps"),
+        ("title: t\nsteps: [{name: a, stage: clip, compute_of: [a]}]\n", "compute_of=['a'] are not earlier steps"),
         (
             "title: t\nsteps: [{name: a, stage: mim, choose: {key: optim.lr, among: [1], by: x}}]\n",
             "choose.among=['1']: give at least two candidates",

@@ -231,7 +231,7 @@ def test_random_weights_are_equal_and_leave_the_generator_alone(caplog):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("efficientnet_lite", "efficientnet_lite is no teacher: use efficientnet_lite[02]"),
+        ("efficientnet_lite", "efficientnet_lite is not a teacher: use efficientnet_lite[02]"),
         ("tim:test_vit", "use timm:MODEL"),
         ("huggingface:x", "use efficientnet_lite0 or efficientnet_lite2 or timm"),
         ("eva:", r"use eva:MODEL\[@FILE\]"),

@@ -87,8 +87,8 @@ def bench_step(
     Args:
         config: the stage.
         layers: layers of the vision tower, see `reduced`; None for all.
-        micro_batches: each makes a row, with a global batch of one micro-batch a data-parallel rank; if there are none,
-            the batch of `config` is measured.
+        micro_batches: each makes a row, with a global batch of one micro-batch per data-parallel rank; if there are
+            none, the batch of `config` is measured.
         steps: measured steps of each row.
         data: noise that is in memory, or the stage's training samples.
         peer: see `PEERS`; None for ours alone.

@@ -367,7 +367,7 @@ def _prune(run: Path, keep: CheckpointConfig, step: int) -> None:
         return int(path.name.removeprefix("step-").removesuffix(DAMAGED)) <= step
 
     kept = {step_name(chosen) for chosen in keep.keep_at}
-    # Those of later steps are of a run that has gone back since: they are no reason to remove earlier ones.
+    # Those of later steps are of a run that has rolled back since: they are no reason to remove earlier ones.
     old = [path for path in list(filter(passed, all_of(run)))[: -keep.keep] if path.name not in kept]
     for path in [*old, *filter(passed, set_aside_of(run))]:
         remove(path)

@@ -156,7 +156,7 @@ class HostMemory:
         return torch.from_file(str(partial), shared=True, size=size, dtype=torch.uint8)
 
     def _named(self, rank: int, copy: Copy) -> Copy:
-        """Give a part that is whole its name; one of the same step, of before the run has gone back, goes."""
+        """Give a part that is whole its name; one of the same step, from before a rollback, goes."""
         of_step = copy.name.rsplit(".", 2)[0]
         for path in self._folder.glob(f"{of_step}.*.safetensors"):
             path.unlink()

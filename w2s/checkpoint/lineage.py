@@ -198,7 +198,7 @@ def _parents(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
 
 
 def _of_its_teacher(vision: str, checkpoint: Path, meta: Meta) -> object:
-    """Which weights the teacher has whose text tower was taken: that of the masked run in `vision`, else its own."""
+    """Which weights the teacher has whose text tower was taken: that of the masked run in `vision`, or its own."""
     student, chosen = _origin("", vision, checkpoint).path, meta.config.get("init", {}).get("teacher", "")
     with suppress(CheckpointError):  # of other people's weights, or of a run that is damaged
         known = read_meta(student) if student is not None else meta

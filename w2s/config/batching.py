@@ -14,12 +14,12 @@ def model_parallel_size(parallel: ParallelConfig) -> int:
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Return how many copies of the model `world_size` ranks hold."""
+    """Return how many replicas of the model `world_size` ranks hold."""
     return world_size // model_parallel_size(parallel)
 
 
 def num_stages(parallel: ParallelConfig) -> int:
-    """Return the stages of the pipeline, virtual ones counted."""
+    """Return the stages of the pipeline, virtual ones included."""
     return parallel.pipeline * parallel.virtual_pipeline
 
 
@@ -29,29 +29,29 @@ def samples_per_rank(config: Config, world_size: int) -> int:
 
 
 def samples_per_replica(config: Config, world_size: int) -> int:
-    """Return the samples of a step that one copy of the model sees."""
+    """Return the samples of a step that one replica sees."""
     return config.train.global_batch // data_parallel_size(config.parallel, world_size)
 
 
 def micro_batch_size(config: Config, world_size: int) -> int:
-    """Return the samples of a micro-batch: `train.micro_batch`, or all of a copy's where these are fewer."""
+    """Return the samples of a micro-batch: `train.micro_batch`, or all of a replica's where these are fewer."""
     return min(config.train.micro_batch, samples_per_replica(config, world_size))
 
 
 def num_micro_batches(config: Config, world_size: int) -> int:
-    """Return the micro-batches of a step on one copy of the model."""
+    """Return the micro-batches of a step on one replica."""
     return samples_per_replica(config, world_size) // micro_batch_size(config, world_size)
 
 
 def fills_pipeline(parallel: ParallelConfig, count: int) -> bool:
-    """Return whether that many micro-batches give every pipeline stage work; chunks take turns by the `pipeline`."""
+    """Return whether that many micro-batches give every stage work; virtual ones take `pipeline` of them at a time."""
     return count % parallel.pipeline == 0 if parallel.virtual_pipeline > 1 else count >= parallel.pipeline
 
 
 def num_passes(config: Config, count: int) -> int:
     """Return the forward passes of a stage's towers in a step of `count` micro-batches.
 
-    The contrastive stage needs two where no rank has the features of all of a copy's samples after one.
+    The contrastive stage needs two where no rank has the features of all of a replica's samples after one.
     """
     all_at_once = count == 1 and config.parallel.pipeline == 1 and config.clip.two_pass == "auto"
     return 1 if config.stage == "mim" or all_at_once else 2

@@ -43,7 +43,7 @@ def is_text(key: str) -> bool:
 
 
 def entry_section(key: str) -> type | None:
-    """The dataclass of the entries of a key that takes a list of sections, such as `data.phases`; else None."""
+    """The dataclass of the entries of a key that takes a list of sections, such as `data.phases`; otherwise None."""
     entry = next(iter(get_args(FIELDS[key])), None) if get_origin(FIELDS[key]) is list else None
     return entry if isinstance(entry, type) and is_dataclass(entry) else None
 

@@ -5,6 +5,7 @@ The sections of the model, the data and the training are in files beside this on
 
 import re
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from w2s.config.data_sections import DataConfig, PhaseConfig
@@ -118,13 +119,13 @@ class PrecisionConfig:
     """Type in which gradients are accumulated over micro-batches and reduced over ranks."""
     linear: Literal["auto", "local", "te"] = "auto"
     """Linear layers: Megatron's own (`local`) or Transformer Engine's (`te`); `auto` takes Transformer Engine on Hopper
-    and newer cards where it is installed, else local."""
+    and newer cards where it is installed, otherwise local."""
     fp8: Literal["none", "delayed", "tensorwise", "blockwise", "emulated"] = "none"
     """FP8 in the layers' matrix products while training: a recipe of Transformer Engine, or `emulated`, a rehearsal of
     `tensorwise` on any machine. Evaluation is always without."""
     fp8_format: Literal["auto", "hybrid", "e4m3"] = "auto"
     """`hybrid` is E4M3 forward and E5M2 for gradients, `e4m3` is E4M3 for both; `auto` is e4m3 with the blockwise
-    recipe, else hybrid."""
+    recipe, otherwise hybrid."""
     fp8_history: int = 16
     """Micro-batches over which the delayed recipe takes the largest magnitude."""
     fp8_margin: int = 0
@@ -309,7 +310,7 @@ class TrackingConfig:
     enabled: bool = True
     """Log to MLflow; the console, metrics.jsonl and report.html are always written."""
     uri: str = ""
-    """Tracking URI; empty takes MLFLOW_TRACKING_URI, else a sqlite file beside the runs."""
+    """Tracking URI; empty takes MLFLOW_TRACKING_URI, otherwise a sqlite file beside the runs."""
     experiment: str = "w2s"
     """MLflow experiment."""
     parent_run: str = ""
@@ -346,7 +347,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    @property
+    @cached_property
     def lessons(self) -> tuple[Lesson, ...]:
         """What the student of the masked stage learns, of each of its teachers."""
         only = TeachingConfig(

@@ -22,15 +22,15 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between evaluations while training; 0 evaluates only at the end."""
     bad_steps: int = 10
-    """After so many skipped steps in a row (see `optim.spike_deviations`) the run goes back to its last checkpoint and
-    passes over the samples that led there; noticed when a log line is due."""
+    """After so many skipped steps in a row (see `optim.spike_deviations`) the run rolls back to its last checkpoint
+    and skips the samples that led there; noticed when a log line is due."""
     rollbacks: int = 2
-    """Most times that a run goes back; then it ends."""
+    """Most times that a run rolls back; then it ends."""
     deterministic: bool = False
     """On a GPU, give the same bits for the same samples every time, by algorithms that may be slower; a CPU does so."""
     check_replicas: int = 1000
     """Steps between comparisons of the data-parallel replicas' weights: what differs is named and taken from the
-    majority; without one the run goes back to its last checkpoint. 0 never compares."""
+    majority; without one the run rolls back to its last checkpoint. 0 never compares."""
     callbacks: list[str] = field(default_factory=list)
     """Classes of your own that follow the run, subclasses of `w2s.callbacks.Callback`: [my_package.module:Class]."""
     profile: str = ""
@@ -100,8 +100,8 @@ class MimConfig:
     """Weight of a second loss: minus the cosine of the student's class token, through the projection that its CLIP will
     have, and the teacher's summary of the image. 0 leaves both out."""
     summary: Literal["cls", "pooled"] = "cls"
-    """The teacher's summary: its own image embedding (class token or pooled feature of what is no CLIP), or the mean of
-    its patch features."""
+    """The teacher's summary: its own image embedding (class token or pooled feature if it is not a CLIP), or the mean
+    of its patch features."""
 
     def num_visible(self, patches: int) -> int:
         """Return how many of an image's patches go through the student, masked or not."""

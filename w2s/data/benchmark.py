@@ -36,7 +36,7 @@ class BenchmarkSet:
         """Return the names of the classes, by what the source calls them.
 
         Of ImageNet's numbers (n01440764) they are open_clip's, in whichever part of its classes. Of another set that
-        `like` names they are CLIP_benchmark's where it has a list, else the source's with spaces for _ and /.
+        `like` names they are CLIP_benchmark's where it has a list, otherwise the source's with spaces for _ and /.
 
         Raises:
             DataError: there is another number of them.
@@ -89,7 +89,7 @@ def describe(out: Path, split: str, *, shards: int, names: Sequence[str], prompt
         shards: number of its shards.
         names: of the classes, by number; empty without classes.
         prompts: for these; empty without.
-        kind: `multilabel`, `retrieval`, or empty for one class an image.
+        kind: `multilabel`, `retrieval`, or empty for one class per image.
 
     Raises:
         DataError: another split has other class names.

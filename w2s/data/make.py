@@ -181,7 +181,7 @@ def _lines(values: Iterable[Sequence[str]]) -> tuple[str, ...]:
 
 
 def _kind(items: Sequence[Item]) -> str:
-    """What CLIP_benchmark calls a set of several classes or of captions alone; one class an image has no name."""
+    """What CLIP_benchmark calls a set of several classes or of captions alone; one class per image has no name."""
     if _several(items):
         return "multilabel"
     return "retrieval" if any(item.captions for item in items) and not any(item.classes for item in items) else ""

@@ -14,7 +14,7 @@ T = TypeVar("T")
 class ReconnectingFile(io.RawIOBase):
     """A file that is not local. A connection that breaks, or gives nothing, is opened again at the same byte.
 
-    New tries follow at once as long as something comes, else after the link's waits.
+    New tries follow at once as long as something comes, otherwise after the link's waits.
 
     Args:
         shard: URL or command.

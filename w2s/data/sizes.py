@@ -20,8 +20,8 @@ _THREADS = 16
 def count_samples(shards: Sequence[str], index: Path) -> int | None:
     """Return the number of samples in shards, or None where nobody has counted them; no shard is asked for.
 
-    It is taken from the index that `w2s data index` made, else from `sizes.json` (shard name to count) beside the
-    shards, else from `__len__` (their sum) where all shards lie in one folder.
+    It is taken from the index that `w2s data index` made, otherwise from `sizes.json` (shard name to count) beside the
+    shards, otherwise from `__len__` (their sum) where all shards lie in one folder.
 
     Args:
         shards: paths or URLs.

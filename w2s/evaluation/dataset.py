@@ -43,7 +43,7 @@ class EvalSet:
     captions: list[str]
     """One text an image, several captions on lines of their own; empty where the samples have none."""
     labels: Tensor | None
-    """Numbers of the classes, int64 [n], or with several classes an image bool [n, classes]; None where an image has
+    """Numbers of the classes, int64 [n], or with several classes per image bool [n, classes]; None where an image has
     several captions and no class."""
     class_names: list[str]
     """Names by class number."""

@@ -47,7 +47,7 @@ def split_captions(captions: list[str], *, equal_is_right: bool = True) -> Capti
     Args:
         captions: a text an image, its captions on lines of their own.
         equal_is_right: give equal captions one number, so that an image that has a caption is a right answer to every
-            equal one; else a caption is a right answer to its own image alone, as CLIP_benchmark counts.
+            equal one; otherwise a caption is a right answer to its own image alone, as CLIP_benchmark counts.
     """
     lines = [[line.strip() for line in text.splitlines() if line.strip()] or [""] for text in captions]
     texts = [line for image in lines for line in image]

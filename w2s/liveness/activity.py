@@ -92,7 +92,7 @@ class Signs:
         return "".join(traceback.format_stack(self._frame()))
 
     def place(self) -> str:
-        """The innermost call in our own code, else of all: function, file and line."""
+        """The innermost call in our own code, otherwise of all: function, file and line."""
         calls = list(traceback.walk_stack(self._frame()))
         ours = [call for call in calls if _path(call[0]).is_relative_to(_ROOT / "w2s")]
         frame, line = (ours or calls)[0]

@@ -166,6 +166,11 @@ def no_function_modes() -> AbstractContextManager[None]:
     return context
 
 
+def function_modes() -> list[Any]:
+    """Return the function modes that are active, the innermost last."""
+    return list(torch.overrides._get_current_function_mode_stack())
+
+
 def replace_torch_of_schedules(stand_in: Any) -> None:
     """Make `stand_in` what Megatron's schedules know as torch."""
     schedules.torch = stand_in

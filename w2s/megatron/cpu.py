@@ -89,8 +89,8 @@ class _TorchOnCpu:
         return getattr(torch, name)
 
     def zeros(self, *size: Any, device: Any = None, **settings: Any) -> torch.Tensor:
-        """Return a tensor of zeros, whatever the device."""
-        return torch.zeros(*size, **settings)
+        """Return a tensor of zeros, whatever the device, unless another mode answers for it."""
+        return torch.zeros(*size, device=None if _alone() else device, **settings)
 
 
 class NoRngTracker:
@@ -151,5 +151,13 @@ def enable() -> None:
 
 
 def unasked() -> contextlib.AbstractContextManager[None]:
-    """Inside, the function mode is not asked: for training steps, where its answers would cost more than a norm."""
-    return compat.no_function_modes() if _enabled else contextlib.nullcontext()
+    """Inside, the function mode is not asked: for training steps, where its answers would cost more than a norm.
+
+    Where there are other modes too, such as a rehearsal's, all are asked as before.
+    """
+    return compat.no_function_modes() if _alone() else contextlib.nullcontext()
+
+
+def _alone() -> bool:
+    """Whether ours is the only function mode."""
+    return bool(_enabled) and compat.function_modes() == _enabled

@@ -2,8 +2,8 @@
 
 The loss of a row of logits is the log of its sum of exponentials minus that over its positives alone, and the same for
 a column; so its gradient with respect to a logit is (p - p+ + q - q+) / 2 over the batch size, with p and q the
-softmaxes over the row and the column, p+ and q+ those over their positives. The logs of these sums (two numbers a row
-and a column) are all that is needed: one product a tile finds them, three more the gradients, four in all where
+softmaxes over the row and the column, p+ and q+ those over their positives. The logs of these sums (two numbers per
+row and column) are all that is needed: one product per tile finds them, three more the gradients, four in all where
 autograd takes six.
 """
 
@@ -40,7 +40,7 @@ def contrastive_loss(
     """
     with torch.no_grad():
         tiles = LogitTiles(images, texts, scale, labels, group, tile)
-        row_lse, column_lse = normalisers(tiles)
+        row_lse, column_lse = log_sum_exps(tiles)
         gradients = FeatureGradients(tiles)
         for part in tiles:
             gradients.add(part, _grad_logits(part, row_lse, column_lse))
@@ -50,7 +50,7 @@ def contrastive_loss(
     return with_known_gradients(loss, (images, texts, scale), known)
 
 
-def normalisers(tiles: LogitTiles) -> tuple[Tensor, Tensor]:
+def log_sum_exps(tiles: LogitTiles) -> tuple[Tensor, Tensor]:
     """Return the logs of the sums of exponentials, of all and of positives: own rows [2, n], all columns [2, N]."""
     row_lse = tiles.images.new_full((2, len(tiles.images)), float("-inf"))
     column_lse = tiles.images.new_full((2, len(tiles.texts)), float("-inf"))
@@ -74,11 +74,11 @@ def _grad_logits(tile: Tile, row_lse: Tensor, column_lse: Tensor) -> Tensor:
 
 
 def _softmaxes(tile: Tile, row_lse: Tensor, column_lse: Tensor) -> Tensor:
-    """Return the sum of a tile's softmaxes over rows and over columns, given the logs of their normalisers."""
+    """Return the sum of a tile's softmaxes over rows and over columns, given the log-sum-exps of these."""
     by_row, by_column = log_softmaxes(tile, row_lse, column_lse)
     return by_row.exp_().add_(by_column.exp_())
 
 
 def log_softmaxes(tile: Tile, row_lse: Tensor, column_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logs of a tile's softmaxes over rows and over columns, given the logs of their normalisers."""
+    """Return the logs of a tile's softmaxes over rows and over columns, given the log-sum-exps of these."""
     return tile.logits - row_lse[tile.rows, None], tile.logits - column_lse[tile.columns]

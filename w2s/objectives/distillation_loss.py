@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from w2s.objectives.contrastive import log_softmaxes, normalisers
+from w2s.objectives.contrastive import log_softmaxes, log_sum_exps
 from w2s.objectives.tiles import TILE, FeatureGradients, LogitTiles, with_known_gradients
 
 
@@ -58,7 +58,7 @@ def affinity_loss(
     with torch.no_grad():
         student = LogitTiles(images, texts, scale, None, group, tile)
         teacher = LogitTiles(teacher_images, teacher_texts, teacher_scale, None, group, tile)
-        (row_lse, column_lse), (teacher_row_lse, teacher_column_lse) = normalisers(student), normalisers(teacher)
+        (row_lse, column_lse), (teacher_row_lse, teacher_column_lse) = log_sum_exps(student), log_sum_exps(teacher)
         gradients, loss = FeatureGradients(student), images.new_zeros(())
         for own, theirs in zip(student, teacher, strict=True):
             grad_logits = torch.zeros_like(own.logits)

@@ -1,7 +1,7 @@
 """SigLIP's sigmoid loss over the true global batch, in tiles, with its gradient in closed form.
 
-Every pair is a question of its own, yes or no, so one pass over the tiles gives the loss and the gradient: by the logit
-l of a pair it is sigmoid(l) minus one for a positive and sigmoid(l) for a negative, over the batch size.
+Every pair is a question of its own, yes or no, so one pass over the tiles gives the loss and the gradient. With respect
+to the logit l of a pair it is sigmoid(l) minus one for a positive and sigmoid(l) for a negative, over the batch size.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """The logits of all pairs of the global batch, a tile at a time, and the gradients that come back from them.
 
 A rank goes through the logits of its own images against all captions. A loss that knows its gradient with respect to a
-tile of them in closed form needs no other memory than the tile: two products put that gradient into those with respect
-to the features. So memory is linear in the batch.
+tile of them in closed form needs no memory but the tile: two products turn that gradient into those with respect to the
+features. So memory is linear in the batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -77,8 +77,7 @@ class FeatureGradients:
         self.texts[tile.columns].addmm_(grad_logits.T, self.tiles.images[tile.rows])
 
     def finish(self, factor: float) -> list[Tensor]:
-        """Return the gradients with respect to own images [n, d], own texts [n, d] and the scale, times the shared
-        factor."""
+        """Return the gradients with respect to own images [n, d], own texts [n, d] and the scale, times `factor`."""
         # A logit is scale * image . text: what the images get, times the images, is what the scale gets.
         grad_scale = torch.einsum("nd,nd->n", self.images, self.tiles.images).sum() * factor
         texts = reduce_scatter(self.texts, self.tiles.group)

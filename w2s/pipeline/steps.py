@@ -183,7 +183,7 @@ def _mistakes(pipeline: Pipeline) -> Iterator[str]:
                 yield f"{step.name}: there is no step {other}: did you mean {nearest(other, known)}?"
         later = [other for other in step.compute_of if other in names[number:]]
         if later:
-            yield f"{step.name}: compute_of={later} are no earlier steps: move {step.name} behind them"
+            yield f"{step.name}: compute_of={later} are not earlier steps: move {step.name} behind them"
         if step.stage == "eval" and (step.choose or step.compute_of or step.budgets):
             yield f"{step.name}: an evaluation trains nothing: leave out choose, compute_of and budgets"
         if step.shared:

@@ -16,7 +16,7 @@ from w2s.planning.simulated_schedule import Pipeline, order, pipeline_of
 from w2s.planning.towers import PlannedTower
 
 _STATISTIC = 4
-"""Bytes of a float32 number that a norm keeps a row, attention a row and head."""
+"""Bytes of a float32 number that a norm keeps per token, attention per token and head."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _chunk(parallel: ParallelConfig, layers: int, whole: int, entry: int) -> int
 
 
 def _layer(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples: int) -> int:
-    """What a layer keeps that is not computed again as a whole."""
+    """What a layer keeps that is not recomputed as a whole."""
     num_tokens, local = samples * tower.tokens // parallel.tensor, local_tokens(tower, parallel, samples)
     attention = num_tokens * (4 * tower.width * types.value + tower.heads * _STATISTIC + types.fp8 * tower.width)
     forgotten = types.value * (1 - types.fp8) if parallel.recompute == "selective" else 0

@@ -5,8 +5,9 @@ simulated (`simulated_schedule.py`). Reading and decoding images is taken to be 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 
 from w2s.config.batching import (
     data_parallel_size,
@@ -63,12 +64,12 @@ class StepTime:
     @property
     def total(self) -> float:
         """The step."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        return sum(vars(self).values())
 
     @property
     def bottleneck(self) -> str:
         """The part that takes longest."""
-        return max((part.name for part in fields(self)), key=lambda name: getattr(self, name))
+        return max(vars(self), key=vars(self).__getitem__)
 
 
 WORDS = {
@@ -187,7 +188,7 @@ class _Run:
         fused = fuses(config, card)
         self._layer = layer_time(card, tower, parallel, samples, fp8_share(config, tower), fused)
         self._ends = _ends(card, tower, samples, len(tower.split))
-        sizes = [sum(tower.chunk(virtual, parallel.tensor, with_scalars=False)) for virtual in range(len(tower.split))]
+        sizes = _chunk_sizes(tower, parallel.tensor)
         linears = tower.linear_weights(parallel.tensor)
         gradient = _gradient_bytes(config)
         added = [size - fused * layers * linears for size, layers in zip(sizes, tower.split, strict=True)]
@@ -195,12 +196,16 @@ class _Run:
         self._exchange = _Exchange(config, card, world_size, sizes)
         sent = _BF16 * local_tokens(tower, parallel, samples) * tower.width
         self._message = message(card, sent, world_size // parallel.pipeline) if parallel.pipeline > 1 else 0.0
-        stage = max(range(parallel.pipeline), key=lambda stage: sum(self._chunks(self._both)[stage]))
-        own = range(stage, len(tower.split), parallel.pipeline)
-        self.work = sum((self._work(virtual) for virtual in own), Work())
-        self.recomputed = sum(self._again(virtual) for virtual in own)
-        self.accumulated = sum(self._added[virtual] for virtual in own)
-        self.forward = self.count * sum(self._forward(virtual) for virtual in own)
+        self._again = [self._layer.forward.total * recomputed_layers(parallel, layers) for layers in tower.split]
+        self._forward, self._backward = self._forwards(), self._backwards()
+        both = [forward + backward for forward, backward in zip(self._forward, self._backward, strict=True)]
+        turns = [sum(chunks) for chunks in self._chunks(both)]
+        own = slice(turns.index(max(turns)), None, parallel.pipeline)
+        layer = self._layer.forward + self._layer.backward
+        parts = zip(tower.split[own], self._ends[own], strict=True)
+        self.work = sum((layer * layers + ends for layers, ends in parts), Work())
+        self.recomputed, self.accumulated = sum(self._again[own]), sum(self._added[own])
+        self.forward = self.count * sum(self._forward[own])
         turn = self.work.total + self.recomputed + self.accumulated
         self.bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline * turn
 
@@ -221,9 +226,9 @@ class _Run:
         """The same where weights are gathered layer by layer, with what is outside of layers before and after all."""
         layers, ends, exchange = self._tower.layers, self._ends[0].total, self._exchange
         forwards = self._layer.forward.total
-        backwards = (self._backward(0) - 2 / 3 * ends) / layers if backward else 0.0
+        backwards = (self._backward[0] - 2 / 3 * ends) / layers if backward else 0.0
         part = self._tower.layer_elements / exchange.sizes[0]
-        gather, reduce = exchange.gather(0), exchange.reduce(0)
+        gather, reduce = exchange.gather[0], exchange.reduce[0]
         delay = fully_sharded_costs.exposed(
             layers, self.count, forwards, backwards, part * gather, part * reduce, ahead=2
         )
@@ -245,30 +250,23 @@ class _Run:
         times = [seconds(self._pipeline, each) for each in (bare, sending, whole)]
         return _Taken(busy, times[0] - busy, times[1] - times[0], times[2] - times[1] + exchange.unhidden)
 
-    def _chunks(self, figure: Callable[[int], float]) -> Chunks:
-        """A figure of each virtual stage, by rank and chunk."""
+    def _chunks(self, figures: Sequence[float]) -> Chunks:
+        """The figures of all virtual stages by rank and chunk."""
         stages = self._parallel.pipeline
-        return tuple(
-            tuple(figure(virtual) for virtual in range(stage, len(self._tower.split), stages))
-            for stage in range(stages)
-        )
+        return tuple(tuple(figures[stage::stages]) for stage in range(stages))
 
-    def _work(self, virtual: int) -> Work:
-        both = self._layer.forward + self._layer.backward
-        return both * self._tower.split[virtual] + self._ends[virtual]
+    def _forwards(self) -> list[float]:
+        """Seconds of a micro-batch's forward pass through each virtual stage."""
+        layer = self._layer.forward.total
+        return [
+            layer * layers + ends.total / 3 for layers, ends in zip(self._tower.split, self._ends, strict=True)
+        ]
 
-    def _again(self, virtual: int) -> float:
-        return self._layer.forward.total * recomputed_layers(self._parallel, self._tower.split[virtual])
-
-    def _forward(self, virtual: int) -> float:
-        return self._layer.forward.total * self._tower.split[virtual] + self._ends[virtual].total / 3
-
-    def _backward(self, virtual: int) -> float:
-        layers = self._layer.backward.total * self._tower.split[virtual]
-        return layers + 2 / 3 * self._ends[virtual].total + self._again(virtual) + self._added[virtual]
-
-    def _both(self, virtual: int) -> float:
-        return self._forward(virtual) + self._backward(virtual)
+    def _backwards(self) -> list[float]:
+        """The same of its backward pass."""
+        layer = self._layer.backward.total
+        parts = zip(self._tower.split, self._ends, self._again, self._added, strict=True)
+        return [layer * layers + 2 / 3 * ends.total + again + added for layers, ends, again, added in parts]
 
 
 @dataclass(frozen=True)
@@ -299,22 +297,25 @@ class _Exchange:
     def unhidden(self) -> float:
         """Seconds of what is exchanged before or after the passes."""
         before, after = self.new_weights and not self.gathers, self.gradients and not self.reduces
-        everywhere = range(len(self.sizes))
-        seconds = sum(before * self.gather(virtual) + after * self.reduce(virtual) for virtual in everywhere)
+        seconds = sum(before * one + after * other for one, other in zip(self.gather, self.reduce, strict=True))
         return seconds / self.config.parallel.pipeline
 
-    def gather(self, virtual: int) -> float:
-        """Seconds of the weights of a chunk."""
+    @property
+    def gather(self) -> list[float]:
+        """Seconds of the weights of each chunk."""
         width = 1 if self.config.precision.fp8_primary_weights else _BF16
-        return self._seconds(width * self.sizes[virtual])
+        return [self._seconds(width * size) for size in self.sizes]
 
-    def reduce(self, virtual: int) -> float:
-        """Seconds of the gradients of a chunk."""
-        return self._seconds(_gradient_bytes(self.config) * self.sizes[virtual])
+    @property
+    def reduce(self) -> list[float]:
+        """Seconds of the gradients of each chunk."""
+        return [self._seconds(_gradient_bytes(self.config) * size) for size in self.sizes]
 
-    def buckets(self, virtual: int) -> float:
-        """Parts of a chunk: Megatron splits the first one of the first stage alone."""
-        return math.ceil(self.sizes[virtual] / max(40_000_000, 1_000_000 * self._replicas)) if virtual == 0 else 1
+    @property
+    def buckets(self) -> list[float]:
+        """Parts of each chunk: Megatron splits the first one of the first stage alone."""
+        first = math.ceil(self.sizes[0] / max(40_000_000, 1_000_000 * self._replicas))
+        return [first, *(1 for _ in self.sizes[1:])]
 
     @property
     def _replicas(self) -> int:
@@ -322,6 +323,12 @@ class _Exchange:
 
     def _seconds(self, count: float) -> float:
         return exchange(self.card, count, self._replicas, self.config.parallel.tensor)
+
+
+@cache
+def _chunk_sizes(tower: PlannedTower, tensor: int) -> tuple[int, ...]:
+    """Parameters of each chunk on one tensor-parallel rank."""
+    return tuple(sum(tower.chunk(stage, tensor, with_scalars=False)) for stage in range(len(tower.split)))
 
 
 def _ends(card: Card, tower: PlannedTower, samples: int, stages: int) -> list[Work]:

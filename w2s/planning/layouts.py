@@ -89,7 +89,7 @@ class Layouts:
         return [size for size in sizes if GPUS_PER_NODE % size == 0]
 
     def _virtual(self, pipeline: int) -> Iterable[int]:
-        """Chunks a pipeline rank: each has a layer at least."""
+        """Chunks per pipeline rank: each has a layer at least."""
         model = self.config.model
         layers = model.vision.layers if self.config.stage == "mim" else min(model.vision.layers, model.text.layers)
         return range(1, layers // pipeline + 1) if pipeline > 1 else [1]

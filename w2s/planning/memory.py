@@ -5,7 +5,7 @@ sums of their largest tensors. All of it is beside what the rehearsal counts (do
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from w2s.config.batching import (
     micro_batch_size,
@@ -50,7 +50,7 @@ class Memory:
     @property
     def total(self) -> int:
         """Bytes of all parts."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        return sum(vars(self).values())
 
 
 def rank_memory(

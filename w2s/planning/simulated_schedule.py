@@ -4,9 +4,9 @@ One forward and one backward pass follow each other after the warm-up (1F1B), wi
 et al. 2021, section 2.2; megatron/core/pipeline_parallel/schedules.py).
 """
 
-from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 from w2s.config.sections import ParallelConfig
@@ -79,7 +79,7 @@ class Passes:
     backward: Chunks = ()
     """Its backward pass; nothing where there are forward passes alone."""
     message: float = 0.0
-    """From a stage to the next. With several chunks a rank it is on its way while the rank continues; else both
+    """From a stage to the next. With several chunks per rank it is on its way while the rank continues; otherwise both
     wait."""
     gather: Chunks = ()
     """Gathering a chunk's weights, which begins with the first pass, in the order of the chunks; nothing for none."""
@@ -104,74 +104,85 @@ def seconds(pipeline: Pipeline, passes: Passes) -> float:
 
 
 def _simulated(pipeline: Pipeline, passes: Passes) -> float:
-    ranks = [_Rank(pipeline, passes, stage) for stage in range(pipeline.stages)]
-    done: dict[tuple[bool, int, int], float] = {}
-    while any([rank.go_on(done) for rank in ranks]):
-        pass
-    return max(rank.end for rank in ranks)
-
-
-class _Rank:
-    """A rank of the pipeline on its way through its turns."""
-
-    def __init__(self, pipeline: Pipeline, passes: Passes, stage: int) -> None:
-        self._stage, self._stages, self._chunks = stage, pipeline.stages, pipeline.chunks
-        self._turns, self._place = order(pipeline, stage, forward_only=not passes.backward), 0
-        self._costs = passes.forward[stage], passes.backward[stage] if passes.backward else ()
-        self._message, self._now, self._exchanged = passes.message, 0.0, 0.0
-        self._gather = dict(enumerate(passes.gather[stage])) if passes.gather else {}
-        self._reduce = dict(enumerate(passes.reduce[stage])) if passes.reduce else {}
-        self._buckets = passes.buckets[stage] if passes.buckets else (1,) * pipeline.chunks
-        self._left = Counter(turn.chunk for turn in self._turns if turn.backward)
-
-    @property
-    def end(self) -> float:
-        """When all is computed and reduced."""
-        return max(self._now, self._exchanged)
-
-    def go_on(self, done: dict[tuple[bool, int, int], float]) -> bool:
-        """Take the turns whose inputs are there; say whether there were any.
-
-        Args:
-            done: when turns of all ranks ended, by direction, micro-batch and virtual stage.
-        """
-        begun = self._place
-        while self._place < len(self._turns):
-            turn = self._turns[self._place]
-            virtual = turn.chunk * self._stages + self._stage
-            arrived = self._arrived(turn, virtual, done)
-            if arrived is None:
-                break
-            self._now = max(self._now, arrived)
-            self._compute(turn)
-            done[turn.backward, turn.micro_batch, virtual] = self._now
-            if self._chunks == 1 and 0 <= virtual + (-1 if turn.backward else 1) < self._stages:
-                self._now += self._message
-            self._place += 1
-        return self._place > begun
-
-    def _arrived(self, turn: Turn, virtual: int, done: dict[tuple[bool, int, int], float]) -> float | None:
-        """When the input of a turn is here; None where that is not known yet."""
-        last = self._stages * self._chunks - 1
-        if turn.backward and virtual == last:
-            return done.get((False, turn.micro_batch, last))
-        source = virtual + (1 if turn.backward else -1)
-        if source < 0:
-            return 0.0
-        sent = done.get((turn.backward, turn.micro_batch, source))
-        away = self._stages > 1
-        return None if sent is None else sent + (self._message if away else 0.0)
-
-    def _compute(self, turn: Turn) -> None:
-        """Take a turn, whose chunk may wait for weights, bucket by bucket, or give its gradients away."""
-        cost, buckets = self._costs[turn.backward][turn.chunk], int(self._buckets[turn.chunk])
-        gather = self._gather.pop(turn.chunk, 0.0)
-        self._left[turn.chunk] -= turn.backward
-        reduce = self._reduce.get(turn.chunk, 0.0) if turn.backward and not self._left[turn.chunk] else 0.0
+    costs, message = (passes.forward, passes.backward), passes.message
+    now, exchanged, ends = [0.0] * pipeline.stages, [0.0] * pipeline.stages, list[float]()
+    for step in _steps(pipeline, forward_only=not passes.backward):
+        stage, chunk, time = step.stage, step.chunk, now[step.stage]
+        if step.source is not None:
+            time = max(time, ends[step.source] + step.arrives * message)
+        cost = costs[step.backward][stage][chunk]
+        gather = passes.gather[stage][chunk] if step.is_first and passes.gather else 0.0
+        reduce = passes.reduce[stage][chunk] if step.is_last and passes.reduce else 0.0
+        buckets = int(passes.buckets[stage][chunk]) if passes.buckets else 1
+        # Bucket by bucket, weights are waited for and gradients given away.
         for _ in range(buckets):
             if gather:
-                self._exchanged += gather / buckets
-                self._now = max(self._now, self._exchanged)
-            self._now += cost / buckets
+                exchanged[stage] += gather / buckets
+                time = max(time, exchanged[stage])
+            time += cost / buckets
             if reduce:
-                self._exchanged = max(self._exchanged, self._now) + reduce / buckets
+                exchanged[stage] = max(exchanged[stage], time) + reduce / buckets
+        ends.append(time)
+        now[stage] = time + step.sends * message
+    return max(*now, *exchanged)
+
+
+class _Step(NamedTuple):
+    """A turn of a rank, among those of all."""
+
+    stage: int
+    chunk: int
+    backward: bool
+    source: int | None
+    """Number of the step that gives its input."""
+    arrives: bool
+    """Whether that is a message."""
+    sends: bool
+    """Whether the rank waits until its own message has gone."""
+    is_first: bool
+    """Of its chunk."""
+    is_last: bool
+    """Of its chunk: all its gradients are there."""
+
+
+@lru_cache(maxsize=64)
+def _steps(pipeline: Pipeline, forward_only: bool) -> tuple[_Step, ...]:
+    """Return the turns of all ranks, each after the one that gives its input; what they cost does not matter."""
+    orders = [order(pipeline, stage, forward_only) for stage in range(pipeline.stages)]
+    places, numbers, steps = [0] * pipeline.stages, dict[tuple[bool, int, int], int](), list[_Step]()
+    while len(steps) < sum(map(len, orders)):
+        for stage, turns in enumerate(orders):
+            for turn in islice(turns, places[stage], None):
+                virtual = turn.chunk * pipeline.stages + stage
+                giver = _giver(pipeline, turn, virtual)
+                if giver is not None and giver not in numbers:
+                    break
+                numbers[turn.backward, turn.micro_batch, virtual] = len(steps)
+                source = None if giver is None else numbers[giver]
+                steps.append(_step(pipeline, turn, stage, source))
+                places[stage] += 1
+    return tuple(steps)
+
+
+def _giver(pipeline: Pipeline, turn: Turn, virtual: int) -> tuple[bool, int, int] | None:
+    """Direction, micro-batch and virtual stage of the turn that gives another one its input; None where data do."""
+    last = pipeline.stages * pipeline.chunks - 1
+    if turn.backward and virtual == last:
+        return False, turn.micro_batch, last
+    source = virtual + (1 if turn.backward else -1)
+    return None if source < 0 else (turn.backward, turn.micro_batch, source)
+
+
+def _step(pipeline: Pipeline, turn: Turn, stage: int, source: int | None) -> _Step:
+    is_loss = turn.backward and stage == pipeline.stages - 1 and turn.chunk == pipeline.chunks - 1
+    is_end = stage == (0 if turn.backward else pipeline.stages - 1)
+    return _Step(
+        stage,
+        turn.chunk,
+        turn.backward,
+        source,
+        arrives=pipeline.stages > 1 and not is_loss,
+        sends=pipeline.chunks == 1 and not is_end,
+        is_first=not turn.backward and turn.micro_batch == 0,
+        is_last=turn.backward and turn.micro_batch == pipeline.micro_batches - 1,
+    )

@@ -1,4 +1,4 @@
-"""What a frozen teacher costs: bytes on every rank and operations an image."""
+"""What a frozen teacher costs: bytes on every rank and operations per image."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from w2s.planning.towers import pool_sizes
 from w2s.spread import spread
 
 _MAPS = 16
-"""Feature maps of the input's size, in float32, that a network which is no EVA tower is taken to need at once."""
+"""Feature maps of the input's size, in float32, that a network which is not an EVA tower is taken to need at once."""
 
 
 @dataclass(frozen=True)

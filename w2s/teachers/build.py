@@ -150,4 +150,4 @@ def _run(config: TeacherConfig, name: str, root: Path, parallel: ParallelConfig)
 
 def _no_teacher(source: str, kind: str) -> ConfigError:
     near = difflib.get_close_matches(kind, FORMS, n=1) or FORMS
-    return ConfigError(f"teacher.source={source} is no teacher: use {' or '.join(FORMS[key] for key in near)}")
+    return ConfigError(f"teacher.source={source} is not a teacher: use {' or '.join(FORMS[key] for key in near)}")

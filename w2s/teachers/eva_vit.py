@@ -62,7 +62,7 @@ def evaclip_folder(folder: Path, settings: Mapping[str, Any], *, image_size: int
 
     Raises:
         ConfigError: it is a kind of tower that only timm has.
-        CheckpointError: the weights are missing, or are no EVA-CLIP's.
+        CheckpointError: the weights are missing, or are not an EVA-CLIP's.
     """
     vision = settings.get("vision_config") or settings
     for key in ("use_rope", "use_sub_ln", "use_swiglu_mlp"):

@@ -2,8 +2,8 @@
 
 A feature is a patch token, or a place of the last map, after the final norm, and after the projection where the model
 projects what it pools and pools a token or the mean of them (CLIP). Where attention pools the tokens (SigLIP, AIMv2)
-they stay as they are. The summary is the model's own: its embedding of an image, or what it pools; else the class
-token; else the mean over the patches.
+they stay as they are. The summary is the model's own: its embedding of an image, or what it pools; otherwise the class
+token; otherwise the mean over the patches.
 """
 
 import inspect

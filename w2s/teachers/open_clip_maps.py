@@ -1,4 +1,4 @@
-"""Vision towers of open_clip that are no ViT as teachers: a feature is a place of the last feature map, projected.
+"""Vision towers of open_clip that are not ViTs, as teachers: a feature is a place of the last feature map, projected.
 
 The tower's own head is applied to each place as if it were the whole map: a mean over the map is the place itself. The
 summary is `encode_image`.

@@ -2,7 +2,7 @@
 
 A feature is a patch token after the final norm and the projection into the space shared with text, the summary is
 `encode_image`. Where attention pools the tokens first (CoCa), a feature is what the pool makes of one token alone: its
-values and output projection (Zhou et al. 2022, MaskCLIP). Towers that are no ViT are in `w2s.teachers.open_clip_maps`.
+values and output projection (Zhou et al. 2022, MaskCLIP). Other towers are in `w2s.teachers.open_clip_maps`.
 """
 
 from collections.abc import Sequence

@@ -185,7 +185,7 @@ def text_weights(config: Config) -> tuple[Path, Weights]:
 
 
 def _teacher_of(config: Config) -> tuple[TeacherConfig, Path]:
-    """The teacher of the masked run that `init.vision` names, else the configured one, and the folder of its runs."""
+    """The teacher of the masked run that `init.vision` names, or the configured one, and the folder of its runs."""
     root = Path(config.run.root).expanduser()
     start = find(config.init.vision, root, key="init.vision", stage="mim")
     if start is not None and (start / "meta.json").is_file():

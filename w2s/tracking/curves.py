@@ -102,7 +102,7 @@ GROUPS = (
     Group("learning rate", {"lr": "highest"}),
     Group("logit scale", {"logit_scale": "inverse temperature"}),
     Group("samples a second", {"samples_per_second": "all ranks"}),
-    Group("seconds a step", {"seconds_per_step": "main rank", **_over_ranks("seconds_per_step")}),
+    Group("seconds per step", {"seconds_per_step": "main rank", **_over_ranks("seconds_per_step")}),
     Group("share of the time spent waiting for data", {"data_wait": "main rank", **_over_ranks("data_wait")}),
     Group("memory, GiB", {"memory_gib": "main rank"}),
 )

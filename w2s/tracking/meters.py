@@ -94,7 +94,7 @@ def over_ranks(figures: Sequence[Mapping[str, float]], names: Sequence[str]) -> 
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far in GiB: what PyTorch allocated on a GPU, else the resident memory of this process."""
+    """Largest memory so far in GiB: what PyTorch allocated on a GPU, otherwise the resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB, on a Mac in bytes

@@ -125,7 +125,7 @@ class MlflowRun:
 
     @property
     def page(self) -> str | None:
-        """Where a browser shows the run, in the view for model training; None of a store that is no server, as yet."""
+        """Where a browser shows the run, in the view for model training; None if no server does, or not yet."""
         opened = self._opened
         if opened is None or not self._uri.startswith(("http://", "https://")):
             return None
@@ -142,7 +142,7 @@ class MlflowRun:
         opening, self._opening = self._opening, None
         if opening is not None:
             loading, answer = opening
-            loading.exception()  # outside the time limit: a slow disk is no fault of the store
+            loading.exception()  # outside the time limit: a slow disk is not the store's fault
             try:
                 answer.result(OPEN_SECONDS)
             except TimeoutError:

@@ -24,7 +24,7 @@ _SETTINGS = {
 
 
 def tracking_uri(tracking: TrackingConfig, root: Path) -> str:
-    """The store's address: the configured one, else MLFLOW_TRACKING_URI, else sqlite in the folder of all runs."""
+    """The store's address: the configured one, or MLFLOW_TRACKING_URI, or sqlite in the folder of all runs."""
     return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.absolute() / 'mlflow.db'}"
 
 

@@ -13,7 +13,7 @@ from w2s.training.saving import Saving
 
 
 class ReplicaCheck(Callback):
-    """Compares the replicas' weights every `train.check_replicas` steps, and mends what can be mended."""
+    """Compares the replicas' weights every `train.check_replicas` steps, and repairs what can be repaired."""
 
     def __init__(self, run: Progress) -> None:
         self._run = run

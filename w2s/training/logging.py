@@ -18,7 +18,7 @@ from w2s.training.progress import Progress, RollBack
 class Logging(Callback):
     """Tells the tracker what a run begins with, and how it continues where a line is due.
 
-    There a step that was skipped since the last line is repeated, and the run goes back after too many of them.
+    There a step that was skipped since the last line is repeated, and the run rolls back after too many of them.
     """
 
     def __init__(self, run: Progress) -> None:
@@ -30,7 +30,7 @@ class Logging(Callback):
         self._before: dict[str, Tensor] = {}
 
     def begin(self, training: Training) -> None:
-        """Show what was taken over, and what is read."""
+        """Show which weights were taken over, and which sources are read."""
         handover = self._run.handover
         if handover is not None:
             training.tracker.table("handover", ["", "tensors", "names"], handover.rows(), handover.title)

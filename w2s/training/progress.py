@@ -25,11 +25,11 @@ from w2s.training.stage import Stage, train_step
 
 
 class RollBack(Exception):
-    """Ends what follows a step: the run goes back to its last checkpoint.
+    """Ends what follows a step: the run rolls back to its last checkpoint.
 
     Args:
         trouble: why, as a part of a sentence.
-        again: whether the samples since then come again, as they are not to blame.
+        again: whether the samples since then are read again, as they are not to blame.
     """
 
     def __init__(self, trouble: str, *, again: bool = False) -> None:
@@ -54,11 +54,11 @@ class Progress:
         step: optimizer steps done.
         batch: this rank's share of the samples of the last step, on the host.
         meter: measures the steps since the last log line.
-        undone: skipped steps that are not among those that the optimizer counts.
+        undone: skipped steps that the optimizer no longer counts, as they were rolled back or retaken.
         begun_at: the step that this process began with.
         parent: checkpoint that the run's weights came from at first.
         handover: what became of the weights that `init` names, at the run's first start.
-        news: what the user is to be told of how it was taken up.
+        news: what the user is to be told of how it was resumed.
     """
 
     batch: Batch
@@ -99,7 +99,7 @@ class Progress:
         return stream
 
     def tell_news(self) -> None:
-        """Say what became of the run when its checkpoint was taken up."""
+        """Tell the user what changed when the checkpoint was loaded."""
         while self.news:
             self.tracker.message(self.news.pop(0))
 

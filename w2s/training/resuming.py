@@ -19,7 +19,7 @@ from w2s.training.stage import Stage
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run stands after it has taken up what there was."""
+    """Where a run stands when its loop begins."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -34,13 +34,15 @@ class Resumed:
 
 
 def resume(stage: Stage, config: Config, run: Path, memory: HostMemory | None) -> Resumed:
-    """Take up the run where it stands.
+    """Resume the run where it stands, or begin it.
 
-    1. This run's checkpoint in the memory of the hosts, if one was found: weights, optimizer, data position.
-    2. Else its own latest checkpoint, if it has one, as `recover` has left it.
-    3. Else all that of the checkpoint that `init.checkpoint` names.
-    4. Else the weights that `init` names; a new optimizer.
-    5. Else the weights drawn from the seed.
+    The first of these that there is:
+
+    1. This run's checkpoint in the memory of the hosts: weights, optimizer and data position.
+    2. Its latest checkpoint on disk, as `recover` has left it: the same.
+    3. The checkpoint that `init.checkpoint` names: the same.
+    4. The weights that `init` names; a new optimizer.
+    5. The weights drawn from the seed.
 
     Raises:
         UserError: the run was begun with another configuration.
@@ -68,7 +70,7 @@ def resume(stage: Stage, config: Config, run: Path, memory: HostMemory | None) -
 
 
 def load_checkpoint(checkpoint: Path, stage: Stage, config: Config) -> Resumed:
-    """Take up all that a checkpoint holds."""
+    """Load all that a checkpoint holds."""
     meta = checkpoint_folders.read_meta(checkpoint)
     stage.load_extra_state(state.load(checkpoint, stage.towers, stage.optimizer, meta.step))
     return _resumed(config, meta)

@@ -37,7 +37,7 @@ class Saving(Callback):
         """Save if it is time, finish what has been written, and at the end all."""
         run = self._run
         with run.meter.paused():
-            if run.is_saved(step) and not run.skipped_in_a_row():  # else the weights may be what is wrong
+            if run.is_saved(step) and not run.skipped_in_a_row():  # otherwise the weights may be what is wrong
                 self.save()
             self._finish_if_written()
             if step == run.config.train.steps:
@@ -108,7 +108,7 @@ class Saving(Callback):
             return
         seconds = time.perf_counter() - began
         if meta.step <= run.begun_at + run.config.checkpoint.every:  # once is enough
-            run.tracker.message(f"step {meta.step} is in memory: {size / 2**30:.3g} GiB a rank in {seconds:.2g} s")
+            run.tracker.message(f"step {meta.step} is in memory: {size / 2**30:.3g} GiB per rank in {seconds:.2g} s")
 
     @contextmanager
     def _training_on_if_refused(self, step: int) -> Iterator[None]:

@@ -25,7 +25,7 @@ class Stage(Protocol):
     optimizer: Optimizer
     """The optimizer of all towers."""
     spec: SampleSpec
-    """What the stage wants of a sample."""
+    """What the stage needs of a sample."""
     ranks: Ranks
     """The ranks that its losses and statistics go over."""
 

@@ -153,7 +153,7 @@ class _WriterResults:
 
 @contextmanager
 def translated_errors(action: str, fix: str) -> Iterator[None]:
-    """Turn torch's CheckpointException, which is no Exception and passes every handler, into an error of ours."""
+    """Turn torch's CheckpointException, which is not an Exception and passes every handler, into an error of ours."""
     try:
         yield
     except CheckpointException as error:

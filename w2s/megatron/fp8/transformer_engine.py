@@ -24,7 +24,7 @@ _problems: list[str] = []
 
 
 def load_or_hide() -> None:
-    """Load Transformer Engine if it is installed and this machine has a GPU; else make Megatron-Core go without."""
+    """Load Transformer Engine if it is installed and this machine has a GPU; otherwise hide it from Megatron-Core."""
     if not host.transformer_engine_installed() or _problems:
         return
     if not torch.cuda.is_available():

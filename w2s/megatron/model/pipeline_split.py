@@ -7,7 +7,7 @@ from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
 
 
 def vision_layers(vision: VisionConfig, head_width: int, parallel: ParallelConfig) -> list[int]:
-    """Return the layers of the vision tower on each pipeline stage, virtual ones counted.
+    """Return the layers of the vision tower on each pipeline stage, virtual ones included.
 
     Args:
         vision: the tower.
@@ -31,7 +31,7 @@ def balanced(layers: int, stages: int, first: float, last: float) -> list[int]:
 
     Args:
         layers: layers of the tower, at least as many as stages.
-        stages: stages of the pipeline, virtual ones counted.
+        stages: stages of the pipeline, virtual ones included.
         first: work of the first stage beside its layers, in units of a layer's.
         last: work of the last stage beside its layers.
 

@@ -59,7 +59,7 @@ class TransformerShape:
 def transformer_config(
     shape: TransformerShape, parallel: ParallelConfig, dtype: torch.dtype, linears: Linears = LOCAL
 ) -> TransformerConfig:
-    """Return Megatron's configuration of a stack: no dropout, weights left for us to fill."""
+    """Return Megatron's configuration of a tower: no dropout, and weights that we draw ourselves."""
     interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=shape.layers,
@@ -183,15 +183,15 @@ class Tower(MegatronModule):
         """Run this chunk's layers.
 
         Args:
-            embedded: [images, tokens, width] in the first chunk, None in the others.
+            embedded: [num_sequences, seq_len, width] in the first chunk, None in the others.
             num_sequences: sequences in the batch.
             seq_len: tokens of a sequence.
             taps: losses of the tokens after layers of this chunk, by the layer's number; the schedule divides none of
                 them by the number of micro-batches.
-            branch_scales: [images, layers of the tower, 2], what drop path multiplies the branches with; None is 1.
+            branch_scales: [num_sequences, layers of the tower, 2], drop path's factors on the branches; None is 1.
 
         Returns:
-            [images, tokens, width] in the last chunk, packed tokens [tokens, 1, width] elsewhere.
+            [num_sequences, seq_len, width] in the last chunk, packed tokens [local_tokens, 1, width] elsewhere.
         """
         hidden = None
         if embedded is not None:
@@ -202,7 +202,7 @@ class Tower(MegatronModule):
             num_sequences, seq_len
         )
         scales = self._packed_branch_scales(branch_scales, seq_len)
-        if self.graphs is not None and hidden is not None and torch.is_grad_enabled():  # else sizes vary
+        if self.graphs is not None and hidden is not None and torch.is_grad_enabled():  # otherwise sizes vary
             hidden = self.graphs(hidden, packing)
         elif taps:
             with hidden_states_at(self.blocks, taps) as after:
@@ -215,14 +215,14 @@ class Tower(MegatronModule):
         return self._unpack(hidden, num_sequences, seq_len) if self.last else hidden
 
     def _unpack(self, hidden: Tensor, num_sequences: int, seq_len: int) -> Tensor:
-        """Gather packed tokens: [images, tokens, width] on every tensor-parallel rank."""
+        """Gather packed tokens: [num_sequences, seq_len, width] on every tensor-parallel rank."""
         if self.config.sequence_parallel:
             # Every tensor-parallel rank computes the same head: its gradient is whole already, not a part to be summed.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.view(num_sequences, seq_len, -1)
 
     def _packed_branch_scales(self, branch_scales: Tensor | None, seq_len: int) -> Tensor | None:
-        """The scales of the branches for every token that this rank has: [tokens, layers of the tower, 2]."""
+        """The scales of the branches for every token that this rank has: [local_tokens, layers of the tower, 2]."""
         if branch_scales is None:
             return None
         scales = branch_scales.to(self.config.params_dtype).repeat_interleave(seq_len, dim=0)

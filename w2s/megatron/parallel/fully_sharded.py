@@ -19,10 +19,10 @@ from w2s.megatron.model.tower import Tower
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank has of a parameter: a run of its numbers, perhaps none. Its tensors are flat views of buffers."""
+    """What a rank has of a parameter: a range of its numbers, perhaps none. Its tensors are flat views of buffers."""
 
     begin: int
-    """Of the run in the flattened parameter."""
+    """Of the range in the flattened parameter."""
     weight: Tensor
     """In the type that the model computes in."""
     master: Tensor
@@ -62,7 +62,8 @@ class FullySharded(OpenFullySharded):
         """Gather nothing ahead where a pass has been through all layers.
 
         Megatron gathers what stands beside a module in its list, in which all that is outside of layers comes first or
-        last: it would gather the first layers again for the head, and the last ones as patches' embedding goes back.
+        last: it would gather the first layers again for the head, and the last ones for the patch embedding's backward
+        pass.
         """
         gather = self.module.all_gather_and_wait_parameters_ready
         layers = [module for module in part.modules() if isinstance(module, TransformerLayer)]
@@ -110,7 +111,7 @@ class FullySharded(OpenFullySharded):
         self._layers_to_come = True
 
     def copy_master_to_model(self) -> None:
-        """Make the shares' weights of the master weights."""
+        """Copy the master weights into the shares' weights."""
         self.release()
         self.module.install_optimized_model_weights()
 

@@ -23,7 +23,7 @@ class FullyShardedOptimizer:
     Its states have the names and places in a checkpoint that the distributed optimizer's have.
 
     Args:
-        base_optimizer: the optimizer, over the chunks' parameters; from here on over this rank's shares of them.
+        base_optimizer: the optimizer, over the chunks' parameters; from then on over this rank's shares of them.
         chunks: the chunks.
         clip_grad: largest norm of the gradients.
         guard: what judges the steps.
@@ -69,12 +69,12 @@ class FullyShardedOptimizer:
         return True, norm, None
 
     def copy_master_to_model(self) -> None:
-        """Make the weights of the master weights."""
+        """Copy the master weights into the weights."""
         for chunk in self.wrapped:
             chunk.copy_master_to_model()
 
     def reload_model_params(self) -> None:
-        """Make the master weights of the weights."""
+        """Copy the weights into the master weights."""
         for chunk in self.wrapped:
             chunk.param_and_grad_buffer.copy_model_weights_to_main_weights()
 
@@ -83,7 +83,7 @@ class FullyShardedOptimizer:
         return dict(self.masters)
 
     def ranges(self) -> dict[nn.Parameter, tuple[int, Tensor]]:
-        """Where this rank's run of each flattened parameter begins, and its numbers in the model's type."""
+        """Where this rank's range of each flattened parameter begins, and its numbers in the model's type."""
         return {parameter: (share.begin, share.weight) for parameter, share in self.shares.items()}
 
     def sharded_state_dict(
@@ -112,7 +112,7 @@ class FullyShardedOptimizer:
 
     @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take up what was read into the parts that `sharded_state_dict` describes."""
+        """Load what was read into the parts that `sharded_state_dict` describes."""
         for parameter, parts in zip(self.masters, saved["param_state"].values(), strict=True):
             for name, own in self._states(parameter).items():
                 own.copy_(torch.cat([part.flatten() for part in parts[name]]))

@@ -16,13 +16,13 @@ from w2s.optim.guard import StepGuard
 def global_norm(
     local_gradients: Sequence[Tensor], group: ProcessGroup, device: torch.device, loss: Tensor | None = None
 ) -> Tensor:
-    """Return the norm of the gradients of all ranks, a float32 scalar that nobody has waited for.
+    """Return the norm of the gradients of all ranks, a float32 scalar, without waiting for the device.
 
     Args:
         local_gradients: the gradients that this rank answers for, none of which is another rank's too; perhaps none.
         group: the ranks that hold gradients.
         device: where the gradients live.
-        loss: a scalar without which the norm is not a number if it is none itself; None where a rank has none.
+        loss: a scalar; where it is not a number, neither is the norm. None on ranks that do not have it.
     """
     squares = get_total_norm(local_gradients).square() if local_gradients else torch.zeros((), device=device)
     if loss is not None:
@@ -43,7 +43,7 @@ def clip_or_skip(
     """Let the guard judge a step and scale the gradients so that their global norm is at most `limit`.
 
     Args:
-        base_optimizer: the optimizer, which takes no step that the guard does not take.
+        base_optimizer: the optimizer, which skips the steps that the guard skips.
         trainable: the gradients that this rank answers for, of what is not frozen.
         guard: judges the norm.
         limit: may be infinite.
@@ -51,7 +51,7 @@ def clip_or_skip(
         loss: the step's, where this rank has it.
 
     Returns:
-        The norm before clipping, a scalar that nobody has waited for.
+        The norm before clipping, a scalar, without waiting for the device.
     """
     norm = global_norm(trainable, group, guard.device, loss)
     base_optimizer.found_inf = (~guard.check(norm)).float()

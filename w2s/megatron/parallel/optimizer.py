@@ -106,7 +106,7 @@ class Optimizer:
 
         Args:
             lr_factor: fraction of the peak learning rates.
-            loss: the loss, on the ranks that have it: where it is not a number the norm is none.
+            loss: the loss, on the ranks that have it: where it is not a number, neither is the norm.
 
         Returns:
             The global gradient norm before clipping, a scalar.
@@ -129,7 +129,7 @@ class Optimizer:
         return max(float(group["lr"]) for group in self.sharded.param_groups)
 
     def gather_weights(self) -> None:
-        """Make the towers whole after a step whose gathering of weights waits for the next training pass."""
+        """All-gather the weights where the last step left that to the next training pass."""
         for chunk in self.wrapped:
             if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
@@ -139,9 +139,9 @@ class Optimizer:
         _zero_moments(self.sharded.optimizer)
 
     def load(self, saved: dict[str, Any], step: int) -> None:
-        """Take up moments and master weights as they were after `step` steps, of which the guard knows those skipped.
+        """Load moments and master weights as they were after `step` steps, of which the guard knows those skipped.
 
-        Rates, decays and betas stay this run's own, which may continue from a run that had others.
+        Rates, decays and betas stay this run's own, which may continue from a run that had different ones.
         """
         saved["optimizer"]["param_groups"] = [{**settings, "step": step} for settings in self._settings]
         self.sharded.load_state_dict(saved)
@@ -167,7 +167,7 @@ class Optimizer:
         self._set_step(step - int(self.guard.skipped))
 
     def clear_skipped(self) -> None:
-        """Let the last step, which was skipped, not have been: it is taken again."""
+        """Forget the last step, which was skipped: it is taken again."""
         self.updates -= 1
         self.guard.clear_skipped()
 
@@ -177,11 +177,11 @@ class Optimizer:
             state["step"] = torch.full((), float(step), device=parameter.device)  # each its own: they are counted up
 
     def copy_master_to_model(self) -> None:
-        """Make the towers' weights of the master weights, on all ranks."""
+        """Copy the master weights into the towers' weights, on all ranks."""
         self.sharded.copy_master_to_model()
 
     def copy_model_to_master(self) -> None:
-        """Take the towers' weights over into the master weights, after weights were loaded; an average begins there."""
+        """Copy the towers' weights into the master weights, after weights were loaded; an average begins there."""
         self.sharded.reload_model_params()
         if self.average is not None:
             self.average.restart()
@@ -202,17 +202,17 @@ class Optimizer:
         self._exchange(self.average)
 
     def _exchange(self, average: WeightAverage) -> None:
-        self.gather_weights()  # a gathering that is still due would write over what is spread
+        self.gather_weights()  # an all-gather that is still due would overwrite what is copied
         average.exchange()
         self.copy_master_to_model()
 
 
 class _DistributedOptimizer(compat.OpenDistributedOptimizer):
-    """Megatron's distributed optimizer, but for five things.
+    """Megatron's distributed optimizer, with five things changed.
 
-    Its reshardable checkpoints forget that torch's AdamW keeps a `step`, and gather the whole state to every rank; it
-    waits for the gradient norm; it knows no groups that are frozen for a while; and it skips no step without waiting
-    for the device.
+    Megatron's reshardable checkpoints forget that torch's AdamW keeps a `step`, and gather the whole state on every
+    rank; it waits for the gradient norm; it has no groups that are frozen for a while; and it cannot skip a step
+    without waiting for the device.
     """
 
     guard: StepGuard
@@ -221,7 +221,7 @@ class _DistributedOptimizer(compat.OpenDistributedOptimizer):
     """The loss of the step, on the ranks that have it."""
 
     def get_parameters(self) -> list[torch.nn.Parameter]:
-        """Return what moves: the norm of the gradients is over these."""
+        """Return what is trained: the norm of the gradients is over these."""
         return [parameter for group in self.param_groups if not group["frozen"] for parameter in group["params"]]
 
     def clip_grad_norm(self, clip_grad: float) -> Tensor:
@@ -246,7 +246,7 @@ class _DistributedOptimizer(compat.OpenDistributedOptimizer):
         }
 
     def copy_master_to_model(self) -> None:
-        """Make the weights of the master weights, on all ranks."""
+        """Copy the master weights into the weights, on all ranks."""
         self.copy_own_master_to_model()
         for chunk in self.model_chunks:
             chunk.start_param_sync(force_sync=True)
@@ -267,7 +267,7 @@ class _DistributedOptimizer(compat.OpenDistributedOptimizer):
 
     @torch.no_grad()
     def load_parameter_state_from_fully_reshardable(self, state_dict: Any) -> None:
-        """Take up what was read into the parts that `sharded_param_state_fully_reshardable` describes."""
+        """Load what was read into the parts that `sharded_param_state_fully_reshardable` describes."""
         for parameter, parts in zip(self.ranges(), state_dict.values(), strict=True):
             runs = {name: torch.cat([part.flatten() for part in each]) for name, each in parts.items()}
             self.set_states_of(parameter, runs)

@@ -24,8 +24,8 @@ Loss = Callable[[Any], tuple[Tensor, Metrics]]
 """Takes a micro-batch's output, returns its loss and what to report; called on the last pipeline stage."""
 
 Forward = Callable[[Any, Any], tuple[Any, Loss]]
-"""Takes a chunk of the model and a micro-batch, returns the output, packed tokens but on the last pipeline stage, and
-the loss that it goes into."""
+"""Takes a chunk of the model and a micro-batch, returns the output (packed tokens, except on the last pipeline stage),
+and the loss that it goes into."""
 
 
 def forward_backward(
@@ -40,7 +40,7 @@ def forward_backward(
         num_tokens: tokens of a micro-batch, those of all its images together.
 
     Returns:
-        What each micro-batch reported; nothing but on the last pipeline stage.
+        What each micro-batch reported; empty except on the last pipeline stage.
     """
     return _run(tower, micro_batches, forward, num_tokens, forward_only=False)
 
@@ -68,7 +68,7 @@ def reduce_gradients(tower: ShardedTower[Any]) -> None:
 
 @contextmanager
 def no_grad_sync(towers: Iterable[ShardedTower[Any]]) -> Iterator[None]:
-    """Let passes leave each data-parallel rank's gradients its own, for a look at them; no update may follow."""
+    """Inside, passes leave each data-parallel rank's gradients unreduced, to be looked at; no update may follow."""
     with ExitStack() as stack:
         for tower in towers:
             driver = tower.chunks[0].config
@@ -89,7 +89,7 @@ def _no_op(*_: object, **__: object) -> None:
 def forward_only(
     tower: ShardedTower[Any], micro_batches: Sequence[Any], forward: Callable[[Any, Any], Tensor], num_tokens: int
 ) -> list[Tensor]:
-    """Return the model's output of each micro-batch, without gradients; nothing but on the last pipeline stage."""
+    """Return the model's output of each micro-batch, without gradients; empty except on the last pipeline stage."""
 
     def keep(chunk: nn.Module, micro_batch: Any) -> tuple[Tensor, Loss]:
         output = forward(chunk, micro_batch)

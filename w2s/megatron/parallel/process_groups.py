@@ -215,6 +215,6 @@ def initialize_groups(
         )
     finally:
         parallel_state.destroy_model_parallel()
-        # Megatron forgets them alone; over gloo each has three threads, which would keep waking up.
+        # Megatron only forgets them; over gloo each has three threads, which would keep waking up.
         for group in process_groups()[len(before) :]:
             dist.destroy_process_group(group)

@@ -1,4 +1,4 @@
-"""Data-parallel replicas hold the same weights to the bit: what a fault has changed is found, mended if it can be."""
+"""Data-parallel replicas hold the same weights to the bit: a fault's changes are found and repaired if possible."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ class Divergence:
     weight: str
     """Its name, the tower's first."""
     ranks: tuple[int, ...]
-    """The ranks that hold it otherwise than most; all of them where no value has a majority."""
+    """The ranks whose value differs from the majority's; all of them where no value has a majority."""
     repaired: bool
     """Whether they have taken it from one of the majority."""
 
 
 def repair(towers: Towers, group: ProcessGroup) -> list[Divergence]:
-    """Compare the weights of the replicas and mend what a majority of them agrees on; all ranks call, and wait.
+    """Compare the weights of the replicas and repair what a majority of them agrees on; all ranks call, and wait.
 
     The distributed optimizer gathers each slice of a weight from its owner with every update: what has gone wrong there
     is the same on all replicas, and is not seen here.

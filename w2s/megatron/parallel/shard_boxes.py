@@ -1,9 +1,9 @@
-"""What a data-parallel rank holds of a tensor, for a checkpoint: a run of its numbers, as boxes.
+"""What a data-parallel rank holds of a tensor, for a checkpoint: a range of its numbers, as boxes.
 
-The distributed optimizer deals a buffer of flattened parameters out in equal runs, which begin and end anywhere. A run
-of the numbers of a matrix is the end of a row, some whole rows, and the beginning of another: three boxes with a place
-each, which Megatron's format stores and any other layout can read. So every rank writes and reads its own share, and
-nothing is gathered.
+The distributed optimizer divides a buffer of flattened parameters into equal ranges, which begin and end anywhere. A
+range of a matrix is the end of a row, some whole rows, and the beginning of another: three boxes with an offset each,
+which Megatron's format stores and any other layout can read. So every rank writes and reads its own share, and nothing
+is gathered.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,7 +54,7 @@ def _in_row(shape: Sequence[int], number: int, begin: int, end: int) -> Iterator
 
 
 def sharded_boxes(whole: ShardedTensor, key: str, values: Tensor, begin: int) -> list[ShardedTensor]:
-    """Describe a run of the numbers of a tensor to Megatron.
+    """Describe a range of the numbers of a tensor to Megatron.
 
     Args:
         whole: what this rank's tensor-parallel group holds of the tensor.

@@ -107,7 +107,7 @@ def _optimizer_sharded(
     )
     # After a gather Megatron lays out weights in FP8.
     wrapper = DistributedDataParallel if several or precision.fp8_primary_weights else _Alone
-    # Later chunks reduce in one bucket: there is enough of a backward pass left to hide it behind.
+    # Later chunks reduce in one bucket: enough of the backward pass is left to hide it behind.
     return [
         wrapper(chunk.config, settings, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(tower.chunks)

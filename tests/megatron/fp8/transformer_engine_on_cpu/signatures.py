@@ -40,7 +40,7 @@ READ = {
     "module/linear.py": ("weight", "fp8_meta", "tp_group", "tp_size", "parallel_mode", "sequence_parallel"),
     "module/base.py": ("clear_high_precision_init_val", "get_high_precision_init_val", "scaling_fwd", "scaling_bwd"),
 }
-"""Names that `engine` reads of a linear and of its weights, by the file that gives them."""
+"""Names that `transformer_engine` reads of a linear and of its weights, by the file that gives them."""
 
 
 def calls(module: ModuleType, source: Any) -> Iterator[tuple[str, Any, ast.Call]]:
