@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.distributed.fsdp.src.megatron_fsdp import megatron_fsdp
@@ -24,6 +25,7 @@ from w2s.megatron.parallel.process_groups import Ranks
 def test_every_name_that_is_set_was_there_before() -> None:
     """What is put in the place of a name that is gone would change nothing."""
     for owner, names in {
+        parallel_state: ("create_group",),
         megatron_random: ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED", "_get_cuda_rng_state",
                           "_set_cuda_rng_state"),
         filesystem_async: ("_results_queue",),
@@ -69,6 +71,21 @@ def test_a_product_of_our_own_stands_in_while_a_linear_is_trained(alone: Ranks, 
     twice, _ = linear.train()(inputs)
     once, _ = linear.eval()(inputs)
     torch.testing.assert_close(twice, 2 * once, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("base", [ColumnParallelLinear, RowParallelLinear])
+def test_a_linear_adds_to_its_gradient_within_the_product(alone: Ranks, base: Any) -> None:
+    config = make_student().chunks[0].config
+    others = {"input_is_parallel": True} if base is RowParallelLinear else {}
+    linear = base(16, 16, config=config, init_method=torch.nn.init.normal_, bias=False, skip_bias_add=True, **others)
+    torch.nn.init.normal_(linear.weight)
+    linear.weight.main_grad = torch.ones_like(linear.weight)
+    compat.accumulate_in_products(linear)
+    inputs, gradient = torch.randn(3, 1, 16), torch.randn(3, 1, 16)
+    linear(inputs)[0].backward(gradient)
+    expected = 1 + gradient[:, 0].T @ inputs[:, 0]
+    torch.testing.assert_close(linear.weight.main_grad, expected, atol=1e-5, rtol=1e-5)
+    assert linear.weight.grad is None  # no tensor of its own
 
 
 def test_messages_go_through_what_is_put_in_their_place() -> None:

@@ -13,7 +13,7 @@ from stages.mim import MaskedStage
 from tests.distributed import run_ranks
 from tests.stages.conftest import Material
 from tests.stages.layouts import Steps, run_alone, run_layouts
-from tests.stages.runs import QUIET, history, killed_at_each_update, run_stage
+from tests.stages.runs import QUIET, history, killed_at_each_update, records, run_stage
 from tests.stages.test_layouts import PIPELINE, RELATIVE, TENSOR, relative_error
 from tests.stages.test_teachers import teachers_flops
 from w2s.config.load import load
@@ -165,6 +165,17 @@ def test_an_interrupted_run_goes_on_bit_for_bit(base: list[str], root: Path, two
     for name in ("step", "loss", "grad_norm", "clip/loss", "vit/cosine", "vit/share"):
         assert history(again, name) == history(whole, name), name
     assert len(set(history(whole, "vit/share"))) > 1, "the numbers differ from step to step"
+
+
+def test_nothing_is_logged_of_a_teacher_in_a_step_without_its_samples(base: list[str], root: Path, two: str) -> None:
+    """Else its cosines were drawn as falling to 0."""
+    options = [*(each for each in base if not each.startswith("teacher.")), *QUIET, two, "teachers.draw=one"]
+    options += ["teachers.vit.share=20", "teachers.clip.target_norm=standardize", "run.name=rare"]
+    lines = [line for line in records(run_stage("mim", options)) if "loss" in line]
+    told = [{name for name in line if name.startswith("clip/")} - {"clip/share"} for line in lines]
+    assert [bool(names) for names in told] == [line["clip/share"] > 0 for line in lines]
+    assert {line["clip/share"] > 0 for line in lines} == {True, False}
+    assert all("vit/cosine" in line for line in lines)
 
 
 def test_phi_s_needs_samples_of_its_teacher_in_the_first_batch(

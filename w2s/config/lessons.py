@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from w2s.config.model_sections import TeacherConfig, TeachingConfig
+from w2s.config.model_sections import MaskedLoss, TeacherConfig, TeachingConfig
 from w2s.config.training_sections import MimConfig
 
 
@@ -26,7 +26,7 @@ class Lesson:
     """The frozen model."""
     weight: float
     """Factor on its losses."""
-    loss: Literal["cosine", "smooth_l1", "mse"]
+    loss: MaskedLoss
     """Loss of the patches."""
     summary: Literal["cls", "pooled"]
     """What the summary is."""

@@ -7,6 +7,8 @@ from w2s.config.requirements import require, require_folder_name, require_positi
 
 Weights = Literal["last", "ema"]
 """Which of a checkpoint's weights: those after its last step, or their moving average."""
+MaskedLoss = Literal["cosine", "smooth_l1", "mse"]
+"""A loss of `w2s.objectives.masked_loss.LOSSES`."""
 ACTIVATIONS = {"eva": ("gelu",), "clip": ("gelu", "quick_gelu"), "siglip": ("gelu", "gelu_tanh")}
 """Of the MLPs, by kind of vision tower."""
 
@@ -216,7 +218,7 @@ class TeachingConfig:
     """Arithmetic of its forward pass; null takes `teacher.precision`."""
     weight: float = 1.0
     """Factor on its losses, of patches and of the summary, in the sum over the teachers."""
-    loss: Literal["cosine", "smooth_l1", "mse"] | None = None
+    loss: MaskedLoss | None = None
     """Loss of its patches; null takes `mim.loss`."""
     summary: Literal["cls", "pooled"] | None = None
     """What its summary is; null takes `mim.summary`."""

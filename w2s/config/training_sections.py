@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from w2s.config.model_sections import MaskedLoss
 from w2s.config.requirements import require, require_positive
 
 
@@ -79,7 +80,7 @@ class MimConfig:
     predict: Literal["masked", "visible", "all"] = "masked"
     """Patches that the loss is on: the masked ones (EVA); the visible ones, and then the masked ones do not go through
     the student at all; or all."""
-    loss: Literal["cosine", "smooth_l1", "mse"] = "cosine"
+    loss: MaskedLoss = "cosine"
     """Between a prediction and its target: minus the cosine (EVA), or the mean over the channels of smooth L1
     (data2vec) or of the squared error."""
     mask: Literal["block", "uniform"] = "block"

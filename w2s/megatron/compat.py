@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer as fsdp_buffers
@@ -19,10 +19,12 @@ from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import Train
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import p2p_communication, schedules
+from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 # 0.16 warns of every MLP that is not its own, 0.19 of every wrapper that works out its buffers itself and of its saves.
 for name in (
@@ -101,6 +103,36 @@ class OwnProduct:
             return self.product(input, weight, bias, allreduce_dgrad, sequence_parallel)
         options = {"allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel, **megatron}
         return super()._forward_impl(input, weight, bias=bias, **options)  # type: ignore[misc]
+
+
+@contextmanager
+def taking_for_groups(group: ProcessGroup) -> Iterator[None]:
+    """Inside, Megatron takes `group` wherever it would make one."""
+    make = parallel_state.create_group
+    parallel_state.create_group = lambda *_, **__: group
+    try:
+        yield
+    finally:
+        parallel_state.create_group = make
+
+
+class _WeightGradient:
+    """Stands in for Apex's module: the product that is a weight's gradient, added to what there is of it."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(input: Tensor, grad_output: Tensor, gradient: Tensor) -> None:
+        """Add grad_output.T @ input to `gradient`."""
+        gradient.addmm_(grad_output.t(), input)
+
+
+def accumulate_in_products(module: nn.Module) -> None:
+    """Without a GPU, let Megatron's linears of float32 add to DDP's gradients themselves: one pass over memory less."""
+    if torch.cuda.is_available():  # Megatron would return a stand-in for the gradient that is there
+        return
+    megatron_layers.fused_weight_gradient_mlp_cuda = _WeightGradient
+    for linear in module.modules():
+        if isinstance(linear, megatron_layers.ColumnParallelLinear | megatron_layers.RowParallelLinear):
+            linear.gradient_accumulation_fusion = linear.weight.dtype == torch.float32
 
 
 def delayed_scale(linear: Any, kind: str) -> Tensor:

@@ -131,10 +131,10 @@ def pool_flops(vision: VisionConfig, tokens: int) -> float:
 def loss_flops(config: Config, teacher_width: int = 0) -> Flops:
     """Operations of the contrastive loss for one pair: its logits with a batch, and the gradients that come back.
 
-    Model FLOPs are three products (logits, gradients by images and by captions). The softmax loss computes the logits
-    of a tile twice, the sigmoid loss once. A teacher's affinities are one more, of its width: the gradients could be
-    those of both losses at once. The loss of distillation computes its logits and the student's twice, and gradients of
-    its own.
+    Model FLOPs are three products (the logits, and the gradients with respect to images and captions). The softmax
+    loss computes the logits of a tile twice, the sigmoid loss once. A teacher's affinities are one more, of its width:
+    the gradients could be those of both losses at once. The loss of distillation computes its logits and the student's
+    twice, and gradients of its own.
 
     Args:
         config: the contrastive stage.
@@ -149,7 +149,7 @@ def loss_flops(config: Config, teacher_width: int = 0) -> Flops:
 
 
 def recomputed_layers(parallel: ParallelConfig, layers: int) -> int:
-    """Layers of a chunk that the backward pass computes again."""
+    """Layers of a chunk that the backward pass recomputes."""
     return min(parallel.recompute_layers or layers, layers) if parallel.recompute == "full" else 0
 
 

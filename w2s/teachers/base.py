@@ -23,7 +23,7 @@ class Features(NamedTuple):
     patches: Tensor
     """The features that a student regresses: [n, P, D]."""
     summary: Tensor
-    """One vector an image: a CLIP's image embedding, not normalised; elsewhere the pooled feature: [n, E]."""
+    """One vector per image: a CLIP's image embedding, not normalised; elsewhere the pooled feature: [n, E]."""
     layers: tuple[Tensor, ...] = ()
     """Patch tokens after the layers that were asked for, in that order, without a norm: [n, P, layer width] each."""
 
@@ -156,7 +156,7 @@ class Teacher(nn.Module):
 
     @staticmethod
     def pooled(features: Tensor) -> Tensor:
-        """One vector an image, for k-NN: the mean over the patches, [n, P, D] -> [n, D]."""
+        """One vector per image, for k-NN: the mean over the patches, [n, P, D] -> [n, D]."""
         return features.mean(1)
 
 

@@ -97,7 +97,7 @@ class Logging(Callback):
         run = self._run
         own = run.ranks.to_floats(metrics), run.watch.read(), figures, run.stream.counts()
         numbers, counts, everyones, read = zip(*run.ranks.gather(own), strict=True)
-        averages = process_groups.means(numbers) | fp8_metrics(counts)
+        averages = heard(process_groups.means(numbers)) | fp8_metrics(counts)
         skipped = int(run.stage.optimizer.guard.skipped) + run.undone
         if skipped:
             averages["skipped_steps"] = skipped
@@ -108,3 +108,10 @@ class Logging(Callback):
             callback.logged(run.step, logged)
         for line in self._counting.news() if self._counting else ():
             run.tracker.message(f"counted: {line}")
+
+
+def heard(averages: Mapping[str, float]) -> dict[str, float]:
+    """Leave out what a teacher without a sample in the step would have, zeros; its share, 0, says so."""
+    shares = {name for name in averages if name.endswith("/share")}
+    silent = tuple(name.removesuffix("share") for name in shares if averages[name] == 0)
+    return {name: value for name, value in averages.items() if name in shares or not name.startswith(silent)}

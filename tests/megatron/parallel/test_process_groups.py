@@ -3,13 +3,13 @@ import gc
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.distributed import run_ranks
 from w2s import compat
 from w2s.config.sections import ParallelConfig
 from w2s.errors import DataError
 from w2s.megatron.parallel import process_groups
+from w2s.megatron.parallel.process_groups import Ranks
 
 
 def left_by_a_split() -> tuple[int, int]:
@@ -20,14 +20,19 @@ def left_by_a_split() -> tuple[int, int]:
     return len(compat.process_groups()), psutil.Process().num_threads()
 
 
+def left_by_two_splits() -> list[tuple[int, int]]:
+    return [left_by_a_split(), left_by_a_split()]
+
+
 def test_a_split_leaves_no_groups_and_no_threads() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        (one, threads), (two, threads_again) = left_by_a_split(), left_by_a_split()
-    finally:
-        dist.destroy_process_group()
-    assert one == two == 1
-    assert threads_again <= threads  # each group has three, some fifty in all
+    for (one, threads), (two, threads_again) in run_ranks(left_by_two_splits, 2):
+        assert one == two == 1
+        assert threads_again <= threads  # each group has three, some fifty in all
+
+
+def test_alone_all_groups_are_one(alone: Ranks) -> None:
+    assert len(compat.process_groups()) == 2  # with that of torch
+    assert alone.data_group is alone.model_group is alone.self_group is alone.control_group
 
 
 def what_rank_0_does() -> tuple[str, int, str]:

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from statistics import fmean
@@ -187,12 +187,16 @@ def initialize_groups(
     """
     cpu.enable()
     before = process_groups()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
-    )
+    control_group: Any = dist.new_group(backend="gloo", timeout=timeout)
+    # Alone all groups would be the same, and each over gloo has a thread that wakes up a hundred times a second.
+    alone = dist.get_world_size() == 1 and dist.get_backend() == "gloo"
+    with compat.taking_for_groups(control_group) if alone else nullcontext():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
+        )
     compat.replace_rng_tracker(cpu.NoRngTracker())
     try:
         yield Ranks(
@@ -206,7 +210,7 @@ def initialize_groups(
             model_group=parallel_state.get_model_parallel_group(),
             world_group=world_group(),
             self_group=parallel_state.get_context_parallel_group(),
-            control_group=_all_over_gloo(timeout),
+            control_group=control_group,
             device=device,
         )
     finally:
@@ -214,8 +218,3 @@ def initialize_groups(
         # Megatron only forgets them; over gloo each has three threads, which would keep waking up.
         for group in process_groups()[len(before) :]:
             dist.destroy_process_group(group)
-
-
-def _all_over_gloo(timeout: timedelta) -> ProcessGroup:
-    group: Any = dist.new_group(backend="gloo", timeout=timeout)
-    return group

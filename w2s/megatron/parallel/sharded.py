@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import nn
 
 from w2s.config.sections import ParallelConfig, PrecisionConfig
+from w2s.megatron.compat import accumulate_in_products
 from w2s.megatron.fp8 import transformer_engine
 from w2s.megatron.model.tower import Tower
 from w2s.megatron.parallel.fully_sharded import FullySharded
@@ -93,6 +94,8 @@ def _optimizer_sharded(
     tower: ShardedTower[AnyTower], parallel: ParallelConfig, precision: PrecisionConfig
 ) -> list[Any]:
     """Each rank has whole weights, and whole gradients in one buffer; it updates a share."""
+    for chunk in tower.chunks:
+        accumulate_in_products(chunk)
     several = parallel_state.get_data_parallel_world_size() > 1
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
