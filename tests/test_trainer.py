@@ -430,7 +430,7 @@ def test_replicas_that_differ(
     repaired: bool,
 ) -> None:
     found = iter([[], [Divergence("vision.norm.weight", (1,) if repaired else (0, 1), repaired)]])
-    monkeypatch.setattr("w2s.training.following.mend", lambda *_: next(found, []))
+    monkeypatch.setattr("w2s.training.following.repair", lambda *_: next(found, []))
     config = load("mim", [*options, "train.check_replicas=2", "checkpoint.every=3"])
     trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
     trainer.train()

@@ -119,7 +119,7 @@ def test_drop_path_is_timms(alone: Ranks, placement: Any) -> None:
     theirs = peer.train()(images)
     assert {round(scale, 4) for scale in branches.flatten().tolist()} == {0, 1, round(1 / 0.7, 4), round(1 / 0.4, 4)}
     branches = torch.where(branches > 0.5, 1 / (1 - torch.linspace(0, 0.6, 3)[:, None]), 0)
-    assert_same(tower, tower(images, branches=branches), peer, theirs, VISION_NAMES)
+    assert_same(tower, tower(images, branch_scales=branches), peer, theirs, VISION_NAMES)
     assert_close("without", tower(images), peer.eval()(images))
 
 
