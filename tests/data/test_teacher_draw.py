@@ -33,8 +33,7 @@ def test_one_teacher_is_drawn_by_shares() -> None:
     drawn = draw.drawn(np.arange(4096, 8192))
     assert ((drawn > 0).sum(1) == 1).all()
     assert set(drawn[:, 0]) == {0, 4 / 3} and set(drawn[:, 1]) == {0, 4}
-    # Within three standard deviations of a binomial.
-    assert (drawn[:, 0] > 0).mean() == pytest.approx(0.75, abs=3 * (0.75 * 0.25 / 4096) ** 0.5)
+    assert (drawn[:, 0] > 0).sum() == 3072
     assert draw.shares() == [0.75, 0.25]
 
 
@@ -48,6 +47,25 @@ def test_a_draw_depends_on_the_seed_and_the_number_of_the_sample_alone() -> None
         assert (again.drawn(of_group) == whole[data_rank::4]).all()
     assert (draw_of(*options).drawn(np.arange(4096)) != whole).any(), "another step"
     assert (draw_of(*options, "run.seed=1").drawn(np.arange(4096, 8192)) != whole).any()
+
+
+@pytest.mark.parametrize("groups", [1, 4, 64, 256, 1024])
+@pytest.mark.parametrize("share", [1, 2, 3.7])
+def test_every_data_parallel_group_has_as_many_samples_of_a_teacher_as_its_share_wants(
+    groups: int, share: float
+) -> None:
+    draw = draw_of(TWO, f"teachers.big.share={share}", "teachers.draw=one", "data.train=x/*.tar")
+    for step in range(8):
+        has = draw.drawn(np.arange(4096 * step, 4096 * (step + 1)))[:, 0] > 0
+        counts = [has[group::groups].sum() for group in range(groups)]
+        assert np.abs(np.array(counts) - 4096 / groups * share / (1 + share)).max() < 1 + 1e-6
+
+
+def test_every_sample_of_a_step_may_have_either_teacher() -> None:
+    """Over 4,000 steps the first, a middle and the last have the share of 3/4, within three standard deviations."""
+    draw = draw_of(TWO, "teachers.draw=one", "data.train=x/*.tar")
+    found = [draw.drawn(4096 * step + np.array([0, 2048, 4095]))[:, 0] > 0 for step in range(4000)]
+    assert np.abs(np.mean(found, axis=0) - 0.75).max() <= 3 * (0.75 * 0.25 / 4000) ** 0.5
 
 
 def test_a_teacher_of_one_source_has_no_other_samples() -> None:

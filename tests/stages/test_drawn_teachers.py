@@ -176,9 +176,12 @@ def test_nothing_is_logged_of_a_teacher_in_a_step_without_its_samples(base: list
     assert all("vit/cosine" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("share", "message"), [("15", "the first batch has 16 features for its 16 channels"), ("1e9", "it has no sample")]
+)
 def test_phi_s_needs_samples_of_its_teacher_in_the_first_batch(
-    alone: process_groups.Ranks, common: list[str], two: str, sources: list[str]
+    alone: process_groups.Ranks, common: list[str], two: str, share: str, message: str
 ) -> None:
-    """One of 16 has the CLIP, whose 16 channels need more than 16 features."""
-    with pytest.raises(ConfigError, match="phi_s of clip: the first batch has 16 features for its 16 channels"):
-        MaskedStage(load("mim", [*common, two, *sources, *ONE]), alone)
+    """One of 16 has the CLIP, whose 16 channels need more than 16 features; or none has it."""
+    with pytest.raises(ConfigError, match=f"phi_s of clip: {message}"):
+        MaskedStage(load("mim", [*common, two, "teachers.draw=one", f"teachers.vit.share={share}"]), alone)

@@ -53,15 +53,23 @@ class TeacherDraw:
         sources = [mix.draw(self._seed, index) if several else 0 for index in indices.tolist()]
         chances = self.chances[sources]
         if self._one:
-            step = int(indices[0]) // self._train.global_batch
-            first = step * self._train.global_batch
-            points = generator(self._seed, Purpose.TEACHER, step).random(self._train.global_batch)[indices - first]
             edges = chances.cumsum(1)
-            chosen = (points[:, None] >= edges / edges[:, -1:]).sum(1)
+            chosen = (self._points(indices)[:, None] >= edges / edges[:, -1:]).sum(1)
             has = chosen[:, None] == np.arange(chances.shape[1])
         else:
             has = chances > 0
         return np.divide(has, chances, out=np.zeros_like(chances), where=has)
+
+    def _points(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Points in [0, 1) by which samples of one step choose: evenly spaced over the step, from a random one on.
+
+        Each is uniform, and every data-parallel group has evenly spaced ones too (systematic sampling: Madow and Madow
+        1944): of a single source all have as many samples of a teacher, within one, as its share wants.
+        """
+        step = int(indices[0]) // self._train.global_batch
+        offset = generator(self._seed, Purpose.TEACHER, step).random()
+        points: NDArray[np.float64] = (indices / self._train.global_batch + offset) % 1
+        return points
 
     def in_first_batch(self) -> list[int]:
         """Return how many samples of the first global batch have each teacher."""
