@@ -50,7 +50,7 @@ from w2s.towers.masked_student import (
 )
 from w2s.towers.vision import channel_statistics
 from w2s.tracking.tracker import Tracker
-from w2s.train import train_stage
+from w2s.training.train_stage import train_stage
 from w2s.tutor import Tutor
 
 T = TypeVar("T")

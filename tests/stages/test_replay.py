@@ -16,8 +16,8 @@ from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
-from w2s.replay import Repeatable, replay
 from w2s.run import open_stream
+from w2s.training.replay import Repeatable, replay
 from w2s.training.stage import train_step
 
 Fault = Callable[[Ranks, Batch, int], bool]
