@@ -5,7 +5,6 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from itertools import repeat
 from typing import TypeVar
 
 import numpy as np
@@ -19,12 +18,13 @@ from w2s.config.lessons import Target
 from w2s.config.sections import Config
 from w2s.data.batch import Batch, gather_batch, normalize, require
 from w2s.data.sample import SampleSpec, draw_mask
-from w2s.data.turns import Turns, group_indices
+from w2s.data.teacher_draw import TeacherDraw, group_indices
 from w2s.evaluation.batched_features import TensorItems, encode_all, of_images
 from w2s.evaluation.dataset import EvalSet
 from w2s.evaluation.evaluate import of_sets, under
 from w2s.evaluation.images import ImageBatch
 from w2s.evaluator import Evaluator, attention_of_cls, patch_features
+from w2s.load_balance import BalancedSamples, OwnSamples, balance_samples
 from w2s.megatron.parallel.optimizer import Optimizer, Towers
 from w2s.megatron.parallel.pipeline_schedule import Loss, Metrics, forward_backward, infer, means
 from w2s.megatron.parallel.process_groups import Ranks
@@ -34,7 +34,6 @@ from w2s.objectives.masked_loss import masked_cosines
 from w2s.optim.lr_schedule import falling_weight
 from w2s.planning.teacher import planned_teachers
 from w2s.precision import compute_dtype
-from w2s.spread import Alone, Part, parts
 from w2s.teachers.phi_s import PhiS
 from w2s.teachers.targets import TargetNorm
 from w2s.towers.build import build_student
@@ -80,12 +79,17 @@ class MaskedStage:
         self.config, self.ranks = config, ranks
         vision, dtype = config.model.vision, compute_dtype(config.precision)
         layers, lessons = [pair.student for pair in config.mim.layers], config.lessons
-        self.turns = Turns.of(config)
-        samples = self.turns.in_first_batch() if self.turns else [config.train.global_batch] * len(lessons)
-        learnt = [[pair.teacher for pair in config.mim.layers], *([[]] * (len(lessons) - 1))]
-        self.tutors = list(map(Tutor, repeat(config), lessons, learnt, repeat(ranks), samples))
-        shares_work = self.turns is not None and ranks.model_size > 1
-        self.costs = [each.flops for each in planned_teachers(config)] if shares_work else [1.0] * len(lessons)
+        self.draw = TeacherDraw.of(config)
+        counts = self.draw.in_first_batch() if self.draw else [config.train.global_batch] * len(lessons)
+        # Single layers are learnt of the first teacher alone.
+        teacher_layers = [[pair.teacher for pair in config.mim.layers], *([[]] * (len(lessons) - 1))]
+        self.tutors = [
+            Tutor(config, lesson, of_lesson, ranks, count)
+            for lesson, of_lesson, count in zip(lessons, teacher_layers, counts, strict=True)
+        ]
+        # Working out what a network costs takes seconds: alone, a rank has nobody to share it with.
+        shared = self.draw is not None and ranks.model_size > 1
+        self.costs = [each.flops for each in planned_teachers(config)] if shared else [1.0] * len(lessons)
         self.teachers: Sequence[nn.Module] = [tutor.teacher for tutor in self.tutors]
         self.targets = [tutor.target for tutor in self.tutors]
         layer_widths = dict.fromkeys(layers, self.tutors[0].teacher.layer_width)
@@ -103,10 +107,10 @@ class MaskedStage:
         """One step: the teachers see whole images, the student masked ones, and predicts targets at some patches.
 
         Args:
-            batch: this rank's share of the samples of its model-parallel group. The teachers see no others here; one
-                gather gives the group's images and targets to all its ranks.
+            batch: this rank's share of the samples of its model-parallel group; all its ranks then have the images and
+                the targets of all.
         """
-        group_batch, facts = self._taught(batch)
+        group_batch, facts = self._with_targets(batch)
         micro_batches = group_batch.split(self.config.train.micro_batch)
         layer_losses = LayerLosses(self.config.mim, self._layers_weight(batch) / len(micro_batches))
 
@@ -135,28 +139,27 @@ class MaskedStage:
         reports = forward_backward(self.student, micro_batches, forward, num_tokens)
         return {**means(reports), **means(layer_losses.reports), **facts}
 
-    def _taught(self, batch: Batch) -> tuple[Batch, Metrics]:
+    def _with_targets(self, batch: Batch) -> tuple[Batch, Metrics]:
         """The samples of the model-parallel group with their targets, and facts to report.
 
         Where every sample has every teacher, each rank shows its own samples to all of them. Otherwise the group's
         samples are spread over its ranks by what the teachers that they have cost.
         """
         own, group = batch.to(self.ranks.device), self.ranks.model_group
-        if self.turns is None:
-            taught = self._run_teacher(own, [Alone()] * len(self.tutors))
-            return gather_batch(taught, group), {"teacher_images_per_rank": torch.tensor(float(len(batch)))}
-        group_batch = gather_batch(own, group)
+        if self.draw is None:
+            own = self._run_teacher(own, [OwnSamples()] * len(self.tutors))
+            return gather_batch(own, group), {"teacher_images_per_rank": torch.tensor(float(len(batch)))}
         indices = group_indices(batch.indices.numpy(), self.config.train.global_batch, self.ranks.data_size)
-        drawn = self.turns.drawn(indices)
-        shown = parts(drawn > 0, self.costs, group)
-        taught = self._run_teacher(group_batch, shown)
+        drawn = self.draw.drawn(indices)
+        shown = balance_samples(drawn > 0, self.costs, group)
+        group_batch = self._run_teacher(gather_batch(own, group), shown)
         shares = ({"share": torch.tensor(share)} for share in (drawn > 0).mean(0).tolist())
         images = float(sum(len(part.samples) for part in shown))
         facts = {"teacher_images_per_rank": torch.tensor(images)} | self._by_teacher(shares)
-        return dataclasses.replace(taught, teacher_weights=self._weights(torch.from_numpy(drawn))), facts
+        return dataclasses.replace(group_batch, teacher_weights=self._weights(torch.from_numpy(drawn))), facts
 
     def _weights(self, drawn: Tensor) -> Tensor:
-        """The weights of samples in the losses: what `Turns.drawn` gave, with a mean of 1 over the global batch."""
+        """Weights of samples in the losses: what `TeacherDraw.drawn` gave, with a mean of 1 over the global batch."""
         drawn = drawn.to(self.ranks.device, non_blocking=True)
         mean = drawn.mean(0)
         dist.all_reduce(mean, group=self.ranks.data_group)
@@ -167,7 +170,7 @@ class MaskedStage:
         """The weights of a micro-batch's samples in the loss of each teacher."""
         return [None] * len(self.tutors) if micro.teacher_weights is None else micro.teacher_weights.unbind(1)
 
-    def _run_teacher(self, batch: Batch, shown: Sequence[Part | Alone]) -> Batch:
+    def _run_teacher(self, batch: Batch, shown: Sequence[BalancedSamples | OwnSamples]) -> Batch:
         """Exchange the images at the teachers' sizes for their features of them, at the patches to predict.
 
         Args:

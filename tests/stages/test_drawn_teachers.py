@@ -20,7 +20,7 @@ from w2s.config.load import load
 from w2s.config.sections import ParallelConfig
 from w2s.data.batch import normalize, require
 from w2s.data.stream import Stream
-from w2s.data.turns import Turns
+from w2s.data.teacher_draw import TeacherDraw
 from w2s.errors import ConfigError, StopRun
 from w2s.megatron.parallel import process_groups
 from w2s.objectives.masked_loss import masked_cosines
@@ -95,11 +95,9 @@ def test_statistics_are_of_the_samples_that_a_teacher_has(
 ) -> None:
     """16 features of each sample, in three steps."""
     for name in ("one", "one of sources"):
-        turns = Turns.of(load("mim", variants[name]))
-        assert turns is not None
-        samples = sum(
-            np.count_nonzero(turns.drawn(np.arange(16 * step, 16 * step + 16))[:, 0]) for step in range(STEPS)
-        )
+        draw = TeacherDraw.of(load("mim", variants[name]))
+        assert draw is not None
+        samples = sum(np.count_nonzero(draw.drawn(np.arange(16 * step, 16 * step + 16))[:, 0]) for step in range(STEPS))
         assert 0 < samples < 16 * STEPS
         assert whole[name].extra["count"] == 16 * samples
 
@@ -114,8 +112,8 @@ def test_a_teacher_is_measured_on_its_samples(stage: MaskedStage) -> None:
     config, (part,) = stage.config, stage.student.chunks
     with closing(Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1)) as stream:
         batch = stream.next()
-    assert stage.turns is not None
-    has, vit = stage.turns.drawn(batch.indices.numpy())[:, 0] > 0, stage.tutors[0]
+    assert stage.draw is not None
+    has, vit = stage.draw.drawn(batch.indices.numpy())[:, 0] > 0, stage.tutors[0]
     mixed = stage.step(batch)
     masks = require(batch.masks)
     with torch.no_grad():
@@ -128,16 +126,16 @@ def test_a_teacher_is_measured_on_its_samples(stage: MaskedStage) -> None:
     assert mixed["vit/summary_cosine"].item() != pytest.approx(cosines.mean().item(), abs=1e-4)
     assert mixed["vit/share"].item() == has.mean()
     assert mixed["loss"].item() == pytest.approx((mixed["vit/loss"] + 0.5 * mixed["clip/loss"]).item(), abs=1e-6)
-    stage.turns = replace_chances(stage.turns, [1.0, 0.0])
+    stage.draw = replace_chances(stage.draw, [1.0, 0.0])
     only = stage.step(batch)
     assert only["loss"] == only["vit/loss"]
     assert only["vit/share"] == 1 and only["clip/share"] == only["clip/loss"] == only["clip/cosine"] == 0
     assert all(np.isfinite(value.item()) for value in only.values())
 
 
-def replace_chances(turns: Turns, chances: list[float]) -> Turns:
-    turns.chances[:] = chances
-    return turns
+def replace_chances(draw: TeacherDraw, chances: list[float]) -> TeacherDraw:
+    draw.chances[:] = chances
+    return draw
 
 
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
@@ -145,9 +143,9 @@ def test_the_ranks_of_a_group_share_the_work_of_drawn_teachers(common: list[str]
     options = [*common, two, *ONE, "teachers.clip.target_norm=standardize"]
     work = run_ranks(teachers_flops, 2, load("mim", [*options, layout, "train.micro_batch=4"]))
     config = load("mim", options)
-    turns, (vit, clip) = Turns.of(config), planned_teachers(config)
-    assert turns is not None
-    of_vit, of_clip = turns.in_first_batch()
+    draw, (vit, clip) = TeacherDraw.of(config), planned_teachers(config)
+    assert draw is not None
+    of_vit, of_clip = draw.in_first_batch()
     assert sum(work) == of_vit * vit.flops + of_clip * clip.flops, "each image is shown to one teacher"
     assert max(work) <= 1.1 * sum(work) / len(work)
     assert sample_flops([vit, clip]) == pytest.approx(2 / 3 * vit.flops + 1 / 3 * clip.flops)

@@ -12,10 +12,10 @@ from w2s.config.lessons import Target
 from w2s.config.load import model_from, named_model
 from w2s.config.sections import Config, ModelConfig, TeacherConfig, VisionConfig
 from w2s.config.teacher_checks import check_teacher_widths
-from w2s.data.turns import Turns
+from w2s.data.teacher_draw import TeacherDraw
+from w2s.load_balance import balance
 from w2s.planning.flops import seen_frames, teacher_flops, text_flops
 from w2s.planning.towers import pool_sizes
-from w2s.spread import spread
 
 _MAPS = 16
 """Feature maps of the input's size, in float32, that a network which is not an EVA tower is taken to need at once."""
@@ -70,7 +70,7 @@ def sample_flops(teachers: Sequence[PlannedTeacher]) -> float:
 
 
 def drawn(teachers: Sequence[PlannedTeacher]) -> bool:
-    """Whether a sample may lack a teacher, so that a group's images are spread over its ranks (`w2s.spread`)."""
+    """Whether a sample may lack a teacher, so that a group's images are spread over its ranks (`w2s.load_balance`)."""
     return any(each.share < 1 for each in teachers)
 
 
@@ -88,7 +88,7 @@ def images_of_rank(config: Config, teachers: Sequence[PlannedTeacher], world_siz
 
 @cache  # a plan goes through many layouts with groups of a size
 def _largest_share(costs: tuple[float, ...], counts: tuple[int, ...], ranks: int) -> Sequence[int]:
-    return max(spread(costs, counts, ranks), key=lambda images: sum(map(mul, images, costs)))
+    return max(balance(costs, counts, ranks), key=lambda images: sum(map(mul, images, costs)))
 
 
 def planned_teachers(config: Config, models: Mapping[str, ModelConfig] | None = None) -> tuple[PlannedTeacher, ...]:
@@ -107,8 +107,8 @@ def planned_teachers(config: Config, models: Mapping[str, ModelConfig] | None = 
     known = models or {}
     if config.stage == "mim":
         teachers = [_image_side(config, teacher, known.get(teacher.source)) for teacher in config.taught_by]
-        turns = Turns.of(config)
-        shares = turns.shares() if turns else [1.0] * len(teachers)
+        draw = TeacherDraw.of(config)
+        shares = draw.shares() if draw else [1.0] * len(teachers)
         return tuple(replace(each, share=share) for each, share in zip(teachers, shares, strict=True))
     return tuple(_beside_pairs(config, teacher, known.get(teacher.source)) for teacher in config.taught_by)
 

@@ -12,7 +12,7 @@ from w2s.data.sources import phase_at, plan_mixes, source_names
 from w2s.errors import ConfigError
 
 
-class Turns:
+class TeacherDraw:
     """Which teachers a sample has, as a function of the seed and its global index alone.
 
     Args:
@@ -31,12 +31,12 @@ class Turns:
         self.chances = _chances(config, list(source_names(config.data).values()))
 
     @classmethod
-    def of(cls, config: Config) -> "Turns | None":
-        """Return the turns of the masked stage; None where every sample has every teacher."""
+    def of(cls, config: Config) -> "TeacherDraw | None":
+        """Return the draw of the masked stage; None where every sample has every teacher."""
         if config.teachers.draw == "all" and not any(lesson.sources for lesson in config.lessons):
             return None
-        turns = cls(config)
-        return turns if (turns.chances < 1).any() else None
+        draw = cls(config)
+        return draw if (draw.chances < 1).any() else None
 
     def drawn(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
         """Draw the teachers of samples of one step.

@@ -6,9 +6,9 @@ import torch
 
 from tests.distributed import run_ranks
 from w2s.config.load import load
+from w2s.load_balance import balance, balance_samples
 from w2s.megatron.parallel import process_groups
 from w2s.planning.teacher import planned_teachers
-from w2s.spread import parts, spread
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_no_rank_has_much_more_than_the_mean(costs: dict[str, float], names: lis
         shares = rng.dirichlet(np.ones(len(names)))
         drawn = rng.multinomial(1, shares, ranks * images) if one else rng.random((ranks * images, len(names))) < shares
         counts = drawn.sum(0).tolist()
-        shared = spread(own, counts, ranks)
+        shared = balance(own, counts, ranks)
         work = loads(own, shared)
         mean, dearest = sum(work) / ranks, max(cost for cost, count in zip(own, counts, strict=True) if count)
         assert np.sum(shared, axis=0).tolist() == counts, "each image is seen once"
@@ -47,8 +47,8 @@ def test_no_rank_has_much_more_than_the_mean(costs: dict[str, float], names: lis
 
 def test_the_cheap_fill_what_the_dear_leave() -> None:
     """Three images of 4 and four of 1 on two ranks: 8 and 4 + 4."""
-    assert sorted(spread([1.0, 4.0], [4, 3], 2)) == [[0, 2], [4, 1]]
-    assert spread([1.0, 4.0], [0, 0], 2) == [[0, 0], [0, 0]]
+    assert sorted(balance([1.0, 4.0], [4, 3], 2)) == [[0, 2], [4, 1]]
+    assert balance([1.0, 4.0], [0, 0], 2) == [[0, 0], [0, 0]]
 
 
 def test_ranks_put_together_what_each_has_seen() -> None:
@@ -62,7 +62,7 @@ def _joined() -> tuple[list[list[float]], int]:
     has = np.array([[0, 0], [1, 0], [0, 1], [1, 0], [1, 0]], dtype=bool)
     samples = torch.arange(5.0)
     with process_groups.initialize_groups(load("mim", ["hardware=cpu"]).parallel, torch.device("cpu")) as ranks:
-        shown = parts(has, [1.0, 3.0], ranks.world_group)
+        shown = balance_samples(has, [1.0, 3.0], ranks.world_group)
         wholes = [part.join(10 * part.pick(samples)) for part in shown]
         images = sum(ranks.gather(sum(len(part.samples) for part in shown)))
     return [whole.tolist() for whole in wholes], images

@@ -5,7 +5,7 @@ import pytest
 
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.data.turns import Turns, group_indices
+from w2s.data.teacher_draw import TeacherDraw, group_indices
 from w2s.errors import ConfigError
 
 TWO = "teachers=[{name: big, share: 3}, {name: small}]"
@@ -16,48 +16,48 @@ def configured(*overrides: str) -> Config:
     return load("mim", ["data.builtin=none", "train.global_batch=4096", "train.steps=10", *overrides])
 
 
-def turns_of(*overrides: str) -> Turns:
-    turns = Turns.of(configured(*overrides))
-    assert turns is not None
-    return turns
+def draw_of(*overrides: str) -> TeacherDraw:
+    draw = TeacherDraw.of(configured(*overrides))
+    assert draw is not None
+    return draw
 
 
 def test_without_sources_and_draws_every_sample_has_every_teacher() -> None:
-    assert Turns.of(configured("teachers=[{name: big}, {name: small}]", *MIX)) is None
-    assert Turns.of(configured()) is None
-    assert Turns.of(configured("teachers=[{name: big, sources: [one, two]}]", *MIX)) is None
+    assert TeacherDraw.of(configured("teachers=[{name: big}, {name: small}]", *MIX)) is None
+    assert TeacherDraw.of(configured()) is None
+    assert TeacherDraw.of(configured("teachers=[{name: big, sources: [one, two]}]", *MIX)) is None
 
 
 def test_one_teacher_is_drawn_by_shares() -> None:
-    turns = turns_of(TWO, "teachers.draw=one", "data.train=x/*.tar")
-    drawn = turns.drawn(np.arange(4096, 8192))
+    draw = draw_of(TWO, "teachers.draw=one", "data.train=x/*.tar")
+    drawn = draw.drawn(np.arange(4096, 8192))
     assert ((drawn > 0).sum(1) == 1).all()
     assert set(drawn[:, 0]) == {0, 4 / 3} and set(drawn[:, 1]) == {0, 4}
     # Within three standard deviations of a binomial.
     assert (drawn[:, 0] > 0).mean() == pytest.approx(0.75, abs=3 * (0.75 * 0.25 / 4096) ** 0.5)
-    assert turns.shares() == [0.75, 0.25]
+    assert draw.shares() == [0.75, 0.25]
 
 
 def test_a_draw_depends_on_the_seed_and_the_number_of_the_sample_alone() -> None:
     options = [TWO, "teachers.draw=one", *MIX]
-    whole = turns_of(*options).drawn(np.arange(4096, 8192))
-    again = turns_of(*options)
+    whole = draw_of(*options).drawn(np.arange(4096, 8192))
+    again = draw_of(*options)
     for data_rank in range(4):
         of_group = group_indices(np.array([4096 + data_rank + 4 * 7]), 4096, 4)
         assert (of_group == np.arange(4096 + data_rank, 8192, 4)).all()
         assert (again.drawn(of_group) == whole[data_rank::4]).all()
-    assert (turns_of(*options).drawn(np.arange(4096)) != whole).any(), "another step"
-    assert (turns_of(*options, "run.seed=1").drawn(np.arange(4096, 8192)) != whole).any()
+    assert (draw_of(*options).drawn(np.arange(4096)) != whole).any(), "another step"
+    assert (draw_of(*options, "run.seed=1").drawn(np.arange(4096, 8192)) != whole).any()
 
 
 def test_a_teacher_of_one_source_has_no_other_samples() -> None:
     """The samples of the source count alike for both, as the other source's have one teacher each."""
-    turns = turns_of("teachers=[{name: big}, {name: small, sources: [two]}]", "teachers.draw=one", *MIX)
-    drawn = turns.drawn(np.arange(4096))
+    draw = draw_of("teachers=[{name: big}, {name: small, sources: [two]}]", "teachers.draw=one", *MIX)
+    drawn = draw.drawn(np.arange(4096))
     assert set(drawn[:, 0]) == {0, 1, 2} and set(drawn[:, 1]) == {0, 2}
     assert (drawn[:, 1] > 0).mean() == pytest.approx(0.125, abs=3 * (0.125 * 0.875 / 4096) ** 0.5)
-    assert turns.shares() == [0.875, 0.125]
-    both = turns_of("teachers=[{name: big}, {name: small, sources: [two]}]", *MIX)
+    assert draw.shares() == [0.875, 0.125]
+    both = draw_of("teachers=[{name: big}, {name: small, sources: [two]}]", *MIX)
     assert both.shares() == [1.0, 0.25]
     second = both.drawn(np.arange(4096))[:, 1]
     assert set(second) == {0, 1} and second.mean() == pytest.approx(0.25, abs=0.03)
@@ -66,11 +66,11 @@ def test_a_teacher_of_one_source_has_no_other_samples() -> None:
 def test_shares_are_those_of_all_phases() -> None:
     """Of 10 steps 4 draw from the first source alone, and 6 from the second."""
     phases = "data.phases=[{train: a/one/*.tar, samples: 16384}, {train: a/two/*.tar}]"
-    turns = turns_of("teachers=[{name: big, sources: [one]}, {name: small, sources: [two]}]", phases)
-    assert turns.shares() == pytest.approx([0.4, 0.6])
-    assert (turns.drawn(np.arange(4))[:, 1] == 0).all()
-    assert (turns.drawn(np.arange(16384, 16388))[:, 0] == 0).all()
-    assert turns.in_first_batch() == [4096, 0]
+    draw = draw_of("teachers=[{name: big, sources: [one]}, {name: small, sources: [two]}]", phases)
+    assert draw.shares() == pytest.approx([0.4, 0.6])
+    assert (draw.drawn(np.arange(4))[:, 1] == 0).all()
+    assert (draw.drawn(np.arange(16384, 16388))[:, 0] == 0).all()
+    assert draw.in_first_batch() == [4096, 0]
 
 
 @pytest.mark.parametrize(
@@ -84,4 +84,4 @@ def test_shares_are_those_of_all_phases() -> None:
 def test_sources_that_do_not_fit_are_refused(overrides: list[str], message: str) -> None:
     first, *others = overrides
     with pytest.raises(ConfigError, match=message):
-        Turns.of(configured("teachers=[{name: big}, {name: small}]", f"teachers.{first}", *others))
+        TeacherDraw.of(configured("teachers=[{name: big}, {name: small}]", f"teachers.{first}", *others))

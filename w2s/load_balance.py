@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def spread(costs: Sequence[float], counts: Sequence[int], ranks: int) -> list[list[int]]:
+def balance(costs: Sequence[float], counts: Sequence[int], ranks: int) -> list[list[int]]:
     """Share out images so that the rank with most work has little more than the mean.
 
     Image by image, those of the most expensive teacher first, to the rank that has least so far (Graham 1969, "Bounds
@@ -35,7 +35,7 @@ def spread(costs: Sequence[float], counts: Sequence[int], ranks: int) -> list[li
     return shares
 
 
-class Alone:
+class OwnSamples:
     """All samples that this rank has, which it shows to a teacher itself: nothing is exchanged."""
 
     def pick(self, whole: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Part:
+class BalancedSamples:
     """The samples of a model-parallel group that have a teacher, and who of its ranks shows them to it."""
 
     of_ranks: Sequence[NDArray[np.int64]]
@@ -80,7 +80,7 @@ class Part:
         return whole.index_copy_(0, _on(own.device, np.concatenate(self.of_ranks)), everyone)
 
 
-def parts(has: NDArray[np.bool_], costs: Sequence[float], group: dist.ProcessGroup) -> list[Part]:
+def balance_samples(has: NDArray[np.bool_], costs: Sequence[float], group: dist.ProcessGroup) -> list[BalancedSamples]:
     """Return the part of each teacher; every rank of the group finds the same.
 
     Args:
@@ -89,9 +89,9 @@ def parts(has: NDArray[np.bool_], costs: Sequence[float], group: dist.ProcessGro
         group: the model-parallel group.
     """
     counts: list[int] = np.count_nonzero(has, axis=0).tolist()
-    shares = spread(costs, counts, dist.get_world_size(group))
+    shares = balance(costs, counts, dist.get_world_size(group))
     return [
-        Part(np.split(np.flatnonzero(column), np.cumsum(of_ranks)[:-1]), len(has), group)
+        BalancedSamples(np.split(np.flatnonzero(column), np.cumsum(of_ranks)[:-1]), len(has), group)
         for column, of_ranks in zip(has.T, zip(*shares, strict=True), strict=True)
     ]
 
