@@ -365,11 +365,8 @@ class MaskedStage:
         return norm
 
     def _draw(self, tracker: Tracker) -> None:
-        from w2s.tracking.pictures import (
-            attention_picture,
-            features_picture,
-            masked_picture,
-        )  # not before the first step
+        # Not before the first step, for matplotlib's sake.
+        from w2s.tracking.pictures import attention_picture, features_picture, masked_picture
 
         data = self.evaluator.test_set()
         numbers = torch.linspace(0, len(data) - 1, self.config.tracking.pictures).long().unique()

@@ -106,7 +106,7 @@ class TrainingRun:
         return stream
 
     def tell_news(self) -> None:
-        """Tell the user what changed when the checkpoint was loaded."""
+        """Tell the user of `news`, once."""
         while self.news:
             self.tracker.message(self.news.pop(0))
 
