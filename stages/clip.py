@@ -37,7 +37,7 @@ from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.vision import channel_statistics
 from w2s.tracking.tracker import Tracker
-from w2s.train import train_stage
+from w2s.training.train_stage import train_stage
 
 
 def run(config: Config) -> None:

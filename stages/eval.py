@@ -10,14 +10,13 @@ import numpy as np
 from torch import Tensor
 
 from w2s.checkpoint.checkpoint_folders import read_meta
-from w2s.checkpoint.find import find
+from w2s.checkpoint.find import find_any
 from w2s.checkpoint.handover import load_all
-from w2s.config.layout import check_towers
+from w2s.config.layout_checks import check_towers
 from w2s.config.load import model_from
 from w2s.config.sections import Config, Resize
 from w2s.config.suites import Suite, load_suite
 from w2s.data.builtin.builtin_sets import without_left_out
-from w2s.errors import ConfigError
 from w2s.evaluation.evaluate import ClipResult, of_sets, under
 from w2s.evaluation.images import EvalImages, stills
 from w2s.evaluation.suite import as_measured, differences, find_sets, means, score, table
@@ -46,9 +45,7 @@ from w2s.tracking.tracker import Tracker
 def run(config: Config) -> None:
     """Evaluate the CLIP that `init.checkpoint` names."""
     started = time.perf_counter()
-    checkpoint = find(config.init.checkpoint, Path(config.run.root).expanduser(), key="init.checkpoint", stage="clip")
-    if checkpoint is None:
-        raise ConfigError("init.checkpoint=none leaves nothing to evaluate: give a clip run, or latest")
+    checkpoint = find_any(config.init.checkpoint, Path(config.run.root).expanduser(), key="init.checkpoint")
     with open_run(config) as (ranks, heartbeat, folder):
         heartbeat.at("evaluating", long=True)
         suite = load_suite(config.eval.suite) if config.eval.suite else None

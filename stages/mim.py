@@ -49,7 +49,7 @@ from w2s.towers.masked_student import (
 )
 from w2s.towers.vision import channel_statistics
 from w2s.tracking.tracker import Tracker
-from w2s.train import train_stage
+from w2s.training.train_stage import train_stage
 from w2s.tutor import Tutor
 
 T = TypeVar("T")
@@ -365,11 +365,8 @@ class MaskedStage:
         return norm
 
     def _draw(self, tracker: Tracker) -> None:
-        from w2s.tracking.pictures import (
-            attention_picture,
-            features_picture,
-            masked_picture,
-        )  # not before the first step
+        # Not before the first step, for matplotlib's sake.
+        from w2s.tracking.pictures import attention_picture, features_picture, masked_picture
 
         data = self.evaluator.test_set()
         numbers = torch.linspace(0, len(data) - 1, self.config.tracking.pictures).long().unique()

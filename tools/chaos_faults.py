@@ -17,7 +17,7 @@ from w2s.checkpoint.checkpoint_folders import step_name
 from w2s.data.batch import Batch
 from w2s.megatron.checkpoint import async_save
 from w2s.megatron.parallel.optimizer import Towers
-from w2s.training import progress
+from w2s.training import training_run
 from w2s.training.stage import Stage
 
 FACTORS = {"nan": float("nan"), "spike": 300.0, "loud": 100.0}
@@ -42,7 +42,7 @@ class Fault:
         if self.kind == "writer":
             _kill_writer(self)
         else:
-            progress.train_step = _Faulty(self)
+            training_run.train_step = _Faulty(self)
 
 
 def _kill_writer(fault: Fault) -> None:
@@ -60,7 +60,7 @@ class _Faulty:
     """A training step that does what it should but once."""
 
     def __init__(self, fault: Fault) -> None:
-        self._fault, self._genuine, self._done = fault, progress.train_step, 0
+        self._fault, self._genuine, self._done = fault, training_run.train_step, 0
 
     def __call__(self, stage: Stage, batch: Batch, factor: float) -> dict[str, Tensor]:
         self._done += 1

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from w2s.config.fp8_checks import choose_linears
+from w2s.config.linear_choice import choose_linears
 from w2s.config.sections import HardwareConfig, PrecisionConfig, RunConfig, TrackingConfig
 from w2s.redaction import shown
 from w2s.tracking.environment import cards, cores
@@ -122,9 +122,8 @@ def _linears() -> Finding:
 
 
 def _engine_problem() -> str | None:
-    from w2s.megatron.fp8 import (
-        transformer_engine,  # and with it Megatron-Core, which takes seconds: only where there is something to ask
-    )
+    # And with it Megatron-Core, which takes seconds: only where there is something to ask.
+    from w2s.megatron.fp8 import transformer_engine
 
     return transformer_engine.load_error()
 

@@ -17,7 +17,7 @@ from w2s.checkpoint.handover import hand_over
 from w2s.checkpoint.inspecting import known_models
 from w2s.checkpoint.released import open_released
 from w2s.checkpoint.verifying import verify
-from w2s.config.layout import check_ranks, check_towers
+from w2s.config.layout_checks import check_ranks, check_towers
 from w2s.config.lessons import Target
 from w2s.config.load import load, model_from, named_model
 from w2s.config.sections import Config

@@ -167,7 +167,7 @@ def launch_stage(config: Config, ranks: int, restarts: int) -> None:
         raise
 
 
-def warm_up() -> str:
+def _prepare_starts() -> str:
     """Begin to prepare for ranks, and return torch's start method for them.
 
     Without a GPU they are forked from a server that has imported what they need and stays for the ranks to come; a
@@ -208,7 +208,7 @@ def launch(function: Callable[[Argument], None], argument: Argument, ranks: int,
             local_addr="localhost",
             max_restarts=restarts,
             monitor_interval=_MONITOR_SECONDS,
-            start_method=warm_up(),
+            start_method=_prepare_starts(),
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:

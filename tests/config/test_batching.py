@@ -17,7 +17,7 @@ from w2s.config.batching import (
     samples_per_rank,
     samples_per_replica,
 )
-from w2s.config.layout import check_lanes, check_micro_batches
+from w2s.config.layout_checks import check_lanes, check_micro_batches
 from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig
 from w2s.data.batch import Batch

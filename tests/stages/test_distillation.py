@@ -22,7 +22,7 @@ from w2s.distillation import Distillation
 from w2s.errors import ConfigError, StopRun
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.stages.clip import ContrastiveStage, encode_image, encode_text
-from w2s.training import progress
+from w2s.training import training_run
 
 TAUGHT = ["init.vision=none", "clip.distill.source=eva:tiny"]
 """A CLIP with random weights, of the student's shape, seen at 64 px."""
@@ -111,7 +111,7 @@ def test_the_weight_goes_down_to_zero_over_the_first_steps(alone: Ranks, options
 
 def stopped_after(step: int, patch: pytest.MonkeyPatch, options: list[str]) -> None:
     """Run up to a step, after which the run is told to stop."""
-    genuine = progress.train_step
+    genuine = training_run.train_step
 
     def train_step(stage: ContrastiveStage, *arguments: Any) -> dict[str, Tensor]:
         metrics = genuine(stage, *arguments)
@@ -120,7 +120,7 @@ def stopped_after(step: int, patch: pytest.MonkeyPatch, options: list[str]) -> N
         return metrics
 
     with patch.context() as during, pytest.raises(StopRun):
-        during.setattr(progress, "train_step", train_step)
+        during.setattr(training_run, "train_step", train_step)
         run_stage("clip", options)
 
 

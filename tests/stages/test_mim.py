@@ -25,7 +25,8 @@ from w2s.stages.mim import MaskedStage
 from w2s.teachers.features import teacher_features
 from w2s.towers.build import build_clip
 from w2s.towers.vision import MEAN, STD
-from w2s.trainer import Trainer
+from w2s.training.loop import train
+from w2s.training.training_run import TrainingRun
 
 EPS = 1e-6  # of TargetNorm
 
@@ -71,9 +72,9 @@ def test_the_loss_is_minus_the_masked_cosine(alone: Ranks, config: Config) -> No
 def test_the_logged_loss_is_that_of_the_step_and_the_checkpoint_has_the_statistics(
     alone: Ranks, config: Config, root: Path
 ) -> None:
-    trainer = Trainer(stage := MaskedStage(config, alone), config, root / "by-hand", alone)
-    trainer.train()
-    trainer.tracker.finish("FINISHED")
+    run = TrainingRun(stage := MaskedStage(config, alone), config, root / "by-hand", alone)
+    train(run)
+    run.tracker.finish("FINISHED")
     fresh = MaskedStage(config, alone)
     stream = batches(config, fresh)
     first = [next(stream) for _ in range(4)]

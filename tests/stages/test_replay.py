@@ -16,9 +16,9 @@ from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
-from w2s.replay import Repeatable, replay
 from w2s.run import open_stream
-from w2s.training.stage import train_step
+from w2s.training.replay import replay
+from w2s.training.stage import Stage, train_step
 
 Fault = Callable[[Ranks, Batch, int], bool]
 """Whether a step goes wrong on a rank, with a batch, at a call."""
@@ -39,7 +39,7 @@ def _passing(ranks: Ranks, batch: Batch, call: int) -> bool:
 class Faulty:
     """A stage whose vision tower gives no numbers where there is a fault: what it gives reaches all ranks."""
 
-    def __init__(self, stage: Repeatable, fault: Fault, ranks: Ranks) -> None:
+    def __init__(self, stage: Stage, fault: Fault, ranks: Ranks) -> None:
         self.genuine, self._fault, self._ranks, self._calls = stage.step, fault, ranks, 0
         self._now = False
         for part in stage.towers["vision"].chunks:

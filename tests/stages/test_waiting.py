@@ -13,7 +13,8 @@ from tests.stages.layouts import STAGES
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.megatron.parallel import process_groups
-from w2s.trainer import Trainer
+from w2s.training.loop import train
+from w2s.training.training_run import TrainingRun
 
 aten = torch.ops.aten
 WAITS = {
@@ -45,23 +46,23 @@ def no_synchronize(*unused: Any) -> None:
     raise AssertionError("torch.cuda.synchronize waits for the device")
 
 
-class Watched(Trainer):
-    """A trainer that may not wait in a step; its log lines come after the steps."""
+class Watched(TrainingRun):
+    """A run that may not wait in a step; its log lines come after the steps."""
 
-    def _step(self) -> dict[str, Tensor]:
+    def take_step(self) -> dict[str, Tensor]:
         with pytest.MonkeyPatch.context() as patch, NoWaiting():
             patch.setattr(torch.cuda, "synchronize", no_synchronize)
-            return super()._step()
+            return super().take_step()
 
 
-def train(configs: list[Config], root: Path) -> list[int]:
+def train_all(configs: list[Config], root: Path) -> list[int]:
     """Train each configuration to its end; return the steps done."""
     steps = []
     for number, config in enumerate(configs):
         with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
-            trainer = Watched(STAGES[config.stage](config, ranks), config, root / str(number), ranks)
-            trainer.train()
-            steps.append(trainer.step)
+            run = Watched(STAGES[config.stage](config, ranks), config, root / str(number), ranks)
+            train(run)
+            steps.append(run.step)
     return steps
 
 
@@ -92,17 +93,17 @@ def test_no_step_waits(base: list[str], tmp_path: Path, ranks: int, cases: dict[
     quiet = [*base, "eval.shards=", "eval.knn_shards=", "tracking.enabled=false", "train.log_every=2"]
     vision = {"mim": [], "clip": ["init.vision=none"]}
     configs = [load(stage, [*quiet, *vision[stage], *changes]) for stage, changes in cases.values()]
-    for steps in run_ranks(train, ranks, configs, tmp_path):
+    for steps in run_ranks(train_all, ranks, configs, tmp_path):
         assert steps == [4] * len(cases)
 
 
-class WatchedOnGpu(Trainer):
-    """A trainer in whose steps torch refuses to wait for the GPU, once kernels are compiled and memory is there."""
+class WatchedOnGpu(TrainingRun):
+    """A run in whose steps torch refuses to wait for the GPU, once kernels are compiled and memory is there."""
 
-    def _step(self) -> dict[str, Tensor]:
+    def take_step(self) -> dict[str, Tensor]:
         torch.cuda.set_sync_debug_mode("error" if self.step >= 2 else "default")
         try:
-            return super()._step()
+            return super().take_step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -115,9 +116,9 @@ def test_no_step_waits_for_a_gpu(base: list[str], tmp_path: Path, stage: str, op
     quiet = ["eval.shards=", "eval.knn_shards=", "tracking.enabled=false", "init.vision=none"]
     config = load(stage, [*base, *bf16, *quiet])
     with process_groups.init_distributed(config.parallel, config.hardware) as ranks:
-        trainer = WatchedOnGpu(STAGES[stage](config, ranks), config, tmp_path, ranks)
-        trainer.train()
-    assert trainer.step == 6
+        run = WatchedOnGpu(STAGES[stage](config, ranks), config, tmp_path, ranks)
+        train(run)
+    assert run.step == 6
 
 
 @pytest.mark.parametrize(

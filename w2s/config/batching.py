@@ -1,6 +1,6 @@
 """How the samples of a step are dealt out: over ranks, micro-batches, passes, lanes of the data and pipeline stages.
 
-Stages, planner and checks share this arithmetic. It takes what is legal for granted: `layout.py` says what is.
+Stages, planner and checks share this arithmetic. It takes what is legal for granted: `layout_checks.py` says what is.
 """
 
 import math

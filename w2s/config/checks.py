@@ -11,11 +11,11 @@ from w2s.config.data_checks import check_data
 from w2s.config.eval_checks import check_evaluation, check_evaluation_in_training, check_registered
 from w2s.config.fp8_checks import check_fp8_layout, check_linears
 from w2s.config.graph_checks import check_graphs
-from w2s.config.layout import check_lanes, check_micro_batches, check_ranks, check_towers
+from w2s.config.init_checks import check_init
+from w2s.config.layout_checks import check_lanes, check_micro_batches, check_ranks, check_towers
 from w2s.config.optim_checks import check_optimizer
 from w2s.config.sections import Config, HardwareConfig
 from w2s.config.stage_checks import check_contrastive_stage, check_masked_stage
-from w2s.config.start_checks import check_start
 from w2s.config.teacher_checks import check_teachers
 from w2s.errors import ConfigError
 
@@ -94,7 +94,7 @@ def check_settings(config: Config) -> None:
     if config.stage == "eval":
         return
     check_optimizer(config)
-    check_start(config)
+    check_init(config)
     check_teachers(config)
     if config.stage == "mim":
         check_masked_stage(config)

@@ -24,14 +24,14 @@ def _rate_of_a_random_text_tower(config: Config) -> list[str]:
 def _idle_workers(config: Config, world_size: int) -> list[str]:
     lanes = lanes_per_rank(config.data.lanes, config.train.global_batch, world_size)
     workers = config.data.workers
-    if workers <= max(1, lanes):
-        if workers and lanes % workers:
-            return [
-                f"data.workers={workers} do not divide the {lanes} lanes that a rank reads in a step (data.lanes="
-                f"{config.data.lanes} on {world_size} ranks): the workers with more of them hold up the others"
-            ]
-        return []
-    return [
-        f"data.workers={workers} are {lanes} on each rank, as many as it has of data.lanes={config.data.lanes}: "
-        f"use data.lanes={workers * world_size}, or fewer workers"
-    ]
+    if workers > max(1, lanes):
+        return [
+            f"data.workers={workers} are {lanes} on each rank, as many as it has of data.lanes={config.data.lanes}: "
+            f"use data.lanes={workers * world_size}, or fewer workers"
+        ]
+    if workers and lanes % workers:
+        return [
+            f"data.workers={workers} do not divide the {lanes} lanes that a rank reads in a step (data.lanes="
+            f"{config.data.lanes} on {world_size} ranks): the workers with more of them hold up the others"
+        ]
+    return []

@@ -1,66 +1,22 @@
-"""Which linear layers a run takes, and what of FP8 cannot work or would do nothing: refused before a run starts."""
+"""Linear layers that a machine does not have, and FP8 that cannot work or would do nothing."""
 
 import re
-from dataclasses import dataclass
-from typing import Literal
 
 from w2s import host
 from w2s.config.batching import divisors, micro_batch_size, samples_per_replica, sequence_lengths
 from w2s.config.fields import nearest
-from w2s.config.layout import listed, tower_names
+from w2s.config.layout_checks import listed, tower_names
+from w2s.config.linear_choice import INSTALL, LinearChoice, choose_linears
 from w2s.config.sections import Config, HardwareConfig, PrecisionConfig
 from w2s.errors import ConfigError, MissingPackageError
 
 _REHEARSE = "use precision.fp8=emulated for a rehearsal, or precision.fp8=none"
-_INSTALL = "pip install 'w2s[gpu]'"
 ALIGNMENT = 16
 """FP8 products want rows, width and MLP width of a rank in multiples of this (cuBLAS; TE's backward pass for rows)."""
 _BLOCK = 128
 """Side of a block of the blockwise recipe."""
 _BLOCKWISE_SINCE = (12, 9)
 """CUDA whose cuBLAS has its products (Transformer Engine 2.12, pytorch/quantization.py)."""
-
-
-@dataclass(frozen=True)
-class LinearChoice:
-    """The linear layers of a run."""
-
-    implementation: Literal["local", "te"]
-    """Megatron's own, or Transformer Engine's."""
-    reason: str
-    """Why these."""
-
-
-def choose_linears(precision: PrecisionConfig, hardware: HardwareConfig) -> LinearChoice:
-    """Return the linear layers that a run takes on this machine."""
-    if precision.linear != "auto":
-        return LinearChoice(precision.linear, f"precision.linear={precision.linear}")
-    if precision.fp8 == "emulated":
-        return LinearChoice("local", "precision.fp8=emulated is made of them")
-    if hardware.device == "cpu":
-        return LinearChoice("local", "hardware.device=cpu")
-    card = host.card()
-    if card is None:
-        return LinearChoice("local", "there is no GPU")
-    if not card.hopper_or_newer:
-        return LinearChoice("local", f"{card.name} is older than Hopper")
-    if not host.transformer_engine_installed():
-        return LinearChoice("local", f"Transformer Engine is not installed ({_INSTALL})")
-    return LinearChoice("te", f"{card.name} with Transformer Engine")
-
-
-def fp8_format(precision: PrecisionConfig) -> Literal["hybrid", "e4m3"]:
-    """Return the format that `precision.fp8_format` stands for."""
-    if precision.fp8_format != "auto":
-        return precision.fp8_format
-    return "e4m3" if precision.fp8 == "blockwise" else "hybrid"
-
-
-def bf16_layers(precision: PrecisionConfig, tower: str, layers: int) -> frozenset[int]:
-    """Return the layers of a tower, from 0, that stay without FP8."""
-    ends = [*range(precision.fp8_bf16_first), *range(layers - precision.fp8_bf16_last, layers)]
-    named = [int(name.partition(".")[2]) for name in precision.fp8_bf16_layers if name.startswith(f"{tower}.")]
-    return frozenset([*ends, *named])
 
 
 def check_linears(config: Config) -> None:
@@ -136,7 +92,7 @@ def _check_engine(precision: PrecisionConfig, hardware: HardwareConfig) -> None:
         raise ConfigError(f"precision.linear=te {where}: Transformer Engine runs on NVIDIA GPUs alone, {fix}")
     if not host.transformer_engine_installed():
         raise MissingPackageError(
-            f"precision.linear=te, but Transformer Engine is not installed: {_INSTALL}, or use precision.linear=local"
+            f"precision.linear=te, but Transformer Engine is not installed: {INSTALL}, or use precision.linear=local"
         )
 
 

@@ -1,6 +1,6 @@
 """What the section `optim` may say, beside the steps and the towers."""
 
-from w2s.config.layout import tower_names
+from w2s.config.layout_checks import tower_names
 from w2s.config.sections import Config, OptimConfig
 from w2s.errors import ConfigError
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from w2s.config.batching import lanes_per_rank
-from w2s.config.layout import check_lanes
+from w2s.config.layout_checks import check_lanes
 from w2s.config.sections import DataConfig
 from w2s.data.bad import Skipped
 from w2s.data.batch import Batch, merge_batches

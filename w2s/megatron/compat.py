@@ -6,7 +6,7 @@ The only place that says them; torch's are in `w2s/compat.py`. `tests/megatron/t
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -158,17 +158,6 @@ def gradients_for_norm(optimizer: MegatronOptimizer) -> list[Tensor]:
     if hasattr(optimizer, "get_grads_for_grad_norm"):  # 0.19
         return optimizer.get_grads_for_grad_norm()
     return optimizer.get_main_grads_for_grad_norm()
-
-
-def no_function_modes() -> AbstractContextManager[None]:
-    """Inside, torch asks no function mode."""
-    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
-    return context
-
-
-def function_modes() -> list[Any]:
-    """Return the function modes that are active, the innermost last."""
-    return list(torch.overrides._get_current_function_mode_stack())
 
 
 def replace_torch_of_schedules(stand_in: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from w2s.compat import coalescing_manager
+from w2s.compat import coalescing_manager, function_modes, no_function_modes
 from w2s.megatron import compat
 
 
@@ -155,9 +155,9 @@ def unasked() -> contextlib.AbstractContextManager[None]:
 
     Where there are other modes too, such as a rehearsal's, all are asked as before.
     """
-    return compat.no_function_modes() if _alone() else contextlib.nullcontext()
+    return no_function_modes() if _alone() else contextlib.nullcontext()
 
 
 def _alone() -> bool:
     """Whether ours is the only function mode."""
-    return bool(_enabled) and compat.function_modes() == _enabled
+    return bool(_enabled) and function_modes() == _enabled

@@ -6,7 +6,7 @@ from typing import Any
 
 from w2s.config.batching import data_parallel_size, divisors, num_micro_batches, samples_per_replica
 from w2s.config.fp8_checks import check_fp8_layout
-from w2s.config.layout import check_micro_batches, check_ranks, check_towers
+from w2s.config.layout_checks import check_micro_batches, check_ranks, check_towers
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
 from w2s.planning.cards import GPUS_PER_NODE

@@ -15,7 +15,7 @@ from w2s.config.batching import (
     samples_per_rank,
     samples_per_replica,
 )
-from w2s.config.fp8_checks import bf16_layers
+from w2s.config.linear_choice import bf16_layers
 from w2s.config.sections import Config
 from w2s.planning.activations import Types, kept_going_back, peak
 from w2s.planning.flops import patch_width, seen_frames

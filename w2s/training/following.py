@@ -8,14 +8,14 @@ from torch import Tensor
 from w2s.callbacks import Callback, Training
 from w2s.errors import StopRun
 from w2s.megatron.parallel.replicas import repair
-from w2s.training.progress import Progress, RollBack
 from w2s.training.saving import Saving
+from w2s.training.training_run import RollBack, TrainingRun
 
 
 class ReplicaCheck(Callback):
     """Compares the replicas' weights every `train.check_replicas` steps, and repairs what can be repaired."""
 
-    def __init__(self, run: Progress) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         self._run = run
 
     def after_step(self, step: int, metrics: Mapping[str, Tensor]) -> None:
@@ -37,7 +37,7 @@ class ReplicaCheck(Callback):
 class Evaluation(Callback):
     """Measures a new run before its first step, and every `train.eval_every` steps."""
 
-    def __init__(self, run: Progress) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         self._run = run
 
     def begin(self, training: Training) -> None:
@@ -56,10 +56,8 @@ class Evaluation(Callback):
         run = self._run
         run.heartbeat.at("evaluating", run.step, long=True)
         run.stage.optimizer.gather_weights()
-        with run.weights_to_measure():
-            metrics = run.stage.evaluate()
+        metrics = run.measure(run.stage.evaluate)
         if metrics:
-            run.tracker.log(run.step, run.samples, metrics)
             for callback in run.callbacks:
                 callback.evaluated(run.step, metrics)
 
@@ -67,7 +65,7 @@ class Evaluation(Callback):
 class Stopping(Callback):
     """Saves and ends the run after a signal."""
 
-    def __init__(self, run: Progress, saving: Saving) -> None:
+    def __init__(self, run: TrainingRun, saving: Saving) -> None:
         self._run, self._saving = run, saving
 
     def after_step(self, step: int, metrics: Mapping[str, Tensor]) -> None:
@@ -88,7 +86,7 @@ class Stopping(Callback):
         if run.memory is not None and not skipped and not refused:
             run.memory.forget()
         number = signals[0] if signals else signal.SIGTERM
-        name, kept = signal.Signals(number).name, f"saved in {run.run}"
+        name, kept = signal.Signals(number).name, f"saved in {run.folder}"
         if skipped or refused:
             kept = f"not saved: {refused[-1] if refused else 'it was skipped'}"
         raise StopRun(f"stopped by {name} at step {step}, {kept}: repeat the command to resume", number)

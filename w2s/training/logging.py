@@ -10,9 +10,9 @@ from w2s.data.batch import Batch
 from w2s.data.sizes import Counting, count_samples
 from w2s.megatron.fp8.fp8_stats import fp8_metrics
 from w2s.megatron.parallel import process_groups
-from w2s.replay import clones, replay
 from w2s.tracking.meters import over_ranks
-from w2s.training.progress import Progress, RollBack
+from w2s.training.replay import clones, replay
+from w2s.training.training_run import RollBack, TrainingRun
 
 
 class Logging(Callback):
@@ -21,7 +21,7 @@ class Logging(Callback):
     There a step that was skipped since the last line is repeated, and the run rolls back after too many of them.
     """
 
-    def __init__(self, run: Progress) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         self._run = run
         self._counting: Counting | None = None
         # Fully sharded, no rank has gradients of its own to compare: nothing is repeated.
@@ -81,16 +81,7 @@ class Logging(Callback):
         when = f" at step {run.step}" if since else ""
         words = f"{diagnosis.words}{'; the step is taken again' if again else ''}"
         run.tracker.message(f"warning: step {run.step - since} was skipped; repeated{when}, it is {words}")
-        return self._retake() if again else None
-
-    def _retake(self) -> dict[str, Tensor]:
-        run = self._run
-        run.step -= 1
-        run.stage.load_extra_state(self._before)
-        run.stage.optimizer.clear_skipped()
-        metrics = run.update(self._batches[-1])
-        run.undone += not run.skipped_in_a_row()
-        return metrics
+        return run.retake_step(batches[-1], self._before) if again else None
 
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
         """Average over the ranks."""

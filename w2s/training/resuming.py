@@ -33,7 +33,7 @@ class Resumed:
     """What the user is told."""
 
 
-def resume(stage: Stage, config: Config, run: Path, memory: HostMemory | None) -> Resumed:
+def resume(stage: Stage, config: Config, folder: Path, memory: HostMemory | None) -> Resumed:
     """Resume the run where it stands, or begin it.
 
     The first of these that there is:
@@ -49,24 +49,31 @@ def resume(stage: Stage, config: Config, run: Path, memory: HostMemory | None) -
     """
     if memory is not None and memory.meta is not None:
         meta = memory.meta
-        _refuse_another_run(config, run, meta)
+        _refuse_another_run(config, folder, meta)
         stage.load_extra_state(state.restore(memory.read(), stage.towers, stage.optimizer, meta.step))
-        return _resumed(config, meta)
-    own = checkpoint_folders.latest(run)
+        return _with_place(_resumed(config, meta), "from the memory of the hosts")
+    own = checkpoint_folders.latest(folder)
     if own is not None:
-        _refuse_another_run(config, run, checkpoint_folders.read_meta(own))
-        return load_checkpoint(own, stage, config)
+        _refuse_another_run(config, folder, checkpoint_folders.read_meta(own))
+        return _with_place(load_checkpoint(own, stage, config))
     other = find_continued(config)
     if other is not None:
         verify(other)
         check_shapes(stage.towers, other)
-        return replace(load_checkpoint(other, stage, config), parent=str(other))
+        return _with_place(replace(load_checkpoint(other, stage, config), parent=str(other)))
     with unsharded(stage.towers.values()):
         handover = stage.begin()
     if handover is None:
         return Resumed()
     stage.optimizer.copy_model_to_master()
     return Resumed(parent=handover.parent, handover=handover)
+
+
+def _with_place(resumed: Resumed, origin: str = "") -> Resumed:
+    """Let the user be told first where the run resumes, if that is not just its last checkpoint."""
+    origin = origin or (f"begun from {resumed.parent}" if resumed.step and resumed.parent else "")
+    place = (f"resumes at step {resumed.step}, {origin}",) if origin else ()
+    return replace(resumed, news=(*place, *resumed.news))
 
 
 def load_checkpoint(checkpoint: Path, stage: Stage, config: Config) -> Resumed:
@@ -90,8 +97,8 @@ def _news_of_average(config: Config, meta: checkpoint_folders.Meta) -> tuple[str
     return ()
 
 
-def _refuse_another_run(config: Config, run: Path, meta: checkpoint_folders.Meta) -> None:
+def _refuse_another_run(config: Config, folder: Path, meta: checkpoint_folders.Meta) -> None:
     found = difference(config, meta.config)
     if found is not None:
         key, then, now = found
-        raise UserError(f"{run} was begun with {key}={then}, not {key}={now}: keep that, or choose another run.name")
+        raise UserError(f"{folder} was begun with {key}={then}, not {key}={now}: keep that, or choose another run.name")

@@ -16,7 +16,7 @@ from w2s.errors import CheckpointError
 from w2s.liveness.heartbeat import WRITER
 from w2s.megatron.checkpoint import state
 from w2s.megatron.checkpoint.async_save import AsyncSave
-from w2s.training.progress import Progress
+from w2s.training.training_run import TrainingRun
 
 PACKAGES = ("w2s", "torch", "megatron-core")
 
@@ -28,7 +28,7 @@ class Saving(Callback):
         refused: why the last saves were refused, since the last that was not.
     """
 
-    def __init__(self, run: Progress) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         self._run = run
         self._saving: checkpoint_folders.Saving | None = None
         self.refused: list[CheckpointError] = []
@@ -57,7 +57,7 @@ class Saving(Callback):
         self.finish()
         run.heartbeat.at("saving a checkpoint", run.step, long=True)
         with self._training_on_if_refused(run.step):
-            self._saving = checkpoint_folders.Saving(run.run, meta, self._write, run.config.checkpoint, run.ranks)
+            self._saving = checkpoint_folders.Saving(run.folder, meta, self._write, run.config.checkpoint, run.ranks)
         if not run.config.checkpoint.async_save:
             self.finish()
 
@@ -118,7 +118,7 @@ class Saving(Callback):
             yield
         except CheckpointError as error:
             self.refused.append(error)
-            standing, most = checkpoint_folders.latest(run.run), run.config.checkpoint.failures
+            standing, most = checkpoint_folders.latest(run.folder), run.config.checkpoint.failures
             if standing is None or len(self.refused) == most or step == run.config.train.steps:
                 raise
             count = f"{len(self.refused)} of at most {most} in a row"

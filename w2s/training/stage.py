@@ -1,4 +1,4 @@
-"""What a stage gives the training loop."""
+"""A stage, as the training loop sees it, and one step of it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -16,7 +16,7 @@ from w2s.tracking.tracker import Tracker
 
 
 class Stage(Protocol):
-    """What a stage gives the trainer."""
+    """What a stage gives the training loop."""
 
     towers: Towers
     """The wrapped towers by name."""

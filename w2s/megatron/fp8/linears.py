@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from w2s.config.fp8_checks import bf16_layers, choose_linears, fp8_format
+from w2s.config.linear_choice import bf16_layers, choose_linears, fp8_format
 from w2s.config.sections import Config, PrecisionConfig
 from w2s.megatron.fp8 import fp8_emulation, transformer_engine
 

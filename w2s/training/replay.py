@@ -10,38 +10,20 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed import get_process_group_ranks
 
 from w2s.data.batch import Batch, swap_batch
-from w2s.megatron.parallel.optimizer import Optimizer, Towers
 from w2s.megatron.parallel.pipeline_schedule import no_grad_sync
 from w2s.megatron.parallel.process_groups import Ranks
+from w2s.training.stage import Stage
 
 _OUTLIER = 10.0
 """A norm of gradients so many times that of most data-parallel ranks stands out."""
 _NAMED = 3
 """Samples of a rank that are named."""
-
-
-class Repeatable(Protocol):
-    """A stage, as far as a step is repeated here."""
-
-    towers: Towers
-    optimizer: Optimizer
-    ranks: Ranks
-
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        """Accumulate the gradients of a batch; return `loss` where there is one."""
-
-    def extra_state(self) -> dict[str, Tensor]:
-        """What a step changes beside weights and optimizer."""
-
-    def load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
-        """Take it back."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +47,7 @@ class Diagnosis:
     """Whether nothing is wrong any more: the step may be taken."""
 
 
-def replay(stage: Repeatable, batch: Batch, ranks: Ranks) -> Diagnosis:
+def replay(stage: Stage, batch: Batch, ranks: Ranks) -> Diagnosis:
     """Repeat a step twice, by the data-parallel ranks that did it and each by the next one.
 
     Weights, optimizer and the stage's state stay as they are; the gradients are lost. Every rank calls, and waits.
@@ -133,7 +115,7 @@ def clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def _norms(stage: Repeatable, batch: Batch, ranks: Ranks) -> list[float]:
+def _norms(stage: Stage, batch: Batch, ranks: Ranks) -> list[float]:
     """Norm of the gradients of each data-parallel rank, with losses that go over its own samples alone."""
     extra = clones(stage.extra_state())
     stage.optimizer.zero_grad()

@@ -4,7 +4,7 @@ from w2s.config.sections import Config, InitConfig
 from w2s.errors import ConfigError
 
 
-def check_start(config: Config) -> None:
+def check_init(config: Config) -> None:
     """Refuse a start that brings the same weights twice, or that there is nothing for.
 
     Raises:
@@ -29,8 +29,8 @@ def _check_continued(config: Config) -> None:
     for setting, is_given in given.items():
         if init.checkpoint != "none" and is_given:
             raise ConfigError(
-                f"{setting} does nothing with "
-                f"init.checkpoint={init.checkpoint}, which brings all weights: leave one of them out"
+                f"{setting} does nothing with init.checkpoint={init.checkpoint}, which brings all weights: "
+                "leave one of them out"
             )
 
 

@@ -33,7 +33,8 @@ from w2s.megatron.parallel.replicas import Divergence
 from w2s.run import tracked
 from w2s.tracking.history import read_history
 from w2s.tracking.tracker import Tracker
-from w2s.trainer import Trainer
+from w2s.training.loop import train
+from w2s.training.training_run import TrainingRun
 
 
 class Counting:
@@ -92,15 +93,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def options(shards: Path, tmp_path: Path) -> list[str]:
-    train = ["train.steps=7", "train.global_batch=4", "train.micro_batch=4", "train.log_every=3", "optim.warmup=2"]
+    steps = ["train.steps=7", "train.global_batch=4", "train.micro_batch=4", "train.log_every=3", "optim.warmup=2"]
     data = ["data.builtin=none", f"data.train={shards}", "data.lanes=2", "data.workers=0"]
-    return ["hardware=cpu", "tracking.enabled=false", f"run.root={tmp_path}", *data, *train, "checkpoint.every=5"]
+    return ["hardware=cpu", "tracking.enabled=false", f"run.root={tmp_path}", *data, *steps, "checkpoint.every=5"]
 
 
 def test_what_happens_when(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", [*options, "train.eval_every=4"])
-    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
-    trainer.train()
+    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    train(run)
     assert stage.calls == ["begin", "evaluate", *["step", "update"] * 4, "evaluate", *["step", "update"] * 3]
     lines = [(line["step"], line["samples_seen"], line.get("loss")) for line in read_history(tmp_path / "run")]
     # Every third step, whenever something is saved, at the end; the evaluations at 0 and 4 have no loss.
@@ -141,7 +142,7 @@ class Following(Callback):
 def test_callbacks_follow_the_loop(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", [*options, "train.steps=2", "train.log_every=2", "checkpoint.async_save=false"])
     following = Following()
-    Trainer(Counting(config, alone), config, tmp_path / "run", alone, callbacks=[Callback(), following]).train()
+    train(TrainingRun(Counting(config, alone), config, tmp_path / "run", alone, callbacks=[Callback(), following]))
     assert following.told == [
         ("begin", "run", "vision"),
         ("evaluated", 0, 0.0),
@@ -153,16 +154,16 @@ def test_callbacks_follow_the_loop(alone: Ranks, options: list[str], tmp_path: P
 
 def test_callbacks_hear_of_an_early_end(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config, following = load("mim", options), Following()
-    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone, callbacks=[following])
+    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone, callbacks=[following])
     stage.stop_at = 1
     with pytest.raises(StopRun):
-        trainer.train()
+        train(run)
     assert following.told[-2:] == [("saved", 1, 1), ("end",)]
 
 
 def test_the_learning_rate_warms_up_and_falls(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", [*options, "train.log_every=1", "optim.lr=0.1", "optim.min_lr=0", "optim.warmup=3"])
-    Trainer(Counting(config, alone), config, tmp_path / "run", alone).train()
+    train(TrainingRun(Counting(config, alone), config, tmp_path / "run", alone))
     rates = [line["lr"] for line in read_history(tmp_path / "run") if "lr" in line]
     assert rates[:4] == pytest.approx([0.0, 0.05, 0.1, 0.1])
     assert rates[3:] == sorted(rates[3:], reverse=True)
@@ -171,13 +172,13 @@ def test_the_learning_rate_warms_up_and_falls(alone: Ranks, options: list[str], 
 
 def test_a_restored_run_goes_on_where_it_was(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", options)
-    begun = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    begun = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.stop_at = 5
     with pytest.raises(StopRun, match="stopped by SIGTERM at step 5"):
-        begun.train()
-    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
-    assert (trainer.step, trainer.samples, stage.seen) == (5, 20, 20)
-    trainer.train()
+        train(begun)
+    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    assert (run.step, run.samples, stage.seen) == (5, 20, 20)
+    train(run)
     assert stage.calls == ["step", "update"] * 2, "nothing begins and nothing is measured again"
     assert stage.indices == list(range(20, 28))
 
@@ -190,17 +191,17 @@ def test_a_run_does_not_go_on_as_another_one(
     alone: Ranks, options: list[str], tmp_path: Path, change: str, then: str
 ) -> None:
     config = load("mim", options)
-    Trainer(Counting(config, alone), config, tmp_path / "run", alone).train()
+    train(TrainingRun(Counting(config, alone), config, tmp_path / "run", alone))
     other = load("mim", [*options, change])
     with pytest.raises(UserError, match=f"was begun with {re.escape(then)}.*: keep that, or choose another run.name"):
-        Trainer(Counting(config, alone), other, tmp_path / "run", alone)
+        TrainingRun(Counting(config, alone), other, tmp_path / "run", alone)
 
 
 def test_a_bad_step_is_skipped_counted_and_not_saved(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", options)
-    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.wrong = range(16, 20)  # the samples of step 5, after which a checkpoint is due
-    trainer.train()
+    train(run)
     lines = read_history(tmp_path / "run")
     assert [(line["step"], line["loss"], line.get("skipped_steps")) for line in lines[1:]] == [
         (3, 12, None),
@@ -212,7 +213,7 @@ def test_a_bad_step_is_skipped_counted_and_not_saved(alone: Ranks, options: list
         "latest",
         "step-00000007",
     ]
-    again = Trainer(Counting(config, alone), config, tmp_path / "run", alone)
+    again = TrainingRun(Counting(config, alone), config, tmp_path / "run", alone)
     assert (int(again.stage.optimizer.guard.skipped), again.step) == (1, 7)
 
 
@@ -223,12 +224,12 @@ def test_a_fault_that_has_passed_costs_nothing(
     config = load("mim", [*options, "train.log_every=1"])
     ends = []
     for fault in (True, False):
-        trainer = Trainer(stage := Counting(config, alone), config, tmp_path / f"run-{fault}", alone)
+        run = TrainingRun(stage := Counting(config, alone), config, tmp_path / f"run-{fault}", alone)
         stage.passing = (2,) if fault else ()
-        trainer.train()
+        train(run)
         lines = [
             (line["step"], line["loss"], line["grad_norm"], line["lr"])
-            for line in read_history(trainer.run)
+            for line in read_history(run.folder)
             if line["step"]
         ]
         ends.append((lines, stage.seen, int(stage.optimizer.guard.skipped), stage.optimizer.updates))
@@ -248,9 +249,9 @@ def test_a_step_that_was_skipped_between_two_lines_is_repeated_at_the_next(
 ) -> None:
     """The sixth call is the repetition. The weights have moved on: the step is not taken again."""
     config = load("mim", options)
-    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.passing = bad
-    trainer.train()
+    train(run)
     out = " ".join(capsys.readouterr().out.split())
     assert f"step 4 was skipped; repeated at {says}" in out and "taken again" not in out
     assert stage.indices == [*range(20), *range(12, 16), *range(20, 28)]
@@ -260,9 +261,9 @@ def test_a_step_that_was_skipped_between_two_lines_is_repeated_at_the_next(
 
 def test_a_step_that_is_bad_again_is_counted_once(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", [*options, "train.log_every=1"])
-    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.passing = (2, 4)  # the step and, after its repetition, the step again
-    trainer.train()
+    train(run)
     lines = read_history(tmp_path / "run")
     assert [line.get("skipped_steps") for line in lines if line["step"]] == [None, *[1] * 6]
     assert int(stage.optimizer.guard.skipped) == 1
@@ -272,9 +273,9 @@ def test_a_run_goes_back_and_passes_over_the_samples_that_led_there(
     alone: Ranks, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load("mim", [*options, "train.bad_steps=2", "checkpoint.every=3"])
-    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.wrong = range(16, 24)  # steps 5 and 6
-    trainer.train()
+    train(run)
     out = " ".join(capsys.readouterr().out.split())
     assert "step 6 was skipped; repeated, it is reproducible, and there is no other data-parallel rank" in out
     assert "rolled back to step 3, the samples of steps 4 to 6 are skipped" in out
@@ -297,20 +298,20 @@ def test_a_run_goes_back_and_passes_over_the_samples_that_led_there(
 )
 def test_a_run_that_cannot_go_on_ends(alone: Ranks, options: list[str], tmp_path: Path, change: str, why: str) -> None:
     config = load("mim", [*options, "train.bad_steps=2", "checkpoint.every=3", change])
-    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.wrong = range(12, 1000)
     with pytest.raises(W2SError, match=rf"was not a number, or a spike, and {why}: lower optim\.lr"):
-        trainer.train()
+        train(run)
     newest = checkpoint_folders.latest(tmp_path / "run")
     assert newest is None or newest.name == "step-00000003", "nothing is saved on bad steps"
 
 
 def test_nothing_is_saved_where_a_signal_follows_a_bad_step(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", options)
-    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.wrong, stage.stop_at = range(4, 8), 2
     with pytest.raises(StopRun, match="stopped by SIGTERM at step 2, not saved: it was skipped"):
-        trainer.train()
+        train(run)
     assert checkpoint_folders.latest(tmp_path / "run") is None
 
 
@@ -344,9 +345,9 @@ def test_a_full_disk_is_outlived(
 ) -> None:
     every_step = ["checkpoint.every=1", "checkpoint.failures=3", "checkpoint.keep=9"]
     config = load("mim", [*options, *every_step, f"checkpoint.async_save={background}"])
-    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
     monkeypatch.setattr(call, FullDisk(stage, {3, 4, 6}, call))
-    trainer.train()
+    train(run)
     out = " ".join(capsys.readouterr().out.split())
     refused = re.findall(r"No space left on device\).*?training continues, (step-\d+) stands \((\d) of at most 3", out)
     found = [checkpoint_folders.step_of(path) for path in checkpoint_folders.all_of(tmp_path / "run")]
@@ -370,30 +371,30 @@ def test_a_disk_that_stays_full_ends_the_run(
 ) -> None:
     """At once where no checkpoint stands, after three failures, and where the last step's is missing."""
     config = load("mim", [*options, "checkpoint.every=1", "checkpoint.failures=3"])
-    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
     monkeypatch.setattr(BEGIN, FullDisk(stage, range(full_from, 100), BEGIN))
     with pytest.raises(CheckpointError, match=r"cannot write .* \(No space left on device\): free some space or"):
-        trainer.train()
+        train(run)
     newest = checkpoint_folders.latest(tmp_path / "run")
-    assert (trainer.step, newest and checkpoint_folders.step_of(newest)) == (steps, last)
+    assert (run.step, newest and checkpoint_folders.step_of(newest)) == (steps, last)
 
 
 def test_a_run_that_fails_leaves_no_writer(
     alone: Ranks, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load("mim", [*options, "checkpoint.every=2", "checkpoint.async_save=true"])
-    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
     monkeypatch.setattr("w2s.megatron.checkpoint.async_save._WriterResults.put", lambda *_: signal.pause())
     writers: list[psutil.Process] = []
 
     def fail_while_it_is_written() -> None:
-        if WRITER in trainer.heartbeat.helpers:
-            writers.extend(map(psutil.Process, trainer.heartbeat.helpers[WRITER]()))
+        if WRITER in run.heartbeat.helpers:
+            writers.extend(map(psutil.Process, run.heartbeat.helpers[WRITER]()))
             raise RuntimeError("broken")
 
     monkeypatch.setattr(stage, "after_update", fail_while_it_is_written)
     with pytest.raises(RuntimeError, match="broken"):
-        trainer.train()
+        train(run)
     assert writers and not running_after(writers, 10)
 
 
@@ -413,11 +414,11 @@ def test_a_stop_on_a_full_disk_says_that_nothing_was_saved(
     alone: Ranks, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load("mim", [*options, "checkpoint.every=2"])
-    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.stop_at = 3
     monkeypatch.setattr(BEGIN, FullDisk(stage, {3}, BEGIN))
     with pytest.raises(StopRun, match=r"at step 3, not saved: cannot write .*No space left.*: repeat the command"):
-        trainer.train()
+        train(run)
 
 
 @pytest.mark.parametrize("repaired", [True, False])
@@ -432,8 +433,8 @@ def test_replicas_that_differ(
     found = iter([[], [Divergence("vision.norm.weight", (1,) if repaired else (0, 1), repaired)]])
     monkeypatch.setattr("w2s.training.following.repair", lambda *_: next(found, []))
     config = load("mim", [*options, "train.check_replicas=2", "checkpoint.every=3"])
-    trainer = Trainer(stage := Counting(config, alone), config, tmp_path / "run", alone)
-    trainer.train()
+    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    train(run)
     printed = capsys.readouterr().out
     assert f"step 4: vision.norm.weight differs on ranks {[1] if repaired else [0, 1]}" in printed
     assert ("rolled back to step 3, the samples of steps 4 to 4 are read again" in printed) == (not repaired)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from w2s.replay import Place, diagnose
+from w2s.training.replay import Place, diagnose
 
 NAN = math.nan
 PLACES = [Place(rank, rank, f"node-{rank}", [f"a{rank}", f"b{rank}"]) for rank in range(4)]
