@@ -6,6 +6,7 @@ tries each, and finds private names elsewhere.
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -68,6 +69,17 @@ def run_backward(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None
     Variable._execution_engine.run_backward(
         tuple(tensors), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
+
+
+def no_function_modes() -> AbstractContextManager[None]:
+    """Inside, torch asks no function mode."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context
+
+
+def function_modes() -> list[Any]:
+    """Return the function modes that are active, the innermost last."""
+    return list(torch.overrides._get_current_function_mode_stack())
 
 
 def parse_to(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None, bool, Any]:
