@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 import w2s
@@ -99,6 +100,18 @@ def test_what_is_called_after_a_backward_pass_and_a_pass_of_our_own() -> None:
     compat.run_backward([out], [torch.tensor([1.0, 2.0])])
     assert order == ["begun", "ended"]
     assert leaf.grad is not None and leaf.grad.tolist() == [3, 6]
+
+
+def test_function_modes_are_listed_and_left_out() -> None:
+    class Nothing(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            return None
+
+    with Nothing() as outer, Nothing() as inner:
+        assert compat.function_modes()[-2:] == [outer, inner]
+        assert torch.zeros(2) is None
+        with compat.no_function_modes():
+            assert torch.zeros(2).tolist() == [0, 0]
 
 
 def test_what_to_asks_for() -> None:

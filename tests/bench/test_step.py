@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -20,7 +21,9 @@ def test_what_does_not_fit_is_a_row_without_figures(tmp_path: Path) -> None:
         if len(batch) > 8:
             raise torch.OutOfMemoryError("too large")
 
-    subject, job = _Subject(step, sample_spec(config), 0), Job(config, (4, 16, 8), "synthetic", 2, tmp_path / "x")
+    stage = SimpleNamespace(config=config)
+    subject = _Subject(step, sample_spec(config), 0, stage)
+    job = Job(config, (4, 16, 8), "synthetic", 2, tmp_path / "x")
     rows = _measure_rows(subject, job, Marks(CPU), CPU, reader=0, world_size=1)
     assert [(row.micro_batch, row.global_batch, bool(row.parts)) for row in rows] == [
         (4, 4, True),
@@ -29,6 +32,7 @@ def test_what_does_not_fit_is_a_row_without_figures(tmp_path: Path) -> None:
     ]
     assert seen == [4] * (WARM_UP + 2) + [16] + [8] * (WARM_UP + 2)
     assert rows[1].milliseconds == 0
+    assert stage.config == with_batch(config, 8, world_size=1)
 
 
 def test_a_global_batch_is_one_micro_batch_of_every_replica() -> None:

@@ -7,7 +7,7 @@ import torch
 from megatron.core.pipeline_parallel import schedules
 from torch.overrides import TorchFunctionMode
 
-from w2s.megatron.cpu import unasked
+from w2s.megatron.cpu import without_function_mode
 from w2s.megatron.parallel.process_groups import Ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is replaced")
@@ -34,7 +34,7 @@ def test_streams_and_counts_have_stand_ins(alone: Ranks) -> None:
 
 
 def test_a_step_asks_no_function_mode_and_its_schedule_needs_none(alone: Ranks) -> None:
-    with unasked():
+    with without_function_mode():
         assert torch.zeros(2).type() == "torch.FloatTensor"
         assert schedules.torch.zeros([], dtype=torch.int, device="cuda").device.type == "cpu"
     assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
@@ -50,6 +50,6 @@ class _OnMeta(TorchFunctionMode):
 
 
 def test_a_step_under_another_mode_asks_it(alone: Ranks) -> None:
-    with _OnMeta(), unasked():
+    with _OnMeta(), without_function_mode():
         assert torch.zeros(2).device.type == "meta"
         assert schedules.torch.zeros([], dtype=torch.int, device="cuda").device.type == "meta"

@@ -1,5 +1,4 @@
-"""`w2s bench loss`: the tiled contrastive loss with its gradients with respect to the features, beside open_clip's
-ClipLoss."""
+"""`w2s bench loss`: the tiled contrastive loss and its gradient with respect to features, beside open_clip's."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

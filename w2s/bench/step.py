@@ -83,6 +83,8 @@ class Measured:
 
 
 class _Configured(Protocol):
+    """What reads the sizes of its batches from a configuration."""
+
     config: Config
 
 
@@ -93,8 +95,7 @@ class _Subject:
     step: Callable[[Batch], object]
     spec: SampleSpec
     parameters: int
-    configured: _Configured | None = None
-    """What reads the sizes of batches from its configuration."""
+    configured: _Configured
     compiled: bool = False
     tower_flops: float = 0.0
 
@@ -181,8 +182,7 @@ def _measure_rows(
 ) -> list[Row]:
     rows = []
     for config in [with_batch(job.config, size, world_size) for size in job.micro_batches] or [job.config]:
-        if subject.configured is not None:
-            subject.configured.config = config
+        subject.configured.config = config
         try:
             with _batches(subject.spec, job.data, config, reader, world_size) as next_batch:
                 parts = _median_step(subject.step, next_batch, marks, job.steps)

@@ -1,9 +1,9 @@
 """residual + RMSNorm(branch + bias) as one Triton kernel forward and one backward.
 
-A program holds a whole row, so every tensor is read once. With x = branch + bias, r = 1 / sqrt(mean(x^2) + eps), n = x
-r and g the gradient with respect to the output, the gradient with respect to x is r (w g - n mean(w g n)), that with
-respect to the weight the sum over rows of g n, that with respect to the bias the sum of the gradient with respect to x.
-A backward program adds these sums up over ROWS rows.
+A program holds a whole row, so every tensor is read once. With x = branch + bias, r = 1 / sqrt(mean(x^2) + eps),
+n = x r and g the gradient with respect to the output, the gradient with respect to x is r (w g - n mean(w g n)), that
+with respect to the weight the sum over rows of g n, that with respect to the bias the sum of the gradient with respect
+to x. A backward program adds these sums up over ROWS rows.
 """
 
 from typing import Any

@@ -60,9 +60,9 @@ class _BiasGelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         hidden, bias = ctx.saved_tensors
-        by_sum = hidden + bias
-        torch.ops.aten.gelu_backward(outputs[0], by_sum, approximate=ctx.approximate, grad_input=by_sum)
-        return by_sum, by_sum.flatten(0, -2).sum(0), None
+        grad_sum = hidden + bias  # whose memory the gradient takes
+        torch.ops.aten.gelu_backward(outputs[0], grad_sum, approximate=ctx.approximate, grad_input=grad_sum)
+        return grad_sum, grad_sum.flatten(0, -2).sum(0), None
 
 
 class _BiasQuickGelu(torch.autograd.Function):
@@ -77,5 +77,5 @@ class _BiasQuickGelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         hidden, bias = ctx.saved_tensors
-        by_sum = torch.ops.aten.silu_backward(outputs[0], QUICK * (hidden + bias))
-        return by_sum, by_sum.flatten(0, -2).sum(0)
+        grad_sum = torch.ops.aten.silu_backward(outputs[0], QUICK * (hidden + bias))
+        return grad_sum, grad_sum.flatten(0, -2).sum(0)

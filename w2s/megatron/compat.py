@@ -105,15 +105,9 @@ class OwnProduct:
         return super()._forward_impl(input, weight, bias=bias, **options)  # type: ignore[misc]
 
 
-@contextmanager
-def taking_for_groups(group: ProcessGroup) -> Iterator[None]:
+def one_group_for_all(group: ProcessGroup) -> AbstractContextManager[None]:
     """Inside, Megatron takes `group` wherever it would make one."""
-    make = parallel_state.create_group
-    parallel_state.create_group = lambda *_, **__: group
-    try:
-        yield
-    finally:
-        parallel_state.create_group = make
+    return _replaced(parallel_state, "create_group", lambda *_, **__: group)
 
 
 class _WeightGradient:
@@ -126,8 +120,13 @@ class _WeightGradient:
 
 
 def accumulate_in_products(module: nn.Module) -> None:
-    """Without a GPU, let Megatron's linears of float32 add to DDP's gradients themselves: one pass over memory less."""
-    if torch.cuda.is_available():  # Megatron would return a stand-in for the gradient that is there
+    """Without a GPU, let Megatron's linears of float32 add to DDP's gradients themselves: one pass over memory less.
+
+    Their weights' gradients are then in `main_grad` alone, as Transformer Engine's are on a GPU. Autograd gets memory
+    that nobody has written: `torch.autograd.grad` with respect to such a weight returns that. DDP drops it, and with it
+    the gradient of whatever else a loss makes of the weight, such as a penalty on its norm.
+    """
+    if torch.cuda.is_available():  # what autograd gets would be on the GPU
         return
     megatron_layers.fused_weight_gradient_mlp_cuda = _WeightGradient
     for linear in module.modules():
@@ -142,15 +141,9 @@ def delayed_scale(linear: Any, kind: str) -> Tensor:
     return scale
 
 
-@contextmanager
-def messages_through(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def messages_through(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> AbstractContextManager[None]:
     """Inside, the messages between pipeline stages are posted by what `wrap` makes of Megatron's function for it."""
-    post = p2p_communication._p2p_ops
-    p2p_communication._p2p_ops = wrap(post)
-    try:
-        yield
-    finally:
-        p2p_communication._p2p_ops = post
+    return _replaced(p2p_communication, "_p2p_ops", wrap(p2p_communication._p2p_ops))
 
 
 def gradients_for_norm(optimizer: MegatronOptimizer) -> list[Tensor]:
@@ -168,8 +161,8 @@ def replace_torch_of_schedules(stand_in: Any) -> None:
 class OpenDistributedOptimizer(DistributedOptimizer):
     """Megatron's distributed optimizer, whose states of a parameter can be read and set."""
 
-    def copy_own_master_to_model(self) -> None:
-        """Make this rank's share of the weights of its master weights."""
+    def copy_local_master_to_model(self) -> None:
+        """Copy this rank's share of the master weights into the weights; the other ranks' shares stay as they are."""
         self._copy_main_params_to_model_params()
 
     def states_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -209,15 +202,9 @@ def coalesce_with(manager: Any) -> None:
     fsdp_buffers._coalescing_manager = manager
 
 
-@contextmanager
-def coalescing_with(manager: Any) -> Iterator[None]:
+def coalescing_with(manager: Any) -> AbstractContextManager[None]:
     """Inside, `manager` is what FSDP exchanges several tensors together with."""
-    before = fsdp_buffers._coalescing_manager
-    coalesce_with(manager)
-    try:
-        yield
-    finally:
-        coalesce_with(before)
+    return _replaced(fsdp_buffers, "_coalescing_manager", manager)
 
 
 FSDP_MESHES = "_init_dist_index"
@@ -234,12 +221,17 @@ def _nothing() -> None:
     """Do nothing."""
 
 
-@contextmanager
-def _without_dtensors() -> Iterator[None]:
+def _without_dtensors() -> AbstractContextManager[None]:
     """Inside, no DTensors are made of shares: nobody needs them, ranks would compare each, and scalars are refused."""
-    genuine = fsdp_buffers.make_fsdp_dtensor
-    fsdp_buffers.make_fsdp_dtensor = lambda local_tensor, *unused, **unused_too: local_tensor
+    return _replaced(fsdp_buffers, "make_fsdp_dtensor", lambda local_tensor, *unused, **unused_too: local_tensor)
+
+
+@contextmanager
+def _replaced(module: Any, name: str, stand_in: Any) -> Iterator[None]:
+    """Inside, `stand_in` is what a module of Megatron's has under a name."""
+    genuine = getattr(module, name)
+    setattr(module, name, stand_in)
     try:
         yield
     finally:
-        fsdp_buffers.make_fsdp_dtensor = genuine
+        setattr(module, name, genuine)

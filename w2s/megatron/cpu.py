@@ -4,7 +4,7 @@ Megatron-Core asks for CUDA by name in a few dozen places (devices, streams, ten
 answers those questions; with a GPU it does nothing. `enable` is the only switch and may be called more than once.
 
 Most answers are given by a function mode, which torch asks at every call from Python. A training step names a device in
-one place alone, so it goes without the mode: see `unasked`.
+one place alone, so it goes without the mode: see `without_function_mode`.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ class _TorchOnCpu:
 
     def zeros(self, *size: Any, device: Any = None, **settings: Any) -> torch.Tensor:
         """Return a tensor of zeros, whatever the device, unless another mode answers for it."""
-        return torch.zeros(*size, device=None if _alone() else device, **settings)
+        return torch.zeros(*size, device=None if _is_only_mode() else device, **settings)
 
 
 class NoRngTracker:
@@ -150,14 +150,14 @@ def enable() -> None:
     _enabled.append(mode)
 
 
-def unasked() -> contextlib.AbstractContextManager[None]:
-    """Inside, the function mode is not asked: for training steps, where its answers would cost more than a norm.
+def without_function_mode() -> contextlib.AbstractContextManager[None]:
+    """Inside, `CudaOnCpu` is not asked: for training steps, where its answers would cost more than a norm.
 
     Where there are other modes too, such as a rehearsal's, all are asked as before.
     """
-    return no_function_modes() if _alone() else contextlib.nullcontext()
+    return no_function_modes() if _is_only_mode() else contextlib.nullcontext()
 
 
-def _alone() -> bool:
-    """Whether ours is the only function mode."""
+def _is_only_mode() -> bool:
+    """Whether `CudaOnCpu` is the only function mode."""
     return bool(_enabled) and function_modes() == _enabled

@@ -61,7 +61,7 @@ def peak(
         normed = samples * tower.tokens
         before = _norm(tower, types, normed) if tower.norm_pre else 0
         chunks[0] += samples * tower.embedding_elements * types.value + before
-    last_chunk = _after_layers(tower, types, samples) if stage == parallel.pipeline - 1 else 0
+    after = _after_layers(tower, types, samples) if stage == parallel.pipeline - 1 else 0
     last = tower.split[virtual[-1]]
     # A recomputed layer is there as a whole; the layers after it are not kept any longer then.
     again = (1 - (last - recomputed_layers(parallel, last))) * whole if parallel.recompute == "full" else 0
@@ -70,8 +70,8 @@ def peak(
     return max(
         sum(counts) * least
         + sum(counts[number] * more for number, more in larger)
-        + max(last_chunk if counts[-1] else 0, again)
-        for counts in (mixes if larger or last_chunk else [next(iter(mixes))])
+        + max(after if counts[-1] else 0, again)
+        for counts in (mixes if larger or after else [next(iter(mixes))])
     )
 
 
@@ -133,7 +133,7 @@ def _input(tower: PlannedTower, parallel: ParallelConfig, types: Types, samples:
 
 
 def local_tokens(tower: PlannedTower, parallel: ParallelConfig, samples: int) -> int:
-    """Rows of a micro-batch between the pairs of linears on a rank."""
+    """Packed tokens of a micro-batch between the pairs of linears on a rank."""
     return samples * tower.tokens // (parallel.tensor if parallel.sequence else 1)
 
 
@@ -160,7 +160,7 @@ def _pool(tower: PlannedTower, types: Types, samples: int) -> int:
 
 
 def _head(tower: PlannedTower, types: Types, samples: int, width: int) -> int:
-    """What norm, head and masked loss keep of a micro-batch; every tensor-parallel rank has all rows there.
+    """What norm, head and masked loss keep of a micro-batch; every tensor-parallel rank has all tokens there.
 
     It is the norm's input and output, the head's input, and its output and the targets in float32.
     """

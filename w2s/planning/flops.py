@@ -4,7 +4,7 @@ A multiplication and an addition are two operations. Matrix products, the patch 
 `torch.utils.flop_counter`; norms, activations and the optimizer do not. Model FLOPs are what training needs at least: a
 backward pass costs two forward passes (of the patch embedding one: pixels get no gradient). Hardware FLOPs are those
 that run: also the second forward pass of the contrastive stage, the recomputed layers, the scores that flash attention
-computes again (five products in its backward pass for two in its forward pass), and the tiled loss's fourth product.
+recomputes (five products in its backward pass for two in its forward pass), and the tiled loss's fourth product.
 """
 
 from collections.abc import Mapping, Sequence

@@ -166,7 +166,7 @@ def _fp8_weights(config: Config, tower: PlannedTower, stage: int) -> int:
 def _temporaries(config: Config, tower: PlannedTower, samples: int, hidden: int = 2) -> int:
     """The largest tensors of a backward pass that nothing keeps.
 
-    Gradients of the MLP's hidden activations before and after the GELU, of its input and output (with all rows, where
+    Gradients of the MLP's hidden activations before and after the GELU, of its input and output (with all tokens, where
     sequence parallelism gathers them) and of its larger weight matrix. The gradient before the GELU takes the place of
     the GELU's output, if that is kept: then there is one beside what is kept (`hidden`).
     """

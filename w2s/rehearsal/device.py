@@ -53,7 +53,7 @@ class FakeGpu(TorchFunctionMode):
         return self._made(func, args, kwargs)
 
     def _rms_norm(self, hidden: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Any:
-        """As the one kernel that a GPU has for it, which keeps rows as they are; a CPU takes steps in float32."""
+        """As the one kernel that a GPU has for it, which keeps its input as it is; a CPU takes steps in float32."""
         return _RmsNorm.apply(hidden, weight, self._meter.launched)
 
     def _to(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -31,11 +31,11 @@ class _Engine:
         self._meter = meter
         self._weights: dict[Any, tuple[Tensor, Tensor]] = {}
 
-    def multiply(self, rows: Tensor, weight: Tensor, linear: Any) -> Tensor:
-        """Return rows @ weight.T."""
+    def multiply(self, packed: Tensor, weight: Tensor, linear: Any) -> Tensor:
+        """Return packed @ weight.T."""
         if linear.cached_weight is None:
             self._round_weight(weight, linear)
-        result: Tensor = _Product.apply(rows, weight, self)
+        result: Tensor = _Product.apply(packed, weight, self)
         return result
 
     def _round_weight(self, weight: Tensor, linear: Any) -> None:
@@ -63,22 +63,23 @@ class _Engine:
 
 
 class _Product(torch.autograd.Function):
-    """rows @ weight.T, and both products of its backward pass."""
+    """packed @ weight.T, and both products of its backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, engine: _Engine) -> Tensor:
-        by_rows, by_columns = engine.rounded(rows)
-        ctx.engine, ctx.dtype = engine, rows.dtype
-        ctx.save_for_backward(by_columns, weight)
-        return engine.product(by_rows, weight.t(), rows.dtype)
+    def forward(ctx: Any, packed: Tensor, weight: Tensor, engine: _Engine) -> Tensor:
+        rounded, transposed = engine.rounded(packed)
+        ctx.engine, ctx.dtype = engine, packed.dtype
+        ctx.save_for_backward(transposed, weight)
+        return engine.product(rounded, weight.t(), packed.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        by_columns, weight = ctx.saved_tensors
-        of_rows, of_columns = ctx.engine.rounded(gradients[0])
-        by_rows = ctx.engine.product(of_rows, weight, ctx.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = ctx.engine.product(of_columns, by_columns.t(), weight.dtype) if ctx.needs_input_grad[1] else None
-        return by_rows, grad_weight, None
+        packed_transposed, weight = ctx.saved_tensors
+        gradient, transposed = ctx.engine.rounded(gradients[0])
+        grad_packed = ctx.engine.product(gradient, weight, ctx.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_packed, None, None
+        return grad_packed, ctx.engine.product(transposed, packed_transposed.t(), weight.dtype), None
 
 
 def _bytes(like: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from w2s.megatron.model.tower import TransformerBlock
-from w2s.megatron.parallel import pipeline_schedule
-from w2s.rehearsal.repetition import Done, Repetition
+from w2s.rehearsal.repetition import Done, Repetition, passes_through
 
 
 @dataclass
@@ -45,18 +44,12 @@ class RepeatedLayers:
     @contextmanager
     def on(self) -> Iterator[None]:
         """Inside, passes of Megatron's schedules are shortened."""
-        choose, whole = pipeline_schedule.get_forward_backward_func, TransformerBlock.forward
-
-        def passes() -> Callable[..., Any]:
-            return partial(self._pass, choose())
+        whole = TransformerBlock.forward
 
         def forward(layers: Any, hidden: Any, *args: Any, **kwargs: Any) -> Tensor:
             return self._forward(partial(whole, layers), layers, hidden, args, kwargs)
 
-        with (
-            mock.patch.object(pipeline_schedule, "get_forward_backward_func", passes),
-            mock.patch.object(TransformerBlock, "forward", forward),
-        ):
+        with passes_through(self._pass), mock.patch.object(TransformerBlock, "forward", forward):
             yield
 
     def _pass(self, run: Callable[..., Any], *, num_microbatches: int, **settings: Any) -> Any:
@@ -101,7 +94,7 @@ class RepeatedLayers:
 
 
 class _Repeated(torch.autograd.Function):
-    """Layers from rows to rows."""
+    """Layers from packed tokens to packed tokens."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, repetition: Repetition, did: Done, done: _Pass) -> Tensor:

@@ -5,17 +5,15 @@ behind the last one gradients are reduced that a pass reduces once. A fully shar
 each; what Megatron gathers ahead at the end of one is waited for in the next.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import count
 from typing import Any
-from unittest import mock
 
 from torch import Tensor
 
 from w2s.megatron.parallel import pipeline_schedule
-from w2s.rehearsal.repetition import Done, Repetition
+from w2s.rehearsal.repetition import Done, Repetition, passes_through
 
 
 class RepeatedMicroBatches:
@@ -28,16 +26,9 @@ class RepeatedMicroBatches:
     def __init__(self, repetition: Repetition) -> None:
         self._repetition = repetition
 
-    @contextmanager
-    def on(self) -> Iterator[None]:
+    def on(self) -> AbstractContextManager[None]:
         """Inside, passes of Megatron's schedules are shortened."""
-        choose = pipeline_schedule.get_forward_backward_func
-
-        def passes() -> Callable[..., Any]:
-            return partial(self._pass, choose())
-
-        with mock.patch.object(pipeline_schedule, "get_forward_backward_func", passes):
-            yield
+        return passes_through(self._pass)
 
     def _pass(
         self, run: Callable[..., Any], *, num_microbatches: int, forward_step_func: Any, **settings: Any
@@ -91,4 +82,4 @@ class _Repeated:
             results, held = self._repetition.repeat(done)
             self._held.append(held)
             self.reports.append(dict(zip(self._reported, results, strict=True)))
-        self._repetition.go_on(done)
+        self._repetition.redirect_waits(done)

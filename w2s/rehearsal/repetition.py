@@ -1,12 +1,17 @@
 """Work that does what other work has done: its calls, seconds and bytes are repeated, and it is not run again."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from w2s.megatron.parallel import pipeline_schedule
 from w2s.rehearsal.fake_group import Recorder
 from w2s.rehearsal.meter import Meter, Rise
 from w2s.rehearsal.tape import Call, Compute, Event, Wait
@@ -77,7 +82,7 @@ class Repetition:
         self._add([_moved(event, later) for event in done.events])
         return [self._made(form) for form in done.results], self._meter.hold(done.stays)
 
-    def go_on(self, done: Done) -> None:
+    def redirect_waits(self, done: Done) -> None:
         """Let what waits for a call of some work from now on wait for the same call of its last repetition."""
         again = range(self._recorder.last_number - len(done.calls) + 1, self._recorder.last_number + 1)
         self._recorder.streams.replaced.update(zip(done.calls, again, strict=True))
@@ -93,6 +98,14 @@ class Repetition:
                 self._tape.compute(event.part, event.seconds)
             else:
                 self._tape.events.append(event)
+
+
+@contextmanager
+def passes_through(shortened: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `shortened` is given each pass of Megatron's schedules, to run it: the pass and its named arguments."""
+    choose = pipeline_schedule.get_forward_backward_func
+    with mock.patch.object(pipeline_schedule, "get_forward_backward_func", lambda: partial(shortened, choose())):
+        yield
 
 
 def _moved(event: Event, later: int) -> Event:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from w2s.checkpoint.handover import Handover
 from w2s.data.batch import Batch
 from w2s.data.sample import SampleSpec
-from w2s.megatron.cpu import unasked
+from w2s.megatron.cpu import without_function_mode
 from w2s.megatron.parallel.optimizer import Optimizer, Towers
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.tracking.tracker import Tracker
@@ -59,7 +59,7 @@ def train_step(stage: Stage, batch: Batch, factor: float) -> dict[str, Tensor]:
     Returns:
         What the stage reports, with the gradient norm before clipping and the highest learning rate.
     """
-    with unasked():
+    with without_function_mode():
         stage.optimizer.zero_grad()
         metrics = stage.step(batch)
         grad_norm = stage.optimizer.step(factor, metrics.get("loss"))

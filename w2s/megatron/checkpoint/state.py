@@ -121,10 +121,10 @@ def restore(tensors: Mapping[str, Tensor], towers: Towers, optimizer: Optimizer,
         for name, part in own.items():
             part.copy_(held[name])
     _take_scales(towers, kinds["scales"])
-    for wrapped in (
-        wrapped for tower in towers.values() for wrapped in tower.wrapped if isinstance(wrapped, FullySharded)
-    ):
-        wrapped.release()
+    for tower in towers.values():
+        for wrapped in tower.wrapped:
+            if isinstance(wrapped, FullySharded):
+                wrapped.release()
     averages = kinds["average"]
     _take_average(optimizer, [averages[str(number)] for number in range(len(averages))])
     optimizer.resume_at(step)

@@ -93,13 +93,13 @@ class Fp8Stats:
         return own
 
 
-def fp8_metrics(everyone: Iterable[Counts]) -> dict[str, float]:
+def fp8_metrics(gathered: Iterable[Counts]) -> dict[str, float]:
     """Return the metrics of what all ranks have counted; none where they have counted nothing.
 
     Beside those of each layer, `fp8_saturation` and `fp8_underflow` are the worst of all.
     """
     everywhere: dict[tuple[str, str], Tensor] = {}
-    for each in everyone:
+    for each in gathered:
         for key, counts in each.items():
             found = torch.tensor(counts, dtype=torch.float64)
             everywhere[key] = _joined(everywhere[key], found) if key in everywhere else found

@@ -174,7 +174,7 @@ class GeluMLP(MLP):
 
 
 class RecomputedMLP(MLP):
-    """The same, but it keeps its hidden activations once, before the GELU: the backward pass computes that again."""
+    """The same, but it keeps its hidden activations once, before the GELU, which the backward pass recomputes."""
 
     def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, Tensor | None]:
         """Return what Megatron's MLP returns: the output [tokens, 1, width] and the bias to be added to it."""
@@ -273,7 +273,7 @@ def layer_spec(
         placement: `pre` (x + f(norm(x))) or `post` (x + norm(f(x))).
         qkv_bias: `none`, `qv` or `qkv`.
         causal: whether a token sees only those before it.
-        recompute_activation: whether the backward pass computes the MLP's activations again.
+        recompute_activation: whether the backward pass recomputes the MLP's activations.
         column: the linear whose output tensor-parallel ranks share.
         row: the linear whose input they share.
     """

@@ -118,7 +118,6 @@ class FullySharded(OpenFullySharded):
 
 def _shares(group: Any) -> Iterator[tuple[nn.Parameter, Share]]:
     """The shares of a group of parameters whose numbers lie in one buffer."""
-
     weights = group.model_weight_buffer
     for number, parameter in enumerate(group.params):
         buffers = weights, group.main_weight_buffer, group.main_grad_buffer

@@ -247,7 +247,7 @@ class _DistributedOptimizer(compat.OpenDistributedOptimizer):
 
     def copy_master_to_model(self) -> None:
         """Copy the master weights into the weights, on all ranks."""
-        self.copy_own_master_to_model()
+        self.copy_local_master_to_model()
         for chunk in self.model_chunks:
             chunk.start_param_sync(force_sync=True)
 

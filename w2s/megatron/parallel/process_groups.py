@@ -188,9 +188,9 @@ def initialize_groups(
     cpu.enable()
     before = process_groups()
     control_group: Any = dist.new_group(backend="gloo", timeout=timeout)
-    # Alone all groups would be the same, and each over gloo has a thread that wakes up a hundred times a second.
+    # Alone all groups would be the same, and each over gloo has threads that wake up a hundred times a second.
     alone = dist.get_world_size() == 1 and dist.get_backend() == "gloo"
-    with compat.taking_for_groups(control_group) if alone else nullcontext():
+    with compat.one_group_for_all(control_group) if alone else nullcontext():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
@@ -215,6 +215,6 @@ def initialize_groups(
         )
     finally:
         parallel_state.destroy_model_parallel()
-        # Megatron only forgets them; over gloo each has three threads, which would keep waking up.
+        # Megatron only forgets them; over gloo their threads would keep waking up.
         for group in process_groups()[len(before) :]:
             dist.destroy_process_group(group)

@@ -43,10 +43,10 @@ def repair(towers: Towers, group: ProcessGroup) -> list[Divergence]:
     weights = list(_weights(towers))
     if size == 1 or not weights:
         return []
-    own = torch.stack([_digest(weight) for _, weight in weights])
-    everyone = [torch.empty_like(own) for _ in range(size)]
-    dist.all_gather(everyone, own, group=group)
-    table = torch.stack(everyone, dim=1).tolist()
+    local = torch.stack([_digest(weight) for _, weight in weights])
+    gathered = [torch.empty_like(local) for _ in range(size)]
+    dist.all_gather(gathered, local, group=group)
+    table = torch.stack(gathered, dim=1).tolist()
     return [
         _repair(name, weight, row, group) for (name, weight), row in zip(weights, table, strict=True) if _differ(row)
     ]

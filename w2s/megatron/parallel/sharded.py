@@ -61,7 +61,7 @@ def data_parallel(
     driver = tower.chunks[0].config
     driver.finalize_model_grads_func = finalize_model_grads
     if full or parallel.overlap_grad_reduce:
-        no_sync = [wrapped.no_sync for wrapped in wrapped]
+        no_sync = [chunk.no_sync for chunk in wrapped]
         driver.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return ShardedTower(tower.chunks, list(wrapped))
 
