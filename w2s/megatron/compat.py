@@ -6,7 +6,7 @@ The only place that says them; torch's are in `w2s/compat.py`. `tests/megatron/t
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
