@@ -149,7 +149,7 @@ class MaskedStage:
         if self.draw is None:
             own = self._run_teacher(own, [OwnSamples()] * len(self.tutors))
             return gather_batch(own, group), {"teacher_images_per_rank": torch.tensor(float(len(batch)))}
-        indices = group_indices(batch.indices.numpy(), self.config.train.global_batch, self.ranks.data_size)
+        indices = group_indices(batch.first_index, self.config.train.global_batch, self.ranks.data_size)
         drawn = self.draw.drawn(indices)
         shown = balance_samples(drawn > 0, self.costs, group)
         group_batch = self._run_teacher(gather_batch(own, group), shown)
@@ -216,7 +216,7 @@ class MaskedStage:
     def _layers_weight(self, batch: Batch) -> float:
         """The weight of the losses of single layers at the step that the samples are of."""
         mim, train = self.config.mim, self.config.train
-        step = int(batch.indices.numpy()[0]) // train.global_batch  # of a batch on the host
+        step = batch.first_index // train.global_batch
         return mim.layers_weight * falling_weight(step, train.steps, mim.layers_until)
 
     def _masks(self, batch: Batch) -> Tensor:

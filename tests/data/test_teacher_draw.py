@@ -42,7 +42,7 @@ def test_a_draw_depends_on_the_seed_and_the_number_of_the_sample_alone() -> None
     whole = draw_of(*options).drawn(np.arange(4096, 8192))
     again = draw_of(*options)
     for data_rank in range(4):
-        of_group = group_indices(np.array([4096 + data_rank + 4 * 7]), 4096, 4)
+        of_group = group_indices(4096 + data_rank + 4 * 7, 4096, 4)
         assert (of_group == np.arange(4096 + data_rank, 8192, 4)).all()
         assert (again.drawn(of_group) == whole[data_rank::4]).all()
     assert (draw_of(*options).drawn(np.arange(4096)) != whole).any(), "another step"

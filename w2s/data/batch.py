@@ -56,6 +56,12 @@ class Batch:
         """Frames of a sample; an image is one."""
         return 1 if self.images.ndim == 4 else self.images.shape[1]
 
+    @property
+    def first_index(self) -> int:
+        """Global index of the first sample; of a batch on the host."""
+        indices: list[int] = self.indices.tolist()
+        return indices[0]
+
     def split(self, size: int) -> "list[Batch]":
         """Cut into micro-batches of `size` samples, which share memory with this batch; the last may be smaller."""
         return [self._select(slice(start, start + size)) for start in range(0, len(self), size)]

@@ -86,15 +86,14 @@ class TeacherDraw:
         return shares
 
 
-def group_indices(indices: NDArray[np.int64], global_batch: int, data_size: int) -> NDArray[np.int64]:
+def group_indices(first: int, global_batch: int, data_size: int) -> NDArray[np.int64]:
     """Return the global indices of the samples of a model-parallel group, ascending.
 
     Args:
-        indices: of the samples that one of its ranks has read.
+        first: global index of a sample that one of its ranks has read.
         global_batch: samples of a step.
         data_size: size of the data-parallel group.
     """
-    first = int(indices[0])
     step = first // global_batch * global_batch
     return np.arange(step + first % data_size, step + global_batch, data_size)
 
