@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,11 @@ import torch
 from w2s.config.sections import HardwareConfig, ParallelConfig
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
+
+
+def pytest_collection_finish() -> None:
+    # Megatron collects garbage with each checkpoint: what imports have made is not looked through every time.
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

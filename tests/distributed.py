@@ -1,5 +1,6 @@
 """Run a function on several local ranks over gloo."""
 
+import gc
 import multiprocessing
 import signal
 import tempfile
@@ -54,6 +55,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
 
 
 def _rank(rank: int, world_size: int, folder: Path, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()
     torch.set_num_threads(1)
     # The server may have been started where signals were blocked: a rank must end when it is told to.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))

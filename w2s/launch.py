@@ -1,5 +1,6 @@
 """Running a stage on local ranks: torch's elastic launcher, and one line of error for all of them."""
 
+import gc
 import importlib
 import json
 import logging
@@ -86,7 +87,9 @@ def run_stage(config: Config) -> None:
     if config.data.workers:
         prepare_workers()
     with marked():
-        importlib.import_module(f"w2s.stages.{config.stage}").run(config)
+        stage = importlib.import_module(f"w2s.stages.{config.stage}")
+        gc.freeze()  # Megatron collects garbage with each checkpoint: what imports have made need not be looked through
+        stage.run(config)
 
 
 def show_notes() -> None:

@@ -7,7 +7,8 @@ the place of a value, so that a configuration that was written can be used again
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 HIDDEN = "W2S_HIDDEN"
@@ -59,9 +60,7 @@ def hide_variables(text: str) -> None:
 
 def redact(text: str) -> str:
     """Return a text without credentials."""
-    for name, value in _secrets():
-        text = text.replace(value, f"${{oc.env:{name}}}")
-    return without_url_secrets(text)
+    return _without(_secrets(), text)
 
 
 def without_url_secrets(text: str) -> str:
@@ -71,31 +70,20 @@ def without_url_secrets(text: str) -> str:
     return _USER_OPTION.sub(r"\1***", _OWN_HEADER.sub(r"\1***", _HEADER.sub(r"\1 ***", text)))
 
 
-def identity(text: str) -> str:
-    """Return what of a text tells one run's configuration from another's: credentials may change, and do.
+def redacted(value: Any) -> Any:
+    """Return a tree of mappings and lists whose texts are without credentials."""
+    return _each_text(value, partial(_without, _secrets()))
+
+
+def identity(value: Any) -> Any:
+    """Return what of such a tree tells one run's configuration from another's: credentials may change, and do.
 
     Of the environment variables only those are left out that a configuration takes and whose name says that they are
     secret: another value of `${oc.env:SHARDS}` is another run.
     """
     taken = set(_hidden_names())
-    for name, value in _secrets():
-        if name in taken and _SECRET_NAME.search(name):
-            text = text.replace(value, f"${{oc.env:{name}}}")
-    return without_url_secrets(text)
-
-
-def redacted(value: Any, hide: Callable[[str], str] = redact) -> Any:
-    """Return a tree of mappings and lists whose texts are without credentials.
-
-    Args:
-        value: the tree.
-        hide: what is done to each text.
-    """
-    if isinstance(value, str):
-        return hide(value)
-    if isinstance(value, Mapping):
-        return {redacted(name, hide): redacted(entry, hide) for name, entry in value.items()}
-    return type(value)(redacted(entry, hide) for entry in value) if isinstance(value, list | tuple) else value
+    secrets = [(name, value) for name, value in _secrets() if name in taken and _SECRET_NAME.search(name)]
+    return _each_text(value, partial(_without, secrets))
 
 
 def resolved(value: Any) -> Any:
@@ -103,7 +91,21 @@ def resolved(value: Any) -> Any:
 
     Secrets stay out of it: nothing that is read from a file needs them.
     """
-    return redacted(value, lambda text: _WRITTEN.sub(_value_of, text))
+    return _each_text(value, lambda text: _WRITTEN.sub(_value_of, text))
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_each_text(name, change): _each_text(entry, change) for name, entry in value.items()}
+    return type(value)(_each_text(entry, change) for entry in value) if isinstance(value, list | tuple) else value
+
+
+def _without(secrets: Sequence[tuple[str, str]], text: str) -> str:
+    for name, value in secrets:
+        text = text.replace(value, f"${{oc.env:{name}}}")
+    return without_url_secrets(text)
 
 
 def _value_of(written: re.Match[str]) -> str:
@@ -127,7 +129,8 @@ def _hidden_names() -> list[str]:
 def _secrets() -> list[tuple[str, str]]:
     """Names and values of the environment variables that are secret, long values first, which may hold short ones."""
     taken = set(_hidden_names())
-    found = [(name, value) for name, value in os.environ.items() if _is_secret(name, value, name in taken)]
+    named = [name for name in os.environ if name in taken or _SECRET_NAME.search(name)]
+    found = [(name, os.environ[name]) for name in named if _is_secret(name, os.environ[name], name in taken)]
     return sorted(found, key=lambda secret: -len(secret[1]))
 
 
@@ -138,4 +141,4 @@ def _is_secret(name: str, value: str, taken: bool) -> bool:
     if _SECRET_NAME.search(name):
         return len(value) >= (_SHORTEST if taken else _SHORTEST + 2)
     is_plain = re.fullmatch(r"[\d.e+-]+", value) is not None or os.path.exists(value)
-    return taken and len(value) >= _SHORTEST and not is_plain
+    return len(value) >= _SHORTEST and not is_plain

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import lru_cache
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def environment_text() -> str:
         "gpus": "; ".join(cards()) or "none",
         "cuda": torch.version.cuda or "none",
     }
-    packages = {f"{package.name}=={package.version}" for package in distributions()}
     lines = [f"{name}: {value}" for name, value in machine.items()]
-    return "\n".join([*lines, "", *sorted(packages, key=str.lower), ""])
+    return "\n".join([*lines, "", *_packages(), ""])
+
+
+@lru_cache(1)
+def _packages() -> list[str]:
+    """Each installed package as `name==version`."""
+    about = [package.metadata for package in distributions()]  # whose text is parsed each time that it is asked for
+    return sorted({f"{each['Name']}=={each['Version']}" for each in about}, key=str.lower)

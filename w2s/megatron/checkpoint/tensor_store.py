@@ -10,8 +10,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
 from w2s.config.sections import Weights
@@ -43,7 +43,8 @@ class TensorStore:
         """
         self.folder = folder
         check_common(folder)  # not needed here, but a checkpoint is refused by all or by none
-        found = read_metadata(folder).state_dict_metadata
+        self._metadata = read_metadata(folder)
+        found = self._metadata.state_dict_metadata
         stored = {name: tensor for name, tensor in found.items() if isinstance(tensor, TensorStorageMetadata)}
         names = [name for name in stored if not name.startswith("optimizer.")]
         averaged = {name for name in names if f"{AVERAGE}{name}" in stored} if weights == "ema" else set()
@@ -63,10 +64,21 @@ class TensorStore:
         Raises:
             CheckpointError: the files are damaged.
         """
-        tensor = torch.empty_like(self.meta[name], device="cpu")
+        tensor, reader = torch.empty_like(self.meta[name], device="cpu"), _Reader(self.folder, self._metadata)
         with _single_process(), translated_errors(f"read {self.folder}", "use another checkpoint"):
-            dcp.load({self.places[name]: tensor}, checkpoint_id=str(self.folder), no_dist=True)
+            dcp.load({self.places[name]: tensor}, storage_reader=reader, no_dist=True)
         return tensor
+
+
+class _Reader(FileSystemReader):
+    """Reads tensors of a folder whose metadata is known: parsing it takes longer than reading most tensors."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(str(folder))
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
 
 
 def has_average(folder: Path) -> bool:
