@@ -20,7 +20,17 @@ from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
 
 # Ranks are forked from a process that has imported what takes seconds.
-multiprocessing.set_forkserver_preload(["w2s.data.workers", "w2s.stages.mim", "w2s.stages.clip"])
+multiprocessing.set_forkserver_preload(
+    [
+        "w2s.data.workers",
+        "w2s.stages.mim",
+        "w2s.stages.clip",
+        "w2s.rehearsal.rank",
+        "timm",
+        "open_clip",
+        "torch._dynamo",
+    ]
+)
 
 TIMEOUT = timedelta(seconds=120)
 """A rank that waits longer for another one fails."""

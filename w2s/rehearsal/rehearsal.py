@@ -81,7 +81,7 @@ def perform(be: Callable[[Job], RankReport], jobs: Sequence[Job]) -> list[RankRe
     """Let a process each be the ranks of some jobs."""
     # Much of a rank is for ever, so a process takes one alone; what they all import is imported once.
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([rehearse.__module__])
+    processes.set_forkserver_preload([rehearse.__module__, "timm", "torch._dynamo"])
     with ProcessPoolExecutor(
         os.cpu_count(), mp_context=processes, initializer=end_with_parent, max_tasks_per_child=1
     ) as pool:

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from w2s.checkpoint.checkpoint_folders import read_meta
-from w2s.checkpoint.formats.plain import image_tower, zero_key_biases
+from w2s.checkpoint.formats.plain_vision import image_tower, zero_key_biases
 from w2s.checkpoint.matching import MASKED_STAGE
 from w2s.checkpoint.released import Released, open_released, rename
 from w2s.checkpoint.tensor_files import open_weights

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from w2s.checkpoint.checkpoint_folders import read_meta
 from w2s.checkpoint.find import find, find_any
 from w2s.checkpoint.formats.open_clip import text_config
-from w2s.checkpoint.formats.plain import SMALLEST_VISION_TOWER
+from w2s.checkpoint.formats.plain_text import SMALLEST_VISION_TOWER
 from w2s.checkpoint.of_teacher import choose, teachers_of
 from w2s.checkpoint.released import Released, open_released, rename
 from w2s.checkpoint.tensor_files import open_weights

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.formats.pieces import features, run_snippets, small, write, write_guided
 from tests.checkpoint.peers import captions, images, released
-from w2s.checkpoint.formats.plain import loaded_image_tower
+from w2s.checkpoint.formats.plain_vision import loaded_image_tower
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.checkpoint.released import open_released
 from w2s.data.batch import normalize

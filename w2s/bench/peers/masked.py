@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from w2s.bench.marks import Marks
 from w2s.bench.peers.base import Peer, forward_flops
-from w2s.checkpoint.formats.plain import image_tower
+from w2s.checkpoint.formats.plain_vision import image_tower
 from w2s.compat import positioned
 from w2s.config.sections import Config, ModelConfig
 from w2s.data.batch import Batch, normalize, require

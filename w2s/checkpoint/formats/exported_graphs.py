@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from w2s.checkpoint.formats.base import Export, write_json
-from w2s.checkpoint.formats.plain import loaded_image_tower, loaded_text_tower
+from w2s.checkpoint.formats.plain_text import loaded_text_tower
+from w2s.checkpoint.formats.plain_vision import loaded_image_tower
 from w2s.checkpoint.formats.processor import write_processor
 from w2s.checkpoint.formats.transformers import require_clip
 

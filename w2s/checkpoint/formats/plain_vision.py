@@ -1,24 +1,18 @@
-"""The towers of a CLIP as modules of timm and open_clip, which need no Megatron: for teachers, servers and peers."""
+"""The vision tower of a CLIP as a module of timm, which needs no Megatron: for teachers, servers and peers."""
 
 from functools import partial
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.transformer import TextTransformer
 from timm.layers import LayerNorm, RmsNorm
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from w2s.checkpoint.formats.open_clip import text_config
 from w2s.checkpoint.formats.timm import timm_name, timm_pool
 from w2s.checkpoint.matching import MASKED_STAGE
 from w2s.checkpoint.released import Released
 from w2s.config.sections import ModelConfig, VisionConfig
-
-SMALLEST_VISION_TOWER = {"image_size": 1, "patch_size": 1, "width": 1, "head_width": 1, "layers": 1}
-"""open_clip builds a text tower in a whole CLIP; this is the rest of it."""
 
 
 def image_tower(model: ModelConfig, *, has_head: bool, device: torch.device | str = "meta") -> Eva | VisionTransformer:
@@ -59,32 +53,12 @@ def _vit(vision: VisionConfig, **shape: Any) -> VisionTransformer:
     return VisionTransformer(pre_norm=vision.norm_pre, act_layer=vision.activation, **shape)
 
 
-def text_tower(model: ModelConfig) -> TextTransformer:
-    """open_clip's module for the text tower of a CLIP, without values.
-
-    Its blocks are the `custom` ones: the same weights and function without the transposed rows of torch's attention, at
-    whose graph ONNX Runtime 1.32 crashes in float16 on a CPU.
-    """
-    quick, text = model.text.activation == "quick_gelu", text_config(model.text) | {"block_type": "custom"}
-    with torch.device("meta"):
-        return open_clip.CustomTextCLIP(model.embed_dim, SMALLEST_VISION_TOWER, text, quick).text
-
-
 def loaded_image_tower(released: Released, model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """Return the vision tower of a checkpoint in evaluation mode, its weights in `dtype`."""
     tower = image_tower(model, has_head=released.embeds_images)
     names = [name for name in released.meta if name.startswith("visual.") and not name.startswith(MASKED_STAGE)]
     tower.load_state_dict({timm_name(name): released.read(name).to(dtype) for name in names}, assign=True)
     zero_key_biases(tower, dtype)
-    return tower.eval().requires_grad_(False)
-
-
-def loaded_text_tower(released: Released, model: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """Return the text tower of a checkpoint in evaluation mode, its weights in `dtype`."""
-    tower = text_tower(model)
-    names = [name for name in released.meta if name.startswith("text.")]
-    tower.load_state_dict({name.removeprefix("text."): released.read(name).to(dtype) for name in names}, assign=True)
-    tower.attn_mask = torch.full(tower.attn_mask.shape, -torch.inf, dtype=dtype).triu_(1)
     return tower.eval().requires_grad_(False)
 
 
