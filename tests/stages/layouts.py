@@ -13,6 +13,7 @@ from tests.megatron.pieces import Pieces, axis_of, join_pieces
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.stream import Stream
+from w2s.megatron.cpu import without_function_mode
 from w2s.megatron.model.initialize import global_name
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.fully_sharded import Share
@@ -78,10 +79,12 @@ def _steps(config: Config, ranks: Ranks, steps: int) -> dict[str, Any]:
     logs, gradients = [], {}
     for step in range(steps):
         stage.optimizer.zero_grad()
-        logs.append(means(ranks, stage.step(stream.next())))
+        with without_function_mode():
+            logs.append(means(ranks, stage.step(stream.next())))
         if step == 0:
             gradients = _gradients(stage, ranks)
-        stage.optimizer.step(lr_factor(step, config.train.steps, config.optim))
+        with without_function_mode():
+            stage.optimizer.step(lr_factor(step, config.train.steps, config.optim))
     stage.optimizer.gather_weights()
     with unsharded(stage.towers.values()):
         weights = _pieces(stage, lambda parameter: parameter.detach().clone())
