@@ -72,8 +72,10 @@ def _save_when_told_to_stop(folder: Path) -> None:
 
 
 def _interrupt_the_launcher(_: object) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it may come before it is waited for
     os.kill(started_by(), signal.SIGINT)
-    signal.pause()
+    signal.sigwait({signal.SIGINT})
+    raise KeyboardInterrupt
 
 
 def _killed_on_rank_1_beside_one_that_stops(_: object) -> None:

@@ -50,9 +50,8 @@ def test_the_steps_are_the_papers(steps: dict[str, Config]) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "name", ["mim", *(pytest.param(name, marks=pytest.mark.slow) for name in ("clip", "clip_336"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mim", "clip", "clip_336"])
 def test_every_step_fits_on_its_gpus(steps: dict[str, Config], name: str) -> None:
     gpus = 256 if name == "mim" else 360
     config = steps[name]

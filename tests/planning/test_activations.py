@@ -56,7 +56,17 @@ CLIP = {
 }
 
 
-@pytest.mark.parametrize(("stage", "cases"), [pytest.param("mim", MIM, marks=pytest.mark.slow), ("clip", CLIP)])
+BRIEF = {name: CLIP[name] for name in ("data", "sequence, full", "virtual, full")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "cases"),
+    [
+        pytest.param("clip", BRIEF, id="clip"),
+        pytest.param("clip", CLIP, id="clip, all", marks=pytest.mark.slow),
+        pytest.param("mim", MIM, id="mim, all", marks=pytest.mark.slow),
+    ],
+)
 def test_kept_bytes_are_those_that_autograd_keeps(tmp_path: Path, stage: str, cases: dict[str, list[str]]) -> None:
     """The towers of the contrastive stage go one after the other: the larger counts."""
     shards = f"data.train={write_shapes(tmp_path / 'shards', 1, seed=0)}"

@@ -53,6 +53,18 @@ SUMMARY = {
     "summary and layers": [*LAYERS, "mim.summary_weight=1"],
     "summary of a pool": [*SIGLIP, "mim.summary_weight=1"],
 }  # fmt: skip
+ALL = {
+    ("mim", 2): {**TWO, "buckets": BUCKETS, "visible": [*BF16, "mim.predict=visible"], "layers": LAYERS, **SUMMARY},
+    ("clip", 2): TWO | POOLED,
+    ("mim", 3): THREE,
+    ("clip", 3): THREE,
+}
+BRIEF = {
+    ("mim", 2): ("data, bf16 gradients", "tensor", "virtual pipeline", "buckets", "layers", "summary of a pool"),
+    ("clip", 2): ("data", "fully sharded, bf16", "tensor, sequence", "pipeline", "pool, fully sharded"),
+    ("mim", 3): ("fully sharded", "pipeline"),
+}
+"""The same where minutes count."""
 SIGMOID = ["clip.loss=sigmoid", "clip.learn_logit_scale=false", "clip.logit_scale=10"]
 
 
@@ -71,21 +83,19 @@ def _planned(config: Config, towers: Sequence[PlannedTower], place: Place) -> St
 
 
 @pytest.mark.parametrize(
-    ("stage", "world_size", "cases"),
+    ("stage", "world_size", "names"),
     [
-        ("mim", 2, {**TWO, "buckets": BUCKETS, "visible": [*BF16, "mim.predict=visible"], "layers": LAYERS, **SUMMARY}),
-        ("clip", 2, TWO | POOLED),
-        ("mim", 3, THREE),
-        pytest.param("clip", 3, THREE, marks=pytest.mark.slow),
+        *(pytest.param(*where, names, id=" ".join(map(str, where))) for where, names in BRIEF.items()),
+        *(
+            pytest.param(*where, tuple(cases), id=f"{where[0]} {where[1]}, all", marks=pytest.mark.slow)
+            for where, cases in ALL.items()
+        ),
     ],
-    ids=["mim 2", "clip 2", "mim 3", "clip 3"],
 )
-def test_states_are_megatrons_to_the_byte(
-    tmp_path: Path, stage: str, world_size: int, cases: dict[str, list[str]]
-) -> None:
+def test_states_are_megatrons_to_the_byte(tmp_path: Path, stage: str, world_size: int, names: tuple[str, ...]) -> None:
     shards = f"data.train={write_shapes(tmp_path / 'shards', 1, seed=0)}"
     common = [*SMALL, *DEEP, shards, *(SIGMOID if stage == "clip" and world_size == 3 else [])]
-    overrides = {name: [*common, *case] for name, case in cases.items()}
+    overrides = {name: [*common, *ALL[stage, world_size][name]] for name in names}
     for name, ranks in on_ranks(world_size, allocated, stage, overrides).items():
         config = load(stage, overrides[name])
         width, layer_width = VIT_WIDTHS if config.mim.layers else (TARGET_WIDTH, 0)
