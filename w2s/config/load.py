@@ -7,9 +7,10 @@ a teacher may set `mim.masked_patches` too.
 
 import copy
 import json
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from itertools import pairwise
@@ -65,7 +66,7 @@ def load(stage: str, overrides: Sequence[str] = ()) -> Config:
     choices, assignments = _split(overrides)
     document = _stage_document(stage)
     choices = document.pop("defaults") | choices
-    node = copy.deepcopy(_defaults())
+    node: DictConfig = pickle.loads(_defaults())
     _merge(node, document, f"stage/{stage}.yaml")
     for group in GROUPS:
         document = read_document(group, choices[group])
@@ -82,9 +83,9 @@ def load(stage: str, overrides: Sequence[str] = ()) -> Config:
 
 
 @cache
-def _defaults() -> DictConfig:
-    """The defaults of the dataclasses: to copy them takes a third of the time that it takes to make them."""
-    return _structured(Config)
+def _defaults() -> bytes:
+    """The defaults of the dataclasses, pickled: a tenth of the time that it takes to make them, a fifth of a copy's."""
+    return pickle.dumps(_structured(Config))
 
 
 def _structured(section: type) -> DictConfig:
@@ -153,7 +154,7 @@ def read_document(group: str, name: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         hide_variables(text)
-        content = OmegaConf.to_container(OmegaConf.create(_unfolded(text)))
+        content = copy.deepcopy(_parsed(text))
     except OSError as error:
         raise ConfigError(f"{group}={name} cannot be read: {error.strerror}") from error
     except yaml.MarkedYAMLError as error:
@@ -164,6 +165,11 @@ def read_document(group: str, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a list: write `key: value` lines")
     return cast("dict[str, Any]", content)
+
+
+@lru_cache(64)
+def _parsed(text: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.create(_unfolded(text)))
 
 
 def names_of(group: str) -> list[str]:
