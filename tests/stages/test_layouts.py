@@ -128,39 +128,30 @@ ONLY = {
 }
 """Where some variants are compared; the others are everywhere."""
 GROUPS = ("virtual pipeline in larger groups", "tensor, sequence, virtual pipeline", "virtual pipeline, data")
-BRIEF = ONLY | {
-    "mim, SigLIP's tower": ("fully sharded", "tensor and sequence"),
-    "clip, SigLIP's tower": ("accumulation", "data", "tensor, sequence, virtual pipeline"),
-    "mim, CLIP's own tower": ("selective recompute", "tensor", "uneven pipeline"),
-    "clip, CLIP's own tower": ("tensor and sequence", "pipeline"),
-    "mim": (
-        "full recompute",
-        "data, overlapped",
-        "fully sharded",
-        "tensor",
-        "uneven pipeline",
-        *GROUPS,
-        "pipeline, data",
-    ),
+BRIEF = {
+    "mim": ("full recompute", "data, overlapped", "fully sharded", "tensor", "uneven pipeline", *GROUPS),
     "clip": (
         "accumulation",
-        "selective recompute",
         "data",
         "fully sharded, recomputed",
         "tensor and sequence",
         *GROUPS,
-        "tensor, pipeline",
         "tensor, data",
     ),
-    "layers": ("accumulation", "data, overlapped", "tensor and sequence", "pipeline"),
-    "summary": ("accumulation", "data", "tensor and sequence", "virtual pipeline"),
-    "distilled": ("accumulation", "data, overlapped", "tensor and sequence", "pipeline"),
-    "distilled sigmoid": ("accumulation", "pipeline, data"),
-    "all": ("accumulation", "pipeline"),
-    "pooled": ("accumulation", "data"),
-    "clips": ("accumulation", "tensor and sequence"),
-    "mim, drop path": ("full recompute", "data", "tensor, sequence, virtual pipeline"),
-    "clip, drop path": ("selective recompute", "tensor and sequence", "virtual pipeline, recomputed"),
+    "layers": ("tensor and sequence", "pipeline"),
+    "all": ("pipeline",),
+    "summary": ("data", "virtual pipeline"),
+    "pooled": ("data",),
+    "sigmoid": ("data", "pipeline"),
+    "distilled": ("accumulation", "tensor and sequence", "pipeline"),
+    "distilled sigmoid": ("pipeline, data",),
+    "clips": ("tensor and sequence",),
+    "mim, CLIP's own tower": ("uneven pipeline",),
+    "clip, CLIP's own tower": ("tensor and sequence",),
+    "mim, SigLIP's tower": ("fully sharded", "tensor and sequence"),
+    "clip, SigLIP's tower": ("tensor, sequence, virtual pipeline",),
+    "mim, drop path": ("data", "tensor, sequence, virtual pipeline"),
+    "clip, drop path": ("selective recompute", "virtual pipeline, recomputed"),
 }
 """The same where minutes count."""
 
