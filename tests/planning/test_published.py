@@ -42,3 +42,15 @@ def test_the_command_prints_them() -> None:
     (first, *_) = json.loads(done.stdout)
     assert (first["name"], first["published"]) == ("GPT 1.7B", 41)
     assert first["ratio"] == first["planned"] / first["published"]
+
+
+def test_names_are_not_broken_within_words_in_eighty_columns() -> None:
+    done = CliRunner().invoke(app, ["plan", "--published"], env={"COLUMNS": "80"})
+    assert all(word in done.stdout.split() for word in ("177B", "OpenCLIP", "g/14"))
+
+
+@pytest.mark.parametrize("more", [["mim"], ["--gpus", "8"]])
+def test_published_runs_take_no_stage_and_no_gpus(more: list[str]) -> None:
+    done = CliRunner().invoke(app, ["plan", "--published", *more])
+    assert done.exit_code == 2
+    assert "its runs have their own, leave them out" in done.stderr

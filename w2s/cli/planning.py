@@ -46,6 +46,8 @@ def plan(
         from w2s.planning.run_time import counted
 
         if published:
+            if arguments or gpus:
+                raise UserError("--published takes no stage and no GPUs: its runs have their own, leave them out")
             from w2s.planning.published import print_rows
 
             print_rows(as_json)
@@ -97,17 +99,19 @@ def rehearse(
         from w2s.rehearsal import report
         from w2s.rehearsal.kinds import chosen
         from w2s.rehearsal.rehearsal import run as run_rehearsal
-        from w2s.rehearsal.trace import write_trace
+        from w2s.rehearsal.trace import check_path, write_trace
 
         if name not in TRAINED:
             raise UserError(f"stage {name} is not one that is rehearsed: use mim or clip, as in `w2s rehearse mim`")
+        if trace:
+            check_path(trace)
         config = Request((name,), tuple(overrides or ()), gpus, card, {}).config(name, gpus)
         found = run_rehearsal(config, gpus, card_of(card), chosen(ranks, config.parallel, gpus), steps, data=data)
         if as_json:
             print(json.dumps(report.document(found), indent=2))
         else:
             report.print_report(found)
-        if trace:
+        if trace and found.timeline.steps:
             write_trace(trace, found)
     if found.wrong:
         raise typer.Exit(1)
