@@ -40,7 +40,7 @@ class Table:
         """The table for a terminal; its title has the width of the terminal, where its own would break words."""
         if len(self.columns) > MOST_COLUMNS:
             return self._turned().to_rich()
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, collapse_padding=True)
         for index, column in enumerate(self.columns):
             justify: Literal["left", "right"] = "right" if self.is_number(index) else "left"
             # Where a line is too short, long cells are wrapped before a digit is cut off.
