@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    unset_fake_temporarily,
+)
 from torch.autograd import Variable
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed import _coalescing_manager as coalescing_manager
@@ -21,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "DataDependentOutputException",
+    "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",

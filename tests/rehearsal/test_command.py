@@ -59,3 +59,12 @@ def test_data_that_do_not_exist_are_what_the_run_would_end_with(
     assert run(monkeypatch, "mim", *SMALL, f"data.train={tmp_path}", "data.replacement=true", *rank, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["wrong"], found["looked_for_data"]) == ([], True)
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_rehearsed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("w2s.rehearsal.rehearsal.perform", lambda *_: pytest.fail("it was begun"))
+    path = tmp_path / "nowhere" / "trace.json"
+    assert run(monkeypatch, "mim", *SMALL, "--gpus", "2", "--no-data", "--trace", str(path)) == 2
+    assert f"--trace {path} cannot be written: there is no folder {path.parent}" in capsys.readouterr().err

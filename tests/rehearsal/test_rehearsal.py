@@ -20,6 +20,7 @@ from w2s.planning.cards import card
 from w2s.rehearsal.kinds import chosen
 from w2s.rehearsal.rank import Job, RankReport, rehearse
 from w2s.rehearsal.rehearsal import Rehearsal, conclude, perform
+from w2s.rehearsal.report import document
 from w2s.rehearsal.tape import Call, Compute, Tape
 from w2s.stages.clip import ContrastiveStage
 from w2s.stages.mim import MaskedStage
@@ -86,6 +87,9 @@ def test_a_rehearsal_calls_what_real_ranks_call(stage: str, layout: str, ranks: 
     config = configured(stage, *LAYOUTS[layout])
     found = rehearsed(config, ranks, range(ranks))
     assert not found.wrong
+    listed = document(found)["ranks"][0]["calls"]
+    assert [call["kind"] for call in listed] == [e.kind for e in found.ranks[0].tape.last_step if isinstance(e, Call)]
+    assert all(call["where"] and call["group"] for call in listed)
     real = run_ranks(real_calls, ranks, config, STAGES[stage], 2)
     for rank, report in enumerate(found.ranks):
         assert calls_of(report) == real[rank], f"rank {rank}"
@@ -173,13 +177,14 @@ def swapped(job: Job) -> RankReport:
 
 def test_two_ranks_that_reduce_in_another_order_are_found() -> None:
     found = rehearsed(configured("mim", *TENSOR), 8, [0, 1, 4], swapped)
-    assert len(found.wrong) == 2 and not found.timeline.steps
-    line = found.wrong[0]
+    assert not found.timeline.steps
+    (line,) = found.wrong
     assert line.startswith("ranks 0 and 1 would wait for each other for ever (world group): rank 0 begins all_reduce")
     assert (
         "float32[] at w2s/megatron/parallel/gradients.py:" in line
         and "float32[3] at tests/rehearsal/test_rehearsal.py:" in line
     )
+    assert line.endswith(", and so would 1 more pair of ranks"), "1 and 4"
 
 
 def test_drawn_teachers_are_rehearsed() -> None:
@@ -212,6 +217,21 @@ def test_a_wait_for_the_gpu_is_found() -> None:
     ]
     assert all("tests/rehearsal/test_rehearsal.py:" in line for line in found.wrong)
     assert found.timeline.steps, "it is slow, and continues"
+
+
+def selecting(job: Job) -> RankReport:
+    """The loss is of as many patches as numbers say."""
+    loss = masked_loss.LOSSES["cosine"]
+    chosen = {"cosine": lambda ours, theirs, rows: loss(ours[ours > 0], theirs, rows)}
+    with mock.patch.dict(masked_loss.LOSSES, chosen):
+        return rehearse(job)
+
+
+def test_a_shape_that_depends_on_numbers_is_a_wait_and_no_failure() -> None:
+    found = rehearsed(configured("mim"), 2, [0, 1], selecting)
+    (line,) = found.wrong
+    assert line.startswith("rank 1 cannot be rehearsed beyond tests/rehearsal/test_rehearsal.py:")
+    assert line.endswith(": aten.nonzero.default waits for the GPU, to see its numbers")
 
 
 def misshaped(job: Job) -> RankReport:

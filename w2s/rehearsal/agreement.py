@@ -17,6 +17,11 @@ class Disagreement:
     calls: tuple[Call | None, Call | None]
     """What each rank does; None where it does nothing more."""
 
+    @property
+    def gist(self) -> tuple[str, frozenset[str]]:
+        """What pairs of ranks that differ in the same have in common."""
+        return self.group, frozenset(map(_does, self.calls))
+
     def __str__(self) -> str:
         (first, second), (one, other) = self.ranks, self.calls
         return (

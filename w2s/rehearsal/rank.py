@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from w2s.bench.marks import Parts
 from w2s.bench.parts import marked
 from w2s.bench.synthetic import synthetic_batch
+from w2s.compat import DataDependentOutputException, DynamicOutputShapeException
 from w2s.config.batching import samples_per_rank
 from w2s.config.sections import Config
 from w2s.failure import describe
@@ -63,6 +64,8 @@ class RankReport:
     """The line that the run would end with."""
     where: str = ""
     """The line of code that failed."""
+    needs_numbers: bool = False
+    """Whether the run would wait there for the GPU's numbers, which a rehearsal has not."""
 
 
 def rehearse(job: Job) -> RankReport:
@@ -84,6 +87,9 @@ def rehearse(job: Job) -> RankReport:
     ):
         try:
             _steps(job, ranks, meter, parts, report)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            report.failure, report.where = f"{error.func} waits for the GPU, to see its numbers", line_of(error)
+            report.needs_numbers = True
         except Exception as error:  # whatever the run would end with
             report.failure, report.where = describe(error)[0], line_of(error)
     return report

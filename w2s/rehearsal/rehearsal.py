@@ -24,7 +24,7 @@ from w2s.planning.memory import Memory, rank_memory
 from w2s.planning.states import rank_states
 from w2s.planning.teacher import planned_teachers, predicted
 from w2s.planning.towers import planned_towers
-from w2s.rehearsal.agreement import disagreements
+from w2s.rehearsal.agreement import Disagreement, disagreements
 from w2s.rehearsal.kinds import stage_of
 from w2s.rehearsal.rank import Job, RankReport, rehearse
 from w2s.rehearsal.tape import HostWait
@@ -91,7 +91,7 @@ def perform(be: Callable[[Job], RankReport], jobs: Sequence[Job]) -> list[RankRe
 def conclude(config: Config, world_size: int, card: Card, reports: list[RankReport]) -> Rehearsal:
     """Say what the reports of some ranks come to."""
     tapes = [report.tape for report in reports]
-    wrong = _failures(reports) or [str(each) for each in disagreements(tapes)]
+    wrong = _failures(reports) or _deadlocks(disagreements(tapes))
     timeline = Timeline() if wrong else play(tapes, card)
     planned = {tape.rank: _planned(config, world_size, tape.rank) for tape in tapes}
     wrong += [*timeline.stuck, *_waits(reports), *_too_full(reports, card)]
@@ -161,11 +161,23 @@ def _without_files(config: Config) -> Config:
 
 def _failures(reports: Sequence[RankReport]) -> list[str]:
     """What ranks fail of; the same on several ranks is said once."""
-    ranks: dict[tuple[str, str], list[int]] = {}
+    ranks: dict[tuple[str, str, str], list[int]] = {}
     for report in reports:
         if report.failure:
-            ranks.setdefault((report.failure, report.where), []).append(report.tape.rank)
-    return [f"{_named(who)} would fail at {where}: {failure}" for (failure, where), who in ranks.items()]
+            how = "cannot be rehearsed beyond" if report.needs_numbers else "would fail at"
+            ranks.setdefault((how, report.where, report.failure), []).append(report.tape.rank)
+    return [f"{_named(who)} {how} {where}: {failure}" for (how, where, failure), who in ranks.items()]
+
+
+def _deadlocks(found: Sequence[Disagreement]) -> list[str]:
+    """Which ranks would wait for each other; of pairs that differ in the same one is named."""
+    pairs: dict[tuple[str, frozenset[str]], list[Disagreement]] = {}
+    for each in found:
+        pairs.setdefault(each.gist, []).append(each)
+    return [
+        f"{first}, and so would {len(others)} more pair{'s' * (len(others) > 1)} of ranks" if others else str(first)
+        for first, *others in pairs.values()
+    ]
 
 
 def _waits(reports: Sequence[RankReport]) -> list[str]:

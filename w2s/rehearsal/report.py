@@ -9,7 +9,7 @@ from rich.console import Console
 from w2s.bench.marks import REST
 from w2s.planning.cards import GPUS_PER_NODE
 from w2s.rehearsal.rehearsal import Rehearsal
-from w2s.rehearsal.tape import Call, Compute, Group
+from w2s.rehearsal.tape import MESSAGES, Call, Compute, Group, Tape
 from w2s.tracking.tables import Cell, Table
 
 _GIB = 2**30
@@ -35,6 +35,7 @@ def document(rehearsal: Rehearsal) -> dict[str, Any]:
                     name: size / _GIB for name, size in asdict(rehearsal.planned[report.tape.rank]).items()
                 },
                 "failure": report.failure,
+                "calls": [_called(call, report.tape) for call in report.tape.last_step if isinstance(call, Call)],
             }
             for report in rehearsal.ranks
         ],
@@ -74,6 +75,13 @@ def print_report(rehearsal: Rehearsal) -> None:
         console.print("the data were not looked for")
     if not rehearsal.wrong:
         console.print("nothing is wrong: all ranks agree, fit, and never wait for the GPU")
+
+
+def _called(call: Call, tape: Tape) -> dict[str, Any]:
+    """One of the calls of a rank's last step, which are listed in order."""
+    whom = {"peer": call.peer} if call.kind in MESSAGES else {}
+    of = {"kind": call.kind, "group": tape.groups[call.group].name, "tensors": call.tensors}
+    return {**of, "reduction": call.reduction, **whom, "part": call.part, "where": call.where}
 
 
 def _memory(rehearsal: Rehearsal) -> Table:

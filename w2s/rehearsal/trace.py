@@ -10,6 +10,16 @@ from w2s.rehearsal.rehearsal import Rehearsal
 from w2s.rehearsal.timeline import GPU_LANE
 
 
+def check_path(path: Path) -> None:
+    """Refuse, before minutes of rehearsing, a trace that cannot be written.
+
+    Raises:
+        UserError: it is to be in a folder that does not exist.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"--trace {path} cannot be written: there is no folder {path.parent}, make it first")
+
+
 def write_trace(path: Path, rehearsal: Rehearsal) -> None:
     """Write a process for each rank, with a track for its GPU and one for each kind of group.
 
