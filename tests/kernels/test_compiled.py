@@ -17,7 +17,7 @@ WIDTHS = [1024, 1280, 1408, 1792, 4096, 5120]
 """Of the towers with RMSNorm or LayerNorm after a block in configs/model, and between them."""
 REGISTERS = 65_536
 """Of a multiprocessor with compute capability 9.0 (NVIDIA, CUDA C++ Programming Guide, table of technical data)."""
-SUMS = ("inverse", "by_weight", "by_bias")
+SUMS = ("inverse", "grad_weight", "grad_bias")
 """Arguments in float32; all other tensors are bfloat16."""
 NUMBERS = ("rows", "width", "eps")
 
