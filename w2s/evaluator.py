@@ -330,9 +330,9 @@ class ClipEvaluator(Evaluator):
         model, device = self.config.model, self.ranks.device
         forward = ImageTower.embed_and_pool if pooled else ImageTower.__call__
 
-        def see(images: Tensor) -> Tensor:
-            seen = normalize(images.to(device), *channel_statistics(model.vision))
-            return infer(vision, (seen,), forward, model.vision.tokens)
+        def encode(images: Tensor) -> Tensor:
+            normalized = normalize(images.to(device), *channel_statistics(model.vision))
+            return infer(vision, (normalized,), forward, model.vision.tokens)
 
-        both = self.features(data, see, model.vision.image_size, how=how)
+        both = self.features(data, encode, model.vision.image_size, how=how)
         return both[:, : model.embed_dim], both[:, model.embed_dim :]

@@ -86,7 +86,7 @@ class TrainingRun:
         self.news, self.undone, self.begun_at = list(resumed.news), 0, resumed.step
         self._rollbacks = 0
         self.stream = self._read_from(resumed.position)
-        self.watch = Fp8Stats(stage.towers)
+        self.fp8_stats = Fp8Stats(stage.towers)
         if memory is not None:
             memory.check_room(sum(tensor.nbytes for tensor in self.own_tensors().values()))
         facts = {**origins(config, self.parent), "parameters": counted(state.tower_shapes(stage.towers))}
@@ -131,7 +131,7 @@ class TrainingRun:
     def take_step(self) -> dict[str, Tensor]:
         """Take the next step with the next samples; return what the stage reports."""
         step = self.step + 1
-        with self.watch.recording() if self.is_logged(step) else nullcontext():
+        with self.fp8_stats.recording() if self.is_logged(step) else nullcontext():
             self.heartbeat.at("waiting for samples", step, awaits=READERS)
             self.batch = self.stream.next()
             # Kernels are compiled in the first step.
