@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, f
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from w2s.compat import LAYOUT_FUNCTIONS, TENSOR_FUNCTIONS, PythonUnpickler
+from w2s.compat import LAYOUT_FUNCTIONS, STORAGE_FROM_BYTES, TENSOR_FUNCTIONS, PythonUnpickler
 from w2s.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -53,7 +53,7 @@ _KNOWN: dict[str, Any] = {
 
 _LARGEST_COMPRESSED = 2**26
 """Bytes of a record that is compressed in an archive, as the program in one of TorchScript is."""
-_STORAGES = ("torch.storage._load_from_bytes", "megatron.core.safe_globals.safe_load_from_bytes")
+_STORAGES = (STORAGE_FROM_BYTES, "megatron.core.safe_globals.safe_load_from_bytes")
 """What a pickled tensor names for its values: torch's function, or what Megatron-Core 0.19 puts in its place."""
 
 
