@@ -11,7 +11,7 @@ class Quiet(Callback):
 
 
 class Apart:
-    """Is no callback."""
+    """Is not a callback."""
 
 
 def test_a_class_of_a_module() -> None:

@@ -35,7 +35,7 @@ class Training:
 class Callback:
     """Follows a run; each method is called on every rank, and does nothing until it is overridden.
 
-    Steps are counted from 1. One that is taken again after the run went back to a checkpoint is reported again. What a
+    Steps are counted from 1. One that is taken again after a rollback to a checkpoint is reported again. What a
     method raises ends the run.
     """
 

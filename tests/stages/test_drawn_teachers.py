@@ -151,7 +151,7 @@ def test_the_ranks_of_a_group_share_the_work_of_drawn_teachers(common: list[str]
     assert sample_flops([vit, clip]) == pytest.approx(2 / 3 * vit.flops + 1 / 3 * clip.flops)
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(base: list[str], root: Path, two: str) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(base: list[str], root: Path, two: str) -> None:
     options = [*(each for each in base if not each.startswith("teacher.")), *QUIET, two, *ONE]
     options += ["eval.shards=", "eval.knn_shards=", "mim.summary_weight=1"]
     run_stage("mim", [*options, "run.name=drawn-whole"])

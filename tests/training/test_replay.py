@@ -39,6 +39,6 @@ def test_one_data_parallel_rank_cannot_be_compared() -> None:
     assert diagnose([1.0], None, RANKS[:1]).words.startswith("not reproducible")
 
 
-def test_all_ranks_of_a_copy_of_the_model_are_named() -> None:
+def test_all_ranks_of_a_replica_are_named() -> None:
     ranks = [Participant(rank // 2, rank, "node-0", [f"a{rank}"]) for rank in range(4)]
     assert "the device of ranks [2, 3] on node-0" in diagnose([1, NAN], [1, NAN], ranks).words

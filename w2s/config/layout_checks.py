@@ -40,7 +40,7 @@ def check_towers(config: Config) -> None:
 
 
 def check_micro_batches(config: Config, world_size: int) -> None:
-    """Refuse a batch that ranks or micro-batches do not divide, a pipeline that is not filled, tokens that do not divide.
+    """Refuse a batch that ranks or micro-batches do not divide, a pipeline not filled, and tokens that do not divide.
 
     Raises:
         ConfigError: with the key, its value and the legal ones.

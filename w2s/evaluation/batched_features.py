@@ -52,7 +52,7 @@ def of_images(encode: Encoder) -> Callable[[ImageBatch], Tensor]:
 def over_frames(encode: Encoder) -> Encoder:
     """Let an encoder of images [b, 3, S, S] take clips [b, frames, 3, S, S] too: the mean of their frames' features.
 
-    A batch of images that stand still in all frames is encoded once.
+    A batch of clips whose frames are all equal is encoded once.
     """
 
     def mean(images: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from w2s.megatron.checkpoint import state
 from w2s.megatron.fp8.fp8_stats import Fp8Stats
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.optim.lr_schedule import lr_factor
-from w2s.run import counted, open_stream, origins, share_sources
+from w2s.run import counted, open_stream, origins
 from w2s.tracking.meters import StepMeter
 from w2s.tracking.tracker import Tracker
 from w2s.training.resuming import load_checkpoint, resume
@@ -50,7 +50,7 @@ class TrainingRun:
         ranks: this process among all.
         heartbeat: where it is noted what is being done.
         memory: keeps checkpoints in the memory of the hosts; None for none.
-        sources: of the training samples; None finds them.
+        sources: of the training samples.
         callbacks: what follows the run.
 
     Attributes:
@@ -73,14 +73,13 @@ class TrainingRun:
         config: Config,
         folder: Path,
         ranks: Ranks,
-        heartbeat: Heartbeat | None = None,
-        memory: HostMemory | None = None,
-        sources: Sequence[Source] | None = None,
-        callbacks: Sequence[Callback] = (),
+        heartbeat: Heartbeat,
+        memory: HostMemory | None,
+        sources: Sequence[Source],
+        callbacks: Sequence[Callback],
     ) -> None:
         self.stage, self.config, self.folder, self.ranks = stage, config, folder, ranks
-        self.heartbeat, self.memory, self.callbacks = heartbeat or Heartbeat(), memory, list(callbacks)
-        self.sources = share_sources(config, ranks) if sources is None else sources
+        self.heartbeat, self.memory, self.sources, self.callbacks = heartbeat, memory, sources, list(callbacks)
         resumed = resume(stage, config, folder, memory)
         self.step, self.parent, self.handover = resumed.step, resumed.parent, resumed.handover
         self.news, self.undone, self.begun_at = list(resumed.news), 0, resumed.step

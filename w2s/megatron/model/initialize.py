@@ -94,10 +94,3 @@ def load_slices(towers: Mapping[str, Sequence[Tower]], read: Callable[[str], Ten
                 name = f"{tower}.{global_name(chunk, local)}".replace(".blocks.", ".blocks.layers.", 1)
                 if name in names:
                     parameter.copy_(_slice(read(name), parameter).reshape(parameter.shape))
-
-
-def load_tensors(tower: Tower, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors, by global name, into this rank's slices of `tower`'s parameters; every name must be there."""
-    with torch.no_grad():
-        for name, parameter in tower.named_parameters():
-            parameter.copy_(_slice(tensors[global_name(tower, name)], parameter))
