@@ -1,6 +1,7 @@
 """What people add to the training loop without touching it: `train.callbacks=[module:Class]`."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,4 +83,10 @@ def _load(name: str) -> Callable[[], Callback]:
         ) from error
     if not (isinstance(found, type) and issubclass(found, Callback)):
         raise ConfigError(f"train.callbacks: {name} is not a subclass of w2s.callbacks.Callback")
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise ConfigError(
+            f"train.callbacks: {name} cannot be made without arguments ({error}): give them defaults"
+        ) from error
     return found
