@@ -39,7 +39,7 @@ def test_what_is_not_steps(steps: str) -> None:
 
 
 def test_steps_that_are_never_taken() -> None:
-    with pytest.raises(ConfigError, match="^train.profile=10-15 begins after train.steps=9"):
+    with pytest.raises(ConfigError, match=r"^train\.profile=10-15 begins after train\.steps=9"):
         load("mim", ["train.profile=10-15", "train.steps=9"])
     assert load("mim", ["train.profile=10-15", "train.steps=10"]).train.profiled[-1] == 15
 
