@@ -156,11 +156,11 @@ def _disk(root: Path) -> Finding:
 
 def _mlflow_store(root: Path) -> Finding:
     uri = tracking_uri(TrackingConfig(), root)
-    seen = shown(uri)
+    shown_uri = shown(uri)
     if uri.startswith("sqlite:"):
         database = Path(uri.removeprefix("sqlite:///"))
         if not database.exists():
-            return Finding("MLflow store", f"{seen}, made by the first run")
+            return Finding("MLflow store", f"{shown_uri}, made by the first run")
         call = partial(_read, database)
     else:
         load_mlflow()  # outside the time limit: importing it takes seconds, and is not the store's fault
@@ -169,9 +169,11 @@ def _mlflow_store(root: Path) -> Finding:
     problem = _problem(call)
     waited = time.monotonic() - begin
     if problem is None:
-        return Finding("MLflow store", seen if waited < OPEN_SECONDS else f"{seen}, answered after {waited:.0f} s")
+        return Finding(
+            "MLflow store", shown_uri if waited < OPEN_SECONDS else f"{shown_uri}, answered after {waited:.0f} s"
+        )
     note = f"curves of all runs in one place: {problem}; check MLFLOW_TRACKING_URI"
-    return Finding("MLflow store", f"{seen} does not answer", note, "broken")
+    return Finding("MLflow store", f"{shown_uri} does not answer", note, "broken")
 
 
 def _read(database: Path) -> None:

@@ -147,8 +147,8 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]
         hand_over(text, "text", job.checkpoint, weights=weights)
 
     def encode_image(images: Tensor) -> Tensor:
-        seen = normalize(images.to(ranks.device), *channel_statistics(config.model.vision))
-        return infer(vision, (seen,), ImageTower.__call__, tokens)
+        normalized = normalize(images.to(ranks.device), *channel_statistics(config.model.vision))
+        return infer(vision, (normalized,), ImageTower.__call__, tokens)
 
     def encode_text(captions: Tensor) -> Tensor:
         return infer(text, (captions.to(ranks.device),), TextTower.__call__, captions.shape[1])

@@ -120,7 +120,7 @@ def test_a_teacher_is_measured_on_its_samples(stage: MaskedStage) -> None:
         predictions = part(
             normalize(batch.images, *channel_statistics(config.model.vision)), masks, masked_patch_indices(masks, 6)
         )
-        summary = vit.summary(vit.look(batch.teacher_images[stage.sizes.index(64)], 16))
+        summary = vit.summary(vit.encode(batch.teacher_images[stage.sizes.index(64)], 16))
     cosines = masked_cosines(require(outputs_of(predictions, stage.targets)[0].summary), require(summary))
     assert mixed["vit/summary_cosine"].item() == pytest.approx(cosines[torch.from_numpy(has)].mean().item(), abs=1e-6)
     assert mixed["vit/summary_cosine"].item() != pytest.approx(cosines.mean().item(), abs=1e-4)

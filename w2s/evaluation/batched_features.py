@@ -92,10 +92,10 @@ def encode_all(
         return torch.cat(own)
     whole = own[0].new_empty(len(items), own[0].shape[1])
     for first in range(0, rounds, AT_A_TIME):
-        some = [own[step] for step in range(first, min(first + AT_A_TIME, rounds))]
+        parts = [own[step] for step in range(first, min(first + AT_A_TIME, rounds))]
         place = first * size * batch_size
-        part = whole[place : place + len(some) * size * batch_size]
-        part.copy_(_exchanged(some, min(batch_size, len(items)), group)[: len(part)])
+        part = whole[place : place + len(parts) * size * batch_size]
+        part.copy_(_exchanged(parts, min(batch_size, len(items)), group)[: len(part)])
     return whole
 
 

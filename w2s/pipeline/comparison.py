@@ -53,9 +53,9 @@ def on_the_way(results: Results, compare: Comparison, arm: str, ledger: int) -> 
         {line["samples_seen"]: line[compare.metric] for line in run.history if line.get(compare.metric) is not None}
         for run in runs
     ]
-    everywhere = [seen for seen in measured[0] if all(seen in other for other in measured)]
+    everywhere = [samples for samples in measured[0] if all(samples in other for other in measured)]
     a_sample = runs[0].flops / runs[0].samples
-    return [((before + a_sample * seen) / 1e12, mean(each[seen] for each in measured)) for seen in everywhere]
+    return [((before + a_sample * samples) / 1e12, mean(each[samples] for each in measured)) for samples in everywhere]
 
 
 def rival(point: Point, among: Sequence[Point], ledger: int) -> Point | None:

@@ -131,8 +131,8 @@ class MaskedStudent(VisionTower):
             return lambda tokens: layer_losses(int(number), head(predicted_tokens(tokens)))
 
         taps = {int(number): tap(number, head, layer_loss) for number, head in self.layer_heads.items() if layer_loss}
-        seen: dict[str, Tensor] = {"kept": patch_indices} if self.drop_masked else {"masks": masks}
-        tokens = self.encode(images, **seen, taps=taps, branch_scales=branch_scales)
+        visible: dict[str, Tensor] = {"kept": patch_indices} if self.drop_masked else {"masks": masks}
+        tokens = self.encode(images, **visible, taps=taps, branch_scales=branch_scales)
         if not self.last:
             return tokens
         patches = predicted_tokens(tokens)

@@ -24,8 +24,8 @@ class Init:
 
 def layer_number(tower: Tower, name: str) -> int | None:
     """Return the number, from 0 over all pipeline stages, of the layer that parameter `name` is in, if any."""
-    found = re.match(r"blocks\.layers\.(\d+)\.", name)
-    return tower.blocks.layers[int(found[1])].layer_number - 1 if found else None
+    match = re.match(r"blocks\.layers\.(\d+)\.", name)
+    return tower.blocks.layers[int(match[1])].layer_number - 1 if match else None
 
 
 def global_name(tower: Tower, name: str) -> str:
