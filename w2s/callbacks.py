@@ -76,17 +76,17 @@ def _load(name: str) -> Callable[[], Callback]:
     if not module or not attribute:
         raise ConfigError(f"train.callbacks: {name} is not written module:Class")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        callback = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"train.callbacks: {name} cannot be imported ({error}): install its module, or put its folder in PYTHONPATH"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, Callback)):
+    if not (isinstance(callback, type) and issubclass(callback, Callback)):
         raise ConfigError(f"train.callbacks: {name} is not a subclass of w2s.callbacks.Callback")
     try:
-        inspect.signature(found).bind()
+        inspect.signature(callback).bind()
     except TypeError as error:
         raise ConfigError(
             f"train.callbacks: {name} cannot be made without arguments ({error}): give them defaults"
         ) from error
-    return found
+    return callback

@@ -94,22 +94,22 @@ def _installed(package: str) -> str | None:
 
 
 def _package(name: str, note: str) -> Finding:
-    found = _installed(name)
-    return Finding(name, found) if found else Finding(name, "not installed", note, "broken")
+    installed = _installed(name)
+    return Finding(name, installed) if installed else Finding(name, "not installed", note, "broken")
 
 
 def _transformer_engine() -> Finding:
     name = "Transformer Engine"
-    found = _installed("transformer-engine")
-    if found is None:
+    installed = _installed("transformer-engine")
+    if installed is None:
         return Finding(name, "not installed", "faster linear layers on NVIDIA GPUs: pip install 'w2s[gpu]'", "missing")
     if not torch.cuda.is_available():
-        return Finding(name, f"{found}, not loaded without a GPU", "it runs on NVIDIA GPUs alone", "missing")
+        return Finding(name, f"{installed}, not loaded without a GPU", "it runs on NVIDIA GPUs alone", "missing")
     problem = _engine_problem()
     if problem is not None:
         note = f"{problem}; install the release that was built for torch {torch.__version__}"
-        return Finding(name, f"{found}, cannot be loaded", note, "broken")
-    return Finding(name, found)
+        return Finding(name, f"{installed}, cannot be loaded", note, "broken")
+    return Finding(name, installed)
 
 
 def _linears() -> Finding:
@@ -206,9 +206,9 @@ def _problem(call: Callable[[], None]) -> str | None:
 
 
 def _gpu_metrics() -> Finding:
-    found = _installed("nvidia-ml-py")
-    if found or not torch.cuda.is_available():
-        return Finding("GPU metrics", f"nvidia-ml-py {found}" if found else "no GPU to measure")
+    installed = _installed("nvidia-ml-py")
+    if installed or not torch.cuda.is_available():
+        return Finding("GPU metrics", f"nvidia-ml-py {installed}" if installed else "no GPU to measure")
     return Finding(
         "GPU metrics", "not installed", "use and memory of each card in MLflow: pip install nvidia-ml-py", "missing"
     )

@@ -57,13 +57,15 @@ def plan(
             hardware_file.check_path(out)
         kind = card_of(card)
         images = {stage: counted(asked.config(stage, gpus), eval_images) for stage in asked.stages}
-        found = {stage: find_plans(asked.config(stage, gpus), kind, gpus, asked.fixed, top) for stage in asked.stages}
+        by_stage = {
+            stage: find_plans(asked.config(stage, gpus), kind, gpus, asked.fixed, top) for stage in asked.stages
+        }
         for stage in asked.stages:
             warn_of_doubts(asked.config(stage, gpus))
         curves = {stage: scaling.simulate(asked, stage, simulate) for stage in asked.stages} if simulate else {}
         if out:
-            hardware_file.write(out, asked, [plans.fastest[0] for plans in found.values()])
-        answer = report.Answer(asked, kind, found, images, curves)
+            hardware_file.write(out, asked, [plans.fastest[0] for plans in by_stage.values()])
+        answer = report.Answer(asked, kind, by_stage, images, curves)
         if as_json:
             print(json.dumps(report.document(answer), indent=2))
         else:
@@ -102,12 +104,12 @@ def rehearse(
         if name not in TRAINED:
             raise UserError(f"stage {name} is not one that is rehearsed: use mim or clip, as in `w2s rehearse mim`")
         config = Request((name,), tuple(overrides or ()), gpus, card, {}).config(name, gpus)
-        found = run_rehearsal(config, gpus, card_of(card), chosen(ranks, config.parallel, gpus), steps, data=data)
+        rehearsed = run_rehearsal(config, gpus, card_of(card), chosen(ranks, config.parallel, gpus), steps, data=data)
         if as_json:
-            print(json.dumps(report.document(found), indent=2))
+            print(json.dumps(report.document(rehearsed), indent=2))
         else:
-            report.print_report(found)
+            report.print_report(rehearsed)
         if trace:
-            write_trace(trace, found)
-    if found.wrong:
+            write_trace(trace, rehearsed)
+    if rehearsed.wrong:
         raise typer.Exit(1)
