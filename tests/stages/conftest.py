@@ -19,7 +19,7 @@ from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.tracking.mlflow_store import connect
 
-if TYPE_CHECKING:  # a bare GPU machine has no MLflow, and its tests need none
+if TYPE_CHECKING:  # a bare GPU machine has no MLflow and no matplotlib, and its tests need none
     from mlflow import MlflowClient
 
 Run = Callable[..., tuple[int, str, str]]
@@ -62,6 +62,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blank_charts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reports without curves, which take a third of a short run's time, where no test looks at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("matplotlib") and not request.module.__name__.endswith("test_outputs"):
+            patch.setattr("w2s.tracking.charts.Chart.svg", lambda *_: "<svg></svg>")
+        yield
 
 
 @pytest.fixture(autouse=True)

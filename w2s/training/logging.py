@@ -88,7 +88,7 @@ class Logging(Callback):
         run = self._run
         own = run.ranks.to_floats(metrics), run.fp8_stats.read(), figures, run.stream.counts()
         numbers, counts, everyones, read = zip(*run.ranks.gather(own), strict=True)
-        averages = heard(process_groups.means(numbers)) | fp8_metrics(counts)
+        averages = without_silent_teachers(process_groups.means(numbers)) | fp8_metrics(counts)
         skipped = int(run.stage.optimizer.guard.skipped) + run.undone
         if skipped:
             averages["skipped_steps"] = skipped
@@ -101,7 +101,7 @@ class Logging(Callback):
             run.tracker.message(f"counted: {line}")
 
 
-def heard(averages: Mapping[str, float]) -> dict[str, float]:
+def without_silent_teachers(averages: Mapping[str, float]) -> dict[str, float]:
     """Leave out what a teacher without a sample in the step would have, zeros; its share, 0, says so."""
     shares = {name for name in averages if name.endswith("/share")}
     silent = tuple(name.removesuffix("share") for name in shares if averages[name] == 0)
