@@ -117,8 +117,7 @@ def _going_back(
     """The backward passes of towers that are fully sharded.
 
     Activations go layer by layer, while gradients of the layers before wait to be reduced. Where both towers are in one
-    pass, the last one goes back first, and its last gradients wait until the pass has ended. Where each has passes of
-    its own, the first layers of the other one have been gathered for its next pass.
+    pass, the last one goes back first, and its last gradients wait until the pass has ended.
     """
     samples, hidden = config.train.micro_batch, 2 if config.parallel.recompute == "selective" else 1
 
@@ -128,11 +127,10 @@ def _going_back(
     for number, (tower, own) in enumerate(zip(towers, wholes, strict=True)):
         others = sum(kept(each, 0) for each in towers[:number]) if one_pass else 0
         waiting = sum(each.waiting * each.gradients for each in wholes[number + 1 :]) if one_pass else 0
-        gathered = own.weights if one_pass else sum(each.weights for each in wholes)
         for done in range(own.waiting):
             yield replace(
                 forward,
-                weights=forward.weights + gathered,
+                weights=forward.weights + own.weights,
                 gradients=forward.gradients + waiting + (done + 1) * own.gradients,
                 activations=others + kept(tower, done),
                 buffers=_temporaries(config, tower, samples, hidden),
