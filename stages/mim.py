@@ -182,7 +182,7 @@ class MaskedStage:
         patches, layers, summaries = list[Tensor](), list[Tensor](), list[Tensor]()
         for tutor, part in zip(self.tutors, shown, strict=True):
             images = part.pick(self._seen_by(tutor, batch.teacher_images))
-            features = tutor.look(images, self.config.train.micro_batch)
+            features = tutor.encode(images, self.config.train.micro_batch)
             of_patches, *of_layers = map(part.join, tutor.targets(features, part.pick(patch_indices), group))
             patches, layers = [*patches, of_patches], [*layers, *of_layers]
             summaries += [part.join(each) for each in [tutor.summary(features)] if each is not None]
@@ -202,8 +202,8 @@ class MaskedStage:
         if micro.teacher_summaries is None:
             return [Outputs(each, None) for each in patches], layers
         summaries = micro.teacher_summaries.split([target.summary_width for target in self.targets], dim=-1)
-        some = (each if each.shape[-1] else None for each in summaries)
-        return [Outputs(*each) for each in zip(patches, some, strict=True)], layers
+        summaries_or_none = (each if each.shape[-1] else None for each in summaries)
+        return [Outputs(*each) for each in zip(patches, summaries_or_none, strict=True)], layers
 
     def _seen_by(self, tutor: Tutor, views: Sequence[Tensor]) -> Tensor:
         """The one of the teachers' views that a teacher sees."""
@@ -294,8 +294,8 @@ class MaskedStage:
         images, size = self.evaluator.images(data, *self._sizes), self.config.eval.batch_size
         mean = encode_all(measure, images, size, self.ranks.data_group).mean(0)
         parts = mean.split([2 + target.width + target.summary_width for target in self.targets])
-        found = [self._cosines_of(part, target) for part, target in zip(parts, self.targets, strict=True)]
-        return self._by_teacher(under(name, each) for each in found)
+        metrics = [self._cosines_of(part, target) for part, target in zip(parts, self.targets, strict=True)]
+        return self._by_teacher(under(name, each) for each in metrics)
 
     @staticmethod
     def _measured(predictions: Outputs, targets: Outputs, patch_indices: Tensor) -> Tensor:
@@ -313,10 +313,10 @@ class MaskedStage:
     def _cosines_of(self, mean: Tensor, target: Target) -> dict[str, float]:
         """The metrics of a teacher, from the mean of what `_measured` gave."""
         cosine, direction, summary, towards = mean.split([1, target.width, 1, target.summary_width])
-        found = {f"{self._metric_prefix}_cosine": cosine.item(), "constant_cosine": direction.norm().item()}
+        metrics = {f"{self._metric_prefix}_cosine": cosine.item(), "constant_cosine": direction.norm().item()}
         if target.summary_width:
-            found |= {"summary_cosine": summary.item(), "summary_constant_cosine": towards.norm().item()}
-        return found
+            metrics |= {"summary_cosine": summary.item(), "summary_constant_cosine": towards.norm().item()}
+        return metrics
 
     @property
     def _sizes(self) -> tuple[int, ...]:
@@ -333,17 +333,17 @@ class MaskedStage:
         drawn = [draw_mask(self.spec, 0, number) for number in batch.numbers.tolist()]
         masks = torch.from_numpy(np.stack(drawn)).to(device)
         images, *views = batch.views
-        seen = normalize(images.to(device), *channel_statistics(self.config.model.vision))
+        normalized = normalize(images.to(device), *channel_statistics(self.config.model.vision))
         patch_indices = self._patch_indices(masks) if self.config.mim.predict == "visible" else all_patch_indices(masks)
-        flattened = infer(self.student, (seen, masks, patch_indices), MaskedStudent.predict, self.tokens).float()
+        flattened = infer(self.student, (normalized, masks, patch_indices), MaskedStudent.predict, self.tokens).float()
         predictions = [
             each._replace(patches=scatter_patches(each.patches, patch_indices, vision.patches))
             for each in unflatten_outputs(flattened, self.targets)
         ]
         targets = []
         for tutor, norm in zip(self.tutors, norms, strict=True):
-            taught = self._run_teacher_sharded(tutor, self._seen_by(tutor, views), self.ranks.model_group)
-            targets.append(taught._replace(patches=norm(taught.patches, update=False)))
+            outputs = self._run_teacher_sharded(tutor, self._seen_by(tutor, views), self.ranks.model_group)
+            targets.append(outputs._replace(patches=norm(outputs.patches, update=False)))
         return predictions, targets, masks
 
     def _run_teacher_sharded(self, tutor: Tutor, images: Tensor, group: dist.ProcessGroup) -> Outputs:
@@ -359,8 +359,8 @@ class MaskedStage:
             data = evaluator.gallery_set() if self.config.eval.knn_shards else evaluator.test_set()
             numbers = np.arange(0, len(data), max(1, len(data) // self.config.eval.batch_size))
             share = math.ceil(len(numbers) / dist.get_world_size(group))
-            some = evaluator.images(data, size, alone=True).only(numbers)
-            flattened = encode_all(of_images(tutor.flat_outputs), some, share, group)
+            images = evaluator.images(data, size, alone=True).only(numbers)
+            flattened = encode_all(of_images(tutor.flat_outputs), images, share, group)
             norm(Outputs.unflatten(flattened, tutor.target).patches, update=True)
         return norm
 

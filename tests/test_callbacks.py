@@ -10,8 +10,15 @@ class Quiet(Callback):
     """Overrides nothing."""
 
 
+class Demanding(Callback):
+    """Cannot be made by its name alone."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+
 class Apart:
-    """Is no callback."""
+    """Is not a callback."""
 
 
 def test_a_class_of_a_module() -> None:
@@ -26,8 +33,9 @@ def test_a_class_of_a_module() -> None:
         ("no.such.module:Class", r"no.such.module:Class cannot be imported \(No module named 'no'\).*PYTHONPATH"),
         (f"{__name__}:Missing", "cannot be imported .*no attribute 'Missing'"),
         (f"{__name__}:Apart", "is not a subclass of w2s.callbacks.Callback"),
+        (f"{__name__}:Demanding", "cannot be made without arguments .*'every'.*: give them defaults"),
     ],
 )
-def test_what_is_no_callback_is_refused(name: str, message: str) -> None:
+def test_what_is_not_a_callback_is_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^train.callbacks: .*{message}"):
         load_callbacks([name])

@@ -3,6 +3,7 @@
 import ast
 import io
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from w2s import compat
 
 ROOT = Path(w2s.__file__).parent
 PLACES = {ROOT / "compat.py", ROOT / "megatron" / "compat.py"}
-FREE = {"_replace", "_exit", "_getframe", "_current_frames", "_config"}
-"""Documented, of named tuples, os and sys; and the settings of multiprocessing, needed before torch is imported."""
+FREE = {"_replace", "_exit", "_getframe", "_current_frames", "_dynamo", "_config"}
+"""Documented, of named tuples, os, sys, torch; and the settings of multiprocessing, needed before torch is imported."""
 OPERATORS = "_foreach_"
 """Torch documents these operators, and optimizers of others use them."""
+QUOTED = re.compile(r"(torch|megatron|transformer_engine|mlflow|open_clip|timm)(\.\w+)+")
+"""A dotted name of a library in a string, as pickles have them."""
 
 
 def test_private_names_are_named_in_compat_alone() -> None:
@@ -48,6 +51,10 @@ def _foreign(tree: ast.AST, own: set[str]) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             names = [*(node.module or "").split("."), *(each.name for each in node.names)]
             yield from (f"{node.module}: {name}" for name in names if _is_private(name))
+        elif isinstance(node, ast.keyword) and _is_private(node.arg or ""):
+            yield f"{node.arg}="
+        elif isinstance(node, ast.Constant) and QUOTED.fullmatch(str(node.value)):
+            yield from (str(node.value) for name in str(node.value).split(".") if _is_private(name))
 
 
 def _is_private(name: str) -> bool:
@@ -157,12 +164,27 @@ def test_the_processes_of_a_loader_end() -> None:
     assert not process.is_alive()
 
 
+class Listed(nn.Module):
+    """Has a list of one type, for TorchScript."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [1, 2]
+
+
 def test_pickles_of_tensors_and_archives(tmp_path: Path) -> None:
     named = pickle.dumps(torch.ones(2))
     assert [name for name in compat.TENSOR_FUNCTIONS if name.rpartition(".")[2].encode() in named]
     found = compat.PythonUnpickler(io.BytesIO(pickle.dumps({"a": 1}))).load()
     assert found == {"a": 1} and not isinstance(compat.PythonUnpickler, pickle.Unpickler)
     assert compat.storage_types()["BFloat16Storage"] == torch.bfloat16
+    bytes_of_ones = torch.ones(2).untyped_storage()
+    assert compat.typed_storage(bytes_of_ones, torch.float32).dtype == torch.float32
+    module, _, function = compat.STORAGE_FROM_BYTES.rpartition(".")
+    assert f"c{module}\n{function}\n".encode() in pickle.dumps(bytes_of_ones, protocol=2)
+    scripted = torch.jit.script(Listed())
+    scripted.save(str(tmp_path / "z.pt"))  # type: ignore[no-untyped-call]
+    assert compat.SCRIPTED_LISTS.encode() in compat.TorchFileReader(str(tmp_path / "z.pt")).get_record("data.pkl")
     torch.save(torch.ones(2), tmp_path / "x.pt")
     assert compat.TorchFileReader(str(tmp_path / "x.pt")).get_record("data.pkl").startswith(b"\x80")
     (tmp_path / "y.pt").write_bytes(b"no archive")

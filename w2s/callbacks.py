@@ -1,6 +1,7 @@
 """What people add to the training loop without touching it: `train.callbacks=[module:Class]`."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Training:
 class Callback:
     """Follows a run; each method is called on every rank, and does nothing until it is overridden.
 
-    Steps are counted from 1. One that is taken again after the run went back to a checkpoint is reported again. What a
+    Steps are counted from 1. One that is taken again after a rollback to a checkpoint is reported again. What a
     method raises ends the run.
     """
 
@@ -75,11 +76,17 @@ def _load(name: str) -> Callable[[], Callback]:
     if not module or not attribute:
         raise ConfigError(f"train.callbacks: {name} is not written module:Class")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        callback = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"train.callbacks: {name} cannot be imported ({error}): install its module, or put its folder in PYTHONPATH"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, Callback)):
+    if not (isinstance(callback, type) and issubclass(callback, Callback)):
         raise ConfigError(f"train.callbacks: {name} is not a subclass of w2s.callbacks.Callback")
-    return found
+    try:
+        inspect.signature(callback).bind()
+    except TypeError as error:
+        raise ConfigError(
+            f"train.callbacks: {name} cannot be made without arguments ({error}): give them defaults"
+        ) from error
+    return callback

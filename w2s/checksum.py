@@ -44,6 +44,6 @@ def checksums(paths: Iterable[Path]) -> dict[str, Checksum]:
     Raises:
         OSError: one cannot be read.
     """
-    found = list(paths)
+    files = list(paths)
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip((path.name for path in found), pool.map(checksum, found), strict=True))
+        return dict(zip((path.name for path in files), pool.map(checksum, files), strict=True))

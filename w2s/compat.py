@@ -40,6 +40,10 @@ TENSOR_FUNCTIONS: dict[str, Any] = {"torch._utils._rebuild_tensor_v2": torch._ut
 """What pickles of tensors name beside their storages."""
 LAYOUT_FUNCTIONS: dict[str, Any] = {"torch.serialization._get_layout": torch.serialization._get_layout}
 """What pickles of a tensor's properties name."""
+STORAGE_FROM_BYTES = "torch.storage._load_from_bytes"
+"""The function that a pickled tensor names for its values."""
+SCRIPTED_LISTS = "torch.jit._pickle"
+"""The module whose functions make the lists of one type that a pickle of TorchScript names."""
 NOT_A_TORCH_FILE = "_use_new_zipfile_serialization"
 """What torch's error says of a file that `torch.load(mmap=True)` does not know."""
 
@@ -52,6 +56,11 @@ TorchFileReader: Any = torch._C.PyTorchFileReader
 def storage_types() -> dict[str, torch.dtype]:
     """Return types of numbers by torch's names of their storages."""
     return torch.storage._storage_type_to_dtype_map()
+
+
+def typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
+    """Return bytes as numbers of a type, without torch's warning that this class is going to be removed."""
+    return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:

@@ -94,22 +94,22 @@ def _installed(package: str) -> str | None:
 
 
 def _package(name: str, note: str) -> Finding:
-    found = _installed(name)
-    return Finding(name, found) if found else Finding(name, "not installed", note, "broken")
+    installed = _installed(name)
+    return Finding(name, installed) if installed else Finding(name, "not installed", note, "broken")
 
 
 def _transformer_engine() -> Finding:
     name = "Transformer Engine"
-    found = _installed("transformer-engine")
-    if found is None:
+    installed = _installed("transformer-engine")
+    if installed is None:
         return Finding(name, "not installed", "faster linear layers on NVIDIA GPUs: pip install 'w2s[gpu]'", "missing")
     if not torch.cuda.is_available():
-        return Finding(name, f"{found}, not loaded without a GPU", "it runs on NVIDIA GPUs alone", "missing")
+        return Finding(name, f"{installed}, not loaded without a GPU", "it runs on NVIDIA GPUs alone", "missing")
     problem = _engine_problem()
     if problem is not None:
         note = f"{problem}; install the release that was built for torch {torch.__version__}"
-        return Finding(name, f"{found}, cannot be loaded", note, "broken")
-    return Finding(name, found)
+        return Finding(name, f"{installed}, cannot be loaded", note, "broken")
+    return Finding(name, installed)
 
 
 def _linears() -> Finding:
@@ -156,11 +156,11 @@ def _disk(root: Path) -> Finding:
 
 def _mlflow_store(root: Path) -> Finding:
     uri = tracking_uri(TrackingConfig(), root)
-    seen = shown(uri)
+    shown_uri = shown(uri)
     if uri.startswith("sqlite:"):
         database = Path(uri.removeprefix("sqlite:///"))
         if not database.exists():
-            return Finding("MLflow store", f"{seen}, made by the first run")
+            return Finding("MLflow store", f"{shown_uri}, made by the first run")
         call = partial(_read, database)
     else:
         load_mlflow()  # outside the time limit: importing it takes seconds, and is not the store's fault
@@ -169,9 +169,11 @@ def _mlflow_store(root: Path) -> Finding:
     problem = _problem(call)
     waited = time.monotonic() - begin
     if problem is None:
-        return Finding("MLflow store", seen if waited < OPEN_SECONDS else f"{seen}, answered after {waited:.0f} s")
+        return Finding(
+            "MLflow store", shown_uri if waited < OPEN_SECONDS else f"{shown_uri}, answered after {waited:.0f} s"
+        )
     note = f"curves of all runs in one place: {problem}; check MLFLOW_TRACKING_URI"
-    return Finding("MLflow store", f"{seen} does not answer", note, "broken")
+    return Finding("MLflow store", f"{shown_uri} does not answer", note, "broken")
 
 
 def _read(database: Path) -> None:
@@ -204,9 +206,9 @@ def _problem(call: Callable[[], None]) -> str | None:
 
 
 def _gpu_metrics() -> Finding:
-    found = _installed("nvidia-ml-py")
-    if found or not torch.cuda.is_available():
-        return Finding("GPU metrics", f"nvidia-ml-py {found}" if found else "no GPU to measure")
+    installed = _installed("nvidia-ml-py")
+    if installed or not torch.cuda.is_available():
+        return Finding("GPU metrics", f"nvidia-ml-py {installed}" if installed else "no GPU to measure")
     return Finding(
         "GPU metrics", "not installed", "use and memory of each card in MLflow: pip install nvidia-ml-py", "missing"
     )

@@ -113,18 +113,18 @@ def run(job: EncodeJob) -> None:
     ):
         heartbeat.at("encoding", long=True)
         vision, text, kind = _encoders(job, ranks)
-        found: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         about = {"checkpoint": str(job.checkpoint), "model": job.config.model.name}
         if job.images:
-            names, found["image_features"] = _all_images(job, vision, ranks)
+            names, features["image_features"] = _all_images(job, vision, ranks)
             about |= {"image_names": json.dumps(names), "image_features": kind}
         if job.texts is not None and text is not None:
             texts = _lines(job.texts)
-            found["text_features"] = _all_texts(job, texts, text, ranks)
+            features["text_features"] = _all_texts(job, texts, text, ranks)
             about["texts"] = json.dumps(texts)
         if ranks.main:
-            _save(job.out, found, about)
-            print(f"{', '.join(f'{name} {list(value.shape)}' for name, value in found.items())}: {job.out}")
+            _save(job.out, features, about)
+            print(f"{', '.join(f'{name} {list(value.shape)}' for name, value in features.items())}: {job.out}")
 
 
 def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]:
@@ -147,8 +147,8 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]
         hand_over(text, "text", job.checkpoint, weights=weights)
 
     def encode_image(images: Tensor) -> Tensor:
-        seen = normalize(images.to(ranks.device), *channel_statistics(config.model.vision))
-        return infer(vision, (seen,), ImageTower.__call__, tokens)
+        normalized = normalize(images.to(ranks.device), *channel_statistics(config.model.vision))
+        return infer(vision, (normalized,), ImageTower.__call__, tokens)
 
     def encode_text(captions: Tensor) -> Tensor:
         return infer(text, (captions.to(ranks.device),), TextTower.__call__, captions.shape[1])

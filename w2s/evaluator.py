@@ -49,8 +49,8 @@ def patch_features(tower: ShardedTower[Any], images: Tensor) -> Tensor:
     """Return the patch tokens after the final norm, CLS dropped: uint8 [n, 3, S, S] to [n, patches, width]."""
     device = next(tower.chunks[0].parameters()).device
     shape = tower.chunks[0].shape
-    seen = normalize(images.to(device), *channel_statistics(shape))
-    return infer(tower, (seen,), lambda chunk, images: chunk.patch_tokens(images), shape.tokens).float()
+    normalized = normalize(images.to(device), *channel_statistics(shape))
+    return infer(tower, (normalized,), lambda chunk, images: chunk.patch_tokens(images), shape.tokens).float()
 
 
 def attention_of_cls(tower: ShardedTower[Any], images: Tensor) -> Tensor:
@@ -203,8 +203,8 @@ class Evaluator:
 
         def encode_image(images: Tensor) -> Tensor:
             vision = config.model.vision
-            seen = normalize(images.to(device), *channel_statistics(vision))
-            return infer(student, (seen,), embed, vision.tokens)
+            normalized = normalize(images.to(device), *channel_statistics(vision))
+            return infer(student, (normalized,), embed, vision.tokens)
 
         def encode_with_teacher(images: Tensor) -> Tensor:
             return teacher_features(teacher, images).summary
@@ -252,9 +252,11 @@ class Evaluator:
         measured = {}
         for name in self.config.eval.by_name:
             data = self.test_set(name)
-            seen = self.features(data, encode, image_size, alone=alone) if in_common([data], neighbours) else known[:0]
-            found = self._classified(data, gallery, seen, seen)
-            measured[name] = of_sets({f"{kind}{suffix}": metrics for kind, metrics in found.items()})
+            features = (
+                self.features(data, encode, image_size, alone=alone) if in_common([data], neighbours) else known[:0]
+            )
+            metrics_by_kind = self._classified(data, gallery, features, features)
+            measured[name] = of_sets({f"{kind}{suffix}": metrics for kind, metrics in metrics_by_kind.items()})
         return of_sets(measured)
 
     def _gallery(self, neighbours: EvalSet, features: Tensor, probed: Tensor) -> Gallery:
@@ -330,9 +332,9 @@ class ClipEvaluator(Evaluator):
         model, device = self.config.model, self.ranks.device
         forward = ImageTower.embed_and_pool if pooled else ImageTower.__call__
 
-        def see(images: Tensor) -> Tensor:
-            seen = normalize(images.to(device), *channel_statistics(model.vision))
-            return infer(vision, (seen,), forward, model.vision.tokens)
+        def encode(images: Tensor) -> Tensor:
+            normalized = normalize(images.to(device), *channel_statistics(model.vision))
+            return infer(vision, (normalized,), forward, model.vision.tokens)
 
-        both = self.features(data, see, model.vision.image_size, how=how)
+        both = self.features(data, encode, model.vision.image_size, how=how)
         return both[:, : model.embed_dim], both[:, model.embed_dim :]

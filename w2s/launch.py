@@ -305,10 +305,10 @@ def _cause(failures: list[Failure], end: SignalException | ChildFailedError) -> 
         name, number = end.sigval.name, end.sigval
         nothing = StopRun(f"stopped by {name}, nothing new was saved: repeat the command", number)
         return _error(stops[0]) if stops else nothing
-    rank, found = end.get_first_failure()
-    if found.exitcode < 0:
-        message = f"rank {rank} was killed by {found.signal_name()}: see the system's log, often for memory"
-        return RankError(message, 128 - found.exitcode)
+    rank, first = end.get_first_failure()
+    if first.exitcode < 0:
+        message = f"rank {rank} was killed by {first.signal_name()}: see the system's log, often for memory"
+        return RankError(message, 128 - first.exitcode)
     if failures:
         return _error(failures[0])
-    return RankError(f"rank {rank} ended with exit code {found.exitcode}", found.exitcode)
+    return RankError(f"rank {rank} ended with exit code {first.exitcode}", first.exitcode)

@@ -130,8 +130,8 @@ def _secrets() -> list[tuple[str, str]]:
     """Names and values of the environment variables that are secret, long values first, which may hold short ones."""
     taken = set(_hidden_names())
     named = [name for name in os.environ if name in taken or _SECRET_NAME.search(name)]
-    found = [(name, os.environ[name]) for name in named if _is_secret(name, os.environ[name], name in taken)]
-    return sorted(found, key=lambda secret: -len(secret[1]))
+    secrets = [(name, os.environ[name]) for name in named if _is_secret(name, os.environ[name], name in taken)]
+    return sorted(secrets, key=lambda secret: -len(secret[1]))
 
 
 def _is_secret(name: str, value: str, taken: bool) -> bool:

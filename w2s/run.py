@@ -112,12 +112,12 @@ def origins(config: Config, parent: str | None) -> dict[str, str]:
         with suppress(CheckpointError):  # an interrupted run continues without what it was begun from, too
             run_id = read_meta(find_any(source, root, key="parent")).mlflow_run_id
             runs |= {run_id: None} if run_id else {}
-    found = {
+    facts = {
         "teacher": ", ".join(each.source for each in taught),
         "parent_checkpoint": parent,
         "parent_runs": ", ".join(runs),
     }
-    return {name: text for name, text in found.items() if text}
+    return {name: text for name, text in facts.items() if text}
 
 
 def counted(shapes: Mapping[str, Sequence[int]]) -> str:

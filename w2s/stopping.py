@@ -16,33 +16,33 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 @contextmanager
 def stop_at_once() -> Iterator[None]:
     """Raise StopRun where a signal comes: nothing is under way that a checkpoint could keep."""
-    seen: list[StopRun] = []
+    stops: list[StopRun] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        seen.append(StopRun(f"stopped by {name}: repeat the command to resume", number))
-        raise seen[-1]
+        stops.append(StopRun(f"stopped by {name}: repeat the command to resume", number))
+        raise stops[-1]
 
     with _handling(stop):
         try:
             yield
         except Exception as error:
             # Libraries that were at work then may have made an error of their own of it.
-            if seen and not isinstance(error, StopRun):
-                raise seen[-1] from error
+            if stops and not isinstance(error, StopRun):
+                raise stops[-1] from error
             raise
 
 
 @contextmanager
 def stop_when_ready() -> Iterator[list[int]]:
     """Collect the signals that come, so that a step can end and be saved."""
-    seen: list[int] = []
+    signals: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
+        signals.append(number)
 
     with _handling(note):
-        yield seen
+        yield signals
 
 
 @contextmanager

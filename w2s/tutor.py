@@ -58,7 +58,7 @@ class Tutor:
         norms = [target_norm(self.teacher.layer_width, kind) for _ in layers]
         self.layer_norms = nn.ModuleList(norms).to(ranks.device)
 
-    def look(self, images: Tensor, size: int) -> Features:
+    def encode(self, images: Tensor, size: int) -> Features:
         """Features of images [n, 3, T, T], uint8, at most `size` at a time; of no images without a forward pass."""
         if not len(images):
             return self._nothing(images.device)
@@ -99,15 +99,15 @@ class Tutor:
     @torch.no_grad()
     def _cosines(self, predictions: Outputs, targets: Outputs, weights: Tensor | None) -> Metrics:
         """Cosine of predictions and targets, where that is not the loss, and the best constant's; of summaries too."""
-        found = {}
+        metrics = {}
         if self.lesson.loss != "cosine" or predictions.summary is not None or self.name:
-            found["cosine"] = weighted(masked_cosines(predictions.patches, targets.patches), weights).mean()
-        found["constant_cosine"] = constant_cosine(targets.patches, weights)
+            metrics["cosine"] = weighted(masked_cosines(predictions.patches, targets.patches), weights).mean()
+        metrics["constant_cosine"] = constant_cosine(targets.patches, weights)
         if predictions.summary is not None:
             summaries = require(targets.summary)
-            found["summary_cosine"] = weighted(masked_cosines(predictions.summary, summaries), weights).mean()
-            found["summary_constant_cosine"] = constant_cosine(summaries, weights)
-        return found
+            metrics["summary_cosine"] = weighted(masked_cosines(predictions.summary, summaries), weights).mean()
+            metrics["summary_constant_cosine"] = constant_cosine(summaries, weights)
+        return metrics
 
     def state(self) -> dict[str, Tensor]:
         """Return the statistics of the targets."""

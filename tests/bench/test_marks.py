@@ -7,7 +7,7 @@ from w2s.bench.marks import REST, Marks
 
 
 class Clock:
-    """Goes on only when it is told to."""
+    """Continues only when it is told to."""
 
     seconds = 0.0
 

@@ -8,6 +8,7 @@ import torch
 
 from tests.checkpoint.eva_weights import from_eva
 from tests.checkpoint.peers import KINDS, model_of
+from tests.megatron.weights import load_tensors
 from w2s.bench.marks import Marks
 from w2s.bench.peers.base import peer_optimizer
 from w2s.bench.peers.clip import OpenClip, open_clip_model
@@ -21,7 +22,7 @@ from w2s.config.lessons import Target
 from w2s.config.load import load
 from w2s.config.sections import Config, OptimConfig, ParallelConfig
 from w2s.errors import ConfigError, W2SError
-from w2s.megatron.model.initialize import global_name, load_tensors
+from w2s.megatron.model.initialize import global_name
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.optim.lamb import Lamb
 from w2s.planning.teacher import planned_teachers, predicted

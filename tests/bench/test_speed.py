@@ -6,7 +6,7 @@ from w2s.config.load import load
 from w2s.planning.teacher import PlannedTeacher
 
 TEACHER = 2.264e12
-"""EVA02-CLIP-E+'s forward pass, field_notes.md C.2."""
+"""FLOPs of EVA02-CLIP-E+'s forward pass."""
 
 
 def measured(device: str, parts: dict[str, float]) -> tuple[list[PlannedTeacher], str, Row]:
@@ -15,7 +15,7 @@ def measured(device: str, parts: dict[str, float]) -> tuple[list[PlannedTeacher]
 
 
 def test_eva_18b_at_half_of_an_h100() -> None:
-    """29.63 TFLOP an image are 16.7 images a second at 50 % of 989 TFLOP/s (field_notes.md C.2)."""
+    """29.63 TFLOP an image are 16.7 images a second at 50 % of 989 TFLOP/s."""
     config = load("mim", ["model=eva_18b", "train.global_batch=16", "train.micro_batch=16"])
     seconds = 16 / 16.7
     parts = {"teacher": 80.0, "forward": 300.0, "backward": 500.0, "rest": 1e3 * seconds - 880}
@@ -36,7 +36,7 @@ def test_recomputed_layers_count_as_hardware_only() -> None:
     found = speed(config, *measured("NVIDIA H100 80GB HBM3", {"forward": 1.0, "backward": 1.0}), world_size=1)
     assert found is not None
     assert found.hfu == pytest.approx(found.hardware_tflops / 989)
-    assert found.hardware_tflops / found.model_tflops == pytest.approx(1.31, abs=0.005)  # field_notes.md C.2
+    assert found.hardware_tflops / found.model_tflops == pytest.approx(1.31, abs=0.005)
 
 
 def test_a_rank_has_its_share_of_the_flops() -> None:

@@ -80,7 +80,7 @@ def test_what_the_makers_of_the_data_ask(alone: Ranks, tmp_path: Path) -> None:
     assert data_licences(trained(tmp_path, unknown, alone, None, "unknown")) == ""
 
 
-def test_a_run_that_goes_on_counts_the_samples_of_the_first_part(alone: Ranks, tmp_path: Path) -> None:
+def test_a_run_that_continues_counts_the_samples_of_the_first_part(alone: Ranks, tmp_path: Path) -> None:
     first = trained(tmp_path, load("clip", ["model=tiny"]), alone, None, "first", step=2)
     second = trained(tmp_path, load("clip", ["model=tiny", f"init.checkpoint={first}"]), alone, str(first), "second")
     assert [each.role for each in lineage(second)] == ["contrastive run", "continues from, contrastive run"]

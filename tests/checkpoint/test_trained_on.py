@@ -101,7 +101,7 @@ def evaluate_tower(tower: nn.Module) -> dict[str, Tensor]:
         ("transformers", by_trainer),
     ],
 )
-def test_a_peer_trains_an_export_and_we_go_on(
+def test_a_peer_trains_an_export_and_we_continue(
     tmp_path: Path, format: str, peer: Callable[[Path, Path], Trained]
 ) -> None:
     shards = write_shapes(tmp_path / "train", shards=8, seed=0)

@@ -97,7 +97,7 @@ def test_prune_removes_what_is_damaged_or_old(command: Command, run: Path) -> No
     assert (found.name, damage(found)) == ("step-00000008", [])
 
 
-def test_prune_keeps_what_the_run_goes_on_from(command: Command, run: Path) -> None:
+def test_prune_keeps_what_the_run_resumes_from(command: Command, run: Path) -> None:
     point(run, all_of(run)[0])
     assert command("prune", "long", "--keep", "1")[0] == 0
     assert steps(run) == [2, 4, 10]

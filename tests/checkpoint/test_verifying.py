@@ -139,7 +139,7 @@ def names(run: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_goes_on_from_the_newest_whole_one(
+def test_a_run_resumes_from_the_newest_whole_one(
     kind: str, run: Path, alone: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
     newest = latest(run)

@@ -69,7 +69,7 @@ def test_a_cool_down_belongs_to_a_constant_rate() -> None:
     )
 
 
-def test_a_checkpoint_to_go_on_from_brings_all_weights() -> None:
+def test_a_checkpoint_to_continue_from_brings_all_weights() -> None:
     assert accepts("clip", "init.checkpoint=trunk")
     assert refusal("clip", "init.checkpoint=trunk", "init.vision=other") == (
         "init.vision=other does nothing with init.checkpoint=trunk, which brings all weights: leave one of them out"

@@ -89,7 +89,7 @@ def test_a_file_that_says_more_than_a_teacher_has_no_place_in_a_list(tmp_path: P
         load("mim", [f"teachers=[{path}]"])
 
 
-def test_a_run_from_before_samples_lacked_teachers_goes_on() -> None:
+def test_a_run_from_before_samples_lacked_teachers_resumes() -> None:
     config = load("mim", [TWO])
     saved = written(config)
     del saved["teachers"]["draw"]
@@ -102,7 +102,7 @@ def test_a_run_from_before_samples_lacked_teachers_goes_on() -> None:
     assert len({digest(each) for each in (config, drawn, shared)}) == 3
 
 
-def test_a_run_from_before_there_were_lists_goes_on() -> None:
+def test_a_run_from_before_there_were_lists_resumes() -> None:
     """Its digest, and so its folder, and what its checkpoint knows of the configuration are what they were."""
     config = load("mim", [])
     saved = written(config)

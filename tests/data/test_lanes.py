@@ -95,7 +95,7 @@ def test_with_replacement_shards_are_drawn_evenly_and_for_ever(shards: list[str]
 
 @pytest.mark.parametrize("window", [5, 18])
 @pytest.mark.parametrize("replacement", [False, True])
-def test_a_lane_goes_on_from_any_state(shards: list[str], replacement: bool, window: int) -> None:
+def test_a_lane_resumes_from_any_state(shards: list[str], replacement: bool, window: int) -> None:
     whole = open_lane(shards, replacement=replacement, window=window)
     states, sequence = [], []
     for _ in range(50):

@@ -162,7 +162,7 @@ def test_another_json_file_is_one_line(pictures: Path, tmp_path: Path) -> None:
     assert [item.captions for item in find_items(table)] == [("a", "b")]
     for content in ({"images": []}, {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 2}]}, 3):
         table.write_text(json.dumps(content))
-        with pytest.raises(DataError, match="is neither a list of rows nor a COCO caption file") as caught:
+        with pytest.raises(DataError, match="is neither a list of records nor a COCO caption file") as caught:
             find_items(table)
         assert "\n" not in str(caught.value)
 

@@ -161,7 +161,7 @@ def test_phases_change_sources_crop_and_patch_dropout(folder: Path) -> None:
     assert sum(lane["0"]["drawn"] for lane in lanes) + sum(lane["1"]["drawn"] for lane in lanes) == STEPS * BATCH
 
 
-def test_a_source_of_two_phases_goes_on_where_it_stood(folder: Path) -> None:
+def test_a_source_of_two_phases_resumes_where_it_stood(folder: Path) -> None:
     half = [PhaseConfig(samples=2 * BATCH, train=f"{folder}/big"), PhaseConfig(train=f"{folder}/big")]
     whole, _ = read(mixed(folder, train=f"{folder}/big", weights=[]), 4)
     phased, _ = read(mixed(folder, phases=half), 4)

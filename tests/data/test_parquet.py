@@ -77,7 +77,7 @@ def test_a_parquet_file_gives_the_batches_of_the_tar_file_with_its_samples(
         assert replacement or set(of_rows.bad) == set(REASONS)
 
 
-def test_a_run_goes_on_at_any_place_with_any_number_of_ranks_and_workers(rows: Path) -> None:
+def test_a_run_resumes_at_any_place_with_any_number_of_ranks_and_workers(rows: Path) -> None:
     (stream,) = streams(rows)
     with closing(stream):
         whole = read([stream], STEPS)
@@ -95,7 +95,7 @@ def test_a_run_goes_on_at_any_place_with_any_number_of_ranks_and_workers(rows: P
         stream.close()
 
 
-def test_reading_goes_on_at_every_row(rows: Path) -> None:
+def test_reading_resumes_at_every_row(rows: Path) -> None:
     shard = list_shards(str(rows))[5]
     whole = list(read_shard(shard, wanted={"image", "text"}))
     assert [sample.key for sample in whole] == [f"row {number}" for number in range(SIZES[5])]

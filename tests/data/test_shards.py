@@ -185,7 +185,7 @@ def test_a_shell_command_needs_permission(folder: Path) -> None:
     assert [sample.key for sample in read_shard(shards[1], whole[0].end)] == ["01-001", "01-002"]
 
 
-def test_reading_goes_on_at_the_end_of_any_sample(folder: Path, tmp_path: Path) -> None:
+def test_reading_resumes_at_the_end_of_any_sample(folder: Path, tmp_path: Path) -> None:
     long = "x" * 150  # a name that needs a header of its own
     write_shard(tmp_path / "long.tar", [(f"{n}{long}", {"txt": b"%d" % n}) for n in range(4)])
     for shard in (f"{folder}/000001.tar", str(tmp_path / "long.tar")):

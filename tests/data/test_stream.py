@@ -140,7 +140,7 @@ def test_equal_captions_have_equal_hashes(whole: list[Batch]) -> None:
 @pytest.mark.parametrize(
     ("done", "size", "workers", "new_size", "new_workers"), [(1, 4, 1, 1, 0), (3, 1, 0, 4, 2), (5, 2, 2, 4, 0)]
 )
-def test_a_resume_at_another_size_goes_on_in_the_middle_of_windows(
+def test_a_resume_at_another_size_resumes_in_the_middle_of_windows(
     folder: Path, whole: list[Batch], done: int, size: int, workers: int, new_size: int, new_workers: int
 ) -> None:
     with closing(Group(folder, size, workers)) as group:

@@ -145,7 +145,7 @@ def test_resume_is_bit_exact(alone: Ranks, tmp_path: Path, name: str) -> None:
     assert interrupted(alone, tmp_path, optim(name)) == resumed(alone, tmp_path, optim(name))
 
 
-def test_a_checkpoint_of_one_rank_goes_on_with_two(alone: Ranks, tmp_path: Path) -> None:
+def test_a_checkpoint_of_one_rank_resumes_with_two(alone: Ranks, tmp_path: Path) -> None:
     expected = interrupted(alone, tmp_path, optim("lamb"))
     for rank in run_split(resumed, 2, tmp_path, optim("lamb")):
         assert torch.tensor(rank).allclose(torch.tensor(expected), rtol=RELATIVE)

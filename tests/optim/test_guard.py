@@ -58,7 +58,7 @@ def test_norms_that_stay_higher_are_no_spikes_for_long() -> None:
     assert judged == [True] * 8 + [False] * 5 + [True] * 3
 
 
-def test_it_goes_on_from_its_state() -> None:
+def test_it_resumes_from_its_state() -> None:
     values = norms(100)
     whole, first, second = (StepGuard(16, 8.0, CPU) for _ in range(3))
     judged = [bool(whole.check(torch.tensor(value))) for value in values]

@@ -17,11 +17,12 @@ import w2s.tutor
 from tests.checkpoint.eva_weights import from_eva
 from tests.distributed import means
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
+from tests.megatron.weights import load_tensors
 from w2s.checkpoint.eva_format import VISION_NAMES, is_fused, released_name, separate
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
-from w2s.megatron.model.initialize import global_name, load_tensors
+from w2s.megatron.model.initialize import global_name
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.optim.lr_schedule import lr_factor

@@ -8,5 +8,5 @@ from w2s.pipeline import runner
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     launcher = Launcher(by_stage)
     monkeypatch.setattr(runner, "launch_stage", launcher)
-    monkeypatch.setattr(runner, "check_data", lambda configs: None)  # nothing is read
+    monkeypatch.setattr(runner, "find_shards", lambda configs: None)  # nothing is read
     return launcher

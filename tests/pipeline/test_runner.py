@@ -57,7 +57,7 @@ def test_what_went_wrong_with_the_parent_run_is_said_at_the_end(
     assert last.startswith("warning: MLflow at nonsense://host could not be used")
 
 
-def test_a_repeated_command_goes_on_at_the_step_that_failed(launcher: Launcher, tmp_path: Path) -> None:
+def test_a_repeated_command_resumes_at_the_step_that_failed(launcher: Launcher, tmp_path: Path) -> None:
     launcher.broken = "scratch"
     with pytest.raises(RankError):
         run_pipeline("default", overrides(tmp_path), ranks=1, fresh=False)
@@ -70,7 +70,7 @@ def test_a_repeated_command_goes_on_at_the_step_that_failed(launcher: Launcher, 
     assert {config.run.group for config in launcher.configs} == {first}
 
 
-def test_fresh_starts_a_new_group_which_is_then_the_one_that_goes_on(launcher: Launcher, tmp_path: Path) -> None:
+def test_fresh_starts_a_new_group_which_is_then_the_one_that_resumes(launcher: Launcher, tmp_path: Path) -> None:
     first = run_pipeline("default", overrides(tmp_path), ranks=1, fresh=False).parent
     second = run_pipeline("default", overrides(tmp_path), ranks=1, fresh=True).parent
     assert second.name == f"{first.name}-2"

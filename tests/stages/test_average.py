@@ -140,7 +140,7 @@ def test_it_is_a_plain_average_in_every_layout(common: list[str], stage: str, wo
         pytest.param(4, ["tensor, pipeline", "virtual pipeline, data"], marks=pytest.mark.slow),
     ],
 )
-def test_training_goes_on_after_a_measurement_as_without_it(
+def test_training_continues_after_a_measurement_as_without_it(
     common: list[str], material: Material, world_size: int, names: list[str]
 ) -> None:
     tests = [f"eval.shards={material.test}", "eval.batch_size=24"]

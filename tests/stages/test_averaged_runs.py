@@ -87,7 +87,7 @@ def test_what_is_measured_is_chosen(averaged: Path, plain: Path, base: list[str]
     assert by_weights == {"last": ["last-4"], "ema": ["averaged", "ema-4"]}
 
 
-def test_it_goes_on_to_the_bit(averaged: Path, options: list[str]) -> None:
+def test_it_resumes_to_the_bit(averaged: Path, options: list[str]) -> None:
     begun = [f"init.checkpoint={at(averaged, 2)}", "run.name=gone-on"]
     run = run_stage("clip", [*options, *AVERAGE, *begun])
     for weights in ("last", "ema"):

@@ -50,7 +50,7 @@ def test_a_branch_is_a_run_of_its_own_length_bit_for_bit(trunk: tuple[str, list[
 
 
 @pytest.mark.slow
-def test_a_finished_run_goes_on_with_other_rates_in_another_layout(
+def test_a_finished_run_continues_with_other_rates_in_another_layout(
     trunk: tuple[str, list[str], Path], root: Path
 ) -> None:
     stage, options, folder = trunk

@@ -125,7 +125,7 @@ def stopped_after(step: int, patch: pytest.MonkeyPatch, options: list[str]) -> N
 
 
 @pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_run_stopped_around_the_switch_goes_on_bit_for_bit(
+def test_a_run_stopped_around_the_switch_resumes_bit_for_bit(
     options: list[str], root: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """The teacher is let go after the third of six steps."""

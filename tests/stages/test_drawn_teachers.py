@@ -120,7 +120,7 @@ def test_a_teacher_is_measured_on_its_samples(stage: MaskedStage) -> None:
         predictions = part(
             normalize(batch.images, *channel_statistics(config.model.vision)), masks, masked_patch_indices(masks, 6)
         )
-        summary = vit.summary(vit.look(batch.teacher_images[stage.sizes.index(64)], 16))
+        summary = vit.summary(vit.encode(batch.teacher_images[stage.sizes.index(64)], 16))
     cosines = masked_cosines(require(outputs_of(predictions, stage.targets)[0].summary), require(summary))
     assert mixed["vit/summary_cosine"].item() == pytest.approx(cosines[torch.from_numpy(has)].mean().item(), abs=1e-6)
     assert mixed["vit/summary_cosine"].item() != pytest.approx(cosines.mean().item(), abs=1e-4)
@@ -151,7 +151,7 @@ def test_the_ranks_of_a_group_share_the_work_of_drawn_teachers(common: list[str]
     assert sample_flops([vit, clip]) == pytest.approx(2 / 3 * vit.flops + 1 / 3 * clip.flops)
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(base: list[str], root: Path, two: str) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(base: list[str], root: Path, two: str) -> None:
     options = [*(each for each in base if not each.startswith("teacher.")), *QUIET, two, *ONE]
     options += ["eval.shards=", "eval.knn_shards=", "mim.summary_weight=1"]
     run_stage("mim", [*options, "run.name=drawn-whole"])

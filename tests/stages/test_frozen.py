@@ -71,7 +71,7 @@ def test_every_layout_freezes_alike(common: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_across_the_end_of_freezing(base: list[str]) -> None:
+def test_a_run_resumes_across_the_end_of_freezing(base: list[str]) -> None:
     """Bit for bit, and with the frozen weights' own moments; the norm is that of what moves."""
     options = [*base, *QUIET, "init.vision=none", "optim.name=lamb", "optim.schedule=constant", "optim.cooldown=0"]
     options += ["train.steps=6", "checkpoint.keep_at=[2]"]

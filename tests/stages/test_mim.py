@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.stages.runs import QUIET, history, killed_at_each_update, result, run_stage
+from tests.training.runs import start_run
 from w2s.checkpoint.exporting import export_checkpoint
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.config.load import load
@@ -26,7 +27,6 @@ from w2s.teachers.features import teacher_features
 from w2s.towers.build import build_clip
 from w2s.towers.vision import MEAN, STD
 from w2s.training.loop import train
-from w2s.training.training_run import TrainingRun
 
 EPS = 1e-6  # of TargetNorm
 
@@ -72,7 +72,7 @@ def test_the_loss_is_minus_the_masked_cosine(alone: Ranks, config: Config) -> No
 def test_the_logged_loss_is_that_of_the_step_and_the_checkpoint_has_the_statistics(
     alone: Ranks, config: Config, root: Path
 ) -> None:
-    run = TrainingRun(stage := MaskedStage(config, alone), config, root / "by-hand", alone)
+    run = start_run(stage := MaskedStage(config, alone), config, root / "by-hand", alone)
     train(run)
     run.tracker.finish("FINISHED")
     fresh = MaskedStage(config, alone)
@@ -258,7 +258,7 @@ def test_single_layers_learn_single_layers_of_the_teacher(alone: Ranks, config: 
         assert (parameter.main_grad - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
 
 
-def test_layers_that_learn_go_on_where_they_were_stopped(base: list[str], root: Path) -> None:
+def test_layers_that_learn_resume_where_they_were_stopped(base: list[str], root: Path) -> None:
     """Bit for bit: the statistics of their targets, their heads and their weight, which falls over the steps."""
     layers = ["mim.layers=[{student: 0, teacher: 3}]", "mim.layers_until=0.75", "teacher.target_norm=standardize"]
     options = [*base, *QUIET, *layers, "mim.predict=visible", "mim.loss=mse"]

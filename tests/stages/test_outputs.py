@@ -213,7 +213,7 @@ def test_a_repeated_pipeline_prints_its_table_and_runs_nothing(
     assert all("chance 0.0417" in line for line in tops)
 
 
-def test_without_an_mlflow_server_training_goes_on(w2s: Run, base: list[str], root: Path) -> None:
+def test_without_an_mlflow_server_training_continues(w2s: Run, base: list[str], root: Path) -> None:
     options = [*base, "eval.shards=", "eval.knn_shards=", "run.name=no-server"]
     code, output, error = w2s("stage", "mim", *options, "tracking.uri=http://127.0.0.1:9")
     assert (code, error) == (0, "")

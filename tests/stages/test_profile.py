@@ -33,12 +33,18 @@ def test_only_the_steps_that_are_asked_for(base: list[str]) -> None:
 
 
 @pytest.mark.parametrize("steps", ["10", "5-2", "0-3", "a-b", "1-2-3"])
-def test_steps_that_are_none(steps: str) -> None:
+def test_what_is_not_steps(steps: str) -> None:
     with pytest.raises(ConfigError, match=f"^train.profile={steps} is not FIRST-LAST"):
         load("mim", [f"train.profile={steps}"])
 
 
-def test_a_profile_that_cannot_be_written_ends_no_run(
+def test_steps_that_are_never_taken() -> None:
+    with pytest.raises(ConfigError, match=r"^train\.profile=10-15 begins after train\.steps=9"):
+        load("mim", ["train.profile=10-15", "train.steps=9"])
+    assert load("mim", ["train.profile=10-15", "train.steps=10"]).train.profiled[-1] == 15
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(
     base: list[str], root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     in_the_way = root / "profiled-not" / "profile"

@@ -69,7 +69,7 @@ def common(material: Material) -> list[str]:
 
 
 @pytest.mark.slow
-def test_bfloat16_goes_on_bit_for_bit(common: list[str], tmp_path: Path) -> None:
+def test_bfloat16_resumes_bit_for_bit(common: list[str], tmp_path: Path) -> None:
     """The scalars of the loss are float32 beside bfloat16 weights, in any layout."""
     bf16 = [*common, "init.vision=none", "precision.compute=bf16", "optim.name=lamb", "clip.loss=sigmoid"]
     configs, folders = [], []
@@ -85,7 +85,7 @@ def test_bfloat16_goes_on_bit_for_bit(common: list[str], tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_any_layout_goes_on_where_another_stopped(common: list[str], tmp_path: Path) -> None:
+def test_any_layout_resumes_where_another_stopped(common: list[str], tmp_path: Path) -> None:
     stages = {"mim": ["optim.name=adamw", "mim.summary_weight=0.5"], "clip": ["optim.name=lamb", "init.vision=none"]}
     before: dict[str, Path | None] = dict.fromkeys(stages)
     expected: dict[str, list[float]] = {}

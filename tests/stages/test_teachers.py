@@ -213,7 +213,7 @@ def test_an_exported_student_stands_in_for_a_teacher(
     torch.testing.assert_close(found, summary, rtol=1e-4, atol=1e-5)  # sums in float32, in another order
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(base: list[str], root: Path, two: str) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(base: list[str], root: Path, two: str) -> None:
     options = [*(each for each in base if not each.startswith("teacher.")), *QUIET, two, "mim.summary_weight=1"]
     options += ["eval.shards=", "eval.knn_shards="]
     run_stage("mim", [*options, "run.name=teachers-whole"])

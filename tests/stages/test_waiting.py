@@ -1,4 +1,4 @@
-"""A step never waits for the device: values are read back where the trainer logs, and nowhere else."""
+"""A step never waits for the device: values are read back where the loop logs, and nowhere else."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import run_ranks
 from tests.stages.layouts import STAGES
+from tests.training.runs import start
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.megatron.parallel import process_groups
@@ -60,7 +61,7 @@ def train_all(configs: list[Config], root: Path) -> list[int]:
     steps = []
     for number, config in enumerate(configs):
         with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
-            run = Watched(STAGES[config.stage](config, ranks), config, root / str(number), ranks)
+            run = start(Watched, STAGES[config.stage](config, ranks), config, root / str(number), ranks)
             train(run)
             steps.append(run.step)
     return steps
@@ -116,7 +117,7 @@ def test_no_step_waits_for_a_gpu(base: list[str], tmp_path: Path, stage: str, op
     quiet = ["eval.shards=", "eval.knn_shards=", "tracking.enabled=false", "init.vision=none"]
     config = load(stage, [*base, *bf16, *quiet])
     with process_groups.init_distributed(config.parallel, config.hardware) as ranks:
-        run = WatchedOnGpu(STAGES[stage](config, ranks), config, tmp_path, ranks)
+        run = start(WatchedOnGpu, STAGES[stage](config, ranks), config, tmp_path, ranks)
         train(run)
     assert run.step == 6
 

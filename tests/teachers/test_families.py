@@ -179,7 +179,7 @@ REFUSED = {
     ),
     "a name of a hub": ("timm:hf-hub:timm/test_vit", lambda folder: None, "fetch it and give timm:local-dir:FOLDER"),
 }  # fmt: skip
-"""What is no teacher: its source, what writes it, and the way that it is told."""
+"""What is not a teacher: its source, what writes it, and the way that it is told."""
 
 
 @pytest.mark.parametrize("name", [*REFUSED])

@@ -43,7 +43,7 @@ def test_all_channels_vary_alike_and_distances_keep_their_ratios() -> None:
     assert float(ratios.max() / ratios.min()) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_first_batch_decides_and_a_resumed_run_goes_on_with_the_same_bits() -> None:
+def test_the_first_batch_decides_and_a_resumed_run_resumes_with_the_same_bits() -> None:
     norm, later = PhiS(WIDTH), features(8, seed=1)
     with pytest.raises(ValueError, match="no targets"):
         norm(later, update=False)

@@ -13,11 +13,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tests.checkpoint.eva_weights import from_eva, to_eva
+from tests.megatron.weights import load_tensors
 from w2s.checkpoint import clip_vit
 from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES
 from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
 from w2s.kernels.gelu import bias_gelu
-from w2s.megatron.model.initialize import global_name, init_parameters, load_tensors
+from w2s.megatron.model.initialize import global_name, init_parameters
 from w2s.megatron.model.tower import Tower
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.towers.attention_pool import AttentionPool

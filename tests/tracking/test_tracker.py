@@ -49,7 +49,7 @@ def test_a_whole_run(root: Path, config: Config, client: MlflowClient, capsys: p
     assert "Neighbours" in (run_dir / "report.html").read_text()
 
 
-def test_a_resumed_run_goes_on_where_its_checkpoint_was(root: Path, config: Config, client: MlflowClient) -> None:
+def test_a_resumed_run_resumes_where_its_checkpoint_was(root: Path, config: Config, client: MlflowClient) -> None:
     run_dir = root / "mim-demo"
     killed = Tracker(config, run_dir, main=True)
     for step in (10, 20, 30):

@@ -18,6 +18,7 @@ from tests.megatron.spawn import make_student
 from tests.processes import running_after
 from tests.stages.runs import after_each_update
 from tests.stages.shapes import write_shapes
+from tests.training.runs import start_run
 from w2s.callbacks import Callback, Training
 from w2s.checkpoint import checkpoint_folders
 from w2s.checkpoint.handover import Handover
@@ -34,7 +35,6 @@ from w2s.run import tracked
 from w2s.tracking.history import read_history
 from w2s.tracking.tracker import Tracker
 from w2s.training.loop import train
-from w2s.training.training_run import TrainingRun
 
 
 class Counting:
@@ -100,7 +100,7 @@ def options(shards: Path, tmp_path: Path) -> list[str]:
 
 def test_what_happens_when(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", [*options, "train.eval_every=4"])
-    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone)
     train(run)
     assert stage.calls == ["begin", "evaluate", *["step", "update"] * 4, "evaluate", *["step", "update"] * 3]
     lines = [(line["step"], line["samples_seen"], line.get("loss")) for line in read_history(tmp_path / "run")]
@@ -142,7 +142,7 @@ class Following(Callback):
 def test_callbacks_follow_the_loop(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", [*options, "train.steps=2", "train.log_every=2", "checkpoint.async_save=false"])
     following = Following()
-    train(TrainingRun(Counting(config, alone), config, tmp_path / "run", alone, callbacks=[Callback(), following]))
+    train(start_run(Counting(config, alone), config, tmp_path / "run", alone, callbacks=[Callback(), following]))
     assert following.told == [
         ("begin", "run", "vision"),
         ("evaluated", 0, 0.0),
@@ -154,7 +154,7 @@ def test_callbacks_follow_the_loop(alone: Ranks, options: list[str], tmp_path: P
 
 def test_callbacks_hear_of_an_early_end(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config, following = load("mim", options), Following()
-    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone, callbacks=[following])
+    run = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone, callbacks=[following])
     stage.stop_at = 1
     with pytest.raises(StopRun):
         train(run)
@@ -163,20 +163,20 @@ def test_callbacks_hear_of_an_early_end(alone: Ranks, options: list[str], tmp_pa
 
 def test_the_learning_rate_warms_up_and_falls(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", [*options, "train.log_every=1", "optim.lr=0.1", "optim.min_lr=0", "optim.warmup=3"])
-    train(TrainingRun(Counting(config, alone), config, tmp_path / "run", alone))
+    train(start_run(Counting(config, alone), config, tmp_path / "run", alone))
     rates = [line["lr"] for line in read_history(tmp_path / "run") if "lr" in line]
     assert rates[:4] == pytest.approx([0.0, 0.05, 0.1, 0.1])
     assert rates[3:] == sorted(rates[3:], reverse=True)
     assert rates[-1] == pytest.approx(0.1 * (1 + torch.tensor(torch.pi * 3 / 4).cos().item()) / 2)
 
 
-def test_a_restored_run_goes_on_where_it_was(alone: Ranks, options: list[str], tmp_path: Path) -> None:
+def test_a_restored_run_resumes_where_it_was(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", options)
-    begun = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    begun = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.stop_at = 5
     with pytest.raises(StopRun, match="stopped by SIGTERM at step 5"):
         train(begun)
-    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone)
     assert (run.step, run.samples, stage.seen) == (5, 20, 20)
     train(run)
     assert stage.calls == ["step", "update"] * 2, "nothing begins and nothing is measured again"
@@ -187,19 +187,19 @@ def test_a_restored_run_goes_on_where_it_was(alone: Ranks, options: list[str], t
     ("change", "then"),
     [("run.seed=1", "run.seed=0"), ("optim.lr=0.5", "optim.lr=0.002"), ("model=tiny", "model.embed_dim=128")],
 )
-def test_a_run_does_not_go_on_as_another_one(
+def test_a_run_does_not_resume_as_another_one(
     alone: Ranks, options: list[str], tmp_path: Path, change: str, then: str
 ) -> None:
     config = load("mim", options)
-    train(TrainingRun(Counting(config, alone), config, tmp_path / "run", alone))
+    train(start_run(Counting(config, alone), config, tmp_path / "run", alone))
     other = load("mim", [*options, change])
     with pytest.raises(UserError, match=f"was begun with {re.escape(then)}.*: keep that, or choose another run.name"):
-        TrainingRun(Counting(config, alone), other, tmp_path / "run", alone)
+        start_run(Counting(config, alone), other, tmp_path / "run", alone)
 
 
 def test_a_bad_step_is_skipped_counted_and_not_saved(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", options)
-    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.wrong = range(16, 20)  # the samples of step 5, after which a checkpoint is due
     train(run)
     lines = read_history(tmp_path / "run")
@@ -213,7 +213,7 @@ def test_a_bad_step_is_skipped_counted_and_not_saved(alone: Ranks, options: list
         "latest",
         "step-00000007",
     ]
-    again = TrainingRun(Counting(config, alone), config, tmp_path / "run", alone)
+    again = start_run(Counting(config, alone), config, tmp_path / "run", alone)
     assert (int(again.stage.optimizer.guard.skipped), again.step) == (1, 7)
 
 
@@ -224,7 +224,7 @@ def test_a_fault_that_has_passed_costs_nothing(
     config = load("mim", [*options, "train.log_every=1"])
     ends = []
     for fault in (True, False):
-        run = TrainingRun(stage := Counting(config, alone), config, tmp_path / f"run-{fault}", alone)
+        run = start_run(stage := Counting(config, alone), config, tmp_path / f"run-{fault}", alone)
         stage.passing = (2,) if fault else ()
         train(run)
         lines = [
@@ -249,7 +249,7 @@ def test_a_step_that_was_skipped_between_two_lines_is_repeated_at_the_next(
 ) -> None:
     """The sixth call is the repetition. The weights have moved on: the step is not taken again."""
     config = load("mim", options)
-    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.passing = bad
     train(run)
     out = " ".join(capsys.readouterr().out.split())
@@ -261,7 +261,7 @@ def test_a_step_that_was_skipped_between_two_lines_is_repeated_at_the_next(
 
 def test_a_step_that_is_bad_again_is_counted_once(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", [*options, "train.log_every=1"])
-    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.passing = (2, 4)  # the step and, after its repetition, the step again
     train(run)
     lines = read_history(tmp_path / "run")
@@ -273,7 +273,7 @@ def test_a_run_goes_back_and_passes_over_the_samples_that_led_there(
     alone: Ranks, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load("mim", [*options, "train.bad_steps=2", "checkpoint.every=3"])
-    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.wrong = range(16, 24)  # steps 5 and 6
     train(run)
     out = " ".join(capsys.readouterr().out.split())
@@ -296,9 +296,9 @@ def test_a_run_goes_back_and_passes_over_the_samples_that_led_there(
         ("train.bad_steps=100", "the run has rolled back 2 times"),
     ],
 )
-def test_a_run_that_cannot_go_on_ends(alone: Ranks, options: list[str], tmp_path: Path, change: str, why: str) -> None:
+def test_a_hopeless_run_ends(alone: Ranks, options: list[str], tmp_path: Path, change: str, why: str) -> None:
     config = load("mim", [*options, "train.bad_steps=2", "checkpoint.every=3", change])
-    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.wrong = range(12, 1000)
     with pytest.raises(W2SError, match=rf"was not a number, or a spike, and {why}: lower optim\.lr"):
         train(run)
@@ -308,7 +308,7 @@ def test_a_run_that_cannot_go_on_ends(alone: Ranks, options: list[str], tmp_path
 
 def test_nothing_is_saved_where_a_signal_follows_a_bad_step(alone: Ranks, options: list[str], tmp_path: Path) -> None:
     config = load("mim", options)
-    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.wrong, stage.stop_at = range(4, 8), 2
     with pytest.raises(StopRun, match="stopped by SIGTERM at step 2, not saved: it was skipped"):
         train(run)
@@ -345,7 +345,7 @@ def test_a_full_disk_is_outlived(
 ) -> None:
     every_step = ["checkpoint.every=1", "checkpoint.failures=3", "checkpoint.keep=9"]
     config = load("mim", [*options, *every_step, f"checkpoint.async_save={background}"])
-    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone)
     monkeypatch.setattr(call, FullDisk(stage, {3, 4, 6}, call))
     train(run)
     out = " ".join(capsys.readouterr().out.split())
@@ -371,7 +371,7 @@ def test_a_disk_that_stays_full_ends_the_run(
 ) -> None:
     """At once where no checkpoint stands, after three failures, and where the last step's is missing."""
     config = load("mim", [*options, "checkpoint.every=1", "checkpoint.failures=3"])
-    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone)
     monkeypatch.setattr(BEGIN, FullDisk(stage, range(full_from, 100), BEGIN))
     with pytest.raises(CheckpointError, match=r"cannot write .* \(No space left on device\): free some space or"):
         train(run)
@@ -383,7 +383,7 @@ def test_a_run_that_fails_leaves_no_writer(
     alone: Ranks, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load("mim", [*options, "checkpoint.every=2", "checkpoint.async_save=true"])
-    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone)
     monkeypatch.setattr("w2s.megatron.checkpoint.async_save._WriterResults.put", lambda *_: signal.pause())
     writers: list[psutil.Process] = []
 
@@ -414,7 +414,7 @@ def test_a_stop_on_a_full_disk_says_that_nothing_was_saved(
     alone: Ranks, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load("mim", [*options, "checkpoint.every=2"])
-    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone)
     stage.stop_at = 3
     monkeypatch.setattr(BEGIN, FullDisk(stage, {3}, BEGIN))
     with pytest.raises(StopRun, match=r"at step 3, not saved: cannot write .*No space left.*: repeat the command"):
@@ -433,7 +433,7 @@ def test_replicas_that_differ(
     found = iter([[], [Divergence("vision.norm.weight", (1,) if repaired else (0, 1), repaired)]])
     monkeypatch.setattr("w2s.training.following.repair", lambda *_: next(found, []))
     config = load("mim", [*options, "train.check_replicas=2", "checkpoint.every=3"])
-    run = TrainingRun(stage := Counting(config, alone), config, tmp_path / "run", alone)
+    run = start_run(stage := Counting(config, alone), config, tmp_path / "run", alone)
     train(run)
     printed = capsys.readouterr().out
     assert f"step 4: vision.norm.weight differs on ranks {[1] if repaired else [0, 1]}" in printed

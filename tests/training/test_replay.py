@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from w2s.training.replay import Place, diagnose
+from w2s.training.replay import Participant, diagnose
 
 NAN = math.nan
-PLACES = [Place(rank, rank, f"node-{rank}", [f"a{rank}", f"b{rank}"]) for rank in range(4)]
+RANKS = [Participant(rank, rank, f"node-{rank}", [f"a{rank}", f"b{rank}"]) for rank in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -29,16 +29,16 @@ PLACES = [Place(rank, rank, f"node-{rank}", [f"a{rank}", f"b{rank}"]) for rank i
     ],
 )
 def test_what_follows(same: list[float], swapped: list[float], says: str) -> None:
-    found = diagnose(same, swapped, PLACES)
+    found = diagnose(same, swapped, RANKS)
     assert says in found.words
     assert found.passing == ("no rank fails again" in says)
 
 
 def test_one_data_parallel_rank_cannot_be_compared() -> None:
-    assert diagnose([NAN], None, PLACES[:1]).words.startswith("reproducible, and there is no other data-parallel rank")
-    assert diagnose([1.0], None, PLACES[:1]).words.startswith("not reproducible")
+    assert diagnose([NAN], None, RANKS[:1]).words.startswith("reproducible, and there is no other data-parallel rank")
+    assert diagnose([1.0], None, RANKS[:1]).words.startswith("not reproducible")
 
 
-def test_all_ranks_of_a_copy_of_the_model_are_named() -> None:
-    places = [Place(rank // 2, rank, "node-0", [f"a{rank}"]) for rank in range(4)]
-    assert "the device of ranks [2, 3] on node-0" in diagnose([1, NAN], [1, NAN], places).words
+def test_all_ranks_of_a_replica_are_named() -> None:
+    ranks = [Participant(rank // 2, rank, "node-0", [f"a{rank}"]) for rank in range(4)]
+    assert "the device of ranks [2, 3] on node-0" in diagnose([1, NAN], [1, NAN], ranks).words

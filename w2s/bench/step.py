@@ -107,8 +107,8 @@ def measure(job: Job, ranks: int) -> Measured:
         W2SError: a rank failed.
     """
     launch(_run, job, ranks)
-    found = json.loads(job.out.read_text(encoding="utf-8"))
-    return Measured(**{**found, "rows": [Row(**row) for row in found["rows"]]})
+    measured = json.loads(job.out.read_text(encoding="utf-8"))
+    return Measured(**{**measured, "rows": [Row(**row) for row in measured["rows"]]})
 
 
 def with_batch(config: Config, micro_batch: int, world_size: int) -> Config:

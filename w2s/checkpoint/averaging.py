@@ -32,13 +32,13 @@ def average_checkpoints(run: Path, last: int, out: Path) -> list[Path]:
         CheckpointError: the run has fewer checkpoints, or one of them is damaged or another model's.
         UserError: `out` exists already.
     """
-    found = all_of(run)
-    if len(found) < last:
+    checkpoints = all_of(run)
+    if len(checkpoints) < last:
         raise CheckpointError(
-            f"--last {last}: {run} has {len(found)} checkpoints (checkpoint.keep and checkpoint.keep_at say which "
-            f"stay): use --last {max(2, len(found))}, or a run that keeps more"
+            f"--last {last}: {run} has {len(checkpoints)} checkpoints (checkpoint.keep and checkpoint.keep_at say "
+            f"which stay): use --last {max(2, len(checkpoints))}, or a run that keeps more"
         )
-    chosen = found[-last:]
+    chosen = checkpoints[-last:]
     for checkpoint in chosen:
         verify(checkpoint)
     stored = [TensorStore(checkpoint) for checkpoint in chosen]

@@ -109,20 +109,22 @@ def all_of(run: Path) -> list[Path]:
 
 def set_aside_of(run: Path) -> list[Path]:
     """Return the damaged checkpoints of a run that it has set aside."""
-    found = checkpoints_of(run).glob(f"step-*{DAMAGED}")
-    return sorted(path for path in found if STEP_NAME.fullmatch(path.name.removesuffix(DAMAGED)) and path.is_dir())
+    damaged = checkpoints_of(run).glob(f"step-*{DAMAGED}")
+    return sorted(path for path in damaged if STEP_NAME.fullmatch(path.name.removesuffix(DAMAGED)) and path.is_dir())
 
 
 def latest(run: Path) -> Path | None:
     """Return the checkpoint that a run continues from, if it has one: that which `latest` names, else the newest."""
-    found = all_of(run)
-    return next((path for path in found if path.name == named_latest(run)), found[-1] if found else None)
+    checkpoints = all_of(run)
+    return next(
+        (path for path in checkpoints if path.name == named_latest(run)), checkpoints[-1] if checkpoints else None
+    )
 
 
 def newest_step(run: Path) -> int:
     """Return the step of the checkpoint that a run would continue from; 0 where it has none."""
-    found = latest(run)
-    return 0 if found is None else step_of(found) or 0
+    newest = latest(run)
+    return 0 if newest is None else step_of(newest) or 0
 
 
 def named_latest(run: Path) -> str:

@@ -51,9 +51,9 @@ def evaclip_tensors(tensors: Tensors) -> Joined:
 
 
 def _released(name: str) -> str:
-    found = QKV.fullmatch(name)
-    if found:
-        tower, layer, part, kind = found.groups()
+    match = QKV.fullmatch(name)
+    if match:
+        tower, layer, part, kind = match.groups()
         if tower == "text":
             return f"text.transformer.resblocks.{layer}.attn.in_proj_{kind}"
         own = {("q", "bias"): "q_bias", ("v", "bias"): "v_bias", ("k", "bias"): "k_proj.bias"}  # EVA's K has none

@@ -50,10 +50,10 @@ def find_any(what: str, root: Path, *, key: str) -> Path:
     Raises:
         CheckpointError: nothing is found.
     """
-    found = find(what, root, key=key, stage="clip")
-    if found is None:
+    checkpoint = find(what, root, key=key, stage="clip")
+    if checkpoint is None:
         raise CheckpointError(f"{key}=none names nothing: give a path, a run's name, or an MLflow run id")
-    return found
+    return checkpoint
 
 
 def find_run(what: str, root: Path) -> Path:
@@ -84,13 +84,13 @@ def unfinished_folder(config: Config) -> Path:
 
 
 def _latest_of(run: Path, key: str) -> Path:
-    found = latest(run)
-    if found is None:
+    newest = latest(run)
+    if newest is None:
         raise CheckpointError(
             f"{key}={run} holds no checkpoint: there is no meta.json, no checkpoints/step-… and no file of weights "
             f"({', '.join(SUFFIXES)}); {_what_it_is(run)}"
         )
-    return found
+    return newest
 
 
 def _what_it_is(folder: Path) -> str:

@@ -188,11 +188,11 @@ class HostMemory:
 
     def _agree(self, refused: str, step: int) -> None:
         """Let all ranks fail where one has."""
-        found = next(filter(None, self._ranks.gather(refused)), "")
-        if found:
+        reason = next(filter(None, self._ranks.gather(refused)), "")
+        if reason:
             for path in [*self._folder.glob(f"*.step-{step}.*"), *self._folder.glob("*.partial")]:
                 path.unlink(missing_ok=True)
-            raise CheckpointError(f"step {step} is not kept in {self._root.parent} ({found}): give it more memory")
+            raise CheckpointError(f"step {step} is not kept in {self._root.parent} ({reason}): give it more memory")
 
     def find(self, at_least: int) -> Meta | None:
         """Find the newest checkpoint of this layout that the hosts hold whole, and bring this rank's part here.

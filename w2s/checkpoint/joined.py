@@ -44,5 +44,5 @@ class Joined:
 
 def _place(name: str) -> int:
     """Q before K before V; the order of all others does not matter."""
-    found = _QKV.search(name)
-    return "qkv".index(found[1]) if found else 0
+    match = _QKV.search(name)
+    return "qkv".index(match[1]) if match else 0

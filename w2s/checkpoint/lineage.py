@@ -90,15 +90,15 @@ def sha256(path: Path) -> str:
 
 def lineage(checkpoint: Path, weights: Weights = "last") -> list[Ancestor]:
     """Return a checkpoint, of which `weights` are taken, its teachers and parents, theirs, and so on, each once."""
-    found: dict[Path | str, Ancestor] = {}
+    ancestors: dict[Path | str, Ancestor] = {}
     waiting = [_Origin("", checkpoint.name, checkpoint)]
     while waiting:
         origin = waiting.pop(0)
         key = origin.path.resolve() if origin.path else origin.name
-        if key not in found:
-            found[key], origins = _look_at(origin)
+        if key not in ancestors:
+            ancestors[key], origins = _look_at(origin)
             waiting += origins
-    first, *others = found.values()
+    first, *others = ancestors.values()
     return [replace(first, role=first.role + _which(weights)), *others]
 
 

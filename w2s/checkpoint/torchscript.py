@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2s.compat import TENSOR_FUNCTIONS, TorchFileReader, storage_types
+from w2s.compat import SCRIPTED_LISTS, TENSOR_FUNCTIONS, TorchFileReader, storage_types, typed_storage
 from w2s.megatron.checkpoint.safe_unpickling import Unpickler, reading
 
 _TYPES = storage_types()
@@ -42,7 +42,7 @@ class _Archive(Unpickler):
             return TENSOR_FUNCTIONS[f"{module}.{name}"]
         if module == "torch" and name in _TYPES:
             return _TYPES[name]
-        if module == "torch.jit._pickle":
+        if module == SCRIPTED_LISTS:
             return lambda values, *_: values  # lists of one type
         return super().allowed_class(module, name)
 
@@ -53,7 +53,7 @@ class _Archive(Unpickler):
         size = numel * dtype.itemsize
         if not 0 <= size <= self._records.get_record_size(f"data/{key}"):
             raise pickle.UnpicklingError(f"data/{key} has not {numel} values")
-        return torch.TypedStorage(wrap_storage=self._bytes[start : start + size], dtype=dtype, _internal=True)
+        return typed_storage(self._bytes[start : start + size], dtype)
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:

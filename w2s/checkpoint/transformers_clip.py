@@ -44,8 +44,8 @@ _MARKS = ("text_model.embeddings.token_embedding.weight", "text_projection.weigh
 
 def is_transformers_clip(names: Iterable[str]) -> bool:
     """Whether names are those of a CLIP of transformers, without what may stand before all of them."""
-    found = {name.replace("text_model.text_model.", "text_model.", 1) for name in names}
-    return found.issuperset(_MARKS)
+    renamed = {name.replace("text_model.text_model.", "text_model.", 1) for name in names}
+    return renamed.issuperset(_MARKS)
 
 
 class TransformersClip(Joined):

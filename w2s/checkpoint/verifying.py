@@ -59,9 +59,9 @@ def verify(checkpoint: Path) -> None:
     """
     if step_of(checkpoint) is None and not any((checkpoint / name).is_file() for name in (NAME, "meta.json")):
         return
-    found = damage(checkpoint)
-    if found:
-        raise CheckpointError(f"{checkpoint} is damaged: {in_short(found)}: use another checkpoint")
+    trouble = damage(checkpoint)
+    if trouble:
+        raise CheckpointError(f"{checkpoint} is damaged: {in_short(trouble)}: use another checkpoint")
     _note_if_unverifiable(checkpoint)
 
 
@@ -83,16 +83,16 @@ def recover(run: Path, ranks: Ranks, *, strict: bool) -> None:
     candidates = ranks.broadcast(_in_order(run) if ranks.main else [])
     passed: dict[Path, list[str]] = {}
     for path in candidates:
-        found = damage(path)
-        if not found:
+        trouble = damage(path)
+        if not trouble:
             if ranks.main:
                 _go_on_from(run, path, passed)
             ranks.barrier()
             return
-        passed[path] = found
+        passed[path] = trouble
         if strict:
             raise CheckpointError(
-                f"{path} is damaged: {in_short(found)}: leave out checkpoint.strict=true to continue from an older one"
+                f"{path} is damaged: {in_short(trouble)}: leave out checkpoint.strict=true to take an older one"
             )
     if candidates:
         newest = candidates[0]
@@ -139,18 +139,20 @@ def _note_if_unverifiable(checkpoint: Path) -> None:
 def _damage(checkpoint: Path, reader: int, readers: int, quick: bool) -> list[str]:
     meta = _known(checkpoint)
     manifest: Manifest | None = None
-    found: list[str] = []
+    troubles: list[str] = []
     if is_verifiable(checkpoint):
         try:
             manifest = read_manifest(checkpoint)
         except CheckpointError as error:
             return [str(error), *([] if meta else ["meta.json cannot be read"])]
-        found = manifest.damage(checkpoint, manifest.share(reader, readers), quick=quick)
+        troubles = manifest.damage(checkpoint, manifest.share(reader, readers), quick=quick)
     steps = {"meta.json": meta.get("step"), NAME: manifest.step if manifest else None}
     known = {name: step for name, step in steps.items() if step is not None}
     named = step_of(checkpoint)
     right = known.get(NAME) if named is None else named
-    return found + [f"{name} is of step {step}" for name, step in known.items() if right is not None and step != right]
+    return troubles + [
+        f"{name} is of step {step}" for name, step in known.items() if right is not None and step != right
+    ]
 
 
 def _known(checkpoint: Path) -> dict[str, Any]:

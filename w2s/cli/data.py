@@ -142,7 +142,7 @@ def data_show(
         from w2s.data.inspect import describe_shards, draw_sheet
         from w2s.data.shards import list_shards
 
-        found = list_shards(shards, "SHARDS")
-        print("\n".join(map(shown, describe_shards(found))))
-        drawn = draw_sheet(found, image_key, caption_key or None, count, Path(out))
+        paths = list_shards(shards, "SHARDS")
+        print("\n".join(map(shown, describe_shards(paths))))
+        drawn = draw_sheet(paths, image_key, caption_key or None, count, Path(out))
         print(f"{drawn} samples drawn: {out}")

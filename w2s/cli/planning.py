@@ -59,13 +59,15 @@ def plan(
             hardware_file.check_path(out)
         kind = card_of(card)
         images = {stage: counted(asked.config(stage, gpus), eval_images) for stage in asked.stages}
-        found = {stage: find_plans(asked.config(stage, gpus), kind, gpus, asked.fixed, top) for stage in asked.stages}
+        by_stage = {
+            stage: find_plans(asked.config(stage, gpus), kind, gpus, asked.fixed, top) for stage in asked.stages
+        }
         for stage in asked.stages:
             warn_of_doubts(asked.config(stage, gpus))
         curves = {stage: scaling.simulate(asked, stage, simulate) for stage in asked.stages} if simulate else {}
         if out:
-            hardware_file.write(out, asked, [plans.fastest[0] for plans in found.values()])
-        answer = report.Answer(asked, kind, found, images, curves)
+            hardware_file.write(out, asked, [plans.fastest[0] for plans in by_stage.values()])
+        answer = report.Answer(asked, kind, by_stage, images, curves)
         if as_json:
             print(json.dumps(report.document(answer), indent=2))
         else:
@@ -106,12 +108,12 @@ def rehearse(
         if trace:
             check_path(trace)
         config = Request((name,), tuple(overrides or ()), gpus, card, {}).config(name, gpus)
-        found = run_rehearsal(config, gpus, card_of(card), chosen(ranks, config.parallel, gpus), steps, data=data)
+        rehearsed = run_rehearsal(config, gpus, card_of(card), chosen(ranks, config.parallel, gpus), steps, data=data)
         if as_json:
-            print(json.dumps(report.document(found), indent=2))
+            print(json.dumps(report.document(rehearsed), indent=2))
         else:
-            report.print_report(found)
-        if trace and found.timeline.steps:
-            write_trace(trace, found)
-    if found.wrong:
+            report.print_report(rehearsed)
+        if trace and rehearsed.timeline.steps:
+            write_trace(trace, rehearsed)
+    if rehearsed.wrong:
         raise typer.Exit(1)

@@ -31,10 +31,10 @@ def report(
         from w2s.tracking.run_group import find_runs, runs_of
 
         folder = Path(root).expanduser()
-        found = find_runs(runs, folder)
-        if len(found) == 1:
-            path = write_report(found[0], out)
+        folders = find_runs(runs, folder)
+        if len(folders) == 1:
+            path = write_report(folders[0], out)
         else:
             path = out or folder / "report.html"
-            write_comparison(path, [run for each in found for run in runs_of(each)])
+            write_comparison(path, [run for each in folders for run in runs_of(each)])
         print(f"report: {path}")

@@ -117,9 +117,9 @@ def inspect(
         from w2s.checkpoint.find import find_any
         from w2s.checkpoint.inspecting import inspect as inspect_checkpoint
 
-        found = find_any(path, Path(root).expanduser(), key="PATH")
-        about = inspect_checkpoint(found)
-        print_table(str(found), ["", ""], [[name, value] for name, value in about.items()])
+        checkpoint = find_any(path, Path(root).expanduser(), key="PATH")
+        about = inspect_checkpoint(checkpoint)
+        print_table(str(checkpoint), ["", ""], [[name, value] for name, value in about.items()])
 
 
 @app.command()

@@ -12,7 +12,7 @@ from w2s.errors import ConfigError, MissingPackageError
 
 _REHEARSE = "use precision.fp8=emulated for a rehearsal, or precision.fp8=none"
 ALIGNMENT = 16
-"""FP8 products want rows, width and MLP width of a rank in multiples of this (cuBLAS; TE's backward pass for rows)."""
+"""FP8 products want a rank's tokens, width and MLP width in multiples of this (cuBLAS; tokens: TE's backward pass)."""
 _BLOCK = 128
 """Side of a block of the blockwise recipe."""
 _BLOCKWISE_SINCE = (12, 9)
@@ -50,7 +50,7 @@ def check_fp8_layout(config: Config, world_size: int) -> None:
     for name in tower_names(config):
         _check_widths(config, name)
     _check_layers(config)
-    _check_rows(config, world_size)
+    _check_tokens(config, world_size)
 
 
 def check_useless_fp8(precision: PrecisionConfig) -> None:
@@ -154,8 +154,8 @@ def _check_layers(config: Config) -> None:
             )
 
 
-def _check_rows(config: Config, world_size: int) -> None:
-    """Rows of a product: the tokens of all images of a micro-batch that are on a rank at a time."""
+def _check_tokens(config: Config, world_size: int) -> None:
+    """What a product goes over: the tokens of all images of a micro-batch that are on a rank at a time."""
     parallel, train, recipe = config.parallel, config.train, config.precision.fp8
     share, micro = samples_per_replica(config, world_size), micro_batch_size(config, world_size)
     ranks = parallel.tensor if parallel.sequence else 1

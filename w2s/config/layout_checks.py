@@ -40,7 +40,7 @@ def check_towers(config: Config) -> None:
 
 
 def check_micro_batches(config: Config, world_size: int) -> None:
-    """Refuse a batch that ranks or micro-batches do not divide, that does not fill the pipeline, or whose rows do not.
+    """Refuse a batch that ranks or micro-batches do not divide, a pipeline not filled, and tokens that do not divide.
 
     Raises:
         ConfigError: with the key, its value and the legal ones.
@@ -66,7 +66,7 @@ def check_micro_batches(config: Config, world_size: int) -> None:
         )
     _check_group(parallel, count)
     if parallel.sequence:
-        _check_rows(config, micro_batch_size(config, world_size), share)
+        _check_tokens(config, micro_batch_size(config, world_size), share)
 
 
 def check_lanes(lanes: int, global_batch: int, world_size: int, parallel: ParallelConfig | None = None) -> None:
@@ -300,7 +300,7 @@ def _even(layers: int, stages: int) -> list[int]:
     return [layers // stages + (stage < layers % stages) for stage in range(stages)]
 
 
-def _check_rows(config: Config, micro: int, share: int) -> None:
+def _check_tokens(config: Config, micro: int, share: int) -> None:
     """Packed tokens: the tokens of a whole micro-batch have to divide, not those of an image."""
     tensor = config.parallel.tensor
     for tokens in sequence_lengths(config):

@@ -46,10 +46,10 @@ def _check_draw(config: Config) -> None:
             raise ConfigError(f"teachers: {name} has share={share:g}, which must be above 0: leave the teacher out")
         if share != 1 and not one:
             raise ConfigError(f"teachers: {name} has share={share:g}, which does nothing with teachers.draw=all")
-    some = "draw=one" if one else next((f"{each.teacher.name}.sources" for each in lessons if each.sources), "")
-    if some and config.teacher.sharded:
+    cause = "draw=one" if one else next((f"{each.teacher.name}.sources" for each in lessons if each.sources), "")
+    if cause and config.teacher.sharded:
         raise ConfigError(
-            f"teacher.sharded=true with teachers.{some}: ranks that hold a teacher together must run it on as many "
+            f"teacher.sharded=true with teachers.{cause}: ranks that hold a teacher together must run it on as many "
             "images each, and some samples have other teachers: use teacher.sharded=false"
         )
 

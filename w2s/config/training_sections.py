@@ -45,6 +45,10 @@ class TrainConfig:
         require(
             not self.profile or ordered, f"train.profile={self.profile} is not FIRST-LAST, steps counted from 1: 10-15"
         )
+        require(
+            not self.profile or self.profiled[0] <= self.steps,
+            f"train.profile={self.profile} begins after train.steps={self.steps}: name earlier steps",
+        )
 
     @property
     def profiled(self) -> range:

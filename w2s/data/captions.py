@@ -49,13 +49,13 @@ def read_caption(raw: RawSample, key: str, rng: np.random.Generator) -> str:
         raise BadSample("caption is not UTF-8") from error
     if caption_file(key) == key:
         return text.strip()
-    found = _json_value(text, key.removeprefix("json."))
-    if isinstance(found, list) and found:
-        found = found[rng.integers(len(found))]
-    if not isinstance(found, str | None):
+    value = _json_value(text, key.removeprefix("json."))
+    if isinstance(value, list) and value:
+        value = value[rng.integers(len(value))]
+    if not isinstance(value, str | None):
         raise BadSample("caption is not text")
     # A JSON escape can name half of a character, which no tokenizer takes.
-    return (found or "").encode("utf-8", "ignore").decode("utf-8").strip()
+    return (value or "").encode("utf-8", "ignore").decode("utf-8").strip()
 
 
 def _json_value(text: str, key: str) -> object:

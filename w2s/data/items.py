@@ -150,7 +150,7 @@ def _of_records(path: Path, records: Sequence[Record], columns: Columns, images:
         raise DataError(
             f"{path} has the columns {', '.join(there)}: name the one of the images with --image-column{_links(there)}"
         )
-    # A row that ends early has None in its last columns.
+    # A record that ends early has None in its last columns.
     folder = images or image_folder(path, str(records[0].get(image)))
     items = [
         Item(folder / str(record.get(image) or ""), texts(record, caption), texts(record, label)) for record in records

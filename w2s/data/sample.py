@@ -30,7 +30,7 @@ class SampleSpec:
     image_size: int
     """Side of the student's view in pixels."""
     frames: int = 1
-    """Frames of a clip that are seen; with more than one every sample is a clip, and an image one that stands still."""
+    """Frames of a clip that are seen; with more than one every sample is a clip, and an image one of equal frames."""
     grid: int
     """Patches along one side of the student's view."""
     teacher_sizes: tuple[int, ...] = ()

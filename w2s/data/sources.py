@@ -124,8 +124,8 @@ def list_sources(data: DataConfig) -> list[Source]:
         DataError: shards that are missing.
     """
     names = source_names(data)
-    found = {text: list_shards(text, allow_pipe=data.allow_pipe) for text in names}
-    return [Source(names[text], text, shards, names_digest(shards)) for text, shards in found.items()]
+    by_text = {text: list_shards(text, allow_pipe=data.allow_pipe) for text in names}
+    return [Source(names[text], text, shards, names_digest(shards)) for text, shards in by_text.items()]
 
 
 def source_names(data: DataConfig) -> dict[str, str]:

@@ -39,9 +39,9 @@ def choose(columns: Collection[str], named: str, usual: Sequence[str], path: Pat
     return named or next((spelled[name] for name in usual if name in spelled), None)
 
 
-def texts(row: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
-    """Return what a row has in a column: a text, several of a list, or none; blank ones are left out."""
-    value = row.get(column) if column else None
+def texts(record: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
+    """Return what a record has in a column: a text, several of a list, or none; blank ones are left out."""
+    value = record.get(column) if column else None
     if not isinstance(value, list):
         text = "" if value is None else str(value).strip()
         return (text,) if text else ()
@@ -51,7 +51,7 @@ def texts(row: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
 
 
 def read_table(path: Path) -> list[Record]:
-    """Return the rows of a table; of a COCO caption file those of its images, each with a list of captions.
+    """Return the records of a table; of a COCO caption file those of its images, each with a list of captions.
 
     Raises:
         DataError: it cannot be read, or is another kind of file.
@@ -82,7 +82,7 @@ def image_folder(path: Path, first: str) -> Path:
 
 def _of_document(document: Any, path: Path) -> list[Record]:
     if isinstance(document, list):
-        return [dict(row) for row in document]
+        return [dict(record) for record in document]
     try:
         names = {image["id"]: image["file_name"] for image in document["images"]}
         captions: dict[str, list[str]] = {}
@@ -90,7 +90,7 @@ def _of_document(document: Any, path: Path) -> list[Record]:
             captions.setdefault(names[note["image_id"]], []).append(note["caption"])
     except (LookupError, TypeError) as error:
         raise DataError(
-            f"{path} is neither a list of rows nor a COCO caption file ({error!r}): that has `images` with an id and "
-            "a file_name, and `annotations` with an image_id and a caption"
+            f"{path} is neither a list of records nor a COCO caption file ({error!r}): that has `images` with an id "
+            "and a file_name, and `annotations` with an image_id and a caption"
         ) from error
     return [{"image": name, "caption": several} for name, several in captions.items()]

@@ -87,9 +87,9 @@ def _decode(container: Any, numbers: Sequence[int]) -> list[NDArray[np.uint8]]:
     # Reading processes are many already. A later frame may claim to be larger than the first.
     video.codec_context.thread_count = 1
     video.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-    found = dict(_at(container.decode(video), set(numbers)))
+    pictures = dict(_at(container.decode(video), set(numbers)))
     # An edited video can have fewer frames than packets: the last one stands for those that are missing.
-    return [found[number] if number in found else found[max(found)] for number in numbers]
+    return [pictures[number] if number in pictures else pictures[max(pictures)] for number in numbers]
 
 
 def _at(decoded: Iterator[Any], numbers: set[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:

@@ -34,11 +34,11 @@ def start_workers(dataset: IterableDataset[T], workers: int) -> Iterator[T]:
     """Return the items of a data set; item `i` is from worker `i % workers`. 0 workers read in this process.
 
     Workers are forked from a server process that has imported the reader and nothing else, so that they have no CUDA
-    context, process groups, threads or torch function mode of the trainer. A signal that stops the trainer (Ctrl-C or
-    SIGTERM to its whole process group) leaves them alone: the trainer finishes its step, saves and ends them itself.
+    context, process groups, threads or torch function mode of the rank. A signal that stops the rank (Ctrl-C or
+    SIGTERM to its whole process group) leaves them alone: the rank finishes its step, saves and ends them itself.
     If it is killed, they end at once.
     """
-    # The loader draws a seed that nothing here uses; its own generator keeps the trainer's untouched.
+    # The loader draws a seed that nothing here uses; its own generator keeps the rank's untouched.
     generator = torch.Generator()
     if workers == 0:
         return iter(DataLoader(dataset, batch_size=None, generator=generator))
@@ -48,7 +48,7 @@ def start_workers(dataset: IterableDataset[T], workers: int) -> Iterator[T]:
         batch_size=None,
         num_workers=workers,
         multiprocessing_context="forkserver",
-        worker_init_fn=_live_and_die_with_trainer,
+        worker_init_fn=_live_and_die_with_rank,
         generator=generator,
     )
     return iter(loader)
@@ -74,7 +74,7 @@ def kill_readers(parts: Iterator[Any]) -> None:
         process.kill()
 
 
-def _live_and_die_with_trainer(_worker: int) -> None:
+def _live_and_die_with_rank(_worker: int) -> None:
     keep_freed_memory()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -52,7 +52,7 @@ def of_images(encode: Encoder) -> Callable[[ImageBatch], Tensor]:
 def over_frames(encode: Encoder) -> Encoder:
     """Let an encoder of images [b, 3, S, S] take clips [b, frames, 3, S, S] too: the mean of their frames' features.
 
-    A batch of images that stand still in all frames is encoded once.
+    A batch of clips whose frames are all equal is encoded once.
     """
 
     def mean(images: Tensor) -> Tensor:
@@ -92,10 +92,10 @@ def encode_all(
         return torch.cat(own)
     whole = own[0].new_empty(len(items), own[0].shape[1])
     for first in range(0, rounds, AT_A_TIME):
-        some = [own[step] for step in range(first, min(first + AT_A_TIME, rounds))]
+        parts = [own[step] for step in range(first, min(first + AT_A_TIME, rounds))]
         place = first * size * batch_size
-        part = whole[place : place + len(some) * size * batch_size]
-        part.copy_(_exchanged(some, min(batch_size, len(items)), group)[: len(part)])
+        part = whole[place : place + len(parts) * size * batch_size]
+        part.copy_(_exchanged(parts, min(batch_size, len(items)), group)[: len(part)])
     return whole
 
 

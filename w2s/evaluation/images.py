@@ -55,7 +55,7 @@ class View:
     image_key: str
     """Extensions of the image, separated by `;`; the first that is there is taken."""
     frames: int = 1
-    """Frames of a clip that are seen; with several, an image is a clip that stands still."""
+    """Frames of a clip that are seen; with several, an image is a clip of equal frames."""
 
     def decode(self, shards: Sequence[str], places: NDArray[np.int64]) -> tuple[Tensor, ...]:
         """Read and decode samples: uint8 [n, 3, S, S] for each size, or with several frames [n, frames, 3, S, S].
@@ -176,7 +176,7 @@ def view(images: Sequence[bytes], frames: int, sizes: Sequence[int], how: Resize
 
     Args:
         images: what `find_images` has found.
-        frames: frames of a clip that are seen; an image is a clip that stands still.
+        frames: frames of a clip that are seen; an image is a clip of equal frames.
         sizes: sides of the squares in pixels.
         how: see `eval_transform`.
 

@@ -73,8 +73,8 @@ def _nearest(units: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     )
     for first in range(0, len(gallery), GALLERY_BLOCK):
         block = gallery[first : first + GALLERY_BLOCK]
-        seen = torch.arange(first, first + len(block), device=units.device).expand(len(units), -1)
+        block_numbers = torch.arange(first, first + len(block), device=units.device).expand(len(units), -1)
         # Those found before stand first, and the sort leaves equal ones in their order.
         cosines, order = torch.cat([cosines, units @ block.T], 1).sort(dim=1, descending=True, stable=True)
-        cosines, numbers = cosines[:, :k], torch.cat([numbers, seen], 1).gather(1, order[:, :k])
+        cosines, numbers = cosines[:, :k], torch.cat([numbers, block_numbers], 1).gather(1, order[:, :k])
     return cosines, numbers

@@ -107,12 +107,12 @@ def train_probe(
 
     def rights(strengths: Sequence[float]) -> dict[float, int]:
         """Right answers on the held-out images by the inverse strength."""
-        found = {}
+        correct = {}
         for strength in strengths[rank::size]:
             weight, bias = fit(kept, strength)
             blocks = zip(inputs[kept:].split(BLOCK), labels[kept:].split(BLOCK), strict=True)
-            found[strength] = sum(int((F.linear(x, weight, bias).argmax(1) == y).sum()) for x, y in blocks)
-        return {strength: count for part in gather(found) for strength, count in part.items()}
+            correct[strength] = sum(int((F.linear(x, weight, bias).argmax(1) == y).sum()) for x, y in blocks)
+        return {strength: count for part in gather(correct) for strength, count in part.items()}
 
     counts = rights(COARSE)
     best = _best(counts)

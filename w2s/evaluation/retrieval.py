@@ -74,11 +74,11 @@ def retrieval(
     """
     ways = _ways(image_features, text_features, captions)
     ranks = {way: _ranks(*sides, group) for way, sides in ways.items()}
-    found = {way: [(rank < k).double().mean().item() for k in RECALL_AT] for way, rank in ranks.items()}
-    found["mean"] = [sum(both) / len(found) for both in zip(*found.values(), strict=True)]
+    recalls = {way: [(rank < k).double().mean().item() for k in RECALL_AT] for way, rank in ranks.items()}
+    recalls["mean"] = [sum(both) / len(recalls) for both in zip(*recalls.values(), strict=True)]
     return {
         f"{way}_recall_at_{k}": value
-        for way, values in found.items()
+        for way, values in recalls.items()
         for k, value in zip(RECALL_AT, values, strict=True)
     }
 

@@ -108,8 +108,8 @@ def means(suite: Suite, measured: Mapping[str, Mapping[str, float]]) -> dict[str
     """
     heads = columns(suite)
     values = [_value(column, measured.get(column.of.name, {})) for column in heads]
-    found = {mean.name: _mean(mean, heads, values) for mean in suite.means}
-    return {name: value for name, value in found.items() if value is not None}
+    averages = {mean.name: _mean(mean, heads, values) for mean in suite.means}
+    return {name: value for name, value in averages.items() if value is not None}
 
 
 def table(

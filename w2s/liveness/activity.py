@@ -80,10 +80,10 @@ class Signs:
     def helpers(self) -> str:
         """Tell of the helpers that are waited for which of them do nothing; empty without any."""
         with suppress(psutil.Error):
-            found = list(_living(self._heartbeat.awaited()))
-            stopped = [process for process in found if process.status() == psutil.STATUS_STOPPED]
-            if found:
-                names = ", ".join(f"{self._heartbeat.phase.awaits} {process.pid}" for process in stopped or found)
+            helpers = list(_living(self._heartbeat.awaited()))
+            stopped = [process for process in helpers if process.status() == psutil.STATUS_STOPPED]
+            if helpers:
+                names = ", ".join(f"{self._heartbeat.phase.awaits} {process.pid}" for process in stopped or helpers)
                 return f"{names} {'is stopped by a signal (SIGSTOP)' if stopped else 'gives no sign of life'}"
         return ""
 

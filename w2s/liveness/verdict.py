@@ -107,7 +107,7 @@ def message(status: RankStatus, asked_by: int, report: str) -> str:
     """The line for the user.
 
     Args:
-        status: of the culprit.
+        status: of the rank that failed first.
         asked_by: the signal that had asked the run to stop; 0 if none had.
         report: file with the Python stacks of all ranks, if there is one.
     """

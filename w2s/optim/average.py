@@ -11,14 +11,14 @@ class WeightAverage:
     warm-up of TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`: it soon forgets the first weights.
 
     Args:
-        inner: the optimizer, over this rank's slices in float32. It has a `found_inf` as torch's fused optimizers know
+        base_optimizer: over this rank's slices in float32. It has a `found_inf` as torch's fused optimizers know
             it, and counts in `step` the updates that were made.
         decay: the decay after the warm-up.
     """
 
-    def __init__(self, inner: torch.optim.Optimizer, decay: float) -> None:
-        self._inner, self._decay = inner, decay
-        self._of = {p: p.detach().clone() for group in inner.param_groups for p in group["params"]}
+    def __init__(self, base_optimizer: torch.optim.Optimizer, decay: float) -> None:
+        self._base_optimizer, self._decay = base_optimizer, decay
+        self._of = {p: p.detach().clone() for group in base_optimizer.param_groups for p in group["params"]}
 
     def __getitem__(self, parameter: Tensor) -> Tensor:
         """The average of a parameter: the tensor itself."""
@@ -30,8 +30,8 @@ class WeightAverage:
         if not self._of:
             return
         parameters, averages = list(self._of), list(self._of.values())
-        taken = 1 - self._inner.found_inf  # type: ignore[attr-defined]
-        updates = self._inner.state[parameters[0]]["step"]  # they are counted together
+        taken = 1 - self._base_optimizer.found_inf  # type: ignore[attr-defined]
+        updates = self._base_optimizer.state[parameters[0]]["step"]  # they are counted together
         weight = (9 / (10 + updates)).clamp(min=1 - self._decay) * taken
         torch._foreach_lerp_(averages, parameters, [weight] * len(averages))
 

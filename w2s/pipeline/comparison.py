@@ -31,15 +31,15 @@ class Point:
 
 def points(results: Results, compare: Comparison) -> list[Point]:
     """Every training that has the metric, in the order of the steps; of a trunk its lengths alone."""
-    found = []
+    measured = []
     for step in results.pipeline.steps:
         values = [run.metrics.get(compare.metric) for run in results.of(step)]
         known = [value for value in values if value is not None]
         if step.stage != "eval" and not step.budgets and len(known) == len(values):
             exists = {step.name, step.trunk} & set(compare.exists)
             beside = 0.0 if exists else of_chain(results, step, compare.exists)[0].flops
-            found.append(Point(step, known, (beside, of_chain(results, step)[0].flops)))
-    return found
+            measured.append(Point(step, known, (beside, of_chain(results, step)[0].flops)))
+    return measured
 
 
 def on_the_way(results: Results, compare: Comparison, arm: str, ledger: int) -> list[tuple[float, float]]:
@@ -53,9 +53,9 @@ def on_the_way(results: Results, compare: Comparison, arm: str, ledger: int) -> 
         {line["samples_seen"]: line[compare.metric] for line in run.history if line.get(compare.metric) is not None}
         for run in runs
     ]
-    everywhere = [seen for seen in measured[0] if all(seen in other for other in measured)]
+    everywhere = [samples for samples in measured[0] if all(samples in other for other in measured)]
     a_sample = runs[0].flops / runs[0].samples
-    return [((before + a_sample * seen) / 1e12, mean(each[seen] for each in measured)) for seen in everywhere]
+    return [((before + a_sample * samples) / 1e12, mean(each[samples] for each in measured)) for samples in everywhere]
 
 
 def rival(point: Point, among: Sequence[Point], ledger: int) -> Point | None:
@@ -66,11 +66,11 @@ def rival(point: Point, among: Sequence[Point], ledger: int) -> Point | None:
 
 def comparison(results: Results, compare: Comparison) -> Table:
     """A row for each training: what it reaches, what it costs, and by how much it is ahead at no less compute."""
-    found = points(results, compare)
-    baseline = [point for point in found if point.arm == compare.baseline]
+    measured = points(results, compare)
+    baseline = [point for point in measured if point.arm == compare.baseline]
     rows = [
         [point.step.name, spread(point.values), *_against(point, baseline, 0), *_against(point, baseline, 1)]
-        for point in found
+        for point in measured
     ]
     columns = [f"{what}, {ledger}" for ledger in LEDGERS for what in ("TFLOP", "ahead of", "by", "by seed")]
     return Table(f"{compare.metric} by compute", ["training", compare.metric, *columns], rows)

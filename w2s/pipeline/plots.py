@@ -104,8 +104,8 @@ def _curve(runs: Sequence[Run], metric: str, place: Place) -> list[tuple[float, 
     values = [
         {line["samples_seen"]: line[metric] for line in run.history if line.get(metric) is not None} for run in runs
     ]
-    common = [seen for seen in values[0] if all(seen in other for other in values)]
-    by_place = {place(runs[0], seen): [each[seen] for each in values] for seen in common}
+    common = [samples for samples in values[0] if all(samples in other for other in values)]
+    by_place = {place(runs[0], samples): [each[samples] for each in values] for samples in common}
     return [(where, min(each), mean(each), max(each)) for where, each in by_place.items()]
 
 

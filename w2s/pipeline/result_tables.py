@@ -97,8 +97,8 @@ def chosen(choices: Sequence[TrialOutcome]) -> Table:
 
 def by_label(runs: Sequence[Run]) -> dict[str, list[float]]:
     """The headlines of a step's runs, each with its values in the order of the seeds."""
-    found = [{each.label: each.value for each in readings(run.metrics)} for run in runs]
-    return {label: [values[label] for values in found] for label in found[0]}
+    by_run = [{each.label: each.value for each in readings(run.metrics)} for run in runs]
+    return {label: [values[label] for values in by_run] for label in by_run[0]}
 
 
 def _paired(values: Sequence[float]) -> list[Cell]:
@@ -108,9 +108,9 @@ def _paired(values: Sequence[float]) -> list[Cell]:
 
 def _baselines(runs: Sequence[Run], label: str) -> list[str]:
     """What a headline is compared with, as means over the runs."""
-    found = [each.baselines for run in runs for each in readings(run.metrics) if each.label == label]
-    names = found[0] if found else {}
-    return [f"{name} {mean(baselines[name] for baselines in found):.4f}" for name in names]
+    of_runs = [each.baselines for run in runs for each in readings(run.metrics) if each.label == label]
+    names = of_runs[0] if of_runs else {}
+    return [f"{name} {mean(baselines[name] for baselines in of_runs):.4f}" for name in names]
 
 
 def _cost(costs: Sequence[Cost]) -> list[Cell]:

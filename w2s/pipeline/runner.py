@@ -12,12 +12,12 @@ from w2s.config.load import to_yaml
 from w2s.config.naming import run_folder
 from w2s.host import prepare_cuda
 from w2s.launch import launch_stage
-from w2s.pipeline.data_checks import check_data
 from w2s.pipeline.meaning import meaning_of
 from w2s.pipeline.parent import metrics, params
 from w2s.pipeline.plots import draw
 from w2s.pipeline.result_tables import tables
 from w2s.pipeline.results import Results, Run
+from w2s.pipeline.shards_of_steps import find_shards
 from w2s.pipeline.steps import load_pipeline
 from w2s.pipeline.tasks import Plan, Task
 from w2s.pipeline.trials import TrialOutcome
@@ -54,7 +54,7 @@ def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool
     configs = plan.configs()
     for config in configs:
         check(config, ranks, ranks)
-    check_data([config for config in configs if not is_finished(run_folder(config))])
+    find_shards([config for config in configs if not is_finished(run_folder(config))])
     console = Console()
     about = About(plan.folder, {"pipeline": name}, resumed=True)
     write_group(plan.folder, plan.pipeline.title, [task.name for task in plan.tasks()])

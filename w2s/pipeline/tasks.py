@@ -75,8 +75,8 @@ class Plan:
     @property
     def tracking(self) -> TrackingConfig:
         """Where the MLflow run above the steps is; it is there if one of them has a run of its own."""
-        found = [self.config(task, {}).tracking for task in self.tasks()]
-        return replace(found[0], enabled=any(each.enabled for each in found))
+        sections = [self.config(task, {}).tracking for task in self.tasks()]
+        return replace(sections[0], enabled=any(each.enabled for each in sections))
 
     def seeds(self) -> Sequence[int | None]:
         """The seeds; [None] for a pipeline that has none."""

@@ -103,12 +103,12 @@ def in_flight(pipeline: Pipeline, stage: int) -> frozenset[tuple[int, ...]]:
     """
     # After some groups every further one is like the one before.
     few = min(pipeline.micro_batches, 3 * max(pipeline.group, pipeline.stages))
-    counts, found = [0] * pipeline.chunks, set()
+    counts, finished = [0] * pipeline.chunks, set()
     for turn in order(replace(pipeline, micro_batches=few), stage):
         counts[turn.chunk] += -1 if turn.backward else 1
-        found.add(tuple(counts))
-    most = max(map(sum, found))
-    return frozenset(each for each in found if sum(each) == most)
+        finished.add(tuple(counts))
+    most = max(map(sum, finished))
+    return frozenset(each for each in finished if sum(each) == most)
 
 
 def _chunk(parallel: ParallelConfig, layers: int, whole: int, entry: int) -> int:

@@ -144,13 +144,13 @@ class StepModel:
     def time(self) -> StepTime:
         """Return the parts, of which those that the pipeline makes are simulated."""
         trained = [run.trained(gathers=not self._twice) for run in self._runs]
-        seen = [run.seen() for run in self._runs] if self._twice else []
+        first_passes = [run.seen() for run in self._runs] if self._twice else []
         return replace(
             self._alone,
-            second_pass=sum(each.busy + each.bubble for each in seen),
+            second_pass=sum(each.busy + each.bubble for each in first_passes),
             bubble=sum(each.bubble for each in trained),
-            pipeline=sum(each.messages for each in (*trained, *seen)),
-            data=sum(each.data for each in (*trained, *seen)),
+            pipeline=sum(each.messages for each in (*trained, *first_passes)),
+            data=sum(each.data for each in (*trained, *first_passes)),
         )
 
 

@@ -196,8 +196,8 @@ def _teaching(
     batch = own * (features + pixels)
     if drawn(teachers) and model_parallel_size(config.parallel) > 1:
         # All ranks of the group have all its images, and then all targets.
-        group, seen = samples_per_replica(config, world_size), 3 * config.model.vision.image_size**2
-        gathering = 3 * group * (seen + pixels)
+        group, student_pixels = samples_per_replica(config, world_size), 3 * config.model.vision.image_size**2
+        gathering = 3 * group * (student_pixels + pixels)
         batch = max(gathering, group * (pixels + sample_bytes(config, teachers)) + own * features)
     working = max(teacher.working for teacher in teachers)
     return replace(standing, teacher=standing.teacher + samples * working, batch=batch)

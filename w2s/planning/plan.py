@@ -115,16 +115,16 @@ def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (
     _check_settings(config, card)
     teachers = planned_teachers(config)
     search = _Search(config, card, gpus, teachers, Layouts(config, gpus, fixed))
-    found = sorted(search.run(), key=lambda candidate: candidate.model.least)
+    candidates = sorted(search.run(), key=lambda candidate: candidate.model.least)
     if not search.legal:
         raise search.layouts.refused or UserError(f"there is no layout for {gpus} GPUs: use another number")
-    if not found:
+    if not candidates:
         raise UserError(
             f"no layout of {config.model.name} ({config.stage}) fits on {gpus} x {card.name}: the smallest needs "
             f"{search.least / 2**30:.1f} GiB of a card, {card.usable_bytes / 2**30:.1f} are to be had: use more GPUs "
             "(--gpus), or cards with more memory (--card)"
         )
-    return Plans(_fastest(found, top), len(found), search.legal)
+    return Plans(_fastest(candidates, top), len(candidates), search.legal)
 
 
 def _fastest(candidates: "Sequence[_Candidate]", top: int) -> list[Plan]:
@@ -136,8 +136,8 @@ def _fastest(candidates: "Sequence[_Candidate]", top: int) -> list[Plan]:
         if 0 < top <= len(ranked) and least > ranked[top - 1][0]:
             break
         if split not in best or least < best[split][0]:
-            found = (candidate.model.time().total, number, candidate)
-            best[split] = min(found, best.get(split, found))
+            timed = (candidate.model.time().total, number, candidate)
+            best[split] = min(timed, best.get(split, timed))
     return [candidate.plan() for _, _, candidate in sorted(best.values())[: top or len(best)]]
 
 

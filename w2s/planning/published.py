@@ -160,9 +160,9 @@ def _seconds(config: Config, kind: Card, towers: Sequence[PlannedTower], gpus: i
 
 def print_rows(as_json: bool) -> None:
     """Print all runs, as a table or as JSON."""
-    found = rows()
+    cases = rows()
     if as_json:
-        print(json.dumps([{**asdict(row), "ratio": row.ratio} for row in found], indent=2))
+        print(json.dumps([{**asdict(row), "ratio": row.ratio} for row in cases], indent=2))
         return
     columns = ["run", "GPUs", "width", "unit", "theirs", "ours", "ratio", ""]
     cells: list[list[Cell]] = [
@@ -176,7 +176,7 @@ def print_rows(as_json: bool) -> None:
             round(row.ratio, 2),
             "fitted" if row.fitted else "checked",
         ]
-        for row in found
+        for row in cases
     ]
     console = Console(highlight=False)
     console.print(Table("runs that others have published, and what the planner says", columns, cells).to_rich())

@@ -70,13 +70,13 @@ def request(arguments: Sequence[str], gpus: int, card: str, batches: Sequence[st
 
 
 def _by_stage(batches: Sequence[str], stages: tuple[str, ...]) -> dict[str, int]:
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for given in batches:
         stage, _, size = given.rpartition("=")
         if stage not in ("", *stages) or not size.isdecimal() or int(size) < 1:
             raise UserError(f"--batch {given} is not a batch of {' or '.join(stages)}: use 4096, or {stages[0]}=4096")
-        found |= dict.fromkeys([stage] if stage else stages, int(size))
-    return found
+        sizes |= dict.fromkeys([stage] if stage else stages, int(size))
+    return sizes
 
 
 def _for_gpus(train: TrainConfig, batch: int | None, gpus: int) -> TrainConfig:

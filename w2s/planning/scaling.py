@@ -42,8 +42,8 @@ def simulate(request: Request, stage: str, most: int) -> Scaling:
         ConfigError: the overrides are wrong.
         UserError: nothing fits on any of these numbers.
     """
-    found = {gpus: _fastest(request, stage, gpus) for gpus in _numbers(most)}
-    fitting = [plan for plan in found.values() if plan]
+    fastest = {gpus: _fastest(request, stage, gpus) for gpus in _numbers(most)}
+    fitting = [plan for plan in fastest.values() if plan]
     if not fitting:
         find_plans(request.config(stage, most), card(request.card), most, request.fixed)
     first = fitting[0]
@@ -51,7 +51,7 @@ def simulate(request: Request, stage: str, most: int) -> Scaling:
     def efficiency(plan: Plan | None) -> float | None:
         return None if plan is None else _speed(plan) / _speed(first)
 
-    points = [Point(gpus, plan, efficiency(plan)) for gpus, plan in found.items()]
+    points = [Point(gpus, plan, efficiency(plan)) for gpus, plan in fastest.items()]
     bend = next((point.gpus for point in points if point.efficiency is not None and point.efficiency < BEND), None)
     return Scaling(points, bend, _grown(first, fitting[-1]) if len(fitting) > 1 else None)
 

@@ -116,15 +116,15 @@ def planned_teachers(config: Config, models: Mapping[str, ModelConfig] | None = 
 def _beside_pairs(config: Config, teacher: TeacherConfig, model: ModelConfig | None) -> PlannedTeacher:
     """The teacher of the contrastive stage."""
     sides, frames = config.clip.distill.teacher_sides, seen_frames(config)
-    seen = _image_side(config, teacher, model) if "image" in sides else _NOTHING
-    read = _text_side(config, teacher, model) if "text" in sides else _NOTHING
-    check_teacher_widths(config, [width for width in (seen.summary_width, read.width) if width])
+    image_side = _image_side(config, teacher, model) if "image" in sides else _NOTHING
+    text_side = _text_side(config, teacher, model) if "text" in sides else _NOTHING
+    check_teacher_widths(config, [width for width in (image_side.summary_width, text_side.width) if width])
     return replace(
-        seen,
-        width=seen.summary_width or read.width,
-        working=max(frames * seen.working, read.working),
-        flops=frames * seen.flops + read.flops,
-        text_weights=read.text_weights,
+        image_side,
+        width=image_side.summary_width or text_side.width,
+        working=max(frames * image_side.working, text_side.working),
+        flops=frames * image_side.flops + text_side.flops,
+        text_weights=text_side.text_weights,
     )
 
 

@@ -42,13 +42,13 @@ def _does(call: Call | None) -> str:
 
 def disagreements(tapes: Sequence[Tape]) -> list[Disagreement]:
     """Compare what ranks of the same groups do; ranks that were not rehearsed are taken to do what they should."""
-    found: list[Disagreement] = []
+    differences: list[Disagreement] = []
     for one, other in combinations(tapes, 2):
         for number in one.groups.keys() & other.groups.keys():
             group, calls = one.groups[number], (_of(one, number), _of(other, number))
-            found += _compare(group, (one.rank, other.rank), *(list(_collectives(each)) for each in calls))
-            found += _compare_messages(group, (one.rank, other.rank), *calls)
-    return found
+            differences += _compare(group, (one.rank, other.rank), *(list(_collectives(each)) for each in calls))
+            differences += _compare_messages(group, (one.rank, other.rank), *calls)
+    return differences
 
 
 def _of(tape: Tape, group: int) -> list[Call]:
@@ -85,12 +85,12 @@ def _between(calls: list[Call], rank: int, peer: int, ordered: bool) -> list[Cal
         """Whether it goes to the lower rank."""
         return (call.kind == "send") == (peer < rank)
 
-    found: list[Call] = []
+    joined: list[Call] = []
     messages = [call for call in calls if call.kind in MESSAGES and call.peer == peer]
     for batch, several in groupby(messages, key=lambda call: call.batch if ordered else 0):
         together = list(several)
-        found += sorted(together, key=is_back) if batch >= 0 else together
-    return found
+        joined += sorted(together, key=is_back) if batch >= 0 else together
+    return joined
 
 
 def _meet(one: Call, other: Call) -> bool:

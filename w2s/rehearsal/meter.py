@@ -146,10 +146,10 @@ class Meter(TorchDispatchMode):
         self.start_peak()
 
         def end() -> tuple[Rise, Counter[str]]:
-            found = Rise(self.peak - now, _less(self.parts, by_part), self.where)
+            rise = Rise(self.peak - now, _less(self.parts, by_part), self.where)
             if outer[0] >= self.peak:
                 self.peak, self.parts, self.where = outer
-            return found, _less(self._by_part, by_part)
+            return rise, _less(self._by_part, by_part)
 
         return end
 
@@ -234,6 +234,6 @@ class Meter(TorchDispatchMode):
 
 def _less(one: Counter[str], other: Counter[str]) -> Counter[str]:
     """The difference, where it is none too."""
-    found = one.copy()
-    found.subtract(other)
-    return found
+    difference = one.copy()
+    difference.subtract(other)
+    return difference

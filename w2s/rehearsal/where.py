@@ -24,12 +24,12 @@ def line() -> str:
 
 def line_of(error: BaseException) -> str:
     """Return the innermost line of an error's traceback outside of torch and of the rehearsal."""
-    found, trace = "", error.__traceback__
+    line, trace = "", error.__traceback__
     while trace is not None:
         if not any(part in trace.tb_frame.f_code.co_filename for part in _SKIPPED):
-            found = f"{_short(trace.tb_frame)}:{trace.tb_lineno}"
+            line = f"{_short(trace.tb_frame)}:{trace.tb_lineno}"
         trace = trace.tb_next
-    return found
+    return line
 
 
 def _short(frame: FrameType) -> str:

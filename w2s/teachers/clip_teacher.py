@@ -50,11 +50,11 @@ class ClipTeacher(nn.Module):
         Returns:
             float32 [n, d] each, L2-normalised.
         """
-        seen = read = None
+        image_embeddings = text_embeddings = None
         if self.vision is not None and images is not None:
             pixels = normalize(images.flatten(0, -4), self.vision.mean, self.vision.std)
             summaries = self.vision(pixels).summary.unflatten(0, (len(images), -1))
-            seen = F.normalize(summaries.mean(1), dim=-1)
+            image_embeddings = F.normalize(summaries.mean(1), dim=-1)
         if self.text is not None and tokens is not None:
-            read = F.normalize(self.text(tokens), dim=-1)
-        return seen, read
+            text_embeddings = F.normalize(self.text(tokens), dim=-1)
+        return image_embeddings, text_embeddings

@@ -155,9 +155,11 @@ def _wrap(parts: Parts, kind: str, folder: Path, image_size: int, source: str) -
         check_image_size(size, patch)
     resizes = "interpolate_pos_encoding" in inspect.signature(parts.tower.forward).parameters and size != own
     options = {"interpolate_pos_encoding": True} if resizes else {}
-    seen = parts._replace(tower=called_with_images(parts.tower))
+    taking_images = parts._replace(tower=called_with_images(parts.tower))
     try:
-        return HuggingFaceFeatures(seen, image_size=size, patch=patch, options=options, normalisation=normalisation)
+        return HuggingFaceFeatures(
+            taking_images, image_size=size, patch=patch, options=options, normalisation=normalisation
+        )
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         if image_size not in (0, own):

@@ -83,9 +83,9 @@ class TargetNorm(nn.Module):
         if group is not None and group.size() > 1:
             dist.all_reduce(sums, group=group)
         first, second, new = sums[: features.shape[1]], sums[features.shape[1] : -1], sums[-1]
-        # Where no rank has rows, all sums are 0, and nothing changes.
-        total, some = (self.count + new).clamp_min(1), new.clamp_min(1)
-        step = shift.double() + first / some - self.mean
-        self.deviations += second - first.square() / some + step.square() * self.count * new / total
+        # Where no rank has features, all sums are 0, and nothing changes.
+        total, divisor = (self.count + new).clamp_min(1), new.clamp_min(1)
+        step = shift.double() + first / divisor - self.mean
+        self.deviations += second - first.square() / divisor + step.square() * self.count * new / total
         self.mean += step * new / total
         self.count += new

@@ -131,8 +131,8 @@ class MaskedStudent(VisionTower):
             return lambda tokens: layer_losses(int(number), head(predicted_tokens(tokens)))
 
         taps = {int(number): tap(number, head, layer_loss) for number, head in self.layer_heads.items() if layer_loss}
-        seen: dict[str, Tensor] = {"kept": patch_indices} if self.drop_masked else {"masks": masks}
-        tokens = self.encode(images, **seen, taps=taps, branch_scales=branch_scales)
+        visible: dict[str, Tensor] = {"kept": patch_indices} if self.drop_masked else {"masks": masks}
+        tokens = self.encode(images, **visible, taps=taps, branch_scales=branch_scales)
         if not self.last:
             return tokens
         patches = predicted_tokens(tokens)
@@ -203,16 +203,16 @@ def patch_indices_to_predict(masks: Tensor, mim: MimConfig) -> Tensor:
 
 
 def all_patch_indices(masks: Tensor) -> Tensor:
-    """Return all places of masks [n, patches]: int64 [n, patches], ascending."""
+    """Return all patch indices of masks [n, patches]: int64 [n, patches], ascending."""
     return torch.arange(masks.shape[1], device=masks.device).expand_as(masks)
 
 
 def gather_patches(features: Tensor, patch_indices: Tensor) -> Tensor:
-    """Pick from patch features [n, patches, d] those at places [n, k]: [n, k, d]."""
+    """Pick from patch features [n, patches, d] those at patch indices [n, k]: [n, k, d]."""
     return features.gather(1, patch_indices.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
 
 
 def scatter_patches(features: Tensor, patch_indices: Tensor, patches: int) -> Tensor:
-    """Spread features [n, k, d] of the places [n, k] over all patches, NaN at the others: [n, patches, d]."""
+    """Spread features [n, k, d] of the patch indices [n, k] over all patches, NaN at the others: [n, patches, d]."""
     whole = features.new_full((len(features), patches, features.shape[-1]), torch.nan)
     return whole.scatter(1, patch_indices.unsqueeze(-1).expand_as(features), features)

@@ -11,9 +11,9 @@ class RMSNorm(nn.RMSNorm):
 
     eps: float
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Return norm(rows): [..., width]."""
-        return rms_norm(rows, self.weight, self.eps)
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return norm(hidden): [..., width]."""
+        return rms_norm(hidden, self.weight, self.eps)
 
 
 def make_norm(kind: str, width: int, eps: float, dtype: torch.dtype) -> nn.Module:

@@ -31,4 +31,4 @@ def model_shapes(
             student = MaskedStudent(model.vision, [target], alone, kind, embed_dim=model.embed_dim)
             towers.append(("vision", student))
         shapes = [state.tower_shapes({name: ShardedTower([tower], [tower])}) for name, tower in towers]
-    return {name: shape for some in shapes for name, shape in some.items()}
+    return {name: shape for of_tower in shapes for name, shape in of_tower.items()}

@@ -16,11 +16,11 @@ import w2s
 
 def cards() -> list[str]:
     """Name and memory of each GPU."""
-    found = []
+    names = []
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
-        found.append(f"{card.name}, {card.total_memory / 2**30:.0f} GiB")
-    return found
+        names.append(f"{card.name}, {card.total_memory / 2**30:.0f} GiB")
+    return names
 
 
 def cores() -> int:

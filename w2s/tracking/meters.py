@@ -88,8 +88,13 @@ def over_ranks(figures: Sequence[Mapping[str, float]], names: Sequence[str]) -> 
     compared: dict[str, float] = {}
     for name in names:
         values = [each[name] for each in figures]
-        found = {"min": min(values), "median": median(values), "max": max(values), "slowest": values.index(max(values))}
-        compared |= {f"ranks/{name}_{what}": float(value) for what, value in found.items()}
+        statistics = {
+            "min": min(values),
+            "median": median(values),
+            "max": max(values),
+            "slowest": values.index(max(values)),
+        }
+        compared |= {f"ranks/{name}_{what}": float(value) for what, value in statistics.items()}
     return compared
 
 

@@ -41,13 +41,13 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
     Raises:
         UserError: there is no such run.
     """
-    found = []
+    paths = []
     for name in names:
         path = next((each for each in (Path(name).expanduser(), root / name) if is_group(each) or is_run(each)), None)
         if path is None:
             raise UserError(f"RUN={name} is not a run, nor one below {root}: see `ls {root}`")
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths
 
 
 def by_label(runs: Sequence[Path]) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""The one thing that the trainer tells what happens: it goes to the terminal, to files, to MLflow and to the report."""
+"""The one object that a run tells what happens: that goes to the terminal, to files, to MLflow and to the report."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress

@@ -1,1 +1,1 @@
-"""What the training loop is made of: what it shares with its callbacks, and the callbacks that every run has."""
+"""A training: the loop, the run that it shares with its callbacks, and the callbacks that every run has."""

@@ -27,7 +27,7 @@ class ReplicaCheck(Callback):
     def _agree(self) -> bool:
         run = self._run
         run.stage.optimizer.gather_weights()
-        odd = [each for some in run.ranks.gather(repair(run.stage.towers, run.ranks.data_group)) for each in some]
+        odd = [each for of_rank in run.ranks.gather(repair(run.stage.towers, run.ranks.data_group)) for each in of_rank]
         for each in dict.fromkeys(odd):
             how = "taken from the others" if each.repaired else "with no majority"
             run.tracker.message(f"warning: step {run.step}: {each.weight} differs on ranks {list(each.ranks)}, {how}")

@@ -86,7 +86,7 @@ class Logging(Callback):
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
         """Average over the ranks."""
         run = self._run
-        own = run.ranks.to_floats(metrics), run.watch.read(), figures, run.stream.counts()
+        own = run.ranks.to_floats(metrics), run.fp8_stats.read(), figures, run.stream.counts()
         numbers, counts, everyones, read = zip(*run.ranks.gather(own), strict=True)
         averages = without_silent_teachers(process_groups.means(numbers)) | fp8_metrics(counts)
         skipped = int(run.stage.optimizer.guard.skipped) + run.undone

@@ -53,11 +53,11 @@ class Profiler(Callback):
         """Write what there is; a full disk is no reason to end a run, or to hide why it ended."""
         if self._profile is None:
             return
-        found, self._profile = self._profile, None
-        found.stop()
+        profiled, self._profile = self._profile, None
+        profiled.stop()
         folder, tracker = self._training.folder / "profile", self._training.tracker
         try:
-            self._write(found, folder)
+            self._write(profiled, folder)
         except OSError as error:
             tracker.message(f"warning: the profile cannot be written to {folder}: {error}")
             return
@@ -65,12 +65,12 @@ class Profiler(Callback):
             tracker.artifact(path, "profile")
         tracker.message(f"profile of steps {self._steps[0]} to {self._steps[-1]}: {folder}")
 
-    def _write(self, found: profile, folder: Path) -> None:
+    def _write(self, profiled: profile, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         ranks = self._training.ranks
         stem, kind = f"steps-{self._steps[0]}-{self._steps[-1]}.rank-{ranks.rank}", ranks.device.type
-        found.export_chrome_trace(str(folder / f"{stem}.trace.json.gz"))
-        table = found.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=_OPERATORS)
+        profiled.export_chrome_trace(str(folder / f"{stem}.trace.json.gz"))
+        table = profiled.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=_OPERATORS)
         (folder / f"{stem}.operators.txt").write_text(table, encoding="utf-8")
         if kind == "cuda":
             compat.write_cuda_memory(str(folder / f"{stem}.memory.pickle"))

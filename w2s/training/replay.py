@@ -27,7 +27,7 @@ _NAMED = 3
 
 
 @dataclass(frozen=True)
-class Place:
+class Participant:
     """A rank that takes part."""
 
     data_rank: int
@@ -57,23 +57,23 @@ def replay(stage: Stage, batch: Batch, ranks: Ranks) -> Diagnosis:
         batch: this rank's share, on the host.
         ranks: this process among all.
     """
-    places = ranks.gather(Place(ranks.data_rank, ranks.rank, socket.gethostname(), batch.keys[:_NAMED]))
+    participants = ranks.gather(Participant(ranks.data_rank, ranks.rank, socket.gethostname(), batch.keys[:_NAMED]))
     replicas = get_process_group_ranks(ranks.data_group)
     same = _norms(stage, batch, ranks)
     if ranks.data_size == 1:
-        return diagnose(same, None, places)
+        return diagnose(same, None, participants)
     following, before = (replicas[(ranks.data_rank + by) % ranks.data_size] for by in (1, -1))
     others = swap_batch(batch, ranks.control_group, to=following, source=before)
-    return diagnose(same, _norms(stage, others, ranks), places)
+    return diagnose(same, _norms(stage, others, ranks), participants)
 
 
-def diagnose(same: Sequence[float], swapped: Sequence[float] | None, places: Sequence[Place]) -> Diagnosis:
+def diagnose(same: Sequence[float], swapped: Sequence[float] | None, participants: Sequence[Participant]) -> Diagnosis:
     """Judge a repeated step.
 
     Args:
         same: norm of the gradients that each data-parallel rank has with its own samples; NaN where it has none.
         swapped: the same with the samples of the rank before it, the last one's on the first; None with one rank.
-        places: all ranks.
+        participants: all ranks.
     """
     bad = _standing_out(same)
     if not bad:
@@ -86,15 +86,15 @@ def diagnose(same: Sequence[float], swapped: Sequence[float] | None, places: Seq
     elsewhere = _standing_out(swapped)
     if len(bad) == len(elsewhere) == len(same):
         return Diagnosis("a fault of the weights: every rank fails with every sample")
-    return Diagnosis("; ".join(_of_rank(each, bad, elsewhere, places) for each in bad))
+    return Diagnosis("; ".join(_of_rank(each, bad, elsewhere, participants) for each in bad))
 
 
-def _of_rank(data_rank: int, bad: Sequence[int], elsewhere: Sequence[int], places: Sequence[Place]) -> str:
-    own = [place for place in places if place.data_rank == data_rank]
-    samples = ", ".join([name for place in own for name in place.samples][:_NAMED])
-    numbers, hosts = [place.rank for place in own], ", ".join(dict.fromkeys(place.host for place in own))
+def _of_rank(data_rank: int, bad: Sequence[int], elsewhere: Sequence[int], participants: Sequence[Participant]) -> str:
+    own = [each for each in participants if each.data_rank == data_rank]
+    samples = ", ".join([name for each in own for name in each.samples][:_NAMED])
+    numbers, hosts = [each.rank for each in own], ", ".join(dict.fromkeys(each.host for each in own))
     who = f"ranks {numbers} on {hosts}" if len(own) > 1 else f"rank {numbers[0]} on {hosts}"
-    following = (data_rank + 1) % (1 + max(place.data_rank for place in places))
+    following = (data_rank + 1) % (1 + max(each.data_rank for each in participants))
     moves, stays = following in elsewhere, data_rank in elsewhere
     if stays and not moves:
         return f"a fault of the device of {who}: it fails with other samples too, and another rank does not with these"

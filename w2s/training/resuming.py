@@ -98,7 +98,7 @@ def _news_of_average(config: Config, meta: checkpoint_folders.Meta) -> tuple[str
 
 
 def _refuse_another_run(config: Config, folder: Path, meta: checkpoint_folders.Meta) -> None:
-    found = difference(config, meta.config)
-    if found is not None:
-        key, then, now = found
+    differing = difference(config, meta.config)
+    if differing is not None:
+        key, then, now = differing
         raise UserError(f"{folder} was begun with {key}={then}, not {key}={now}: keep that, or choose another run.name")

@@ -91,9 +91,9 @@ class Saving(Callback):
     def _write(self, folder: Path) -> AsyncSave:
         run, stage = self._run, self._run.stage
         background = run.config.checkpoint.async_save
-        writing = state.save(folder, stage.towers, stage.optimizer, stage.extra_state(), background)
-        run.heartbeat.helpers[WRITER] = writing.writer_pids
-        return writing
+        saving = state.save(folder, stage.towers, stage.optimizer, stage.extra_state(), background)
+        run.heartbeat.helpers[WRITER] = saving.writer_pids
+        return saving
 
     def _keep_in_memory(self, meta: checkpoint_folders.Meta) -> None:
         run = self._run

@@ -20,7 +20,7 @@ from w2s.megatron.checkpoint import state
 from w2s.megatron.fp8.fp8_stats import Fp8Stats
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.optim.lr_schedule import lr_factor
-from w2s.run import counted, open_stream, origins, share_sources
+from w2s.run import counted, open_stream, origins
 from w2s.tracking.meters import StepMeter
 from w2s.tracking.tracker import Tracker
 from w2s.training.resuming import load_checkpoint, resume
@@ -50,7 +50,7 @@ class TrainingRun:
         ranks: this process among all.
         heartbeat: where it is noted what is being done.
         memory: keeps checkpoints in the memory of the hosts; None for none.
-        sources: of the training samples; None finds them.
+        sources: of the training samples.
         callbacks: what follows the run.
 
     Attributes:
@@ -73,20 +73,19 @@ class TrainingRun:
         config: Config,
         folder: Path,
         ranks: Ranks,
-        heartbeat: Heartbeat | None = None,
-        memory: HostMemory | None = None,
-        sources: Sequence[Source] | None = None,
-        callbacks: Sequence[Callback] = (),
+        heartbeat: Heartbeat,
+        memory: HostMemory | None,
+        sources: Sequence[Source],
+        callbacks: Sequence[Callback],
     ) -> None:
         self.stage, self.config, self.folder, self.ranks = stage, config, folder, ranks
-        self.heartbeat, self.memory, self.callbacks = heartbeat or Heartbeat(), memory, list(callbacks)
-        self.sources = share_sources(config, ranks) if sources is None else sources
+        self.heartbeat, self.memory, self.sources, self.callbacks = heartbeat, memory, sources, list(callbacks)
         resumed = resume(stage, config, folder, memory)
         self.step, self.parent, self.handover = resumed.step, resumed.parent, resumed.handover
         self.news, self.undone, self.begun_at = list(resumed.news), 0, resumed.step
         self._rollbacks = 0
         self.stream = self._read_from(resumed.position)
-        self.watch = Fp8Stats(stage.towers)
+        self.fp8_stats = Fp8Stats(stage.towers)
         if memory is not None:
             memory.check_room(sum(tensor.nbytes for tensor in self.own_tensors().values()))
         facts = {**origins(config, self.parent), "parameters": counted(state.tower_shapes(stage.towers))}
@@ -131,7 +130,7 @@ class TrainingRun:
     def take_step(self) -> dict[str, Tensor]:
         """Take the next step with the next samples; return what the stage reports."""
         step = self.step + 1
-        with self.watch.recording() if self.is_logged(step) else nullcontext():
+        with self.fp8_stats.recording() if self.is_logged(step) else nullcontext():
             self.heartbeat.at("waiting for samples", step, awaits=READERS)
             self.batch = self.stream.next()
             # Kernels are compiled in the first step.

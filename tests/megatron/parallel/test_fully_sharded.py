@@ -79,7 +79,7 @@ def _went_on(ranks: Ranks) -> tuple[list[float], list[float], bool]:
     return losses, same, all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_what_was_kept_in_memory_goes_on_bit_for_bit() -> None:
+def test_what_was_kept_in_memory_resumes_bit_for_bit() -> None:
     for losses, same, equal in run_split(_went_on, 2):
         assert losses == same and losses[0] != losses[1]
         assert equal

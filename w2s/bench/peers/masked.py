@@ -70,8 +70,8 @@ class TimmMasked(Peer):
         masks = require(micro.masks) if masked else micro.images.new_zeros(len(micro), patches, dtype=torch.bool)
         patch_indices = patch_indices_to_predict(masks, self.config.mim)
         with marks.part("teacher"):
-            seen = normalize(micro.teacher_images[0], self.teacher.mean, self.teacher.std)
-            features = self.target_norm(self.teacher(seen).patches, update=True)
+            normalized = normalize(micro.teacher_images[0], self.teacher.mean, self.teacher.std)
+            features = self.target_norm(self.teacher(normalized).patches, update=True)
         images = normalize(micro.images, *channel_statistics(self.config.model.vision))
         with marks.part("forward"), self.autocast():
             predictions = self.model(images, masks, patch_indices)

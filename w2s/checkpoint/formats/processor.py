@@ -1,7 +1,7 @@
 """What stands beside exported towers: how images and texts become their inputs, in the files of transformers.
 
 The tokenizer is CLIP's byte-pair encoding, whose vocabulary and merges are open_clip's. With `tokenizer.json` alone the
-`tokenizers` library gives the rows that w2s and open_clip make: start token, text, end token, zeros.
+`tokenizers` library gives the sequences that w2s and open_clip make: start token, text, end token, zeros.
 """
 
 from pathlib import Path

@@ -30,13 +30,13 @@ def near_duplicates_in(pairs: Sequence[Pair], others: Sequence[Pair]) -> NDArray
         return np.zeros(len(pairs), bool)
     pixels, aspects = _describe(pairs)
     other_pixels, other_aspects = _describe(others)
-    found = []
+    duplicates = []
     for first in range(0, len(pairs), _ROWS):
         rows = slice(first, first + _ROWS)
         alike = pixels[rows] @ other_pixels.T >= _SAME
         alike &= np.abs(aspects[rows, None] - other_aspects) <= _ASPECT
-        found.append(alike.any(1))
-    return np.concatenate(found)
+        duplicates.append(alike.any(1))
+    return np.concatenate(duplicates)
 
 
 def _describe(pairs: Sequence[Pair]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -105,8 +105,8 @@ def _split(pairs: Mapping[str, Sequence[Pair]]) -> dict[str, list[Pair]]:
     """Sort the pairs of the sources into the folders of the data set."""
     emoji = [pair for source in ("twemoji", "noto", "fluent") for pair in pairs[source]]
     names = {pair.name for pair in (*emoji, *pairs["openmoji"])}
-    seen = allowed(emoji, pairs["openclipart"], names, [*pairs["openmoji"], *pairs["tuxpaint"]])
-    train, tune = split_tuning(seen)
+    training_pairs = allowed(emoji, pairs["openclipart"], names, [*pairs["openmoji"], *pairs["tuxpaint"]])
+    train, tune = split_tuning(training_pairs)
     return {
         "train": train,
         "tune": tune,

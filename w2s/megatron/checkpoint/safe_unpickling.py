@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, f
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from w2s.compat import LAYOUT_FUNCTIONS, TENSOR_FUNCTIONS, PythonUnpickler
+from w2s.compat import LAYOUT_FUNCTIONS, STORAGE_FROM_BYTES, TENSOR_FUNCTIONS, PythonUnpickler
 from w2s.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -53,7 +53,7 @@ _KNOWN: dict[str, Any] = {
 
 _LARGEST_COMPRESSED = 2**26
 """Bytes of a record that is compressed in an archive, as the program in one of TorchScript is."""
-_STORAGES = ("torch.storage._load_from_bytes", "megatron.core.safe_globals.safe_load_from_bytes")
+_STORAGES = (STORAGE_FROM_BYTES, "megatron.core.safe_globals.safe_load_from_bytes")
 """What a pickled tensor names for its values: torch's function, or what Megatron-Core 0.19 puts in its place."""
 
 
@@ -77,10 +77,10 @@ class Unpickler(PythonUnpickler):
         Raises:
             CheckpointError: it is none of the format's classes.
         """
-        found = self.allowed_class(module, name)
-        if found is None:
+        allowed = self.allowed_class(module, name)
+        if allowed is None:
             raise forbidden_class_error(self._place, f"{module}.{name}")
-        return found
+        return allowed
 
     def allowed_class(self, module: str, name: str) -> Any:
         """Return a class of the format, None for any other."""
@@ -112,8 +112,8 @@ def forbidden_class_error(place: str, name: str) -> CheckpointError:
 
 def refused_name(error: Exception) -> str:
     """What `torch.load(weights_only=True)` would not load, by its message; empty where it failed for another reason."""
-    found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
-    return found[1] if found else ""
+    match = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
+    return match[1] if match else ""
 
 
 @contextmanager
@@ -143,10 +143,10 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = folder / METADATA
     with reading(str(path)):
-        found = Unpickler(path.read_bytes(), str(path)).load()
-        if not _is_sound(found):
+        metadata = Unpickler(path.read_bytes(), str(path)).load()
+        if not _is_sound(metadata):
             raise ValueError("it is not a description of tensors")
-    return found
+    return metadata
 
 
 def check_common(folder: Path) -> None:
@@ -212,10 +212,10 @@ def _is_entry(entry: object) -> bool:
 
 def _read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
     """Do what torch's method of this name does, without running code."""
-    found = read_metadata(Path(self.path))
-    found.storage_meta = found.storage_meta or StorageMeta()
-    found.storage_meta.load_id = self.load_id
-    return found
+    metadata = read_metadata(Path(self.path))
+    metadata.storage_meta = metadata.storage_meta or StorageMeta()
+    metadata.storage_meta.load_id = self.load_id
+    return metadata
 
 
 def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:

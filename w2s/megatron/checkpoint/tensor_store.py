@@ -44,8 +44,8 @@ class TensorStore:
         self.folder = folder
         check_common(folder)  # not needed here, but a checkpoint is refused by all or by none
         self._metadata = read_metadata(folder)
-        found = self._metadata.state_dict_metadata
-        stored = {name: tensor for name, tensor in found.items() if isinstance(tensor, TensorStorageMetadata)}
+        entries = self._metadata.state_dict_metadata
+        stored = {name: tensor for name, tensor in entries.items() if isinstance(tensor, TensorStorageMetadata)}
         names = [name for name in stored if not name.startswith("optimizer.")]
         averaged = {name for name in names if f"{AVERAGE}{name}" in stored} if weights == "ema" else set()
         if weights == "ema" and not averaged:

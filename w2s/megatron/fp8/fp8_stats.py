@@ -101,8 +101,8 @@ def fp8_metrics(gathered: Iterable[Counts]) -> dict[str, float]:
     everywhere: dict[tuple[str, str], Tensor] = {}
     for each in gathered:
         for key, counts in each.items():
-            found = torch.tensor(counts, dtype=torch.float64)
-            everywhere[key] = _joined(everywhere[key], found) if key in everywhere else found
+            own = torch.tensor(counts, dtype=torch.float64)
+            everywhere[key] = _joined(everywhere[key], own) if key in everywhere else own
     return _metrics({key: counts.tolist() for key, counts in everywhere.items()})
 
 

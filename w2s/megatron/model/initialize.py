@@ -24,8 +24,8 @@ class Init:
 
 def layer_number(tower: Tower, name: str) -> int | None:
     """Return the number, from 0 over all pipeline stages, of the layer that parameter `name` is in, if any."""
-    found = re.match(r"blocks\.layers\.(\d+)\.", name)
-    return tower.blocks.layers[int(found[1])].layer_number - 1 if found else None
+    match = re.match(r"blocks\.layers\.(\d+)\.", name)
+    return tower.blocks.layers[int(match[1])].layer_number - 1 if match else None
 
 
 def global_name(tower: Tower, name: str) -> str:
@@ -94,10 +94,3 @@ def load_slices(towers: Mapping[str, Sequence[Tower]], read: Callable[[str], Ten
                 name = f"{tower}.{global_name(chunk, local)}".replace(".blocks.", ".blocks.layers.", 1)
                 if name in names:
                     parameter.copy_(_slice(read(name), parameter).reshape(parameter.shape))
-
-
-def load_tensors(tower: Tower, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors, by global name, into this rank's slices of `tower`'s parameters; every name must be there."""
-    with torch.no_grad():
-        for name, parameter in tower.named_parameters():
-            parameter.copy_(_slice(tensors[global_name(tower, name)], parameter))

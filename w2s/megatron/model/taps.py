@@ -34,20 +34,20 @@ def hidden_states_at(blocks: TransformerBlock, numbers: Collection[int]) -> Iter
     Returns:
         Packed tokens [tokens, 1, width] by layer, of all these layers of the chunk but its last one.
     """
-    found: dict[int, Tensor] = {}
+    hidden_states: dict[int, Tensor] = {}
 
-    def look(number: int) -> Callable[..., None]:
+    def keep_input_of(number: int) -> Callable[..., None]:
         def hook(module: Any, inputs: Any, named: dict[str, Any]) -> None:
-            found[number] = named["hidden_states"]
+            hidden_states[number] = named["hidden_states"]
 
         return hook
 
     with ExitStack() as undo:
         for layer, following in pairwise(blocks.layers):
             if (number := layer.layer_number - 1) in numbers:
-                handle = following.register_forward_pre_hook(look(number), with_kwargs=True)
+                handle = following.register_forward_pre_hook(keep_input_of(number), with_kwargs=True)
                 undo.callback(handle.remove)
-        yield found
+        yield hidden_states
 
 
 def attach_loss(hidden: Tensor, loss: Tensor) -> Tensor:

@@ -153,13 +153,13 @@ class Optimizer:
         """Master weights and moments of this rank's share, by their place: the tensors themselves."""
         self.prepare_to_load()
         base_optimizer = self.sharded.optimizer
-        found: dict[str, Tensor] = {}
+        slices: dict[str, Tensor] = {}
         for number, group in enumerate(base_optimizer.param_groups):
             for place, parameter in enumerate(group["params"]):
                 moments = {name: base_optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")}
                 parts = {"weight": parameter.data, **moments}
-                found |= {f"{number}.{place}.{name}": part for name, part in parts.items()}
-        return found
+                slices |= {f"{number}.{place}.{name}": part for name, part in parts.items()}
+        return slices
 
     def resume_at(self, step: int) -> None:
         """Count from `step` on, of which the guard knows those skipped."""

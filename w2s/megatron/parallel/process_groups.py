@@ -110,9 +110,9 @@ class Ranks:
         """Whether `flag` is true on any rank."""
         if self.world_size == 1:
             return flag
-        seen = torch.tensor([int(flag)])
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self.control_group)
-        return bool(seen.item())
+        highest = torch.tensor([int(flag)])
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.control_group)
+        return bool(highest.item())
 
 
 def means(gathered: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from w2s.data.sources import list_sources
 from w2s.evaluation.suite import find_sets
 
 
-def check_data(configs: Sequence[Config]) -> None:
+def find_shards(configs: Sequence[Config]) -> None:
     """Build the built-in data sets that are missing, and find all other shards.
 
     Args:
