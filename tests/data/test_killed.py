@@ -98,6 +98,7 @@ def test_a_killed_worker_is_started_again(folder: Path, caplog: pytest.LogCaptur
     assert "a reading process died, step" in caplog.text
 
 
+@pytest.mark.slow  # it is waited for, ten seconds
 def test_a_stopped_worker_does_not_stay(folder: Path) -> None:
     with closing(open_stream(folder, 2)) as stream:
         stream.next()

@@ -36,7 +36,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("ending", "code", "output"), [("kill", -signal.SIGKILL, ""), ("raise", 1, ""), ("stop", 0, "read on\n")]
+    ("ending", "code", "output"),
+    [("kill", -signal.SIGKILL, ""), pytest.param("raise", 1, "", marks=pytest.mark.slow), ("stop", 0, "read on\n")],
 )
 def test_workers_outlive_stop_signals_and_end_with_the_trainer(
     tmp_path: Path, ending: str, code: int, output: str

@@ -28,7 +28,7 @@ DECAY = 0.6
 """Reached after 14 updates: the warm-up and what comes after it both count, and have a step that is skipped each."""
 TOLERANCE = 1e-6
 """Of weights of at most 1 beside float64: each update rounds to 6e-8, and the decay forgets what was rounded before."""
-QUICK = [(1, "accumulation", 20), (2, "data", 20)]
+QUICK = [(2, "data", 20)]
 """Ranks, layout and steps where minutes count."""
 
 
