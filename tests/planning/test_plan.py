@@ -54,7 +54,7 @@ def searched() -> tuple[Plans, float]:
 
 def test_18b_on_256_h100_is_planned_in_seconds_and_every_layout_is_legal(searched: tuple[Plans, float]) -> None:
     plans, taken = searched
-    assert taken < 15
+    assert taken < 30  # of CPU; 6 without a tracer
     assert plans.fitting > 1000 and len(plans.fastest) == 10
     layouts = [plan.config.parallel for plan in plans.fastest]
     assert len({(each.tensor, each.pipeline, each.shard) for each in layouts}) == 10, "each split once"
