@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
 
+from tests.stages.shapes import write_shapes
 from w2s import __version__, cli
 from w2s.config.load import load
 from w2s.config.sections import Config
@@ -278,3 +281,19 @@ def test_runs_are_completed(
 def test_as_a_module() -> None:
     command = [sys.executable, "-m", "w2s", "--version"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"w2s {__version__}\n"
+
+
+def test_the_data_commands_count_check_and_show_shards(w2s: Run, tmp_path: Path) -> None:
+    shards, sheet = write_shapes(tmp_path / "shapes", 2, seed=0), tmp_path / "sheet.png"
+    index = tmp_path / "index"
+    code, out, _ = w2s("data", "index", "data=shards", f"data.train={shards}", f"data.index={index}")
+    assert (code, out.split(": ", 1)[1]) == (0, "48 samples in 2 shards\n")
+    assert [sum(json.loads(sizes.read_text()).values()) for sizes in index.rglob("*.json")] == [48]
+    code, out, _ = w2s("data", "check", str(shards))
+    assert code == 0 and "48" in out
+    code, out, _ = w2s("data", "show", str(shards), "--out", str(sheet), "--count", "4")
+    assert code == 0 and out.endswith(f"4 samples drawn: {sheet}\n")
+    assert Image.open(sheet).format == "PNG"
+    (shards / "000001.tar").write_bytes(b"no archive")
+    code, _, error = w2s("data", "check", str(shards))
+    assert code == 1 and error.startswith("error: ")
