@@ -268,7 +268,7 @@ class MaskedStage:
             metrics |= self._cosines("neighbours", self.evaluator.gallery_set())
         tracker.results(metrics, "masked stage")
         if self.config.tracking.pictures:
-            self._draw(tracker)
+            self._draw_pictures(tracker)
         return metrics
 
     def _as_clips(self) -> dict[str, float]:
@@ -364,7 +364,7 @@ class MaskedStage:
             norm(Outputs.unflatten(flattened, tutor.target).patches, update=True)
         return norm
 
-    def _draw(self, tracker: Tracker) -> None:
+    def _draw_pictures(self, tracker: Tracker) -> None:
         # Not before the first step, for matplotlib's sake.
         from w2s.tracking.pictures import attention_picture, features_picture, masked_picture
 

@@ -135,7 +135,13 @@ def _secrets() -> list[tuple[str, str]]:
 
 
 def _is_secret(name: str, value: str, taken: bool) -> bool:
-    """Whether a variable's value is a credential, as far as can be told; `taken` is by a configuration."""
+    """Whether the value of a variable that a configuration takes, or whose name says so, is a credential.
+
+    Args:
+        name: of the variable.
+        value: of it.
+        taken: whether a configuration takes it.
+    """
     if value.startswith("/") and os.path.exists(f"/{value.split('/')[1]}"):
         return False  # a place on this machine
     if _SECRET_NAME.search(name):
