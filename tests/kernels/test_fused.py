@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.cases import DEFINITION, DTYPES, PLAIN, fused, inputs, results
-from w2s.kernels.gelu import bias_gelu_tanh, bias_quick_gelu
+from w2s.kernels.gelu import Activation, bias_gelu, bias_gelu_tanh, bias_quick_gelu
 
 ERRORS = {"fp32": 2**-21, "bf16": 2**-7}
 """Largest error beside the largest value: a few roundings of 2^-24; of 2^-9 each where the inputs of a sum are rounded
@@ -47,13 +47,31 @@ def _by_tanh(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("ours", "definition", "times"), [(bias_quick_gelu, _quick, 1), (bias_gelu_tanh, _by_tanh, 2)])
 @pytest.mark.parametrize("kind", DTYPES)
 def test_other_gelus_are_their_definitions(
-    ours: Callable[..., Tensor], definition: Callable[..., Tensor], times: int, kind: str
+    ours: Activation, definition: Callable[..., Tensor], times: int, kind: str
 ) -> None:
     """They have no Triton kernel."""
     tensors = inputs("gelu", DTYPES[kind])
     exact = results(lambda hidden, bias: definition(hidden + bias), [tensor.double() for tensor in tensors])
-    for value, reference in zip(results(ours, tensors), exact, strict=True):
+    for value, reference in zip(results(lambda *x: ours(*x)[0], tensors), exact, strict=True):
         assert (value.double() - reference).abs().max() / reference.abs().max() < times * ERRORS[kind]
+
+
+@pytest.mark.parametrize("ours", [bias_gelu, bias_gelu_tanh, bias_quick_gelu])
+def test_an_activation_can_be_computed_again(ours: Activation) -> None:
+    """From the one tensor that is kept for the backward pass."""
+    hidden, bias, _ = inputs("gelu", torch.float32)
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output, recompute = ours(hidden.requires_grad_(), bias.requires_grad_())
+    assert [tensor.shape for tensor in saved if tensor.ndim] == [hidden.shape]
+    again = recompute()
+    assert torch.equal(again, output) and not again.requires_grad
+    assert torch.equal(ours(hidden + bias, None)[0], output)  # of a linear that has added its bias
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,10 @@
 """SigLIP's pooling: a learned probe that attends to all tokens, and an MLP."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Activation = Callable[[Tensor, Tensor], Tensor]
-"""Takes what a linear gave and the linear's bias."""
+from w2s.kernels.gelu import Activation
 
 
 class AttentionPool(nn.Module):
@@ -68,5 +65,6 @@ class PoolMLP(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [n, width] to features [n, width]."""
-        hidden: Tensor = self.fc2(self.activation(F.linear(features, self.fc1.weight), self.fc1.bias))
+        active, _ = self.activation(F.linear(features, self.fc1.weight), self.fc1.bias)
+        hidden: Tensor = self.fc2(active)
         return hidden

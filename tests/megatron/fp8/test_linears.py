@@ -19,6 +19,7 @@ from w2s.megatron.fp8 import transformer_engine
 from w2s.megatron.fp8.fp8_formats import sampled
 from w2s.megatron.fp8.fp8_stats import Fp8Stats, fp8_metrics
 from w2s.megatron.fp8.linears import Linears, without_fp8
+from w2s.megatron.fp8.whole_linears import ColumnLinear, RowLinear
 from w2s.megatron.model.initialize import init_parameters
 from w2s.megatron.model.tower import transformer_config
 from w2s.megatron.parallel import process_groups
@@ -75,7 +76,7 @@ def test_megatron_is_told_the_recipe(alone: Ranks, precision: PrecisionConfig, s
 
 def test_the_layers_of_each_kind(alone: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     emulated = Linears("local", EMULATED, frozenset({1}))
-    assert (emulated.column(1), emulated.row(1)) == (ColumnParallelLinear, RowParallelLinear)
+    assert (emulated.column(1), emulated.row(1)) == (ColumnLinear, RowLinear)
     assert emulated.column(0).__name__ == "Fp8ColumnParallelLinear"
     asked: list[bool] = []
     monkeypatch.setattr(transformer_engine, "column_linear", lambda bf16: asked.append(bf16) or ColumnParallelLinear)

@@ -66,18 +66,18 @@ def operators(dtype: torch.dtype, device: str) -> tuple[Counter[str], Counter[st
     return forward.counts, backward.counts
 
 
-def assert_no_copies(forward: Counter[str], backward: Counter[str], kernels: set[str]) -> None:
-    (kernel,) = kernels & forward.keys()
-    assert forward == {"mm": 2, kernel: 1}
-    # Two products for each of the two linears; one join of the gradients by query, key and value.
-    assert backward == {"mm": 4, f"{kernel}_backward": 1, "cat": 1}
-
-
 def test_nothing_is_copied_around_attention(alone: Ranks) -> None:
-    assert_no_copies(*operators(torch.float32, "cpu"), {"_scaled_dot_product_flash_attention_for_cpu"})
+    """One of the two linears has a bias."""
+    forward, backward = operators(torch.float32, "cpu")
+    kernel = "_scaled_dot_product_flash_attention_for_cpu"
+    assert forward == {"mm": 1, "addmm": 1, kernel: 1}
+    # Two products for each of the two linears; one join of the gradients by query, key and value.
+    assert backward == {"mm": 4, "sum": 1, f"{kernel}_backward": 1, "cat": 1}
 
 
 @pytest.mark.gpu
 def test_a_gpu_takes_flash_or_cudnn_and_copies_nothing(alone: Ranks) -> None:
-    kernels = {"_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention"}
-    assert_no_copies(*operators(torch.bfloat16, "cuda"), kernels)
+    forward, backward = operators(torch.bfloat16, "cuda")
+    (kernel,) = {"_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention"} & forward.keys()
+    assert forward == {"mm": 2, kernel: 1}  # the bias is left to the add
+    assert backward == {"mm": 4, f"{kernel}_backward": 1, "cat": 1}

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.megatron.spawn import SHAPE
 from w2s.config.lessons import Target
 from w2s.config.sections import ParallelConfig
-from w2s.kernels.gelu import bias_gelu
+from w2s.kernels.gelu import Recompute, bias_gelu
 from w2s.megatron.model.initialize import init_parameters
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.towers.initial import vision_rule
@@ -26,10 +26,10 @@ def run(recompute: Any) -> tuple[int, dict[str, Tensor]]:
     init_parameters(tower, vision_rule(SHAPE, post_norm=0.5), seed=1)
     outputs: list[weakref.ref[torch.UntypedStorage]] = []
 
-    def gelu(hidden: Tensor, bias: Tensor) -> Tensor:
-        output = bias_gelu(hidden, bias)
+    def gelu(hidden: Tensor, bias: Tensor | None) -> tuple[Tensor, Recompute]:
+        output, again = bias_gelu(hidden, bias)
         outputs.append(weakref.ref(output.untyped_storage()))
-        return output
+        return output, again
 
     images = torch.randn(2, 3, SHAPE.image_size, SHAPE.image_size, generator=torch.Generator().manual_seed(0))
     with pytest.MonkeyPatch.context() as patch:

@@ -5,11 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-
 from w2s.config.linear_choice import bf16_layers, choose_linears, fp8_format
 from w2s.config.sections import Config, PrecisionConfig
 from w2s.megatron.fp8 import fp8_emulation, transformer_engine
+from w2s.megatron.fp8.whole_linears import ColumnLinear, RowLinear
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,14 @@ class Linears:
         if self.implementation == "te":
             return transformer_engine.column_linear(self._without_fp8(layer))
         if self._without_fp8(layer):
-            return ColumnParallelLinear
+            return ColumnLinear
         return fp8_emulation.column_linear(fp8_format(self.precision))
 
     def row(self, layer: int) -> type:
         """Return the linear of a layer whose input tensor-parallel ranks share."""
         if self.implementation == "te":
             return transformer_engine.row_linear(self._without_fp8(layer))
-        return RowParallelLinear if self._without_fp8(layer) else fp8_emulation.row_linear(fp8_format(self.precision))
+        return RowLinear if self._without_fp8(layer) else fp8_emulation.row_linear(fp8_format(self.precision))
 
     def settings(self) -> dict[str, Any]:
         """Return what Megatron's configuration of the tower has to say of them."""

@@ -22,9 +22,10 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from w2s.kernels.add_norm import add_rms_norm
+from w2s.kernels.add_norm import add_bias, add_rms_norm
 from w2s.kernels.rms_norm import rms_norm
 from w2s.megatron import compat
+from w2s.megatron.fp8.whole_linears import ColumnLinear, RowLinear
 
 _MATH_KERNEL_UP_TO = 128
 """Tokens up to which plain products train faster than the CPU's flash kernel in bfloat16."""
@@ -45,7 +46,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         _mark_sequence_parallel(self, config)
 
-    def forward(self, hidden: Tensor, bias_residual: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, bias_residual: tuple[Tensor | None, Tensor] | None = None) -> Tensor:
         """Return norm(hidden); with (bias, residual) as in a post-norm layer, residual + norm(hidden + bias)."""
         if bias_residual is None:
             return rms_norm(hidden, self.weight, self.eps)
@@ -60,12 +61,12 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         _mark_sequence_parallel(self, config)
 
-    def forward(self, hidden: Tensor, bias_residual: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, bias_residual: tuple[Tensor | None, Tensor] | None = None) -> Tensor:
         """Return norm(hidden); with (bias, residual) as in a post-norm layer, residual + norm(hidden + bias)."""
         if bias_residual is None:
             return super().forward(hidden)
         bias, residual = bias_residual
-        return residual + super().forward(hidden + bias)
+        return residual + super().forward(add_bias(hidden, bias))
 
 
 NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
@@ -119,9 +120,8 @@ class PreNormAdd(nn.Module):
         """Return the function that Megatron calls with (branch, bias), residual and dropout."""
         return self._add
 
-    def _add(self, branch_and_bias: tuple[Tensor, Tensor], residual: Tensor, dropout: float) -> Tensor:
-        branch, bias = branch_and_bias
-        branch = branch + bias
+    def _add(self, branch_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        branch = add_bias(*branch_and_bias)
         return residual + (branch if self.branch_scale is None else self.branch_scale * branch)
 
 
@@ -142,12 +142,12 @@ class PostNormAdd(nn.Module):
         """Return the function that Megatron calls with (branch, bias), residual and dropout."""
         return self._add
 
-    def _add(self, branch_and_bias: tuple[Tensor, Tensor], residual: Tensor, dropout: float) -> Tensor:
+    def _add(self, branch_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
         branch, bias = branch_and_bias
         # By calling the module: Megatron waits for weights in its hooks.
         if self.branch_scale is None:
             return self.norm(branch, (bias, residual))
-        return residual + self.branch_scale * self.norm(branch + bias)
+        return residual + self.branch_scale * self.norm(add_bias(branch, bias))
 
 
 class Layer(TransformerLayer):
@@ -170,7 +170,8 @@ class GeluMLP(MLP):
 
     def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, Tensor | None]:
         """Return what Megatron's MLP returns: the output [tokens, 1, width] and the bias to be added to it."""
-        return self.linear_fc2(self.activation_func(*self.linear_fc1(hidden_states)))
+        active, _ = self.activation_func(*self.linear_fc1(hidden_states))
+        return self.linear_fc2(active)
 
 
 class RecomputedMLP(MLP):
@@ -178,15 +179,14 @@ class RecomputedMLP(MLP):
 
     def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, Tensor | None]:
         """Return what Megatron's MLP returns: the output [tokens, 1, width] and the bias to be added to it."""
-        hidden, bias = self.linear_fc1(hidden_states)
-        active = self.activation_func(hidden, bias)
+        active, recompute = self.activation_func(*self.linear_fc1(hidden_states))
         active_pointer = active.data_ptr()  # what is saved keeps `pack`, which must not keep `active`
 
         def pack(kept: Tensor) -> Tensor | None:
             return None if kept.data_ptr() == active_pointer else kept
 
         def unpack(kept: Tensor | None) -> Tensor:
-            return self.activation_func(hidden.detach(), bias.detach()) if kept is None else kept
+            return recompute() if kept is None else kept
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return self.linear_fc2(active)
@@ -262,8 +262,8 @@ def layer_spec(
     qkv_bias: str,
     causal: bool,
     recompute_activation: bool,
-    column: type = ColumnParallelLinear,
-    row: type = RowParallelLinear,
+    column: type = ColumnLinear,
+    row: type = RowLinear,
 ) -> ModuleSpec:
     """Return the specification of one layer.
 
