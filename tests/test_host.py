@@ -1,6 +1,8 @@
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,36 @@ def test_a_terminal_on_a_full_disk(keep: str, code: int) -> None:
 def test_what_can_be_printed_is_printed() -> None:
     done = subprocess.run([sys.executable, "-c", PRINTING.format(keep="keep_printing")], capture_output=True, text=True)
     assert done.stdout == "x" * 100_000 + "\na line\nnote\nleft in the buffer"
+
+
+MEMORY = """
+import torch
+from w2s.host import keep_freed_memory, use_huge_pages
+
+keep_freed_memory()
+use_huge_pages()
+tensor = torch.ones(2**24)
+place, here = tensor.data_ptr(), False
+for line in open("/proc/self/smaps"):
+    begin, dash, end = line.split()[0].partition("-")
+    if dash:
+        here = int(begin, 16) <= place < int(end, 16)
+    elif here and line.startswith("VmFlags"):
+        print("hg" in line.split())
+del tensor
+highest, held = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(("VmHWM", "VmRSS"))]
+print(highest - held < 2**15)  # of 64 MiB, in KiB
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists() or platform.libc_ver()[0] != "glibc",
+    reason="huge pages are asked for with Linux and glibc alone",
+)
+def test_tensors_lie_in_huge_pages_and_their_memory_stays() -> None:
+    """Both by what the system says: that huge pages are asked for where a tensor lies, and that it got nothing back."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
 
 
 def put_without_an_order() -> str:

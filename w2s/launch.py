@@ -29,7 +29,7 @@ from w2s.data.workers import prepare_workers
 from w2s.errors import ConfigError, StopRun, UserError, W2SError
 from w2s.failure import FAILURE_FILE, Failure, describe
 from w2s.forks import start_fork_server
-from w2s.host import keep_freed_memory, keep_printing
+from w2s.host import keep_freed_memory, keep_printing, use_huge_pages
 from w2s.redaction import redact, shown
 from w2s.stopping import SIGNALS, stop_with_parent
 from w2s.tracking.atomic_files import write_text
@@ -83,6 +83,7 @@ def run_stage(config: Config) -> None:
     sweep(temporary())
     keep_printing()
     keep_freed_memory()
+    use_huge_pages()
     show_notes()
     if config.data.workers:
         prepare_workers()

@@ -21,7 +21,7 @@ from w2s.config.batching import data_parallel_size, samples_per_rank
 from w2s.config.sections import Config
 from w2s.data.batch import Batch
 from w2s.data.sample import SampleSpec
-from w2s.host import keep_freed_memory
+from w2s.host import keep_freed_memory, use_huge_pages
 from w2s.launch import launch
 from w2s.megatron.parallel import process_groups
 from w2s.run import open_stream
@@ -121,6 +121,7 @@ def _run(job: Job) -> None:
     """A rank."""
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print does not get between the figures
     keep_freed_memory()
+    use_huge_pages()
     (_run_peer if job.peer else _run_ours)(job)
 
 
