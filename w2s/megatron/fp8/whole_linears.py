@@ -20,7 +20,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Any, bias: Tensor | None, accumulate: bool) -> Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.accumulate = accumulate
+        ctx.parameter = weight if accumulate else None  # what is saved may come back without its attributes
         return F.linear(input, weight, bias)
 
     @staticmethod
@@ -30,9 +30,9 @@ class _Product(torch.autograd.Function):
         packed, grad_out = input.flatten(0, -2), outputs[0].flatten(0, -2)
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_weight = None
-        if needs_weight and ctx.accumulate:
-            weight.main_grad.addmm_(grad_out.t(), packed)
-            weight.grad_added_to_main_grad = True
+        if needs_weight and ctx.parameter is not None:
+            ctx.parameter.main_grad.addmm_(grad_out.t(), packed)
+            ctx.parameter.grad_added_to_main_grad = True
             grad_weight = torch.empty_like(weight)  # DDP's hook wants one, and drops it
         elif needs_weight:
             grad_weight = grad_out.t() @ packed
