@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from w2s.host import compute_deterministically, prepare_cuda
+from w2s.host import address_space_is_free, compute_deterministically, prepare_cuda
 
 PRINTING = """
 import logging, sys
@@ -55,18 +55,43 @@ print(highest - held < 2**15)  # of 64 MiB, in KiB
 """
 
 
-def gives_huge_pages() -> bool:
-    """Whether they are asked for here: by glibc, of a system that has them and does not count what it promises."""
-    if platform.libc_ver()[0] != "glibc" or not Path("/sys/kernel/mm/transparent_hugepage").exists():
-        return False
-    return Path("/proc/sys/vm/overcommit_memory").read_text().strip() != "2"
-
-
-@pytest.mark.skipif(not gives_huge_pages(), reason="no huge pages are asked for here")
+@pytest.mark.skipif(
+    not (
+        platform.libc_ver()[0] == "glibc"
+        and address_space_is_free()
+        and Path("/sys/kernel/mm/transparent_hugepage").exists()
+    ),
+    reason="no huge pages are asked for here",
+)
 def test_tensors_lie_in_huge_pages_and_their_memory_stays() -> None:
     """Both by what the system says: that huge pages are asked for where a tensor lies, and that it got nothing back."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True"]
+
+
+LIMITED = """
+import resource
+from w2s.host import keep_freed_memory, use_huge_pages
+
+def size():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+
+resource.setrlimit(resource.{limit}, (2**45, resource.RLIM_INFINITY))
+before = size()
+keep_freed_memory()
+use_huge_pages()
+print(size() - before < 2**15)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the size of a process is read from Linux")
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_address_space_that_is_limited_is_left_alone(limit: str) -> None:
+    """Half of the machine's memory would be missing to everything else; in KiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED.format(limit=limit)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True"]
 
 
 def put_without_an_order() -> str:

@@ -2,7 +2,8 @@
 
 QuickGELU(x) = x sigmoid(1.702 x) is what OpenAI's CLIPs were trained with, the GELU by tanh SigLIPs.
 
-Each returns its output and how to compute that again from what it keeps for the backward pass: one tensor.
+Each returns its output and how to compute that again from what it keeps for the backward pass: one tensor
+as large as the output.
 """
 
 from collections.abc import Callable

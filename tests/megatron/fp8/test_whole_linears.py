@@ -72,7 +72,10 @@ def test_it_adds_the_bias_itself(alone: Ranks, ours: Any, megatron: Any) -> None
 def test_what_is_frozen_gets_no_gradient(alone: Ranks, ours: Any, megatron: Any) -> None:
     linear = make(ours).requires_grad_(False)
     inputs = torch.randn(5, 1, 24, requires_grad=True)
-    linear(inputs)[0].sum().backward()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: saved.append(kept) or kept, lambda kept: kept):
+        linear(inputs)[0].sum().backward()
     assert inputs.grad is not None
+    assert [tensor.shape for tensor in saved] == [linear.weight.shape]  # and not the inputs
     torch.testing.assert_close(inputs.grad, linear.weight.sum(0).expand(5, 1, 24))
     assert linear.weight.grad is linear.bias.grad is None
