@@ -39,15 +39,17 @@ def passes(linear: Any, inputs: Tensor, grad_out: Tensor) -> list[Tensor]:
 
 
 @kinds
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_it_computes_what_megatrons_does(alone: Ranks, ours: Any, megatron: Any, accumulate: bool) -> None:
+@pytest.mark.parametrize("accumulate", ["", "first product of a step", "later one"])
+def test_it_computes_what_megatrons_does(alone: Ranks, ours: Any, megatron: Any, accumulate: str) -> None:
     generator = torch.Generator().manual_seed(9)
     inputs, grad_out = (torch.randn(5, 1, width, generator=generator) for width in (24, 16))
     found = []
     for kind in (ours, megatron):
         linear = make(kind)
         if accumulate:
-            linear.weight.main_grad, linear.weight.grad_added_to_main_grad = torch.ones_like(linear.weight), False
+            later = accumulate == "later one"
+            linear.weight.main_grad = torch.full_like(linear.weight, float(later))
+            linear.weight.grad_added_to_main_grad = later
             compat.accumulate_in_products(linear)
         with torch.autograd.graph.saved_tensors_hooks(
             torch.Tensor.detach, lambda kept: kept

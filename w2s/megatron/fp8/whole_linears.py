@@ -31,7 +31,9 @@ class _Product(torch.autograd.Function):
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_weight = None
         if needs_weight and ctx.parameter is not None:
-            ctx.parameter.main_grad.addmm_(grad_out.t(), input.flatten(0, -2))
+            # The first product of a step finds zeros, which need not be read.
+            added = ctx.parameter.grad_added_to_main_grad
+            ctx.parameter.main_grad.addmm_(grad_out.t(), input.flatten(0, -2), beta=float(added))
             ctx.parameter.grad_added_to_main_grad = True
             grad_weight = torch.empty_like(weight)  # DDP's hook wants one, and drops it
         elif needs_weight:
