@@ -81,8 +81,8 @@ def print_report(root: Path | None = None, console: Console | None = None) -> No
     table = Table("", "", Column(overflow="fold"), box=None, show_header=False)
     for finding in examine(root):
         mark, colour = _MARKS[finding.state]
-        found = Text("\n").join([Text(line) for line in (finding.value, finding.note) if line])
-        table.add_row(Text(mark, colour), Text(finding.name, "bold"), found)
+        text = Text("\n").join([Text(line) for line in (finding.value, finding.note) if line])
+        table.add_row(Text(mark, colour), Text(finding.name, "bold"), text)
     (console or Console()).print(table)
 
 

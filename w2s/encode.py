@@ -202,8 +202,8 @@ def _image_files(source: str, image_key: str) -> Iterator[tuple[str, list[bytes]
 def _view(name: str, images: list[bytes], config: Config) -> Tensor:
     """An image or a clip after CLIP's test transform."""
     try:
-        (found,) = view(images, config.data.frames, [config.model.vision.image_size], config.eval.resizes[0])
-        return found
+        (pixels,) = view(images, config.data.frames, [config.model.vision.image_size], config.eval.resizes[0])
+        return pixels
     except BadSample as error:
         raise DataError(f"--images: {name}: {error}, leave it out") from error
 

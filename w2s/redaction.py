@@ -114,7 +114,7 @@ def _value_of(written: re.Match[str]) -> str:
 
 def printable(text: str) -> str:
     """Return a text with control characters, line breaks included, written out as `\\x1b` or `\\n`."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return _CONTROL.sub(lambda control: control[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def shown(text: str) -> str:

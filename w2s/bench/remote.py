@@ -52,10 +52,10 @@ def measure(
         names = pattern.removeprefix(str(shards))
         with serve(shards, latency=latency, bandwidth=bandwidth) as url:
             for place, folder_or_url in (("server", url), ("disk", str(shards))):
-                found = Shards(place, f"{folder_or_url}{names}", count)
+                served = Shards(place, f"{folder_or_url}{names}", count)
                 figures[place] = {
-                    "open_clip": _figures(open_clip_images(found, None, workers)),
-                    "w2s": _figures(_ours(found, workers)),
+                    "open_clip": _figures(open_clip_images(served, None, workers)),
+                    "w2s": _figures(_ours(served, workers)),
                 }
     return figures
 

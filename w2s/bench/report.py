@@ -179,8 +179,8 @@ def _line(
     ranks: int,
 ) -> Line:
     """The medians of a batch over all turns."""
-    ours = [found.rows[number] for found, _ in turns]
-    peers = [found.rows[number] for _, found in turns if found is not None]
+    ours = [own.rows[number] for own, _ in turns]
+    peers = [theirs.rows[number] for _, theirs in turns if theirs is not None]
     ratios = [
         peer.milliseconds / own.milliseconds for own, peer in zip(ours, peers, strict=False) if own.parts and peer.parts
     ]

@@ -174,8 +174,8 @@ def _found(subject: _Subject, device: torch.device, rows: list[Row]) -> Measured
     )
 
 
-def _write(job: Job, found: Measured) -> None:
-    job.out.write_text(json.dumps(asdict(found)), encoding="utf-8")
+def _write(job: Job, measured: Measured) -> None:
+    job.out.write_text(json.dumps(asdict(measured)), encoding="utf-8")
 
 
 def _measure_rows(
@@ -222,5 +222,5 @@ def _median_step(
             with marks.part("data"):
                 batch = next_batch()
             step(batch)
-    found = sorted(marks.read(), key=lambda parts: sum(parts.values()))
-    return found[(steps - 1) // 2]
+    by_time = sorted(marks.read(), key=lambda parts: sum(parts.values()))
+    return by_time[(steps - 1) // 2]

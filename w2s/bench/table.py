@@ -13,14 +13,14 @@ from w2s.tracking.tables import Cell, Table
 Figure = Callable[[Speed], float | None]
 
 _FIGURES: dict[str, Figure] = {
-    "ms": lambda found: found.milliseconds,
-    "samples/s": lambda found: found.samples_per_second,
-    "model TFLOP/s": lambda found: found.model_tflops,
-    "hardware TFLOP/s": lambda found: found.hardware_tflops,
-    "MFU %": lambda found: _percent(found.mfu),
-    "HFU %": lambda found: _percent(found.hfu),
-    "towers' MFU %": lambda found: _percent(found.towers_mfu),
-    "peak GiB": lambda found: found.memory_gib,
+    "ms": lambda speed: speed.milliseconds,
+    "samples/s": lambda speed: speed.samples_per_second,
+    "model TFLOP/s": lambda speed: speed.model_tflops,
+    "hardware TFLOP/s": lambda speed: speed.hardware_tflops,
+    "MFU %": lambda speed: _percent(speed.mfu),
+    "HFU %": lambda speed: _percent(speed.hfu),
+    "towers' MFU %": lambda speed: _percent(speed.towers_mfu),
+    "peak GiB": lambda speed: speed.memory_gib,
 }
 
 
@@ -38,7 +38,7 @@ def _table(report: Report) -> Table:
     columns = [column for line in report.rows for column in _columns(report, line)]
     figures = _FIGURES | {f"ms: {name}": _of_part(name) for name in (*PARTS, REST)}
     rows: list[list[Cell]] = [
-        [name, *(None if found is None else figure(found) for _, found, _ in columns)]
+        [name, *(None if speed is None else figure(speed) for _, speed, _ in columns)]
         for name, figure in figures.items()
         if report.bf16_peak_tflops or "FU" not in name
     ]
@@ -50,15 +50,15 @@ def _table(report: Report) -> Table:
 def _columns(report: Report, line: Line) -> list[tuple[str, Speed | None, float | None]]:
     """Title, figures and ratio of ours, and of the peer's if there is one."""
 
-    def column(whose: str, found: Speed | None, ratio: float | None) -> tuple[str, Speed | None, float | None]:
-        return f"{whose} {line.micro_batch}" + ("" if found else ": out of memory"), found, ratio
+    def column(whose: str, speed: Speed | None, ratio: float | None) -> tuple[str, Speed | None, float | None]:
+        return f"{whose} {line.micro_batch}" + ("" if speed else ": out of memory"), speed, ratio
 
     ours = column("w2s", line.ours, line.ratio)
     return [ours, column(report.peer, line.peer, None)] if report.peer else [ours]
 
 
 def _of_part(name: str) -> Figure:
-    return lambda found: found.parts.get(name, 0.0)
+    return lambda speed: speed.parts.get(name, 0.0)
 
 
 def _percent(fraction: float | None) -> float | None:

@@ -72,10 +72,10 @@ class Meta:
         Raises:
             CheckpointError: it is not there.
         """
-        found = self.config[section].get(key) if isinstance(self.config.get(section), Mapping) else None
-        if not isinstance(found, str):
+        value = self.config[section].get(key) if isinstance(self.config.get(section), Mapping) else None
+        if not isinstance(value, str):
             raise CheckpointError(f"a checkpoint of {self.stage} has no {section}.{key} in its meta.json: use another")
-        return found
+        return value
 
 
 def checkpoints_of(run: Path) -> Path:

@@ -239,7 +239,7 @@ def _axes_of(name: str, tensor: Tensor) -> tuple[str, ...]:
 
 def _size_of(source: Released, tower: str, new: Size) -> Size:
     """The size of a checkpoint's tower; its heads are taken to be as wide as the new ones where it does not say."""
-    layers = {int(found[2]) for name in source.meta if name.startswith(f"{tower}.") and (found := LAYER.match(name))}
+    layers = {int(layer[2]) for name in source.meta if name.startswith(f"{tower}.") and (layer := LAYER.match(name))}
     first = f"{tower}.blocks.0.mlp.fc1" if tower == "visual" else f"{tower}.transformer.resblocks.0.mlp.c_fc"
     if not layers or f"{first}.weight" not in source.meta:
         raise CheckpointError(f"{source.path} holds no {tower} tower that could grow: use another checkpoint")

@@ -106,20 +106,20 @@ def take_over(towers: Towers, config: Config, teacher_text: tuple[Path, Weights]
         CheckpointError: there is no such checkpoint, it is damaged, or it does not fit.
     """
     root, handover = Path(config.run.root).expanduser(), None
-    found: dict[str, tuple[Path, Weights]] = {}
+    sources: dict[str, tuple[Path, Weights]] = {}
     for name, what, stage in (("vision", config.init.vision, "mim"), ("text", config.init.text, "clip")):
         if name not in towers:
             continue
         if name == "text" and teacher_text is not None:
-            found[name] = teacher_text
+            sources[name] = teacher_text
             continue
         checkpoint = find(what, root, key=f"init.{name}", stage=stage)
         if checkpoint is not None:
-            found[name] = checkpoint, config.init.weights
-    for checkpoint in dict.fromkeys(checkpoint for checkpoint, _ in found.values()):
+            sources[name] = checkpoint, config.init.weights
+    for checkpoint in dict.fromkeys(checkpoint for checkpoint, _ in sources.values()):
         verify(checkpoint)
     growth = Growth(config.init.grow, config.init.grow_width, config.run.seed)
-    for name, (checkpoint, weights) in found.items():
+    for name, (checkpoint, weights) in sources.items():
         teacher = config.init.teacher if name == "vision" else ""
         one = hand_over(
             towers[name], name, checkpoint, config.init.projections, growth, teacher=teacher, weights=weights

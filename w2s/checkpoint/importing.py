@@ -48,17 +48,17 @@ def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: S
         shapes = model_shapes(model, target if target.width else None, logit_bias="logit_bias" in released.meta)
     classifier = _classifier(released, shapes)
     wanted = {name: shape for name, shape in _wanted(released, shapes).items() if released_name(name) not in classifier}
-    found = fit(released, wanted, {"vision": model.vision.heads, "text": model.text.heads})
+    fitted = fit(released, wanted, {"vision": model.vision.heads, "text": model.text.heads})
     left = [*classifier, *(_of_text(released) if released.has_foreign_text else [])]
-    refuse_gaps(found, [*allowed, *OWN_HEADS, *map(released.origin, left)], model.name)
+    refuse_gaps(fitted, [*allowed, *OWN_HEADS, *map(released.origin, left)], model.name)
     meta = {
         name: torch.empty(shapes[name], dtype=released.meta[released_name(name)].dtype, device="meta")
-        for name in found.taken
+        for name in fitted.taken
     }
     with new_folder(out) as folder:
-        write_tensors(folder, meta, lambda name: found.read(name).reshape(shapes[name]))
+        write_tensors(folder, meta, lambda name: fitted.read(name).reshape(shapes[name]))
         seal(folder, _meta(source, model), {})
-    return found
+    return fitted
 
 
 def with_size(model: ModelConfig, image_size: int | None, patch_size: int | None) -> ModelConfig:

@@ -226,13 +226,13 @@ class HostMemory:
 
     def _listed(self) -> dict[Part, Copy]:
         """What this host holds."""
-        found = {}
+        copies = {}
         for path in self._folder.glob("*.safetensors"):
             named = _NAME.fullmatch(path.name)
             with suppress(FileNotFoundError):  # another rank has let it go
                 if named:
-                    found[Part(int(named[1]), int(named[2]))] = Copy(path.name, path.stat().st_size)
-        return found
+                    copies[Part(int(named[1]), int(named[2]))] = Copy(path.name, path.stat().st_size)
+        return copies
 
     def _own(self, step: int) -> Path | None:
         copy = self._listed().get(Part(self._ranks.rank, step))

@@ -50,21 +50,21 @@ def inspect(path: Path) -> dict[str, str]:
 
 def known_models(released: Released) -> list[str]:
     """Return the models of configs/model whose shapes a checkpoint has; pre- and post-norm towers look alike."""
-    found = dimensions(released)
-    if released.has("visual") and "vision.width" not in found:
+    sizes = dimensions(released)
+    if released.has("visual") and "vision.width" not in sizes:
         return []
     names = sorted(path.name.removesuffix(".yaml") for path in (files("w2s.configs") / "model").iterdir())
     models = {name: model_from(read_document("model", name)) for name in names}
-    return [name for name, model in models.items() if found and found.items() <= _dimensions_of(model).items()]
+    return [name for name, model in models.items() if sizes and sizes.items() <= _dimensions_of(model).items()]
 
 
 def dimensions(released: Released) -> dict[str, int | str | bool]:
     """Return the sizes of the towers of our kind that a checkpoint holds."""
     shapes = {name: tuple(tensor.shape) for name, tensor in released.meta.items()}
-    found: dict[str, int | str | bool] = {}
+    sizes: dict[str, int | str | bool] = {}
     if shapes.keys() >= VISION_OF_OURS and len(shapes["visual.pos_embed"]) == 3 and not _is_plain_vit(shapes):
         patch, kind = shapes["visual.patch_embed.proj.weight"][-1], _kind(shapes)
-        found |= {
+        sizes |= {
             "vision.kind": kind,
             "vision.width": shapes["visual.pos_embed"][2],
             "vision.patch_size": patch,
@@ -79,15 +79,15 @@ def dimensions(released: Released) -> dict[str, int | str | bool]:
         and "text.token_embedding.weight" in shapes
         and len(shapes.get("text.positional_embedding", ())) == 2
     ):
-        found |= {
+        sizes |= {
             "text.width": shapes["text.positional_embedding"][1],
             "text.context_length": shapes["text.positional_embedding"][0],
             "text.vocab_size": shapes["text.token_embedding.weight"][0],
             "text.layers": _layers(shapes, r"text\.transformer\.resblocks\.(\d+)\."),
         }
-    if "text.text_projection" in shapes and "vision.width" in found:
-        found["embed_dim"] = shapes["text.text_projection"][1]
-    return found
+    if "text.text_projection" in shapes and "vision.width" in sizes:
+        sizes["embed_dim"] = shapes["text.text_projection"][1]
+    return sizes
 
 
 def _dimensions_of(model: ModelConfig) -> dict[str, int | str | bool]:
@@ -111,7 +111,7 @@ def _is_plain_vit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _layers(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    return 1 + max((int(found[1]) for name in shapes if (found := re.match(pattern, name))), default=-1)
+    return 1 + max((int(layer[1]) for name in shapes if (layer := re.match(pattern, name))), default=-1)
 
 
 def _of_run(meta: Meta) -> dict[str, str]:
@@ -145,22 +145,22 @@ def _sizes(released: Released) -> dict[str, str]:
 
 
 def _towers(released: Released) -> dict[str, str]:
-    found = dimensions(released)
+    sizes = dimensions(released)
     lines = {}
-    if "vision.width" in found:
-        bias = "with" if found["vision.qkv_bias"] else "without"
-        biased = BIASED[str(found["vision.kind"])]
+    if "vision.width" in sizes:
+        bias = "with" if sizes["vision.qkv_bias"] else "without"
+        biased = BIASED[str(sizes["vision.kind"])]
         lines["vision tower"] = (
-            f"{found['vision.layers']} layers x {found['vision.width']}, MLP {found['vision.mlp_width']}, "
-            f"{found['vision.image_size']} px in patches of {found['vision.patch_size']}, {found['vision.norm']}, "
+            f"{sizes['vision.layers']} layers x {sizes['vision.width']}, MLP {sizes['vision.mlp_width']}, "
+            f"{sizes['vision.image_size']} px in patches of {sizes['vision.patch_size']}, {sizes['vision.norm']}, "
             f"{bias} a bias on {biased}"
         )
     elif released.has("visual"):
         lines["vision tower"] = "of another kind than w2s's"
     if released.has_foreign_text:
         lines["text tower"] = "of another kind than w2s's"
-    if "text.width" in found:
+    if "text.width" in sizes:
         lines["text tower"] = (
-            f"{found['text.layers']} layers x {found['text.width']}, {found['text.context_length']} tokens"
+            f"{sizes['text.layers']} layers x {sizes['text.width']}, {sizes['text.context_length']} tokens"
         )
     return lines

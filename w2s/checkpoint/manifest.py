@@ -56,7 +56,7 @@ class Manifest:
                 return f"{name} cannot be read ({error.strerror})"
 
         with ThreadPoolExecutor(THREADS) as pool:
-            return [found for found in pool.map(wrong, names) if found]
+            return [fault for fault in pool.map(wrong, names) if fault]
 
 
 def write_manifest(folder: Path, step: int, files: Mapping[str, Checksum]) -> None:

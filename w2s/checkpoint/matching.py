@@ -105,12 +105,12 @@ def fit(source: Released, shapes: Mapping[str, Shape], heads: Mapping[str, int])
     """
     result = Fit(source, shapes, heads)
     for name, shape in shapes.items():
-        found = source.meta.get(released_name(name))
-        if found is None:
+        held = source.meta.get(released_name(name))
+        if held is None:
             result.missing.append(name)
-        elif tuple(found.shape) == shape:
+        elif tuple(held.shape) == shape:
             result.loaded.append(name)
-        elif _resizer(name, found.shape, shape) is not None:
+        elif _resizer(name, held.shape, shape) is not None:
             result.resized.append(name)
         else:
             result.misfits.append(name)
@@ -119,23 +119,23 @@ def fit(source: Released, shapes: Mapping[str, Shape], heads: Mapping[str, int])
     return result
 
 
-def refuse_gaps(found: Fit, allowed: Sequence[str], model: str) -> None:
+def refuse_gaps(fitted: Fit, allowed: Sequence[str], model: str) -> None:
     """Refuse misfits, and missing and unexpected tensors that no pattern of `allowed` names.
 
     Raises:
         CheckpointError: with the first of them and how to allow it.
     """
-    if found.misfits:
+    if fitted.misfits:
         raise CheckpointError(
-            f"{found.source.path} does not hold the model {model}: {found.misfit()}{hint(found.source)}; "
+            f"{fitted.source.path} does not hold the model {model}: {fitted.misfit()}{hint(fitted.source)}; "
             "choose the model that it holds"
         )
-    for kind, names in (("missing", found.missing), ("unexpected", found.surplus)):
+    for kind, names in (("missing", fitted.missing), ("unexpected", fitted.surplus)):
         rest = [name for name in names if not any(fnmatch(name, pattern) for pattern in allowed)]
         if rest:
             raise CheckpointError(
-                f"{found.source.path} does not hold the model {model}: {len(rest)} tensors are {kind}, such as "
-                f"{rest[0]}{hint(found.source)}; choose the model that it holds, or allow them by name"
+                f"{fitted.source.path} does not hold the model {model}: {len(rest)} tensors are {kind}, such as "
+                f"{rest[0]}{hint(fitted.source)}; choose the model that it holds, or allow them by name"
             )
 
 

@@ -124,13 +124,13 @@ def weights_in(folder: Path) -> Path:
     """
     endings = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".pt")
     known = [folder / f"{name}{ending}" for name in FILES for ending in endings]
-    found = [path for path in known if path.is_file()] or [
+    files = [path for path in known if path.is_file()] or [
         path for path in sorted(folder.iterdir()) if _is_weights(path)
     ]
-    if not found or (found[0] not in known and len(found) > 1):
-        names = ", ".join(path.name for path in found) or "none"
+    if not files or (files[0] not in known and len(files) > 1):
+        names = ", ".join(path.name for path in files) or "none"
         raise CheckpointError(f"{folder} holds no weights file that is known by its name ({names}): give the file")
-    return found[0]
+    return files[0]
 
 
 def _is_pickle(path: Path) -> bool:
@@ -156,18 +156,18 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def _open_all(paths: list[Path], name: Path) -> Tensors:
-    found: Tensors
+    held: Tensors
     if paths and paths[0].suffix == ".safetensors":
-        found = SafetensorsFiles(paths)
+        held = SafetensorsFiles(paths)
     else:
         tensors: dict[str, Tensor] = {}
         for path in paths:
             with reading(path):
                 tensors |= _tensors_of(_load(path))
-        found = InMemory(tensors)
-    if not found.meta:
+        held = InMemory(tensors)
+    if not held.meta:
         raise CheckpointError(f"{name} holds no tensors: give a file of weights")
-    return found
+    return held
 
 
 def _load(path: Path) -> Any:

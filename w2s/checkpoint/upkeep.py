@@ -68,14 +68,14 @@ def prune(run: Path, keep: int | None) -> list[Found]:
     Raises:
         CheckpointError: none is whole; nothing is removed.
     """
-    found, aside = look_at(run, quick=False), set_aside_of(run)
-    whole = [each for each in found if not each.damage and each.path not in aside]
+    checkpoints, aside = look_at(run, quick=False), set_aside_of(run)
+    whole = [each for each in checkpoints if not each.damage and each.path not in aside]
     if not whole:
         raise CheckpointError(f"no checkpoint of {run} is whole: nothing is removed")
     chosen = read_meta(whole[-1].path).config.get("checkpoint", {}).get("keep_at", [])
     newest = whole if keep is None else whole[-keep:]
     stays = [each for each in whole if each in newest or each.latest or step_of(each.path) in chosen]
-    removed = [each for each in found if each not in stays]
+    removed = [each for each in checkpoints if each not in stays]
     if any(each.latest for each in removed):
         point(run, whole[-1].path)
     for each in removed:

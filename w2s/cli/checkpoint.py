@@ -26,7 +26,7 @@ def checkpoint_list(run: OneRun, root: Root = "runs", debug: Debug = False) -> N
         from w2s.checkpoint.upkeep import COLUMNS, look_at
 
         path = find_run(run, Path(root).expanduser())
-        print_table(str(path), COLUMNS, [found.row() for found in look_at(path, quick=True)])
+        print_table(str(path), COLUMNS, [each.row() for each in look_at(path, quick=True)])
 
 
 @checkpoint.command("verify")
@@ -38,10 +38,10 @@ def checkpoint_verify(run: OneRun, root: Root = "runs", debug: Debug = False) ->
 
         path = find_run(run, Path(root).expanduser())
         checkpoints = look_at(path, quick=False)
-        print_table(str(path), COLUMNS, [found.row() for found in checkpoints])
-        damaged = [found for found in checkpoints if found.damage]
-        for found in damaged:
-            print(f"{found.path}: {', '.join(found.damage)}")
+        print_table(str(path), COLUMNS, [each.row() for each in checkpoints])
+        damaged = [each for each in checkpoints if each.damage]
+        for each in damaged:
+            print(f"{each.path}: {', '.join(each.damage)}")
         if damaged:
             raise W2SError(f"{len(damaged)} of {len(checkpoints)} checkpoints of {path} are damaged: see above")
 
@@ -65,6 +65,6 @@ def checkpoint_prune(
 
         path = find_run(run, Path(root).expanduser())
         removed = prune(path, keep)
-        for found in removed:
-            print(f"removed {found.path.name}: {found.state}")
-        print(f"{sum(found.bytes for found in removed):,} bytes freed in {path}")
+        for each in removed:
+            print(f"removed {each.path.name}: {each.state}")
+        print(f"{sum(each.bytes for each in removed):,} bytes freed in {path}")

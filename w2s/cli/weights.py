@@ -37,8 +37,8 @@ def import_(
         from w2s.config.load import named_model
 
         path, held = find_any(source, Path(root).expanduser(), key="SRC"), named_model(model)
-        found = import_checkpoint(path, with_size(held, image_size, patch_size), out, allowed=allow or [])
-        print_table(f"{path} -> {out}", ["", "tensors", "names"], found.rows())
+        imported = import_checkpoint(path, with_size(held, image_size, patch_size), out, allowed=allow or [])
+        print_table(f"{path} -> {out}", ["", "tensors", "names"], imported.rows())
 
 
 @app.command()

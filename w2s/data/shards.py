@@ -49,10 +49,10 @@ def list_shards(source: str, option: str = "data.train", *, allow_pipe: bool = F
         MissingPackageError: the driver for a kind of URL is not installed.
     """
     patterns = [pattern for part in split_sources(source, option) for pattern in _split_list(part)]
-    found = [_expand(pattern, option, allow_pipe) for pattern in patterns]
-    for shards in found:
+    expanded = [_expand(pattern, option, allow_pipe) for pattern in patterns]
+    for shards in expanded:
         _refuse_compressed(shards[0], option)
-    return sorted(chain.from_iterable(found))
+    return sorted(chain.from_iterable(expanded))
 
 
 def shards_digest(shards: Sequence[str]) -> str:

@@ -97,12 +97,12 @@ def _has_magic(url: str) -> bool:
 def _glob(url: str, option: str) -> list[str]:
     filesystem = _filesystem(url, option)
     try:
-        found = first_kind(filesystem.glob(f"{url}*")) if url.endswith("/") else filesystem.glob(url)
+        paths = first_kind(filesystem.glob(f"{url}*")) if url.endswith("/") else filesystem.glob(url)
     except Exception as error:  # each driver raises errors of its own kind
         raise DataError(f"{option}={url} cannot be listed: {type(error).__name__} {error}") from error
-    if not found:
+    if not paths:
         raise DataError(f"{option}={url} has no shards: no {' or '.join(EXTENSIONS)} file is there")
-    return [filesystem.unstrip_protocol(path) for path in found]
+    return [filesystem.unstrip_protocol(path) for path in paths]
 
 
 def _filesystem(url: str, option: str) -> Any:

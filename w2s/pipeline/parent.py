@@ -14,7 +14,7 @@ def params(name: str, plan: Plan) -> dict[str, object]:
 
     A value that trials are to choose is left out until they have.
     """
-    found: dict[str, object] = {"pipeline": redact(name), "seeds": plan.pipeline.seeds or "of the overrides"}
+    facts: dict[str, object] = {"pipeline": redact(name), "seeds": plan.pipeline.seeds or "of the overrides"}
     for step in plan.pipeline.steps:
         overrides = [each for each in plan.overrides(step) if not each.startswith(("tracking.", "run."))]
         given = dict(override.split("=", 1) for override in overrides)
@@ -22,10 +22,10 @@ def params(name: str, plan: Plan) -> dict[str, object]:
             task = next(task for task in plan.tasks() if task.step is step)
             given["train.steps"] = str(plan.config(task, {}).train.steps)
         choice = plan.choice(step)
-        found |= {
+        facts |= {
             f"{step.name}.{key}": redact(value) for key, value in given.items() if not choice or key != choice.key
         }
-    return found
+    return facts
 
 
 def metrics(runs: Sequence[Run]) -> dict[str, float]:
@@ -34,8 +34,8 @@ def metrics(runs: Sequence[Run]) -> dict[str, float]:
     Args:
         runs: the step's finished runs, at least one.
     """
-    found: dict[str, list[float]] = {}
+    values_of: dict[str, list[float]] = {}
     for run in runs:
         for reading in readings(run.metrics):
-            found.setdefault(f"{run.task.step.name}/{reading.metric}", []).append(reading.value)
-    return {name: mean(values) for name, values in found.items()}
+            values_of.setdefault(f"{run.task.step.name}/{reading.metric}", []).append(reading.value)
+    return {name: mean(values) for name, values in values_of.items()}

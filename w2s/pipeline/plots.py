@@ -77,11 +77,11 @@ def _compute(results: Results) -> Place:
 def _curves(results: Results, stage: str, label: str, place: Place) -> Figure | None:
     """A panel for each metric of a stage's curves; None where no step has any."""
     steps = [step for step in results.pipeline.steps if step.stage == stage]
-    found = {
+    curves_of = {
         metric: {step.name: curve for step in steps if len(curve := _curve(results.of(step), metric, place)) > 1}
         for metric in CURVES[stage]
     }
-    panels = {metric: curves for metric, curves in found.items() if curves}
+    panels = {metric: curves for metric, curves in curves_of.items() if curves}
     if not panels:
         return None
     figure, axes = _panels(len(panels))
@@ -122,13 +122,13 @@ def _by_compute(results: Results) -> Figure | None:
         arms.setdefault(point.arm, []).append(point)
     figure, axes = _panels(len(LEDGERS))
     for ledger, (panel, title) in enumerate(zip(axes, LEDGERS, strict=True)):
-        for number, (arm, found) in enumerate(arms.items()):
-            cost = [point.flops[ledger] / 1e12 for point in found]
+        for number, (arm, budgets) in enumerate(arms.items()):
+            cost = [point.flops[ledger] / 1e12 for point in budgets]
             colour = "0.2" if arm == compare.baseline else f"C{number % 10}"
             if way := on_the_way(results, compare, arm, ledger):
                 panel.plot(*zip(*way, strict=True), color=colour, linewidth=0.7, alpha=0.6)
-            panel.plot(cost, [mean(point.values) for point in found], "o-", markersize=3, label=arm, color=colour)
-            for where, point in zip(cost, found, strict=True):
+            panel.plot(cost, [mean(point.values) for point in budgets], "o-", markersize=3, label=arm, color=colour)
+            for where, point in zip(cost, budgets, strict=True):
                 panel.plot([where] * len(point.values), point.values, ".", markersize=2.5, alpha=0.5, color=colour)
         panel.set_title(title, fontsize=10, loc="left")
         panel.set_xlabel("training compute, TFLOP", fontsize=8)
@@ -140,17 +140,17 @@ def _by_compute(results: Results) -> Figure | None:
 def _dots(results: Results) -> Figure | None:
     """A panel for each headline of the evaluated steps: a dot for each seed, a bar at their mean, chance as a line."""
     steps = [step for step in results.pipeline.steps if step.stage == "eval"]
-    found = {step.name: [list(readings(run.metrics)) for run in results.of(step)] for step in steps}
-    labels = dict.fromkeys(each.label for runs in found.values() for run in runs for each in run)
+    readings_of = {step.name: [list(readings(run.metrics)) for run in results.of(step)] for step in steps}
+    labels = dict.fromkeys(each.label for runs in readings_of.values() for run in runs for each in run)
     if not labels:
         return None
     figure, axes = _panels(len(labels))
     for panel, label in zip(axes, labels, strict=True):
-        for place, runs in enumerate(found.values()):
+        for place, runs in enumerate(readings_of.values()):
             _dots_at(panel, place, [each for run in runs for each in run if each.label == label])
         panel.set_title(label, fontsize=10, loc="left")
-        panel.set_xticks(range(len(found)), list(found), fontsize=8, rotation=30, ha="right")
-        panel.set_xlim(-0.5, len(found) - 0.5)
+        panel.set_xticks(range(len(readings_of)), list(readings_of), fontsize=8, rotation=30, ha="right")
+        panel.set_xlim(-0.5, len(readings_of) - 0.5)
         panel.set_ylim(bottom=0)
     return figure
 

@@ -49,13 +49,13 @@ def summary(results: Results, steps: Sequence[Step]) -> Table:
 def arms(results: Results) -> Table:
     """A row for each headline, a column for each evaluated step; the baselines come last."""
     steps = [step for step in results.pipeline.steps if step.stage == "eval"]
-    found = {step.name: by_label(results.of(step)) for step in steps}
+    values_of = {step.name: by_label(results.of(step)) for step in steps}
     rows: list[list[Cell]] = []
-    for label in dict.fromkeys(label for values in found.values() for label in values):
-        values = [spread(found[step.name].get(label, [])) for step in steps]
+    for label in dict.fromkeys(label for values in values_of.values() for label in values):
+        values = [spread(values_of[step.name].get(label, [])) for step in steps]
         beside = dict.fromkeys(text for step in steps for text in _baselines(results.of(step), label))
         rows.append([label, *values, ", ".join(beside)])
-    return Table(f"Results{_over(results)}", ["metric", *found, "beside"], rows)
+    return Table(f"Results{_over(results)}", ["metric", *values_of, "beside"], rows)
 
 
 def differences(results: Results) -> Table:
@@ -66,8 +66,8 @@ def differences(results: Results) -> Table:
         for other in step.beside:
             theirs = by_label(results.named(other))
             pairs = {label: zip(ours[label], theirs[label], strict=True) for label in ours if label in theirs}
-            found = {label: [a - b for a, b in pair] for label, pair in pairs.items()}
-            rows += [[f"{step.name} - {other}", label, *_paired(values)] for label, values in found.items()]
+            by_metric = {label: [a - b for a, b in pair] for label, pair in pairs.items()}
+            rows += [[f"{step.name} - {other}", label, *_paired(values)] for label, values in by_metric.items()]
     seeds = ", ".join(map(str, results.pipeline.seeds))
     columns = ["difference", "metric", "mean ± deviation", "above 0", "by seed"]
     return Table(f"Paired differences, seeds {seeds}", columns, rows)

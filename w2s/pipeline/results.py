@@ -79,7 +79,7 @@ class Run:
         """The run up to the last of its checkpoints that some of the others take, if they do not take its end."""
         own = re.compile(rf"{re.escape(str(self.folder.absolute()))}(/checkpoints/{STEP_NAME.pattern})?(?![\w-])")
         values = [text for other in others for text in flatten(asdict(other.config)).values() if isinstance(text, str)]
-        steps = [int(found[2] or self.config.train.steps) for text in values for found in own.finditer(text)]
+        steps = [int(used[2] or self.config.train.steps) for text in values for used in own.finditer(text)]
         return self.up_to(max(steps)) if steps else self
 
 

@@ -169,10 +169,10 @@ def _failures(reports: Sequence[RankReport]) -> list[str]:
     return [f"{_named(who)} {how} {where}: {failure}" for (how, where, failure), who in ranks.items()]
 
 
-def _deadlocks(found: Sequence[Disagreement]) -> list[str]:
+def _deadlocks(disagreements: Sequence[Disagreement]) -> list[str]:
     """Which ranks would wait for each other; of pairs that differ in the same one is named."""
     pairs: dict[tuple[str, frozenset[str]], list[Disagreement]] = {}
-    for each in found:
+    for each in disagreements:
         pairs.setdefault(each.gist, []).append(each)
     return [
         f"{first}, and so would {len(others)} more pair{'s' * (len(others) > 1)} of ranks" if others else str(first)

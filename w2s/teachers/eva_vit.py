@@ -130,9 +130,9 @@ def _wrapped(tower: Eva | VisionTransformer, vision: VisionConfig, image_size: i
 def _weights(tower: nn.Module, released: Released, precision: Precision) -> dict[str, Tensor]:
     """The tower's tensors out of the file's, none of them kept in a wider type than is used."""
     wanted = {f"visual.{name}": value for name, value in tower.state_dict().items()}
-    found = {name for name in released.meta if name.startswith("visual.") and not name.startswith(MASKED_STAGE)}
-    missing, surplus = sorted(wanted.keys() - found), sorted(found - wanted.keys())
-    misfits = sorted(name for name in wanted.keys() & found if wanted[name].shape != released.meta[name].shape)
+    held = {name for name in released.meta if name.startswith("visual.") and not name.startswith(MASKED_STAGE)}
+    missing, surplus = sorted(wanted.keys() - held), sorted(held - wanted.keys())
+    misfits = sorted(name for name in wanted.keys() & held if wanted[name].shape != released.meta[name].shape)
     if missing or misfits or surplus:
         reason = f"{missing[0]} is missing" if missing else f"{(misfits or surplus)[0]} does not fit"
         raise CheckpointError(

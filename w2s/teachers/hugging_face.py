@@ -197,16 +197,16 @@ def _own_size(config: Any, folder: Path, patch: int) -> int:
 
 def _normalisation(folder: Path, kind: str, trunk: Any) -> dict[str, Any]:
     """Mean and std of the folder's preprocessing, or those that are usual for the kind of model or timm's trunk."""
-    found, usual = _preprocessing(folder), _usual(kind)
+    described, usual = _preprocessing(folder), _usual(kind)
     if trunk is not None:
         usual = {"image_mean": trunk.pretrained_cfg["mean"], "image_std": trunk.pretrained_cfg["std"]}
-    if found is None:
+    if described is None:
         logger.warning(
             "%s has no preprocessor_config.json: its images get mean %s and std %s, as is usual for a %s",
             folder, usual["image_mean"], usual["image_std"], kind,
         )  # fmt: skip
         return usual
-    return PLAIN if found.get("do_normalize") is False else {**usual, **found}
+    return PLAIN if described.get("do_normalize") is False else {**usual, **described}
 
 
 def _usual(kind: str) -> dict[str, Any]:

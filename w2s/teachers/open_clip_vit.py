@@ -53,9 +53,9 @@ class OpenClipTokens(PatchNetwork):
         last = self.depth - 1
         wanted = sorted({*layers, last})
         outputs = self.visual.forward_intermediates(images, indices=wanted, output_fmt="NLC")
-        found = dict(zip(wanted, outputs["image_intermediates"], strict=True))
-        patches = self.visual.ln_post(self._alone(found[last])) @ self.visual.proj
-        return Features(patches, outputs["image_features"], tuple(found[layer] for layer in layers))
+        by_layer = dict(zip(wanted, outputs["image_intermediates"], strict=True))
+        patches = self.visual.ln_post(self._alone(by_layer[last])) @ self.visual.proj
+        return Features(patches, outputs["image_features"], tuple(by_layer[layer] for layer in layers))
 
     def _alone(self, tokens: Tensor) -> Tensor:
         """What attentional pooling makes of each token alone, whatever the query; the tokens where there is none."""
@@ -79,17 +79,17 @@ def open_clip_model(name: str, file: Path | None, *, image_size: int) -> PatchNe
         ConfigError: open_clip has no such model, or the image size does not suit it.
         CheckpointError: the file cannot be read or holds another model.
     """
-    found = described(name)
+    known = described(name)
     with reading(file, name):
-        model = _build(found.config, image_size)
+        model = _build(known.config, image_size)
         if file is not None:
             _load_visual(model, file)
-    return _wrapped(model.visual, found, name, image_size)
+    return _wrapped(model.visual, known, name, image_size)
 
 
-def _wrapped(visual: Any, found: Described, name: str, image_size: int) -> PatchNetwork:
+def _wrapped(visual: Any, known: Described, name: str, image_size: int) -> PatchNetwork:
     """The vision tower as a teacher's network, by its kind."""
-    config, mean, std = found
+    config, mean, std = known
     if isinstance(visual, ModifiedResNet):
         return OpenClipResNet(visual, image_size=image_size, mean=mean, std=std)
     if not isinstance(visual, TimmModel):

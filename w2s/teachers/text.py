@@ -114,14 +114,14 @@ def build_text_teacher(
         ConfigError: the teacher has no text tower, or one that reads other tokens.
         CheckpointError: the weights are missing, damaged, or another model's.
     """
-    found = _described(config, Path(root).expanduser())
-    if found.released is None:
+    described = _described(config, Path(root).expanduser())
+    if described.released is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            tower, scale = found.build(), torch.tensor(ClipConfig().drawn_logit_scale)
+            tower, scale = described.build(), torch.tensor(ClipConfig().drawn_logit_scale)
     else:
-        verify(found.released.path)
-        tower, scale = _loaded(found, found.released)
+        verify(described.released.path)
+        tower, scale = _loaded(described, described.released)
     teacher = TextTeacher(tower, scale, context_length=context_length, precision=config.precision)
     return teacher.to(device)
 
@@ -132,13 +132,13 @@ def text_shape(config: TeacherConfig, root: str | Path = "runs") -> tuple[TextCo
     Raises:
         ConfigError, CheckpointError: as `build_text_teacher`.
     """
-    found = _described(config, Path(root).expanduser())
-    return _shape(found), found.embed_dim
+    described = _described(config, Path(root).expanduser())
+    return _shape(described), described.embed_dim
 
 
-def _shape(found: "_Described") -> TextConfig:
+def _shape(described: "_Described") -> TextConfig:
     with torch.device("meta"):
-        tower = found.build()
+        tower = described.build()
     return TextConfig(
         context_length=tower.context_length,
         vocab_size=tower.vocab_size,
@@ -163,25 +163,25 @@ def text_weights(config: Config) -> tuple[Path, Weights]:
     """
     teacher, root = _teacher_of(config)
     try:
-        found = _described(teacher, root)
+        described = _described(teacher, root)
     except ConfigError as error:
         raise ConfigError(f"init.text=teacher: {error}; init.text=none starts the tower afresh") from error
-    if found.released is None:
+    if described.released is None:
         raise ConfigError(
             f"init.text=teacher: the weights of teacher.source={teacher.source} are random, give its file"
         )
-    shape = _shape(found)
+    shape = _shape(described)
     if config.init.grow_width == "none" and shape.heads != config.model.text.heads:
         raise ConfigError(
             f"init.text=teacher: the text tower of teacher.source={teacher.source} has {shape.heads} heads, "
             f"use model.text.heads={shape.heads}"
         )
-    if found.quick_gelu and config.model.text.activation != "quick_gelu":
+    if described.quick_gelu and config.model.text.activation != "quick_gelu":
         logger.warning(
             "the text tower of teacher.source=%s was trained with QuickGELU and computes GELU here: its embeddings "
             "differ a little until it has trained on; model.text.activation=quick_gelu keeps them", teacher.source
         )  # fmt: skip
-    return found.released.path, teacher.weights
+    return described.released.path, teacher.weights
 
 
 def _teacher_of(config: Config) -> tuple[TeacherConfig, Path]:
@@ -277,9 +277,9 @@ def _no_text_tower(source: str) -> ConfigError:
     )
 
 
-def _loaded(found: _Described, released: Released) -> tuple[TextTransformer, Tensor]:
+def _loaded(described: _Described, released: Released) -> tuple[TextTransformer, Tensor]:
     """The tower with the weights of a checkpoint, and its logit scale."""
-    tower = found.build()
+    tower = described.build()
     wanted = {f"text.{name}": value for name, value in tower.state_dict().items()}
     theirs = {name for name in released.meta if name.startswith("text.")}
     wrong = sorted(wanted.keys() ^ theirs) or sorted(

@@ -70,8 +70,8 @@ class TimmTokens(PatchNetwork):
             return self.trunk.forward_features(images), ()
         wanted = sorted(set(layers))
         tokens, taken = self.trunk.forward_intermediates(images, indices=wanted, output_fmt="NLC")
-        found = dict(zip(wanted, taken, strict=True))
-        return tokens, tuple(found[layer] for layer in layers)
+        by_layer = dict(zip(wanted, taken, strict=True))
+        return tokens, tuple(by_layer[layer] for layer in layers)
 
 
 def _width(trunk: Eva | VisionTransformer, head: nn.Module) -> int:

@@ -156,10 +156,10 @@ def comparing(runs: Mapping[str, Records]) -> list[Chart]:
     for group in (group for group in groups if group.compared):
         several = len(group.metrics) > 1
         for metric, label in group.metrics.items():
-            found = [(run, _points(records, metric, "samples_seen")) for run, records in lines.items()]
+            lines_of = [(run, _points(records, metric, "samples_seen")) for run, records in lines.items()]
             curves = [
                 Curve(run, samples, values, number)
-                for number, (run, (samples, values)) in enumerate(found)
+                for number, (run, (samples, values)) in enumerate(lines_of)
                 if len(samples) > 1
             ]
             if len(curves) > 1 and not all(_does_not_change(curve.values) for curve in curves):
@@ -205,8 +205,8 @@ def _of_teacher(group: Group, name: str) -> Group:
 
 
 def _points(records: Records, name: str, over: str) -> tuple[list[float], list[float | None]]:
-    found = [(record.get(over, record["step"]), record[name]) for record in records if name in record]
-    return [place for place, _ in found], [value for _, value in found]
+    points = [(record.get(over, record["step"]), record[name]) for record in records if name in record]
+    return [place for place, _ in points], [value for _, value in points]
 
 
 def _does_not_change(values: Iterable[float | None]) -> bool:

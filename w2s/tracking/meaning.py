@@ -23,11 +23,13 @@ def meaning(metrics: Mapping[str, float | None]) -> str:
 
 def _of_cosines(known: Mapping[str, float]) -> str:
     for kind, where in _PLACES.items():
-        found, constant = known.get(f"test/{kind}_cosine"), known.get("test/constant_cosine")
-        if found is not None and constant is not None:
-            worth = f"; it closes {(found - constant) / (1 - constant):.0%} of the gap to 1" if found > constant else ""
+        cosine, constant = known.get(f"test/{kind}_cosine"), known.get("test/constant_cosine")
+        if cosine is not None and constant is not None:
+            worth = (
+                f"; it closes {(cosine - constant) / (1 - constant):.0%} of the gap to 1" if cosine > constant else ""
+            )
             return (
-                f"On test images the student's prediction {where} has a cosine of {found:.3f} with the teacher's "
+                f"On test images the student's prediction {where} has a cosine of {cosine:.3f} with the teacher's "
                 f"features, where the best prediction that is the same everywhere has {constant:.3f}{worth}."
             )
     return ""

@@ -250,21 +250,21 @@ def retrieval_picture(path: Path, by_text: Sequence[ImagesFound], by_image: Sequ
     Raises:
         UserError: the file cannot be written.
     """
-    across = 2 + max(len(found.images) for found in by_text)
+    across = 2 + max(len(query.images) for query in by_text)
     figure = Figure(figsize=(across * _CELL, (len(by_text) + len(by_image)) * _CELL + 2 * _HEAD))
     top = figure.get_figheight()
     for title, rows in (("text to image", by_text), ("image to text", by_image)):
         _write(figure, 0.1, top - _HEAD / 2, title, fontsize=12, weight="bold")
         top -= _HEAD
-        for found in rows:
-            if isinstance(found, ImagesFound):
-                _write(figure, 0.1, top - _CELL / 2, _lines(found.caption, room=34, most=5), fontsize=8.5)
-                for place, (image, right) in enumerate(zip(found.images, found.right, strict=True), start=2):
+        for query in rows:
+            if isinstance(query, ImagesFound):
+                _write(figure, 0.1, top - _CELL / 2, _lines(query.caption, room=34, most=5), fontsize=8.5)
+                for place, (image, right) in enumerate(zip(query.images, query.right, strict=True), start=2):
                     _framed(figure, image, place * _CELL, top, _GOOD if right else _BAD)
             else:
-                _framed(figure, found.image, _CELL / 2, top, _FAINT)
-                for line, (caption, right) in enumerate(zip(found.captions, found.right, strict=True)):
-                    height = top - (line + 0.5) * (_CELL - 0.1) / len(found.captions)
+                _framed(figure, query.image, _CELL / 2, top, _FAINT)
+                for line, (caption, right) in enumerate(zip(query.captions, query.right, strict=True)):
+                    height = top - (line + 0.5) * (_CELL - 0.1) / len(query.captions)
                     shown = _lines(caption, room=12 * across, most=1)
                     _write(figure, 2 * _CELL, height, shown, fontsize=8, color=_GOOD if right else _BAD)
             top -= _CELL

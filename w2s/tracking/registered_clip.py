@@ -64,13 +64,13 @@ class Clip(PythonModel):
 
 
 def _by_batch(entries: list[Any], embed: Any) -> list[list[float] | None]:
-    found: list[list[float] | None] = [None] * len(entries)
+    embedded: list[list[float] | None] = [None] * len(entries)
     there = [number for number, entry in enumerate(entries) if isinstance(entry, str | bytes | bytearray)]
     for first in range(0, len(there), _BATCH):
         numbers = there[first : first + _BATCH]
         for number, vector in zip(numbers, embed([entries[each] for each in numbers]).float().tolist(), strict=True):
-            found[number] = vector
-    return found
+            embedded[number] = vector
+    return embedded
 
 
 set_model(Clip())

@@ -101,15 +101,15 @@ def write_comparison(path: Path, runs: Sequence[Path]) -> None:
     Raises:
         UserError: the page cannot be written.
     """
-    found = by_label(runs)
+    labelled = by_label(runs)
     columns = {
-        "Results": {name: _results(run) for name, run in found.items()},
-        "Settings that differ": _different({name: _settings(run) for name, run in found.items()}),
-        "Facts that differ": _different({name: read_about(run) for name, run in found.items()}),
+        "Results": {name: _results(run) for name, run in labelled.items()},
+        "Settings that differ": _different({name: _settings(run) for name, run in labelled.items()}),
+        "Facts that differ": _different({name: read_about(run) for name, run in labelled.items()}),
     }
     tables = [_side_by_side(title, each) for title, each in columns.items()]
-    head = Section(", ".join(found), tables=[table for table in tables if table.rows], charts=_compared(found))
-    _write(path, head, [replace(_section(run), title=name) for name, run in found.items()])
+    head = Section(", ".join(labelled), tables=[table for table in tables if table.rows], charts=_compared(labelled))
+    _write(path, head, [replace(_section(run), title=name) for name, run in labelled.items()])
 
 
 def meaning_of_run(run: Path) -> str:
@@ -183,12 +183,12 @@ def _compared(runs: Mapping[str, Path]) -> list[Chart]:
     by_stage: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, run in runs.items():
         by_stage.setdefault(_settings(run).get("stage", ""), {})[name] = read_history(run)
-    drawn = {stage: comparing(found) for stage, found in by_stage.items()}
+    drawn = {stage: comparing(charts) for stage, charts in by_stage.items()}
     if sum(map(bool, drawn.values())) > 1:
         drawn = {
-            stage: [replace(each, title=f"{stage}: {each.title}") for each in found] for stage, found in drawn.items()
+            stage: [replace(each, title=f"{stage}: {each.title}") for each in charts] for stage, charts in drawn.items()
         }
-    return [chart for found in drawn.values() for chart in found]
+    return [chart for charts in drawn.values() for chart in charts]
 
 
 def _settings(run: Path) -> dict[str, Any]:

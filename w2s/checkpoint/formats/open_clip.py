@@ -82,12 +82,12 @@ def _write_plain(export: Export, folder: Path, names: list[str]) -> Guide:
 
 def _snippets(named: bool, hub: str) -> list[Snippet]:
     """How to load it from anywhere, in the folder, and from the hub."""
-    found = [] if named else [Snippet("open_clip, from anywhere", ANYWHERE)]
+    snippets = [] if named else [Snippet("open_clip, from anywhere", ANYWHERE)]
     if named:
-        found += _by_name("from anywhere", "local-dir:FOLDER")
+        snippets += _by_name("from anywhere", "local-dir:FOLDER")
     elif not hub:
-        found += _by_name("in the folder", HERE, cd="cd FOLDER && ")
-    return found + (_by_name("from the hub", f"hf-hub:{hub}") if hub else [])
+        snippets += _by_name("in the folder", HERE, cd="cd FOLDER && ")
+    return snippets + (_by_name("from the hub", f"hf-hub:{hub}") if hub else [])
 
 
 def _by_name(where: str, place: str, cd: str = "") -> list[Snippet]:

@@ -77,7 +77,7 @@ def _key(code_points: Iterator[str]) -> str:
 def _files(folder: Path, suffix: str) -> Iterator[tuple[str, str, Path]]:
     """Yield key, name and file of the emoji in a folder whose files are called by code points."""
     names = _names()
-    found = {_key(iter(path.stem.lower().split("-"))): path for path in sorted(folder.glob(f"*{suffix}"))}
-    for key in sorted(found):
+    drawings = {_key(iter(path.stem.lower().split("-"))): path for path in sorted(folder.glob(f"*{suffix}"))}
+    for key in sorted(drawings):
         if key in names:
-            yield key, names[key], found[key]
+            yield key, names[key], drawings[key]

@@ -194,13 +194,15 @@ def check_state(state: object, place: str) -> None:
             _StateUnpickler(state.detach().cpu().numpy().tobytes(), place).load()
 
 
-def _is_sound(found: object) -> bool:
+def _is_sound(metadata: object) -> bool:
     """Whether every tensor has a shape and a type, and lies in a file of the folder itself."""
-    if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         return False
-    return all(isinstance(name, str) and _is_entry(entry) for name, entry in found.state_dict_metadata.items()) and all(
+    return all(
+        isinstance(name, str) and _is_entry(entry) for name, entry in metadata.state_dict_metadata.items()
+    ) and all(
         info.relative_path == Path(info.relative_path).name and not info.transform_descriptors
-        for info in found.storage_data.values()
+        for info in metadata.storage_data.values()
     )
 
 
