@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from tests.distributed import run_ranks
 from w2s.host import address_space_is_free, compute_deterministically, prepare_cuda
@@ -109,7 +110,8 @@ def test_what_has_no_deterministic_algorithm_is_refused_where_it_is_asked_for() 
 
 
 def test_cuda_is_told_before_it_starts_and_users_have_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_ALGO", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")
+    allocator = "PYTORCH_ALLOC_CONF" if TorchVersion(torch.__version__) >= "2.9" else "PYTORCH_CUDA_ALLOC_CONF"
+    names = ("CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_ALGO", allocator, "CUBLAS_WORKSPACE_CONFIG")
     for name in (*names, "NVTE_ALLOW_NONDETERMINISTIC_ALGO"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NCCL_ALGO", "Tree")

@@ -22,6 +22,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, card: Card | None, engine: bool) ->
     monkeypatch.setattr(host, "card", lambda: card)
     monkeypatch.setattr(host, "transformer_engine_installed", lambda: engine)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8 if card else 0)
+    monkeypatch.setattr(host, "cuda_version", lambda: (13, 0) if card else None)
 
 
 def test_recipes_run_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:

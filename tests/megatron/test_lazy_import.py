@@ -10,9 +10,12 @@ import torch
 
 from w2s.megatron.lazy_import import import_megatron
 
-REPORT = (
-    "import sys, w2s.megatron.model.tower; print([name for name in sys.modules if name.startswith('torch._inductor')])"
-)
+REPORT = """
+import sys, torch.distributed.checkpoint  # with which torch 2.8 imports it itself
+before = set(sys.modules)
+import w2s.megatron.model.tower
+print([name for name in sys.modules if name.startswith("torch._inductor") and name not in before])
+"""
 DECORATED = """
 import torch
 

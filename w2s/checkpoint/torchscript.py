@@ -1,6 +1,7 @@
 """The tensors of a TorchScript archive, without its program: `torch.jit.load` would run parts of it."""
 
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class _Archive(Unpickler):
 
     def __init__(self, path: Path) -> None:
         self._records = TorchFileReader(str(path))
+        with zipfile.ZipFile(path) as archive:  # the reader tells no sizes before torch 2.13
+            self._sizes = {each.filename.partition("/")[2]: each.file_size for each in archive.infolist()}
         self._bytes = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
         super().__init__(self._records.get_record("data.pkl"), str(path))
 
@@ -51,7 +54,7 @@ class _Archive(Unpickler):
         _, dtype, key, _, numel = pid
         start = self._records.get_record_offset(f"data/{key}")
         size = numel * dtype.itemsize
-        if not 0 <= size <= self._records.get_record_size(f"data/{key}"):
+        if not 0 <= size <= self._sizes[f"data/{key}"]:
             raise pickle.UnpicklingError(f"data/{key} has not {numel} values")
         return typed_storage(self._bytes[start : start + size], dtype)
 
