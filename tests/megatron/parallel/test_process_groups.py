@@ -31,8 +31,8 @@ def test_a_split_leaves_no_groups_and_no_threads() -> None:
 
 
 def test_alone_all_groups_are_one(alone: Ranks) -> None:
-    assert len(compat.process_groups()) == 2  # with that of torch
-    assert alone.data_group is alone.model_group is alone.self_group is alone.control_group
+    assert compat.process_groups() == [alone.world_group]
+    assert alone.data_group is alone.model_group is alone.self_group is alone.control_group is alone.world_group
 
 
 def what_rank_0_does() -> tuple[str, int, str]:

@@ -187,15 +187,16 @@ def initialize_groups(
     """
     cpu.enable()
     before = process_groups()
-    control_group: Any = dist.new_group(backend="gloo", timeout=timeout)
     # Alone all groups would be the same, and each over gloo has threads that wake up a hundred times a second.
     alone = dist.get_world_size() == 1 and dist.get_backend() == "gloo"
+    control_group: Any = world_group() if alone else dist.new_group(backend="gloo", timeout=timeout)
     with compat.one_group_for_all(control_group) if alone else nullcontext():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
             distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
+            create_gloo_process_groups=False,
         )
     compat.replace_rng_tracker(cpu.NoRngTracker())
     try:
