@@ -17,6 +17,7 @@ from w2s import __version__, cli
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.errors import CheckpointError, StopRun
+from w2s.objectives.masked_loss import LOSSES
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -251,7 +252,7 @@ def completed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         ("bash", ["w2s", "stage", "m"], {"mim"}),
         ("bash", ["w2s", "stage", "mim", "optim.weight"], {"optim.weight_decay="}),
         ("bash", ["w2s", "stage", "mim", "model", "=", "eva_8"], {"eva_8b", "eva_8b_448"}),
-        ("bash", ["w2s", "stage", "mim", "mim.loss", "="], {"cosine", "smooth_l1", "mse"}),
+        ("bash", ["w2s", "stage", "mim", "mim.loss", "="], set(LOSSES)),
         ("fish", ["w2s", "stage", "mim", "model=eva_8"], {"model=eva_8b", "model=eva_8b_448"}),
         ("fish", ["w2s", "stage", "mim", "tracking.enabled=f"], {"tracking.enabled=false"}),
         ("fish", ["w2s", "run", "sh"], {"showcase"}),

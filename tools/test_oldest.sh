@@ -1,5 +1,5 @@
 #!/bin/sh
-# Run the tests on the oldest libraries that setup.cfg allows.
+# Run the tests on the oldest libraries that install_requires in setup.cfg allows.
 # PYTHON=python3.12 chooses the interpreter, VENV=folder the environment; arguments go to pytest.
 set -eu
 cd "$(dirname "$0")/.."

@@ -53,7 +53,10 @@ class Callback:
         """A log line is due; `metrics` are means over all ranks, on every rank."""
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The run has been measured on its test sets."""
+        """The run has been measured on its test sets, as `train.eval_every` says.
+
+        What the stage measures of the finished run, after `end`, is not reported.
+        """
 
     def saved(self, step: int, checkpoint: Path) -> None:
         """The checkpoint of a step is complete; later steps may have been taken since."""

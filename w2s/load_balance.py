@@ -69,15 +69,15 @@ class BalancedSamples:
     def join(self, own: Tensor) -> Tensor:
         """Put what all ranks have of their samples in its place: [size, ...], zeros for those without the teacher."""
         ranks, most = len(self.of_ranks), max(map(len, self.of_ranks))
-        everyone = own
+        gathered = own
         if ranks > 1:
             padded = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
-            everyone = own.new_empty(ranks * most, *own.shape[1:])
-            dist.all_gather_into_tensor(everyone, padded, group=self.group)
+            gathered = own.new_empty(ranks * most, *own.shape[1:])
+            dist.all_gather_into_tensor(gathered, padded, group=self.group)
             held = [rank * most + np.arange(len(samples)) for rank, samples in enumerate(self.of_ranks)]
-            everyone = everyone[_on(own.device, np.concatenate(held))]
+            gathered = gathered[_on(own.device, np.concatenate(held))]
         whole = own.new_zeros(self.size, *own.shape[1:])
-        return whole.index_copy_(0, _on(own.device, np.concatenate(self.of_ranks)), everyone)
+        return whole.index_copy_(0, _on(own.device, np.concatenate(self.of_ranks)), gathered)
 
 
 def balance_samples(has: NDArray[np.bool_], costs: Sequence[float], group: dist.ProcessGroup) -> list[BalancedSamples]:

@@ -10,7 +10,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.distributed.fsdp.src.megatron_fsdp import megatron_fsdp
 from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer as fsdp_buffers
-from megatron.core.pipeline_parallel import p2p_communication
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.pipeline_parallel import p2p_communication, schedules
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -30,9 +31,13 @@ def test_every_name_that_is_set_was_there_before() -> None:
                           "_set_cuda_rng_state"),
         filesystem_async: ("_results_queue",),
         p2p_communication: ("_p2p_ops",),
+        schedules: ("torch",),
+        DistributedOptimizer: ("_copy_main_params_to_model_params", "_get_main_param_and_optimizer_states",
+                               "_set_main_param_and_optimizer_states"),
+        fsdp_buffers.DataParallelBuffer: ("_get_item_slice_in_shard",),
         fsdp_buffers: ("_coalescing_manager", "make_fsdp_dtensor"),
         megatron_fsdp.MegatronFSDP: ("_replace_param_with_raw_if_needed",
-                                     "_replace_param_with_distributed_if_needed"),
+                                     "_replace_param_with_distributed_if_needed", "attach_grad_to_optimizer_state"),
         megatron_fsdp.TrainingState: ("PRE_BACKWARD",),
         FullyShardedDataParallel: (compat.FSDP_MESHES,),
         ColumnParallelLinear: ("forward",),

@@ -32,6 +32,11 @@ def test_only_the_steps_that_are_asked_for(base: list[str]) -> None:
     assert "aten::addmm" in table and "Self CPU Mem" in table
 
 
+def test_the_steps_that_a_run_takes_are_named(base: list[str]) -> None:
+    folder, _ = profiled(base, "3-9")
+    assert {path.name.partition(".")[0] for path in folder.iterdir()} == {"steps-3-4"}
+
+
 @pytest.mark.parametrize("steps", ["10", "5-2", "0-3", "a-b", "1-2-3"])
 def test_what_is_not_steps(steps: str) -> None:
     with pytest.raises(ConfigError, match=f"^train.profile={steps} is not FIRST-LAST"):

@@ -52,10 +52,10 @@ def measure(
         names = pattern.removeprefix(str(shards))
         with serve(shards, latency=latency, bandwidth=bandwidth) as url:
             for place, folder_or_url in (("server", url), ("disk", str(shards))):
-                served = Shards(place, f"{folder_or_url}{names}", count)
+                read = Shards(place, f"{folder_or_url}{names}", count)
                 figures[place] = {
-                    "open_clip": _figures(open_clip_images(served, None, workers)),
-                    "w2s": _figures(_ours(served, workers)),
+                    "open_clip": _figures(open_clip_images(read, None, workers)),
+                    "w2s": _figures(_ours(read, workers)),
                 }
     return figures
 

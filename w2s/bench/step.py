@@ -141,7 +141,7 @@ def _run_ours(job: Job) -> None:
         memories = ranks.gather([row.memory_gib for row in rows])
         rows = [replace(row, memory_gib=max(most)) for row, most in zip(rows, zip(*memories, strict=True), strict=True)]
         if ranks.main:
-            _write(job, _found(subject, ranks.device, rows))
+            _write(job, _measured(subject, ranks.device, rows))
 
 
 def _run_peer(job: Job) -> None:
@@ -157,14 +157,14 @@ def _run_peer(job: Job) -> None:
         compiled=peer.compiled,
         tower_flops=peer.forward_flops(),
     )
-    _write(job, _found(subject, device, _measure_rows(subject, job, marks, device, reader=0, world_size=1)))
+    _write(job, _measured(subject, device, _measure_rows(subject, job, marks, device, reader=0, world_size=1)))
 
 
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _found(subject: _Subject, device: torch.device, rows: list[Row]) -> Measured:
+def _measured(subject: _Subject, device: torch.device, rows: list[Row]) -> Measured:
     return Measured(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         compiled=subject.compiled,

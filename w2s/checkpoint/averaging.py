@@ -34,9 +34,10 @@ def average_checkpoints(run: Path, last: int, out: Path) -> list[Path]:
     """
     checkpoints = all_of(run)
     if len(checkpoints) < last:
+        fix = f"use --last {len(checkpoints)}, or" if len(checkpoints) > 1 else "use"
         raise CheckpointError(
-            f"--last {last}: {run} has {len(checkpoints)} checkpoints (checkpoint.keep and checkpoint.keep_at say "
-            f"which stay): use --last {max(2, len(checkpoints))}, or a run that keeps more"
+            f"--last {last}: of {run} there are {len(checkpoints)} (checkpoint.keep and checkpoint.keep_at say which "
+            f"stay): {fix} a run that keeps more"
         )
     chosen = checkpoints[-last:]
     for checkpoint in chosen:

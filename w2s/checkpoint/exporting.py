@@ -75,7 +75,8 @@ def export_checkpoint(
         licence: the licence of the weights, as the hub calls it.
 
     Raises:
-        ConfigError: there is no such format, precision or teacher, `hub` is no OWNER/NAME, or `licence` no identifier.
+        ConfigError: there is no such format, precision or teacher, `hub` is not OWNER/NAME, or `licence` not an
+            identifier.
         CheckpointError: the checkpoint is damaged or has no moving average, or the format cannot hold it.
         MissingPackageError: the format needs a package that is not installed.
         UserError: `out` exists already.

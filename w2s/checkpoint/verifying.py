@@ -86,7 +86,7 @@ def recover(run: Path, ranks: Ranks, *, strict: bool) -> None:
         trouble = damage(path)
         if not trouble:
             if ranks.main:
-                _go_on_from(run, path, passed)
+                _resume_from(run, path, passed)
             ranks.barrier()
             return
         passed[path] = trouble
@@ -102,10 +102,10 @@ def recover(run: Path, ranks: Ranks, *, strict: bool) -> None:
         )
 
 
-def in_short(names: Sequence[str]) -> str:
+def in_short(faults: Sequence[str]) -> str:
     """What is wrong, in a few words."""
-    rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(faults) - _NAMED
+    return ", ".join(faults[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _in_order(run: Path) -> list[Path]:
@@ -114,14 +114,14 @@ def _in_order(run: Path) -> list[Path]:
     return [path for path in [first] if path] + [path for path in reversed(all_of(run)) if path != first]
 
 
-def _go_on_from(run: Path, whole: Path, passed: dict[Path, list[str]]) -> None:
+def _resume_from(run: Path, whole: Path, passed: dict[Path, list[str]]) -> None:
     named = named_latest(run)
     if not passed and named != whole.name:
         logger.warning("%s names no checkpoint: %s is the newest", whole.with_name("latest"), whole.name)
-    for path, damage in passed.items():
+    for path, faults in passed.items():
         steps = (step_of(path) or 0) - (step_of(whole) or 0)
         again = f", {steps} steps are repeated" if steps > 0 else ""
-        logger.warning("%s is damaged: %s; resumes from %s%s", path, in_short(damage), whole.name, again)
+        logger.warning("%s is damaged: %s; resumes from %s%s", path, in_short(faults), whole.name, again)
         aside = path.with_name(f"{path.name}{DAMAGED}")
         if aside.exists():
             remove(aside)

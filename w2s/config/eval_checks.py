@@ -13,6 +13,9 @@ def check_evaluation(config: Config) -> None:
     """
     if config.init.weights == "ema":
         raise ConfigError("init.weights=ema is for stages that train: use eval.weights=ema")
+    for key, given in (("train.profile", config.train.profile), ("train.callbacks", config.train.callbacks)):
+        if given:
+            raise ConfigError(f"{key} is for stages that train: leave it out")
     _check_suite(config.eval)
     if config.eval.linear_probe and not (config.eval.knn_shards or config.eval.suite):
         raise ConfigError("eval.linear_probe=true has nothing to learn from: give labelled images in eval.knn_shards")

@@ -179,7 +179,8 @@ class ClipConfig:
     tile: int = 1024
     """Rows and columns of the logits that are in memory at a time."""
     two_pass: Literal["auto", "always"] = "auto"
-    """`auto` takes one forward pass where the batch of a rank is one micro-batch; `always` takes the two-pass way."""
+    """`auto` takes one forward pass where the batch of a rank is one micro-batch; elsewhere, and with `always`, it
+    takes GradCache's two."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """Distillation from a finished CLIP beside the contrastive loss."""
 

@@ -79,7 +79,7 @@ def find_items(source: Path, columns: Columns | None = None, images: Path | None
             raise DataError(f"--images is for the paths of a table, and {source} is a folder: leave it out")
         items = _of_folder(source, columns)
     if not items:
-        raise DataError(f"{source} has no images: there are none that end in .{', .'.join((*IMAGES, *VIDEOS))}")
+        raise DataError(f"{source} has no images: no file ends in .{', .'.join((*IMAGES, *VIDEOS))}")
     return items
 
 

@@ -168,7 +168,7 @@ def draw_mask(spec: SampleSpec, seed: int, index: int) -> NDArray[np.bool_]:
 
 
 def draw_kept(spec: SampleSpec, seed: int, index: int) -> NDArray[np.int64]:
-    """Draw the patches that patch dropout keeps, ascending: int64 [kept_patches], for each frame of a clip its own."""
+    """Draw the patches that patch dropout keeps of each image or frame, ascending: int64 [num_kept_patches]."""
     return _of_frames(
         spec,
         lambda frame: draw_kept_patches(

@@ -122,13 +122,13 @@ def _by_compute(results: Results) -> Figure | None:
         arms.setdefault(point.arm, []).append(point)
     figure, axes = _panels(len(LEDGERS))
     for ledger, (panel, title) in enumerate(zip(axes, LEDGERS, strict=True)):
-        for number, (arm, budgets) in enumerate(arms.items()):
-            cost = [point.flops[ledger] / 1e12 for point in budgets]
+        for number, (arm, of_arm) in enumerate(arms.items()):
+            cost = [point.flops[ledger] / 1e12 for point in of_arm]
             colour = "0.2" if arm == compare.baseline else f"C{number % 10}"
             if way := on_the_way(results, compare, arm, ledger):
                 panel.plot(*zip(*way, strict=True), color=colour, linewidth=0.7, alpha=0.6)
-            panel.plot(cost, [mean(point.values) for point in budgets], "o-", markersize=3, label=arm, color=colour)
-            for where, point in zip(cost, budgets, strict=True):
+            panel.plot(cost, [mean(point.values) for point in of_arm], "o-", markersize=3, label=arm, color=colour)
+            for where, point in zip(cost, of_arm, strict=True):
                 panel.plot([where] * len(point.values), point.values, ".", markersize=2.5, alpha=0.5, color=colour)
         panel.set_title(title, fontsize=10, loc="left")
         panel.set_xlabel("training compute, TFLOP", fontsize=8)

@@ -66,8 +66,8 @@ def differences(results: Results) -> Table:
         for other in step.beside:
             theirs = by_label(results.named(other))
             pairs = {label: zip(ours[label], theirs[label], strict=True) for label in ours if label in theirs}
-            by_metric = {label: [a - b for a, b in pair] for label, pair in pairs.items()}
-            rows += [[f"{step.name} - {other}", label, *_paired(values)] for label, values in by_metric.items()]
+            pairwise = {label: [a - b for a, b in pair] for label, pair in pairs.items()}
+            rows += [[f"{step.name} - {other}", label, *_paired(values)] for label, values in pairwise.items()]
     seeds = ", ".join(map(str, results.pipeline.seeds))
     columns = ["difference", "metric", "mean ± deviation", "above 0", "by seed"]
     return Table(f"Paired differences, seeds {seeds}", columns, rows)

@@ -92,7 +92,7 @@ def hadamard(size: int) -> Tensor:
         ConfigError: neither does for this size.
     """
     smaller = [size // 2**doublings for doublings in range(size.bit_length()) if size % 2**doublings == 0]
-    matrix = next((doubled for doubled in map(_undoubled, smaller) if doubled is not None), None)
+    matrix = next((each for each in map(_undoubled, smaller) if each is not None), None)
     if matrix is None:
         raise ConfigError(
             f"target_norm=phi_s needs a Hadamard matrix of {size} channels, and there is none here: use another "

@@ -183,7 +183,7 @@ def _compared(runs: Mapping[str, Path]) -> list[Chart]:
     by_stage: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, run in runs.items():
         by_stage.setdefault(_settings(run).get("stage", ""), {})[name] = read_history(run)
-    drawn = {stage: comparing(charts) for stage, charts in by_stage.items()}
+    drawn = {stage: comparing(histories) for stage, histories in by_stage.items()}
     if sum(map(bool, drawn.values())) > 1:
         drawn = {
             stage: [replace(each, title=f"{stage}: {each.title}") for each in charts] for stage, charts in drawn.items()

@@ -26,8 +26,8 @@ class Profiler(Callback):
     """
 
     def __init__(self, steps: range) -> None:
-        """Profile `steps`; a run that resumes among them profiles the rest."""
-        self._steps = steps
+        """Profile `steps`; a run that resumes or ends among them profiles those that it takes, as A and B then say."""
+        self._steps, self._taken = steps, range(0)
         self._profile: profile | None = None
 
     def begin(self, training: Training) -> None:
@@ -43,9 +43,11 @@ class Profiler(Callback):
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
             self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
             self._profile.start()
+            self._taken = range(step, step + 1)
 
     def after_step(self, step: int, metrics: Mapping[str, Tensor]) -> None:
         """Write what there is after the last of the steps."""
+        self._taken = range(self._taken.start, step + 1)
         if step == self._steps[-1]:
             self.end()
 
@@ -63,12 +65,12 @@ class Profiler(Callback):
             return
         for path in sorted(folder.glob("*")):
             tracker.artifact(path, "profile")
-        tracker.message(f"profile of steps {self._steps[0]} to {self._steps[-1]}: {folder}")
+        tracker.message(f"profile of steps {self._taken.start} to {self._taken[-1]}: {folder}")
 
     def _write(self, profiled: profile, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         ranks = self._training.ranks
-        stem, kind = f"steps-{self._steps[0]}-{self._steps[-1]}.rank-{ranks.rank}", ranks.device.type
+        stem, kind = f"steps-{self._taken.start}-{self._taken[-1]}.rank-{ranks.rank}", ranks.device.type
         profiled.export_chrome_trace(str(folder / f"{stem}.trace.json.gz"))
         table = profiled.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=_OPERATORS)
         (folder / f"{stem}.operators.txt").write_text(table, encoding="utf-8")

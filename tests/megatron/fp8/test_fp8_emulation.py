@@ -100,7 +100,7 @@ def test_outside_of_training_there_is_no_fp8() -> None:
     assert torch.equal(layer(rows.view(ROWS, 1, IN))[0].view(ROWS, OUT), rows @ layer.weight.t())
 
 
-@pytest.mark.parametrize(("rows", "out", "named"), [(40, OUT, "40 rows"), (ROWS, 24, "24 output columns")])
+@pytest.mark.parametrize(("rows", "out", "named"), [(40, OUT, "40 tokens"), (ROWS, 24, "24 output columns")])
 def test_what_a_gpu_could_not_multiply_is_refused(rows: int, out: int, named: str) -> None:
     with pytest.raises(ConfigError, match=f"its {named} must be a multiple of 16"):
         linear("column", "hybrid", out=out)(torch.randn(rows, 1, IN))

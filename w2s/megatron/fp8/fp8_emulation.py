@@ -129,7 +129,7 @@ class _Emulated(OwnProduct):
 
 
 def _require_alignment(packed: Tensor, weight: Tensor) -> None:
-    sizes = {"rows": len(packed), "input columns": packed.shape[1], "output columns": len(weight)}
+    sizes = {"tokens": len(packed), "input columns": packed.shape[1], "output columns": len(weight)}
     for name, size in sizes.items():
         if size % ALIGNMENT:
             raise ConfigError(
