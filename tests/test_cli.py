@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from tests.stages.shapes import write_shapes
+from tests.stages.shape_images import write_shapes
 from w2s import __version__, cli
 from w2s.config.load import load
 from w2s.config.sections import Config

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.checkpoint.peers import masked_stage, released, text_tower, timm_tower
 from tests.data.shard_files import smooth_photo, write_shard
 from tests.distributed import run_ranks
-from tests.stages.shapes import write_shapes
+from tests.stages.shape_images import write_shapes
 from w2s import cli
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.config.load import named_model

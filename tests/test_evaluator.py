@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.data.shard_files import encode, smooth_photo, write_shard
-from tests.stages.shapes import NAMES, write_shapes
+from tests.stages.shape_images import NAMES, write_shapes
 from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig, Resize
 from w2s.evaluation.images import eval_transform

@@ -8,7 +8,7 @@ import torch
 
 from tests.checkpoint.eva_weights import from_eva
 from tests.checkpoint.peers import KINDS, model_of
-from tests.megatron.weights import load_tensors
+from tests.megatron.layer_weights import load_tensors
 from w2s.bench.marks import Marks
 from w2s.bench.peers.base import peer_optimizer
 from w2s.bench.peers.clip import OpenClip, open_clip_model

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.shapes import write_shapes
+from tests.stages.shape_images import write_shapes
 from w2s import cli
 from w2s.bench.report import Line, Report, planned_milliseconds
 from w2s.bench.speed import Speed

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.stages.shapes import write_shapes
+from tests.stages.shape_images import write_shapes
 from w2s.bench.synthetic import synthetic_batch
 from w2s.config.load import load
 from w2s.run import open_stream

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.checkpoint.ours import assert_holds
 from tests.checkpoint.test_coming_back import as_released, train
 from tests.stages.runs import QUIET, history, run_stage
-from tests.stages.shapes import write_shapes
+from tests.stages.shape_images import write_shapes
 from w2s.checkpoint.exporting import export_checkpoint
 from w2s.checkpoint.find import find_any
 from w2s.checkpoint.importing import import_checkpoint

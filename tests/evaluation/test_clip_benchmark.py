@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.stages.runs import result, run_stage
-from tests.stages.shapes import NAMES, draw_shapes, write_shapes
+from tests.stages.shape_images import NAMES, draw_shapes, write_shapes
 from w2s.checkpoint.exporting import export_checkpoint
 from w2s.checkpoint.find import find_any
 from w2s.data.benchmark import BenchmarkSet

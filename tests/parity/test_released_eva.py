@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tests.checkpoint.eva_weights import from_eva, to_eva
 from tests.distributed import run_ranks
+from tests.megatron.layer_weights import load_tensors
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
-from tests.megatron.weights import load_tensors
 from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES
 from w2s.config.lessons import Target
 from w2s.config.sections import ParallelConfig, PrecisionConfig, TextConfig, VisionConfig

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import w2s.tutor
 from tests.checkpoint.eva_weights import from_eva
 from tests.distributed import means
+from tests.megatron.layer_weights import load_tensors
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
-from tests.megatron.weights import load_tensors
 from w2s.checkpoint.eva_format import VISION_NAMES, is_fused, released_name, separate
 from w2s.config.load import load
 from w2s.config.sections import Config

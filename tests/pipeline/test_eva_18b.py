@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.checkpoint.peers import released
-from tests.stages.shapes import write_shapes
+from tests.stages.shape_images import write_shapes
 from w2s.checkpoint.checkpoint_folders import latest, read_meta
 from w2s.checkpoint.released import open_released
 from w2s.config.checks import check

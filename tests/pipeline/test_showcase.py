@@ -8,7 +8,7 @@ import yaml
 from mlflow import MlflowClient
 
 from tests.stages.runs import run_in_process
-from tests.stages.shapes import write_shapes
+from tests.stages.shape_images import write_shapes
 from w2s.config.load import read_document
 from w2s.pipeline import runner
 from w2s.pipeline.runner import run_pipeline

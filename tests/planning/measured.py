@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed import run_ranks
-from tests.stages.layouts import STAGES
+from tests.stages.layout_steps import STAGES
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.stream import Stream

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.planning.measured import SMALL, most_kept, on_ranks
-from tests.stages.shapes import write_shapes
+from tests.stages.shape_images import write_shapes
 from w2s.config.load import load
 from w2s.planning.activations import Types, in_flight, peak
 from w2s.planning.simulated_schedule import Pipeline

@@ -12,7 +12,7 @@ from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.planning.measured import SMALL
-from tests.stages.shapes import write_shapes
+from tests.stages.shape_images import write_shapes
 from w2s.config.batching import num_micro_batches, num_passes
 from w2s.config.lessons import Target
 from w2s.config.load import load, named_model

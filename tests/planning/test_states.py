@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.planning.measured import SMALL, Place, allocated, average_kept, on_ranks
-from tests.stages.shapes import write_shapes
+from tests.stages.shape_images import write_shapes
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.planning import fully_sharded_costs

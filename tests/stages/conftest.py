@@ -12,7 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tests.stages.shapes import write_shapes
+from tests.stages.shape_images import write_shapes
 from w2s import cli
 from w2s.config.sections import HardwareConfig, ParallelConfig
 from w2s.megatron.parallel import process_groups

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.distributed import run_ranks
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
 from tests.stages.conftest import Material
-from tests.stages.layouts import STAGES
+from tests.stages.layout_steps import STAGES
 from tests.stages.test_layouts import FULLY, LAYOUTS, PIPELINE, TENSOR
 from w2s.config.load import load
 from w2s.config.sections import Config

@@ -12,7 +12,7 @@ import torch
 from stages.mim import MaskedStage
 from tests.distributed import run_ranks
 from tests.stages.conftest import Material
-from tests.stages.layouts import Steps, run_alone, run_layouts
+from tests.stages.layout_steps import Steps, run_alone, run_layouts
 from tests.stages.runs import QUIET, history, killed_at_each_update, records, run_stage
 from tests.stages.test_layouts import PIPELINE, RELATIVE, TENSOR, relative_error
 from tests.stages.test_teachers import teachers_flops

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from tests.stages.conftest import Material, Run
 from tests.stages.runs import DEADLINE, QUIET, result, run_stage, start_command
-from tests.stages.shapes import NAMES, draw_shapes
+from tests.stages.shape_images import NAMES, draw_shapes
 from w2s.data.benchmark import BenchmarkSet
 from w2s.data.items import find_items
 from w2s.data.make import make_shards

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from tests.stages.conftest import Run
-from tests.stages.layouts import Steps, run_alone, run_layouts
+from tests.stages.layout_steps import Steps, run_alone, run_layouts
 from tests.stages.runs import QUIET, history, records, result, run_stage
 from w2s.checkpoint.checkpoint_folders import latest
 from w2s.config.load import load

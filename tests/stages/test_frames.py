@@ -9,7 +9,7 @@ import pytest
 from tests.data.shard_files import write_shard
 from tests.stages.conftest import Material
 from tests.stages.runs import QUIET, history, result, run_stage
-from tests.stages.shapes import write_clips
+from tests.stages.shape_images import write_clips
 from w2s.data.containers import read_shard
 from w2s.data.shards import list_shards
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.stages.layouts import Steps, run_layouts
+from tests.stages.layout_steps import Steps, run_layouts
 from tests.stages.runs import QUIET, history, run_stage
 
 STEPS, FROZEN = 5, 3

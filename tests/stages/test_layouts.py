@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.stages.conftest import Material
-from tests.stages.layouts import Steps, run_alone, run_layouts
+from tests.stages.layout_steps import Steps, run_alone, run_layouts
 from w2s.config.load import load
 from w2s.config.sections import ParallelConfig
 from w2s.megatron.parallel import process_groups

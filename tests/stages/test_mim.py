@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.stages.runs import QUIET, history, killed_at_each_update, result, run_stage
-from tests.training.runs import start_run
+from tests.training.loops import start_run
 from w2s.checkpoint.exporting import export_checkpoint
 from w2s.checkpoint.importing import import_checkpoint
 from w2s.config.load import load

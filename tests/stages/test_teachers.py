@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.distributed import run_ranks
 from tests.stages.conftest import Material
-from tests.stages.layouts import Steps, run_alone, run_layouts
+from tests.stages.layout_steps import Steps, run_alone, run_layouts
 from tests.stages.runs import QUIET, history, killed_at_each_update, result, run_stage
 from tests.stages.test_layouts import PIPELINE, RELATIVE, TENSOR, relative_error
 from w2s.checkpoint.checkpoint_folders import latest

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.stages.layouts import STAGES, Steps, run_alone
+from tests.stages.layout_steps import STAGES, Steps, run_alone
 from w2s.config.load import load
 from w2s.megatron.parallel.process_groups import Ranks
 

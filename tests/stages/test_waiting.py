@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import run_ranks
-from tests.stages.layouts import STAGES
-from tests.training.runs import start
+from tests.stages.layout_steps import STAGES
+from tests.training.loops import start
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.megatron.parallel import process_groups

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tests.checkpoint.eva_weights import from_eva, to_eva
-from tests.megatron.weights import load_tensors
+from tests.megatron.layer_weights import load_tensors
 from w2s.checkpoint import clip_vit
 from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES
 from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig

@@ -17,8 +17,8 @@ from torch import Tensor
 from tests.megatron.spawn import make_student
 from tests.processes import running_after
 from tests.stages.runs import after_each_update
-from tests.stages.shapes import write_shapes
-from tests.training.runs import start_run
+from tests.stages.shape_images import write_shapes
+from tests.training.loops import start_run
 from w2s.callbacks import Callback, Training
 from w2s.checkpoint import checkpoint_folders
 from w2s.checkpoint.handover import Handover

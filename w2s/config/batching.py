@@ -18,6 +18,11 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // model_parallel_size(parallel)
 
 
+def ranks_per_stage(parallel: ParallelConfig, world_size: int) -> int:
+    """Return how many of `world_size` ranks are on one stage of the pipeline; their numbers follow one another."""
+    return world_size // parallel.pipeline
+
+
 def num_stages(parallel: ParallelConfig) -> int:
     """Return the stages of the pipeline, virtual ones included."""
     return parallel.pipeline * parallel.virtual_pipeline

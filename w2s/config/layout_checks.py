@@ -93,10 +93,9 @@ def check_lanes(lanes: int, global_batch: int, world_size: int, parallel: Parall
 
 def _named(world_size: int, parallel: ParallelConfig | None) -> str:
     """The ranks by what they are, where they are not all data-parallel."""
-    size = 1 if parallel is None else model_parallel_size(parallel)
-    if parallel is None or size == 1:
+    if parallel is None or model_parallel_size(parallel) == 1:
         return f"{world_size} ranks"
-    parts = {"data": world_size // size, "tensor": parallel.tensor, "pipeline": parallel.pipeline}
+    parts = {"data": data_parallel_size(parallel, world_size), "tensor": parallel.tensor, "pipeline": parallel.pipeline}
     return f"{world_size} ranks ({' x '.join(f'{count} {name}' for name, count in parts.items() if count > 1)})"
 
 

@@ -15,6 +15,7 @@ from w2s.config.batching import (
     model_parallel_size,
     num_micro_batches,
     num_passes,
+    ranks_per_stage,
     samples_per_replica,
 )
 from w2s.config.sections import Config
@@ -195,7 +196,7 @@ class _Run:
         self._added = [moving(card, (_BF16 + 2 * gradient) * each) for each in added]
         self._exchange = _Exchange(config, card, world_size, sizes)
         sent = _BF16 * local_tokens(tower, parallel, samples) * tower.width
-        self._message = message(card, sent, world_size // parallel.pipeline) if parallel.pipeline > 1 else 0.0
+        self._message = message(card, sent, ranks_per_stage(parallel, world_size)) if parallel.pipeline > 1 else 0.0
         self._again = [self._layer.forward.total * recomputed_layers(parallel, layers) for layers in tower.split]
         self._forward, self._backward = self._forwards(), self._backwards()
         both = [forward + backward for forward, backward in zip(self._forward, self._backward, strict=True)]
@@ -369,5 +370,5 @@ def _loss(config: Config, card: Card, teachers: Sequence[PlannedTeacher], world_
 def _batch(config: Config, card: Card, teachers: Sequence[PlannedTeacher], world_size: int) -> float:
     """What the ranks of a model-parallel group give each other of the samples that each has read."""
     parallel, sent = config.parallel, samples_per_replica(config, world_size) * sample_bytes(config, teachers)
-    stride = 1 if parallel.pipeline == 1 else world_size // parallel.pipeline
+    stride = 1 if parallel.pipeline == 1 else ranks_per_stage(parallel, world_size)
     return exchange(card, sent, model_parallel_size(parallel), stride)

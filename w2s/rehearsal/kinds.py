@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from w2s.config.batching import data_parallel_size
+from w2s.config.batching import data_parallel_size, ranks_per_stage
 from w2s.config.sections import ParallelConfig
 from w2s.errors import UserError
 
@@ -45,4 +45,4 @@ def _ranks(parallel: ParallelConfig, data: int, tensors: Iterable[int], datas: I
 
 def stage_of(rank: int, parallel: ParallelConfig, world_size: int) -> int:
     """Return a rank's stage of the pipeline."""
-    return rank // (world_size // parallel.pipeline)
+    return rank // ranks_per_stage(parallel, world_size)

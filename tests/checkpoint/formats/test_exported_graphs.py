@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.checkpoint.formats.pieces import features, run_snippets, small, write, write_guided
+from tests.checkpoint.formats.exported_parts import features, run_snippets, small, write, write_guided
 from tests.checkpoint.peers import captions, images, released, text_tower
 from w2s.data.tokens import tokenize
 from w2s.errors import CheckpointError, ConfigError, MissingPackageError

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoint.formats.pieces import features, run_snippets, small, write, write_guided
+from tests.checkpoint.formats.exported_parts import features, run_snippets, small, write, write_guided
 from tests.checkpoint.peers import captions, images, released
 from w2s.checkpoint.formats.plain_vision import loaded_image_tower
 from w2s.checkpoint.importing import import_checkpoint

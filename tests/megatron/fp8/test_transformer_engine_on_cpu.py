@@ -53,7 +53,7 @@ def test_its_linears_train_as_local_ones_do(release: Path, tmp_path: Path, ranks
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "tests.megatron.fp8.transformer_engine_on_cpu.steps", release, str(ranks)]
+    command = [sys.executable, "-m", "tests.megatron.fp8.transformer_engine_on_cpu.engine_steps", release, str(ranks)]
     running = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "FOUND": str(tmp_path / "found.json")}

@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.shard_files import encode, smooth_photo, write_shard
 from tests.stages.runs import run_stage
-from tests.stages.shapes import write_shapes
+from tests.stages.shape_images import write_shapes
 
 SIZE = 224
 FEW, MANY = 2_000, 50_000

@@ -1,6 +1,6 @@
 """A rank whose linears are Transformer Engine's, beside the same with Megatron's own; prints what it found as JSON.
 
-    python -m tests.megatron.fp8.transformer_engine_on_cpu.steps FOLDER TENSOR
+    python -m tests.megatron.fp8.transformer_engine_on_cpu.engine_steps FOLDER TENSOR
 
 FOLDER holds an unpacked release; under torchrun's environment variables it is one of TENSOR ranks.
 """
