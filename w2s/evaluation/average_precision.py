@@ -28,8 +28,8 @@ def mean_average_precision(
     images, labels = F.normalize(image_features.float(), dim=-1), labels.to(classes.device)
     present = labels.any(0).nonzero()[:, 0]
 
-    def score(some: Tensor) -> Tensor:
-        (number,) = present[some].tolist()
+    def score(indices: Tensor) -> Tensor:
+        (number,) = present[indices].tolist()
         return _average_precision(images @ classes[number], labels[:, number])[None, None]
 
     # A class at a time: the scores of all of them would be as large as the set.

@@ -44,8 +44,8 @@ def knn(
     labels, neighbour_labels = labels.to(gallery.device), neighbour_labels.to(gallery.device)
     classes = int(max(labels.max(), neighbour_labels.max())) + 1
 
-    def score(some: Tensor) -> Tensor:
-        return _ranks(features[some], labels[some], gallery, neighbour_labels, k, classes)[:, None]
+    def score(indices: Tensor) -> Tensor:
+        return _ranks(features[indices], labels[indices], gallery, neighbour_labels, k, classes)[:, None]
 
     ranks = score_all(score, features, BLOCK, group)
     return {

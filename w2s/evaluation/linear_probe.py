@@ -59,8 +59,8 @@ class LinearProbe:
         """
         labels = labels.to(features.device)
 
-        def score(some: Tensor) -> Tensor:
-            return rank_of_right(self.scores(features[some]), one_hot(labels[some], len(self.bias)))[:, None]
+        def score(indices: Tensor) -> Tensor:
+            return rank_of_right(self.scores(features[indices]), one_hot(labels[indices], len(self.bias)))[:, None]
 
         ranks = score_all(score, features, BLOCK, group)[:, 0]
         right = (ranks < 1).double()

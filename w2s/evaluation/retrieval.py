@@ -119,8 +119,8 @@ def _ranks(
 ) -> Tensor:
     """For every query the number of wrong gallery items before its best right one, [n, 1]."""
 
-    def score(some: Tensor) -> Tensor:
-        return rank_of_right(queries[some] @ gallery.T, _share(query_numbers[some], gallery_numbers))[:, None]
+    def score(indices: Tensor) -> Tensor:
+        return rank_of_right(queries[indices] @ gallery.T, _share(query_numbers[indices], gallery_numbers))[:, None]
 
     return score_all(score, queries, BLOCK, group)
 

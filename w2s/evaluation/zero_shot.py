@@ -101,7 +101,7 @@ def zero_shot(
     """
     truth = labels.to(classes.device)
     scored = score_all(
-        lambda some: _classify(image_features[some], classes, truth[some]), image_features, BLOCK, group
+        lambda indices: _classify(image_features[indices], classes, truth[indices]), image_features, BLOCK, group
     ).cpu()
     ranks, predictions, margins = scored[:, 0].long(), scored[:, 1].long(), scored[:, 2].float()
     results = _class_results(ranks, predictions, margins, labels.cpu(), names)

@@ -327,7 +327,7 @@ class _Exchange:
 @cache
 def _chunk_sizes(tower: PlannedTower, tensor: int) -> tuple[int, ...]:
     """Parameters of each chunk on one tensor-parallel rank."""
-    return tuple(sum(tower.chunk(stage, tensor, with_scalars=False)) for stage in range(len(tower.split)))
+    return tuple(sum(tower.chunk(stage, tensor, with_logit_parameters=False)) for stage in range(len(tower.split)))
 
 
 def _ends(card: Card, tower: PlannedTower, samples: int, stages: int) -> list[Work]:

@@ -34,7 +34,7 @@ class Whole:
 def whole(tower: PlannedTower, precision: PrecisionConfig, data_size: int) -> Whole:
     """Return what a rank has whole of a tower."""
     weight, gradient = _widths(precision)
-    layer, rest = _padded(tower, data_size, with_scalars=weight == _FP32)
+    layer, rest = _padded(tower, data_size, with_logit_parameters=weight == _FP32)
     unit = max(_UNIT, 2 * layer)
     together = min(tower.layers, 1 + math.ceil(unit / 2 / layer))
     # So many wait at most when those of a layer join them, while the next layer makes its own.
@@ -61,15 +61,15 @@ def rank_states(
 
 def _states(tower: PlannedTower, precision: PrecisionConfig, data_size: int) -> States:
     weight, gradient = _widths(precision)
-    layer, rest = _padded(tower, data_size, with_scalars=weight == _FP32)
-    # Beside weights in bfloat16 the scalars of the loss are float32.
-    scalars = _round_up(tower.scalars, data_size) // data_size if weight != _FP32 else 0
+    layer, rest = _padded(tower, data_size, with_logit_parameters=weight == _FP32)
+    # Beside weights in bfloat16 the logit parameters are float32.
+    logit_parameters = _round_up(tower.logit_parameters, data_size) // data_size if weight != _FP32 else 0
     share = (tower.layers * layer + rest) // data_size
     return States(
-        weights=weight * share + _FP32 * scalars,
-        gradients=gradient * share + _FP32 * scalars,
-        optimizer=3 * _FP32 * (share + scalars),
-        average=_FP32 * (share + scalars),
+        weights=weight * share + _FP32 * logit_parameters,
+        gradients=gradient * share + _FP32 * logit_parameters,
+        optimizer=3 * _FP32 * (share + logit_parameters),
+        average=_FP32 * (share + logit_parameters),
     )
 
 
@@ -79,10 +79,10 @@ def _widths(precision: PrecisionConfig) -> tuple[int, int]:
     return _FP32 if wide else _BF16, _FP32 if wide or precision.gradients == "fp32" else _BF16
 
 
-def _padded(tower: PlannedTower, data_size: int, with_scalars: bool) -> tuple[int, int]:
+def _padded(tower: PlannedTower, data_size: int, with_logit_parameters: bool) -> tuple[int, int]:
     """Elements of a layer, and of all that is outside of layers, with which all ranks have whole rows."""
     layer, patches, pool = tower.layer_elements, sum(tower.first), sum(tower.pool)
-    rest = sum(tower.chunk(0, 1, with_scalars)) - tower.layers * layer - patches - pool
+    rest = sum(tower.chunk(0, 1, with_logit_parameters)) - tower.layers * layer - patches - pool
     embedding = _round_up(patches, data_size * tower.patch_row) if patches else 0
     widest = data_size * max(tower.width, tower.mlp_width)
     return (

@@ -96,7 +96,7 @@ def _language(case: Mapping[str, Any]) -> Row:
         own_last=(),
         first=(),
         last=(width, case["vocabulary"] * width),
-        scalars=0,
+        logit_parameters=0,
         embedding_elements=0,
         normed_tokens=tokens,
         head_tokens=tokens,

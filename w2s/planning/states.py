@@ -68,9 +68,9 @@ def _buffers(
 ) -> Iterator[tuple[tuple[int, ...], bool]]:
     """The parameters of each buffer of a chunk, and whether they are float32."""
     wide = precision.compute == "fp32"
-    yield tower.chunk(stage, tensor, with_scalars=wide), wide
-    if tower.scalars and stage == len(tower.split) - 1 and not wide:
-        yield (1,) * tower.scalars, True
+    yield tower.chunk(stage, tensor, with_logit_parameters=wide), wide
+    if tower.logit_parameters and stage == len(tower.split) - 1 and not wide:
+        yield (1,) * tower.logit_parameters, True
 
 
 @cache

@@ -48,7 +48,7 @@ class PlannedTower:
     """Parameters of the first chunk's modules before the layers."""
     last: tuple[int, ...]
     """Parameters of the last chunk's modules after the layers."""
-    scalars: int
+    logit_parameters: int
     """Parameters of the loss that are trained, in float32, in the last chunk."""
     embedding_elements: int
     """Elements that the embedding keeps of a sample, in the type of the weights: pixels."""
@@ -99,22 +99,22 @@ class PlannedTower:
         """Elements of a row that those of all other parameters outside of layers divide: of the positions."""
         return max(self.own_first) if self.first else math.lcm(self.width, self.head_width)
 
-    def chunk(self, stage: int, tensor: int, with_scalars: bool) -> tuple[int, ...]:
+    def chunk(self, stage: int, tensor: int, with_logit_parameters: bool) -> tuple[int, ...]:
         """Sizes of a chunk's parameters on one tensor-parallel rank, in Megatron's order.
 
         Args:
             stage: pipeline stage, virtual ones counted.
             tensor: tensor-parallel size.
-            with_scalars: whether the scalars of the loss are of the same type as the rest.
+            with_logit_parameters: whether the logit parameters are of the same type as the rest.
         """
         is_first, is_last = stage == 0, stage == len(self.split) - 1
         own = (self.own_first if is_first else ()) + (self.own_last if is_last else ())
-        scalars = (1,) * self.scalars if is_last and with_scalars else ()
+        logit_parameters = (1,) * self.logit_parameters if is_last and with_logit_parameters else ()
         layers = self._layer(tensor) * self.split[stage]
         head = (self.width,) * self.norm_vectors + (self.width * self.layer_width, self.layer_width)
         heads = head * self.layer_heads_of(stage)
         outer = (self.first + self.norm_pre if is_first else ()) + (self.last if is_last else ())
-        return own + scalars + layers + outer + heads
+        return own + logit_parameters + layers + outer + heads
 
     def layer_heads_of(self, stage: int) -> int:
         """Heads after single layers of a chunk, given its pipeline stage, virtual ones counted."""
@@ -217,7 +217,7 @@ def _vision(
         own_last=(),
         first=(3 * vision.patch_size**2 * width, *((width,) if vision.patch_bias else ())),
         last=(width,) * vectors + head,
-        scalars=0,
+        logit_parameters=0,
         embedding_elements=3 * vision.patch_size**2 * frames * (sequence - vision.class_tokens),
         normed_tokens=frames * sequence,
         head_tokens=head_tokens,
@@ -244,7 +244,7 @@ def _text_tower(config: Config) -> PlannedTower:
         own_last=(text.width * embed,),
         first=(),
         last=(text.width, text.width),
-        scalars=clip.learn_logit_scale + (clip.loss == "sigmoid"),
+        logit_parameters=clip.learn_logit_scale + (clip.loss == "sigmoid"),
         embedding_elements=0,
         normed_tokens=1,
         head_tokens=1,

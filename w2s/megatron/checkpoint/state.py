@@ -177,11 +177,11 @@ def load_weights(folder: Path, towers: Towers, names: Iterable[str], weights: We
     Raises:
         CheckpointError: the files are damaged, or have no average.
     """
-    names, places = set(names), TensorStore(folder, weights).places if weights == "ema" else {}
+    names, keys = set(names), TensorStore(folder, weights).keys if weights == "ema" else {}
 
     def placed(parts: Mapping[str, Any]) -> dict[str, ShardedTensor]:
         own = {key: part for key, part in parts.items() if isinstance(part, ShardedTensor) and part.key in names}
-        return {key: replace(part, key=places.get(part.key, part.key)) for key, part in own.items()}
+        return {key: replace(part, key=keys.get(part.key, part.key)) for key, part in own.items()}
 
     with unsharded(towers.values()):
         wanted = {chunk: placed(parts) for chunk, parts in _weights(towers).items()}
@@ -312,10 +312,10 @@ def _is_shared(part: Any) -> bool:
 
 def _present(weights: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Leave out the scales of FP8 that a checkpoint has not: it was written by other linears."""
-    stored = read_metadata(folder).state_dict_metadata
+    known = read_metadata(folder).state_dict_metadata
 
     def present(part: Any) -> bool:
-        return not isinstance(part, ShardedObject) or part.unique_key in stored
+        return not isinstance(part, ShardedObject) or part.unique_key in known
 
     return {chunk: {key: part for key, part in parts.items() if present(part)} for chunk, parts in weights.items()}
 

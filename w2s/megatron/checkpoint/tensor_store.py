@@ -28,7 +28,7 @@ class TensorStore:
 
     Attributes:
         meta: every weight as a tensor on the meta device.
-        places: the name that each has in the checkpoint.
+        keys: the name that each has in the checkpoint.
     """
 
     def __init__(self, folder: Path, weights: Weights = "last") -> None:
@@ -45,17 +45,17 @@ class TensorStore:
         check_common(folder)  # not needed here, but a checkpoint is refused by all or by none
         self._metadata = read_metadata(folder)
         entries = self._metadata.state_dict_metadata
-        stored = {name: tensor for name, tensor in entries.items() if isinstance(tensor, TensorStorageMetadata)}
-        names = [name for name in stored if not name.startswith("optimizer.")]
-        averaged = {name for name in names if f"{AVERAGE}{name}" in stored} if weights == "ema" else set()
+        tensors = {name: tensor for name, tensor in entries.items() if isinstance(tensor, TensorStorageMetadata)}
+        names = [name for name in tensors if not name.startswith("optimizer.")]
+        averaged = {name for name in names if f"{AVERAGE}{name}" in tensors} if weights == "ema" else set()
         if weights == "ema" and not averaged:
             raise CheckpointError(
                 f"{folder} holds no moving average of the weights: train with optim.ema, or take the `last` ones"
             )
-        self.places = {name: f"{AVERAGE}{name}" if name in averaged else name for name in names}
+        self.keys = {name: f"{AVERAGE}{name}" if name in averaged else name for name in names}
         self.meta = {
-            name: torch.empty(stored[place].size, dtype=stored[place].properties.dtype, device="meta")
-            for name, place in self.places.items()
+            name: torch.empty(tensors[key].size, dtype=tensors[key].properties.dtype, device="meta")
+            for name, key in self.keys.items()
         }
 
     def read(self, name: str) -> Tensor:
@@ -66,7 +66,7 @@ class TensorStore:
         """
         tensor, reader = torch.empty_like(self.meta[name], device="cpu"), _Reader(self.folder, self._metadata)
         with _single_process(), translated_errors(f"read {self.folder}", "use another checkpoint"):
-            dcp.load({self.places[name]: tensor}, storage_reader=reader, no_dist=True)
+            dcp.load({self.keys[name]: tensor}, storage_reader=reader, no_dist=True)
         return tensor
 
 
