@@ -186,6 +186,15 @@ class OpenFullySharded(FullyShardedDataParallel):
         self.module.attach_grad_to_optimizer_state = _nothing
 
 
+def release_gathered(chunk: FullyShardedDataParallel) -> None:
+    """Let go of all weights that a fully sharded chunk has gathered: the next pass gathers them anew.
+
+    Megatron-Core 0.19 would keep those outside of layers, which are old after an update.
+    """
+    reset, name = chunk.module.all_gather_pipeline.reset, "preserve_non_fsdp_units"
+    reset(**({name: False} if name in inspect.signature(reset).parameters else {}))
+
+
 def is_to_go_back(layer: nn.Module) -> bool:
     """Return whether a backward pass has begun that has still to go through an FSDP layer, or is in it."""
     return layer._training_state is TrainingState.PRE_BACKWARD

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from w2s.megatron.compat import OpenFullySharded, begin_of_share, is_to_go_back
+from w2s.megatron.compat import OpenFullySharded, begin_of_share, is_to_go_back, release_gathered
 from w2s.megatron.model.tower import Tower
 
 
@@ -107,13 +107,18 @@ class FullySharded(OpenFullySharded):
 
     def release(self) -> None:
         """Let go of what was gathered: the next pass gathers the shares as they are then."""
-        self.module.synchronize_param_gather()
+        release_gathered(self)
         self._layers_to_come = True
 
     def copy_master_to_model(self) -> None:
         """Copy the master weights into the shares' weights."""
         self.release()
         self.module.install_optimized_model_weights()
+
+    def copy_model_to_master(self) -> None:
+        """Copy the shares' weights into the master weights."""
+        for share in self.shares.values():
+            share.master.copy_(share.weight)
 
 
 def _shares(group: Any) -> Iterator[tuple[nn.Parameter, Share]]:

@@ -76,7 +76,7 @@ class FullyShardedOptimizer:
     def reload_model_params(self) -> None:
         """Copy the weights into the master weights."""
         for chunk in self.wrapped:
-            chunk.param_and_grad_buffer.copy_model_weights_to_main_weights()
+            chunk.copy_model_to_master()
 
     def slices(self) -> dict[nn.Parameter, Tensor]:
         """This rank's share of the master weight of each parameter that it has one of."""
