@@ -4,12 +4,18 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
 
 from tests.stages.runs import QUIET, history, run_stage
+from w2s.callbacks import Training
+from w2s.config.eval_checks import check_evaluation
 from w2s.config.load import load
 from w2s.errors import ConfigError
+from w2s.training.profiling import Profiler
 
 
 def profiled(base: list[str], steps: str) -> tuple[Path, Counter[str]]:
@@ -35,6 +41,25 @@ def test_only_the_steps_that_are_asked_for(base: list[str]) -> None:
 def test_the_steps_that_a_run_takes_are_named(base: list[str]) -> None:
     folder, _ = profiled(base, "3-9")
     assert {path.name.partition(".")[0] for path in folder.iterdir()} == {"steps-3-4"}
+
+
+def test_a_run_may_go_back_before_the_first_of_them_and_end(tmp_path: Path) -> None:
+    messages: list[str] = []
+    tracker = SimpleNamespace(message=messages.append, artifact=lambda *_: None)
+    ranks = SimpleNamespace(rank=0, data_rank=0, device=torch.device("cpu"))
+    profiler = Profiler(range(3, 6))
+    profiler.begin(cast(Training, SimpleNamespace(folder=tmp_path, tracker=tracker, ranks=ranks)))
+    for step in (3, 4, 1):
+        profiler.before_step(step)
+        profiler.after_step(step, {})
+    profiler.end()
+    assert messages == [f"profile of steps 1 to 4: {tmp_path / 'profile'}"]
+
+
+def test_an_evaluation_has_no_steps_to_profile() -> None:
+    for option in ("train.profile=1-2", "train.callbacks=[a:B]"):
+        with pytest.raises(ConfigError, match=rf"^{option.partition('=')[0]} is for stages that train"):
+            check_evaluation(load("eval", [option]))
 
 
 @pytest.mark.parametrize("steps", ["10", "5-2", "0-3", "a-b", "1-2-3"])

@@ -47,7 +47,9 @@ class Profiler(Callback):
 
     def after_step(self, step: int, metrics: Mapping[str, Tensor]) -> None:
         """Write what there is after the last of the steps."""
-        self._taken = range(self._taken.start, step + 1)
+        if self._profile is not None:
+            # After a rollback steps before the first one are taken too.
+            self._taken = range(min(self._taken.start, step), max(self._taken.stop, step + 1))
         if step == self._steps[-1]:
             self.end()
 
