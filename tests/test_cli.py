@@ -295,6 +295,11 @@ def test_the_data_commands_count_check_and_show_shards(w2s: Run, tmp_path: Path)
     code, out, _ = w2s("data", "show", str(shards), "--out", str(sheet), "--count", "4")
     assert code == 0 and out.endswith(f"4 samples drawn: {sheet}\n")
     assert Image.open(sheet).format == "PNG"
+    code, _, error = w2s("data", "check", str(shards), "--caption-key", "none")
+    assert (code, error) == (
+        1,
+        "error: 48 of 48 samples are bad: see above; images alone are checked with --caption-key ''\n",
+    )
     (shards / "000001.tar").write_bytes(b"no archive")
     code, _, error = w2s("data", "check", str(shards))
     assert code == 1 and error.startswith("error: ")

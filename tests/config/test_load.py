@@ -135,6 +135,7 @@ def test_interpolations_are_resolved_after_the_overrides(monkeypatch: pytest.Mon
         ("train.stepz=3", "unknown key train.stepz: did you mean train.steps?"),
         ("optimizer.lr=3", "unknown key optimizer.lr: did you mean optim.lr?"),
         ("lr=3", "unknown key lr: did you mean optim.lr?"),
+        ("modle=tiny", "unknown key modle: did you mean model?"),
         ("vision.width=4", "unknown key vision.width: did you mean model.vision.width?"),
         ("train.steps.x=3", "unknown key train.steps.x: did you mean train.steps?"),
         ("train.steps=abc", "train.steps=abc is not a whole number"),

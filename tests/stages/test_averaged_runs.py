@@ -216,7 +216,7 @@ def test_the_mean_of_finished_checkpoints(
     code, _, error = w2s("stage", "clip", *options, f"init.checkpoint={mean}", "train.steps=9", "run.name=refused")
     assert code == 2
     assert "is of stage average, and clip cannot continue from it: use init.vision to begin with its weights" in error
-    for arguments, line in ((["3"], "there are 2"), (["2"], f"--out {mean} exists already")):
+    for arguments, line in ((["3"], "has only 2"), (["2"], f"--out {mean} exists already")):
         code, _, error = w2s(*ask, *arguments)
         assert (code, error.count("\n")) == (2, 1)
         assert line in error

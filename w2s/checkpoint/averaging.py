@@ -36,7 +36,7 @@ def average_checkpoints(run: Path, last: int, out: Path) -> list[Path]:
     if len(checkpoints) < last:
         fix = f"use --last {len(checkpoints)}, or" if len(checkpoints) > 1 else "use"
         raise CheckpointError(
-            f"--last {last}: of {run} there are {len(checkpoints)} (checkpoint.keep and checkpoint.keep_at say which "
+            f"--last {last}: {run} has only {len(checkpoints)} (checkpoint.keep and checkpoint.keep_at say which "
             f"stay): {fix} a run that keeps more"
         )
     chosen = checkpoints[-last:]

@@ -119,13 +119,16 @@ def data_check(
 ) -> None:
     """Read and decode every sample, and report what a run would skip; exit code 1 if there is something."""
     with one_line(debug):
+        from w2s.data.captions import NO_CAPTION
         from w2s.data.inspect import check_shards
         from w2s.data.shards import list_shards
 
         report = check_shards(list_shards(shards, "SHARDS"), image_key, caption_key or None, workers)
         print("\n".join(map(shown, report.lines())))
         if report.bad or report.wrong_sizes:
-            raise W2SError(f"{sum(report.bad.values())} of {report.samples} samples are bad: see above")
+            # The masked stage needs none.
+            fix = "; images alone are checked with --caption-key ''" if report.bad[NO_CAPTION] else ""
+            raise W2SError(f"{sum(report.bad.values())} of {report.samples} samples are bad: see above{fix}")
 
 
 @data.command("show")

@@ -276,7 +276,8 @@ def _assign(node: DictConfig, key: str, value: Any, origin: str) -> None:
     if key in SECTIONS:
         raise ConfigError(f"{origin}{key}={value}: {key} is a section, set one of its keys, such as {_key_in(key)}")
     if key not in FIELDS:
-        raise ConfigError(f"{origin}unknown key {key}: did you mean {nearest(key, FIELDS)}?")
+        known = FIELDS if origin else [*FIELDS, *GROUPS]  # a file of a group does not choose another
+        raise ConfigError(f"{origin}unknown key {key}: did you mean {nearest(key, known)}?")
     try:
         OmegaConf.update(node, key, _entries(key, value, origin), merge=False)
     except (OmegaConfBaseException, TypeError, ValueError) as error:

@@ -9,6 +9,9 @@ import numpy as np
 from w2s.data.bad import BadSample
 from w2s.data.samples import RawSample, caption_file
 
+NO_CAPTION = "caption is missing"
+"""Why a sample is bad that has none."""
+
 
 def draw_caption(raw: RawSample, caption_key: str, weights: Sequence[float], rng: np.random.Generator) -> str:
     """Return one caption of a sample, without white space around it.
@@ -34,7 +37,7 @@ def draw_caption(raw: RawSample, caption_key: str, weights: Sequence[float], rng
         caption = read_caption(raw, keys[number], rng)
         if caption:
             return caption
-    raise BadSample("caption is missing")
+    raise BadSample(NO_CAPTION)
 
 
 def read_caption(raw: RawSample, key: str, rng: np.random.Generator) -> str:
