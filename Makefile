@@ -30,7 +30,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxproc
 
 test: $(VENV)/.dev $(OLDEST)
 	$(TESTS)
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/data/test_webdataset.py
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/data/shards/test_webdataset.py
 
 coverage: $(VENV)/.dev
 	$(TESTS) --cov --cov-report=term --cov-report=html

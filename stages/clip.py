@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2s.checkpoint.handover import Handover, take_over
+from w2s.checkpoint.starts.handover import Handover, take_over
 from w2s.config.batching import num_kept_patches, num_passes
+from w2s.config.precision import compute_dtype
 from w2s.config.sections import Config
-from w2s.data.batch import Batch, gather_batch, normalize, require
-from w2s.data.sample import SampleSpec
-from w2s.distillation import Distillation
-from w2s.evaluator import ClipEvaluator
+from w2s.data.samples.batch import Batch, gather_batch, normalize, require
+from w2s.data.samples.sample import SampleSpec
+from w2s.evaluation.evaluator import ClipEvaluator
 from w2s.megatron.parallel.optimizer import Optimizer, Towers
 from w2s.megatron.parallel.pipeline_schedule import (
     Loss,
@@ -32,7 +32,7 @@ from w2s.megatron.parallel.process_groups import Ranks
 from w2s.megatron.parallel.sharded import data_parallel
 from w2s.objectives.contrastive import contrastive_loss
 from w2s.objectives.sigmoid import sigmoid_loss
-from w2s.precision import compute_dtype
+from w2s.teachers.contrastive_teacher import ContrastiveTeacher
 from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.vision import channel_statistics
@@ -81,7 +81,7 @@ class ContrastiveStage:
         bounds = {"logit_scale": (0.0, math.log(config.clip.logit_scale_max))}
         self.optimizer = Optimizer(self.towers, config.optim, dtype, config.init.scratch, bounds)
         self.evaluator = ClipEvaluator(config, ranks)
-        self.distillation = next((Distillation(config, each, ranks) for each in config.taught_by), None)
+        self.distillation = next((ContrastiveTeacher(config, each, ranks) for each in config.stage_teachers), None)
         self.teachers: Sequence[nn.Module] = [self.distillation.teacher] if self.distillation else []
         self.spec = sample_spec(config, self.distillation.image_sizes if self.distillation else ())
 
@@ -214,7 +214,11 @@ class ContrastiveStage:
         if not self.config.eval.shards:
             return {}
         metrics = self.evaluator.measure(self.vision, self.text).metrics
-        return metrics if self.distillation is None else metrics | self.distillation.judge(metrics, self.evaluator)
+        return (
+            metrics
+            if self.distillation is None
+            else metrics | self.distillation.judge(metrics, self.evaluator.measure_teacher)
+        )
 
     def finish(self, tracker: Tracker) -> dict[str, float]:
         """Measure the finished CLIP."""

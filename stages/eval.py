@@ -9,24 +9,24 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from w2s.checkpoint.checkpoint_folders import read_meta
+from w2s.checkpoint.export.registering import register_clip
 from w2s.checkpoint.find import find_any
-from w2s.checkpoint.handover import load_all
+from w2s.checkpoint.own.checkpoint_folders import read_meta
+from w2s.checkpoint.starts.handover import load_all
 from w2s.config.layout_checks import check_towers
 from w2s.config.load import model_from
+from w2s.config.precision import compute_dtype
 from w2s.config.sections import Config, Resize
 from w2s.config.suites import Suite, load_suite
 from w2s.data.builtin.builtin_sets import without_left_out
 from w2s.evaluation.evaluate import ClipResult, of_sets, under
+from w2s.evaluation.evaluator import ClipEvaluator, attention_of_cls
 from w2s.evaluation.images import EvalImages, stills
 from w2s.evaluation.suite import as_measured, differences, find_sets, means, score, table
 from w2s.evaluation.zero_shot import ClassResult, ZeroShotResult
-from w2s.evaluator import ClipEvaluator, attention_of_cls
 from w2s.megatron.parallel.optimizer import Towers
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.megatron.parallel.sharded import ShardedTower
-from w2s.model_registry import register_clip
-from w2s.precision import compute_dtype
 from w2s.run import open_run, origins, recorded, test_inputs
 from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower

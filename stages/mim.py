@@ -13,18 +13,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2s.checkpoint.handover import Handover, take_over
-from w2s.config.lessons import Target
+from w2s.checkpoint.starts.handover import Handover, take_over
+from w2s.config.precision import compute_dtype
 from w2s.config.sections import Config
-from w2s.data.batch import Batch, gather_batch, normalize, require
-from w2s.data.sample import SampleSpec, draw_mask
-from w2s.data.teacher_draw import TeacherDraw, group_indices
+from w2s.config.teacher_losses import Target
+from w2s.data.samples.batch import Batch, gather_batch, normalize, require
+from w2s.data.samples.sample import SampleSpec, draw_mask
+from w2s.data.stream.teacher_draw import TeacherDraw, group_indices
 from w2s.evaluation.batched_features import TensorItems, encode_all, of_images
 from w2s.evaluation.dataset import EvalSet
 from w2s.evaluation.evaluate import of_sets, under
+from w2s.evaluation.evaluator import Evaluator, attention_of_cls, patch_features
 from w2s.evaluation.images import ImageBatch
-from w2s.evaluator import Evaluator, attention_of_cls, patch_features
-from w2s.load_balance import BalancedSamples, OwnSamples, balance_samples
 from w2s.megatron.parallel.optimizer import Optimizer, Towers
 from w2s.megatron.parallel.pipeline_schedule import Loss, Metrics, forward_backward, infer, means
 from w2s.megatron.parallel.process_groups import Ranks
@@ -33,7 +33,8 @@ from w2s.objectives.layer_losses import LayerLosses
 from w2s.objectives.masked_loss import masked_cosines
 from w2s.optim.lr_schedule import falling_weight
 from w2s.planning.teacher import planned_teachers
-from w2s.precision import compute_dtype
+from w2s.teachers.load_balance import BalancedSamples, OwnSamples, balance_samples
+from w2s.teachers.masked_teacher import MaskedTeacher
 from w2s.teachers.phi_s import PhiS
 from w2s.teachers.targets import TargetNorm
 from w2s.towers.build import build_student
@@ -50,7 +51,6 @@ from w2s.towers.masked_student import (
 from w2s.towers.vision import channel_statistics
 from w2s.tracking.tracker import Tracker
 from w2s.training.train_stage import train_stage
-from w2s.tutor import Tutor
 
 T = TypeVar("T")
 
@@ -78,27 +78,27 @@ class MaskedStage:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         vision, dtype = config.model.vision, compute_dtype(config.precision)
-        layers, lessons = [pair.student for pair in config.mim.layers], config.lessons
+        layers, teacher_losses = [pair.student for pair in config.mim.layers], config.teacher_losses
         self.draw = TeacherDraw.of(config)
-        counts = self.draw.in_first_batch() if self.draw else [config.train.global_batch] * len(lessons)
+        counts = self.draw.in_first_batch() if self.draw else [config.train.global_batch] * len(teacher_losses)
         # Single layers are learnt of the first teacher alone.
-        teacher_layers = [[pair.teacher for pair in config.mim.layers], *([[]] * (len(lessons) - 1))]
-        self.tutors = [
-            Tutor(config, lesson, of_lesson, ranks, count)
-            for lesson, of_lesson, count in zip(lessons, teacher_layers, counts, strict=True)
+        teacher_layers = [[pair.teacher for pair in config.mim.layers], *([[]] * (len(teacher_losses) - 1))]
+        self.masked_teachers = [
+            MaskedTeacher(config, teacher_loss, of_lesson, ranks, count)
+            for teacher_loss, of_lesson, count in zip(teacher_losses, teacher_layers, counts, strict=True)
         ]
         # Working out what a network costs takes seconds: alone, a rank has nobody to share it with.
         shared = self.draw is not None and ranks.model_size > 1
-        self.costs = [each.flops for each in planned_teachers(config)] if shared else [1.0] * len(lessons)
-        self.teachers: Sequence[nn.Module] = [tutor.teacher for tutor in self.tutors]
-        self.targets = [tutor.target for tutor in self.tutors]
-        layer_widths = dict.fromkeys(layers, self.tutors[0].teacher.layer_width)
+        self.costs = [each.flops for each in planned_teachers(config)] if shared else [1.0] * len(teacher_losses)
+        self.teachers: Sequence[nn.Module] = [masked_teacher.teacher for masked_teacher in self.masked_teachers]
+        self.targets = [masked_teacher.target for masked_teacher in self.masked_teachers]
+        layer_widths = dict.fromkeys(layers, self.masked_teachers[0].teacher.layer_width)
         student = build_student(config, self.targets, dtype, ranks.device, layer_widths)
         self.student = data_parallel(student, config.parallel, config.precision)
         self.towers: Towers = {"vision": self.student}
         self.optimizer = Optimizer(self.towers, config.optim, dtype, config.init.scratch)
         self.evaluator = Evaluator(config, ranks)
-        self.sizes = tuple(dict.fromkeys(tutor.teacher.image_size for tutor in self.tutors))
+        self.sizes = tuple(dict.fromkeys(masked_teacher.teacher.image_size for masked_teacher in self.masked_teachers))
         self.spec = sample_spec(config, self.sizes)
         self.target_widths = [target.width for target in self.targets], list(layer_widths.values())
         self.tokens = vision.class_tokens + config.mim.num_visible(vision.patches)
@@ -128,7 +128,9 @@ class MaskedStage:
             )
 
             def loss(predictions: Sequence[Tensor]) -> tuple[Tensor, Metrics]:
-                each = map(Tutor.compare, self.tutors, outputs_of(predictions, self.targets), targets, weights)
+                each = map(
+                    MaskedTeacher.compare, self.masked_teachers, outputs_of(predictions, self.targets), targets, weights
+                )
                 losses, reports = zip(*each, strict=True)
                 value = torch.stack(losses).sum()
                 return value, {"loss": value.detach(), **self._by_teacher(reports)}
@@ -147,7 +149,7 @@ class MaskedStage:
         """
         own, group = batch.to(self.ranks.device), self.ranks.model_group
         if self.draw is None:
-            own = self._run_teacher(own, [OwnSamples()] * len(self.tutors))
+            own = self._run_teacher(own, [OwnSamples()] * len(self.masked_teachers))
             return gather_batch(own, group), {"teacher_images_per_rank": torch.tensor(float(len(batch)))}
         indices = group_indices(batch.first_index, self.config.train.global_batch, self.ranks.data_size)
         drawn = self.draw.drawn(indices)
@@ -168,7 +170,7 @@ class MaskedStage:
 
     def _weights_of(self, micro: Batch) -> Sequence[Tensor | None]:
         """The weights of a micro-batch's samples in the loss of each teacher."""
-        return [None] * len(self.tutors) if micro.teacher_weights is None else micro.teacher_weights.unbind(1)
+        return [None] * len(self.masked_teachers) if micro.teacher_weights is None else micro.teacher_weights.unbind(1)
 
     def _run_teacher(self, batch: Batch, shown: Sequence[BalancedSamples | OwnSamples]) -> Batch:
         """Exchange the images at the teachers' sizes for their features of them, at the patches to predict.
@@ -180,12 +182,12 @@ class MaskedStage:
         masks, group = self._masks(batch), self.ranks.world_group
         patch_indices = self._patch_indices(masks)
         patches, layers, summaries = list[Tensor](), list[Tensor](), list[Tensor]()
-        for tutor, part in zip(self.tutors, shown, strict=True):
-            images = part.pick(self._seen_by(tutor, batch.teacher_images))
-            features = tutor.encode(images, self.config.train.micro_batch)
-            of_patches, *of_layers = map(part.join, tutor.targets(features, part.pick(patch_indices), group))
+        for masked_teacher, part in zip(self.masked_teachers, shown, strict=True):
+            images = part.pick(self._seen_by(masked_teacher, batch.teacher_images))
+            features = masked_teacher.encode(images, self.config.train.micro_batch)
+            of_patches, *of_layers = map(part.join, masked_teacher.targets(features, part.pick(patch_indices), group))
             patches, layers = [*patches, of_patches], [*layers, *of_layers]
-            summaries += [part.join(each) for each in [tutor.summary(features)] if each is not None]
+            summaries += [part.join(each) for each in [masked_teacher.summary(features)] if each is not None]
         return dataclasses.replace(
             batch,
             teacher_images=(),
@@ -205,13 +207,15 @@ class MaskedStage:
         summaries_or_none = (each if each.shape[-1] else None for each in summaries)
         return [Outputs(*each) for each in zip(patches, summaries_or_none, strict=True)], layers
 
-    def _seen_by(self, tutor: Tutor, views: Sequence[Tensor]) -> Tensor:
+    def _seen_by(self, masked_teacher: MaskedTeacher, views: Sequence[Tensor]) -> Tensor:
         """The one of the teachers' views that a teacher sees."""
-        return views[self.sizes.index(tutor.teacher.image_size)]
+        return views[self.sizes.index(masked_teacher.teacher.image_size)]
 
     def _by_teacher(self, reports: Iterable[Mapping[str, T]]) -> dict[str, T]:
         """Metrics of each teacher, under the teachers' names where there are several."""
-        return of_sets({tutor.name: report for tutor, report in zip(self.tutors, reports, strict=True)})
+        return of_sets(
+            {masked_teacher.name: report for masked_teacher, report in zip(self.masked_teachers, reports, strict=True)}
+        )
 
     def _layers_weight(self, batch: Batch) -> float:
         """The weight of the losses of single layers at the step that the samples are of."""
@@ -240,18 +244,22 @@ class MaskedStage:
 
     def extra_state(self) -> dict[str, Tensor]:
         """The statistics of the targets, those of the first teacher under the names that a single one's have."""
-        first, *others = self.tutors
-        states = ((f"teachers.{tutor.name}.{name}", value) for tutor in others for name, value in tutor.state().items())
+        first, *others = self.masked_teachers
+        states = (
+            (f"teachers.{masked_teacher.name}.{name}", value)
+            for masked_teacher in others
+            for name, value in masked_teacher.state().items()
+        )
         return first.state() | dict(states)
 
     def load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
         """Restore the statistics of the targets."""
-        first, *others = self.tutors
+        first, *others = self.masked_teachers
         first.load_state({name: value for name, value in extra.items() if not name.startswith("teachers.")})
-        for tutor in others:
-            prefix = f"teachers.{tutor.name}."
+        for masked_teacher in others:
+            prefix = f"teachers.{masked_teacher.name}."
             own = {name: value for name, value in extra.items() if name.startswith(prefix)}
-            tutor.load_state({name.removeprefix(prefix): value for name, value in own.items()})
+            masked_teacher.load_state({name.removeprefix(prefix): value for name, value in own.items()})
 
     def evaluate(self) -> dict[str, float]:
         """Cosines on the test images beside those of the best constant predictions, and k-NN of the features."""
@@ -273,15 +281,15 @@ class MaskedStage:
 
     def _as_clips(self) -> dict[str, float]:
         """The student as the CLIP of each teacher whose summary it has learnt, beside that teacher."""
-        embeds = [partial(MaskedStudent.embed, teacher=number) for number in range(len(self.tutors))]
+        embeds = [partial(MaskedStudent.embed, teacher=number) for number in range(len(self.masked_teachers))]
         return self._by_teacher(
-            self.evaluator.evaluate_as_clip(self.student, embed, tutor.lesson, tutor.teacher)
-            for tutor, embed in zip(self.tutors, embeds, strict=True)
+            self.evaluator.evaluate_as_clip(self.student, embed, masked_teacher.teacher_loss, masked_teacher.teacher)
+            for masked_teacher, embed in zip(self.masked_teachers, embeds, strict=True)
         )
 
     def _cosines(self, name: str, data: EvalSet) -> dict[str, float]:
         """Cosines with each teacher, and of the best constant predictions: `NAME/…`, under the teachers' names."""
-        norms = [self._test_target_norm(tutor) for tutor in self.tutors]
+        norms = [self._test_target_norm(masked_teacher) for masked_teacher in self.masked_teachers]
 
         def measure(batch: ImageBatch) -> Tensor:
             """Cosine and direction of the targets: the mean over an image's patches, then the summary's if any."""
@@ -341,27 +349,31 @@ class MaskedStage:
             for each in unflatten_outputs(flattened, self.targets)
         ]
         targets = []
-        for tutor, norm in zip(self.tutors, norms, strict=True):
-            outputs = self._run_teacher_sharded(tutor, self._seen_by(tutor, views), self.ranks.model_group)
+        for masked_teacher, norm in zip(self.masked_teachers, norms, strict=True):
+            outputs = self._run_teacher_sharded(
+                masked_teacher, self._seen_by(masked_teacher, views), self.ranks.model_group
+            )
             targets.append(outputs._replace(patches=norm(outputs.patches, update=False)))
         return predictions, targets, masks
 
-    def _run_teacher_sharded(self, tutor: Tutor, images: Tensor, group: dist.ProcessGroup) -> Outputs:
+    def _run_teacher_sharded(self, masked_teacher: MaskedTeacher, images: Tensor, group: dist.ProcessGroup) -> Outputs:
         """A teacher's features of images that all ranks of `group` have; each computes those of a share."""
         share = math.ceil(len(images) / dist.get_world_size(group))
-        return Outputs.unflatten(encode_all(tutor.flat_outputs, TensorItems(images), share, group), tutor.target)
+        return Outputs.unflatten(
+            encode_all(masked_teacher.flat_outputs, TensorItems(images), share, group), masked_teacher.target
+        )
 
-    def _test_target_norm(self, tutor: Tutor) -> TargetNorm | PhiS:
+    def _test_target_norm(self, masked_teacher: MaskedTeacher) -> TargetNorm | PhiS:
         """The running statistics; before the first step, those of some of the images that k-NN looks among."""
-        norm = copy.deepcopy(tutor.norm)
+        norm = copy.deepcopy(masked_teacher.norm)
         if not norm.ready:
-            evaluator, size, group = self.evaluator, tutor.teacher.image_size, self.ranks.world_group
+            evaluator, size, group = self.evaluator, masked_teacher.teacher.image_size, self.ranks.world_group
             data = evaluator.gallery_set() if self.config.eval.knn_shards else evaluator.test_set()
             numbers = np.arange(0, len(data), max(1, len(data) // self.config.eval.batch_size))
             share = math.ceil(len(numbers) / dist.get_world_size(group))
             images = evaluator.images(data, size, alone=True).only(numbers)
-            flattened = encode_all(of_images(tutor.flat_outputs), images, share, group)
-            norm(Outputs.unflatten(flattened, tutor.target).patches, update=True)
+            flattened = encode_all(of_images(masked_teacher.flat_outputs), images, share, group)
+            norm(Outputs.unflatten(flattened, masked_teacher.target).patches, update=True)
         return norm
 
     def _draw_pictures(self, tracker: Tracker) -> None:
@@ -371,10 +383,15 @@ class MaskedStage:
         data = self.evaluator.test_set()
         numbers = torch.linspace(0, len(data) - 1, self.config.tracking.pictures).long().unique()
         batch = ImageBatch(numbers, self.evaluator.images(data, *self._sizes).only(numbers.numpy()).read())
-        predictions, targets, masks = self._predict(batch, [tutor.norm for tutor in self.tutors])
+        predictions, targets, masks = self._predict(
+            batch, [masked_teacher.norm for masked_teacher in self.masked_teachers]
+        )
         shown, student = batch.images, patch_features(self.student, batch.images)
-        for tutor, predicted, target in zip(self.tutors, predictions, targets, strict=True):
-            name, cosines = f"_{tutor.name}" if tutor.name else "", masked_cosines(predicted.patches, target.patches)
+        for masked_teacher, predicted, target in zip(self.masked_teachers, predictions, targets, strict=True):
+            name, cosines = (
+                f"_{masked_teacher.name}" if masked_teacher.name else "",
+                masked_cosines(predicted.patches, target.patches),
+            )
             of_masks = partial(masked_picture, images=shown, masks=masks, cosines=cosines, kind=self._metric_prefix)
             tracker.picture(f"masked{name}", of_masks)
             tracker.picture(

@@ -22,7 +22,7 @@ from w2s.megatron.parallel.process_groups import Ranks
 # Ranks are forked from a process that has imported what takes seconds.
 multiprocessing.set_forkserver_preload(
     [
-        "w2s.data.workers",
+        "w2s.data.stream.workers",
         "w2s.stages.mim",
         "w2s.stages.clip",
         "w2s.rehearsal.rank",

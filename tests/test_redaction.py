@@ -6,11 +6,11 @@ import pytest
 
 from w2s.config.load import load, to_yaml
 from w2s.config.naming import difference, digest, run_folder, written
-from w2s.data.shards import shard_name
-from w2s.data.sizes import index_shards, read_index
-from w2s.data.sources import list_sources
+from w2s.data.shards.shards import shard_name
+from w2s.data.shards.sizes import index_shards, read_index
+from w2s.data.stream.sources import list_sources
 from w2s.errors import DataError
-from w2s.failure import describe
+from w2s.processes.failure import describe
 from w2s.redaction import HIDDEN, identity, printable, redact, redacted, resolved
 from w2s.tracking.tracker import Tracker
 
@@ -137,7 +137,7 @@ def test_a_source_has_no_secret_in_its_name() -> None:
 
 
 def test_an_index_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("w2s.data.sizes.known_sizes", lambda shards: dict.fromkeys(shards, 3))
+    monkeypatch.setattr("w2s.data.shards.sizes.known_sizes", lambda shards: dict.fromkeys(shards, 3))
     index_shards([SIGNED], tmp_path)
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text()) == {"https://host/a.tar?***": 3}

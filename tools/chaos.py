@@ -37,7 +37,7 @@ import typer
 from chaos_faults import Fault
 
 from w2s import cli, launch
-from w2s.cleanup import temporary
+from w2s.processes.cleanup import temporary
 
 FORK = multiprocessing.get_context("fork")
 STEPS, EVERY, TIMEOUT = 48, 6, 5
@@ -486,7 +486,7 @@ def _targets(run: Run, target: str) -> list[psutil.Process]:
             number = int(target.split()[1])
             return sorted(ranks, key=lambda each: each.pid)[number : number + 1]
         below = [child for rank in ranks for child in rank.children(recursive=True)]
-        marks = {"reader": "w2s.data.reader", "watcher": "w2s.liveness.watcher"}
+        marks = {"reader": "w2s.data.stream.reader", "watcher": "w2s.processes.liveness.watcher"}
         return [each for each in below if marks[target] in " ".join(each.cmdline())][:1]
     return []
 

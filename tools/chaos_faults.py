@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2s.checkpoint.checkpoint_folders import step_name
-from w2s.data.batch import Batch
+from w2s.checkpoint.own.checkpoint_folders import step_name
+from w2s.data.samples.batch import Batch
 from w2s.megatron.checkpoint import async_save
 from w2s.megatron.parallel.optimizer import Towers
 from w2s.training import training_run

@@ -7,22 +7,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from w2s.checkpoint.checkpoint_folders import read_meta
 from w2s.checkpoint.find import find_any, is_finished, unfinished_folder
+from w2s.checkpoint.own.checkpoint_folders import read_meta
 from w2s.config.sections import Config
 from w2s.data.builtin.builtin_sets import ensure_builtin
-from w2s.data.sample import SampleSpec
-from w2s.data.shards import list_shards, shards_digest
-from w2s.data.sources import Source, find_sources
-from w2s.data.stream import Position, Stream
+from w2s.data.samples.sample import SampleSpec
+from w2s.data.shards.shards import list_shards, shards_digest
+from w2s.data.stream.sources import Source, find_sources
+from w2s.data.stream.stream import Position, Stream
 from w2s.errors import CheckpointError, StopRun, UserError
-from w2s.liveness.heartbeat import Heartbeat
-from w2s.liveness.heartbeat_sender import watched
-from w2s.liveness.owner import owned
+from w2s.files import write_text
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
-from w2s.stopping import stop_at_once
-from w2s.tracking.atomic_files import write_text
+from w2s.processes.liveness.heartbeat import Heartbeat
+from w2s.processes.liveness.heartbeat_sender import watched
+from w2s.processes.liveness.owner import owned
+from w2s.processes.stopping import stop_at_once
 from w2s.tracking.datasets import DataInput
 from w2s.tracking.meters import peak_memory_gib
 from w2s.tracking.tracker import Tracker
@@ -104,7 +104,7 @@ def origins(config: Config, parent: str | None) -> dict[str, str]:
         config: the run's configuration.
         parent: the checkpoint, or `VISION and TEXT`, that its weights come from; None for none.
     """
-    taught, root = config.taught_by, Path(config.run.root).expanduser()
+    taught, root = config.stage_teachers, Path(config.run.root).expanduser()
     sources = parent.split(" and ") if parent else []
     sources += [each.source.removeprefix("w2s:") for each in taught if each.source.startswith("w2s:")]
     runs: dict[str, None] = {}

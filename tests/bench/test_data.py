@@ -9,8 +9,8 @@ from tests.data.shard_files import encode, smooth_photo
 from w2s import cli
 from w2s.bench.data import Shards, _boxes, _difference, spec
 from w2s.bench.photographs import cut_shards
-from w2s.data.containers import read_shard
-from w2s.data.shards import list_shards
+from w2s.data.shards.containers import read_shard
+from w2s.data.shards.shards import list_shards
 from w2s.errors import DataError
 
 

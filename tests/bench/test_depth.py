@@ -34,9 +34,9 @@ def test_no_teacher_needs_its_weights(tmp_path: Path) -> None:
 def test_a_teacher_of_the_contrastive_stage_is_heard_in_every_step(tmp_path: Path) -> None:
     keys = ["clip.distill.source=eva:eva02_e_plus@nowhere.pt", "clip.distill.until=0.1", "clip.distill.kind=both"]
     small = reduced(load("clip", ["model=eva_18b", *keys]), 4, tmp_path)
-    teacher = named_model(small.taught_by[0].source.partition(":")[2])
+    teacher = named_model(small.stage_teachers[0].source.partition(":")[2])
     assert (teacher.vision.layers, teacher.text.layers) == (5, 3)
-    assert small.taught_steps == small.train.steps
+    assert small.teacher_steps == small.train.steps
     assert small.clip.distill.kind == "both"
 
 

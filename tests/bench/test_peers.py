@@ -17,10 +17,10 @@ from w2s.bench.peers.peer_choice import check_peer
 from w2s.bench.report import check_equal
 from w2s.bench.step import Measured
 from w2s.bench.synthetic import synthetic_batch
-from w2s.checkpoint.eva_format import VISION_NAMES
-from w2s.config.lessons import Target
+from w2s.checkpoint.weights.eva_format import VISION_NAMES
 from w2s.config.load import load
 from w2s.config.sections import Config, OptimConfig, ParallelConfig
+from w2s.config.teacher_losses import Target
 from w2s.errors import ConfigError, W2SError
 from w2s.megatron.model.initialize import global_name
 from w2s.megatron.parallel.process_groups import Ranks

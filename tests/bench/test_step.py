@@ -6,7 +6,7 @@ import torch
 from w2s.bench.marks import Marks
 from w2s.bench.step import WARM_UP, Job, _measure_rows, _Subject, with_batch
 from w2s.config.load import load
-from w2s.data.batch import Batch
+from w2s.data.samples.batch import Batch
 from w2s.stages.clip import sample_spec
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from w2s.checkpoint.eva_format import eva_name, is_fused, separate, split_heads
+from w2s.checkpoint.weights.eva_format import eva_name, is_fused, separate, split_heads
 
 
 def from_eva(

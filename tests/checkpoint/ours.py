@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.checkpoint.peers import captions, images
-from w2s.checkpoint.released import open_released
+from w2s.checkpoint.weights.released import open_released
 from w2s.config.sections import HardwareConfig, ModelConfig, ParallelConfig
 from w2s.megatron.checkpoint import state
 from w2s.megatron.parallel import process_groups

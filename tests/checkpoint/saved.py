@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from w2s.checkpoint.checkpoint_folders import Meta, Saving
-from w2s.checkpoint.manifest import NAME, read_manifest, write_manifest
-from w2s.checksum import Checksum, checksums
+from w2s.checkpoint.own.checkpoint_folders import Meta, Saving
+from w2s.checkpoint.own.manifest import NAME, read_manifest, write_manifest
 from w2s.config.sections import CheckpointConfig
+from w2s.files import Checksum, checksums
 from w2s.megatron.parallel.process_groups import Ranks
 
 

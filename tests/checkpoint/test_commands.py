@@ -12,7 +12,7 @@ import torch
 
 from tests.checkpoint.peers import released
 from w2s import cli
-from w2s.checkpoint.released import Released
+from w2s.checkpoint.weights.released import Released
 from w2s.config.load import load
 
 

@@ -20,7 +20,7 @@ from w2s.config.batching import (
 from w2s.config.layout_checks import check_lanes, check_micro_batches
 from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig
-from w2s.data.batch import Batch
+from w2s.data.samples.batch import Batch
 from w2s.errors import ConfigError
 
 SIZES = ["train.global_batch=96", "train.micro_batch=16", "parallel.tensor=2", "parallel.pipeline=2"]

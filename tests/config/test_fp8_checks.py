@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.config.test_layout_checks import BIG, accepts, refusal
-from w2s import host
+from w2s.config import gpu
 from w2s.config.checks import check
+from w2s.config.gpu import Card
 from w2s.config.load import load
 from w2s.errors import ConfigError, MissingPackageError
-from w2s.host import Card
 
 HOPPER, AMPERE = Card("NVIDIA H100", (9, 0)), Card("NVIDIA A100", (8, 0))
 ON_GPU = ["model=eva_18b", "hardware=h100", "data.lanes=64", "data.train=x", "mim.masked_patches=105"]
@@ -19,10 +19,10 @@ ON_GPU += ["train.global_batch=256", "train.micro_batch=16"]
 
 def machine(monkeypatch: pytest.MonkeyPatch, card: Card | None, engine: bool) -> None:
     """Pretend a card and an installed Transformer Engine."""
-    monkeypatch.setattr(host, "card", lambda: card)
-    monkeypatch.setattr(host, "transformer_engine_installed", lambda: engine)
+    monkeypatch.setattr(gpu, "card", lambda: card)
+    monkeypatch.setattr(gpu, "transformer_engine_installed", lambda: engine)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8 if card else 0)
-    monkeypatch.setattr(host, "cuda_version", lambda: (13, 0) if card else None)
+    monkeypatch.setattr(gpu, "cuda_version", lambda: (13, 0) if card else None)
 
 
 def test_recipes_run_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,12 +151,12 @@ def test_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_blocks_want_a_new_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, HOPPER, True)
-    monkeypatch.setattr(host, "cuda_version", lambda: (12, 8))
+    monkeypatch.setattr(gpu, "cuda_version", lambda: (12, 8))
     blocks = [*ON_GPU, "precision.fp8=blockwise"]
     assert refusal("mim", 8, *blocks) == (
         "precision.fp8=blockwise needs CUDA 12.9 or newer, torch has 12.8: use precision.fp8=tensorwise"
     )
-    monkeypatch.setattr(host, "cuda_version", lambda: (12, 9))
+    monkeypatch.setattr(gpu, "cuda_version", lambda: (12, 9))
     assert accepts("mim", 8, *blocks)
 
 
@@ -201,8 +201,8 @@ def test_recipes_by_a_wrong_name() -> None:
 
 
 def test_looking_for_transformer_engine_does_not_import_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not host.transformer_engine_installed()
+    assert not gpu.transformer_engine_installed()
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert host.transformer_engine_installed() and "transformer_engine" not in sys.modules
+    assert gpu.transformer_engine_installed() and "transformer_engine" not in sys.modules

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from w2s.cli.data import CAPTION_KEY, IMAGE_KEY
 from w2s.config.load import GROUPS, STAGES, load, refuse_expanded_braces, to_yaml
 from w2s.config.sections import Config, DataConfig, PhaseConfig
-from w2s.data.items import IMAGES, VIDEOS
+from w2s.data.making.items import IMAGES, VIDEOS
 from w2s.errors import ConfigError
 
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))

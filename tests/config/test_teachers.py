@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from w2s.config.checks import check_settings
-from w2s.config.lessons import Target
 from w2s.config.load import load
 from w2s.config.naming import difference, digest, written
+from w2s.config.teacher_losses import Target
 from w2s.errors import ConfigError
 
 TWO = "teachers=[eva02_clip_b, {name: lite, source: efficientnet_lite0, target_norm: standardize}]"
@@ -15,7 +15,7 @@ TWO = "teachers=[eva02_clip_b, {name: lite, source: efficientnet_lite0, target_n
 
 def test_a_list_takes_files_and_sections_and_the_rest_comes_from_other_sections() -> None:
     keys = ["teachers.lite.weight=0.5", "teachers.0.loss=mse", "mim.summary_weight=2", "teachers.lite.summary_weight=0"]
-    clip, lite = load("mim", [TWO, *keys, "mim.loss=smooth_l1", "teacher.precision=bf16"]).lessons
+    clip, lite = load("mim", [TWO, *keys, "mim.loss=smooth_l1", "teacher.precision=bf16"]).teacher_losses
     assert clip.teacher.source.startswith("timm:eva02_base_patch16_clip_224@")
     assert (clip.loss, clip.weight, clip.summary_weight) == ("mse", 1.0, 2.0)
     assert (lite.loss, lite.weight, lite.summary_weight) == ("smooth_l1", 0.5, 0.0)
@@ -26,9 +26,9 @@ def test_a_list_takes_files_and_sections_and_the_rest_comes_from_other_sections(
 
 def test_without_a_list_the_only_lesson_is_the_section_teacher() -> None:
     config = load("mim", ["teacher=eva02_clip_b", "teacher.compile=true"])
-    (lesson,) = config.lessons
-    assert lesson.teacher == config.teacher
-    assert config.taught_by == (config.teacher,)
+    (teacher_loss,) = config.teacher_losses
+    assert teacher_loss.teacher == config.teacher
+    assert config.stage_teachers == (config.teacher,)
 
 
 @pytest.mark.parametrize(

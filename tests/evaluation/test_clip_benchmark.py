@@ -16,11 +16,11 @@ import pytest
 
 from tests.stages.runs import result, run_stage
 from tests.stages.shape_images import NAMES, draw_shapes, write_shapes
-from w2s.checkpoint.exporting import export_checkpoint
+from w2s.checkpoint.export.exporting import export_checkpoint
 from w2s.checkpoint.find import find_any
-from w2s.data.benchmark import BenchmarkSet
-from w2s.data.items import find_items
-from w2s.data.make import make_shards
+from w2s.data.making.benchmark import BenchmarkSet
+from w2s.data.making.items import find_items
+from w2s.data.making.make import make_shards
 
 COMMAND = os.environ.get("W2S_CLIP_BENCHMARK") or shutil.which("clip_benchmark")
 ROUNDS = 60

@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 
 from tests.distributed import run_ranks
 from tests.evaluation.test_dataset import load, png, write_shard
-from w2s.data.workers import reader_pids, start_workers
+from w2s.data.stream.workers import reader_pids, start_workers
 from w2s.errors import DataError
 from w2s.evaluation import images as module
 from w2s.evaluation.images import EvalImages, View, eval_transform

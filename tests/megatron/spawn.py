@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from tests.distributed import run_ranks
-from w2s.config.lessons import Target
 from w2s.config.sections import ParallelConfig, PrecisionConfig, VisionConfig
+from w2s.config.teacher_losses import Target
 from w2s.megatron.model.initialize import init_parameters
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks

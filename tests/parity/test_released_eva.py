@@ -20,9 +20,9 @@ from tests.checkpoint.eva_weights import from_eva, to_eva
 from tests.distributed import run_ranks
 from tests.megatron.layer_weights import load_tensors
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
-from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES
-from w2s.config.lessons import Target
+from w2s.checkpoint.weights.eva_format import TEXT_NAMES, VISION_NAMES
 from w2s.config.sections import ParallelConfig, PrecisionConfig, TextConfig, VisionConfig
+from w2s.config.teacher_losses import Target
 from w2s.megatron.model.initialize import global_name
 from w2s.megatron.model.tower import Tower
 from w2s.megatron.parallel import process_groups

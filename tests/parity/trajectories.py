@@ -13,15 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import w2s.tutor
+import w2s.teachers.masked_teacher
 from tests.checkpoint.eva_weights import from_eva
 from tests.distributed import means
 from tests.megatron.layer_weights import load_tensors
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
-from w2s.checkpoint.eva_format import VISION_NAMES, is_fused, released_name, separate
+from w2s.checkpoint.weights.eva_format import VISION_NAMES, is_fused, released_name, separate
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.data.batch import Batch
+from w2s.data.samples.batch import Batch
 from w2s.megatron.model.initialize import global_name
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
@@ -219,7 +219,9 @@ def _follow_clip(reference: Reference, config: Config, ranks: Ranks) -> dict[str
 def _follow_mim(reference: Reference, config: Config, ranks: Ranks) -> dict[str, Any]:
     network = _FixedNetwork(reference.settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(w2s.tutor, "build_teacher", lambda *_, **__: Teacher(network, grid=network.grid))
+        patch.setattr(
+            w2s.teachers.masked_teacher, "build_teacher", lambda *_, **__: Teacher(network, grid=network.grid)
+        )
         stage = MaskedStage(config, ranks)
     for part in stage.student.chunks:
         own = [global_name(part, name) for name, _ in part.named_parameters()]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from w2s.config.naming import run_folder
 from w2s.config.sections import Config
-from w2s.launch import RankError
+from w2s.processes.elastic import RankError
 
 METRICS = {
     "mim": {"test/masked_cosine": 0.75, "test/constant_cosine": 0.25},

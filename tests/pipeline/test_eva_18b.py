@@ -9,8 +9,8 @@ import torch
 
 from tests.checkpoint.peers import released
 from tests.stages.shape_images import write_shapes
-from w2s.checkpoint.checkpoint_folders import latest, read_meta
-from w2s.checkpoint.released import open_released
+from w2s.checkpoint.own.checkpoint_folders import latest, read_meta
+from w2s.checkpoint.weights.released import open_released
 from w2s.config.checks import check
 from w2s.config.load import named_model
 from w2s.config.sections import Config

@@ -8,8 +8,8 @@ from tests.pipeline.seeded import write_seeded
 from w2s.config.naming import run_folder
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
-from w2s.launch import RankError
 from w2s.pipeline.runner import run_pipeline
+from w2s.processes.elastic import RankError
 
 STEPS = ["weak", "mim", "clip", "scratch", "eval_weak", "eval", "eval_scratch"]
 

@@ -27,7 +27,7 @@ def test_the_baseline_has_the_compute_of_both_stages_and_is_tuned_alike(tmp_path
     configs = configs_of(overrides(tmp_path))
     mim, ours, scratch = configs["mim"], configs["clip"], configs["scratch"]
     assert (ours.model, ours.optim, ours.clip, ours.data) == (scratch.model, scratch.optim, scratch.clip, scratch.data)
-    teachers = {each.source: configs["weak"].model for config in (mim, ours) for each in config.taught_by}
+    teachers = {each.source: configs["weak"].model for config in (mim, ours) for each in config.stage_teachers}
     paid = training_flops(mim, teachers) + training_flops(ours, teachers)
     # to half a step
     assert abs(training_flops(scratch) - paid) <= training_flops(scratch) / scratch.train.steps / 2

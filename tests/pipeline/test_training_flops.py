@@ -1,7 +1,7 @@
 import pytest
 
-from w2s.config.lessons import Target
 from w2s.config.load import load
+from w2s.config.teacher_losses import Target
 from w2s.pipeline.training_flops import steps_of_equal_compute, training_flops
 from w2s.planning.flops import stage_flops
 from w2s.planning.teacher import planned_teachers

@@ -13,7 +13,7 @@ from tests.distributed import run_ranks
 from tests.stages.layout_steps import STAGES
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.data.stream import Stream
+from w2s.data.stream.stream import Stream
 from w2s.megatron.model import layers
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks

@@ -85,7 +85,7 @@ def test_kept_bytes_are_those_that_autograd_keeps(tmp_path: Path, stage: str, ca
                     micro_batches=config.train.global_batch // place.data_size // config.train.micro_batch,
                     stage=place.stage,
                 )
-                for tower in planned_towers(config, [config.lessons[0].target(width, width)], layer_width)
+                for tower in planned_towers(config, [config.teacher_losses[0].target(width, width)], layer_width)
             )
             # What is left out: places of the chosen patches, masks, small sums of the loss. 6 % were seen.
             assert planned == pytest.approx(found, rel=0.1), (name, place)

@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.planning.measured import SMALL
 from tests.stages.shape_images import write_shapes
 from w2s.config.batching import num_micro_batches, num_passes
-from w2s.config.lessons import Target
 from w2s.config.load import load, named_model
 from w2s.config.sections import Config, HardwareConfig, ParallelConfig
-from w2s.data.stream import Stream
+from w2s.config.teacher_losses import Target
+from w2s.data.stream.stream import Stream
 from w2s.megatron.parallel import process_groups
 from w2s.planning.flops import (
     image_flops,
@@ -110,9 +110,9 @@ def test_the_formulas_give_what_the_counter_counts(shards: str, stage: str, micr
     total, built = counted(config)
     targets, seen = [], 0.0
     if isinstance(built, MaskedStage):
-        (tutor,) = built.tutors
-        one = torch.zeros(1, 3, tutor.teacher.image_size, tutor.teacher.image_size)
-        targets, seen = built.targets, operations(partial(tutor.teacher, one))
+        (masked_teacher,) = built.masked_teachers
+        one = torch.zeros(1, 3, masked_teacher.teacher.image_size, masked_teacher.teacher.image_size)
+        targets, seen = built.targets, operations(partial(masked_teacher.teacher, one))
     expected = stage_flops(config, 1, targets=targets, teacher=seen)
     assert num_passes(config, num_micro_batches(config, 1)) == (2 if stage == "clip" and micro == 4 else 1)
     # Exact but for a sum of squares in the loss, which the counter takes for a product: 2 x 16 operations of 2 million.
@@ -139,7 +139,7 @@ def test_what_is_neither_seen_nor_predicted_costs_nothing(shards: str, mim: list
     config = load("mim", [*CONFIG, *options, f"data.train={shards}"])
     total, built = counted(config)
     assert isinstance(built, MaskedStage)
-    teacher = built.tutors[0].teacher
+    teacher = built.masked_teachers[0].teacher
     one = torch.zeros(1, 3, teacher.image_size, teacher.image_size)
     seen = operations(partial(teacher, one))
     expected = stage_flops(config, 1, targets=built.targets, layer_width=teacher.layer_width)
@@ -154,9 +154,9 @@ def test_several_teachers_and_their_heads_are_counted(shards: str) -> None:
     total, built = counted(config)
     assert isinstance(built, MaskedStage)
     teachers = planned_teachers(config)
-    for planned, tutor in zip(teachers, built.tutors, strict=True):
-        one = torch.zeros(1, 3, tutor.teacher.image_size, tutor.teacher.image_size)
-        assert planned.flops == operations(partial(tutor.teacher, one))
+    for planned, masked_teacher in zip(teachers, built.masked_teachers, strict=True):
+        one = torch.zeros(1, 3, masked_teacher.teacher.image_size, masked_teacher.teacher.image_size)
+        assert planned.flops == operations(partial(masked_teacher.teacher, one))
     said = predicted(config, teachers)
     assert said["targets"] == built.targets
     seen = sum(teacher.flops for teacher in teachers)

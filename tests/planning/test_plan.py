@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from w2s.config.checks import check
-from w2s.config.lessons import Target
 from w2s.config.load import load
 from w2s.config.sections import Config
+from w2s.config.teacher_losses import Target
 from w2s.errors import ConfigError, UserError
 from w2s.planning.cards import card
 from w2s.planning.in_memory_costs import host_copy

@@ -100,7 +100,7 @@ def test_states_are_megatrons_to_the_byte(tmp_path: Path, stage: str, world_size
     for name, ranks in on_ranks(world_size, allocated, stage, overrides).items():
         config = load(stage, overrides[name])
         width, layer_width = VIT_WIDTHS if config.mim.layers else (TARGET_WIDTH, 0)
-        towers = planned_towers(config, [config.lessons[0].target(width, width)], layer_width)
+        towers = planned_towers(config, [config.teacher_losses[0].target(width, width)], layer_width)
         for place, found in ranks:
             planned = _planned(config, towers, place)
             assert (planned.weights, planned.gradients, planned.optimizer) == found, (name, place)
@@ -121,7 +121,7 @@ def test_a_moving_average_is_a_ranks_share_of_the_weights_in_float32(tmp_path: P
         config = load("mim", overrides[name])
         for place, found in ranks:
             planned = _planned(
-                config, planned_towers(config, [config.lessons[0].target(TARGET_WIDTH, TARGET_WIDTH)]), place
+                config, planned_towers(config, [config.teacher_losses[0].target(TARGET_WIDTH, TARGET_WIDTH)]), place
             ).average
             # Fully sharded the planner counts the padding, which no parameter has.
             assert 0.97 * planned < found <= planned if name == "fully sharded" else found == planned, name

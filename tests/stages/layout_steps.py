@@ -12,7 +12,7 @@ from tests.distributed import means, run_ranks
 from tests.megatron.pieces import Pieces, axis_of, join_pieces
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.data.stream import Stream
+from w2s.data.stream.stream import Stream
 from w2s.megatron.cpu import without_function_mode
 from w2s.megatron.model.initialize import global_name
 from w2s.megatron.parallel import process_groups

@@ -15,7 +15,7 @@ from tests.stages.layout_steps import STAGES
 from tests.stages.test_layouts import FULLY, LAYOUTS, PIPELINE, TENSOR
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.data.stream import Stream
+from w2s.data.stream.stream import Stream
 from w2s.megatron.checkpoint import state
 from w2s.megatron.model.initialize import global_name
 from w2s.megatron.parallel import process_groups

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tests.stages.conftest import Run
 from tests.stages.runs import history, records, result, run_stage
-from w2s.checkpoint.averaging import average_checkpoints
-from w2s.checkpoint.checkpoint_folders import checkpoints_of, latest, step_name
-from w2s.checkpoint.exporting import export_checkpoint
-from w2s.checkpoint.importing import import_checkpoint
-from w2s.checkpoint.lineage import lineage, measurements
+from w2s.checkpoint.export.exporting import export_checkpoint
+from w2s.checkpoint.export.lineage import lineage, measurements
+from w2s.checkpoint.own.checkpoint_folders import checkpoints_of, latest, step_name
+from w2s.checkpoint.starts.averaging import average_checkpoints
+from w2s.checkpoint.weights.importing import import_checkpoint
 from w2s.config.load import load
 from w2s.config.sections import TeacherConfig
 from w2s.megatron.checkpoint.tensor_store import TensorStore, has_average

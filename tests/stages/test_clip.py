@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests.stages.runs import QUIET, history, run_stage
-from w2s.checkpoint.checkpoint_folders import latest
+from w2s.checkpoint.own.checkpoint_folders import latest
 from w2s.config.load import load
 from w2s.megatron.checkpoint.tensor_store import TensorStore
 from w2s.megatron.parallel.process_groups import Ranks

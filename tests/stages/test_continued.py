@@ -7,10 +7,10 @@ import pytest
 
 from tests.stages.conftest import Run
 from tests.stages.runs import QUIET, history, run_stage
-from w2s.checkpoint.checkpoint_folders import latest, read_meta
+from w2s.checkpoint.own.checkpoint_folders import latest, read_meta
 from w2s.config.load import load
-from w2s.launch import launch
 from w2s.launch import run_stage as run_as_rank
+from w2s.processes.elastic import launch
 
 CONSTANT = ["optim.schedule=constant", "optim.cooldown=0"]
 STAGES = {

@@ -7,12 +7,12 @@ import torch
 
 from tests.stages.conftest import Run
 from tests.stages.runs import QUIET, history, run_stage
-from w2s.checkpoint.checkpoint_folders import latest
 from w2s.checkpoint.find import find_any
-from w2s.checkpoint.released import open_released
+from w2s.checkpoint.own.checkpoint_folders import latest
+from w2s.checkpoint.weights.released import open_released
 from w2s.config.load import load
-from w2s.launch import launch
 from w2s.launch import run_stage as run_as_rank
+from w2s.processes.elastic import launch
 
 ABSOLUTE = 1e-6
 """Of losses between 0.1 and 2, in float32, whose sums come in another order."""

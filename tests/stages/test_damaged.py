@@ -7,7 +7,7 @@ import pytest
 
 from tests.stages.conftest import Run
 from tests.stages.runs import QUIET, history, records, run_stage
-from w2s.checkpoint.manifest import read_manifest
+from w2s.checkpoint.own.manifest import read_manifest
 
 
 def test_a_run_that_falls_back_gives_the_numbers_of_one_that_was_not_damaged(

@@ -16,12 +16,12 @@ from tests.objectives.test_distillation_loss import definition
 from tests.stages.runs import QUIET, history, records, run_stage
 from w2s.config.checks import check
 from w2s.config.load import load
-from w2s.data.batch import require
-from w2s.data.stream import Stream
-from w2s.distillation import Distillation
+from w2s.data.samples.batch import require
+from w2s.data.stream.stream import Stream
 from w2s.errors import ConfigError, StopRun
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.stages.clip import ContrastiveStage, encode_image, encode_text
+from w2s.teachers.contrastive_teacher import ContrastiveTeacher
 from w2s.training import training_run
 
 TAUGHT = ["init.vision=none", "clip.distill.source=eva:tiny"]
@@ -94,7 +94,7 @@ def test_a_step_is_the_naive_sum_in_float64(alone: Ranks, options: list[str], na
 
 def weights(options: list[str], ranks: Ranks, *changes: str) -> list[float]:
     config = load("clip", [*options, *changes, "train.steps=8"])
-    distillation, found = Distillation(config, *config.taught_by, ranks), []
+    distillation, found = ContrastiveTeacher(config, *config.stage_teachers, ranks), []
     for step in range(8):
         distillation.step = step
         found.append(distillation.weight if distillation.on else 0.0)
@@ -144,14 +144,13 @@ def test_a_student_that_passes_its_teacher_is_taught_no_longer(
 ) -> None:
     """It passes at the evaluation after the second of six steps, at which its checkpoint is saved too."""
     scores = iter([0.1, 0.3, 0.9, 0.2, 0.1, 0.1])
-    monkeypatch.setattr(Distillation, "_measure", lambda *_: {RECALL: 0.4})
     until = [*options, "train.steps=6", "clip.distill.until_better=true", "train.eval_every=1", "eval.knn_shards="]
 
-    def judged(self: Distillation, student: dict[str, float], evaluator: Any) -> dict[str, float]:
-        return real(self, {RECALL: next(scores, 0.0)}, evaluator)
+    def judged(self: ContrastiveTeacher, student: dict[str, float], measure: Any) -> dict[str, float]:
+        return real(self, {RECALL: next(scores, 0.0)}, lambda _: {RECALL: 0.4})
 
-    real = Distillation.judge
-    monkeypatch.setattr(Distillation, "judge", judged)
+    real = ContrastiveTeacher.judge
+    monkeypatch.setattr(ContrastiveTeacher, "judge", judged)
     whole = run_stage("clip", [*until, "run.name=better-whole"])
     scores = iter([0.1, 0.3, 0.9])
     broken = [*until, "run.name=better-broken", "checkpoint.every=2"]
@@ -173,7 +172,7 @@ def test_the_teacher_is_measured_on_the_test_images(alone: Ranks, options: list[
     assert stage.distillation.on == (metrics[RECALL] <= metrics[f"teacher/{RECALL}"])
     assert 0 < metrics[f"teacher/{RECALL}"] < 1
     stage.distillation.passed = False
-    assert stage.distillation.judge({RECALL: metrics[f"teacher/{RECALL}"]}, stage.evaluator)
+    assert stage.distillation.judge({RECALL: metrics[f"teacher/{RECALL}"]}, stage.evaluator.measure_teacher)
     assert stage.distillation.on, "as good is not better"
 
 
@@ -195,7 +194,7 @@ def weak(base: list[str]) -> str:
 def test_a_run_of_ours_teaches_as_it_is(base: list[str], weak: str, alone: Ranks) -> None:
     """`teacher` is what teacher.source names."""
     config = load("clip", [*base, f"teacher.source=w2s:{weak}", "clip.distill.source=teacher", "teacher.image_size=0"])
-    assert config.taught_by == (config.teacher,)
+    assert config.stage_teachers == (config.teacher,)
     stage = ContrastiveStage(config, alone)
     batch = Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1).next()
     images, texts = stage.teachers[0](*batch.teacher_images or [None], batch.tokens)

@@ -18,9 +18,9 @@ from tests.stages.test_layouts import PIPELINE, RELATIVE, TENSOR, relative_error
 from tests.stages.test_teachers import teachers_flops
 from w2s.config.load import load
 from w2s.config.sections import ParallelConfig
-from w2s.data.batch import normalize, require
-from w2s.data.stream import Stream
-from w2s.data.teacher_draw import TeacherDraw
+from w2s.data.samples.batch import normalize, require
+from w2s.data.stream.stream import Stream
+from w2s.data.stream.teacher_draw import TeacherDraw
 from w2s.errors import ConfigError, StopRun
 from w2s.megatron.parallel import process_groups
 from w2s.objectives.masked_loss import masked_cosines
@@ -113,7 +113,7 @@ def test_a_teacher_is_measured_on_its_samples(stage: MaskedStage) -> None:
     with closing(Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1)) as stream:
         batch = stream.next()
     assert stage.draw is not None
-    has, vit = stage.draw.drawn(batch.indices.numpy())[:, 0] > 0, stage.tutors[0]
+    has, vit = stage.draw.drawn(batch.indices.numpy())[:, 0] > 0, stage.masked_teachers[0]
     mixed = stage.step(batch)
     masks = require(batch.masks)
     with torch.no_grad():

@@ -10,9 +10,9 @@ from mlflow import MlflowClient
 from tests.stages.conftest import Material, Run
 from tests.stages.runs import DEADLINE, QUIET, result, run_stage, start_command
 from tests.stages.shape_images import NAMES, draw_shapes
-from w2s.data.benchmark import BenchmarkSet
-from w2s.data.items import find_items
-from w2s.data.make import make_shards
+from w2s.data.making.benchmark import BenchmarkSet
+from w2s.data.making.items import find_items
+from w2s.data.making.make import make_shards
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from tests.stages.conftest import Run
 from tests.stages.layout_steps import Steps, run_alone, run_layouts
 from tests.stages.runs import QUIET, history, records, result, run_stage
-from w2s.checkpoint.checkpoint_folders import latest
+from w2s.checkpoint.own.checkpoint_folders import latest
 from w2s.config.load import load
 from w2s.config.sections import ParallelConfig
 from w2s.megatron.checkpoint.tensor_store import TensorStore

@@ -10,8 +10,8 @@ from tests.data.shard_files import write_shard
 from tests.stages.conftest import Material
 from tests.stages.runs import QUIET, history, result, run_stage
 from tests.stages.shape_images import write_clips
-from w2s.data.containers import read_shard
-from w2s.data.shards import list_shards
+from w2s.data.shards.containers import read_shard
+from w2s.data.shards.shards import list_shards
 
 WHOLE = "clip.patch_dropout=0"
 RELATIVE = 1e-5

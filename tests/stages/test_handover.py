@@ -10,7 +10,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from tests.stages.conftest import Run
 from tests.stages.runs import QUIET, history, result, run_stage
-from w2s.checkpoint.checkpoint_folders import latest, read_meta
+from w2s.checkpoint.own.checkpoint_folders import latest, read_meta
 
 
 @dataclass(frozen=True)

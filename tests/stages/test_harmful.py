@@ -8,7 +8,7 @@ import torch
 from tests.checkpoint.saved import Harmful, seal_again
 from tests.stages.conftest import Run
 from tests.stages.runs import QUIET
-from w2s.checkpoint.checkpoint_folders import latest
+from w2s.checkpoint.own.checkpoint_folders import latest
 
 
 def test_resume_init_and_teacher_refuse_code(w2s: Run, base: list[str], root: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.stages.runs import (
     run_stage,
     start_command,
 )
-from w2s.checkpoint import checkpoint_folders
+from w2s.checkpoint.own import checkpoint_folders
 from w2s.errors import StopRun, UserError
 from w2s.stages.mim import MaskedStage
 
@@ -130,7 +130,7 @@ def test_a_run_whose_teacher_breaks_fails(
     def broken(*_: object) -> None:
         raise RuntimeError("the teacher\nis gone")
 
-    monkeypatch.setattr("w2s.tutor.teacher_features", broken)
+    monkeypatch.setattr("w2s.teachers.masked_teacher.teacher_features", broken)
     options = [*base, "eval.shards=", "eval.knn_shards=", "run.name=broken"]
     code, _, error = w2s("stage", "mim", *options)
     assert (code, error) == (1, "error: RuntimeError: the teacher is gone\n")

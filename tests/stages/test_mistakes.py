@@ -12,7 +12,7 @@ import torch
 
 from tests.stages.conftest import Material, Run
 from tests.stages.runs import QUIET
-from w2s.checkpoint import checkpoint_folders
+from w2s.checkpoint.own import checkpoint_folders
 
 
 @pytest.fixture
@@ -82,7 +82,9 @@ def test_a_teacher_whose_package_is_missing(mim: Run, monkeypatch: pytest.Monkey
 
 
 def test_too_few_shards_are_refused_before_anything_is_built(mim: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("w2s.tutor.build_teacher", lambda *_, **__: pytest.fail("a teacher was built"))
+    monkeypatch.setattr(
+        "w2s.teachers.masked_teacher.build_teacher", lambda *_, **__: pytest.fail("a teacher was built")
+    )
     code, _, error = mim("data.lanes=64", "train.global_batch=64")
     assert (code, error.count("\n")) == (2, 1)
     assert error.startswith("error: data.lanes=64 needs as many shards, data.train has ")

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tests.stages.runs import QUIET, history, run_stage
-from w2s.callbacks import Training
 from w2s.config.eval_checks import check_evaluation
 from w2s.config.load import load
 from w2s.errors import ConfigError
+from w2s.training.callbacks import Training
 from w2s.training.profiling import Profiler
 
 

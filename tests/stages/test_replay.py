@@ -13,7 +13,7 @@ from tests.stages.conftest import Material
 from tests.stages.layout_steps import STAGES
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.data.batch import Batch
+from w2s.data.samples.batch import Batch
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.run import open_stream

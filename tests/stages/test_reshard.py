@@ -11,7 +11,7 @@ from tests.stages.conftest import Material
 from tests.stages.layout_steps import STAGES
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.data.stream import Stream
+from w2s.data.stream.stream import Stream
 from w2s.megatron.checkpoint import state
 from w2s.megatron.parallel import process_groups
 from w2s.optim.lr_schedule import lr_factor

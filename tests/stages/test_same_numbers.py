@@ -10,11 +10,11 @@ from torch import Tensor
 from tests.stages.runs import QUIET, history, run_stage
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.data.batch import require
-from w2s.data.stream import Stream
-from w2s.launch import launch
+from w2s.data.samples.batch import require
+from w2s.data.stream.stream import Stream
 from w2s.launch import run_stage as run_as_rank
 from w2s.megatron.parallel.process_groups import Ranks
+from w2s.processes.elastic import launch
 from w2s.stages.clip import ContrastiveStage, encode_image, encode_text
 
 TOLERANCE = 1e-6

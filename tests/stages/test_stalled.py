@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.processes import ranks_of, running_after, servers_of
+from tests.running import ranks_of, running_after, servers_of
 from tests.stages.runs import DEADLINE, records, start_command
-from w2s.checkpoint import checkpoint_folders
-from w2s.liveness.verdict import STOP_SECONDS
+from w2s.checkpoint.own import checkpoint_folders
+from w2s.processes.liveness.verdict import STOP_SECONDS
 
 SECONDS = 6
 """`hardware.timeout` of these runs."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ranks_of
+from tests.running import ranks_of
 from tests.stages.runs import DEADLINE, QUIET, history, records, start_command
-from w2s.cleanup import in_memory
+from w2s.processes.cleanup import in_memory
 
 
 @pytest.mark.slow

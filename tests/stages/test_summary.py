@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from tests.checkpoint.peers import released
 from tests.stages.conftest import Material, Run
 from tests.stages.runs import history, records, result, run_stage
-from w2s.checkpoint.checkpoint_folders import latest, read_meta
-from w2s.checkpoint.tensor_files import open_weights
+from w2s.checkpoint.own.checkpoint_folders import latest, read_meta
+from w2s.checkpoint.weights.tensor_files import open_weights
 from w2s.config.load import load
 
 EVERY = ["train.eval_every=4", "eval.knn_shards=", "tracking.enabled=false", "tracking.pictures=0"]

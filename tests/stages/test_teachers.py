@@ -14,14 +14,14 @@ from tests.stages.conftest import Material
 from tests.stages.layout_steps import Steps, run_alone, run_layouts
 from tests.stages.runs import QUIET, history, killed_at_each_update, result, run_stage
 from tests.stages.test_layouts import PIPELINE, RELATIVE, TENSOR, relative_error
-from w2s.checkpoint.checkpoint_folders import latest
-from w2s.checkpoint.exporting import export_checkpoint
-from w2s.checkpoint.handover import load_all
-from w2s.checkpoint.released import open_released
+from w2s.checkpoint.export.exporting import export_checkpoint
+from w2s.checkpoint.own.checkpoint_folders import latest
+from w2s.checkpoint.starts.handover import load_all
+from w2s.checkpoint.weights.released import open_released
 from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig
-from w2s.data.batch import Batch
-from w2s.data.stream import Stream
+from w2s.data.samples.batch import Batch
+from w2s.data.stream.stream import Stream
 from w2s.errors import ConfigError, StopRun
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.checkpoint.peers import images, masked_stage, model_of, released, timm_tower
-from w2s.checkpoint.exporting import export_checkpoint
-from w2s.checkpoint.importing import import_checkpoint
+from w2s.checkpoint.export.exporting import export_checkpoint
+from w2s.checkpoint.weights.importing import import_checkpoint
 from w2s.config.sections import ModelConfig, TeacherConfig
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers import eva_vit

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers", reason="an optional package: pip install 'w2s[hf]'")
 
 from tests.teachers.evaclip import EMBED, HEADS, LAYERS, PATCH, SIDE, TEXT, WIDTH, save_evaclip
-from w2s.checkpoint.importing import import_checkpoint
+from w2s.checkpoint.weights.importing import import_checkpoint
 from w2s.config.sections import ModelConfig, TeacherConfig, TextConfig, VisionConfig
 from w2s.teachers import eva_vit, text
 from w2s.teachers.build import build_teacher

@@ -7,7 +7,7 @@ import torch
 
 from tests.checkpoint.peers import images, model_of, released, timm_tower
 from tests.distributed import run_ranks
-from w2s.checkpoint.importing import import_checkpoint
+from w2s.checkpoint.weights.importing import import_checkpoint
 from w2s.config.sections import ParallelConfig, TeacherConfig
 from w2s.megatron.parallel import process_groups
 from w2s.teachers.base import Features

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.checkpoint.peers import captions, model_of, open_clip_config, open_clip_model, released, text_tower
-from w2s.checkpoint.importing import import_checkpoint
+from w2s.checkpoint.weights.importing import import_checkpoint
 from w2s.config.sections import ModelConfig, TeacherConfig
-from w2s.data.tokens import tokenize
+from w2s.data.samples.tokens import tokenize
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers import text as text_module
 from w2s.teachers.text import TextTeacher, build_text_teacher, fit_context, text_shape

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from tests.checkpoint.eva_weights import from_eva, to_eva
 from tests.megatron.layer_weights import load_tensors
-from w2s.checkpoint import clip_vit
-from w2s.checkpoint.eva_format import TEXT_NAMES, VISION_NAMES
+from w2s.checkpoint.weights import clip_vit
+from w2s.checkpoint.weights.eva_format import TEXT_NAMES, VISION_NAMES
 from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
 from w2s.kernels.gelu import bias_gelu
 from w2s.megatron.model.initialize import global_name, init_parameters

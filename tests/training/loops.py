@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from w2s.callbacks import Callback
 from w2s.config.sections import Config
-from w2s.liveness.heartbeat import Heartbeat
 from w2s.megatron.parallel.process_groups import Ranks
+from w2s.processes.liveness.heartbeat import Heartbeat
 from w2s.run import share_sources
+from w2s.training.callbacks import Callback
 from w2s.training.stage import Stage
 from w2s.training.training_run import TrainingRun
 

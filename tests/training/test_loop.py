@@ -15,25 +15,25 @@ import torch
 from torch import Tensor
 
 from tests.megatron.spawn import make_student
-from tests.processes import running_after
+from tests.running import running_after
 from tests.stages.runs import after_each_update
 from tests.stages.shape_images import write_shapes
 from tests.training.loops import start_run
-from w2s.callbacks import Callback, Training
-from w2s.checkpoint import checkpoint_folders
-from w2s.checkpoint.handover import Handover
+from w2s.checkpoint.own import checkpoint_folders
+from w2s.checkpoint.starts.handover import Handover
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.data.batch import Batch
-from w2s.data.sample import SampleSpec
+from w2s.data.samples.batch import Batch
+from w2s.data.samples.sample import SampleSpec
 from w2s.errors import CheckpointError, StopRun, UserError, W2SError
-from w2s.liveness.heartbeat import WRITER
 from w2s.megatron.parallel.optimizer import Optimizer, Towers
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.megatron.parallel.replicas import Divergence
+from w2s.processes.liveness.heartbeat import WRITER
 from w2s.run import tracked
 from w2s.tracking.history import read_history
 from w2s.tracking.tracker import Tracker
+from w2s.training.callbacks import Callback, Training
 from w2s.training.loop import train
 
 
@@ -329,7 +329,7 @@ class FullDisk:
         return self._genuine(*arguments)
 
 
-BEGIN, FLUSH, SEAL = "os.posix_fallocate", "os.fsync", "w2s.checkpoint.checkpoint_folders.seal"
+BEGIN, FLUSH, SEAL = "os.posix_fallocate", "os.fsync", "w2s.checkpoint.own.checkpoint_folders.seal"
 """Where a disk can turn out to be full: before the tensors, in the process that writes them, after them."""
 
 

@@ -7,10 +7,10 @@ from typing import TypeVar
 import yaml
 
 from w2s.config.load import named_model
-from w2s.config.sections import Config, TeacherConfig, TeachingConfig
+from w2s.config.sections import Config, TeacherConfig, TeacherEntry
 from w2s.errors import ConfigError
 
-T = TypeVar("T", TeacherConfig, TeachingConfig)
+T = TypeVar("T", TeacherConfig, TeacherEntry)
 _RANDOM = ("eva", "timm", "open_clip")
 """Kinds of teachers that can do without weights."""
 
@@ -37,10 +37,10 @@ def reduced(config: Config, layers: int | None, folder: Path) -> Config:
     model = replace(
         config.model, vision=replace(vision, layers=layers), text=replace(text, layers=_part(text.layers, fraction))
     )
-    heard = config.taught_by[0] if config.stage == "clip" and config.taught_by else config.teacher
+    heard = config.stage_teachers[0] if config.stage == "clip" and config.stage_teachers else config.teacher
     teacher, clip = _teacher(heard, fraction, folder), config.clip
     teachers = replace(config.teachers, of=[_teacher(each, fraction, folder) for each in config.teachers.of])
-    if config.stage == "clip" and config.taught_by:
+    if config.stage == "clip" and config.stage_teachers:
         # Heard in every step, and shallower as described.
         clip = replace(clip, distill=replace(clip.distill, source="teacher", until=1.0, until_better=False))
     return replace(config, model=model, teacher=teacher, teachers=teachers, clip=clip)

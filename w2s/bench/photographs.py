@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
-from w2s.data.decode import open_image
-from w2s.data.items import IMAGES
+from w2s.data.making.items import IMAGES
+from w2s.data.samples.decode import open_image
 from w2s.errors import DataError
 
 SHARDS = 4

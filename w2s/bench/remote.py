@@ -16,8 +16,8 @@ from w2s.bench.data import BATCH, MEAN, SEED, STD, Shards, open_clip_images, spe
 from w2s.bench.photographs import cut_shards
 from w2s.bench.server import serve
 from w2s.config.sections import DataConfig
-from w2s.data.batch import normalize
-from w2s.data.stream import Stream
+from w2s.data.samples.batch import normalize
+from w2s.data.stream.stream import Stream
 
 LANES = 8
 WINDOW = 256

@@ -16,10 +16,10 @@ from w2s.config.checks import check
 from w2s.config.sections import Config, ParallelConfig
 from w2s.data.builtin.builtin_sets import ensure_builtin
 from w2s.errors import ConfigError, W2SError
-from w2s.launch import is_rank
 from w2s.planning.flops import image_flops, seen_tokens, student_flops, text_flops
 from w2s.planning.plan import find_plans
 from w2s.planning.teacher import PlannedTeacher, planned_teachers, predicted, sample_flops
+from w2s.processes.elastic import is_rank
 
 PACKAGES = ("w2s", "torch", "megatron-core", "timm", "open_clip_torch")
 
@@ -129,7 +129,7 @@ def bench_step(
         model=config.model.name,
         layers=_layers(small),
         full_layers=_layers(config),
-        teacher=" + ".join(each.name for each in config.taught_by) or "none",
+        teacher=" + ".join(each.name for each in config.stage_teachers) or "none",
         teacher_gflop=sample_flops(teachers) / 1e9,
         device=first.device,
         bf16_peak_tflops=bf16_peak(first.device),

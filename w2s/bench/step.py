@@ -19,11 +19,11 @@ from w2s.bench.peers.masked import TimmMasked
 from w2s.bench.synthetic import synthetic_batch
 from w2s.config.batching import data_parallel_size, samples_per_rank
 from w2s.config.sections import Config
-from w2s.data.batch import Batch
-from w2s.data.sample import SampleSpec
-from w2s.host import keep_freed_memory, use_huge_pages
-from w2s.launch import launch
+from w2s.data.samples.batch import Batch
+from w2s.data.samples.sample import SampleSpec
 from w2s.megatron.parallel import process_groups
+from w2s.processes.elastic import launch
+from w2s.processes.host import keep_freed_memory, use_huge_pages
 from w2s.run import open_stream
 from w2s.stages import clip, mim
 from w2s.tracking.meters import peak_memory_gib

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from w2s.data.batch import Batch
-from w2s.data.sample import SampleSpec, draw_branches, draw_kept, draw_mask
+from w2s.data.samples.batch import Batch
+from w2s.data.samples.sample import SampleSpec, draw_branches, draw_kept, draw_mask
 
 
 def synthetic_batch(spec: SampleSpec, size: int, vocabulary: int, seed: int = 0) -> Batch:

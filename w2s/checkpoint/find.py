@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from w2s.checkpoint.checkpoint_folders import all_of, checkpoints_of, latest, read_meta
-from w2s.checkpoint.tensor_files import SUFFIXES, holds_weights
+from w2s.checkpoint.own.checkpoint_folders import all_of, checkpoints_of, latest, read_meta
+from w2s.checkpoint.weights.tensor_files import SUFFIXES, holds_weights
 from w2s.config.naming import run_folder
 from w2s.config.sections import Config
 from w2s.errors import CheckpointError

@@ -10,7 +10,7 @@ import typer
 
 from w2s import __version__
 from w2s.cli.completion import complete_override
-from w2s.failure import INTERRUPTED, describe
+from w2s.processes.failure import INTERRUPTED, describe
 from w2s.redaction import redact, shown
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ def checkpoint_list(run: OneRun, root: Root = "runs", debug: Debug = False) -> N
     """List a run's checkpoints; damage is told from names and sizes alone, as no file is read."""
     with one_line(debug):
         from w2s.checkpoint.find import find_run
-        from w2s.checkpoint.upkeep import COLUMNS, look_at
+        from w2s.checkpoint.own.upkeep import COLUMNS, look_at
 
         path = find_run(run, Path(root).expanduser())
         print_table(str(path), COLUMNS, [each.row() for each in look_at(path, quick=True)])
@@ -34,7 +34,7 @@ def checkpoint_verify(run: OneRun, root: Root = "runs", debug: Debug = False) ->
     """Read every file of a run's checkpoints; exit code 1 if one is damaged."""
     with one_line(debug):
         from w2s.checkpoint.find import find_run
-        from w2s.checkpoint.upkeep import COLUMNS, look_at
+        from w2s.checkpoint.own.upkeep import COLUMNS, look_at
 
         path = find_run(run, Path(root).expanduser())
         checkpoints = look_at(path, quick=False)
@@ -61,7 +61,7 @@ def checkpoint_prune(
     """
     with one_line(debug):
         from w2s.checkpoint.find import find_run
-        from w2s.checkpoint.upkeep import prune
+        from w2s.checkpoint.own.upkeep import prune
 
         path = find_run(run, Path(root).expanduser())
         removed = prune(path, keep)

@@ -39,8 +39,9 @@ def stage(
 
 def _start(config: "Config", nproc: int, restarts: int) -> None:
     from w2s.config.checks import check
-    from w2s.host import keep_printing, prepare_cuda
-    from w2s.launch import adopt_slurm, check_torchrun, is_rank, launch_stage, run_stage
+    from w2s.launch import launch_stage, run_stage
+    from w2s.processes.elastic import adopt_slurm, check_torchrun, is_rank
+    from w2s.processes.host import keep_printing, prepare_cuda
 
     keep_printing()
     prepare_cuda(config.parallel.tensor, config.train.deterministic)
@@ -81,8 +82,8 @@ def run(
     """Run a pipeline of stages, such as mim -> clip -> eval. The same command resumes where it was interrupted."""
     with one_line(debug):
         from w2s.config.load import refuse_expanded_braces
-        from w2s.host import keep_printing
         from w2s.pipeline.runner import pipeline_yaml, run_pipeline
+        from w2s.processes.host import keep_printing
 
         given = arguments or []
         name = given.pop(0) if given and "=" not in given[0] else "default"

@@ -9,7 +9,7 @@ import typer
 from w2s.cli.app import Debug, Nproc, Overrides, Root, app, one_line, print_table
 from w2s.cli.completion import complete_run
 from w2s.errors import UserError
-from w2s.stopping import stop_at_once
+from w2s.processes.stopping import stop_at_once
 
 
 @app.command(name="import")
@@ -33,7 +33,7 @@ def import_(
     """Turn weights of EVA-CLIP, open_clip, timm or transformers into a checkpoint that every stage can start from."""
     with one_line(debug), stop_at_once():
         from w2s.checkpoint.find import find_any
-        from w2s.checkpoint.importing import import_checkpoint, with_size
+        from w2s.checkpoint.weights.importing import import_checkpoint, with_size
         from w2s.config.load import named_model
 
         path, held = find_any(source, Path(root).expanduser(), key="SRC"), named_model(model)
@@ -67,7 +67,7 @@ def export(
 ) -> None:
     """Write a checkpoint as a folder that open_clip, timm, transformers, a server or the EVA-CLIP code loads."""
     with one_line(debug), stop_at_once():
-        from w2s.checkpoint.exporting import export_checkpoint
+        from w2s.checkpoint.export.exporting import export_checkpoint
         from w2s.checkpoint.find import find_any
 
         path = find_any(run, Path(root).expanduser(), key="RUN")
@@ -93,8 +93,8 @@ def average(
 ) -> None:
     """Average the last checkpoints of a run: a checkpoint that can be evaluated, exported, taken over and teach."""
     with one_line(debug), stop_at_once():
-        from w2s.checkpoint.averaging import average_checkpoints
         from w2s.checkpoint.find import find_run
+        from w2s.checkpoint.starts.averaging import average_checkpoints
 
         path = find_run(run, Path(root).expanduser())
         made = out or path.with_name(f"{path.name}-last-{last}")
@@ -115,7 +115,7 @@ def inspect(
     """Tell what a checkpoint is: format, model, parameters, step, samples, parent."""
     with one_line(debug):
         from w2s.checkpoint.find import find_any
-        from w2s.checkpoint.inspecting import inspect as inspect_checkpoint
+        from w2s.checkpoint.weights.inspecting import inspect as inspect_checkpoint
 
         checkpoint = find_any(path, Path(root).expanduser(), key="PATH")
         about = inspect_checkpoint(checkpoint)
@@ -143,8 +143,8 @@ def encode(
     """Write the features of images and texts."""
     with one_line(debug):
         from w2s.checkpoint.find import find_any
-        from w2s.encode import EncodeJob, configured, run
-        from w2s.launch import adopt_slurm, is_rank, launch
+        from w2s.evaluation.encode import EncodeJob, configured, run
+        from w2s.processes.elastic import adopt_slurm, is_rank, launch
 
         if not images and texts is None:
             raise UserError("w2s encode asks for nothing: give --images, --texts, or both")

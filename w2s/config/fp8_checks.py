@@ -2,7 +2,7 @@
 
 import re
 
-from w2s import host
+from w2s.config import gpu
 from w2s.config.batching import divisors, micro_batch_size, samples_per_replica, sequence_lengths
 from w2s.config.fields import nearest
 from w2s.config.layout_checks import listed, tower_names
@@ -87,17 +87,17 @@ def check_useless_fp8(precision: PrecisionConfig) -> None:
 
 def _check_engine(precision: PrecisionConfig, hardware: HardwareConfig) -> None:
     fix = "use precision.linear=auto" if precision.fp8 == "none" else _REHEARSE
-    if hardware.device == "cpu" or host.card() is None:
+    if hardware.device == "cpu" or gpu.card() is None:
         where = "with hardware.device=cpu" if hardware.device == "cpu" else "on a machine without a GPU"
         raise ConfigError(f"precision.linear=te {where}: Transformer Engine runs on NVIDIA GPUs alone, {fix}")
-    if not host.transformer_engine_installed():
+    if not gpu.transformer_engine_installed():
         raise MissingPackageError(
             f"precision.linear=te, but Transformer Engine is not installed: {INSTALL}, or use precision.linear=local"
         )
 
 
 def _check_rehearsal(hardware: HardwareConfig) -> None:
-    card = host.card() if hardware.device != "cpu" else None
+    card = gpu.card() if hardware.device != "cpu" else None
     if card is not None and card.capability < (8, 9):
         raise ConfigError(f"precision.fp8=emulated on {card.name}, which has no FP8: use hardware=cpu for a rehearsal")
 
@@ -107,11 +107,11 @@ def _check_recipe(precision: PrecisionConfig, choice: LinearChoice) -> None:
     asked = f"precision.fp8={precision.fp8}"
     if choice.implementation != "te":
         raise ConfigError(f"{asked} needs Transformer Engine's linears, these are local ({choice.reason}): {_REHEARSE}")
-    card = host.card()
+    card = gpu.card()
     if card is not None and not card.hopper_or_newer:
         raise ConfigError(f"{asked} needs Hopper or a newer card, this is {card.name}: {_REHEARSE}")
-    if precision.fp8 == "blockwise" and (host.cuda_version() or _BLOCKWISE_SINCE) < _BLOCKWISE_SINCE:
-        since, have = (".".join(map(str, each)) for each in (_BLOCKWISE_SINCE, host.cuda_version() or ()))
+    if precision.fp8 == "blockwise" and (gpu.cuda_version() or _BLOCKWISE_SINCE) < _BLOCKWISE_SINCE:
+        since, have = (".".join(map(str, each)) for each in (_BLOCKWISE_SINCE, gpu.cuda_version() or ()))
         raise ConfigError(f"{asked} needs CUDA {since} or newer, torch has {have}: use precision.fp8=tensorwise")
     if precision.compute == "fp32":
         raise ConfigError(f"{asked} with precision.compute=fp32: use precision.compute=bf16")

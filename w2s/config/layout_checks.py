@@ -223,7 +223,7 @@ def _check_fully_sharded(config: Config, replicas: int) -> None:
 def _check_sharded_teacher(config: Config) -> None:
     if not config.teacher.sharded:
         return
-    for teacher in config.taught_by or (config.teacher,):
+    for teacher in config.stage_teachers or (config.teacher,):
         if not teacher.source.startswith("w2s:"):
             raise ConfigError(
                 f"teacher.sharded=true with teacher.source={teacher.source}: only w2s:RUN can be split, "

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from w2s import host
+from w2s.config import gpu
 from w2s.config.sections import HardwareConfig, PrecisionConfig
 
 INSTALL = "pip install 'w2s[gpu]'"
@@ -28,12 +28,12 @@ def choose_linears(precision: PrecisionConfig, hardware: HardwareConfig) -> Line
         return LinearChoice("local", "precision.fp8=emulated is made of them")
     if hardware.device == "cpu":
         return LinearChoice("local", "hardware.device=cpu")
-    card = host.card()
+    card = gpu.card()
     if card is None:
         return LinearChoice("local", "there is no GPU")
     if not card.hopper_or_newer:
         return LinearChoice("local", f"{card.name} is older than Hopper")
-    if not host.transformer_engine_installed():
+    if not gpu.transformer_engine_installed():
         return LinearChoice("local", f"Transformer Engine is not installed ({INSTALL})")
     return LinearChoice("te", f"{card.name} with Transformer Engine")
 

@@ -33,7 +33,7 @@ from w2s.config.fields import (
     is_text,
     nearest,
 )
-from w2s.config.sections import Config, ModelConfig, TeachingConfig
+from w2s.config.sections import Config, ModelConfig, TeacherEntry
 from w2s.errors import ConfigError
 from w2s.redaction import hide_variables, redacted
 
@@ -316,7 +316,7 @@ def _teacher_of_file(name: str, origin: str) -> Any:
 def _assign_teacher(node: DictConfig, key: str, value: Any, origin: str) -> None:
     """Set a key of one of several teachers, `teachers.NAME.KEY` or `teachers.NUMBER.KEY`."""
     _, which, field = (*key.split(".", 2), "")[:3]
-    names, keys = [entry.name for entry in node.teachers.of], [each.name for each in fields(TeachingConfig)]
+    names, keys = [entry.name for entry in node.teachers.of], [each.name for each in fields(TeacherEntry)]
     given = [*names, *map(str, range(len(names)))]
     if field not in keys:
         shown = f"teachers.{which}.{nearest(field or which, keys)}" if field else "teachers.NAME.KEY"
@@ -328,7 +328,7 @@ def _assign_teacher(node: DictConfig, key: str, value: Any, origin: str) -> None
     try:
         OmegaConf.update(node, f"{TEACHERS}[{given.index(which) % len(names)}].{field}", value, merge=False)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ConfigError(f"{origin}{key}={value} is not {in_words(entry_hint(TeachingConfig, field))}") from error
+        raise ConfigError(f"{origin}{key}={value} is not {in_words(entry_hint(TeacherEntry, field))}") from error
 
 
 def _joined(shards: Any) -> Any:

@@ -198,7 +198,7 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeachingConfig:
+class TeacherEntry:
     """One of several teachers of the masked stage, and how the student learns from it.
 
     `compile`, `sharded` and `batch_size` are those of the section `teacher`.
@@ -234,7 +234,7 @@ class TeachingConfig:
 class TeachersConfig:
     """Several teachers of the masked stage, in the place of the section `teacher`."""
 
-    of: list[TeachingConfig] = field(default_factory=list)
+    of: list[TeacherEntry] = field(default_factory=list)
     """The teachers: sections, or names of configs/teacher. `teachers=[...]` sets it, and `teachers.NAME.KEY=...` a key
     of one of them (or `teachers.NUMBER.KEY`, from 0). Empty leaves the stage to `teacher`."""
     draw: Literal["all", "one"] = "all"

@@ -9,17 +9,17 @@ from functools import cached_property
 from typing import Literal
 
 from w2s.config.data_sections import DataConfig, PhaseConfig
-from w2s.config.lessons import Lesson
 from w2s.config.model_sections import (
     ModelConfig,
     TeacherConfig,
+    TeacherEntry,
     TeachersConfig,
-    TeachingConfig,
     TextConfig,
     VisionConfig,
     Weights,
 )
 from w2s.config.requirements import require, require_folder_name, require_positive
+from w2s.config.teacher_losses import TeacherLoss
 from w2s.config.training_sections import ClipConfig, DistillConfig, LayerPairConfig, MimConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -41,8 +41,8 @@ __all__ = [
     "Resize",
     "RunConfig",
     "TeacherConfig",
+    "TeacherEntry",
     "TeachersConfig",
-    "TeachingConfig",
     "TextConfig",
     "TrackingConfig",
     "TrainConfig",
@@ -348,30 +348,30 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @cached_property
-    def lessons(self) -> tuple[Lesson, ...]:
+    def teacher_losses(self) -> tuple[TeacherLoss, ...]:
         """What the student of the masked stage learns, of each of its teachers."""
-        only = TeachingConfig(
+        only = TeacherEntry(
             name=self.teacher.name,
             source=self.teacher.source,
             weights=self.teacher.weights,
             image_size=self.teacher.image_size,
             target_norm=self.teacher.target_norm,
         )
-        return tuple(Lesson.of(each, self.teacher, self.mim) for each in self.teachers.of or [only])
+        return tuple(TeacherLoss.of(each, self.teacher, self.mim) for each in self.teachers.of or [only])
 
     @property
-    def taught_by(self) -> tuple[TeacherConfig, ...]:
+    def stage_teachers(self) -> tuple[TeacherConfig, ...]:
         """The teachers that the stage learns from; empty where it learns from none."""
         if self.stage == "mim":
-            return tuple(lesson.teacher for lesson in self.lessons)
+            return tuple(teacher_loss.teacher for teacher_loss in self.teacher_losses)
         source = self.clip.distill.source if self.stage == "clip" else "none"
         if source == "none":
             return ()
         return (self.teacher if source == "teacher" else replace(self.teacher, source=source, name=source),)
 
     @property
-    def taught_steps(self) -> int:
+    def teacher_steps(self) -> int:
         """The steps in which the teacher is heard, unless the student passes it before."""
-        if not self.taught_by:
+        if not self.stage_teachers:
             return 0
         return self.train.steps if self.stage == "mim" else self.clip.distill.last_step(self.train)

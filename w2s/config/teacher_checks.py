@@ -4,8 +4,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from w2s.config.lessons import Lesson
 from w2s.config.sections import Config
+from w2s.config.teacher_losses import TeacherLoss
 from w2s.errors import ConfigError
 
 
@@ -34,19 +34,19 @@ def check_teachers(config: Config) -> None:
         if names.count(name) > 1:
             raise ConfigError(f"teachers: two are called {name}: give each a name of its own")
     _check_draw(config)
-    for lesson in config.lessons:
-        _check_lesson(lesson, "teachers: " if names else "")
+    for teacher_loss in config.teacher_losses:
+        _check_lesson(teacher_loss, "teachers: " if names else "")
 
 
 def _check_draw(config: Config) -> None:
-    one, lessons = config.teachers.draw == "one", config.lessons
-    for lesson in lessons:
-        name, share = lesson.teacher.name, lesson.share
+    one, teacher_losses = config.teachers.draw == "one", config.teacher_losses
+    for teacher_loss in teacher_losses:
+        name, share = teacher_loss.teacher.name, teacher_loss.share
         if not 0 < share < math.inf:
             raise ConfigError(f"teachers: {name} has share={share:g}, which must be above 0: leave the teacher out")
         if share != 1 and not one:
             raise ConfigError(f"teachers: {name} has share={share:g}, which does nothing with teachers.draw=all")
-    cause = "draw=one" if one else next((f"{each.teacher.name}.sources" for each in lessons if each.sources), "")
+    cause = "draw=one" if one else next((f"{each.teacher.name}.sources" for each in teacher_losses if each.sources), "")
     if cause and config.teacher.sharded:
         raise ConfigError(
             f"teacher.sharded=true with teachers.{cause}: ranks that hold a teacher together must run it on as many "
@@ -54,15 +54,15 @@ def _check_draw(config: Config) -> None:
         )
 
 
-def _check_lesson(lesson: Lesson, where: str) -> None:
-    name = f"{where}{lesson.teacher.name} has "
-    if lesson.weight <= 0:
-        raise ConfigError(f"{name}weight={lesson.weight:g}, which must be above 0: leave the teacher out")
-    if lesson.summary_weight < 0:
-        raise ConfigError(f"{name}summary_weight={lesson.summary_weight:g}, which must be at least 0")
-    if lesson.teacher.image_size < 0:
-        raise ConfigError(f"{name}image_size={lesson.teacher.image_size}, which must be at least 0")
-    if lesson.teacher.target_norm == "phi_s" and lesson.loss == "cosine":
+def _check_lesson(teacher_loss: TeacherLoss, where: str) -> None:
+    name = f"{where}{teacher_loss.teacher.name} has "
+    if teacher_loss.weight <= 0:
+        raise ConfigError(f"{name}weight={teacher_loss.weight:g}, which must be above 0: leave the teacher out")
+    if teacher_loss.summary_weight < 0:
+        raise ConfigError(f"{name}summary_weight={teacher_loss.summary_weight:g}, which must be at least 0")
+    if teacher_loss.teacher.image_size < 0:
+        raise ConfigError(f"{name}image_size={teacher_loss.teacher.image_size}, which must be at least 0")
+    if teacher_loss.teacher.target_norm == "phi_s" and teacher_loss.loss == "cosine":
         raise ConfigError(
             f"{name}target_norm=phi_s, a rotation and a scale, which cancel under the cosine loss: use mse, smooth_l1, "
             "or another target_norm"

@@ -33,7 +33,7 @@ class TrainConfig:
     """Steps between comparisons of the data-parallel replicas' weights: what differs is named and taken from the
     majority; without one the run rolls back to its last checkpoint. 0 never compares."""
     callbacks: list[str] = field(default_factory=list)
-    """Classes of your own that follow the run, subclasses of `w2s.callbacks.Callback`: [my_package.module:Class]."""
+    """Classes of your own that follow the run: [my_package.module:Class], each a `w2s.training.callbacks.Callback`."""
     profile: str = ""
     """Steps to profile, the first and the last: 10-15 writes a trace, time and memory by operator, and on a GPU a
     snapshot of its memory into `profile/` of the run folder and to MLflow. Empty profiles none."""

@@ -13,13 +13,13 @@ from torch.nn import functional
 from torch.utils.data import IterableDataset, get_worker_info
 
 from w2s.config.sections import Resize
-from w2s.data.bad import BadSample
-from w2s.data.clips import choose_frames, find_images
-from w2s.data.containers import read_shard
-from w2s.data.decode import decode_image
-from w2s.data.samples import RawSample
-from w2s.data.video import is_video
-from w2s.data.workers import RESTARTS, end_reading, kill_readers, start_workers
+from w2s.data.samples.decode import decode_image
+from w2s.data.shards.bad import BadSample
+from w2s.data.shards.clips import choose_frames, find_images
+from w2s.data.shards.containers import read_shard
+from w2s.data.shards.raw_sample import RawSample
+from w2s.data.shards.video import is_video
+from w2s.data.stream.workers import RESTARTS, end_reading, kill_readers, start_workers
 from w2s.errors import DataError
 from w2s.evaluation.dataset import EvalSet
 

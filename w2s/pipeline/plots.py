@@ -8,11 +8,11 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from w2s.files import writing
 from w2s.pipeline.comparison import LEDGERS, Point, on_the_way, points
 from w2s.pipeline.results import Results, Run
 from w2s.pipeline.run_cost import used
 from w2s.pipeline.steps import ancestors
-from w2s.tracking.atomic_files import writing
 from w2s.tracking.headlines import Reading, readings
 
 COSINES = tuple(f"test/{kind}_cosine" for kind in ("masked", "visible", "all", "unmasked"))

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from w2s.checkpoint.checkpoint_folders import STEP_NAME
+from w2s.checkpoint.own.checkpoint_folders import STEP_NAME
 from w2s.config.naming import flatten, run_folder
 from w2s.config.sections import Config
 from w2s.pipeline.steps import Pipeline, Step

@@ -10,7 +10,7 @@ from w2s.checkpoint.find import is_finished
 from w2s.config.checks import check, check_settings
 from w2s.config.load import to_yaml
 from w2s.config.naming import run_folder
-from w2s.host import prepare_cuda
+from w2s.files import write_text
 from w2s.launch import launch_stage
 from w2s.pipeline.meaning import meaning_of
 from w2s.pipeline.parent import metrics, params
@@ -21,8 +21,8 @@ from w2s.pipeline.shards_of_steps import find_shards
 from w2s.pipeline.steps import load_pipeline
 from w2s.pipeline.tasks import Plan, Task
 from w2s.pipeline.trials import TrialOutcome
+from w2s.processes.host import prepare_cuda
 from w2s.tracking.about import About
-from w2s.tracking.atomic_files import write_text
 from w2s.tracking.console import say
 from w2s.tracking.mlflow_run import MlflowRun, parent_run, stored_run_id
 from w2s.tracking.report import write_report

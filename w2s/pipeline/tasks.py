@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from w2s.checkpoint.checkpoint_folders import STEP_NAME, checkpoints_of, kept_steps, read_meta
-from w2s.checkpoint.continued import find_continued
+from w2s.checkpoint.own.checkpoint_folders import STEP_NAME, checkpoints_of, kept_steps, read_meta
+from w2s.checkpoint.starts.continued import find_continued
 from w2s.config.fields import nearest
 from w2s.config.load import load
 from w2s.config.naming import digest
@@ -200,7 +200,7 @@ class Plan:
 
     def _teacher_models(self, task: Task, config: Config, chosen: TrialOutcome) -> dict[str, ModelConfig]:
         """By source, the models of the earlier steps that teach a run."""
-        sources = {teacher.source for teacher in config.taught_by}
+        sources = {teacher.source for teacher in config.stage_teachers}
         steps = {f"w2s:{folder}": name for name, folder in self._folders_before(task).items()}
         return {
             source: self.config(self._task(task.seed, self._steps[steps[source]]), chosen).model

@@ -22,7 +22,7 @@ def training_flops(config: Config, teacher_models: Models = None, begins_at: int
         begins_at: steps of another run that this one continues from, and that are not its own.
     """
     config = replace(config, parallel=ParallelConfig())  # what training needs at least is the same in all layouts
-    steps, taught = config.train.steps - begins_at, max(0, config.taught_steps - begins_at)
+    steps, taught = config.train.steps - begins_at, max(0, config.teacher_steps - begins_at)
     samples = 0.0
     if taught < steps:
         samples += (steps - taught) * stage_flops(config, 1).model

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from w2s.config.batching import num_kept_patches, num_micro_batches, num_passes, views_in_phases
-from w2s.config.lessons import Target
 from w2s.config.sections import Config, ParallelConfig, TextConfig, VisionConfig
+from w2s.config.teacher_losses import Target
 from w2s.megatron.model.pipeline_split import text_layers, vision_layers
 
 

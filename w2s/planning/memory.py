@@ -237,7 +237,7 @@ def _masked_losses(config: Config, teachers: Sequence[PlannedTeacher]) -> int:
     """
     patches = config.mim.predicted(config.model.vision.patches)
     sizes = [_FP32 * patches * target.width for target in predicted(config, teachers)["targets"]]
-    kept = [1 + (lesson.loss == "cosine") for lesson in config.lessons[: len(sizes)]]
+    kept = [1 + (teacher_loss.loss == "cosine") for teacher_loss in config.teacher_losses[: len(sizes)]]
     return sum(size * times for size, times in zip(sizes, kept, strict=True)) + 4 * max(sizes, default=0)
 
 

@@ -76,7 +76,7 @@ class Plan:
     @property
     def days(self) -> float:
         """All steps of the stage."""
-        taught = self.config.taught_steps / self.config.train.steps
+        taught = self.config.teacher_steps / self.config.train.steps
         return self.config.train.steps * (self.seconds - (1 - taught) * self.time.teacher) / 86_400
 
     @property

@@ -94,7 +94,7 @@ def _stage(plans: Plans, card: Card, images: Images | None) -> dict[str, Any]:
     run = run_time(best, card, images)
     return {
         "model": best.config.model.name,
-        "teacher": " + ".join(teacher.name for teacher in best.config.taught_by) or None,
+        "teacher": " + ".join(teacher.name for teacher in best.config.stage_teachers) or None,
         "global_batch": best.config.train.global_batch,
         "steps": best.config.train.steps,
         "model_tflop_per_sample": best.flops.model / 1e12,

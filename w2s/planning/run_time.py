@@ -11,8 +11,8 @@ from pathlib import Path
 
 from w2s.config.batching import model_parallel_size
 from w2s.config.sections import Config
-from w2s.data.shards import list_shards
-from w2s.data.sizes import count_samples
+from w2s.data.shards.shards import list_shards
+from w2s.data.shards.sizes import count_samples
 from w2s.errors import UserError, W2SError
 from w2s.planning.cards import GPUS_PER_NODE, Card
 from w2s.planning.duration import teacher_seconds

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from w2s.config.batching import model_parallel_size, samples_per_rank
-from w2s.config.lessons import Target
 from w2s.config.load import model_from, named_model
 from w2s.config.sections import Config, ModelConfig, TeacherConfig, VisionConfig
 from w2s.config.teacher_checks import check_teacher_widths
-from w2s.data.teacher_draw import TeacherDraw
-from w2s.load_balance import balance
+from w2s.config.teacher_losses import Target
+from w2s.data.stream.teacher_draw import TeacherDraw
 from w2s.planning.flops import seen_frames, teacher_flops, text_flops
 from w2s.planning.towers import pool_sizes
+from w2s.teachers.load_balance import balance
 
 _MAPS = 16
 """Feature maps of the input's size, in float32, that a network which is not an EVA tower is taken to need at once."""
@@ -57,8 +57,8 @@ def predicted(config: Config, teachers: Sequence[PlannedTeacher]) -> dict[str, A
     published runs of other programs.
     """
     if config.stage == "mim":
-        pairs = zip(config.lessons[: len(teachers)], teachers, strict=True)
-        targets = [lesson.target(each.width, each.summary_width) for lesson, each in pairs]
+        pairs = zip(config.teacher_losses[: len(teachers)], teachers, strict=True)
+        targets = [teacher_loss.target(each.width, each.summary_width) for teacher_loss, each in pairs]
     else:
         targets = [Target(each.width) for each in teachers]
     return {"targets": targets, "layer_width": teachers[0].layer_width if teachers else 0}
@@ -70,7 +70,7 @@ def sample_flops(teachers: Sequence[PlannedTeacher]) -> float:
 
 
 def drawn(teachers: Sequence[PlannedTeacher]) -> bool:
-    """Whether a sample may lack a teacher, so that a group's images are spread over its ranks (`w2s.load_balance`)."""
+    """Whether a sample may lack a teacher, so that a group's images are spread over its ranks (`load_balance.py`)."""
     return any(each.share < 1 for each in teachers)
 
 
@@ -106,11 +106,11 @@ def planned_teachers(config: Config, models: Mapping[str, ModelConfig] | None = 
     """
     known = models or {}
     if config.stage == "mim":
-        teachers = [_image_side(config, teacher, known.get(teacher.source)) for teacher in config.taught_by]
+        teachers = [_image_side(config, teacher, known.get(teacher.source)) for teacher in config.stage_teachers]
         draw = TeacherDraw.of(config)
         shares = draw.shares() if draw else [1.0] * len(teachers)
         return tuple(replace(each, share=share) for each, share in zip(teachers, shares, strict=True))
-    return tuple(_beside_pairs(config, teacher, known.get(teacher.source)) for teacher in config.taught_by)
+    return tuple(_beside_pairs(config, teacher, known.get(teacher.source)) for teacher in config.stage_teachers)
 
 
 def _beside_pairs(config: Config, teacher: TeacherConfig, model: ModelConfig | None) -> PlannedTeacher:
@@ -193,8 +193,8 @@ def _eva_bytes(vision: VisionConfig, embed_dim: int, narrow: int) -> int:
 
 
 def _model_of_run(name: str, root: Path) -> ModelConfig:
-    from w2s.checkpoint.checkpoint_folders import read_meta
     from w2s.checkpoint.find import find_any
+    from w2s.checkpoint.own.checkpoint_folders import read_meta
 
     return model_from(read_meta(find_any(name, root, key="teacher.source")).config)
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from w2s.config.lessons import Target
 from w2s.config.sections import Config, VisionConfig
+from w2s.config.teacher_losses import Target
 from w2s.megatron.model.pipeline_split import text_layers, vision_layers
 from w2s.planning.flops import (
     TowerFlops,

@@ -13,11 +13,11 @@ from w2s.bench.synthetic import synthetic_batch
 from w2s.compat import DataDependentOutputException, DynamicOutputShapeException
 from w2s.config.batching import samples_per_rank
 from w2s.config.sections import Config
-from w2s.failure import describe
 from w2s.megatron.checkpoint import state
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.planning.cards import Card
+from w2s.processes.failure import describe
 from w2s.rehearsal.device import GPU, FakeGpu, stand_in_for_cuda
 from w2s.rehearsal.fake_group import Recorder, joined
 from w2s.rehearsal.fp8 import stand_in_for_transformer_engine

@@ -11,12 +11,12 @@ from unittest import mock
 
 import torch
 
-from w2s import host
+from w2s.config import gpu
 from w2s.config.batching import data_parallel_size
 from w2s.config.checks import check
-from w2s.config.sections import Config, TeacherConfig, TeachingConfig
-from w2s.data.shards import list_shards
-from w2s.data.sources import find_sources
+from w2s.config.sections import Config, TeacherConfig, TeacherEntry
+from w2s.data.shards.shards import list_shards
+from w2s.data.stream.sources import find_sources
 from w2s.errors import UserError, W2SError
 from w2s.planning import fully_sharded_costs
 from w2s.planning.cards import GPUS_PER_NODE, Card
@@ -24,14 +24,14 @@ from w2s.planning.memory import Memory, rank_memory
 from w2s.planning.states import rank_states
 from w2s.planning.teacher import planned_teachers, predicted
 from w2s.planning.towers import planned_towers
+from w2s.processes.stopping import end_with_parent
 from w2s.rehearsal.agreement import Disagreement, disagreements
 from w2s.rehearsal.kinds import stage_of
 from w2s.rehearsal.rank import Job, RankReport, rehearse
 from w2s.rehearsal.tape import HostWait
 from w2s.rehearsal.timeline import Timeline, play
-from w2s.stopping import end_with_parent
 
-T = TypeVar("T", TeacherConfig, TeachingConfig)
+T = TypeVar("T", TeacherConfig, TeacherEntry)
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ def _refusal(config: Config, world_size: int, card: Card) -> str:
     local = min(world_size, GPUS_PER_NODE)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: local))
-        stack.enter_context(mock.patch.object(host, "transformer_engine_installed", lambda: True))
+        stack.enter_context(mock.patch.object(gpu, "transformer_engine_installed", lambda: True))
         stack.enter_context(
-            mock.patch.object(host, "card", lambda: host.Card(card.name, (9, 0) if card.fp8_tflops else (8, 0)))
+            mock.patch.object(gpu, "card", lambda: gpu.Card(card.name, (9, 0) if card.fp8_tflops else (8, 0)))
         )
         try:
             check(config, world_size, local)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from w2s.checkpoint.find import find_any
-from w2s.checkpoint.verifying import verify
+from w2s.checkpoint.own.verifying import verify
 from w2s.config.load import named_model
 from w2s.config.sections import ParallelConfig, TeacherConfig
 from w2s.errors import ConfigError

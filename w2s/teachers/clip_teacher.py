@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2s.data.batch import normalize, require
+from w2s.data.samples.batch import normalize, require
 from w2s.teachers.base import Teacher
 
 if TYPE_CHECKING:

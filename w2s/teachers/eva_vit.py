@@ -13,11 +13,11 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from w2s.checkpoint.checkpoint_folders import read_meta
-from w2s.checkpoint.formats.plain_vision import image_tower, zero_key_biases
-from w2s.checkpoint.matching import MASKED_STAGE
-from w2s.checkpoint.released import Released, open_released, rename
-from w2s.checkpoint.tensor_files import open_weights
+from w2s.checkpoint.export.formats.plain_vision import image_tower, zero_key_biases
+from w2s.checkpoint.own.checkpoint_folders import read_meta
+from w2s.checkpoint.weights.matching import MASKED_STAGE
+from w2s.checkpoint.weights.released import Released, open_released, rename
+from w2s.checkpoint.weights.tensor_files import open_weights
 from w2s.config.load import model_from, named_model
 from w2s.config.sections import ModelConfig, VisionConfig, Weights
 from w2s.errors import CheckpointError, ConfigError

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from w2s.data.batch import normalize
+from w2s.data.samples.batch import normalize
 from w2s.teachers.base import Features, Teacher
 
 

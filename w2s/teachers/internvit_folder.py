@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w2s.checkpoint.tensor_files import open_weights
+from w2s.checkpoint.weights.tensor_files import open_weights
 
 KINDS = ("intern_vit_6b", "internvl_chat")
 """The `model_type` of their config.json, for every size."""

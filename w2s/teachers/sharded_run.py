@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from w2s.checkpoint.checkpoint_folders import read_meta
-from w2s.checkpoint.handover import hand_over
-from w2s.checkpoint.released import open_released
+from w2s.checkpoint.own.checkpoint_folders import read_meta
+from w2s.checkpoint.starts.handover import hand_over
+from w2s.checkpoint.weights.released import open_released
 from w2s.config.load import model_from
 from w2s.config.sections import ParallelConfig, Weights
 from w2s.megatron.parallel.sharded import ShardedTower

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from w2s.checkpoint.tensor_files import open_weights, weights_in
+from w2s.checkpoint.weights.tensor_files import open_weights, weights_in
 from w2s.config.sections import TeacherConfig
 from w2s.errors import CheckpointError, ConfigError
 from w2s.megatron.checkpoint.safe_unpickling import forbidden_class_error, refused_name

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
-from w2s.checkpoint.checkpoint_folders import read_meta
+from w2s.checkpoint.export.formats.open_clip import text_config
+from w2s.checkpoint.export.formats.plain_text import SMALLEST_VISION_TOWER
 from w2s.checkpoint.find import find, find_any
-from w2s.checkpoint.formats.open_clip import text_config
-from w2s.checkpoint.formats.plain_text import SMALLEST_VISION_TOWER
-from w2s.checkpoint.of_teacher import choose, teachers_of
-from w2s.checkpoint.released import Released, open_released, rename
-from w2s.checkpoint.tensor_files import open_weights
-from w2s.checkpoint.verifying import verify
+from w2s.checkpoint.own.checkpoint_folders import read_meta
+from w2s.checkpoint.own.verifying import verify
+from w2s.checkpoint.starts.of_teacher import choose, teachers_of
+from w2s.checkpoint.weights.released import Released, open_released, rename
+from w2s.checkpoint.weights.tensor_files import open_weights
 from w2s.config.load import model_from, named_model
 from w2s.config.sections import ClipConfig, Config, ModelConfig, TeacherConfig, TextConfig, Weights
 from w2s.errors import CheckpointError, ConfigError

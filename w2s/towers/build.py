@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from w2s.config.lessons import Target
 from w2s.config.sections import Config
+from w2s.config.teacher_losses import Target
 from w2s.megatron.fp8.linears import linears_of
 from w2s.megatron.model.initialize import Init, init_parameters
 from w2s.megatron.parallel.sharded import ShardedTower, shard

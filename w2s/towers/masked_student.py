@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from w2s.config.lessons import Target
 from w2s.config.sections import MimConfig, ParallelConfig, VisionConfig
+from w2s.config.teacher_losses import Target
 from w2s.megatron.fp8.linears import LOCAL, Linears
 from w2s.megatron.model.taps import Tap
 from w2s.towers.norms import make_norm

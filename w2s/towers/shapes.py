@@ -2,8 +2,8 @@
 
 import torch
 
-from w2s.config.lessons import Target
 from w2s.config.sections import ModelConfig, ParallelConfig
+from w2s.config.teacher_losses import Target
 from w2s.megatron.checkpoint import state
 from w2s.megatron.model.tower import Tower
 from w2s.megatron.parallel.sharded import ShardedTower

@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from w2s.files import write_text
 from w2s.redaction import redact
-from w2s.tracking.atomic_files import write_text
 from w2s.tracking.environment import git_sha
 
 FILE_NAME = "about.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from w2s.errors import UserError
-from w2s.tracking.atomic_files import write_text, writing
+from w2s.files import write_text, writing
 
 FILE_NAME = "metrics.jsonl"
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from w2s.config.sections import TrackingConfig
 from w2s.errors import StopRun
+from w2s.files import write_text
 from w2s.redaction import redact
-from w2s.tracking.atomic_files import write_text
 from w2s.tracking.datasets import DataInput, to_mlflow
 from w2s.tracking.delivery import Delivery, Record, history_points
 from w2s.tracking.mlflow_store import OPEN_SECONDS, artifact_location, connect, load_mlflow, reason, tracking_uri

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from w2s.files import writing
 from w2s.redaction import printable
-from w2s.tracking.atomic_files import writing
 
 _DPI = 150
 _CELL = 1.35  # inches of one image

@@ -13,8 +13,8 @@ import yaml
 from markupsafe import Markup, escape
 
 from w2s.config.naming import flatten
+from w2s.files import write_text
 from w2s.tracking.about import BEGUN, read_about
-from w2s.tracking.atomic_files import write_text
 from w2s.tracking.charts import Chart
 from w2s.tracking.curves import charts, comparing
 from w2s.tracking.history import read_history

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from w2s.errors import UserError
-from w2s.tracking.atomic_files import write_text
+from w2s.files import write_text
 
 FILE_NAME = "group.json"
 

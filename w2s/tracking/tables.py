@@ -11,8 +11,8 @@ import rich.table
 from rich.console import Group
 from rich.text import Text
 
+from w2s.files import write_text
 from w2s.redaction import redacted, shown
-from w2s.tracking.atomic_files import write_text
 
 Cell = str | int | float | None
 

@@ -9,9 +9,9 @@ from w2s.config.load import to_yaml
 from w2s.config.naming import flatten
 from w2s.config.sections import Config
 from w2s.errors import UserError
+from w2s.files import make_folder, write_text
 from w2s.redaction import redacted
 from w2s.tracking.about import About, as_tags
-from w2s.tracking.atomic_files import make_folder, write_text
 from w2s.tracking.console import RunConsole
 from w2s.tracking.datasets import DataInput
 from w2s.tracking.environment import environment_text

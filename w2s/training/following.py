@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from w2s.callbacks import Callback, Training
 from w2s.errors import StopRun
 from w2s.megatron.parallel.replicas import repair
+from w2s.training.callbacks import Callback, Training
 from w2s.training.saving import Saving
 from w2s.training.training_run import RollBack, TrainingRun
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from w2s.callbacks import Callback, Training
-from w2s.data.batch import Batch
-from w2s.data.sizes import Counting, count_samples
+from w2s.data.samples.batch import Batch
+from w2s.data.shards.sizes import Counting, count_samples
 from w2s.megatron.fp8.fp8_stats import fp8_metrics
 from w2s.megatron.parallel import process_groups
 from w2s.tracking.meters import over_ranks
+from w2s.training.callbacks import Callback, Training
 from w2s.training.replay import clones, replay
 from w2s.training.training_run import RollBack, TrainingRun
 

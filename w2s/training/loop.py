@@ -2,9 +2,9 @@
 
 from contextlib import ExitStack
 
-from w2s.callbacks import Training
-from w2s.stopping import stop_when_ready
+from w2s.processes.stopping import stop_when_ready
 from w2s.tracking.meters import StepMeter
+from w2s.training.callbacks import Training
 from w2s.training.following import Evaluation, ReplicaCheck, Stopping
 from w2s.training.logging import Logging
 from w2s.training.saving import Saving

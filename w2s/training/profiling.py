@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from w2s import compat
-from w2s.callbacks import Callback, Training
+from w2s.training.callbacks import Callback, Training
 
 _OPERATORS = 60
 """Operators in the table, those that take the most time."""

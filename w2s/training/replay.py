@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import get_process_group_ranks
 
-from w2s.data.batch import Batch, swap_batch
+from w2s.data.samples.batch import Batch, swap_batch
 from w2s.megatron.parallel.pipeline_schedule import no_grad_sync
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.training.stage import Stage

@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from w2s.checkpoint import checkpoint_folders
-from w2s.checkpoint.continued import find_continued
-from w2s.checkpoint.handover import Handover, check_shapes
-from w2s.checkpoint.in_memory import HostMemory
-from w2s.checkpoint.verifying import verify
+from w2s.checkpoint.own import checkpoint_folders
+from w2s.checkpoint.own.in_memory import HostMemory
+from w2s.checkpoint.own.verifying import verify
+from w2s.checkpoint.starts.continued import find_continued
+from w2s.checkpoint.starts.handover import Handover, check_shapes
 from w2s.config.naming import difference
 from w2s.config.sections import Config
 from w2s.errors import UserError

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from w2s.callbacks import Callback
-from w2s.checkpoint import checkpoint_folders
+from w2s.checkpoint.own import checkpoint_folders
 from w2s.config.naming import written
-from w2s.data.stream import merge_positions
+from w2s.data.stream.stream import merge_positions
 from w2s.errors import CheckpointError
-from w2s.liveness.heartbeat import WRITER
 from w2s.megatron.checkpoint import state
 from w2s.megatron.checkpoint.async_save import AsyncSave
+from w2s.processes.liveness.heartbeat import WRITER
+from w2s.training.callbacks import Callback
 from w2s.training.training_run import TrainingRun
 
 PACKAGES = ("w2s", "torch", "megatron-core")

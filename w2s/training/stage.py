@@ -6,9 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from w2s.checkpoint.handover import Handover
-from w2s.data.batch import Batch
-from w2s.data.sample import SampleSpec
+from w2s.checkpoint.starts.handover import Handover
+from w2s.data.samples.batch import Batch
+from w2s.data.samples.sample import SampleSpec
 from w2s.megatron.cpu import without_function_mode
 from w2s.megatron.parallel.optimizer import Optimizer, Towers
 from w2s.megatron.parallel.process_groups import Ranks

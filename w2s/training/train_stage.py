@@ -3,17 +3,17 @@
 import time
 from collections.abc import Callable
 
-from w2s.callbacks import load_callbacks
-from w2s.checkpoint import checkpoint_folders
-from w2s.checkpoint.continued import with_its_start
-from w2s.checkpoint.in_memory import host_memory
-from w2s.checkpoint.verifying import recover
+from w2s.checkpoint.export.registering import register_clip
+from w2s.checkpoint.own import checkpoint_folders
+from w2s.checkpoint.own.in_memory import host_memory
+from w2s.checkpoint.own.verifying import recover
+from w2s.checkpoint.starts.continued import with_its_start
 from w2s.config.doubts import doubts
 from w2s.config.sections import Config
-from w2s.host import compute_deterministically
 from w2s.megatron.parallel.process_groups import Ranks
-from w2s.model_registry import register_clip
+from w2s.processes.host import compute_deterministically
 from w2s.run import open_run, recorded, share_sources, test_inputs, training_inputs
+from w2s.training.callbacks import load_callbacks
 from w2s.training.loop import train
 from w2s.training.profiling import Profiler
 from w2s.training.stage import Stage

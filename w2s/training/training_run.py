@@ -6,23 +6,23 @@ from pathlib import Path
 
 from torch import Tensor
 
-from w2s.callbacks import Callback
-from w2s.checkpoint import checkpoint_folders
-from w2s.checkpoint.in_memory import HostMemory
-from w2s.checkpoint.verifying import recover
+from w2s.checkpoint.own import checkpoint_folders
+from w2s.checkpoint.own.in_memory import HostMemory
+from w2s.checkpoint.own.verifying import recover
 from w2s.config.sections import Config
-from w2s.data.batch import Batch
-from w2s.data.sources import Source
-from w2s.data.stream import Position, Stream
+from w2s.data.samples.batch import Batch
+from w2s.data.stream.sources import Source
+from w2s.data.stream.stream import Position, Stream
 from w2s.errors import W2SError
-from w2s.liveness.heartbeat import READERS, Heartbeat
 from w2s.megatron.checkpoint import state
 from w2s.megatron.fp8.fp8_stats import Fp8Stats
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.optim.lr_schedule import lr_factor
+from w2s.processes.liveness.heartbeat import READERS, Heartbeat
 from w2s.run import counted, open_stream, origins
 from w2s.tracking.meters import StepMeter
 from w2s.tracking.tracker import Tracker
+from w2s.training.callbacks import Callback
 from w2s.training.resuming import load_checkpoint, resume
 from w2s.training.stage import Stage, train_step
 

@@ -12,8 +12,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from tests.distributed import run_ranks
 from tests.megatron.spawn import SHAPE, TARGET_WIDTH
-from w2s.config.lessons import Target
 from w2s.config.sections import OptimConfig, ParallelConfig, PrecisionConfig
+from w2s.config.teacher_losses import Target
 from w2s.megatron.checkpoint import state
 from w2s.megatron.fp8 import transformer_engine
 from w2s.megatron.fp8.fp8_formats import sampled

@@ -9,8 +9,7 @@ import torch
 from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
-from w2s import host
-from w2s.config.lessons import Target
+from w2s.config import gpu
 from w2s.config.sections import (
     HardwareConfig,
     OptimConfig,
@@ -18,6 +17,7 @@ from w2s.config.sections import (
     PrecisionConfig,
     VisionConfig,
 )
+from w2s.config.teacher_losses import Target
 from w2s.megatron.checkpoint import state
 from w2s.megatron.fp8.fp8_stats import Fp8Stats, fp8_metrics
 from w2s.megatron.fp8.linears import Linears
@@ -30,11 +30,11 @@ from w2s.megatron.parallel.sharded import ShardedTower, data_parallel, shard
 from w2s.towers.initial import vision_rule
 from w2s.towers.masked_student import MaskedStudent
 
-CARD = host.card()
+CARD = gpu.card()
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(CARD is None or not CARD.hopper_or_newer, reason="needs Hopper or a newer card"),
-    pytest.mark.skipif(not host.transformer_engine_installed(), reason="needs Transformer Engine"),
+    pytest.mark.skipif(not gpu.transformer_engine_installed(), reason="needs Transformer Engine"),
 ]
 
 SHAPE = VisionConfig(image_size=64, patch_size=8, layers=3, width=256, heads=4, mlp_width=1280)

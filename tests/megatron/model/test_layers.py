@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.megatron.spawn import SHAPE
-from w2s.config.lessons import Target
 from w2s.config.sections import ParallelConfig
+from w2s.config.teacher_losses import Target
 from w2s.kernels.gelu import Recompute, bias_gelu
 from w2s.megatron.model.initialize import init_parameters
 from w2s.megatron.parallel.process_groups import Ranks

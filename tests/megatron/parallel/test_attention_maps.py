@@ -1,4 +1,4 @@
-"""What CLS attends to is the same in every layout; `tests/test_evaluator.py` has that it is the layer's."""
+"""What CLS attends to is the same in every layout; `tests/evaluation/test_evaluator.py` has that it is the layer's."""
 
 import pytest
 import torch

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from tests.distributed import run_ranks
 from w2s.config.load import load
+from w2s.config.precision import compute_dtype
 from w2s.config.sections import Config
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.optimizer import Optimizer
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.megatron.parallel.sharded import data_parallel
-from w2s.precision import compute_dtype
 from w2s.towers.build import build_clip
 
 LAYOUTS = {

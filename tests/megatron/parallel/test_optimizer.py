@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.megatron.spawn import make_student, run_split
-from w2s.config.lessons import Target
 from w2s.config.load import load
 from w2s.config.sections import OptimConfig
+from w2s.config.teacher_losses import Target
 from w2s.megatron.parallel.optimizer import Optimizer
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.megatron.parallel.sharded import data_parallel

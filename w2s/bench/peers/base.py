@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from w2s.bench.marks import Marks
 from w2s.config.sections import Config, OptimConfig
-from w2s.data.batch import Batch
-from w2s.data.sample import SampleSpec
+from w2s.data.samples.batch import Batch
+from w2s.data.samples.sample import SampleSpec
 
 
 class Peer(ABC):

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from w2s.bench.marks import Marks
 from w2s.bench.peers.base import Peer, forward_flops
-from w2s.checkpoint.formats.open_clip import open_clip_config
-from w2s.checkpoint.formats.timm import timm_config
+from w2s.checkpoint.export.formats.open_clip import open_clip_config
+from w2s.checkpoint.export.formats.timm import timm_config
 from w2s.config.sections import Config
-from w2s.data.batch import Batch, normalize, require
+from w2s.data.samples.batch import Batch, normalize, require
 from w2s.stages.clip import sample_spec
 from w2s.towers.vision import channel_statistics
 

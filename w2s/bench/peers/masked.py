@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from w2s.bench.marks import Marks
 from w2s.bench.peers.base import Peer, forward_flops
-from w2s.checkpoint.formats.plain_vision import image_tower
+from w2s.checkpoint.export.formats.plain_vision import image_tower
 from w2s.compat import positioned
 from w2s.config.sections import Config, ModelConfig
-from w2s.data.batch import Batch, normalize, require
+from w2s.data.samples.batch import Batch, normalize, require
 from w2s.objectives.masked_loss import LOSSES
 from w2s.stages.mim import sample_spec
 from w2s.teachers.build import build_teacher
@@ -58,7 +58,7 @@ class TimmMasked(Peer):
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        compiled = replace(config.lessons[0].teacher, compile=device.type == "cuda")
+        compiled = replace(config.teacher_losses[0].teacher, compile=device.type == "cuda")
         self.teacher = build_teacher(compiled, grid=config.model.vision.grid, device=device)
         self.target_norm = target_norm(self.teacher.width, compiled.target_norm).to(device)
         student = TimmStudent(config.model, self.teacher.width, device, config.mim.predict == "visible")

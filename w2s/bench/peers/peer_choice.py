@@ -18,7 +18,7 @@ def check_peer(config: Config, peer: str, ranks: int) -> None:
     if ranks > 1:
         raise ConfigError(f"--vs {peer} runs on one rank, not on --nproc {ranks}: leave --nproc out")
     if config.stage == "mim":
-        if len(config.lessons) > 1:
+        if len(config.teacher_losses) > 1:
             raise ConfigError(f"--vs {peer} has one teacher: leave teachers out")
         if config.mim.layers:
             raise ConfigError(f"--vs {peer} predicts after the last layer alone: leave mim.layers out")
@@ -32,7 +32,7 @@ def check_peer(config: Config, peer: str, ranks: int) -> None:
         )
     if config.clip.loss != "softmax":
         raise ConfigError(f"--vs {peer} has the softmax loss, not clip.loss={config.clip.loss}: use clip.loss=softmax")
-    if config.taught_by:
+    if config.stage_teachers:
         raise ConfigError(
             f"--vs {peer} has no teacher, and clip.distill.source={config.clip.distill.source} names one: leave it out"
         )

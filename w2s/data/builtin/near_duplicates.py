@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops
 
 from w2s.data.builtin.write_shards import Pair
-from w2s.data.decode import open_image
+from w2s.data.samples.decode import open_image
 
 _SAME = 0.95
 """Correlation from which two pictures count as the same.

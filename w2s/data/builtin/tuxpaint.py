@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from w2s.data.builtin.drawings import Drawing
-from w2s.data.decode import open_image
+from w2s.data.samples.decode import open_image
 
 _VARIANTS = ("_mirror", "_flip")
 

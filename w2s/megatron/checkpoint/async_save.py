@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint import CheckpointException
 
-from w2s.checksum import Checksum, checksums
 from w2s.errors import FREE_SPACE, CheckpointError, W2SError
+from w2s.files import Checksum, checksums
 from w2s.megatron import compat
 
 _processes = multiprocessing.get_context("fork")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w2s import host
+from w2s.config import gpu
 from w2s.errors import MissingPackageError
 from w2s.megatron.fp8.fp8_formats import FORWARD, GRADIENTS, Record, block_scale, current_scale, sampled
 
@@ -25,7 +25,7 @@ _problems: list[str] = []
 
 def load_or_hide() -> None:
     """Load Transformer Engine if it is installed and this machine has a GPU; otherwise hide it from Megatron-Core."""
-    if not host.transformer_engine_installed() or _problems:
+    if not gpu.transformer_engine_installed() or _problems:
         return
     if not torch.cuda.is_available():
         _hide("there is no GPU")
@@ -47,7 +47,7 @@ def require() -> None:
     Raises:
         MissingPackageError: it is not installed, or broken.
     """
-    if not host.transformer_engine_installed():
+    if not gpu.transformer_engine_installed():
         raise MissingPackageError("Transformer Engine is not installed: pip install 'w2s[gpu]'")
     if _problems:
         raise MissingPackageError(

@@ -23,8 +23,8 @@ stub.install(Path(sys.argv[1]))
 
 import torch.distributed as dist  # noqa: E402
 
-from w2s.config.lessons import Target  # noqa: E402
 from w2s.config.sections import HardwareConfig, OptimConfig, ParallelConfig, PrecisionConfig, VisionConfig  # noqa: E402
+from w2s.config.teacher_losses import Target  # noqa: E402
 from w2s.megatron.checkpoint import state  # noqa: E402
 from w2s.megatron.fp8 import fp8_emulation, transformer_engine  # noqa: E402
 from w2s.megatron.fp8.fp8_formats import FORWARD, block_scale  # noqa: E402

@@ -1,0 +1,117 @@
+"""What every format is given, what it says of the folder that it has written, and how files are written there."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w2s.checkpoint.export.weight_files import write_safetensors
+from w2s.checkpoint.weights.released import Released
+from w2s.config.sections import ModelConfig
+
+HEAD = "visual.head.weight"
+HEAD_BIAS = "visual.head.bias"
+EMBEDS_BOTH = "zero-shot-image-classification"
+EMBEDS_IMAGES = "image-feature-extraction"
+"""What the hub calls the task of a CLIP, and of a vision tower."""
+RESIZED = (
+    "Its own preprocessing resizes some images to pixels that differ by 1/255 from those of w2s, and features by some "
+    "1e-5 with them."
+)
+"""A limit of peers that resize with torchvision or PIL."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What a format writes."""
+
+    released: Released
+    """The weights."""
+    model: ModelConfig
+    """Their shape."""
+    hub: str = ""
+    """OWNER/NAME that the folder will have on a hub; empty where none is said."""
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """How to load a folder with one peer."""
+
+    peer: str
+    """Who loads it, and where from where that matters."""
+    code: str
+    """A few lines; FOLDER stands for the folder."""
+    language: str = "python"
+    """What they are written in."""
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What the card says of a format."""
+
+    library: str
+    """What the hub calls the library that loads it."""
+    task: str
+    """What the hub calls its task."""
+    snippets: Sequence[Snippet]
+    """How to load it; the first one does where it lies, wherever that is."""
+    limits: Sequence[str] = ()
+    """What it cannot do, a sentence each."""
+    vision_alone: bool = False
+    """Whether it holds the vision tower and nothing else."""
+    comes_back: bool = True
+    """Whether `w2s import` reads it."""
+
+
+Write = Callable[[Export, Path], Guide]
+"""Writes a format into a folder that is there."""
+
+
+def write_renamed(
+    path: Path,
+    export: Export,
+    names: Iterable[str],
+    rename: Callable[[str], str],
+    *,
+    head_bias: bool = False,
+    reshape: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
+) -> None:
+    """Write tensors as a safetensors file under other names.
+
+    Args:
+        path: the file.
+        export: the weights.
+        names: released names of those that are written.
+        rename: gives the name there.
+        head_bias: give a head without a bias one of zeros.
+        reshape: makes of a tensor, given its released name, what is written.
+    """
+    released = export.released
+    origins = {rename(name): name for name in names}
+    meta = {name: reshape(origin, released.meta[origin]) for name, origin in origins.items()}
+    if head_bias and HEAD in released.meta and HEAD_BIAS not in released.meta:
+        head = released.meta[HEAD]
+        meta[rename(HEAD_BIAS)] = torch.empty(head.shape[0], dtype=head.dtype, device="meta")
+
+    def read(name: str) -> Tensor:
+        if name not in origins:
+            return torch.zeros_like(meta[name], device="cpu")
+        return reshape(origins[name], released.read(origins[name]))
+
+    write_safetensors(path, meta, read, {"model": export.model.name})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a configuration."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """Return the number that times `width`, rounded down, gives `hidden`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -1,0 +1,269 @@
+"""A CLIP for transformers' `AutoModel.from_pretrained("FOLDER")`, in stock classes.
+
+A tower of EVA's kind is timm's in transformers' own wrapper, beside CLIP's text model in a
+`VisionTextDualEncoderModel`; a CLIP's own vision transformer gives a `CLIPModel`. Neither has a bias after the vision
+projection: one goes into the final norm's, so that the projection gives it back.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w2s.checkpoint.export.formats.base import EMBEDS_BOTH, HEAD, HEAD_BIAS, Export, Guide, Snippet, write_json
+from w2s.checkpoint.export.formats.processor import LIMITS, write_processor
+from w2s.checkpoint.export.formats.timm import timm_config, timm_name
+from w2s.checkpoint.export.weight_files import write_safetensors
+from w2s.checkpoint.weights.matching import MASKED_STAGE
+from w2s.checkpoint.weights.released import Released
+from w2s.config.sections import ModelConfig, TextConfig, VisionConfig
+from w2s.errors import CheckpointError
+from w2s.towers.clip import TEXT_NORM_EPS
+
+Change = Callable[[Tensor], Tensor]
+
+TEXT: Mapping[str, str] = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "transformer.resblocks.": "encoder.layers.",
+    "ln_final.": "final_layer_norm.",
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".attn.in_proj_": ".self_attn.qkv.",
+    ".attn.out_proj.": ".self_attn.out_proj.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+}
+VISION: Mapping[str, str] = {
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding.weight",
+    "patch_embed.proj.": "embeddings.patch_embedding.",
+    "norm_pre.": "pre_layrnorm.",
+    "blocks.": "encoder.layers.",
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+    ".attn.qkv.": ".self_attn.qkv.",
+    ".attn.proj.": ".self_attn.out_proj.",
+}
+"""Parts of released names and CLIPModel's for them; Q, K and V are apart there."""
+FINAL_NORM = "visual.norm."
+LOAD = """\
+from transformers import AutoModel, AutoProcessor
+model, processor = AutoModel.from_pretrained("{place}"), AutoProcessor.from_pretrained("{place}"){needs}
+inputs = processor(text=["a cat", "a dog"], images=image, return_tensors="pt", padding=True, truncation=True)
+probabilities = model(**inputs).logits_per_image.softmax(-1)"""
+PIPELINE = """\
+from transformers import pipeline
+classify = pipeline("zero-shot-image-classification", "{place}")
+answers = classify(image, candidate_labels=["cat", "dog"])  # with "This is a photo of", no longer than a caption"""
+TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a tensor of the export is made of: a released tensor, and how."""
+
+    name: str
+    change: Change = _same
+
+
+def write(export: Export, folder: Path) -> Guide:
+    """Write `config.json`, `model.safetensors`, and the files of the processor.
+
+    Raises:
+        CheckpointError: it is not a whole CLIP, or transformers has no class for it.
+    """
+    released, model = export.released, export.model
+    require_clip(released, "transformers")
+    if model.vision.kind == "siglip":
+        raise CheckpointError(
+            f"{released.path} pools by attention, as SigLIP, and transformers has no class for that beside CLIP's text "
+            "tower: use --format open_clip, onnx or torch_export, or --format timm for the vision tower"
+        )
+    if "logit_bias" in released.meta:
+        raise CheckpointError(
+            f"{released.path} was trained with the sigmoid loss, whose bias transformers' CLIPs do not have: "
+            "use --format open_clip, onnx or torch_export"
+        )
+    plain = model.vision.kind == "clip"
+    made = origins(released, plain)
+    meta = {name: origin.change(released.meta[origin.name]) for name, origin in made.items()}
+    (common, _), *_ = Counter(tensor.dtype for tensor in meta.values()).most_common(1)
+    config = clip_config(model) if plain else dual_encoder_config(model)
+    write_json(folder / "config.json", config | {"dtype": TYPES[common], "torch_dtype": TYPES[common]})
+    write_processor(folder, model, "CLIPProcessor" if plain else "VisionTextDualEncoderProcessor")
+
+    def read(name: str) -> Tensor:
+        return made[name].change(released.read(made[name].name))
+
+    write_safetensors(folder / "model.safetensors", meta, read, {"model": model.name})
+    needs = "" if plain else "  # transformers 5, and timm"
+    snippets = [
+        Snippet("transformers", LOAD.format(place="FOLDER", needs=needs)),
+        Snippet("transformers' pipeline", PIPELINE.format(place="FOLDER")),
+    ]
+    if export.hub:
+        snippets.append(Snippet("transformers, from the hub", LOAD.format(place=export.hub, needs=needs)))
+    return Guide("transformers", EMBEDS_BOTH, snippets, LIMITS)
+
+
+def require_clip(released: Released, peer: str) -> None:
+    """Refuse what is not a whole CLIP.
+
+    Raises:
+        CheckpointError: a tower or a projection is missing.
+    """
+    if not (released.has("text") and released.embeds_images):
+        raise CheckpointError(
+            f"{released.path} is not a whole CLIP, which is what {peer} gets: export a clip run, or the vision tower "
+            "with --format timm, which transformers' AutoModel loads too"
+        )
+
+
+def dual_encoder_config(model: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of a `VisionTextDualEncoderModel` over timm's tower and CLIP's text model."""
+    timm = timm_config(model.vision, 0)
+    return {
+        "architectures": ["VisionTextDualEncoderModel"],
+        "model_type": "vision-text-dual-encoder",
+        "projection_dim": model.embed_dim,
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": timm["architecture"],
+            "model_args": timm["model_args"],
+            "do_pooling": True,
+            "hidden_size": model.vision.width,
+        },
+        "text_config": _text_config(model.text, model.embed_dim),
+    }
+
+
+def clip_config(model: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of a `CLIPModel`."""
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": model.embed_dim,
+        "vision_config": _vision_config(model.vision, model.embed_dim),
+        "text_config": _text_config(model.text, model.embed_dim),
+    }
+
+
+def _vision_config(vision: VisionConfig, embed_dim: int) -> dict[str, Any]:
+    return {
+        "model_type": "clip_vision_model",
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "num_hidden_layers": vision.layers,
+        "hidden_size": vision.width,
+        "num_attention_heads": vision.heads,
+        "intermediate_size": vision.mlp_width,
+        "hidden_act": vision.activation,
+        "layer_norm_eps": vision.norm_eps,
+        "projection_dim": embed_dim,
+    }
+
+
+def _text_config(text: TextConfig, embed_dim: int) -> dict[str, Any]:
+    """The end token has the highest number, and the start token the one before it."""
+    return {
+        "model_type": "clip_text_model",
+        "vocab_size": text.vocab_size,
+        "max_position_embeddings": text.context_length,
+        "num_hidden_layers": text.layers,
+        "hidden_size": text.width,
+        "num_attention_heads": text.heads,
+        "intermediate_size": text.mlp_width,
+        "hidden_act": text.activation,
+        "layer_norm_eps": TEXT_NORM_EPS,
+        "projection_dim": embed_dim,
+        "bos_token_id": text.vocab_size - 2,
+        "eos_token_id": text.vocab_size - 1,
+        "pad_token_id": text.vocab_size - 1,
+    }
+
+
+def origins(released: Released, plain: bool) -> dict[str, Origin]:
+    """Return what each tensor of a `CLIPModel` (`plain`), or of a dual encoder over timm's tower, is made of."""
+    return dict(_clip_vision(released) if plain else _timm_vision(released)) | dict(_rest(released, plain))
+
+
+def _timm_vision(released: Released) -> Iterator[tuple[str, Origin]]:
+    for name in _vision_names(released):
+        change = partial(_with_head_bias, released) if name == f"{FINAL_NORM}bias" else _same
+        yield f"vision_model.timm_model.{timm_name(name)}", Origin(name, change)
+
+
+def _clip_vision(released: Released) -> Iterator[tuple[str, Origin]]:
+    for name in _vision_names(released):
+        theirs = _renamed(name.removeprefix("visual."), VISION)
+        theirs = theirs.replace("norm.", "post_layernorm.", 1) if name.startswith(FINAL_NORM) else theirs
+        if name == "visual.cls_token":
+            yield f"vision_model.{theirs}", Origin(name, lambda token: token[0, 0])
+        elif name == "visual.pos_embed":
+            yield f"vision_model.{theirs}", Origin(name, lambda positions: positions[0])
+        else:
+            yield from _apart(f"vision_model.{theirs}", name)
+
+
+def _rest(released: Released, plain: bool) -> Iterator[tuple[str, Origin]]:
+    """Both projections, the scale and the text model, which a dual encoder has as a model of its own."""
+    inner = "text_model" if plain else "text_model.text_model"
+    yield "logit_scale", Origin("logit_scale", lambda scale: scale.reshape(()))
+    yield "visual_projection.weight", Origin(HEAD)
+    yield "text_projection.weight", Origin("text.text_projection", lambda weight: weight.T)
+    for name in released.meta:
+        if name.startswith("text.") and name != "text.text_projection":
+            yield from _apart(f"{inner}.{_renamed(name.removeprefix('text.'), TEXT)}", name)
+
+
+def _vision_names(released: Released) -> Iterator[str]:
+    for name in released.meta:
+        if name.startswith("visual.") and not name.startswith((*MASKED_STAGE, "visual.head.")):
+            yield name
+
+
+def _renamed(name: str, parts: Mapping[str, str]) -> str:
+    for ours, theirs in parts.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _apart(theirs: str, name: str) -> Iterator[tuple[str, Origin]]:
+    """Q, K and V are three tensors."""
+    if ".qkv." not in theirs:
+        yield theirs, Origin(name)
+        return
+    for place, part in enumerate("qkv"):
+        yield theirs.replace(".qkv.", f".{part}_proj."), Origin(name, partial(_third, place))
+
+
+def _third(place: int, weight: Tensor) -> Tensor:
+    return weight.chunk(3)[place]
+
+
+def _with_head_bias(released: Released, norm_bias: Tensor) -> Tensor:
+    """The final norm's bias b, so that the projection W of it is what W b + c was: b + W^+ c.
+
+    Raises:
+        CheckpointError: W cannot give the bias c: it gives more channels than it reads.
+    """
+    if norm_bias.is_meta or HEAD_BIAS not in released.meta:
+        return norm_bias
+    weight, bias = released.read(HEAD).double(), released.read(HEAD_BIAS).double()
+    shift = torch.linalg.lstsq(weight, bias[:, None], driver="gelsd").solution[:, 0]
+    if not torch.allclose(weight @ shift, bias, rtol=0, atol=1e-7 * float(bias.abs().max() + 1)):
+        raise CheckpointError(
+            f"{released.path} has a bias after its vision projection that transformers' CLIPs cannot hold: "
+            "use --format open_clip"
+        )
+    return (norm_bias.double() + shift).to(norm_bias.dtype)

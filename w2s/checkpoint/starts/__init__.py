@@ -1,0 +1,1 @@
+"""What a training starts from: hand-over between stages, growth, averages, continued runs. Read `handover.py` first."""

@@ -1,0 +1,205 @@
+"""The reading side of the stream: one process that turns its lanes into its part of every batch."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from w2s.data.samples.batch import Batch
+from w2s.data.samples.captions import caption_hash
+from w2s.data.samples.counter import source_seed
+from w2s.data.samples.sample import SampleSpec, Views, make_views
+from w2s.data.samples.tokens import tokenize
+from w2s.data.shards.bad import BadSample, Skipped, Tolerance
+from w2s.data.shards.connection_stats import SourceConnection, Traffic
+from w2s.data.shards.storage import allow_many_files
+from w2s.data.stream.lanes import Lane, LaneState, ShardOrder
+from w2s.data.stream.sources import Phase, Source, phase_at
+from w2s.errors import DataError
+
+LaneStates = dict[int, LaneState]
+"""Where a lane stands in each source that it has read from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one process read for one batch."""
+
+    batch: Batch
+    lanes: dict[int, LaneStates]
+    """Where the lanes that were read stand after this batch, in the sources that were read."""
+    sources: list[int]
+    """Source of each sample of the batch."""
+    skipped: list[Skipped]
+    traffic: dict[int, Traffic]
+    """What came from each source since the part before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadPlan:
+    """All that a reading process has to know."""
+
+    sources: list[Source]
+    phases: list[Phase]
+    number_of_lanes: int
+    shuffle: int
+    """Samples that a lane shuffles together, over all of its sources."""
+    replacement: bool
+    seed: int
+    global_batch: int
+    rank: int
+    size: int
+    """Number of reading ranks."""
+    max_bad_fraction: float
+    read_ahead: float
+    """Bytes that the rank reads ahead of use."""
+    timeout: float
+    """Seconds in which a connection has to give something."""
+    step: int
+    """First step to read."""
+    lanes: dict[int, LaneStates]
+    """Where each lane of the rank stands at that step."""
+
+    def open_lane(self, number: int, source: int, room: float, link: SourceConnection) -> Lane:
+        """Return the part of a lane that reads from one source.
+
+        Args:
+            number: of the lane.
+            source: number of the source.
+            room: bytes that a lane of one source may read ahead.
+            link: patience with the source, and its traffic.
+        """
+        shards = self.sources[source].shards
+        order = ShardOrder(
+            shards=len(shards),
+            lanes=self.number_of_lanes,
+            seed=source_seed(self.seed, source),
+            replacement=self.replacement,
+        )
+        share = max(phase.weights[source] for phase in self.phases)
+        window = max(1, round(self.shuffle * share))
+        state = self.lanes[number].get(source, LaneState())
+        return Lane(number, shards, order, window, state, self.phases[0].spec.extensions, room * share, link)
+
+
+class Reader:
+    """Reads every `workers`-th of the rank's lanes.
+
+    Args:
+        plan: what the rank reads.
+        worker: number of this process among those of the rank.
+        workers: reading processes of the rank.
+    """
+
+    def __init__(self, plan: ReadPlan, worker: int, workers: int) -> None:
+        self._plan = plan
+        self._numbers = set(sorted(plan.lanes)[worker::workers])
+        self._links = [SourceConnection(plan.timeout) for _ in plan.sources]
+        # Shared among the sources by their weights, as the windows are.
+        shares = sum(max(weights) for weights in zip(*(phase.weights for phase in plan.phases), strict=True))
+        self._room = plan.read_ahead / len(plan.lanes) / shares
+        self._tolerance = Tolerance(plan.max_bad_fraction)
+        allow_many_files()
+        self._lanes: dict[tuple[int, int], Lane] = {}
+        self._open_lanes(phase_at(plan.phases, plan.step * plan.global_batch))
+
+    def read(self, step: int) -> Part:
+        """Read this process's samples of a step; steps have to be read in order.
+
+        Raises:
+            DataError: too many samples could not be used.
+        """
+        plan = self._plan
+        first = step * plan.global_batch
+        phase = phase_at(plan.phases, first)
+        if phase.first == first:
+            self._open_lanes(phase)
+        of_rank = range(first + plan.rank, first + plan.global_batch, plan.size)
+        lane_of = {index: index % plan.number_of_lanes for index in of_rank}
+        mine = {index: lane for index, lane in lane_of.items() if lane in self._numbers}
+        skipped: list[Skipped] = []
+        views, sources, states = [], [], dict[int, LaneStates]()
+        for index, number in mine.items():
+            source = phase.draw(plan.seed, index)
+            lane = self._lanes[number, source]
+            views.append(self._draw(index, lane, phase.spec, skipped))
+            sources.append(source)
+            states.setdefault(number, {})[source] = lane.state
+        return Part(
+            batch=_collate(views, phase.spec),
+            lanes=states,
+            sources=sources,
+            skipped=skipped,
+            traffic={source: link.take() for source, link in enumerate(self._links)},
+        )
+
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        for link in self._links:
+            link.closed.set()
+        for lane in self._lanes.values():
+            lane.close()
+
+    def _open_lanes(self, phase: Phase) -> None:
+        """Begin to read what a phase draws from, in all lanes at once."""
+        for number in sorted(self._numbers):
+            for source, weight in enumerate(phase.weights):
+                if weight and (number, source) not in self._lanes:
+                    link = self._links[source]
+                    self._lanes[number, source] = self._plan.open_lane(number, source, self._room, link)
+
+    def _draw(self, index: int, lane: Lane, spec: SampleSpec, skipped: list[Skipped]) -> Views:
+        """Take samples from the lane until one is good."""
+        while True:
+            raw = lane.next()
+            try:
+                views = make_views(raw, spec, self._plan.seed, index)
+            except BadSample as error:
+                skipped.append(Skipped(raw.key, raw.shard, str(error)))
+                self._tolerance.skip(skipped[-1])
+            else:
+                self._tolerance.good()
+                return views
+
+
+class PartDataset(IterableDataset[Part | DataError]):
+    """The parts of all steps, for torch's DataLoader.
+
+    An error is handed over as the last item: raised in a worker, it would arrive with a traceback in its message.
+    """
+
+    def __init__(self, plan: ReadPlan) -> None:
+        self._plan = plan
+
+    def __iter__(self) -> Iterator[Part | DataError]:
+        worker = get_worker_info()
+        reader = Reader(self._plan, worker.id, worker.num_workers) if worker else Reader(self._plan, 0, 1)
+        with closing(reader):
+            for step in count(self._plan.step):
+                try:
+                    yield reader.read(step)
+                except Exception as error:  # raised in a worker, it would leave the worker and a traceback behind
+                    yield error if isinstance(error, DataError) else DataError(f"reading failed: {error!r}")
+                    return
+
+
+def _collate(views: list[Views], spec: SampleSpec) -> Batch:
+    captions = [view.caption for view in views if view.caption is not None]
+    masks = [view.mask for view in views if view.mask is not None]
+    kept = [view.kept for view in views if view.kept is not None]
+    branches = [view.branch_scales for view in views if view.branch_scales is not None]
+    return Batch(
+        images=torch.stack([view.image for view in views]),
+        teacher_images=tuple(map(torch.stack, zip(*(view.teacher_images for view in views), strict=True))),
+        masks=torch.from_numpy(np.stack(masks)) if masks else None,
+        kept=torch.from_numpy(np.stack(kept)) if kept else None,
+        branch_scales=torch.from_numpy(np.stack(branches)) if branches else None,
+        tokens=tokenize(captions, spec.context_length) if captions else None,
+        caption_hashes=torch.tensor([caption_hash(caption) for caption in captions]) if captions else None,
+        keys=[view.key for view in views],
+        indices=torch.tensor([view.index for view in views]),
+    )
