@@ -30,7 +30,7 @@ from w2s.megatron.parallel.sharded import ShardedTower
 from w2s.run import open_run, origins, recorded, test_inputs
 from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower
-from w2s.tracking.pictures import (
+from w2s.tracking.report.pictures import (
     CaptionsFound,
     ClassExamples,
     ImagesFound,

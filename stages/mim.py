@@ -378,7 +378,7 @@ class MaskedStage:
 
     def _draw_pictures(self, tracker: Tracker) -> None:
         # Not before the first step, for matplotlib's sake.
-        from w2s.tracking.pictures import attention_picture, features_picture, masked_picture
+        from w2s.tracking.report.pictures import attention_picture, features_picture, masked_picture
 
         data = self.evaluator.test_set()
         numbers = torch.linspace(0, len(data) - 1, self.config.tracking.pictures).long().unique()

@@ -69,7 +69,7 @@ def launch_stage(config: Config, ranks: int, restarts: int) -> None:
             # What a launcher that has nothing to tell of does without.
             from w2s.checkpoint.find import unfinished_folder
             from w2s.tracking.history import read_history
-            from w2s.tracking.mlflow_run import end_abandoned
+            from w2s.tracking.mlflow.run import end_abandoned
 
             folder, root = unfinished_folder(config), Path(config.run.root).expanduser()
             end_abandoned(config.tracking, root, folder, read_history(folder))

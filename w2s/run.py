@@ -23,8 +23,8 @@ from w2s.processes.liveness.heartbeat import Heartbeat
 from w2s.processes.liveness.heartbeat_sender import watched
 from w2s.processes.liveness.owner import owned
 from w2s.processes.stopping import stop_at_once
-from w2s.tracking.datasets import DataInput
 from w2s.tracking.meters import peak_memory_gib
+from w2s.tracking.mlflow.datasets import DataInput
 from w2s.tracking.tracker import Tracker
 
 STACKS = "stacks.txt"

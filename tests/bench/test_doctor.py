@@ -11,7 +11,7 @@ import w2s.bench.doctor
 from w2s.bench.doctor import Finding, examine, print_report
 from w2s.config.gpu import Card
 from w2s.megatron.fp8 import transformer_engine
-from w2s.tracking.mlflow_store import connect
+from w2s.tracking.mlflow.store import connect
 
 HOPPER = Card("NVIDIA H100", (9, 0))
 

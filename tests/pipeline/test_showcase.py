@@ -14,7 +14,7 @@ from w2s.pipeline import runner
 from w2s.pipeline.runner import run_pipeline
 from w2s.pipeline.steps import load_pipeline
 from w2s.pipeline.tasks import Plan
-from w2s.tracking.mlflow_store import connect
+from w2s.tracking.mlflow.store import connect
 
 ARMS = ["weak", "scratch", "masked", "summary", "distill", "both", "grown"]
 TAUGHT = ["masked_mim", "summary_mim"]

@@ -17,7 +17,7 @@ from w2s import cli
 from w2s.config.sections import HardwareConfig, ParallelConfig
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
-from w2s.tracking.mlflow_store import connect
+from w2s.tracking.mlflow.store import connect
 
 if TYPE_CHECKING:  # a bare GPU machine has no MLflow and no matplotlib, and its tests need none
     from mlflow import MlflowClient
@@ -69,7 +69,7 @@ def blank_charts(request: pytest.FixtureRequest) -> Iterator[None]:
     """Reports without curves, which take a third of a short run's time, where no test looks at them."""
     with pytest.MonkeyPatch.context() as patch:
         if find_spec("matplotlib") and not request.module.__name__.endswith("test_outputs"):
-            patch.setattr("w2s.tracking.charts.Chart.svg", lambda *_: "<svg></svg>")
+            patch.setattr("w2s.tracking.report.charts.Chart.svg", lambda *_: "<svg></svg>")
         yield
 
 

@@ -5,7 +5,7 @@ import pytest
 from mlflow import MlflowClient
 
 from w2s.config.sections import Config, RunConfig, TrackingConfig, TrainConfig
-from w2s.tracking.mlflow_store import connect
+from w2s.tracking.mlflow.store import connect
 
 
 @pytest.fixture(scope="session")

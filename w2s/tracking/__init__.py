@@ -1,1 +1,1 @@
-"""What a person sees of a run: MLflow, the console, pictures and the report."""
+"""What a person sees of a run: the console, files in its folder, MLflow and the report. Read `tracker.py` first."""

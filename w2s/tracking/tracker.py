@@ -13,10 +13,10 @@ from w2s.files import make_folder, write_text
 from w2s.redaction import redacted
 from w2s.tracking.about import About, as_tags
 from w2s.tracking.console import RunConsole
-from w2s.tracking.datasets import DataInput
 from w2s.tracking.environment import environment_text
 from w2s.tracking.history import History, read_history
-from w2s.tracking.mlflow_run import MlflowRun, Status
+from w2s.tracking.mlflow.datasets import DataInput
+from w2s.tracking.mlflow.run import MlflowRun, Status
 from w2s.tracking.tables import Cell, Table
 
 
@@ -138,7 +138,7 @@ class Tracker:
         """
         if self._parts is None:
             return
-        from w2s.tracking.report import meaning_of_run, write_report  # not before the first step
+        from w2s.tracking.report.report import meaning_of_run, write_report  # not before the first step
 
         parts, self._parts = self._parts, None
         parts.show_page()

@@ -6,9 +6,9 @@ from pathlib import Path
 from w2s.config.sections import Config
 from w2s.errors import UserError
 from w2s.megatron.parallel.process_groups import Ranks
-from w2s.tracking.mlflow_run import stored_run_id
-from w2s.tracking.mlflow_store import reason, tracking_uri
-from w2s.tracking.model_registry import register, save_model
+from w2s.tracking.mlflow.model_registry import register, save_model
+from w2s.tracking.mlflow.run import stored_run_id
+from w2s.tracking.mlflow.store import reason, tracking_uri
 
 
 def register_clip(config: Config, run: Path, checkpoint: Path | None, ranks: Ranks) -> None:

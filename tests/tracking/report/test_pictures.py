@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from w2s.errors import UserError
-from w2s.tracking.charts import Chart, Curve
-from w2s.tracking.pictures import (
+from w2s.tracking.report.charts import Chart, Curve
+from w2s.tracking.report.pictures import (
     CaptionsFound,
     ClassExamples,
     ImagesFound,

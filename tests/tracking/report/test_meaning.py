@@ -1,4 +1,4 @@
-from w2s.tracking.meaning import meaning
+from w2s.tracking.report.meaning import meaning
 
 
 def test_a_masked_stage_beside_the_best_constant() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from w2s.tracking.charts import Chart, Curve
+from w2s.tracking.report.charts import Chart, Curve
 
 Records = Sequence[Mapping[str, Any]]
 """The lines of a metrics.jsonl."""

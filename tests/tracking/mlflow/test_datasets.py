@@ -3,7 +3,7 @@ from pathlib import Path
 import mlflow.data
 import pytest
 
-from w2s.tracking.datasets import DataInput, to_mlflow
+from w2s.tracking.mlflow.datasets import DataInput, to_mlflow
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from w2s.config.naming import flatten
 from w2s.config.sections import TrackingConfig
 from w2s.errors import StopRun
-from w2s.tracking.datasets import DataInput
-from w2s.tracking.delivery import clean_name
-from w2s.tracking.mlflow_run import MlflowRun, Status, end_abandoned, parent_run
-from w2s.tracking.mlflow_store import artifact_location, load_mlflow, tracking_uri
+from w2s.tracking.mlflow.datasets import DataInput
+from w2s.tracking.mlflow.delivery import clean_name
+from w2s.tracking.mlflow.run import MlflowRun, Status, end_abandoned, parent_run
+from w2s.tracking.mlflow.store import artifact_location, load_mlflow, tracking_uri
 
 QUIET = TrackingConfig(system_metrics=False)
 
@@ -58,7 +58,7 @@ def test_what_is_logged_before_the_store_answers_arrives(
     root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers, load = Event(), load_mlflow
-    monkeypatch.setattr("w2s.tracking.mlflow_run.load_mlflow", lambda: answers.wait(60) and load())
+    monkeypatch.setattr("w2s.tracking.mlflow.run.load_mlflow", lambda: answers.wait(60) and load())
     run = MlflowRun.start(QUIET, root, "mim", tags={}, params={})
     run.log({"loss": 1.0}, step=10, samples=640)
     assert run.page is None and runs(client) == []
@@ -200,7 +200,7 @@ def test_the_page_of_a_run_is_in_the_view_for_training(root: Path, client: Mlflo
 def test_tracking_that_is_off_never_loads_mlflow(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from w2s.config.sections import TrackingConfig\n"
-        "from w2s.tracking.mlflow_run import MlflowRun\n"
+        "from w2s.tracking.mlflow.run import MlflowRun\n"
         "run = MlflowRun.start(TrackingConfig(enabled=False), Path(sys.argv[1]), 'x', tags={}, params={})\n"
         "run.log({'loss': 1.0}, 1, 1); run.end('FINISHED')\n"
         "assert run.run_id is None and run.warnings() == [] and 'mlflow' not in sys.modules"
@@ -229,7 +229,7 @@ def test_a_server_that_does_not_answer_is_given_up(
 
 
 def test_a_start_that_hangs_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("w2s.tracking.mlflow_run.OPEN_SECONDS", 0.1)
+    monkeypatch.setattr("w2s.tracking.mlflow.run.OPEN_SECONDS", 0.1)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -300,8 +300,8 @@ def points(client: MlflowClient, run: MlflowRun, name: str) -> list[tuple[int, f
 def test_after_a_slow_failure_the_store_is_left_alone_but_learns_the_end(
     root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w2s.tracking.mlflow_run._SLOW_SECONDS", 0.0)
-    monkeypatch.setattr("w2s.tracking.mlflow_run._PAUSE_FACTOR", 1e9)
+    monkeypatch.setattr("w2s.tracking.mlflow.run._SLOW_SECONDS", 0.0)
+    monkeypatch.setattr("w2s.tracking.mlflow.run._PAUSE_FACTOR", 1e9)
     run = start(root)
     tried = break_store(monkeypatch)
     for step in range(20):
@@ -398,7 +398,7 @@ def test_steps_that_are_done_with_other_samples_are_logged_again(root: Path, cli
 def test_what_the_store_will_never_take_holds_nothing_up(
     root: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w2s.tracking.delivery.clean_name", str)
+    monkeypatch.setattr("w2s.tracking.mlflow.delivery.clean_name", str)
     run = start(root)
     run.log({"not a name!?": 1.0}, 1, 1)
     run._worker.submit(int).result()

@@ -15,10 +15,10 @@ from markupsafe import Markup, escape
 from w2s.config.naming import flatten
 from w2s.files import write_text
 from w2s.tracking.about import BEGUN, read_about
-from w2s.tracking.charts import Chart
-from w2s.tracking.curves import charts, comparing
 from w2s.tracking.history import read_history
-from w2s.tracking.meaning import meaning
+from w2s.tracking.report.charts import Chart
+from w2s.tracking.report.curves import charts, comparing
+from w2s.tracking.report.meaning import meaning
 from w2s.tracking.run_group import by_label, is_group, runs_of, title_of
 from w2s.tracking.tables import Cell, Table, cell_text
 
@@ -119,7 +119,7 @@ def meaning_of_run(run: Path) -> str:
 
 def _write(path: Path, head: Section, sections: Sequence[Section]) -> Path:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("w2s.tracking", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("w2s.tracking.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["cell"] = cell_text
     environment.filters["breakable"] = _breakable

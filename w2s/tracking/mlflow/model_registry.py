@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from w2s.tracking.mlflow_store import connect, load_mlflow
+from w2s.tracking.mlflow.store import connect, load_mlflow
 
 _NEEDED = ("mlflow", "open_clip_torch", "timm", "torch", "torchvision", "pillow", "pandas")
 _CODE = Path(__file__).with_name("registered_clip.py")

@@ -13,10 +13,10 @@ from w2s.config.sections import TrackingConfig
 from w2s.errors import StopRun
 from w2s.files import write_text
 from w2s.redaction import redact
-from w2s.tracking.datasets import DataInput, to_mlflow
-from w2s.tracking.delivery import Delivery, Record, history_points
-from w2s.tracking.mlflow_store import OPEN_SECONDS, artifact_location, connect, load_mlflow, reason, tracking_uri
-from w2s.tracking.worker import Worker
+from w2s.tracking.mlflow.datasets import DataInput, to_mlflow
+from w2s.tracking.mlflow.delivery import Delivery, Record, history_points
+from w2s.tracking.mlflow.store import OPEN_SECONDS, artifact_location, connect, load_mlflow, reason, tracking_uri
+from w2s.tracking.mlflow.worker import Worker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -1,7 +1,7 @@
 from typing import Any
 
-from w2s.tracking.charts import Chart
-from w2s.tracking.curves import charts, comparing
+from w2s.tracking.report.charts import Chart
+from w2s.tracking.report.curves import charts, comparing
 
 
 def lines(**metrics: list[float | None]) -> list[dict[str, Any]]:

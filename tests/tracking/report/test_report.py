@@ -8,8 +8,8 @@ import pytest
 
 from w2s.errors import UserError
 from w2s.tracking.about import About
-from w2s.tracking.charts import Chart, Curve
-from w2s.tracking.report import write_comparison, write_report
+from w2s.tracking.report.charts import Chart, Curve
+from w2s.tracking.report.report import write_comparison, write_report
 from w2s.tracking.run_group import find_runs, write_group
 from w2s.tracking.tables import Table, cell_text
 
