@@ -64,15 +64,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def blank_charts(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Reports without curves, which take a third of a short run's time, where no test looks at them."""
-    with pytest.MonkeyPatch.context() as patch:
-        if find_spec("matplotlib") and not request.module.__name__.endswith("test_outputs"):
-            patch.setattr("w2s.tracking.report.charts.Chart.svg", lambda *_: "<svg></svg>")
-        yield
-
-
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):

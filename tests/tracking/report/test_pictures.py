@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from w2s.errors import UserError
-from w2s.tracking.report.charts import Chart, Curve
 from w2s.tracking.report.pictures import (
     CaptionsFound,
     ClassExamples,
@@ -121,11 +120,10 @@ def test_an_equal_attention_is_evenly_dim(tmp_path: Path) -> None:
 
 
 def test_names_are_no_formulas(tmp_path: Path) -> None:
-    """What matplotlib's mathtext would refuse, and a name of a metric that holds the same."""
+    """What matplotlib's mathtext would refuse."""
     name = r"$\frac{ and $x^_$"
     classes_picture(tmp_path / "c.png", [ClassExamples(name, 1.0, plain(1, RED), [name])], [])
     assert share(tmp_path / "c.png", RED) > 0
-    assert r"\frac{ and" in Chart("", [Curve("", [0, 1], [1.0, 2.0])], over=name).svg("key")
 
 
 def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

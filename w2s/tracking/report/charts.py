@@ -1,23 +1,19 @@
-"""Curves as SVG that takes on the colours of the page it is in."""
+"""The charts of a run, or of several: curves that BokehJS draws in the page."""
 
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import matplotlib
-import numpy as np
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
-from numpy.typing import NDArray
+from w2s.tracking.report.metric_groups import Group, groups_of
 
 COLOURS = 7
 """The page has as many colours of curves, `--curve-0` and so on; an eighth curve has that of the first."""
-
-_INK = "#010203"  # stands for the page's text colour in the finished SVG
-_CURVES = [f"#0102{10 + number}" for number in range(COLOURS)]
 _MOST_POINTS = 600
+_NO_METRICS = ("step", "samples_seen", "time")
+
+Records = Sequence[Mapping[str, Any]]
+"""The lines of a metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class Curve:
         label: what it is, in the legend.
         steps: horizontal values.
         values: vertical values; None leaves a gap.
-        colour: number of its colour.
+        colour: index of its colour.
         dotted: whether it is what others are compared with.
     """
 
@@ -40,8 +36,20 @@ class Curve:
 
     @property
     def variable(self) -> str:
-        """Its colour in the page's style."""
-        return f"var(--curve-{self.colour % COLOURS})"
+        """The name of its colour in the page's style."""
+        return f"--curve-{self.colour % COLOURS}"
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether its values look the same at three digits."""
+        return len({f"{value:.3g}" for value in self.values if value is not None}) < 2
+
+    def data(self) -> dict[str, Any]:
+        """What the page's script draws; of many points only some."""
+        stride = max(1, math.ceil(len(self.steps) / _MOST_POINTS))
+        values = [None if value is None else float(f"{value:.6g}") for value in self.values[::stride]]
+        drawn = {"x": self.steps[::stride], "y": values}
+        return {"label": self.label, "variable": self.variable, "dotted": self.dotted, **drawn}
 
 
 @dataclass(frozen=True)
@@ -53,50 +61,84 @@ class Chart:
     over: str = "step"
     """What the horizontal axis is."""
 
-    def svg(self, key: str) -> str:
-        """The curves without title and legend, in CSS's `currentColor` and `var(--curve-N)`.
-
-        Of many points only some are drawn.
-
-        Args:
-            key: what no other chart of the page has; keeps the ids inside the two elements apart.
-
-        Returns:
-            An `<svg>` element without a header, which refers to nothing outside itself.
-        """
-        figure = Figure(figsize=(3.9, 2.1))
-        FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.16, 0.18, 0.81, 0.78))
-        for curve in self.curves:
-            steps, heights = _thinned(curve)
-            few = len(heights) < 15
-            style = {"linestyle": (0, (1.5, 2.5))} if curve.dotted else {"marker": "o" if few else ""}
-            axes.plot(steps, heights, color=_CURVES[curve.colour % COLOURS], linewidth=1.6, markersize=3, **style)
-        axes.set_xlabel(self.over, fontsize=8, color=_INK, labelpad=1)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.grid(True, color=_INK, alpha=0.12, linewidth=0.6)
-        axes.tick_params(colors=_INK, labelsize=8, length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        return _as_element(figure, key)
+    def data(self) -> dict[str, Any]:
+        """What the page's script draws."""
+        return {"over": self.over, "curves": [curve.data() for curve in self.curves]}
 
 
-def _thinned(curve: Curve) -> tuple[Sequence[float], NDArray[np.float64]]:
-    stride = math.ceil(len(curve.steps) / _MOST_POINTS)
-    heights = np.array([math.nan if value is None else value for value in curve.values], dtype=np.float64)
-    return curve.steps[::stride], heights[::stride]
+def charts(records: Records) -> tuple[list[Chart], dict[str, float]]:
+    """Charts of a run's metrics, and the figures that did not change, by name.
+
+    What was logged at one step alone has no curve.
+    """
+    records = [_with_cosine(record) for record in records]
+    drawn, figures = [], dict[str, float]()
+    for group in groups_of(_names(records)):
+        curves: dict[str, Curve] = {}
+        for name, label in group.metrics.items():
+            curve = _curve(records, name, label, "step", len(curves))
+            if curve and curve.is_flat:
+                figures[name] = next((value for value in curve.values if value is not None), math.nan)
+            elif curve:
+                curves[name] = curve
+        if curves:
+            drawn.append(Chart(group.title, [*curves.values(), *_baselines(group, curves, records)]))
+    return drawn, figures
 
 
-def _as_element(figure: Figure, key: str) -> str:
-    text = io.StringIO()
-    # Letters stay text, in the page's own font.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
-        figure.savefig(
-            text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    for number, colour in enumerate(_CURVES):
-        svg = svg.replace(colour, f"var(--curve-{number})")
-    return svg
+def _baselines(group: Group, curves: Mapping[str, Curve], records: Records) -> Iterator[Curve]:
+    unused = len(curves)
+    for name, (label, beside) in group.baselines.items():
+        partner = next((curves[each] for each in beside if each in curves), None)
+        curve = _curve(records, name, label, "step", partner.colour if partner else unused, dotted=True)
+        if curve:
+            yield curve
+            unused += partner is None
+
+
+def comparing(runs: Mapping[str, Records]) -> list[Chart]:
+    """A chart for each metric that two runs or more have a curve of, over the training samples.
+
+    Args:
+        runs: the lines of each run by its name.
+    """
+    lines = {name: [_with_cosine(record) for record in records] for name, records in runs.items()}
+    drawn = []
+    groups = groups_of(_names(record for records in lines.values() for record in records))
+    for group in (group for group in groups if group.compared):
+        for metric, label in group.metrics.items():
+            each = [_curve(lines[run], metric, run, "samples_seen", index) for index, run in enumerate(lines)]
+            curves = [curve for curve in each if curve]
+            if len(curves) > 1 and not all(curve.is_flat for curve in curves):
+                title = f"{group.title}: {label}" if len(group.metrics) > 1 else group.title
+                drawn.append(Chart(title, curves, "training samples"))
+    return drawn
+
+
+def _curve(records: Records, name: str, label: str, over: str, colour: int, *, dotted: bool = False) -> Curve | None:
+    """The curve of a metric; None where it has less than two points."""
+    points = [(record.get(over, record["step"]), record[name]) for record in records if name in record]
+    if len(points) < 2:
+        return None
+    return Curve(label, [place for place, _ in points], [value for _, value in points], colour, dotted)
+
+
+def _with_cosine(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A line of the masked stage with its cosine, which it leaves out where the loss is the negative cosine."""
+    if "constant_cosine" not in record or "cosine" in record or record.get("loss") is None:
+        return record
+    return {**record, "cosine": -record["loss"]}
+
+
+def _names(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The metrics that may have a curve: those of FP8 in every layer are hundreds, the worst of them has one."""
+    names = dict.fromkeys(name for record in records for name in record)
+    return [name for name in names if name not in _NO_METRICS and not name.startswith("fp8/")]
+
+
+def bokeh_script() -> str:
+    """BokehJS with its plotting interface: 1.4 MB of JavaScript, which asks the network for nothing."""
+    from bokeh.util.paths import bokehjs_path  # only where there is something to draw
+
+    folder = bokehjs_path() / "js"
+    return "\n".join((folder / f"{name}.min.js").read_text(encoding="utf-8") for name in ("bokeh", "bokeh-api"))

@@ -16,26 +16,12 @@ from w2s.config.naming import flatten
 from w2s.files import write_text
 from w2s.tracking.about import BEGUN, read_about
 from w2s.tracking.history import read_history
-from w2s.tracking.report.charts import Chart
-from w2s.tracking.report.curves import charts, comparing
+from w2s.tracking.report.charts import Chart, bokeh_script, charts, comparing
 from w2s.tracking.report.meaning import meaning
 from w2s.tracking.run_group import by_label, is_group, runs_of, title_of
 from w2s.tracking.tables import Cell, Table, cell_text
 
 FILE_NAME = "report.html"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG of the run.
-
-    Attributes:
-        name: file name without the ending.
-        data: the file in base64.
-    """
-
-    name: str
-    data: str
 
 
 @dataclass(frozen=True)
@@ -49,7 +35,7 @@ class Section:
         tables: its tables.
         charts: its curves.
         figures: metrics that did not change.
-        pictures: its pictures.
+        pictures: its PNGs in base64, by name.
         files: texts that are folded away at the end, by file name.
     """
 
@@ -59,7 +45,7 @@ class Section:
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
-    pictures: Sequence[Picture] = ()
+    pictures: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -123,9 +109,8 @@ def _write(path: Path, head: Section, sections: Sequence[Section]) -> Path:
     )
     environment.filters["cell"] = cell_text
     environment.filters["breakable"] = _breakable
-    # matplotlib escapes what it writes.
-    environment.filters["svg"] = lambda chart, key: Markup(chart.svg(key))
-    write_text(path, environment.get_template(FILE_NAME).render(head=head, sections=sections))
+    bokeh = Markup(bokeh_script()) if any(section.charts for section in (head, *sections)) else ""
+    write_text(path, environment.get_template(FILE_NAME).render(head=head, sections=sections, bokeh=bokeh))
     return path
 
 
@@ -173,9 +158,9 @@ def _tables(folder: Path) -> list[Table]:
     return [Table.load(path) for path in sorted((folder / "tables").glob("*.json"))]
 
 
-def _pictures(folder: Path) -> list[Picture]:
+def _pictures(folder: Path) -> dict[str, str]:
     paths = sorted((folder / "pictures").glob("*.png"))
-    return [Picture(path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode("ascii")) for path in paths]
+    return {path.stem.replace("_", " "): base64.b64encode(path.read_bytes()).decode("ascii") for path in paths}
 
 
 def _compared(runs: Mapping[str, Path]) -> list[Chart]:

@@ -1,7 +1,6 @@
 from typing import Any
 
-from w2s.tracking.report.charts import Chart
-from w2s.tracking.report.curves import charts, comparing
+from w2s.tracking.report.charts import Chart, Curve, charts, comparing
 
 
 def lines(**metrics: list[float | None]) -> list[dict[str, Any]]:
@@ -77,3 +76,13 @@ def test_runs_are_compared_over_their_samples_and_keep_their_colours() -> None:
     assert (losses.title, losses.over, x.title) == ("loss", "training samples", "x")
     assert [(curve.label, curve.colour, curve.steps) for curve in losses.curves] == [("a", 0, [0, 4]), ("b", 1, [0, 4])]
     assert [(curve.label, curve.colour) for curve in x.curves] == [("a", 0), ("c", 2)]
+
+
+def test_what_the_page_draws_is_thinned_and_keeps_its_gaps() -> None:
+    values = [1 / 3, None, *([1.0] * 898)]
+    curve = Curve("a", list(range(900)), values, colour=8, dotted=True)
+    drawn = Chart("loss", [curve, Curve("b", [0, 1, 2], [0.5, None, 1.0])]).data()
+    assert drawn["over"] == "step"
+    assert drawn["curves"][0]["x"][:3] == [0, 2, 4] and drawn["curves"][0]["y"][0] == 0.333333
+    assert (drawn["curves"][0]["variable"], drawn["curves"][0]["dotted"]) == ("--curve-1", True)
+    assert drawn["curves"][1]["y"] == [0.5, None, 1.0]
