@@ -18,7 +18,7 @@ from w2s.config.precision import compute_dtype
 from w2s.config.sections import Config
 from w2s.data.samples.batch import Batch, gather_batch, normalize, require
 from w2s.data.samples.sample import SampleSpec
-from w2s.evaluation.evaluator import ClipEvaluator
+from w2s.evaluation.clip_evaluator import ClipEvaluator
 from w2s.megatron.parallel.optimizer import Optimizer, Towers
 from w2s.megatron.parallel.pipeline_schedule import (
     Loss,
@@ -32,7 +32,7 @@ from w2s.megatron.parallel.process_groups import Ranks
 from w2s.megatron.parallel.sharded import data_parallel
 from w2s.objectives.contrastive import contrastive_loss
 from w2s.objectives.sigmoid import sigmoid_loss
-from w2s.teachers.contrastive_teacher import ContrastiveTeacher
+from w2s.teachers.distillation.contrastive import ContrastiveDistillation
 from w2s.towers.build import build_clip
 from w2s.towers.clip import ImageTower, TextTower
 from w2s.towers.vision import channel_statistics
@@ -81,7 +81,7 @@ class ContrastiveStage:
         bounds = {"logit_scale": (0.0, math.log(config.clip.logit_scale_max))}
         self.optimizer = Optimizer(self.towers, config.optim, dtype, config.init.scratch, bounds)
         self.evaluator = ClipEvaluator(config, ranks)
-        self.distillation = next((ContrastiveTeacher(config, each, ranks) for each in config.stage_teachers), None)
+        self.distillation = next((ContrastiveDistillation(config, each, ranks) for each in config.stage_teachers), None)
         self.teachers: Sequence[nn.Module] = [self.distillation.teacher] if self.distillation else []
         self.spec = sample_spec(config, self.distillation.image_sizes if self.distillation else ())
 

@@ -19,11 +19,12 @@ from w2s.config.precision import compute_dtype
 from w2s.config.sections import Config, Resize
 from w2s.config.suites import Suite, load_suite
 from w2s.data.builtin.builtin_sets import without_left_out
+from w2s.evaluation.clip_evaluator import ClipEvaluator
 from w2s.evaluation.evaluate import ClipResult, of_sets, under
-from w2s.evaluation.evaluator import ClipEvaluator, attention_of_cls
 from w2s.evaluation.images import EvalImages, stills
+from w2s.evaluation.scores.zero_shot import ClassResult, ZeroShotResult
 from w2s.evaluation.suite import as_measured, differences, find_sets, means, score, table
-from w2s.evaluation.zero_shot import ClassResult, ZeroShotResult
+from w2s.evaluation.tower_features import attention_of_cls
 from w2s.megatron.parallel.optimizer import Towers
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.megatron.parallel.sharded import ShardedTower

@@ -17,7 +17,7 @@ from w2s.evaluation.evaluate import (
     in_common,
     of_sets,
 )
-from w2s.evaluation.linear_probe import train_probe
+from w2s.evaluation.scores.linear_probe import train_probe
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}
 

@@ -12,13 +12,13 @@ from tests.data.shard_files import encode, smooth_photo, write_shard
 from tests.stages.shape_images import NAMES, write_shapes
 from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig, Resize
-from w2s.evaluation.evaluator import Evaluator, attention_of_cls, patch_features
+from w2s.evaluation.evaluator import Evaluator
 from w2s.evaluation.images import eval_transform
+from w2s.evaluation.tower_features import attention_of_cls, patch_features
 from w2s.megatron.model.initialize import init_parameters
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.megatron.parallel.sharded import ShardedTower, shard
 from w2s.teachers.build import build_teacher
-from w2s.teachers.features import teacher_features
 from w2s.towers.clip import ImageTower
 from w2s.towers.initial import vision_rule
 from w2s.towers.vision import MEAN, STD, VisionTower
@@ -60,7 +60,7 @@ def test_features_are_those_of_the_patches_alone(alone: Ranks, config: Config) -
     pixels = (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     torch.testing.assert_close(patch_features(tower, images), tower.chunks[0].encode(pixels)[:, 1:])
     teacher = build_teacher(config.teacher, grid=4, device="cpu")
-    features = teacher_features(teacher, torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).patches
+    features = teacher.features_of(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).patches
     black = -torch.tensor(teacher.mean) / torch.tensor(teacher.std)
     torch.testing.assert_close(features, teacher(black.view(1, 3, 1, 1).expand(2, 3, 64, 64)).patches)
 
@@ -102,7 +102,7 @@ def test_neighbours_that_no_test_image_has_a_class_of_are_left_out_with_a_line(
 def test_a_linear_probe_is_measured_beside_k_nn_if_wanted(
     alone: Ranks, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w2s.evaluation.linear_probe.STEPS", 10)
+    monkeypatch.setattr("w2s.evaluation.scores.linear_probe.STEPS", 10)
     tower = random_tower(config)
     plain, probed = (
         Evaluator(load_with(config, "linear_probe", on), alone).evaluate_tower(tower) for on in (False, True)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from tests.distributed import run_ranks
-from w2s.evaluation import average_precision, knn, linear_probe, retrieval, zero_shot
+from w2s.evaluation.scores import average_precision, knn, linear_probe, retrieval, zero_shot
 
 BLOCK = 16
 

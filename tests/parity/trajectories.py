@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import w2s.teachers.masked_teacher
 from tests.checkpoint.eva_weights import from_eva
 from tests.distributed import means
 from tests.megatron.layer_weights import load_tensors
@@ -29,6 +28,7 @@ from w2s.optim.lr_schedule import lr_factor
 from w2s.stages.clip import ContrastiveStage
 from w2s.stages.mim import MaskedStage
 from w2s.teachers.base import Features, PatchNetwork, Teacher
+from w2s.teachers.distillation import masked_teacher
 from w2s.training.stage import train_step
 
 
@@ -220,7 +220,9 @@ def _follow_mim(reference: Reference, config: Config, ranks: Ranks) -> dict[str,
     network = _FixedNetwork(reference.settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            w2s.teachers.masked_teacher, "build_teacher", lambda *_, **__: Teacher(network, grid=network.grid)
+            masked_teacher,
+            "build_teacher",
+            lambda *_, **__: Teacher(network, grid=network.grid),
         )
         stage = MaskedStage(config, ranks)
     for part in stage.student.chunks:

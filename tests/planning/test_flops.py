@@ -110,7 +110,7 @@ def test_the_formulas_give_what_the_counter_counts(shards: str, stage: str, micr
     total, built = counted(config)
     targets, seen = [], 0.0
     if isinstance(built, MaskedStage):
-        (masked_teacher,) = built.masked_teachers
+        (masked_teacher,) = built.distillation.teachers
         one = torch.zeros(1, 3, masked_teacher.teacher.image_size, masked_teacher.teacher.image_size)
         targets, seen = built.targets, operations(partial(masked_teacher.teacher, one))
     expected = stage_flops(config, 1, targets=targets, teacher=seen)
@@ -139,7 +139,7 @@ def test_what_is_neither_seen_nor_predicted_costs_nothing(shards: str, mim: list
     config = load("mim", [*CONFIG, *options, f"data.train={shards}"])
     total, built = counted(config)
     assert isinstance(built, MaskedStage)
-    teacher = built.masked_teachers[0].teacher
+    teacher = built.distillation.teachers[0].teacher
     one = torch.zeros(1, 3, teacher.image_size, teacher.image_size)
     seen = operations(partial(teacher, one))
     expected = stage_flops(config, 1, targets=built.targets, layer_width=teacher.layer_width)
@@ -154,7 +154,7 @@ def test_several_teachers_and_their_heads_are_counted(shards: str) -> None:
     total, built = counted(config)
     assert isinstance(built, MaskedStage)
     teachers = planned_teachers(config)
-    for planned, masked_teacher in zip(teachers, built.masked_teachers, strict=True):
+    for planned, masked_teacher in zip(teachers, built.distillation.teachers, strict=True):
         one = torch.zeros(1, 3, masked_teacher.teacher.image_size, masked_teacher.teacher.image_size)
         assert planned.flops == operations(partial(masked_teacher.teacher, one))
     said = predicted(config, teachers)

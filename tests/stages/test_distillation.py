@@ -21,7 +21,7 @@ from w2s.data.stream.stream import Stream
 from w2s.errors import ConfigError, StopRun
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.stages.clip import ContrastiveStage, encode_image, encode_text
-from w2s.teachers.contrastive_teacher import ContrastiveTeacher
+from w2s.teachers.distillation.contrastive import ContrastiveDistillation
 from w2s.training import training_run
 
 TAUGHT = ["init.vision=none", "clip.distill.source=eva:tiny"]
@@ -94,7 +94,7 @@ def test_a_step_is_the_naive_sum_in_float64(alone: Ranks, options: list[str], na
 
 def weights(options: list[str], ranks: Ranks, *changes: str) -> list[float]:
     config = load("clip", [*options, *changes, "train.steps=8"])
-    distillation, found = ContrastiveTeacher(config, *config.stage_teachers, ranks), []
+    distillation, found = ContrastiveDistillation(config, *config.stage_teachers, ranks), []
     for step in range(8):
         distillation.step = step
         found.append(distillation.weight if distillation.on else 0.0)
@@ -146,11 +146,11 @@ def test_a_student_that_passes_its_teacher_is_taught_no_longer(
     scores = iter([0.1, 0.3, 0.9, 0.2, 0.1, 0.1])
     until = [*options, "train.steps=6", "clip.distill.until_better=true", "train.eval_every=1", "eval.knn_shards="]
 
-    def judged(self: ContrastiveTeacher, student: dict[str, float], measure: Any) -> dict[str, float]:
+    def judged(self: ContrastiveDistillation, student: dict[str, float], measure: Any) -> dict[str, float]:
         return real(self, {RECALL: next(scores, 0.0)}, lambda _: {RECALL: 0.4})
 
-    real = ContrastiveTeacher.judge
-    monkeypatch.setattr(ContrastiveTeacher, "judge", judged)
+    real = ContrastiveDistillation.judge
+    monkeypatch.setattr(ContrastiveDistillation, "judge", judged)
     whole = run_stage("clip", [*until, "run.name=better-whole"])
     scores = iter([0.1, 0.3, 0.9])
     broken = [*until, "run.name=better-broken", "checkpoint.every=2"]

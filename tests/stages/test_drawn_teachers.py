@@ -112,21 +112,21 @@ def test_a_teacher_is_measured_on_its_samples(stage: MaskedStage) -> None:
     config, (part,) = stage.config, stage.student.chunks
     with closing(Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1)) as stream:
         batch = stream.next()
-    assert stage.draw is not None
-    has, vit = stage.draw.drawn(batch.indices.numpy())[:, 0] > 0, stage.masked_teachers[0]
+    assert stage.distillation.draw is not None
+    has, vit = stage.distillation.draw.drawn(batch.indices.numpy())[:, 0] > 0, stage.distillation.teachers[0]
     mixed = stage.step(batch)
     masks = require(batch.masks)
     with torch.no_grad():
         predictions = part(
             normalize(batch.images, *channel_statistics(config.model.vision)), masks, masked_patch_indices(masks, 6)
         )
-        summary = vit.summary(vit.encode(batch.teacher_images[stage.sizes.index(64)], 16))
-    cosines = masked_cosines(require(outputs_of(predictions, stage.targets)[0].summary), require(summary))
+        summary = vit.summary(vit.encode(batch.teacher_images[stage.distillation.image_sizes.index(64)], 16))
+    cosines = masked_cosines(require(outputs_of(predictions, stage.distillation.targets)[0].summary), require(summary))
     assert mixed["vit/summary_cosine"].item() == pytest.approx(cosines[torch.from_numpy(has)].mean().item(), abs=1e-6)
     assert mixed["vit/summary_cosine"].item() != pytest.approx(cosines.mean().item(), abs=1e-4)
     assert mixed["vit/share"].item() == has.mean()
     assert mixed["loss"].item() == pytest.approx((mixed["vit/loss"] + 0.5 * mixed["clip/loss"]).item(), abs=1e-6)
-    stage.draw = replace_chances(stage.draw, [1.0, 0.0])
+    stage.distillation.draw = replace_chances(stage.distillation.draw, [1.0, 0.0])
     only = stage.step(batch)
     assert only["loss"] == only["vit/loss"]
     assert only["vit/share"] == 1 and only["clip/share"] == only["clip/loss"] == only["clip/cosine"] == 0

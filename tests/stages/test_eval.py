@@ -122,7 +122,7 @@ published:
 def test_a_suite(
     clip: Path, base: list[str], benchmark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("w2s.evaluation.linear_probe.STEPS", 10)
+    monkeypatch.setattr("w2s.evaluation.scores.linear_probe.STEPS", 10)
     file = tmp_path / "shapes.yaml"
     file.write_text(SUITE)
     chosen = [f"eval.suite={file}", f"eval.root={benchmark}", "eval.linear_probe=true", "run.name=suite"]

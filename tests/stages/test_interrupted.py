@@ -130,7 +130,7 @@ def test_a_run_whose_teacher_breaks_fails(
     def broken(*_: object) -> None:
         raise RuntimeError("the teacher\nis gone")
 
-    monkeypatch.setattr("w2s.teachers.masked_teacher.teacher_features", broken)
+    monkeypatch.setattr("w2s.teachers.base.Teacher.features_of", broken)
     options = [*base, "eval.shards=", "eval.knn_shards=", "run.name=broken"]
     code, _, error = w2s("stage", "mim", *options)
     assert (code, error) == (1, "error: RuntimeError: the teacher is gone\n")

@@ -23,7 +23,6 @@ from w2s.megatron.checkpoint import state
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.stages.mim import MaskedStage
-from w2s.teachers.features import teacher_features
 from w2s.towers.build import build_clip
 from w2s.towers.vision import MEAN, STD
 from w2s.training.loop import train
@@ -56,7 +55,7 @@ def test_the_loss_is_minus_the_masked_cosine(alone: Ranks, config: Config) -> No
     stage = MaskedStage(config, alone)
     batch = next(batches(config, stage))
     images, masks = normalize(batch.images, MEAN, STD), require(batch.masks)
-    teacher = stage.masked_teachers[0].teacher
+    teacher = stage.distillation.teachers[0].teacher
     features = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std)).patches.double()
     flat = features.flatten(0, 1)
     targets = (features - flat.mean(0)) / (flat.var(0, correction=0) + EPS).sqrt()
@@ -81,7 +80,7 @@ def test_the_logged_loss_is_that_of_the_step_and_the_checkpoint_has_the_statisti
     assert history(root / "by-hand", "loss")[0] == fresh.step(first[0])["loss"].item()
 
     seen = torch.cat(
-        [teacher_features(fresh.masked_teachers[0].teacher, batch.teacher_images[0]).patches for batch in first]
+        [fresh.distillation.teachers[0].teacher.features_of(batch.teacher_images[0]).patches for batch in first]
     )
     seen = seen.flatten(0, 1).double()
     again = MaskedStage(config, alone)
@@ -91,7 +90,7 @@ def test_the_logged_loss_is_that_of_the_step_and_the_checkpoint_has_the_statisti
     torch.testing.assert_close(extra["mean"], seen.mean(0), rtol=0, atol=1e-6)
     torch.testing.assert_close(extra["deviations"], (seen - seen.mean(0)).square().sum(0), rtol=1e-5, atol=0)
     again.load_extra_state(extra)
-    assert torch.equal(again.masked_teachers[0].norm.mean, stage.masked_teachers[0].norm.mean)
+    assert torch.equal(again.distillation.teachers[0].norm.mean, stage.distillation.teachers[0].norm.mean)
 
 
 def test_the_final_measures_stand_beside_their_baselines(base: list[str]) -> None:
@@ -121,9 +120,9 @@ def test_without_masks_the_student_sees_whole_images_and_predicts_all_patches(al
     stage = MaskedStage(replace(config, mim=replace(config.mim, masked_patches=0)), alone)
     batch = next(batches(config, stage))
     assert batch.masks is None
-    teacher = stage.masked_teachers[0].teacher
+    teacher = stage.distillation.teachers[0].teacher
     features = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std)).patches
-    targets = copy.deepcopy(stage.masked_teachers[0].norm)(features, update=True)
+    targets = copy.deepcopy(stage.distillation.teachers[0].norm)(features, update=True)
     with torch.no_grad():
         (student,) = stage.student.chunks
         predictions = student.lm_head(student.patch_tokens(normalize(batch.images, MEAN, STD)))
@@ -135,9 +134,9 @@ def test_a_student_that_predicts_what_it_sees_sees_nothing_else(alone: Ranks, co
     """By hand; and the pixels of the masked patches may be anything."""
     stage = MaskedStage(replace(config, mim=replace(config.mim, predict="visible", loss="mse")), alone)
     batch = next(batches(config, stage))
-    masks, teacher = require(batch.masks), stage.masked_teachers[0].teacher
+    masks, teacher = require(batch.masks), stage.distillation.teachers[0].teacher
     features = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std)).patches
-    targets = copy.deepcopy(stage.masked_teachers[0].norm)(features, update=True)[~masks].view(16, 10, -1)
+    targets = copy.deepcopy(stage.distillation.teachers[0].norm)(features, update=True)[~masks].view(16, 10, -1)
     visible = torch.stack([(~mask).nonzero().flatten() for mask in masks])
     (student,) = stage.student.chunks
     with torch.no_grad():
@@ -155,9 +154,9 @@ def test_predicting_all_is_the_mean_of_masked_and_visible(alone: Ranks, config: 
     stage = MaskedStage(replace(config, mim=replace(config.mim, predict="all")), alone)
     masked = MaskedStage(config, alone)
     batch = next(batches(config, stage))
-    (student,), masks, teacher = masked.student.chunks, require(batch.masks), stage.masked_teachers[0].teacher
+    (student,), masks, teacher = masked.student.chunks, require(batch.masks), stage.distillation.teachers[0].teacher
     features = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std)).patches
-    targets = copy.deepcopy(stage.masked_teachers[0].norm)(features, update=True)
+    targets = copy.deepcopy(stage.distillation.teachers[0].norm)(features, update=True)
     with torch.no_grad():
         (predictions,) = student(normalize(batch.images, MEAN, STD), masks, torch.arange(16).expand(16, -1))
     cosines = F.cosine_similarity(predictions, targets, dim=-1)
@@ -171,7 +170,11 @@ def test_the_summary_loss_is_added(alone: Ranks, config: Config, summary: str) -
     plain = MaskedStage(config, alone)
     stage = MaskedStage(replace(config, mim=replace(config.mim, summary_weight=0.25, summary=summary)), alone)
     batch = next(batches(config, stage))
-    images, masks, teacher = normalize(batch.images, MEAN, STD), require(batch.masks), stage.masked_teachers[0].teacher
+    images, masks, teacher = (
+        normalize(batch.images, MEAN, STD),
+        require(batch.masks),
+        stage.distillation.teachers[0].teacher,
+    )
     features = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std))
     target = features.summary if summary == "cls" else features.patches.mean(1)
     (student,) = stage.student.chunks
@@ -227,9 +230,9 @@ def test_single_layers_learn_single_layers_of_the_teacher(alone: Ranks, config: 
     stage = MaskedStage(replace(changed, train=replace(config.train, micro_batch=8)), alone)
     stream = batches(config, stage)
     batch = [next(stream) for _ in range(3)][2]
-    masks, teacher, (student,) = require(batch.masks), stage.masked_teachers[0].teacher, stage.student.chunks
+    masks, teacher, (student,) = require(batch.masks), stage.distillation.teachers[0].teacher, stage.student.chunks
     found = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std), [5, 3])
-    norms = copy.deepcopy([stage.masked_teachers[0].norm, *stage.masked_teachers[0].layer_norms])
+    norms = copy.deepcopy([stage.distillation.teachers[0].norm, *stage.distillation.teachers[0].layer_norms])
     features = [found.patches, *found.layers]
     targets = [norm(each, update=True)[masks].view(16, 6, -1) for norm, each in zip(norms, features, strict=True)]
 

@@ -83,7 +83,7 @@ def test_a_teacher_whose_package_is_missing(mim: Run, monkeypatch: pytest.Monkey
 
 def test_too_few_shards_are_refused_before_anything_is_built(mim: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "w2s.teachers.masked_teacher.build_teacher", lambda *_, **__: pytest.fail("a teacher was built")
+        "w2s.teachers.distillation.masked_teacher.build_teacher", lambda *_, **__: pytest.fail("a teacher was built")
     )
     code, _, error = mim("data.lanes=64", "train.global_batch=64")
     assert (code, error.count("\n")) == (2, 1)

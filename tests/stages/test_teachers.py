@@ -208,7 +208,7 @@ def test_an_exported_student_stands_in_for_a_teacher(
     with torch.no_grad():
         predictions = part(images, masks, torch.arange(16).expand(2, -1))
         found = tower(images)
-    summary = outputs_of(predictions, student.targets)[["vit", "clip"].index(teacher)].summary
+    summary = outputs_of(predictions, student.distillation.targets)[["vit", "clip"].index(teacher)].summary
     assert found.shape == (2, width)
     torch.testing.assert_close(found, summary, rtol=1e-4, atol=1e-5)  # sums in float32, in another order
 

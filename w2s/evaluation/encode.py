@@ -22,7 +22,6 @@ from w2s.config.load import load, model_from, named_model
 from w2s.config.precision import compute_dtype
 from w2s.config.sections import Config
 from w2s.config.teacher_losses import Target
-from w2s.data.samples.batch import normalize
 from w2s.data.samples.tokens import tokenize
 from w2s.data.shards.bad import BadSample
 from w2s.data.shards.clips import find_images
@@ -31,8 +30,8 @@ from w2s.data.shards.shards import list_shards, shard_name
 from w2s.data.shards.storage import EXTENSIONS
 from w2s.errors import CheckpointError, ConfigError, DataError, UserError
 from w2s.evaluation.batched_features import TensorItems, encode_all, over_frames
-from w2s.evaluation.evaluator import patch_features
 from w2s.evaluation.images import view
+from w2s.evaluation.tower_features import patch_features, tower_outputs
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.pipeline_schedule import infer
 from w2s.megatron.parallel.process_groups import Ranks
@@ -40,7 +39,6 @@ from w2s.processes.liveness.heartbeat_sender import watched
 from w2s.processes.stopping import stop_at_once
 from w2s.towers.build import build_clip, build_student
 from w2s.towers.clip import ImageTower, TextTower
-from w2s.towers.vision import channel_statistics
 
 Encode = Callable[[Tensor], Tensor]
 """Takes a batch [n, ...], the same on every rank of a model-parallel group; returns features [n, d]."""
@@ -131,7 +129,7 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]
     """The two towers as functions (a masked run has no text tower), and in words what the features of an image are."""
     config, dtype, weights = job.config, compute_dtype(job.config.precision), job.config.eval.weights
     verify(job.checkpoint)
-    source, tokens = open_released(job.checkpoint, weights), job.config.model.vision.tokens
+    source = open_released(job.checkpoint, weights)
     if not source.has("visual"):
         raise CheckpointError(f"{job.checkpoint} is a text tower alone: encode with a whole CLIP")
     if job.texts is not None and not source.has("text"):
@@ -147,8 +145,7 @@ def _encoders(job: EncodeJob, ranks: Ranks) -> tuple[Encode, Encode | None, str]
         hand_over(text, "text", job.checkpoint, weights=weights)
 
     def encode_image(images: Tensor) -> Tensor:
-        normalized = normalize(images.to(ranks.device), *channel_statistics(config.model.vision))
-        return infer(vision, (normalized,), ImageTower.__call__, tokens)
+        return tower_outputs(vision, images, ImageTower.__call__)
 
     def encode_text(captions: Tensor) -> Tensor:
         return infer(text, (captions.to(ranks.device),), TextTower.__call__, captions.shape[1])

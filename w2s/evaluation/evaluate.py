@@ -11,13 +11,13 @@ from torch import Tensor
 
 from w2s.config.sections import EvalConfig, Resize
 from w2s.errors import DataError
-from w2s.evaluation.average_precision import mean_average_precision
 from w2s.evaluation.batched_features import Encoder, TensorItems, Tokenizer, encode_all
 from w2s.evaluation.dataset import CLASS_NAMES, PROMPTS, EvalSet
-from w2s.evaluation.knn import knn
-from w2s.evaluation.linear_probe import LinearProbe
-from w2s.evaluation.retrieval import Captions, Found, first_found, retrieval, split_captions
-from w2s.evaluation.zero_shot import Template, ZeroShotResult, class_embeddings, templates_of, zero_shot
+from w2s.evaluation.scores.average_precision import mean_average_precision
+from w2s.evaluation.scores.knn import knn
+from w2s.evaluation.scores.linear_probe import LinearProbe
+from w2s.evaluation.scores.retrieval import Captions, Found, first_found, retrieval, split_captions
+from w2s.evaluation.scores.zero_shot import Template, ZeroShotResult, class_embeddings, templates_of, zero_shot
 
 T = TypeVar("T")
 

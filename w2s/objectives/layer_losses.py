@@ -4,27 +4,31 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from w2s.config.sections import MimConfig
+from w2s.config.sections import Config
 from w2s.objectives.masked_loss import LOSSES
+from w2s.optim.lr_schedule import falling_weight
 
 
 class LayerLosses:
-    """The losses of `mim.layers` in a step.
+    """The losses of `mim.layers` in a step, whose weight falls over the run.
 
     Args:
-        mim: which layers, by which loss and with what weights.
-        factor: what all of them are multiplied by.
+        config: the masked stage.
+        step: the step, from 0.
+        micro_batches: of it; each adds its losses, whose mean counts.
 
     Attributes:
         reports: each loss before it was weighted, of the layers that this rank holds: `layers/LAYER` by micro-batch.
     """
 
-    def __init__(self, mim: MimConfig, factor: float) -> None:
-        self.mim, self.factor = mim, factor
+    def __init__(self, config: Config, step: int, micro_batches: int) -> None:
+        self.mim = config.mim
+        weight = self.mim.layers_weight * falling_weight(step, config.train.steps, self.mim.layers_until)
+        self.factor = weight / micro_batches
         self.reports: list[dict[str, Tensor]] = []
 
     def for_targets(self, targets: Sequence[Tensor], weights: Tensor | None = None) -> Callable[[int, Tensor], Tensor]:
-        """Return the loss of a micro-batch, which takes the number of a student's layer and its predictions [n, k, d].
+        """Return the loss of a micro-batch, which takes the index of a student's layer and its predictions [n, k, d].
 
         Args:
             targets: what is to be predicted, [n, k, d] for each of `mim.layers`.

@@ -15,7 +15,7 @@ from w2s.config.teacher_losses import Target
 from w2s.data.stream.teacher_draw import TeacherDraw
 from w2s.planning.flops import seen_frames, teacher_flops, text_flops
 from w2s.planning.towers import pool_sizes
-from w2s.teachers.load_balance import balance
+from w2s.teachers.distillation.load_balance import balance
 
 _MAPS = 16
 """Feature maps of the input's size, in float32, that a network which is not an EVA tower is taken to need at once."""

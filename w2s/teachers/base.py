@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from w2s.data.samples.batch import normalize
 from w2s.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Teacher(nn.Module):
     """A frozen vision model whose features are what a student learns from.
 
     It stays in evaluation mode and has no gradients. Features of another grid are resampled bicubically onto the
-    student's. They are the model's own: normalising targets is the business of `w2s.teachers.targets`.
+    student's. They are the model's own: normalising targets is the business of `w2s.teachers.distillation.targets`.
 
     Attributes:
         width: channels of a feature, D.
@@ -136,6 +137,12 @@ class Teacher(nn.Module):
             own = self.network(images, layers)
         patches, *after = (resample(each.float(), self.network.grid, self.grid) for each in (own.patches, *own.layers))
         return Features(patches, own.summary.float(), tuple(after))
+
+    def features_of(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
+        """Features of images as they are decoded, uint8 [n, 3, T, T], on any device; `layers` as in `forward`."""
+        device = next(self.parameters()).device
+        features: Features = self(normalize(images.to(device), self.mean, self.std), layers)
+        return features
 
     def check_layers(self, layers: Sequence[int], key: str) -> None:
         """Refuse layers that this teacher has not, or whose tokens it does not give.

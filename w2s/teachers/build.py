@@ -15,9 +15,9 @@ from w2s.config.load import named_model
 from w2s.config.sections import ParallelConfig, TeacherConfig
 from w2s.errors import ConfigError
 from w2s.teachers.base import PatchNetwork, Teacher
-from w2s.teachers.efficientnet import SIZES, EfficientNetLite
-from w2s.teachers.sharded_run import ShardedRun
-from w2s.teachers.teacher_weights import check_weights, name_and_weights, weights_file
+from w2s.teachers.networks.efficientnet import SIZES, EfficientNetLite
+from w2s.teachers.networks.sharded_run import ShardedRun
+from w2s.teachers.networks.teacher_weights import check_weights, name_and_weights, weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def without_weights(config: TeacherConfig, *, grid: int) -> PatchNetwork:
     elif kind == "hf" and rest:
         network = _hugging_face(config, rest)
     elif kind == "eva" and name:
-        from w2s.teachers.eva_vit import without_weights as eva_without_weights
+        from w2s.teachers.networks.eva_vit import without_weights as eva_without_weights
 
         network = eva_without_weights(named_model(name), image_size=config.image_size)
     elif kind in ("timm", "open_clip") and name:
@@ -107,7 +107,7 @@ def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelCon
         raise _no_teacher(config.source, kind)
     file = weights_file(path, kind, name)
     if kind == "eva":
-        from w2s.teachers.eva_vit import eva_vit
+        from w2s.teachers.networks.eva_vit import eva_vit
 
         network: PatchNetwork = eva_vit(name, file, image_size=size, precision=config.precision)
     else:
@@ -119,16 +119,16 @@ def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelCon
 
 def _peers_model(kind: str, name: str, file: Path | None, image_size: int) -> PatchNetwork:
     if kind == "timm":
-        from w2s.teachers.timm_vit import timm_model
+        from w2s.teachers.networks.timm_vit import timm_model
 
         return timm_model(name, file, image_size=image_size)
-    from w2s.teachers.open_clip_vit import open_clip_model
+    from w2s.teachers.networks.open_clip_vit import open_clip_model
 
     return open_clip_model(name, file, image_size=image_size)
 
 
 def _hugging_face(config: TeacherConfig, folder: str) -> PatchNetwork:
-    from w2s.teachers.hugging_face import hugging_face_model
+    from w2s.teachers.networks.hugging_face import hugging_face_model
 
     return hugging_face_model(Path(folder).expanduser(), image_size=config.image_size, precision=config.precision)
 
@@ -143,7 +143,7 @@ def _run(config: TeacherConfig, name: str, root: Path, parallel: ParallelConfig)
         return ShardedRun(
             checkpoint, parallel, image_size=config.image_size, precision=config.precision, weights=config.weights
         )
-    from w2s.teachers.eva_vit import w2s_run
+    from w2s.teachers.networks.eva_vit import w2s_run
 
     return w2s_run(checkpoint, image_size=config.image_size, precision=config.precision, weights=config.weights)
 

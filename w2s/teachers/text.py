@@ -27,8 +27,8 @@ from w2s.config.load import model_from, named_model
 from w2s.config.sections import ClipConfig, Config, ModelConfig, TeacherConfig, TextConfig, Weights
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import Precision
-from w2s.teachers.open_clip_names import described
-from w2s.teachers.teacher_weights import check_weights, name_and_weights, weights_file
+from w2s.teachers.networks.open_clip_names import described
+from w2s.teachers.networks.teacher_weights import check_weights, name_and_weights, weights_file
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from w2s.config.load import load
 from w2s.config.sections import ModelConfig
 from w2s.errors import CheckpointError, ConfigError
 from w2s.megatron.parallel import process_groups
-from w2s.teachers.eva_vit import w2s_run
+from w2s.teachers.networks.eva_vit import w2s_run
 from w2s.towers.build import build_clip
 
 TEXT = {

@@ -15,7 +15,7 @@ from w2s.data.samples.batch import Batch, normalize, require
 from w2s.objectives.masked_loss import LOSSES
 from w2s.stages.mim import sample_spec
 from w2s.teachers.build import build_teacher
-from w2s.teachers.targets import target_norm
+from w2s.teachers.distillation.targets import target_norm
 from w2s.towers.masked_student import gather_patches, patch_indices_to_predict
 from w2s.towers.vision import channel_statistics
 

@@ -1,0 +1,1 @@
+"""Scores of features: zero-shot classification, retrieval, k-NN, linear probe; tensors in, metrics out."""
