@@ -32,7 +32,7 @@ def picture(size, seed=0):
 def images_of(folder, *sizes, how="crop", workers=0, group=None):
     data = load(folder)
     view = View(sizes=sizes or (16,), how=how, image_key="jpg;png")
-    return EvalImages(data=data, numbers=np.arange(len(data)), view=view, workers=workers, group=group)
+    return EvalImages(data=data, indices=np.arange(len(data)), view=view, workers=workers, group=group)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_batches_of_any_places_in_order(seventy, workers):
     ranges = [range(0, 50), range(60, 70), range(39, 42)]
     batches = list(images.batches(ranges))
     assert [greys(batch) for batch in batches] == [list(each) for each in ranges]
-    assert [batch.numbers.tolist() for batch in batches] == [list(each) for each in ranges]
+    assert [batch.indices.tolist() for batch in batches] == [list(each) for each in ranges]
     assert [view.shape for view in batches[1].views] == [(10, 3, 16, 16), (10, 3, 24, 24)]
     assert batches[0].images.dtype == torch.uint8
 

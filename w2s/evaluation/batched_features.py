@@ -87,12 +87,12 @@ def encode_all(
     ranges = [range(start, min(start + batch_size, len(items))) for start in range(0, len(items), batch_size)]
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     rounds = -(-len(ranges) // size)
-    own = [encode(batch) for batch in items.batches([ranges[(n * size + rank) % len(ranges)] for n in range(rounds)])]
+    local = [encode(batch) for batch in items.batches([ranges[(n * size + rank) % len(ranges)] for n in range(rounds)])]
     if size == 1:
-        return torch.cat(own)
-    whole = own[0].new_empty(len(items), own[0].shape[1])
+        return torch.cat(local)
+    whole = local[0].new_empty(len(items), local[0].shape[1])
     for first in range(0, rounds, AT_A_TIME):
-        parts = [own[step] for step in range(first, min(first + AT_A_TIME, rounds))]
+        parts = [local[step] for step in range(first, min(first + AT_A_TIME, rounds))]
         place = first * size * batch_size
         part = whole[place : place + len(parts) * size * batch_size]
         part.copy_(_exchanged(parts, min(batch_size, len(items)), group)[: len(part)])
@@ -105,7 +105,7 @@ def score_all(
     """Scores of all features, in order, on every rank; each rank computes some blocks, as `encode_all` does.
 
     Args:
-        score: numbers of some features, int64 [b], to what is known of each, [b, c].
+        score: indices of some features, int64 [b], to what is known of each, [b, c].
         features: [n, d], the same on every rank.
         block: features of one call.
         group: ranks that share the work; None for this process alone.
@@ -116,10 +116,10 @@ def score_all(
     return encode_all(score, TensorItems(torch.arange(len(features), device=features.device)), block, group)
 
 
-def _exchanged(own: list[Tensor], batch_size: int, group: dist.ProcessGroup | None) -> Tensor:
+def _exchanged(local: list[Tensor], batch_size: int, group: dist.ProcessGroup | None) -> Tensor:
     """The features of some batches of each rank in the order of the items, each batch filled up to its full size."""
-    padded = own[0].new_zeros(len(own), batch_size, own[0].shape[1])
-    for step, features in enumerate(own):
+    padded = local[0].new_zeros(len(local), batch_size, local[0].shape[1])
+    for step, features in enumerate(local):
         padded[step, : len(features)] = features
     gathered = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, padded, group=group)

@@ -39,7 +39,7 @@ class EvalSet:
     shards: list[str]
     """Its shards, in order."""
     locations: NDArray[np.int64]
-    """Where each sample begins, [n, 2]: number of the shard and place in it."""
+    """Where each sample begins, [n, 2]: index of the shard and place in it."""
     captions: list[str]
     """One text an image, several captions on lines of their own; empty where the samples have none."""
     labels: Tensor | None
@@ -63,7 +63,7 @@ class _Entry:
     key: str
     start: int
     caption: str | None
-    number: int | None
+    class_index: int | None
     several: NDArray[np.bool_] | None
 
 
@@ -75,7 +75,7 @@ def load_eval_set(
     option: str = "eval.shards",
     rank: int = 0,
     size: int = 1,
-    gather: Gather = lambda own: [own],
+    gather: Gather = lambda local: [local],
 ) -> EvalSet:
     """Read all of a test set but its images, in the order of its shards and samples; each rank reads some shards.
 
@@ -103,10 +103,10 @@ def load_eval_set(
     entries = [entry for path in paths for entry in read[path]]
     if not entries:
         raise DataError(f"{option}={shards} has no samples: its shards are empty")
-    locations = [(number, entry.start) for number, path in enumerate(paths) for entry in read[path]]
+    locations = [(index, entry.start) for index, path in enumerate(paths) for entry in read[path]]
     keys = [entry.key for entry in entries]
     texts = _all_or_none([entry.caption for entry in entries], keys, f"caption .{caption_key}")
-    classes = _all_or_none([entry.number for entry in entries], keys, f"class number .{class_key}")
+    classes = _all_or_none([entry.class_index for entry in entries], keys, f"class number .{class_key}")
     several = _all_or_none([entry.several for entry in entries], keys, f"classes .{SEVERAL_CLASSES}")
     labels: Tensor | None
     if classes:
@@ -125,8 +125,8 @@ def _scan(shard: str, caption_key: str, class_key: str) -> list[_Entry]:
     for sample in read_shard(shard, wanted=wanted):
         if sample.damage:
             raise DataError(f"{shard}: {sample.key}: {sample.damage}, repair the test set")
-        caption, number = _caption(sample, caption_key), _class_number(sample, class_key)
-        entries.append(_Entry(sample.key, start, caption, number, _classes(sample)))
+        caption, class_index = _caption(sample, caption_key), _class_number(sample, class_key)
+        entries.append(_Entry(sample.key, start, caption, class_index, _classes(sample)))
         start = sample.end
     return entries
 
@@ -188,11 +188,13 @@ def _names(shard: str) -> tuple[str, list[str]]:
     return file, names
 
 
-def _named_classes(numbers: list[int], shard: str) -> tuple[Tensor, list[str]]:
+def _named_classes(class_indices: list[int], shard: str) -> tuple[Tensor, list[str]]:
     file, names = _names(shard)
-    if max(numbers) >= len(names):
-        raise DataError(f"{file} has {len(names)} names but there is a class number {max(numbers)}: add the names")
-    return torch.tensor(numbers), names
+    if max(class_indices) >= len(names):
+        raise DataError(
+            f"{file} has {len(names)} names but there is a class number {max(class_indices)}: add the names"
+        )
+    return torch.tensor(class_indices), names
 
 
 def _several_classes(marks: list[NDArray[np.bool_]], shard: str) -> tuple[Tensor, list[str]]:
@@ -236,5 +238,5 @@ def _caption_classes(captions: list[str], source: str) -> tuple[Tensor | None, l
     if any("\n" in caption for caption in captions):
         return None, []
     names = sorted(set(captions))
-    numbers = {name: number for number, name in enumerate(names)}
-    return torch.tensor([numbers[caption] for caption in captions]), names
+    class_indices = {name: class_index for class_index, name in enumerate(names)}
+    return torch.tensor([class_indices[caption] for caption in captions]), names

@@ -165,12 +165,12 @@ def _all_images(job: EncodeJob, encode: Encode, ranks: Ranks) -> tuple[list[str]
     while files := list(islice(source, job.batch_size * ranks.data_size)):
         names += [name for name, _ in files]
 
-        def encode_image(numbers: Tensor, files: list[tuple[str, list[bytes]]] = files) -> Tensor:
-            views = [_view(name, images, job.config) for name, images in (files[number] for number in numbers.tolist())]
+        def encode_image(indices: Tensor, files: list[tuple[str, list[bytes]]] = files) -> Tensor:
+            views = [_view(name, images, job.config) for name, images in (files[index] for index in indices.tolist())]
             return over_frames(encode)(torch.stack(views)).float()
 
-        numbers = torch.arange(len(files))
-        features.append(encode_all(encode_image, TensorItems(numbers), job.batch_size, ranks.data_group).cpu())
+        indices = torch.arange(len(files))
+        features.append(encode_all(encode_image, TensorItems(indices), job.batch_size, ranks.data_group).cpu())
     return names, torch.cat(features)
 
 

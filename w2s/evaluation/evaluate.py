@@ -184,8 +184,8 @@ def matched(data: EvalSet, neighbours: EvalSet) -> Tensor:
     """The class number that each test image has among the neighbours, int64 [n]; -1 where they lack its class."""
     if data.labels is None or data.labels.ndim > 1 or neighbours.labels is None:
         return torch.full((len(data),), -1)
-    numbers = {neighbours.class_names[number]: number for number in neighbours.labels.unique().tolist()}
-    return torch.tensor([numbers.get(data.class_names[number], -1) for number in data.labels.tolist()])
+    by_name = {neighbours.class_names[label]: label for label in neighbours.labels.unique().tolist()}
+    return torch.tensor([by_name.get(data.class_names[label], -1) for label in data.labels.tolist()])
 
 
 def _templates(config: EvalConfig, data: EvalSet) -> Sequence[Template]:

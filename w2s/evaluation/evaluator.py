@@ -88,7 +88,7 @@ class Evaluator:
         """
         return EvalImages(
             data=data,
-            numbers=np.arange(len(data)),
+            indices=np.arange(len(data)),
             view=View(
                 sizes=sizes,
                 how=how or self.config.eval.resizes[0],

@@ -33,8 +33,8 @@ PIECE = 32
 class ImageBatch:
     """Some images of a test set, at the sizes that were asked for."""
 
-    numbers: Tensor
-    """Their numbers in the set, int64 [b]."""
+    indices: Tensor
+    """Their indices in the set, int64 [b]."""
     views: tuple[Tensor, ...]
     """uint8 [b, 3, S, S] for each size S, or with several frames [b, frames, 3, S, S]."""
 
@@ -62,7 +62,7 @@ class View:
 
         Args:
             shards: those that `places` counts.
-            places: where the samples begin, [n, 2]: number of the shard and place in it.
+            places: where the samples begin, [n, 2]: index of the shard and place in it.
 
         Raises:
             DataError: an image is missing or cannot be decoded.
@@ -91,7 +91,7 @@ class EvalImages:
     """Images of a test set, in an order."""
 
     data: EvalSet
-    numbers: NDArray[np.int64]
+    indices: NDArray[np.int64]
     """Which of its images, in order."""
     view: View
     workers: int
@@ -102,11 +102,11 @@ class EvalImages:
     """Where the ranks of the group exchange images."""
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.indices)
 
-    def only(self, numbers: NDArray[np.int64]) -> "EvalImages":
-        """Return the images of the set with some numbers."""
-        return replace(self, numbers=numbers)
+    def only(self, indices: NDArray[np.int64]) -> "EvalImages":
+        """Return the images of the set with some indices."""
+        return replace(self, indices=indices)
 
     def batches(self, ranges: Sequence[range]) -> Iterator[ImageBatch]:
         """Decode batches, each of the images at some places of the order; every rank of the group calls.
@@ -114,10 +114,10 @@ class EvalImages:
         Raises:
             DataError: an image is missing or cannot be decoded.
         """
-        numbers = [self.numbers[each.start : each.stop] for each in ranges]
-        own = [self._share(batch) for batch in numbers]
-        parts = self._parts([batch[start : start + PIECE] for batch in own for start in range(0, len(batch), PIECE)])
-        for batch, share in zip(numbers, own, strict=True):
+        indices = [self.indices[each.start : each.stop] for each in ranges]
+        local = [self._share(batch) for batch in indices]
+        parts = self._parts([batch[start : start + PIECE] for batch in local for start in range(0, len(batch), PIECE)])
+        for batch, share in zip(indices, local, strict=True):
             views = [next(parts) for _ in range(0, len(share), PIECE)]
             whole = [self._gathered(torch.cat(view))[: len(batch)] for view in zip(*views, strict=True)]
             yield ImageBatch(torch.from_numpy(batch), tuple(whole))
@@ -128,7 +128,7 @@ class EvalImages:
         Raises:
             DataError: an image is missing or cannot be decoded.
         """
-        return self.view.decode(self.data.shards, self.data.locations[self.numbers])
+        return self.view.decode(self.data.shards, self.data.locations[self.indices])
 
     def _parts(self, pieces: Sequence[NDArray[np.int64]]) -> Iterator[tuple[Tensor, ...]]:
         """Views of pieces of batches, in order; with new reading processes where one died."""
@@ -161,13 +161,13 @@ class EvalImages:
         padded = np.pad(batch, (0, share * size - len(batch)), mode="edge")
         return padded[rank * share : (rank + 1) * share]
 
-    def _gathered(self, own: Tensor) -> Tensor:
+    def _gathered(self, local: Tensor) -> Tensor:
         """A batch of which each rank of the group has decoded a share."""
         if self.group is None or dist.get_world_size(self.group) == 1:
-            return own
-        own = own.to(self.device)
-        whole = own.new_empty(dist.get_world_size(self.group) * len(own), *own.shape[1:])
-        dist.all_gather_into_tensor(whole, own, group=self.group)
+            return local
+        local = local.to(self.device)
+        whole = local.new_empty(dist.get_world_size(self.group) * len(local), *local.shape[1:])
+        dist.all_gather_into_tensor(whole, local, group=self.group)
         return whole
 
 

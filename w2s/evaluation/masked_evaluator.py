@@ -142,7 +142,7 @@ class MaskedEvaluator(Evaluator):
         Predictions are NaN at patches that the student does not see.
         """
         vision, mim, device = self.config.model.vision, self.config.mim, self.ranks.device
-        drawn = [draw_mask(self.spec, 0, index) for index in batch.numbers.tolist()]
+        drawn = [draw_mask(self.spec, 0, index) for index in batch.indices.tolist()]
         masks = torch.from_numpy(np.stack(drawn)).to(device)
         images, *views = batch.views
         normalized = normalize(images.to(device), *channel_statistics(vision))

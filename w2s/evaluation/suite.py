@@ -124,9 +124,9 @@ def table(
         resized: how the images of each set became square, which is told where it differs from set to set.
     """
     heads = columns(suite)
-    own = [_value(column, measured.get(column.of.name, {})) for column in heads]
+    fractions = [_value(column, measured.get(column.of.name, {})) for column in heads]
     models: dict[str, Sequence[float | None]] = {
-        model: [None if value is None else 100 * value for value in own],
+        model: [None if value is None else 100 * value for value in fractions],
         **suite.published,
     }
     rows: list[Row] = []

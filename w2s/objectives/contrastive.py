@@ -44,8 +44,8 @@ def contrastive_loss(
         gradients = FeatureGradients(tiles)
         for part in tiles:
             gradients.add(part, _grad_logits(part, row_lse, column_lse))
-        own = column_lse[:, tiles.offset : tiles.offset + len(images)]
-        loss = ((row_lse[0] - row_lse[1]).mean() + (own[0] - own[1]).mean()) / 2
+        local_lse = column_lse[:, tiles.offset : tiles.offset + len(images)]
+        loss = ((row_lse[0] - row_lse[1]).mean() + (local_lse[0] - local_lse[1]).mean()) / 2
         known = gradients.finish(1 / (2 * len(images)))
     return with_known_gradients(loss, (images, texts, scale), known)
 

@@ -1,4 +1,4 @@
-"""What a finished CLIP teaches one in training: its embeddings, and which pairs of a batch it holds to be alike.
+"""Distillation from a finished CLIP: of its embeddings, and of its similarities within a batch.
 
 A student's logits of the global batch are compared with the teacher's tile by tile, as in the contrastive loss, with
 the gradient in closed form: with respect to a logit it is the difference of the softmaxes over its row, and of those
@@ -60,16 +60,16 @@ def affinity_loss(
         teacher = LogitTiles(teacher_images, teacher_texts, teacher_scale, None, group, tile)
         (row_lse, column_lse), (teacher_row_lse, teacher_column_lse) = log_sum_exps(student), log_sum_exps(teacher)
         gradients, loss = FeatureGradients(student), images.new_zeros(())
-        for own, theirs in zip(student, teacher, strict=True):
-            grad_logits = torch.zeros_like(own.logits)
+        for ours, theirs in zip(student, teacher, strict=True):
+            grad_logits = torch.zeros_like(ours.logits)
             ways = (
-                log_softmaxes(own, row_lse[0], column_lse[0]),
+                log_softmaxes(ours, row_lse[0], column_lse[0]),
                 log_softmaxes(theirs, teacher_row_lse[0], teacher_column_lse[0]),
             )
-            for own_logs, their_logs in zip(*ways, strict=True):
+            for our_logs, their_logs in zip(*ways, strict=True):
                 target = their_logs.exp()
-                loss += target.mul(their_logs - own_logs).sum()
-                grad_logits += own_logs.exp_().sub_(target)
-            gradients.add(own, grad_logits)
+                loss += target.mul(their_logs - our_logs).sum()
+                grad_logits += our_logs.exp_().sub_(target)
+            gradients.add(ours, grad_logits)
         known = gradients.finish(1 / (2 * len(images)))
     return with_known_gradients(loss / (2 * len(images)), (images, texts, scale), known)

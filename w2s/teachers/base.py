@@ -76,7 +76,7 @@ class PatchNetwork(nn.Module, ABC):
 
         Args:
             images: the images.
-            layers: numbers of transformer layers, from 0, each below `depth`.
+            layers: indices of transformer layers, each below `depth`.
         """
 
 
@@ -115,10 +115,9 @@ class Teacher(nn.Module):
         if compiled:
             network.compile()
         if network.grid != grid:
-            size, own, sizes = network.image_size, (network.grid, network.grid), (grid, grid)
             logger.info(
                 "the teacher sees %d px: its %dx%d features are resampled onto the student's %dx%d patches",
-                size, *own, *sizes,
+                network.image_size, network.grid, network.grid, grid, grid,
             )  # fmt: skip
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -131,12 +130,14 @@ class Teacher(nn.Module):
 
         Args:
             images: the images.
-            layers: numbers of transformer layers, from 0, that `check_layers` lets pass.
+            layers: indices of transformer layers that `check_layers` lets pass.
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            own = self.network(images, layers)
-        patches, *after = (resample(each.float(), self.network.grid, self.grid) for each in (own.patches, *own.layers))
-        return Features(patches, own.summary.float(), tuple(after))
+            features = self.network(images, layers)
+        patches, *after = (
+            resample(each.float(), self.network.grid, self.grid) for each in (features.patches, *features.layers)
+        )
+        return Features(patches, features.summary.float(), tuple(after))
 
     def features_of(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
         """Features of images as they are decoded, uint8 [n, 3, T, T], on any device; `layers` as in `forward`."""
@@ -148,11 +149,11 @@ class Teacher(nn.Module):
         """Refuse layers that this teacher has not, or whose tokens it does not give.
 
         Args:
-            layers: their numbers, from 0.
+            layers: their indices.
             key: the configuration key that names them, for the message.
 
         Raises:
-            ConfigError: with the numbers that there are.
+            ConfigError: with the layers that there are.
         """
         depth = self.network.depth
         if layers and not depth:

@@ -28,18 +28,18 @@ def build_student(
         targets: what it predicts of each teacher.
         dtype: type of the weights.
         device: where they live.
-        layer_widths: channels that heads after single layers have, by the layer's number.
+        layer_widths: channels that heads after single layers have, by the layer's index.
     """
     vision, linears = config.model.vision, linears_of(config, "vision")
     drop_masked = config.mim.predict == "visible"
 
-    def chunk(number: int) -> MaskedStudent:
+    def chunk(index: int) -> MaskedStudent:
         student = MaskedStudent(
             vision,
             targets,
             config.parallel,
             dtype,
-            number,
+            index,
             linears,
             drop_masked,
             layer_widths,
@@ -58,14 +58,14 @@ def build_clip(
     model, seed = config.model, config.run.seed
     seeing, reading = linears_of(config, "vision"), linears_of(config, "text")
 
-    def vision_chunk(number: int) -> ImageTower:
-        tower = ImageTower(model.vision, model.embed_dim, config.parallel, dtype, number, seeing)
+    def vision_chunk(index: int) -> ImageTower:
+        tower = ImageTower(model.vision, model.embed_dim, config.parallel, dtype, index, seeing)
         init_parameters(tower, _vision_start(config), seed)
         return tower
 
-    def text_chunk(number: int) -> TextTower:
+    def text_chunk(index: int) -> TextTower:
         has_bias = config.clip.loss == "sigmoid"
-        tower = TextTower(model.text, model.embed_dim, config.parallel, dtype, number, has_bias, reading)
+        tower = TextTower(model.text, model.embed_dim, config.parallel, dtype, index, has_bias, reading)
         scalars = config.clip.drawn_logit_scale, config.clip.logit_bias
         init_parameters(tower, text_rule(model.text, *scalars, config.init.text_mlp_bias), seed)
         if tower.last:

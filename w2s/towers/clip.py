@@ -76,7 +76,7 @@ class TextTower(Tower):
         embed_dim: width of the shared space.
         parallel: how the tower is split.
         dtype: type of the weights.
-        chunk: number of this chunk of its pipeline rank.
+        chunk: index of this chunk of its pipeline rank.
         logit_bias: whether the loss has a bias beside its scale (SigLIP).
         linears: what its layers multiply with.
     """

@@ -43,10 +43,10 @@ def vision_rule(
             return Init("constant", post_norm)
         if "norm" in name:
             return ONE
-        own = re.sub(r"^teachers\.[^.]+\.", "", name)  # the heads of further teachers begin as those of the first
-        if own.startswith("head.mlp"):
+        head = re.sub(r"^teachers\.[^.]+\.", "", name)  # the heads of further teachers begin as those of the first
+        if head.startswith("head.mlp"):
             return Init("normal", math.sqrt(2 / (shape.width + shape.mlp_width)))
-        if own.startswith("head"):
+        if head.startswith("head"):
             return Init("normal", shape.width**-0.5)
         if layer and name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             return drawn(std / math.sqrt(2 * (int(layer[1]) + 1)))

@@ -15,7 +15,7 @@ from w2s.towers.norms import make_norm
 from w2s.towers.vision import VisionTower, image_head
 
 LayerLoss = Callable[[int, Tensor], Tensor]
-"""Takes the number of a layer and what its head predicts [n, k, width], returns a loss: a float32 scalar."""
+"""Takes the index of a layer and what its head predicts [n, k, width], returns a loss: a float32 scalar."""
 
 
 class Outputs(NamedTuple):
@@ -82,10 +82,10 @@ class MaskedStudent(VisionTower):
             targets: what is predicted of each teacher.
             parallel: how the tower is split.
             dtype: type of the weights.
-            chunk: number of the chunk on this pipeline stage.
+            chunk: index of the chunk on this pipeline stage.
             linears: what multiplies in the layers.
             drop_masked: leave masked patches out.
-            layer_widths: channels to predict after some layers, by the layer's number over all pipeline stages.
+            layer_widths: channels to predict after some layers, by the layer's index over all pipeline stages.
             embed_dim: width of the CLIP's shared space.
         """
         super().__init__(shape, sum(target.width for target in targets), parallel, dtype, chunk, linears)
@@ -98,8 +98,10 @@ class MaskedStudent(VisionTower):
         self.teachers = nn.ModuleDict({target.name: nn.Module() for target in others if self.last})
         for heads, target in zip(self.teachers.values(), others, strict=False):
             _add_heads(heads, shape, target, embed_dim, dtype)
-        own = {number: width for number, width in (layer_widths or {}).items() if number in self.layer_numbers}
-        self.layer_heads = nn.ModuleDict({str(number): LayerHead(shape, width, dtype) for number, width in own.items()})
+        local_widths = {layer: width for layer, width in (layer_widths or {}).items() if layer in self.layer_numbers}
+        self.layer_heads = nn.ModuleDict(
+            {str(layer): LayerHead(shape, width, dtype) for layer, width in local_widths.items()}
+        )
 
     def forward(
         self,
@@ -127,10 +129,10 @@ class MaskedStudent(VisionTower):
             patches = self.of_patches(tokens)
             return patches if self.drop_masked else gather_patches(patches, patch_indices)
 
-        def tap(number: str, head: nn.Module, layer_losses: LayerLoss) -> Tap:
-            return lambda tokens: layer_losses(int(number), head(predicted_tokens(tokens)))
+        def tap(layer: str, head: nn.Module, layer_losses: LayerLoss) -> Tap:
+            return lambda tokens: layer_losses(int(layer), head(predicted_tokens(tokens)))
 
-        taps = {int(number): tap(number, head, layer_loss) for number, head in self.layer_heads.items() if layer_loss}
+        taps = {int(layer): tap(layer, head, layer_loss) for layer, head in self.layer_heads.items() if layer_loss}
         visible: dict[str, Tensor] = {"kept": patch_indices} if self.drop_masked else {"masks": masks}
         tokens = self.encode(images, **visible, taps=taps, branch_scales=branch_scales)
         if not self.last:
@@ -149,7 +151,7 @@ class MaskedStudent(VisionTower):
 
         Args:
             images: [n, 3, side, side], normalised.
-            teacher: the teacher's number.
+            teacher: the teacher's index.
         """
         tokens = self.encode(images)
         return self.embedding(tokens, self._heads[teacher].head) if self.last else tokens

@@ -109,7 +109,7 @@ class VisionTower(Tower):
             images: [n, 3, side, side], normalised.
             masks: bool [n, patches], True where the mask token takes a patch's place; None masks nothing.
             kept: int64 [n, k], the patches that patch dropout keeps; None keeps all.
-            taps: losses of the tokens [n, tokens, width] after layers of this chunk, by the layer's number.
+            taps: losses of the tokens [n, tokens, width] after layers of this chunk, by the layer's index.
             branch_scales: [n, layers, 2], what drop path multiplies the layers' branches with; None leaves none out.
 
         Returns:

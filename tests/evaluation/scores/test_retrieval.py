@@ -17,11 +17,11 @@ def by_sorting(queries, gallery, right, k):
 def test_split_captions():
     captions = split_captions(["a dog\na cat", "a cat", " a hen \n\n"])
     assert captions.texts == ["a dog", "a cat", "a cat", "a hen"]
-    assert captions.text_numbers.tolist() == [[0], [1], [1], [2]]
-    assert captions.image_numbers.tolist() == [[0, 1], [1, -1], [2, -1]]
+    assert captions.text_ids.tolist() == [[0], [1], [1], [2]]
+    assert captions.image_ids.tolist() == [[0, 1], [1, -1], [2, -1]]
     strict = split_captions(["a dog\na cat", "a cat", " a hen \n\n"], equal_is_right=False)
-    assert strict.text_numbers.tolist() == [[0], [1], [2], [3]]
-    assert strict.image_numbers.tolist() == [[0, 1], [2, -1], [3, -1]]
+    assert strict.text_ids.tolist() == [[0], [1], [2], [3]]
+    assert strict.image_ids.tolist() == [[0, 1], [2, -1], [3, -1]]
 
 
 @pytest.mark.parametrize("block", [7, 1000])

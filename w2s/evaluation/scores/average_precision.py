@@ -29,8 +29,8 @@ def mean_average_precision(
     present = labels.any(0).nonzero()[:, 0]
 
     def score(indices: Tensor) -> Tensor:
-        (number,) = present[indices].tolist()
-        return _average_precision(images @ classes[number], labels[:, number])[None, None]
+        (label,) = present[indices].tolist()
+        return _average_precision(images @ classes[label], labels[:, label])[None, None]
 
     # A class at a time: the scores of all of them would be as large as the set.
     precisions = score_all(score, present, 1, group)

@@ -66,15 +66,15 @@ def _ranks(features: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Te
 
 
 def _nearest(units: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines and numbers of the k nearest of the gallery, [n, at most k] each; of equal ones the earlier first."""
-    cosines, numbers = (
+    """Cosines and indices of the k nearest of the gallery, [n, at most k] each; of equal ones the earlier first."""
+    cosines, indices = (
         units.new_empty(len(units), 0),
         torch.empty(len(units), 0, dtype=torch.int64, device=units.device),
     )
     for first in range(0, len(gallery), GALLERY_BLOCK):
         block = gallery[first : first + GALLERY_BLOCK]
-        block_numbers = torch.arange(first, first + len(block), device=units.device).expand(len(units), -1)
+        block_indices = torch.arange(first, first + len(block), device=units.device).expand(len(units), -1)
         # Those found before stand first, and the sort leaves equal ones in their order.
         cosines, order = torch.cat([cosines, units @ block.T], 1).sort(dim=1, descending=True, stable=True)
-        cosines, numbers = cosines[:, :k], torch.cat([numbers, block_numbers], 1).gather(1, order[:, :k])
-    return cosines, numbers
+        cosines, indices = cosines[:, :k], torch.cat([indices, block_indices], 1).gather(1, order[:, :k])
+    return cosines, indices

@@ -75,7 +75,7 @@ class LinearProbe:
 
 
 def train_probe(
-    features: Tensor, labels: Tensor, *, rank: int = 0, size: int = 1, gather: Gather = lambda own: [own]
+    features: Tensor, labels: Tensor, *, rank: int = 0, size: int = 1, gather: Gather = lambda local: [local]
 ) -> LinearProbe:
     """Train on L2-normalised features; every rank calls, and each tries some of the regularisations.
 

@@ -19,13 +19,13 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Captions:
-    """The captions of a test set, and which are right answers to which image: those that have a number in common."""
+    """The captions of a test set, and which are right answers to which image: those that have an id in common."""
 
     texts: list[str]
     """The m captions, in order."""
-    text_numbers: Tensor
+    text_ids: Tensor
     """int64 [m, 1]."""
-    image_numbers: Tensor
+    image_ids: Tensor
     """int64 [n, most captions of an image], filled up with -1."""
 
 
@@ -46,16 +46,16 @@ def split_captions(captions: list[str], *, equal_is_right: bool = True) -> Capti
 
     Args:
         captions: a text an image, its captions on lines of their own.
-        equal_is_right: give equal captions one number, so that an image that has a caption is a right answer to every
+        equal_is_right: give equal captions one id, so that an image that has a caption is a right answer to every
             equal one; otherwise a caption is a right answer to its own image alone, as CLIP_benchmark counts.
     """
     lines = [[line.strip() for line in text.splitlines() if line.strip()] or [""] for text in captions]
     texts = [line for image in lines for line in image]
-    by_text = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    numbers = [by_text[text] for text in texts] if equal_is_right else list(range(len(texts)))
-    most, of_caption = max(len(image) for image in lines), iter(numbers)
+    by_text = {text: text_id for text_id, text in enumerate(dict.fromkeys(texts))}
+    ids = [by_text[text] for text in texts] if equal_is_right else list(range(len(texts)))
+    most, of_caption = max(len(image) for image in lines), iter(ids)
     owners = [[next(of_caption) for _ in image] + [-1] * (most - len(image)) for image in lines]
-    return Captions(texts, torch.tensor(numbers)[:, None], torch.tensor(owners))
+    return Captions(texts, torch.tensor(ids)[:, None], torch.tensor(owners))
 
 
 def retrieval(
@@ -94,39 +94,39 @@ def first_found(
 def _ways(
     image_features: Tensor, text_features: Tensor, captions: Captions
 ) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Queries, gallery and their numbers, from images to texts and back."""
+    """Queries, gallery and their ids, from images to texts and back."""
     images, texts = F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
-    of_images, of_texts = captions.image_numbers.to(images.device), captions.text_numbers.to(images.device)
+    of_images, of_texts = captions.image_ids.to(images.device), captions.text_ids.to(images.device)
     return {
         "image_to_text": (images, texts, of_images, of_texts),
         "text_to_image": (texts, images, of_texts, of_images),
     }
 
 
-def _first(queries: Tensor, gallery: Tensor, query_numbers: Tensor, gallery_numbers: Tensor, count: int) -> list[Found]:
+def _first(queries: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor, count: int) -> list[Found]:
     chosen = torch.linspace(0, len(queries) - 1, count, device=queries.device).long().unique()
     hits = (queries[chosen] @ gallery.T).sort(dim=1, descending=True, stable=True).indices[:, :SHOWN]
-    right = _share(query_numbers[chosen], gallery_numbers).gather(1, hits)
+    right = _share(query_ids[chosen], gallery_ids).gather(1, hits)
     return [Found(*each) for each in zip(chosen.tolist(), hits.tolist(), right.tolist(), strict=True)]
 
 
 def _ranks(
     queries: Tensor,
     gallery: Tensor,
-    query_numbers: Tensor,
-    gallery_numbers: Tensor,
+    query_ids: Tensor,
+    gallery_ids: Tensor,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
     """For every query the number of wrong gallery items before its best right one, [n, 1]."""
 
     def score(indices: Tensor) -> Tensor:
-        return rank_of_right(queries[indices] @ gallery.T, _share(query_numbers[indices], gallery_numbers))[:, None]
+        return rank_of_right(queries[indices] @ gallery.T, _share(query_ids[indices], gallery_ids))[:, None]
 
     return score_all(score, queries, BLOCK, group)
 
 
 def _share(first: Tensor, second: Tensor) -> Tensor:
-    """Bool [n, m]: row i of `first` [n, a] and row j of `second` [m, b] have a number in common."""
+    """Bool [n, m]: row i of `first` [n, a] and row j of `second` [m, b] have an id in common."""
     shared = torch.zeros(len(first), len(second), dtype=torch.bool, device=first.device)
     for left in first.T:
         for right in second.T:

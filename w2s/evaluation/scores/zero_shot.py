@@ -128,12 +128,12 @@ def _class_results(
     ranks: Tensor, predictions: Tensor, margins: Tensor, labels: Tensor, names: list[str]
 ) -> list[ClassResult]:
     results = []
-    for number in labels.unique().tolist():
-        images = (labels == number).nonzero()[:, 0]
+    for label in labels.unique().tolist():
+        images = (labels == label).nonzero()[:, 0]
         wrong = predictions[images][ranks[images] > 0]
         results.append(
             ClassResult(
-                name=names[number],
+                name=names[label],
                 images=images.tolist(),
                 top1=_mean(ranks[images] < 1),
                 margin=margins[images].mean().item(),

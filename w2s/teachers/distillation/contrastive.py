@@ -23,7 +23,7 @@ SCORES = ("retrieval/mean_recall_at_10", "zero_shot/top1")
 
 
 class ContrastiveDistillation:
-    """A teacher that the contrastive stage hears in its first steps.
+    """A CLIP that the contrastive stage is distilled from in its first steps, or all.
 
     Args:
         config: the contrastive stage.
@@ -53,18 +53,18 @@ class ContrastiveDistillation:
 
     @property
     def on(self) -> bool:
-        """Whether the teacher is heard in this step."""
+        """Whether the loss has the distillation term in this step."""
         return not self.passed and self.step < self.last
 
     @property
     def weight(self) -> float:
-        """Factor on the loss in this step, where the teacher is heard."""
+        """Factor on the distillation loss in this step."""
         linear = falling_weight(self.step, self.last, 1.0)
         left = {"none": 1.0, "linear": linear, "cosine": (1 - math.cos(math.pi * linear)) / 2}
         return self.settings.weight * left[self.settings.decay]
 
     def run_teacher(self, batch: Batch, micro_batch: int) -> Batch:
-        """Exchange images at the teacher's size for its embeddings of images and captions, while it is heard.
+        """Exchange images at the teacher's size for its embeddings of images and captions, while it is `on`.
 
         Args:
             batch: this rank's samples of a step, on the host.
@@ -74,7 +74,7 @@ class ContrastiveDistillation:
         batch = batch.to(self.ranks.device)
         if not self.on:
             return dataclasses.replace(batch, teacher_images=())
-        parts = [self.teacher(_seen(part), part.tokens) for part in batch.split(micro_batch)]
+        parts = [self.teacher(_teacher_view(part), part.tokens) for part in batch.split(micro_batch)]
         images, texts = (None if side[0] is None else torch.cat(side) for side in zip(*parts, strict=True))
         return dataclasses.replace(batch, teacher_images=(), teacher_summaries=images, teacher_text_summaries=texts)
 
@@ -140,7 +140,7 @@ class ContrastiveDistillation:
         self.passed = "teacher_passed" in state and bool(state["teacher_passed"])
 
 
-def _seen(batch: Batch) -> Tensor | None:
+def _teacher_view(batch: Batch) -> Tensor | None:
     """The teacher's view of the images, if it has one."""
     return batch.teacher_images[0] if batch.teacher_images else None
 

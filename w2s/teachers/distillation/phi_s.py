@@ -123,15 +123,15 @@ def _bordered(q: int, sign: float) -> Tensor:
     character = -torch.ones(q, dtype=torch.float64)
     character[squares] = 1.0
     character[0] = 0.0
-    number = torch.arange(q)
+    element = torch.arange(q)
     matrix = torch.zeros(q + 1, q + 1, dtype=torch.float64)
-    matrix[1:, 1:] = character[(number[:, None] - number) % q]
+    matrix[1:, 1:] = character[(element[:, None] - element) % q]
     matrix[0, 1:], matrix[1:, 0] = 1.0, sign
     return matrix
 
 
-def _is_prime(number: int) -> bool:
-    return number > 1 and all(number % factor for factor in range(2, int(number**0.5) + 1))
+def _is_prime(value: int) -> bool:
+    return value > 1 and all(value % factor for factor in range(2, int(value**0.5) + 1))
 
 
 def _sum(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -76,16 +76,16 @@ def load_in_order(model: nn.Module, state: dict[str, Tensor], package: str) -> N
     Raises:
         CheckpointError: the number of tensors, a shape or a kind differs.
     """
-    own = model.state_dict()
-    if len(own) != len(state):
-        raise CheckpointError(f"the weights in {package} are {len(state)} tensors, not {len(own)}: reinstall it")
-    for (name, value), (other, tensor) in zip(own.items(), state.items(), strict=True):
+    expected = model.state_dict()
+    if len(expected) != len(state):
+        raise CheckpointError(f"the weights in {package} are {len(state)} tensors, not {len(expected)}: reinstall it")
+    for (name, value), (other, tensor) in zip(expected.items(), state.items(), strict=True):
         if value.shape != tensor.shape or name.rpartition(".")[2] != other.rpartition(".")[2]:
             raise CheckpointError(
                 f"the weights in {package} have {other} {list(tensor.shape)} in the place of "
                 f"{name} {list(value.shape)}: reinstall it"
             )
-    model.load_state_dict(dict(zip(own, state.values(), strict=True)))
+    model.load_state_dict(dict(zip(expected, state.values(), strict=True)))
 
 
 def _package(source: str) -> str:

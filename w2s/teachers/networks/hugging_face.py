@@ -149,11 +149,11 @@ def _wrap(parts: Parts, kind: str, folder: Path, image_size: int, source: str) -
     config: Any = parts.tower.config
     config.tie_last_hidden_states = False  # of the last layer, too, tokens are asked for without a norm
     patch = _side(getattr(config, "patch_stride", None) or getattr(config, "patch_size", 0))
-    own = _own_size(config, folder, patch) if trunk is None else trunk.pretrained_cfg["input_size"][-1]
-    size = image_size or own
+    usual_size = _own_size(config, folder, patch) if trunk is None else trunk.pretrained_cfg["input_size"][-1]
+    size = image_size or usual_size
     if patch:
         check_image_size(size, patch)
-    resizes = "interpolate_pos_encoding" in inspect.signature(parts.tower.forward).parameters and size != own
+    resizes = "interpolate_pos_encoding" in inspect.signature(parts.tower.forward).parameters and size != usual_size
     options = {"interpolate_pos_encoding": True} if resizes else {}
     taking_images = parts._replace(tower=called_with_images(parts.tower))
     try:
@@ -162,8 +162,10 @@ def _wrap(parts: Parts, kind: str, folder: Path, image_size: int, source: str) -
         )
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        if image_size not in (0, own):
-            raise ConfigError(f"teacher.image_size={size} does not suit {source}: {reason}; use {own}") from error
+        if image_size not in (0, usual_size):
+            raise ConfigError(
+                f"teacher.image_size={size} does not suit {source}: {reason}; use {usual_size}"
+            ) from error
         raise ConfigError(
             f"{source} is of the type {kind}, which gives no features of an image: {reason}; {ROUTE}"
         ) from error

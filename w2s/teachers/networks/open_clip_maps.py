@@ -94,6 +94,6 @@ class OpenClipResNet(PatchNetwork):
 
 def _resize_pool(visual: ModifiedResNet, grid: int) -> None:
     """Resample the attention pool's positions, that of the mean first, for a map of `grid` x `grid` places."""
-    own = visual.attnpool.positional_embedding.detach()
-    positions = resample(own[None, 1:], visual.image_size // RESNET_STRIDE, grid)[0]
-    visual.attnpool.positional_embedding = nn.Parameter(torch.cat([own[:1], positions]))
+    embedding = visual.attnpool.positional_embedding.detach()
+    positions = resample(embedding[None, 1:], visual.image_size // RESNET_STRIDE, grid)[0]
+    visual.attnpool.positional_embedding = nn.Parameter(torch.cat([embedding[:1], positions]))
