@@ -49,8 +49,8 @@ def test_ranks_share_the_work_and_all_get_the_same(ranks):
     results = run_ranks(encode_on_ranks, ranks, sizes)
     assert [calls for _, calls in results] == [{2: 5, 3: 4}[ranks]] * ranks
     for features, _ in results:
-        for size, own in zip(sizes, features, strict=True):
-            assert torch.equal(own, encode_all(encode, TensorItems(torch.arange(size)), 4))
+        for size, encoded in zip(sizes, features, strict=True):
+            assert torch.equal(encoded, encode_all(encode, TensorItems(torch.arange(size)), 4))
 
 
 def test_a_failing_rank_ends_the_run_with_its_traceback():

@@ -47,14 +47,14 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures of 48 pixels with a class, with several, and with five captions that no other picture has."""
     pictures, root = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("sets")
     captions, classes = ["image,caption"], ["image,class"]
-    for number, shard in enumerate(draw_shapes(ROUNDS, seed=7)):
+    for index, shard in enumerate(draw_shapes(ROUNDS, seed=7)):
         for label, image in shard:
             colour, shape = NAMES[label].split()[1:]
-            place = f"{NAMES[label]}/{number}.png"
+            place = f"{NAMES[label]}/{index}.png"
             (pictures / place).parent.mkdir(exist_ok=True)
             (pictures / place).write_bytes(image)
-            words = (f"a {colour} {shape}", f"{shape}, {colour}", f"the {colour} one", f"{number}: {shape}", colour)
-            captions += [] if number >= CAPTIONED else [f'{place},"{text} {label} of {number}"' for text in words]
+            words = (f"a {colour} {shape}", f"{shape}, {colour}", f"the {colour} one", f"{index}: {shape}", colour)
+            captions += [] if index >= CAPTIONED else [f'{place},"{text} {label} of {index}"' for text in words]
             classes += [f"{place},{colour}", f"{place},{shape}"]
     (pictures / "captions.csv").write_text("\n".join(captions))
     (pictures / "classes.csv").write_text("\n".join(classes))

@@ -50,7 +50,7 @@ def test_order_labels_and_names(tmp_path):
     assert data.captions == ["fire", "rose", "sea"]
     assert data.labels.tolist() == [0, 0, 1]
     assert data.class_names == ["red things", "blue things"]
-    assert data.shards == [str(tmp_path / f"test/00000{number}.tar") for number in range(2)]
+    assert data.shards == [str(tmp_path / f"test/00000{index}.tar") for index in range(2)]
     assert data.locations[:, 0].tolist() == [0, 0, 1] and len(data) == 3
     with tarfile.open(data.shards[0]) as tar:
         assert data.locations[:2, 1].tolist() == [0, tar.getmember("b.png").offset]
@@ -69,14 +69,14 @@ def test_several_classes_an_image(tmp_path):
 
 
 def test_ranks_read_shards_of_their_own_and_know_all(tmp_path, monkeypatch):
-    for number in range(3):
-        write_shard(tmp_path / f"{number}.tar", [(f"{number}", {"png": png(), "txt": f"caption {number}"})])
+    for index in range(3):
+        write_shard(tmp_path / f"{index}.tar", [(f"{index}", {"png": png(), "txt": f"caption {index}"})])
     parts = []
     for rank in range(2):  # what each rank has read, without the others'
         with pytest.raises(KeyError):
-            load(tmp_path, rank=rank, size=2, gather=lambda own: parts.append(own) or [own])
+            load(tmp_path, rank=rank, size=2, gather=lambda local: parts.append(local) or [local])
     assert [len(part) for part in parts] == [2, 1]
-    assert load(tmp_path, rank=1, size=2, gather=lambda own: parts).captions == load(tmp_path).captions
+    assert load(tmp_path, rank=1, size=2, gather=lambda local: parts).captions == load(tmp_path).captions
 
 
 def test_names_beside_the_shards_come_first(tmp_path):

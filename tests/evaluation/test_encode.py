@@ -42,8 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({**student, **masked_stage()}, folder / "mim.pt")
     import_checkpoint(folder / "mim.pt", model, folder / "mim")
     (folder / "images").mkdir()
-    for number, picture in enumerate(pictures()):
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / "images" / f"{number}.png")
+    for index, picture in enumerate(pictures()):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / "images" / f"{index}.png")
     (folder / "texts.txt").write_text("\n".join(TEXTS) + "\n")
     write_shapes(folder / "shards", shards=1, seed=0)
     return folder
@@ -83,7 +83,7 @@ def test_features_of_images_and_texts(folder: Path, monkeypatch: pytest.MonkeyPa
     with safe_open(out, "pt") as file:
         about = file.metadata()
     assert json.loads(about["texts"]) == TEXTS
-    assert json.loads(about["image_names"]) == [str(folder / "images" / f"{number}.png") for number in range(7)]
+    assert json.loads(about["image_names"]) == [str(folder / "images" / f"{index}.png") for index in range(7)]
 
 
 def test_a_masked_run_gives_the_mean_of_its_patch_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,8 +104,8 @@ def test_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_clip_is_the_mean_of_its_frames(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = [(folder / "images" / f"{number}.png").read_bytes() for number in range(7)]
-    clip, image = {f"{number:03d}.png": data for number, data in enumerate(images)}, {"png": images[0]}
+    images = [(folder / "images" / f"{index}.png").read_bytes() for index in range(7)]
+    clip, image = {f"{index:03d}.png": data for index, data in enumerate(images)}, {"png": images[0]}
     write_shard(folder / "clips.tar", [("clip", clip), ("image", image)])
     out = folder / "clips.safetensors"
     asked = ["--images", str(folder / "clips.tar"), "--out", str(out), "data.frames=2"]

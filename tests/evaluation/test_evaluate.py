@@ -24,10 +24,10 @@ COLOURS = {"red": 0, "green": 1, "blue": 2}
 
 def eval_set(words, class_names=tuple(COLOURS), captions=None, labels="from words"):
     """A set with a sample for each word."""
-    numbers = torch.tensor([list(class_names).index(word) for word in words]) if labels else None
+    class_indices = torch.tensor([list(class_names).index(word) for word in words]) if labels else None
     places = np.zeros((len(words), 2), dtype=np.int64)
     texts = list(words) if captions is None else captions
-    return EvalSet(["0.tar"], places, texts, numbers, list(class_names), list(words))
+    return EvalSet(["0.tar"], places, texts, class_indices, list(class_names), list(words))
 
 
 def features(words):
@@ -40,7 +40,7 @@ def encode_text(tokens):
 
 
 def tokenize(texts):
-    return torch.tensor([[next(number for colour, number in COLOURS.items() if colour in text)] for text in texts])
+    return torch.tensor([[next(index for colour, index in COLOURS.items() if colour in text)] for text in texts])
 
 
 def clip(data, encode_text=encode_text, **config):

@@ -39,12 +39,12 @@ def peak_mib(command: Sequence[str]) -> float:
 def test_memory_is_flat_over_50000_images(tmp_path: Path, workers: int) -> None:
     """At 224 pixels; a byte kept of each would be 7 GB."""
     photo = encode(smooth_photo(256, 320), "JPEG", quality=90)
-    files = [{"jpg": photo, "cls": b"%d" % number} for number in range(10)]
+    files = [{"jpg": photo, "cls": b"%d" % index} for index in range(10)]
     for count in (FEW, MANY):
         (tmp_path / f"{count}").mkdir()
-        (tmp_path / f"{count}" / "classnames.txt").write_text("".join(f"class {number}\n" for number in range(10)))
+        (tmp_path / f"{count}" / "classnames.txt").write_text("".join(f"class {index}\n" for index in range(10)))
         for shard in range(0, count, 2_000):
-            samples = ((f"{number:05d}", files[number % 10]) for number in range(shard, shard + 2_000))
+            samples = ((f"{index:05d}", files[index % 10]) for index in range(shard, shard + 2_000))
             write_shard(tmp_path / f"{count}" / f"{shard:05d}.tar", samples)
     train = write_shapes(tmp_path / "train", shards=1, seed=0)
     options = ["hardware=cpu", "data.builtin=none", f"run.root={tmp_path / 'runs'}", "tracking.enabled=false"]

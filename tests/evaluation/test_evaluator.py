@@ -44,8 +44,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def random_tower(config: Config) -> ShardedTower[VisionTower]:
-    def chunk(number: int) -> VisionTower:
-        tower = VisionTower(config.model.vision, 1, ParallelConfig(), torch.float32, number)
+    def chunk(index: int) -> VisionTower:
+        tower = VisionTower(config.model.vision, 1, ParallelConfig(), torch.float32, index)
         init_parameters(tower, vision_rule(config.model.vision, config.init.post_norm), config.run.seed)
         return tower
 

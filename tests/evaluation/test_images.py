@@ -40,7 +40,7 @@ def seventy(tmp_path_factory):
     """70 images in three shards, each of another grey; more than two pieces."""
     folder = tmp_path_factory.mktemp("seventy")
     for shard, (first, last) in enumerate(pairwise([0, 40, 41, 70])):
-        greys = [(f"{number:03d}", {"png": png((number,) * 3), "txt": "x"}) for number in range(first, last)]
+        greys = [(f"{index:03d}", {"png": png((index,) * 3), "txt": "x"}) for index in range(first, last)]
         write_shard(folder / f"{shard}.tar", greys)
     return folder
 
@@ -149,5 +149,5 @@ def test_a_killed_reading_process_is_started_again(seventy, monkeypatch):
     batches = images_of(seventy, workers=1).batches([range(n, n + 1) for n in range(70)])
     assert greys(next(batches)) == [0]
     os.kill(reader_pids(started[0])[0], signal.SIGKILL)
-    assert [greys(batch) for batch in batches] == [[number] for number in range(1, 70)]
+    assert [greys(batch) for batch in batches] == [[index] for index in range(1, 70)]
     assert len(started) <= 2  # the last images may have been on their way already

@@ -29,8 +29,8 @@ def definition(images: Tensor, texts: Tensor, scale: Tensor, *of_teacher: Tensor
     logits, right = scale * images @ texts.T, their_scale * theirs @ others.T
     ways = (logits, right), (logits.T, right.T)
     return sum(
-        F.kl_div(own.log_softmax(1), their.log_softmax(1), reduction="batchmean", log_target=True)
-        for own, their in ways
+        F.kl_div(our.log_softmax(1), their.log_softmax(1), reduction="batchmean", log_target=True)
+        for our, their in ways
     ) / 2  # fmt: skip
 
 
@@ -70,10 +70,10 @@ def test_nothing_is_left_to_learn_where_student_and_teacher_agree() -> None:
 def share_of_rank(count: int) -> list[Tensor]:
     """What this rank gets for its part of the global batch; the last tile is uneven."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    own = slice(rank * count // size, (rank + 1) * count // size)
+    local = slice(rank * count // size, (rank + 1) * count // size)
     (images, texts, scale), (theirs, others, their_scale) = features(count), teacher(count)
-    of_teacher = theirs[own], others[own], their_scale
-    return ours([images[own], texts[own], scale], of_teacher, group=dist.group.WORLD, tile=3)
+    of_teacher = theirs[local], others[local], their_scale
+    return ours([images[local], texts[local], scale], of_teacher, group=dist.group.WORLD, tile=3)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -49,9 +49,9 @@ def cases() -> dict[str, Case]:
 def share(name: str, rank: int, size: int, group: ProcessGroup, labels: Tensor | None = None) -> Results:
     """What this rank gets for its part of the global batch; the last tile is uneven."""
     loss, _, (images, texts, *scalars) = cases()[name]
-    own = slice(rank * COUNT // size, (rank + 1) * COUNT // size)
-    inputs = [images[own], texts[own], *scalars]
-    return with_known_gradients(loss, inputs, group=group, labels=None if labels is None else labels[own], tile=3)
+    local = slice(rank * COUNT // size, (rank + 1) * COUNT // size)
+    inputs = [images[local], texts[local], *scalars]
+    return with_known_gradients(loss, inputs, group=group, labels=None if labels is None else labels[local], tile=3)
 
 
 def mean(parts: Sequence[Results]) -> Results:

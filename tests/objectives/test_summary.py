@@ -14,8 +14,8 @@ def test_the_loss_is_its_definition() -> None:
     theirs = ours.detach().double().requires_grad_()
     loss = summary_loss(ours, targets)
     cosines = [
-        (own @ target) / ((own @ own).sqrt() * (target @ target).sqrt())
-        for own, target in zip(theirs, targets.double(), strict=True)
+        (prediction @ target) / ((prediction @ prediction).sqrt() * (target @ target).sqrt())
+        for prediction, target in zip(theirs, targets.double(), strict=True)
     ]
     by_hand = -sum(cosines) / 6
     loss.backward()

@@ -89,8 +89,8 @@ def names_of(tower: Tower) -> list[str]:
 
 
 def fill_from(tower: Tower, released: dict[str, Tensor], names: dict[str, str]) -> None:
-    own = [name for name in names_of(tower) if name != "logit_scale"]
-    tensors = from_eva(released, own, names, tower.config.num_attention_heads)
+    local_names = [name for name in names_of(tower) if name != "logit_scale"]
+    tensors = from_eva(released, local_names, names, tower.config.num_attention_heads)
     load_tensors(tower, {**tensors, "logit_scale": released.get("logit_scale", torch.empty(0))})
 
 
@@ -99,8 +99,8 @@ def sharded(
 ) -> Any:
     """A tower with the released weights, split and ready for a backward pass."""
 
-    def chunk(number: int) -> Any:
-        tower = build(number)
+    def chunk(index: int) -> Any:
+        tower = build(index)
         fill_from(tower, released, names)
         return tower
 
@@ -188,7 +188,7 @@ def masked_numbers(path: Path, parallel: ParallelConfig) -> tuple[dict[str, Tens
     return out, {"": send_back(student, inputs, 1 + shape.patches, predictions.grad)}
 
 
-def numbers(paths: list[Path], parallel: ParallelConfig) -> dict[str, Any]:
+def outputs_of_rank(paths: list[Path], parallel: ParallelConfig) -> dict[str, Any]:
     """What a rank of a layout has to say about every file."""
     with process_groups.initialize_groups(parallel, torch.device("cpu")):
         return {
@@ -210,7 +210,7 @@ LAYOUTS = {
 def everyone(layout: str) -> list[dict[str, Any]]:
     """The numbers of all ranks of a layout."""
     parallel = LAYOUTS[layout]
-    return run_ranks(numbers, parallel.tensor * parallel.pipeline, FILES, parallel)
+    return run_ranks(outputs_of_rank, parallel.tensor * parallel.pipeline, FILES, parallel)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -66,9 +66,9 @@ class Reference:
     norm_noise: float
     """Relative."""
 
-    def of_step(self, step: int, own: slice) -> dict[str, Tensor]:
+    def of_step(self, step: int, local: slice) -> dict[str, Tensor]:
         """Some of the samples of a step."""
-        return {name: values[step % len(values)][own] for name, values in self.batches.items()}
+        return {name: values[step % len(values)][local] for name, values in self.batches.items()}
 
     @classmethod
     def read(cls, path: Path) -> "Reference":
@@ -200,10 +200,10 @@ def _follow_clip(reference: Reference, config: Config, ranks: Ranks) -> dict[str
         stage.begin()
     stage.optimizer.copy_model_to_master()
 
-    def batch(step: int, own: slice) -> Batch:
-        given = reference.of_step(step, own)
+    def batch(step: int, local: slice) -> Batch:
+        given = reference.of_step(step, local)
         kept = given["kept"].sort(dim=1).values if "kept" in given else None
-        count, pairs = len(given["images"]), torch.arange(config.train.global_batch)[own]
+        count, pairs = len(given["images"]), torch.arange(config.train.global_batch)[local]
         return Batch(
             images=given["images"],
             tokens=given["tokens"],
@@ -226,16 +226,16 @@ def _follow_mim(reference: Reference, config: Config, ranks: Ranks) -> dict[str,
         )
         stage = MaskedStage(config, ranks)
     for part in stage.student.chunks:
-        own = [global_name(part, name) for name, _ in part.named_parameters()]
-        load_tensors(part, from_eva(reference.start, own, VISION_NAMES, config.model.vision.heads))
+        names = [global_name(part, name) for name, _ in part.named_parameters()]
+        load_tensors(part, from_eva(reference.start, names, VISION_NAMES, config.model.vision.heads))
     stage.optimizer.copy_model_to_master()
 
-    def batch(step: int, own: slice) -> Batch:
-        given = reference.of_step(step, own)
+    def batch(step: int, local: slice) -> Batch:
+        given = reference.of_step(step, local)
         images, network.coming = given["images"], given["features"]
-        numbers = torch.arange(config.train.global_batch)[own]
+        indices = torch.arange(config.train.global_batch)[local]
         return Batch(
-            images=images, teacher_images=(images,), masks=given["masks"], keys=[""] * len(images), indices=numbers
+            images=images, teacher_images=(images,), masks=given["masks"], keys=[""] * len(images), indices=indices
         )
 
     return _train(stage, config, ranks, batch)
@@ -243,10 +243,10 @@ def _follow_mim(reference: Reference, config: Config, ranks: Ranks) -> dict[str,
 
 def _train(stage: Any, config: Config, ranks: Ranks, batch: Callable[[int, slice], Batch]) -> dict[str, Any]:
     share = config.train.global_batch // ranks.world_size
-    own, logs, rates = slice(ranks.data_reader_rank * share, (ranks.data_reader_rank + 1) * share), [], []
+    local, logs, rates = slice(ranks.data_reader_rank * share, (ranks.data_reader_rank + 1) * share), [], []
     for step in range(config.train.steps):
         factor = lr_factor(step, config.train.steps, config.optim)
-        logs.append(means(ranks, train_step(stage, batch(step, own), factor)))
+        logs.append(means(ranks, train_step(stage, batch(step, local), factor)))
         rates.append(_of_groups(stage, "lr"))
     pieces: Pieces = {
         f"{tower}.{global_name(part, name)}": (parameter.detach().clone(), axis_of(parameter))

@@ -99,16 +99,16 @@ def _gradients(stage: Any, ranks: Ranks) -> Pieces:
     for tower in stage.towers.values():
         for buffer in (buffer for chunk in tower.wrapped for buffer in chunk.buffers):
             for bucket in buffer.buckets:
-                own = bucket.grad_data.chunk(ranks.data_size)[ranks.data_rank].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, own, group=ranks.data_group)
+                local = bucket.grad_data.chunk(ranks.data_size)[ranks.data_rank].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, local, group=ranks.data_group)
     return _pieces(stage, lambda parameter: parameter.main_grad.clone())
 
 
 def _joined(parameter: Tensor, share: Share, ranks: Ranks) -> Tensor:
-    own = torch.zeros(parameter.shape).flatten()
-    own[share.begin :][: share.gradient.numel()] = share.gradient
-    dist.all_reduce(own, group=ranks.data_group)
-    return own.view(parameter.shape)
+    whole = torch.zeros(parameter.shape).flatten()
+    whole[share.begin :][: share.gradient.numel()] = share.gradient
+    dist.all_reduce(whole, group=ranks.data_group)
+    return whole.view(parameter.shape)
 
 
 def _pieces(stage: Any, take: Any) -> Pieces:

@@ -67,7 +67,7 @@ def start_command(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def interrupt(command: subprocess.Popen[str], number: signal.Signals, run: Path, step: int) -> tuple[int, str]:
+def interrupt(command: subprocess.Popen[str], signum: signal.Signals, run: Path, step: int) -> tuple[int, str]:
     """Send a signal once the command has logged `step`; return its exit code and what it wrote to stderr."""
     end = time.monotonic() + DEADLINE
     while not any(record["step"] >= step for record in records(run)):
@@ -75,7 +75,7 @@ def interrupt(command: subprocess.Popen[str], number: signal.Signals, run: Path,
             command.kill()
             raise AssertionError(f"the command did not come to step {step}: {command.communicate()[1]}")
         time.sleep(0.01)
-    command.send_signal(number)
+    command.send_signal(signum)
     error = command.communicate(timeout=DEADLINE)[1]
     return command.returncode, error
 
@@ -93,9 +93,9 @@ def after_each_update(optimizer: Optimizer | type[Optimizer], call: Callable[[],
 
 
 @contextmanager
-def killed_at_each_update(number: signal.Signals = signal.SIGTERM) -> Iterator[None]:
+def killed_at_each_update(signum: signal.Signals = signal.SIGTERM) -> Iterator[None]:
     """Inside, this process sends itself a signal after every update."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Optimizer, "step", Optimizer.step)  # what comes back at the end
-        after_each_update(Optimizer, lambda: os.kill(os.getpid(), number))
+        after_each_update(Optimizer, lambda: os.kill(os.getpid(), signum))
         yield

@@ -18,11 +18,11 @@ def write_shapes(folder: Path, shards: int, seed: int) -> Path:
     """Write shards that hold every name once: images in `png`, names in `txt`, class numbers in `cls`."""
     folder.mkdir(parents=True)
     (folder / "classnames.txt").write_text("\n".join(NAMES) + "\n")
-    for number, shard in enumerate(draw_shapes(shards, seed)):
-        with TarWriter(str(folder / f"{number:06d}.tar"), encoder=False, mtime=0) as writer:
+    for index, shard in enumerate(draw_shapes(shards, seed)):
+        with TarWriter(str(folder / f"{index:06d}.tar"), encoder=False, mtime=0) as writer:
             for place, (label, image) in enumerate(shard):
                 files = {"png": image, "txt": NAMES[label].encode(), "cls": str(label).encode()}
-                writer.write({"__key__": f"{number:03d}-{place:03d}", **files})
+                writer.write({"__key__": f"{index:03d}-{place:03d}", **files})
     return folder
 
 
@@ -31,13 +31,13 @@ def write_clips(folder: Path, shards: int, seed: int, frames: int) -> Path:
     folder.mkdir(parents=True)
     (folder / "classnames.txt").write_text("\n".join(NAMES) + "\n")
     parts = [list(draw_shapes(shards, seed + frame)) for frame in range(frames)]
-    for number in range(shards):
-        pictures = [dict(part[number]) for part in parts]
-        with TarWriter(str(folder / f"{number:06d}.tar"), encoder=False, mtime=0) as writer:
+    for index in range(shards):
+        pictures = [dict(part[index]) for part in parts]
+        with TarWriter(str(folder / f"{index:06d}.tar"), encoder=False, mtime=0) as writer:
             for label in pictures[0]:
                 files = {f"{frame:03d}.png": of_frame[label] for frame, of_frame in enumerate(pictures)}
                 names = {"txt": NAMES[label].encode(), "cls": str(label).encode()}
-                writer.write({"__key__": f"{number:03d}-{label:03d}", **files, **names})
+                writer.write({"__key__": f"{index:03d}-{label:03d}", **files, **names})
     return folder
 
 

@@ -114,8 +114,8 @@ VARIANTS = {"mim": ["init.vision=none"], "clip": ["init.vision=none", "optim.nam
 
 
 def layouts(stage: str, common: list[str], world_size: int, names: Sequence[str]) -> list[Config]:
-    own = [*common, *VARIANTS[stage], "model.vision.layers=4", "model.text.layers=4"]
-    return [load(stage, [*own, "train.micro_batch=16", *LAYOUTS[world_size][name]]) for name in names]
+    options = [*common, *VARIANTS[stage], "model.vision.layers=4", "model.text.layers=4"]
+    return [load(stage, [*options, "train.micro_batch=16", *LAYOUTS[world_size][name]]) for name in names]
 
 
 @pytest.mark.parametrize(("world_size", "layout", "steps"), QUICK)
@@ -185,15 +185,15 @@ def hand_on(config: Config, before: Path, after: Path) -> tuple[Pieces, Pieces]:
 )
 def test_it_is_resharded_to_the_bit(common: list[str], tmp_path: Path, background: bool, compute: str) -> None:
     chain: list[tuple[int, list[str]]] = [(2, []), (2, [FULLY]), (1, [])]
-    folders = [tmp_path / str(number) for number in range(1 + len(chain))]
+    folders = [tmp_path / str(index) for index in range(1 + len(chain))]
     for folder in folders:
         folder.mkdir()
-    own = [*common, "train.micro_batch=4", "init.vision=none", f"precision.compute={compute}"]
-    first = load("mim", [*own, TENSOR, PIPELINE])
+    options = [*common, "train.micro_batch=4", "init.vision=none", f"precision.compute={compute}"]
+    first = load("mim", [*options, TENSOR, PIPELINE])
     saved = join_pieces(run_ranks(begin, 4, first, folders[0], background))
-    for number, (world_size, layout) in enumerate(chain):
-        config = load("mim", [*own, *layout])
-        both = run_ranks(hand_on, world_size, config, folders[number], folders[number + 1])
+    for index, (world_size, layout) in enumerate(chain):
+        config = load("mim", [*options, *layout])
+        both = run_ranks(hand_on, world_size, config, folders[index], folders[index + 1])
         for everyone in zip(*both, strict=True):
             assert_equal(join_pieces(everyone), saved)
 

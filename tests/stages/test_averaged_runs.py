@@ -127,7 +127,7 @@ def test_it_is_exported(averaged: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_is_taken_over_and_teaches(
+def test_it_is_taken_over_and_is_a_teacher(
     w2s: Run, averaged: Path, options: list[str], base: list[str], tmp_path: Path
 ) -> None:
     """As the weights of its export do."""
@@ -180,8 +180,8 @@ def test_what_is_not_there_is_one_line(
 
 @pytest.mark.slow
 def test_a_masked_run_hands_on_the_average_of_its_teacher(averaged: Path, options: list[str]) -> None:
-    taught = [f"teacher.source=w2s:{averaged}", "teacher.weights=ema", "teacher.image_size=0", "train.steps=2"]
-    student = run_stage("mim", [*options, *taught, "run.name=student"])
+    teacher = [f"teacher.source=w2s:{averaged}", "teacher.weights=ema", "teacher.image_size=0", "train.steps=2"]
+    student = run_stage("mim", [*options, *teacher, "run.name=student"])
     heir = run_stage(
         "clip", [*options, f"init.vision={student}", "init.text=teacher", "train.steps=2", "run.name=next"]
     )
@@ -223,7 +223,7 @@ def test_the_mean_of_finished_checkpoints(
 
 
 @pytest.mark.slow
-def test_the_mean_is_measured_taken_over_exported_and_teaches(
+def test_the_mean_is_measured_taken_over_exported_and_is_a_teacher(
     mean: Path, options: list[str], base: list[str], tmp_path: Path
 ) -> None:
     heir = run_stage("clip", [*options, f"init.vision={mean}", f"init.text={mean}", "train.steps=2", "run.name=heir-2"])

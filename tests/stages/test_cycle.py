@@ -20,7 +20,7 @@ ABSOLUTE = 1e-6
 
 @pytest.fixture(scope="module")
 def cycle(base: list[str]) -> tuple[Path, list[str]]:
-    """A CLIP of the tiny model, and the options of a wider student that it teaches for three steps."""
+    """A CLIP of the tiny model, and the options of a wider student that learns from it for three steps."""
     clip = run_stage("clip", [*base, *QUIET, "init.vision=none", "run.name=small-clip"])
     student = [
         "model.vision.width=64",
@@ -31,7 +31,7 @@ def cycle(base: list[str]) -> tuple[Path, list[str]]:
     return clip, [*base, *QUIET, *student, "train.steps=3", "optim.lr=1e-4"]
 
 
-def test_a_finished_clip_run_teaches_the_next_student(cycle: tuple[Path, list[str]]) -> None:
+def test_a_finished_clip_run_is_the_teacher_of_the_next_student(cycle: tuple[Path, list[str]]) -> None:
     _, options = cycle
     run = run_stage("mim", [*options, "run.name=student"])
     checkpoint = latest(run)

@@ -24,26 +24,26 @@ from w2s.stages.clip import ContrastiveStage, encode_image, encode_text
 from w2s.teachers.distillation.contrastive import ContrastiveDistillation
 from w2s.training import training_run
 
-TAUGHT = ["init.vision=none", "clip.distill.source=eva:tiny"]
+TEACHER = ["init.vision=none", "clip.distill.source=eva:tiny"]
 """A CLIP with random weights, of the student's shape, seen at 64 px."""
 RECALL = "retrieval/mean_recall_at_10"
 
 
 @pytest.fixture(scope="module")
 def options(base: list[str]) -> list[str]:
-    return [*base, *TAUGHT, "tracking.enabled=false"]
+    return [*base, *TEACHER, "tracking.enabled=false"]
 
 
 Definition = Callable[[list[Tensor], list[Tensor], Tensor, Tensor], Tensor]
 """Takes the student's and the teacher's embeddings in float64, and the scales of both."""
 
 
-def feature(student: list[Tensor], teacher: list[Tensor], scale: Tensor, own: Tensor) -> Tensor:
+def feature(student: list[Tensor], teacher: list[Tensor], scale: Tensor, teacher_scale: Tensor) -> Tensor:
     return sum((s - t).square().sum(1).mean() for s, t in zip(student, teacher, strict=True))
 
 
-def affinity(student: list[Tensor], teacher: list[Tensor], scale: Tensor, own: Tensor) -> Tensor:
-    return definition(*student, scale, *teacher, own)
+def affinity(student: list[Tensor], teacher: list[Tensor], scale: Tensor, teacher_scale: Tensor) -> Tensor:
+    return definition(*student, scale, *teacher, teacher_scale)
 
 
 CASES: dict[str, tuple[list[str], Definition]] = {
@@ -81,8 +81,8 @@ def test_a_step_is_the_naive_sum_in_float64(alone: Ranks, options: list[str], na
         torch.zeros(16, 16) if x is None else x.double()
         for x in stage.teachers[0](*batch.teacher_images or [None], batch.tokens)
     ]
-    scale, own = text.logit_scale.double().exp(), torch.tensor(1 / 0.07).double()
-    contrastive, distance = softmax_definition(*student, scale), by_hand(student, teacher, scale, own)
+    scale, teacher_scale = text.logit_scale.double().exp(), torch.tensor(1 / 0.07).double()
+    contrastive, distance = softmax_definition(*student, scale), by_hand(student, teacher, scale, teacher_scale)
     (contrastive + 0.7 * distance).backward()
 
     assert found["loss"].item() == pytest.approx(contrastive.item(), rel=1e-5)
@@ -139,7 +139,7 @@ def test_a_run_stopped_around_the_switch_resumes_bit_for_bit(
     assert [record["step"] for record in records(whole) if "distill_loss" in record] == [1, 2, 3]
 
 
-def test_a_student_that_passes_its_teacher_is_taught_no_longer(
+def test_a_teacher_is_dropped_once_the_student_passes_it(
     options: list[str], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It passes at the evaluation after the second of six steps, at which its checkpoint is saved too."""
@@ -191,7 +191,7 @@ def weak(base: list[str]) -> str:
     return run_stage("clip", [*base, *QUIET, "init.vision=none", "run.name=weak", "train.steps=2"]).name
 
 
-def test_a_run_of_ours_teaches_as_it_is(base: list[str], weak: str, alone: Ranks) -> None:
+def test_a_run_of_ours_is_a_teacher_as_it_is(base: list[str], weak: str, alone: Ranks) -> None:
     """`teacher` is what teacher.source names."""
     config = load("clip", [*base, f"teacher.source=w2s:{weak}", "clip.distill.source=teacher", "teacher.image_size=0"])
     assert config.stage_teachers == (config.teacher,)
@@ -212,7 +212,7 @@ def test_a_run_of_ours_teaches_as_it_is(base: list[str], weak: str, alone: Ranks
         ),
     ],
 )
-def test_a_teacher_that_cannot_teach_this(options: list[str], alone: Ranks, changes: list[str], message: str) -> None:
+def test_a_teacher_that_does_not_fit(options: list[str], alone: Ranks, changes: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         ContrastiveStage(load("clip", [*options, *changes]), alone)
     assert "\n" not in str(error.value)

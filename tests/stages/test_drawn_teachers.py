@@ -41,7 +41,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def sources(material: Material) -> list[str]:
-    """Two sources, of which the CLIP teaches the second alone."""
+    """Two sources, of which the CLIP is a teacher of the second alone."""
     halves = [f"{material.train}/00000{{{first}..{first + 3}}}.tar" for first in (0, 4)]
     mix = [f"data.train={'::'.join(halves)}", "data.weights=[0.6,0.4]", "data.lanes=4"]
     return [*mix, "teachers.clip.sources=[train-2]"]
@@ -71,7 +71,7 @@ def test_every_layout_has_the_numbers_of_one_process(
         f"{name}, {layout}": ("mim", [*options, *changes])
         for name, options in variants.items()
         for layout, changes in LAYOUTS.items()
-        if not (layout == "fully sharded" and name == "one")  # which learns of a layer
+        if not (layout == "fully sharded" and name == "one")  # which has a loss at a layer
     }
     for name, steps in run_layouts(2, cases, STEPS).items():
         alone = whole[name.rpartition(", ")[0]]
@@ -108,7 +108,7 @@ def stage(alone: process_groups.Ranks, common: list[str], two: str) -> MaskedSta
 
 
 def test_a_teacher_is_measured_on_its_samples(stage: MaskedStage) -> None:
-    """The mean over them, in the loss too; where it has none in a step, nothing is heard of it."""
+    """The mean over them, in the loss too; where it has none in a step, its metrics are 0."""
     config, (part,) = stage.config, stage.student.chunks
     with closing(Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1)) as stream:
         batch = stream.next()

@@ -140,8 +140,8 @@ def test_a_suite(
     table = json.loads((run / "tables" / "suite.json").read_text())
     assert table["columns"][:5] == ["model", "C", "several", "absent", "R text R@1"]
     assert table["columns"][-2:] == ["three", "all"]
-    own, resized, theirs = table["rows"]
-    assert own[:4] == ["clip", f"{100 * columns[0]:.1f}", f"{100 * columns[1]:.1f}", None] and own[-1] is None
+    ours, resized, theirs = table["rows"]
+    assert ours[:4] == ["clip", f"{100 * columns[0]:.1f}", f"{100 * columns[1]:.1f}", None] and ours[-1] is None
     assert set(resized[1:]) <= {"crop", "squash", None} and resized[3] is None
     assert theirs[-2:] == ["52.5", "50.0"]
     output = capsys.readouterr().out

@@ -46,16 +46,16 @@ def whole(small: list[str]) -> dict[str, Steps]:
     """Both stages on one process, with FP8 and without."""
     with process_groups.init_distributed(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
         return {
-            f"{stage}{plain}": run_alone(load(stage, [*small, *own, *without]), ranks, steps=2)
-            for stage, own in SCRATCH.items()
+            f"{stage}{plain}": run_alone(load(stage, [*small, *scratch, *without]), ranks, steps=2)
+            for stage, scratch in SCRATCH.items()
             for plain, without in {"": [], " without": ["precision.fp8=none"]}.items()
         }
 
 
 def test_layouts_round_alike(small: list[str], whole: dict[str, Steps]) -> None:
     cases = {
-        (stage, name): (stage, [*small, *own, *layout])
-        for stage, own in SCRATCH.items()
+        (stage, name): (stage, [*small, *scratch, *layout])
+        for stage, scratch in SCRATCH.items()
         for name, layout in LAYOUTS.items()
     }
     for (stage, name), steps in run_layouts(2, cases, 2).items():  # type: ignore[arg-type]

@@ -37,8 +37,8 @@ def middles(clips: Path) -> Path:
 
 
 def losses(stage: str, base: list[str], train: Path, name: str, *options: str) -> list[float]:
-    own = ["init.vision=none", "train.steps=2", f"data.train={train}", f"run.name={name}"]
-    run = run_stage(stage, [*base, *QUIET, *own, *options])
+    changes = ["init.vision=none", "train.steps=2", f"data.train={train}", f"run.name={name}"]
+    run = run_stage(stage, [*base, *QUIET, *changes, *options])
     return history(run, "loss")
 
 

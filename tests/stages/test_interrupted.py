@@ -50,31 +50,31 @@ def test_interrupted_runs_give_the_numbers_of_one_that_was_not(
     """Bit for bit: loss, gradient norm and learning rate of every step; also with another number of workers."""
     options = [*base, "eval.shards=", "eval.knn_shards=", f"train.steps={STEPS}", f"checkpoint.every={EVERY}"]
     options.append("model.vision.drop_path=0.3")
-    own = {
+    by_stage = {
         "mim": ["teacher.target_norm=standardize", "mim.summary_weight=0.5"],
         "clip": ["init.vision=none", "checkpoint.async_save=true"],
     }
-    options += own[stage]
+    options += by_stage[stage]
     whole = run_stage(stage, [*options, f"run.name={stage}-whole", "tracking.enabled=false"])
     run, again = root / f"{stage}-broken", [*options, f"run.name={stage}-broken"]
     step = 0
-    for number in signals:
+    for signum in signals:
         command = start_command("stage", stage, *again, f"data.workers={workers[0]}")
-        code, error = interrupt(command, number, run, step + 2 * EVERY + 1)  # the next save waits for the one before
+        code, error = interrupt(command, signum, run, step + 2 * EVERY + 1)  # the next save waits for the one before
         saved = checkpoint_folders.latest(run)
         assert saved is not None
         done = records(run)[-1]["step"]
         step = checkpoint_folders.read_meta(saved).step
         assert EVERY <= step < STEPS
         assert not (run / "result.json").exists()
-        if number == signal.SIGKILL:
+        if signum == signal.SIGKILL:
             assert code == -signal.SIGKILL
             assert (done > step, step % EVERY) == (True, 0)
         else:
-            assert code == 128 + number
+            assert code == 128 + signum
             # Libraries may warn before it.
             assert [line for line in error.splitlines() if line.startswith("error")] == [
-                f"error: stopped by {number.name} at step {step}, saved in {run}: repeat the command to resume"
+                f"error: stopped by {signum.name} at step {step}, saved in {run}: repeat the command to resume"
             ]
             assert (done, status(client, run)) == (step, "KILLED")
     run_stage(stage, [*again, f"data.workers={workers[1]}"])
@@ -91,16 +91,16 @@ def test_interrupted_runs_give_the_numbers_of_one_that_was_not(
     assert {point.step: point.value for point in logged} == dict(enumerate(history(whole, "loss"), start=1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_between_checkpoints_saves_at_the_step(
-    number: signal.Signals, base: list[str], root: Path, client: MlflowClient
+    signum: signal.Signals, base: list[str], root: Path, client: MlflowClient
 ) -> None:
-    name = f"stopped-{number.name}"
+    name = f"stopped-{signum.name}"
     options = [*base, "eval.shards=", "eval.knn_shards=", f"run.name={name}", "checkpoint.every=100"]
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with killed_at_each_update(number), pytest.raises(StopRun) as caught:
+    with killed_at_each_update(signum), pytest.raises(StopRun) as caught:
         run_stage("mim", options)
-    assert caught.value.exit_code == 128 + number
+    assert caught.value.exit_code == 128 + signum
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert checkpoint_folders.latest(root / name) == root / name / "checkpoints" / "step-00000001"
     assert status(client, root / name) == "KILLED"
@@ -137,20 +137,20 @@ def test_a_run_whose_teacher_breaks_fails(
     assert status(client, root / "broken") == "FAILED"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_outside_of_the_steps_is_no_failure(
-    number: signal.Signals,
+    signum: signal.Signals,
     w2s: Run,
     base: list[str],
     root: Path,
     client: MlflowClient,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(MaskedStage, "finish", lambda *_: signal.raise_signal(number))
-    options = [*base, "eval.shards=", "eval.knn_shards=", f"run.name={number.name}", "train.steps=2"]
+    monkeypatch.setattr(MaskedStage, "finish", lambda *_: signal.raise_signal(signum))
+    options = [*base, "eval.shards=", "eval.knn_shards=", f"run.name={signum.name}", "train.steps=2"]
     code, _, error = w2s("stage", "mim", *options)
-    assert (code, error) == (128 + number, f"error: stopped by {number.name}: repeat the command to resume\n")
-    assert status(client, root / number.name) == "KILLED"
+    assert (code, error) == (128 + signum, f"error: stopped by {signum.name}: repeat the command to resume\n")
+    assert status(client, root / signum.name) == "KILLED"
 
 
 def test_a_run_in_the_folder_of_another_one_is_refused(w2s: Run, base: list[str], root: Path) -> None:

@@ -57,8 +57,8 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
 
 LAYERS = "mim.layers=[{student: 0, teacher: 3}, {student: 1, teacher: 1}, {student: 3, teacher: 5, weight: 0.5}]"
 """In the middle of a pipeline stage, at the end of an early one and of the last one, in turn with the layout."""
-TAUGHT = ["clip.distill.source=eva:tiny", "clip.distill.until=0.6", "clip.tile=5"]
-"""A CLIP with random weights teaches the first three steps."""
+DISTILLED = ["clip.distill.source=eva:tiny", "clip.distill.until=0.6", "clip.tile=5"]
+"""A CLIP with random weights is the teacher of the first three steps."""
 PLAIN = [
     "model.vision.kind=clip", "model.vision.norm=layernorm", "model.vision.norm_placement=pre",
     "model.vision.qkv_bias=true", "model.vision.activation=quick_gelu",
@@ -84,11 +84,11 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "mim, drop path": ("mim", [DROP_PATH]),
     "clip, drop path": ("clip", ["init.vision=none", DROP_PATH, "model.vision.norm_placement=pre"]),
     "sigmoid": ("clip", ["init.vision=none", "clip.loss=sigmoid", "clip.logit_scale=10"]),
-    "clips": ("clip", ["init.vision=none", DROP_PATH, "data.frames=2", *TAUGHT]),
-    "distilled": ("clip", ["init.vision=none", *TAUGHT, "clip.distill.kind=both", "clip.distill.decay=linear"]),
+    "clips": ("clip", ["init.vision=none", DROP_PATH, "data.frames=2", *DISTILLED]),
+    "distilled": ("clip", ["init.vision=none", *DISTILLED, "clip.distill.kind=both", "clip.distill.decay=linear"]),
     "distilled sigmoid": (
         "clip",
-        ["init.vision=none", "clip.loss=sigmoid", "clip.logit_scale=10", *TAUGHT, "clip.distill.towers=image"],
+        ["init.vision=none", "clip.loss=sigmoid", "clip.logit_scale=10", *DISTILLED, "clip.distill.towers=image"],
     ),
 }
 """Stage and overrides of what is compared."""
@@ -185,8 +185,8 @@ def common(material: Material) -> list[str]:
 
 def case(name: str, common: Sequence[str], changes: Sequence[str] = ()) -> tuple[str, list[str]]:
     """Stage and overrides of a variant."""
-    stage, own = VARIANTS[name]
-    return stage, [*common, *own, *changes]
+    stage, variant = VARIANTS[name]
+    return stage, [*common, *variant, *changes]
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_layouts_compute_something(whole: dict[str, Steps]) -> None:
         assert len(set(whole[name].distances)) == 3
 
 
-def test_no_image_is_taught_twice(whole: dict[str, Steps], common: list[str]) -> None:
+def test_no_teacher_sees_an_image_twice(whole: dict[str, Steps], common: list[str]) -> None:
     assert whole["mim"].teacher_images == 16
     steps = run_layouts(2, {"mim": ("mim", [*common, TENSOR])}, 1)["mim"]
     assert steps.teacher_images == 8, "the ranks of a model-parallel group share the images"

@@ -199,10 +199,10 @@ def test_without_a_weight_there_is_no_head_and_with_one_of_the_targets_width_no_
         (student,) = MaskedStage(replace(config, model=model, mim=mim), alone).student.chunks
         return {name for name, _ in student.named_parameters()}
 
-    own = names(0, 64)
-    assert names(1, 64) - own == {"head.weight"}, "the teacher's summary has 64 channels"
-    assert names(1, 32) - own == {"head.weight", "summary_proj.weight"}
-    assert not any(name.startswith(("head", "summary_proj")) for name in own)
+    plain = names(0, 64)
+    assert names(1, 64) - plain == {"head.weight"}, "the teacher's summary has 64 channels"
+    assert names(1, 32) - plain == {"head.weight", "summary_proj.weight"}
+    assert not any(name.startswith(("head", "summary_proj")) for name in plain)
 
 
 def test_the_head_starts_as_that_of_the_contrastive_stage(alone: Ranks, config: Config) -> None:

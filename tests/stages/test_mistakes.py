@@ -64,8 +64,8 @@ def test_an_empty_folder(mim: Run, tmp_path: Path) -> None:
 
 
 def test_a_damaged_shard(mim: Run, tmp_path: Path) -> None:
-    for number in range(4):
-        (tmp_path / f"{number}.tar").write_bytes(b"no tar" * 1000)
+    for index in range(4):
+        (tmp_path / f"{index}.tar").write_bytes(b"no tar" * 1000)
     code, _, error = mim(f"data.train={tmp_path}")
     assert (code, error.count("\n")) == (2, 1)
     assert f"{tmp_path / '0.tar'}" in error

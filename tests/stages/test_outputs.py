@@ -167,9 +167,9 @@ def test_the_registered_clip_embeds_as_the_checkpoint_does(
     model = mlflow.pyfunc.load_model("models:/shapes/1")
     assert model.metadata.signature.inputs.input_names() == ["image", "text"]
     images = []
-    for number, colour in enumerate(("red", "blue")):  # of the model's size, so that nothing is resized
-        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{number}.png")
-        images.append((tmp_path / f"{number}.png").read_bytes())
+    for index, colour in enumerate(("red", "blue")):  # of the model's size, so that nothing is resized
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{index}.png")
+        images.append((tmp_path / f"{index}.png").read_bytes())
     texts = ["a red circle", "a blue square"]
     (tmp_path / "texts").write_text("\n".join(texts))
     both = model.predict({"image": images, "text": texts})

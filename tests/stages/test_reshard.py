@@ -44,12 +44,12 @@ def _go_on(config: Config, before: Path | None, after: Path) -> list[float]:
         stream = Stream(config.data, stage.spec, **sizes)
         batches = [stream.next() for _ in range(BEGUN + NEXT)]
 
-        def train(numbers: range) -> list[float]:
+        def train(steps: range) -> list[float]:
             losses = []
-            for number in numbers:
+            for step in steps:
                 stage.optimizer.zero_grad()
-                losses.append(means(ranks, stage.step(batches[number]))["loss"])
-                stage.optimizer.step(lr_factor(number, config.train.steps, config.optim))
+                losses.append(means(ranks, stage.step(batches[step]))["loss"])
+                stage.optimizer.step(lr_factor(step, config.train.steps, config.optim))
             return losses
 
         if before is None:
@@ -89,8 +89,8 @@ def test_any_layout_resumes_where_another_stopped(common: list[str], tmp_path: P
     stages = {"mim": ["optim.name=adamw", "mim.summary_weight=0.5"], "clip": ["optim.name=lamb", "init.vision=none"]}
     before: dict[str, Path | None] = dict.fromkeys(stages)
     expected: dict[str, list[float]] = {}
-    for number, (ranks, layout) in enumerate(CHAIN):
-        folders = {stage: tmp_path / f"{stage}-{number}" for stage in stages}
+    for index, (ranks, layout) in enumerate(CHAIN):
+        folders = {stage: tmp_path / f"{stage}-{index}" for stage in stages}
         for folder in folders.values():
             folder.mkdir()
         configs = [load(stage, [*common, *changes, *layout]) for stage, changes in stages.items()]

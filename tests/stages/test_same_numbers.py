@@ -97,8 +97,8 @@ def test_a_step_is_the_naive_loss_in_float64(alone: Ranks, base: list[str], spli
     stage.optimizer.zero_grad()
     (vision,), (text,) = stage.vision.chunks, stage.text.chunks
     images, texts = (F.normalize(x.double(), dim=-1) for x in (encode_image(vision, batch), encode_text(text, batch)))
-    logits, own = text.logit_scale.double().exp() * images @ texts.T, torch.arange(16)
-    naive = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    logits, labels = text.logit_scale.double().exp() * images @ texts.T, torch.arange(16)
+    naive = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
     naive.backward()
 
     assert loss == pytest.approx(naive.item(), rel=TOLERANCE)

@@ -44,11 +44,11 @@ def shared(metrics: dict[str, float]) -> dict[str, float]:
 
 def test_the_student_is_measured_as_a_clip_beside_its_teacher(chain: Chain) -> None:
     metrics = result(chain.mim)["metrics"]
-    own, weak = shared(metrics), shared(result(chain.weak)["metrics"])
-    assert own.keys() == weak.keys() and "retrieval/image_to_text_recall_at_1" in own
+    ours, weak = shared(metrics), shared(result(chain.weak)["metrics"])
+    assert ours.keys() == weak.keys() and "retrieval/image_to_text_recall_at_1" in ours
     # The same tower in timm's and open_clip's modules: rankings are those of its own evaluation.
     assert {name: metrics[f"teacher/{name}"] for name in weak} == pytest.approx(weak, abs=1e-4)
-    assert own != pytest.approx(weak, abs=1e-4)
+    assert ours != pytest.approx(weak, abs=1e-4)
 
 
 def test_the_contrastive_stage_begins_as_that_clip(chain: Chain) -> None:
@@ -101,8 +101,8 @@ def test_a_scale_that_is_set_is_kept_beside_the_teachers_text_tower(chain: Chain
 def test_a_teacher_without_a_fitting_text_tower_is_refused(
     chain: Chain, base: list[str], w2s: Run, options: list[str], line: str
 ) -> None:
-    own = [*base, *EVERY, *STUDENT[:1], "init.text=teacher", "run.name=refused", *options]
-    code, _, error = w2s("stage", "clip", *own)
+    changes = [*base, *EVERY, *STUDENT[:1], "init.text=teacher", "run.name=refused", *options]
+    code, _, error = w2s("stage", "clip", *changes)
     assert (code, error.count("\n")) == (2, 1)
     assert line in error
 
@@ -118,8 +118,8 @@ def test_the_text_tower_of_other_peoples_files(base: list[str], tmp_path: Path, 
     save_file(tensors, tmp_path / "clip.safetensors")
     source = f"timm:any@{tmp_path / 'clip.safetensors'}"
     heads = [f"model.text.heads={max(1, model.text.width // 64)}"]  # as in every released CLIP
-    own = ["init.vision=none", "init.text=teacher", f"teacher.source={source}", "train.steps=2", f"run.name={kind}"]
-    run = run_stage("clip", [*base, *EVERY, *heads, *own])
+    changes = ["init.vision=none", "init.text=teacher", f"teacher.source={source}", "train.steps=2", f"run.name={kind}"]
+    run = run_stage("clip", [*base, *EVERY, *heads, *changes])
     table = json.loads((run / "tables" / "handover.json").read_text())
     assert table["title"] == f"taken from {tmp_path / 'clip.safetensors'}"
     count = sum(name.startswith("text.") or name == "logit_scale" for name in released(model))

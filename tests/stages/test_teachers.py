@@ -92,7 +92,7 @@ def test_a_list_of_one_is_the_only_teacher_bit_for_bit(common: list[str], materi
         "teacher.target_norm=standardize",
     ]  # fmt: skip
     with process_groups.init_distributed(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
-        one, listed = (load("mim", [*common, *own]) for own in (single, [f"teachers=[{vit}]"]))
+        one, listed = (load("mim", [*common, *chosen]) for chosen in (single, [f"teachers=[{vit}]"]))
         first, second = (run_alone(config, ranks, STEPS) for config in (one, listed))
         stages = [MaskedStage(config, ranks) for config in (one, listed)]
         names = [
@@ -120,8 +120,8 @@ def test_the_loss_is_the_weighted_sum_and_each_teacher_is_reported(alone: Ranks,
 def run(base: list[str], two: str) -> Path:
     """A finished run of two steps with both teachers."""
     options = [each for each in base if not each.startswith("teacher.")]
-    own = ["run.name=taught", "tracking.enabled=false", "train.steps=2", "mim.summary_weight=1"]
-    return run_stage("mim", [*options, two, *own])
+    changes = ["run.name=both", "tracking.enabled=false", "train.steps=2", "mim.summary_weight=1"]
+    return run_stage("mim", [*options, two, *changes])
 
 
 def test_each_teacher_has_its_measures_and_pictures(run: Path) -> None:

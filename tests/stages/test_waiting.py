@@ -59,9 +59,9 @@ class Watched(TrainingRun):
 def train_all(configs: list[Config], root: Path) -> list[int]:
     """Train each configuration to its end; return the steps done."""
     steps = []
-    for number, config in enumerate(configs):
+    for index, config in enumerate(configs):
         with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
-            run = start(Watched, STAGES[config.stage](config, ranks), config, root / str(number), ranks)
+            run = start(Watched, STAGES[config.stage](config, ranks), config, root / str(index), ranks)
             train(run)
             steps.append(run.step)
     return steps

@@ -63,8 +63,8 @@ def test_resampling_keeps_the_direction_of_rows_and_columns():
 def test_bf16_rounds_and_returns_float32():
     class Linear(Means):
         def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
-            own = super().forward(images)
-            return Features(own.patches @ torch.eye(3), own.summary @ torch.eye(3))
+            features = super().forward(images)
+            return Features(features.patches @ torch.eye(3), features.summary @ torch.eye(3))
 
     images = torch.rand(2, 3, 8, 8)
     exact, rounded = Teacher(Linear(), grid=2)(images), Teacher(Linear(), grid=2, precision="bf16")(images)

@@ -34,16 +34,16 @@ def names_of(tower: Tower) -> list[str]:
     return [global_name(tower, name) for name, _ in tower.named_parameters()]
 
 
-def copy_from(tower: Tower, peer: nn.Module, names: dict[str, str], **own: Tensor) -> None:
+def copy_from(tower: Tower, peer: nn.Module, names: dict[str, str], **given: Tensor) -> None:
     """Give `tower` the peer's weights."""
-    wanted = [name for name in names_of(tower) if name not in own]
+    wanted = [name for name in names_of(tower) if name not in given]
     tensors = from_eva(peer.state_dict(), wanted, names, tower.config.num_attention_heads)
-    load_tensors(tower, {**tensors, **own})
+    load_tensors(tower, {**tensors, **given})
 
 
 def gradients(tower: Tower, names: dict[str, str]) -> dict[str, Tensor]:
-    own = {global_name(tower, n): p.grad for n, p in tower.named_parameters() if p.grad is not None}
-    return to_eva(own, names, tower.config.num_attention_heads)
+    gradients = {global_name(tower, n): p.grad for n, p in tower.named_parameters() if p.grad is not None}
+    return to_eva(gradients, names, tower.config.num_attention_heads)
 
 
 def assert_close(name: str, ours: Tensor, theirs: Tensor) -> None:
@@ -85,8 +85,8 @@ def tower_and_peer(placement: Any, norm: Any, drop_path: float = 0.0) -> tuple[I
     if not bias:
         peer.head.bias = None
     with torch.no_grad():
-        for number, parameter in enumerate(peer.parameters()):
-            generator = torch.Generator().manual_seed(number)
+        for index, parameter in enumerate(peer.parameters()):
+            generator = torch.Generator().manual_seed(index)
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
     tower = image_tower(shape)
     copy_from(tower, peer, VISION_NAMES)
@@ -136,8 +136,8 @@ def test_a_clips_own_towers_are_open_clips(alone: Ranks, quick: bool) -> None:
         quick_gelu=quick,
     )
     with torch.no_grad():
-        for number, parameter in enumerate(peer.parameters()):
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.1)
+        for index, parameter in enumerate(peer.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)) * 0.1)
     shape = VisionConfig(
         kind="clip", image_size=32, patch_size=8, norm="layernorm", norm_placement="pre", qkv_bias=True,
         activation=activation, **sizes,
@@ -179,8 +179,8 @@ def test_a_siglips_tower_is_timms(alone: Ranks, activation: Any) -> None:
         class_token=False, global_pool="map", num_classes=0,
     )  # fmt: skip
     with torch.no_grad():
-        for number, parameter in enumerate(peer.parameters()):
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.1)
+        for index, parameter in enumerate(peer.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)) * 0.1)
     tower = image_tower(shape)
     copy_from(tower, peer, VISION_NAMES)
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

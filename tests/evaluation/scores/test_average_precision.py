@@ -15,7 +15,7 @@ def test_against_scikit_learn():
     labels[:, 5] = False  # a class that no image has does not count
     images = labels.float() @ classes + 0.5 * torch.randn(200, 8, generator=generator)
     scores = F.normalize(images, dim=-1) @ classes.T
-    theirs = [average_precision_score(labels[:, number], scores[:, number]) for number in range(5)]
+    theirs = [average_precision_score(labels[:, label], scores[:, label]) for label in range(5)]
     ours = mean_average_precision(images, classes, labels)
     assert ours["mean_average_precision"] == pytest.approx(sum(theirs) / 5, abs=1e-12)
     assert ours["chance_mean_average_precision"] == pytest.approx(labels[:, :5].double().mean().item())

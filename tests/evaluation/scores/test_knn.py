@@ -18,9 +18,9 @@ def by_loop(features, labels, neighbours, neighbour_labels, k, first):
         nearest = sorted(range(len(cosines)), key=lambda index: -cosines[index])[:k]
         votes = {}
         for index in nearest:
-            number = neighbour_labels[index].item()
-            votes[number] = votes.get(number, 0) + math.exp(cosines[index] / 0.07)
-        hits += label in sorted(votes, key=lambda number: -votes[number])[:first]
+            voted = neighbour_labels[index].item()
+            votes[voted] = votes.get(voted, 0) + math.exp(cosines[index] / 0.07)
+        hits += label in sorted(votes, key=lambda voted: -votes[voted])[:first]
     return hits / len(labels)
 
 

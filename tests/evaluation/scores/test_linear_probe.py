@@ -38,7 +38,7 @@ def test_accuracy_is_scikit_learns(probe):
     # Both stop a little before the minimum; 0.2 points are 4 of these images.
     assert ours["top1"] == pytest.approx(accuracy.mean().item(), abs=0.002)
     assert 0.5 < ours["top1"] < 0.95 < ours["top5"]
-    of_class = [accuracy[truth == number].mean().item() for number in range(CLASSES)]
+    of_class = [accuracy[truth == label].mean().item() for label in range(CLASSES)]
     assert ours["mean_per_class"] == pytest.approx(sum(of_class) / CLASSES, abs=0.005)
     assert (probe.scores(tested).argmax(1) != predictions).sum() <= 4
 
@@ -65,9 +65,9 @@ def test_ranks_share_the_choice_and_find_the_same(monkeypatch):
     meeting, parts, tried = Barrier(2), [{}, {}], [[], []]
 
     def on_rank(rank):
-        def gather(own):
-            parts[rank] = own
-            tried[rank] += own
+        def gather(local):
+            parts[rank] = local
+            tried[rank] += local
             meeting.wait()
             both = list(parts)
             meeting.wait()

@@ -28,7 +28,7 @@ def test_split_captions():
 def test_against_sorting(block, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", block)
     generator = torch.Generator().manual_seed(0)
-    pool = [f"caption {number}" for number in range(25)]
+    pool = [f"caption {index}" for index in range(25)]
     picks = torch.randint(0, len(pool), (40, 3), generator=generator)
     counts = torch.randint(1, 4, (40,), generator=generator)
     captions = ["\n".join(pool[p] for p in row[:count]) for row, count in zip(picks.tolist(), counts, strict=True)]

@@ -44,7 +44,7 @@ def test_accuracies_against_plain_python():
     classes = F.normalize(torch.randn(9, 6, generator=generator), dim=-1)
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 6, 6, 7] * 100)  # class 8 has no image; over one block
     images = 3 * classes[labels] + 2 * torch.randn(len(labels), 6, generator=generator)
-    names = [f"class {number}" for number in range(9)]
+    names = [f"class {label}" for label in range(9)]
     result = zero_shot(images, classes, labels, names)
     order = (F.normalize(images, dim=-1) @ classes.T).argsort(1, descending=True)
     top1 = (order[:, 0] == labels).double()
@@ -54,7 +54,7 @@ def test_accuracies_against_plain_python():
         {
             "top1": top1.mean().item(),
             "top5": (order[:, :5] == labels[:, None]).any(1).double().mean().item(),
-            "mean_per_class": sum(top1[labels == number].mean().item() for number in range(8)) / 8,
+            "mean_per_class": sum(top1[labels == label].mean().item() for label in range(8)) / 8,
             "chance_top1": 1 / 9,
             "chance_top5": 5 / 9,
         }

@@ -28,15 +28,15 @@ def loads(costs: list[float], shares: list[list[int]]) -> list[float]:
 @pytest.mark.parametrize("one", [True, False])
 def test_no_rank_has_much_more_than_the_mean(costs: dict[str, float], names: list[str], one: bool) -> None:
     """At most one image more, which is less than a tenth from ten images of the dearest teacher per rank on."""
-    rng, own, held = np.random.default_rng(0), [costs[name] for name in names], 0
+    rng, image_costs, held = np.random.default_rng(0), [costs[name] for name in names], 0
     for _ in range(300):
         ranks, images = int(2 ** rng.integers(1, 7)), int(rng.integers(1, 65))
         shares = rng.dirichlet(np.ones(len(names)))
         drawn = rng.multinomial(1, shares, ranks * images) if one else rng.random((ranks * images, len(names))) < shares
         counts = drawn.sum(0).tolist()
-        shared = balance(own, counts, ranks)
-        work = loads(own, shared)
-        mean, dearest = sum(work) / ranks, max(cost for cost, count in zip(own, counts, strict=True) if count)
+        shared = balance(image_costs, counts, ranks)
+        work = loads(image_costs, shared)
+        mean, dearest = sum(work) / ranks, max(cost for cost, count in zip(image_costs, counts, strict=True) if count)
         assert np.sum(shared, axis=0).tolist() == counts, "each image is seen once"
         assert max(work) <= mean + dearest
         if dearest <= mean / 10:

@@ -67,5 +67,5 @@ def test_ranks_find_the_rotation_of_all_their_features() -> None:
 def _own_part() -> Tensor:
     import torch.distributed as dist
 
-    own = features(64, seed=0).chunk(2)[dist.get_rank()]
-    return PhiS(WIDTH)(own, dist.group.WORLD, update=True)
+    local = features(64, seed=0).chunk(2)[dist.get_rank()]
+    return PhiS(WIDTH)(local, dist.group.WORLD, update=True)

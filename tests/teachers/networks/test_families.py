@@ -94,11 +94,11 @@ def test_half_precision_is_read_and_computed(family: Family, tmp_path: Path) -> 
     rounded, computed = build(source, size)(images), build(source, size, "bf16")(images)
     assert all(parameter.dtype == torch.float32 for parameter in build(source, size).parameters())
     for part in ("patches", "summary"):
-        own = getattr(exact, part)
-        scale = own.abs().max()
+        expected = getattr(exact, part)
+        scale = expected.abs().max()
         # weights of 8 bits: 0.4 % each, which the layers of a random network may add up
-        assert (getattr(rounded, part) - own).abs().max() < 0.1 * scale
-        assert (getattr(computed, part) - own).abs().max() < 0.2 * scale
+        assert (getattr(rounded, part) - expected).abs().max() < 0.1 * scale
+        assert (getattr(computed, part) - expected).abs().max() < 0.2 * scale
 
 
 @pytest.mark.slow

@@ -17,14 +17,14 @@ COUNTS = (3, 1)
 """Images of each rank."""
 
 
-def teach(checkpoint: Path, kind: str) -> tuple[int, Features]:
+def encode(checkpoint: Path, kind: str) -> tuple[int, Features]:
     """Parameters that this rank holds, and the features of its images."""
     parallel = ParallelConfig(tensor=2)
     with process_groups.initialize_groups(parallel, torch.device("cpu")) as ranks:
         config = TeacherConfig(source=f"w2s:{checkpoint}", sharded=True)
         teacher = build_teacher(config, grid=2, device="cpu", parallel=parallel)
-        own = images(model_of(kind), sum(COUNTS)).split(COUNTS)[ranks.rank]
-        return sum(parameter.numel() for parameter in teacher.parameters()), teacher(own)
+        local = images(model_of(kind), sum(COUNTS)).split(COUNTS)[ranks.rank]
+        return sum(parameter.numel() for parameter in teacher.parameters()), teacher(local)
 
 
 @pytest.mark.parametrize("kind", ["e", pytest.param("siglip", marks=pytest.mark.slow)])
@@ -32,7 +32,7 @@ def test_ranks_with_different_numbers_of_images_share_the_tower(tmp_path: Path, 
     model = model_of(kind)
     torch.save(released(model), tmp_path / "clip.pt")
     import_checkpoint(tmp_path / "clip.pt", model, tmp_path / "clip")
-    (held, first), (_, second) = run_ranks(teach, 2, tmp_path / "clip", kind)
+    (held, first), (_, second) = run_ranks(encode, 2, tmp_path / "clip", kind)
     tower = timm_tower(model)
     with torch.no_grad():
         tokens = tower.head(tower.forward_features(images(model, sum(COUNTS))))
