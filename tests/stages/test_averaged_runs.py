@@ -180,8 +180,8 @@ def test_what_is_not_there_is_one_line(
 
 @pytest.mark.slow
 def test_a_masked_run_hands_on_the_average_of_its_teacher(averaged: Path, options: list[str]) -> None:
-    teacher = [f"teacher.source=w2s:{averaged}", "teacher.weights=ema", "teacher.image_size=0", "train.steps=2"]
-    student = run_stage("mim", [*options, *teacher, "run.name=student"])
+    average = [f"teacher.source=w2s:{averaged}", "teacher.weights=ema", "teacher.image_size=0", "train.steps=2"]
+    student = run_stage("mim", [*options, *average, "run.name=student"])
     heir = run_stage(
         "clip", [*options, f"init.vision={student}", "init.text=teacher", "train.steps=2", "run.name=next"]
     )

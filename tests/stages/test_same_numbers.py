@@ -1,59 +1,21 @@
 """However a global batch is split over ranks, micro-batches and passes, the numbers are the same."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.stages.runs import QUIET, history, run_stage
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.data.samples.batch import require
 from w2s.data.stream.stream import Stream
-from w2s.launch import run_stage as run_as_rank
 from w2s.megatron.parallel.process_groups import Ranks
-from w2s.processes.elastic import launch
 from w2s.stages.clip import ContrastiveStage, encode_image, encode_text
 
 TOLERANCE = 1e-6
 """Relative and absolute, of losses between 0.1 and 4 in float32 (a unit is 2.4e-7 at 4) summed in another order."""
 GRADIENT = 1e-5
 """Of a gradient beside the largest of its tensor, for the same reason."""
-
-
-@pytest.fixture(scope="module")
-def small(base: list[str]) -> list[str]:
-    # Adam and LAMB turn a gradient that is all rounding error into a whole step: the learning rate keeps it small.
-    return [*base, *QUIET, "optim.lr=1e-4", "train.steps=3"]
-
-
-@pytest.fixture(scope="module", params=[pytest.param("mim", marks=pytest.mark.slow), "clip"])
-def whole(request: pytest.FixtureRequest, small: list[str]) -> tuple[str, list[float]]:
-    """The losses of a stage on one rank in one micro-batch."""
-    stage = request.param
-    run = run_stage(stage, [*small, *scratch(stage), f"run.name={stage}-whole"])
-    return stage, history(run, "loss")
-
-
-def scratch(stage: str) -> list[str]:
-    return ["init.vision=none"] if stage == "clip" else []
-
-
-@pytest.mark.slow
-def test_two_ranks_are_one(whole: tuple[str, list[float]], small: list[str], root: Path) -> None:
-    stage, losses = whole
-    options = [*small, *scratch(stage), f"run.name={stage}-ranks", "train.micro_batch=8", "data.workers=1"]
-    launch(run_as_rank, load(stage, options), 2)
-    assert history(root / f"{stage}-ranks", "loss") == pytest.approx(losses, rel=TOLERANCE, abs=TOLERANCE)
-
-
-def test_micro_batches_add_up(whole: tuple[str, list[float]], small: list[str]) -> None:
-    stage, losses = whole
-    run = run_stage(stage, [*small, *scratch(stage), f"run.name={stage}-micro", "train.micro_batch=4"])
-    assert history(run, "loss") == pytest.approx(losses, rel=TOLERANCE, abs=TOLERANCE)
-    assert len(set(losses)) == 3
 
 
 def clip_step(config: Config, ranks: Ranks) -> tuple[float, dict[str, Tensor]]:

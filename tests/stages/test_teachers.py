@@ -1,6 +1,5 @@
-"""Several teachers of the masked stage: the numbers of every layout, of a single one, and of an interrupted run."""
+"""Several teachers of the masked stage: losses, measures, heads, what is taken over and exported of each."""
 
-import signal
 from contextlib import closing
 from pathlib import Path
 
@@ -9,11 +8,9 @@ import timm
 import torch
 from torch import Tensor
 
-from tests.distributed import run_ranks
 from tests.stages.conftest import Material
-from tests.stages.layout_steps import Steps, run_alone, run_layouts
-from tests.stages.runs import QUIET, history, killed_at_each_update, result, run_stage
-from tests.stages.test_layouts import PIPELINE, RELATIVE, TENSOR, relative_error
+from tests.stages.layout_steps import run_alone
+from tests.stages.runs import result, run_stage
 from w2s.checkpoint.export.exporting import export_checkpoint
 from w2s.checkpoint.own.checkpoint_folders import latest
 from w2s.checkpoint.starts.handover import load_all
@@ -22,10 +19,9 @@ from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig
 from w2s.data.samples.batch import Batch
 from w2s.data.stream.stream import Stream
-from w2s.errors import ConfigError, StopRun
+from w2s.errors import ConfigError
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
-from w2s.planning.teacher import planned_teachers
 from w2s.stages.clip import ContrastiveStage
 from w2s.stages.mim import MaskedStage
 from w2s.teachers.text import text_weights
@@ -37,53 +33,6 @@ STEPS = 3
 def first_batch(config: Config, stage: MaskedStage) -> Batch:
     with closing(Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1)) as stream:
         return stream.next()
-
-
-@pytest.fixture(scope="module")
-def whole(common: list[str], two: str) -> Steps:
-    """Two teachers on one process in one micro-batch."""
-    with process_groups.init_distributed(ParallelConfig(), load("mim", ["hardware=cpu"]).hardware) as ranks:
-        return run_alone(load("mim", [*common, two]), ranks, STEPS)
-
-
-def test_two_teachers_give_the_numbers_of_one_process_in_every_layout(
-    whole: Steps, common: list[str], two: str
-) -> None:
-    """Losses and gradients to the same tolerance as with one teacher, see test_layouts."""
-    layouts = {"data": ["train.micro_batch=4"], "tensor": [TENSOR], "pipeline": [PIPELINE, "train.micro_batch=4"]}
-    layouts["fully sharded"] = ["parallel.shard=full", "train.micro_batch=4"]
-    cases = {name: ("mim", [*common, two, *changes]) for name, changes in layouts.items()}
-    for name, steps in run_layouts(2, cases, STEPS).items():
-        assert steps.losses == pytest.approx(whole.losses, rel=RELATIVE), name
-        error, where = relative_error(steps.gradients, whole.gradients)
-        assert error < RELATIVE, f"{name}: gradient of {where} is off by {error:.1e}"
-    assert len(set(whole.losses)) == STEPS
-    of_clip = [name for name in whole.gradients if name.startswith("vision.teachers.clip.")]
-    assert {name.split(".")[3] for name in of_clip} == {"lm_head", "head"}
-    assert all(float(gradient.abs().max()) > 0 for gradient in whole.gradients.values())
-
-
-@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
-def test_the_ranks_of_a_group_share_the_work_of_all_teachers(common: list[str], two: str, layout: str) -> None:
-    """No rank has more than 1.1 times the mean of the teachers' FLOPs."""
-    work = run_ranks(teachers_flops, 2, load("mim", [*common, two, layout, "train.micro_batch=4"]))
-    assert max(work) <= 1.1 * sum(work) / len(work)
-    whole = sum(teacher.flops for teacher in planned_teachers(load("mim", [*common, two])))
-    assert sum(work) == 16 * whole, "each image is shown to each teacher once"
-
-
-def teachers_flops(config: Config) -> float:
-    """Operations of the teachers of this rank in a step."""
-    costs, seen = planned_teachers(config), [0.0]
-    with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
-        stage = MaskedStage(config, ranks)
-        for teacher, planned in zip(stage.teachers, costs, strict=True):
-            teacher.register_forward_hook(lambda _, inputs, __, cost=planned.flops: seen.append(cost * len(inputs[0])))
-        with closing(
-            Stream(config.data, stage.spec, global_batch=16, seed=0, rank=ranks.data_reader_rank, size=2)
-        ) as stream:
-            stage.step(stream.next())
-    return sum(seen)
 
 
 def test_a_list_of_one_is_the_only_teacher_bit_for_bit(common: list[str], material: Material, vit: str) -> None:
@@ -211,19 +160,6 @@ def test_an_exported_student_stands_in_for_a_teacher(
     summary = outputs_of(predictions, student.distillation.targets)[["vit", "clip"].index(teacher)].summary
     assert found.shape == (2, width)
     torch.testing.assert_close(found, summary, rtol=1e-4, atol=1e-5)  # sums in float32, in another order
-
-
-def test_an_interrupted_run_resumes_bit_for_bit(base: list[str], root: Path, two: str) -> None:
-    options = [*(each for each in base if not each.startswith("teacher.")), *QUIET, two, "mim.summary_weight=1"]
-    options += ["eval.shards=", "eval.knn_shards="]
-    run_stage("mim", [*options, "run.name=teachers-whole"])
-    broken = [*options, "run.name=teachers-broken", "checkpoint.every=100"]
-    with killed_at_each_update(signal.SIGTERM), pytest.raises(StopRun):
-        run_stage("mim", broken)
-    run_stage("mim", broken)
-    whole, again = (root / f"teachers-{name}" for name in ("whole", "broken"))
-    for name in ("step", "loss", "grad_norm", "clip/loss", "vit/cosine"):
-        assert history(again, name) == history(whole, name), name
 
 
 def test_the_first_batch_must_show_all_channels(alone: Ranks, common: list[str], two: str) -> None:

@@ -1,4 +1,4 @@
-"""Teachers of a part of the samples: the numbers of every layout, of an interrupted run, and what each rank does."""
+"""Teachers of all samples or of a part: the numbers of every layout, of an interrupted run, and what each rank does."""
 
 import signal
 from collections.abc import Mapping
@@ -15,9 +15,8 @@ from tests.stages.conftest import Material
 from tests.stages.layout_steps import Steps, run_alone, run_layouts
 from tests.stages.runs import QUIET, history, killed_at_each_update, records, run_stage
 from tests.stages.test_layouts import PIPELINE, RELATIVE, TENSOR, relative_error
-from tests.stages.test_teachers import teachers_flops
 from w2s.config.load import load
-from w2s.config.sections import ParallelConfig
+from w2s.config.sections import Config, ParallelConfig
 from w2s.data.samples.batch import normalize, require
 from w2s.data.stream.stream import Stream
 from w2s.data.stream.teacher_draw import TeacherDraw
@@ -50,6 +49,7 @@ def sources(material: Material) -> list[str]:
 @pytest.fixture(scope="module")
 def variants(common: list[str], two: str, sources: list[str]) -> dict[str, list[str]]:
     return {
+        "all": [*common, two],
         "one": [*common, two, *ONE, *LAYERS],
         "sources": [*common, two, *sources],
         "one of sources": [*common, two, *sources, *ONE, "teachers.clip.target_norm=standardize"],
@@ -82,12 +82,18 @@ def test_every_layout_has_the_numbers_of_one_process(
         for key, value in alone.extra.items():
             # A rotation has eigenvectors, which are found to a few more roundings.
             torch.testing.assert_close(steps.extra[key], value, rtol=1e-5, atol=1e-5)
-        for metric in ("vit/share", "clip/share", "vit/cosine", "clip/cosine", "clip/loss", "vit/summary_cosine"):
+        shares = () if name.startswith("all") else ("vit/share", "clip/share")
+        for metric in (*shares, "vit/cosine", "clip/cosine", "clip/loss", "vit/summary_cosine"):
             ours, theirs = ([step[metric] for step in each.reports] for each in (steps, alone))
             assert ours == pytest.approx(theirs, abs=RELATIVE), (name, metric)
-        if "data" not in name and "sharded" not in name:
+        if shares and "data" not in name and "sharded" not in name:
             pairs = 16 * sum(alone.reports[0][f"{teacher}/share"] for teacher in ("vit", "clip"))
             assert 2 * steps.teacher_images == pytest.approx(pairs), "each image is shown to its teachers once"
+    for steps in whole.values():
+        assert len(set(steps.losses)) == STEPS
+        assert all(float(gradient.abs().max()) > 0 for gradient in steps.gradients.values())
+    heads = {name.split(".")[3] for name in whole["all"].gradients if name.startswith("vision.teachers.clip.")}
+    assert heads == {"lm_head", "head"}
 
 
 def test_statistics_are_of_the_samples_that_a_teacher_has(
@@ -138,35 +144,50 @@ def replace_chances(draw: TeacherDraw, chances: list[float]) -> TeacherDraw:
     return draw
 
 
+def teachers_flops(config: Config) -> float:
+    """Operations of the teachers of this rank in a step."""
+    costs, seen = planned_teachers(config), [0.0]
+    with process_groups.initialize_groups(config.parallel, torch.device("cpu")) as ranks:
+        stage = MaskedStage(config, ranks)
+        for teacher, planned in zip(stage.teachers, costs, strict=True):
+            teacher.register_forward_hook(lambda _, inputs, __, cost=planned.flops: seen.append(cost * len(inputs[0])))
+        with closing(
+            Stream(config.data, stage.spec, global_batch=16, seed=0, rank=ranks.data_reader_rank, size=2)
+        ) as stream:
+            stage.step(stream.next())
+    return sum(seen)
+
+
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
-def test_the_ranks_of_a_group_share_the_work_of_drawn_teachers(common: list[str], two: str, layout: str) -> None:
-    options = [*common, two, *ONE, "teachers.clip.target_norm=standardize"]
-    work = run_ranks(teachers_flops, 2, load("mim", [*options, layout, "train.micro_batch=4"]))
-    config = load("mim", options)
-    draw, (vit, clip) = TeacherDraw.of(config), planned_teachers(config)
-    assert draw is not None
-    of_vit, of_clip = draw.in_first_batch()
-    assert sum(work) == of_vit * vit.flops + of_clip * clip.flops, "each image is shown to one teacher"
+@pytest.mark.parametrize("draw", [[], [*ONE, "teachers.clip.target_norm=standardize"]], ids=["all", "one"])
+def test_the_ranks_of_a_group_share_the_work(common: list[str], two: str, draw: list[str], layout: str) -> None:
+    """No rank has more than 1.1 times the mean of the teachers' FLOPs, and no image is shown to a teacher twice."""
+    work = run_ranks(teachers_flops, 2, load("mim", [*common, two, *draw, layout, "train.micro_batch=4"]))
+    config = load("mim", [*common, two, *draw])
+    teacher_draw, (vit, clip) = TeacherDraw.of(config), planned_teachers(config)
+    of_vit, of_clip = teacher_draw.in_first_batch() if teacher_draw else (16, 16)
+    assert sum(work) == of_vit * vit.flops + of_clip * clip.flops
     assert max(work) <= 1.1 * sum(work) / len(work)
-    assert sample_flops([vit, clip]) == pytest.approx(2 / 3 * vit.flops + 1 / 3 * clip.flops)
+    shares = (2 / 3, 1 / 3) if draw else (1, 1)
+    assert sample_flops([vit, clip]) == pytest.approx(shares[0] * vit.flops + shares[1] * clip.flops)
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(base: list[str], root: Path, two: str) -> None:
     options = [*(each for each in base if not each.startswith("teacher.")), *QUIET, two, *ONE]
-    options += ["eval.shards=", "eval.knn_shards=", "mim.summary_weight=1"]
+    options += ["mim.summary_weight=1", "mim.layers=[{student: 0, teacher: 3}]", "mim.layers_until=0.75"]
     run_stage("mim", [*options, "run.name=drawn-whole"])
     broken = [*options, "run.name=drawn-broken", "checkpoint.every=100"]
     with killed_at_each_update(signal.SIGTERM), pytest.raises(StopRun):
         run_stage("mim", broken)
     run_stage("mim", broken)
     whole, again = (root / f"drawn-{name}" for name in ("whole", "broken"))
-    for name in ("step", "loss", "grad_norm", "clip/loss", "vit/cosine", "vit/share"):
+    for name in ("step", "loss", "grad_norm", "layers/0", "clip/loss", "vit/cosine", "vit/share"):
         assert history(again, name) == history(whole, name), name
     assert len(set(history(whole, "vit/share"))) > 1, "the numbers differ from step to step"
 
 
 def test_nothing_is_logged_of_a_teacher_in_a_step_without_its_samples(base: list[str], root: Path, two: str) -> None:
-    """Else its cosines were drawn as falling to 0."""
+    """Otherwise its cosines would be drawn as falling to 0."""
     options = [*(each for each in base if not each.startswith("teacher.")), *QUIET, two, "teachers.draw=one"]
     options += ["teachers.vit.share=20", "teachers.clip.target_norm=standardize", "run.name=rare"]
     lines = [line for line in records(run_stage("mim", options)) if "loss" in line]
