@@ -10,7 +10,7 @@ from w2s.evaluation.scores.zero_shot import ClassResult, ZeroShotResult
 from w2s.evaluation.tower_features import attention_of_cls
 from w2s.megatron.parallel.sharded import ShardedTower
 from w2s.towers.clip import ImageTower
-from w2s.tracking.pictures import (
+from w2s.tracking.report.pictures import (
     CaptionsFound,
     ClassExamples,
     ImagesFound,

@@ -87,7 +87,7 @@ class MaskedEvaluator(Evaluator):
         if not count:
             return
         # Not before the first step, for matplotlib's sake.
-        from w2s.tracking.pictures import attention_picture, features_picture, masked_picture
+        from w2s.tracking.report.pictures import attention_picture, features_picture, masked_picture
 
         data, teachers = self.test_set(), self.distillation.teachers
         indices = torch.linspace(0, len(data) - 1, count).long().unique()
