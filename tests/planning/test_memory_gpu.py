@@ -9,9 +9,8 @@ from w2s.bench.step import Job, measure
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.planning.memory import rank_memory
-from w2s.planning.states import rank_states
-from w2s.planning.teacher import planned_teachers, predicted
-from w2s.planning.towers import planned_towers
+from w2s.planning.planned_stage import PlannedStage
+from w2s.planning.teacher import planned_teachers
 
 SIZES = [
     "model=eva_b",
@@ -25,10 +24,8 @@ SIZES = [
 
 
 def planned_bytes(config: Config) -> int:
-    teachers = planned_teachers(config)
-    towers = planned_towers(config, **predicted(config, teachers))
-    states = rank_states(towers, config.parallel, config.precision, data_size=1, data_rank=0, stage=0)
-    return rank_memory(config, towers, teachers, states, world_size=1, stage=0).total
+    stage = PlannedStage.of(config, 1, planned_teachers(config))
+    return rank_memory(stage, stage.states(0), 0).total
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from w2s.planning.cards import card
 from w2s.planning.in_memory_costs import host_copy
 from w2s.planning.memory import rank_memory
 from w2s.planning.plan import Plan, Plans, find_plans
+from w2s.planning.planned_stage import PlannedStage
 from w2s.planning.report import bottleneck
 from w2s.planning.states import States
 from w2s.planning.teacher import planned_teachers
@@ -126,9 +127,8 @@ def test_a_sharded_teacher_is_split_by_the_layout_and_not_by_the_configuration()
     for tensor in (1, 4):
         keys = ["teacher.source=w2s:e_plus", "teacher.sharded=true", f"parallel.tensor={tensor}"]
         config = eva_18b("mim", *keys, "train.micro_batch=1")
-        sizes[tensor] = rank_memory(
-            config, planned_towers(config, [Target(teacher.width)]), [teacher], States(), 256, 0
-        ).teacher
+        towers = planned_towers(config, [Target(teacher.width)])
+        sizes[tensor] = rank_memory(PlannedStage(config, 256, towers, [teacher]), States(), 0).teacher
     assert sizes[1] - sizes[4] == teacher.weights * 3 / 4
 
 

@@ -1,17 +1,17 @@
 """Bytes of weights, gradients and optimizer states against what Megatron allocates, to the byte."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.planning.measured import SMALL, Place, allocated, average_kept, on_ranks
 from tests.stages.shape_images import write_shapes
+from w2s.config.batching import model_parallel_size
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.planning import fully_sharded_costs
-from w2s.planning.states import States, rank_states
-from w2s.planning.towers import PlannedTower, planned_towers
+from w2s.planning.planned_stage import PlannedStage
+from w2s.planning.states import States
+from w2s.planning.towers import planned_towers
 
 TARGET_WIDTH = 1280
 """Channels of the teacher, EfficientNet-Lite0."""
@@ -69,18 +69,11 @@ BRIEF = {
 SIGMOID = ["clip.loss=sigmoid", "clip.learn_logit_scale=false", "clip.logit_scale=10"]
 
 
-def _planned(config: Config, towers: Sequence[PlannedTower], place: Place) -> States:
-    if config.parallel.shard == "full":
-        return fully_sharded_costs.rank_states(towers, config.precision, place.data_size, config.optim.ema > 0)
-    return rank_states(
-        towers,
-        config.parallel,
-        config.precision,
-        data_size=place.data_size,
-        data_rank=place.data_rank,
-        stage=place.stage,
-        average=config.optim.ema > 0,
-    )
+def _planned(config: Config, place: Place) -> States:
+    width, layer_width = VIT_WIDTHS if config.mim.layers else (TARGET_WIDTH, 0)
+    towers = planned_towers(config, [config.teacher_losses[0].target(width, width)], layer_width)
+    gpus = place.data_size * model_parallel_size(config.parallel)
+    return PlannedStage(config, gpus, towers, ()).states(place.stage, place.data_rank)
 
 
 @pytest.mark.parametrize(
@@ -99,10 +92,8 @@ def test_states_are_megatrons_to_the_byte(tmp_path: Path, stage: str, world_size
     overrides = {name: [*common, *ALL[stage, world_size][name]] for name in names}
     for name, ranks in on_ranks(world_size, allocated, stage, overrides).items():
         config = load(stage, overrides[name])
-        width, layer_width = VIT_WIDTHS if config.mim.layers else (TARGET_WIDTH, 0)
-        towers = planned_towers(config, [config.teacher_losses[0].target(width, width)], layer_width)
         for place, found in ranks:
-            planned = _planned(config, towers, place)
+            planned = _planned(config, place)
             assert (planned.weights, planned.gradients, planned.optimizer) == found, (name, place)
 
 
@@ -120,9 +111,7 @@ def test_a_moving_average_is_a_ranks_share_of_the_weights_in_float32(tmp_path: P
     for name, ranks in on_ranks(2, average_kept, "mim", overrides).items():
         config = load("mim", overrides[name])
         for place, found in ranks:
-            planned = _planned(
-                config, planned_towers(config, [config.teacher_losses[0].target(TARGET_WIDTH, TARGET_WIDTH)]), place
-            ).average
+            planned = _planned(config, place).average
             # Fully sharded the planner counts the padding, which no parameter has.
             assert 0.97 * planned < found <= planned if name == "fully sharded" else found == planned, name
             assert (found == 0) == (name == "none")

@@ -6,7 +6,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -18,12 +18,11 @@ import psutil
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from webdataset.tariterators import tar_file_expander
 
 from w2s.bench.photographs import SHARDS, cut_shards
 from w2s.config.sections import DataConfig, TeacherConfig
-from w2s.data.samples.batch import normalize
+from w2s.data.samples.batch import Batch, normalize
 from w2s.data.samples.counter import Purpose, generator
 from w2s.data.samples.decode import open_image
 from w2s.data.samples.sample import SampleSpec, crop_box, make_views
@@ -34,6 +33,7 @@ from w2s.data.stream.stream import Stream
 from w2s.errors import MissingPackageError
 from w2s.teachers.build import build_teacher
 from w2s.towers.vision import MEAN, STD
+from w2s.tracking.tables import Table
 
 BATCH = 32
 SIZE = 224
@@ -114,7 +114,7 @@ def _compare(shards: Shards, repeats: int, workers: int) -> dict[str, Any]:
         for name, pairs in speeds.items()
     }
     for name, pairs in speeds.items():
-        ratios = [own / peer for (own, _), (peer, _) in zip(pairs, speeds["open_clip"], strict=True)]
+        ratios = [ours / peer for (ours, _), (peer, _) in zip(pairs, speeds["open_clip"], strict=True)]
         figures[name]["ratio"] = statistics.median(ratios)
         figures[name]["ratios"] = [round(ratio, 3) for ratio in ratios]
     figures["w2s"]["difference_0.9-1"] = _difference(shards, wanted)
@@ -138,8 +138,8 @@ def _speed(load: Callable[[], Iterator[torch.Tensor]], count: int) -> tuple[floa
 
 
 def _busy_seconds() -> float:
-    own = psutil.Process()
-    times = [process.cpu_times() for process in [own, *own.children(recursive=True)]]
+    loader = psutil.Process()
+    times = [process.cpu_times() for process in [loader, *loader.children(recursive=True)]]
     return sum(time.user + time.system for time in times)
 
 
@@ -149,29 +149,30 @@ def _samples(shards: Shards) -> Iterator[tuple[int, RawSample]]:
 
 
 def _ours(shards: Shards, wanted: SampleSpec, workers: int) -> Iterator[torch.Tensor]:
-    with _stream(shards, wanted, workers) as stream:
-        for _ in range(shards.samples // BATCH):
-            yield normalize(stream.next().images, MEAN, STD)
-
-
-@contextmanager
-def _stream(shards: Shards, wanted: SampleSpec, workers: int) -> Iterator[Stream]:
     # Short windows: what is read ahead beyond the last batch would be counted, and used by nobody.
-    data = DataConfig(train=shards.pattern, lanes=SHARDS, shuffle=16, workers=workers, max_bad_fraction=0.0)
-    stream = Stream(data, wanted, global_batch=BATCH, seed=SEED, rank=0, size=1)
-    with closing(stream):
-        yield stream
+    return our_images(shards, wanted, lanes=SHARDS, shuffle=16, workers=workers)
+
+
+def our_images(shards: Shards, wanted: SampleSpec, *, lanes: int, shuffle: int, workers: int) -> Iterator[torch.Tensor]:
+    """Yield the normalised images of our loader, each of the shards' once."""
+    for batch in _our_batches(shards, wanted, lanes, shuffle, workers):
+        yield normalize(batch.images, MEAN, STD)
+
+
+def _our_batches(shards: Shards, wanted: SampleSpec, lanes: int, shuffle: int, workers: int) -> Iterator[Batch]:
+    data = DataConfig(train=shards.pattern, lanes=lanes, shuffle=shuffle, workers=workers, max_bad_fraction=0.0)
+    with closing(Stream(data, wanted, global_batch=BATCH, seed=SEED, rank=0, size=1)) as stream:
+        for _ in range(shards.samples // BATCH):
+            yield stream.next()
 
 
 def _boxes(shards: Shards, wanted: SampleSpec) -> Boxes:
     """The crop that our stream gives each image, which is known by its size."""
     sizes = {sample.key: open_image(io.BytesIO(sample.files["jpg"])).size for _, sample in _samples(shards)}
     boxes = {}
-    with _stream(shards, replace(wanted, image_size=8), workers=0) as stream:
-        for _ in range(shards.samples // BATCH):
-            batch = stream.next()
-            for key, index in zip(batch.keys, batch.indices.tolist(), strict=True):
-                boxes[sizes[key]] = _box(sizes[key], wanted, index)
+    for batch in _our_batches(shards, replace(wanted, image_size=8), SHARDS, shuffle=16, workers=0):
+        for key, index in zip(batch.keys, batch.indices.tolist(), strict=True):
+            boxes[sizes[key]] = _box(sizes[key], wanted, index)
     return boxes
 
 
@@ -257,17 +258,16 @@ def _teacher_cosine(shards: Shards, wanted: SampleSpec) -> dict[str, float] | st
 
 def print_table(figures: dict[str, Any]) -> None:
     """Print a table for each image size."""
+    console = Console(highlight=False)
     for size in ("500x400", "1600x1200"):
-        Console().print(f"about {size}, {figures['workers']} workers each, median of {figures['repeats']}")
-        table = Table()
-        for column in ("loader", "images / CPU s", "images / s", "ratio", "difference 0.9-1", "0.2-1"):
-            table.add_column(column)
+        rows = []
         for name in ("open_clip", "w2s", "w2s, half scale"):
             row = figures[size][name]
             differences = [f"{row[key]:.2f}" if key in row else "" for key in ("difference_0.9-1", "difference_0.2-1")]
             speeds = [f"{row[key]:.0f}" for key in ("per_cpu_second", "per_second")]
-            table.add_row(name, *speeds, f"{row['ratio']:.2f}", *differences)
-        Console().print(table)
-        Console().print(
-            f"teacher's features at half scale, cosine: {figures[size]['w2s, half scale']['teacher_cosine']}"
-        )
+            rows.append([name, *speeds, f"{row['ratio']:.2f}", *differences])
+        title = f"about {size}, {figures['workers']} workers each, median of {figures['repeats']}"
+        columns = ("loader", "images / CPU s", "images / s", "ratio", "difference 0.9-1", "0.2-1")
+        console.print(Table(title, columns, rows).to_rich())
+        cosine = figures[size]["w2s, half scale"]["teacher_cosine"]
+        console.print(f"teacher's features at half scale, cosine: {cosine}")

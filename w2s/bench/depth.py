@@ -37,11 +37,12 @@ def reduced(config: Config, layers: int | None, folder: Path) -> Config:
     model = replace(
         config.model, vision=replace(vision, layers=layers), text=replace(text, layers=_part(text.layers, fraction))
     )
-    heard = config.stage_teachers[0] if config.stage == "clip" and config.stage_teachers else config.teacher
-    teacher, clip = _teacher(heard, fraction, folder), config.clip
+    distills = config.stage == "clip" and bool(config.stage_teachers)
+    teacher = _teacher(config.stage_teachers[0] if distills else config.teacher, fraction, folder)
     teachers = replace(config.teachers, of=[_teacher(each, fraction, folder) for each in config.teachers.of])
-    if config.stage == "clip" and config.stage_teachers:
-        # Heard in every step, and shallower as described.
+    clip = config.clip
+    if distills:
+        # There in every step, and shallower as described.
         clip = replace(clip, distill=replace(clip.distill, source="teacher", until=1.0, until_better=False))
     return replace(config, model=model, teacher=teacher, teachers=teachers, clip=clip)
 

@@ -3,21 +3,17 @@
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from w2s.bench.data import BATCH, MEAN, SEED, STD, Shards, open_clip_images, spec
+from w2s.bench.data import BATCH, Shards, open_clip_images, our_images, spec
 from w2s.bench.photographs import cut_shards
 from w2s.bench.server import serve
-from w2s.config.sections import DataConfig
-from w2s.data.samples.batch import normalize
-from w2s.data.stream.stream import Stream
+from w2s.tracking.tables import Table
 
 LANES = 8
 WINDOW = 256
@@ -43,6 +39,7 @@ def measure(
         `longest_wait`, the longest one for a batch after it, in seconds.
     """
     torch.set_num_threads(1)
+    wanted = spec((0.9, 1.0))
     figures: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder) / "shards"
@@ -55,17 +52,9 @@ def measure(
                 read = Shards(place, f"{folder_or_url}{names}", count)
                 figures[place] = {
                     "open_clip": _figures(open_clip_images(read, None, workers)),
-                    "w2s": _figures(_ours(read, workers)),
+                    "w2s": _figures(our_images(read, wanted, lanes=LANES, shuffle=WINDOW, workers=workers)),
                 }
     return figures
-
-
-def _ours(shards: Shards, workers: int) -> Iterator[torch.Tensor]:
-    data = DataConfig(train=shards.pattern, lanes=LANES, shuffle=WINDOW, workers=workers)
-    stream = Stream(data, spec((0.9, 1.0)), global_batch=BATCH, seed=SEED, rank=0, size=1)
-    with closing(stream):
-        for _ in range(shards.samples // BATCH):
-            yield normalize(stream.next().images, MEAN, STD)
 
 
 def _figures(load: Iterator[torch.Tensor]) -> dict[str, float]:
@@ -82,11 +71,10 @@ def _figures(load: Iterator[torch.Tensor]) -> dict[str, float]:
 
 def print_table(figures: dict[str, Any]) -> None:
     """Print the figures."""
-    Console().print("images of about 500x400")
-    table = Table()
-    for column in ("shards on", "loader", "images / s", "first batch, s", "longest wait after it, s"):
-        table.add_column(column)
-    for place, loaders in figures.items():
-        for name, row in loaders.items():
-            table.add_row(place, name, f"{row['per_second']:.0f}", f"{row['first']:.1f}", f"{row['longest_wait']:.2f}")
-    Console().print(table)
+    rows = [
+        [place, name, f"{row['per_second']:.0f}", f"{row['first']:.1f}", f"{row['longest_wait']:.2f}"]
+        for place, loaders in figures.items()
+        for name, row in loaders.items()
+    ]
+    columns = ("shards on", "loader", "images / s", "first batch, s", "longest wait after it, s")
+    Console().print(Table("images of about 500x400", columns, rows).to_rich())

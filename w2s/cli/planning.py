@@ -55,8 +55,9 @@ def plan(
         if not gpus:
             raise UserError("w2s plan asks for no GPUs: say how many with --gpus N")
         asked = request(arguments or [], gpus, card, batch or [])
-        if out:
-            hardware_file.check_path(out)
+        if out and out.suffix != ".yaml":
+            raise UserError(f"--out {out} must end in .yaml, as hardware=FILE wants it: use {out.with_suffix('.yaml')}")
+        _check_folder("--out", out)
         kind = card_of(card)
         images = {stage: counted(asked.config(stage, gpus), eval_images) for stage in asked.stages}
         by_stage = {
@@ -101,12 +102,11 @@ def rehearse(
         from w2s.rehearsal import report
         from w2s.rehearsal.kinds import chosen
         from w2s.rehearsal.rehearsal import run as run_rehearsal
-        from w2s.rehearsal.trace import check_path, write_trace
+        from w2s.rehearsal.trace import write_trace
 
         if name not in TRAINED:
             raise UserError(f"stage {name} is not one that is rehearsed: use mim or clip, as in `w2s rehearse mim`")
-        if trace:
-            check_path(trace)
+        _check_folder("--trace", trace)
         config = Request((name,), tuple(overrides or ()), gpus, card, {}).config(name, gpus)
         rehearsed = run_rehearsal(config, gpus, card_of(card), chosen(ranks, config.parallel, gpus), steps, data=data)
         if as_json:
@@ -117,3 +117,9 @@ def rehearse(
             write_trace(trace, rehearsed)
     if rehearsed.wrong:
         raise typer.Exit(1)
+
+
+def _check_folder(option: str, path: Path | None) -> None:
+    """Refuse a file without a folder at the start, before minutes of work."""
+    if path and not path.parent.is_dir():
+        raise UserError(f"{option} {path} cannot be written: there is no folder {path.parent}, make it first")

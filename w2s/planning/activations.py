@@ -41,21 +41,12 @@ class Types:
 def peak(
     tower: PlannedTower, parallel: ParallelConfig, types: Types, *, samples: int, micro_batches: int, stage: int
 ) -> int:
-    """Most bytes that a tower's pass keeps on a rank of a pipeline stage.
-
-    Args:
-        tower: the tower.
-        parallel: how it is split.
-        types: bytes of an element.
-        samples: samples of a micro-batch.
-        micro_batches: micro-batches of a step.
-        stage: rank in the pipeline.
-    """
+    """Most bytes that a tower's pass keeps on a rank of a pipeline stage; `samples` are those of a micro-batch."""
     virtual = range(stage, len(tower.split), parallel.pipeline)
     whole, entry = _layer(tower, parallel, types, samples), _input(tower, parallel, types, samples)
     head = _head(tower, types, samples, tower.layer_width)
     chunks = [
-        _chunk(parallel, tower.split[number], whole, entry) + tower.layer_heads_of(number) * head for number in virtual
+        _chunk(parallel, tower.split[index], whole, entry) + tower.layer_heads_of(index) * head for index in virtual
     ]
     if stage == 0:
         normed = samples * tower.tokens
@@ -66,25 +57,17 @@ def peak(
     # A recomputed layer is there as a whole; the layers after it are not kept any longer then.
     again = (1 - (last - recomputed_layers(parallel, last))) * whole if parallel.recompute == "full" else 0
     least, mixes = min(chunks), in_flight(pipeline_of(parallel, micro_batches), stage)
-    larger = [(number, size - least) for number, size in enumerate(chunks) if size > least]
+    larger = [(index, size - least) for index, size in enumerate(chunks) if size > least]
     return max(
         sum(counts) * least
-        + sum(counts[number] * more for number, more in larger)
+        + sum(counts[index] * more for index, more in larger)
         + max(after if counts[-1] else 0, again)
         for counts in (mixes if larger or after else [next(iter(mixes))])
     )
 
 
 def kept_going_back(tower: PlannedTower, parallel: ParallelConfig, types: Types, *, samples: int, done: int) -> int:
-    """Bytes that the layers of a whole tower, whose one micro-batch is kept, still keep amid its backward pass.
-
-    Args:
-        tower: the tower.
-        parallel: how it is split: not at all.
-        types: bytes of an element.
-        samples: samples of the micro-batch.
-        done: layers, from the last one on, whose backward pass has ended.
-    """
+    """Bytes that a tower in one piece keeps of a micro-batch when the last `done` layers have gone back."""
     whole, entry = _layer(tower, parallel, types, samples), _input(tower, parallel, types, samples)
     again = recomputed_layers(parallel, tower.layers)
     plain = max(0, tower.layers - again - done)
@@ -95,12 +78,7 @@ def kept_going_back(tower: PlannedTower, parallel: ParallelConfig, types: Types,
 
 @cache
 def in_flight(pipeline: Pipeline, stage: int) -> frozenset[tuple[int, ...]]:
-    """How many micro-batches of each of its chunks a rank of the pipeline keeps when it keeps most, in all ways.
-
-    Args:
-        pipeline: what goes through it.
-        stage: the rank.
-    """
+    """How many micro-batches of each of its chunks a rank of the pipeline keeps when it keeps most, in all ways."""
     # After some groups every further one is like the one before.
     few = min(pipeline.micro_batches, 3 * max(pipeline.group, pipeline.stages))
     counts, finished = [0] * pipeline.chunks, set()

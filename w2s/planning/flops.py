@@ -44,12 +44,7 @@ class TowerFlops:
         return TowerFlops(count * self.embedding, count * self.linears, count * self.attention, count * self.head)
 
     def hardware(self, recomputed: float, passes: int) -> float:
-        """What training runs.
-
-        Args:
-            recomputed: fraction of the layers that the backward pass computes again.
-            passes: forward passes.
-        """
+        """What training runs, with so many forward passes and a fraction of the layers recomputed."""
         again = (passes - 1) * self.forward + recomputed * (self.linears + self.attention)
         return self.model + self.attention / 2 + again
 
@@ -84,14 +79,7 @@ class StageFlops:
 
 
 def vision_flops(vision: VisionConfig, *, tokens: int, head_tokens: int, head_width: int) -> TowerFlops:
-    """Operations of an image's forward pass; the head is a linear.
-
-    Args:
-        vision: the tower.
-        tokens: tokens that go through the layers, CLS included.
-        head_tokens: tokens that go through the head.
-        head_width: channels that the head gives.
-    """
+    """Operations of an image: `tokens` (CLS included) go through the layers, `head_tokens` through a linear after them."""
     linears, attention = _layer(tokens, vision.width, vision.mlp_width)
     return TowerFlops(
         embedding=2 * (tokens - vision.class_tokens) * 3 * vision.patch_size**2 * vision.width,
@@ -135,10 +123,6 @@ def loss_flops(config: Config, teacher_width: int = 0) -> Flops:
     loss computes the logits of a tile twice, the sigmoid loss once. A teacher's affinities are one more, of its width:
     the gradients could be those of both losses at once. The loss of distillation computes its logits and the student's
     twice, and gradients of its own.
-
-    Args:
-        config: the contrastive stage.
-        teacher_width: channels of a teacher's embeddings; 0 without one.
     """
     product = 2 * config.train.global_batch * config.model.embed_dim
     model, hardware = 3 * product, (4 if config.clip.loss == "softmax" else 3) * product
@@ -173,13 +157,7 @@ def seen_frames(config: Config) -> int:
 
 
 def student_flops(config: Config, targets: Sequence[Target], layer_width: int = 0) -> TowerFlops:
-    """Operations of an image's forward pass through the masked stage's student.
-
-    Args:
-        config: the masked stage.
-        targets: what is predicted of each teacher.
-        layer_width: channels of the teacher's layers, which `mim.layers` predicts.
-    """
+    """Operations of an image's forward pass through the masked stage's student; see `stage_flops`."""
     vision = config.model.vision
     predicted, of_layers = config.mim.predicted(vision.patches), len(config.mim.layers) * layer_width
     width = patch_width(targets) + of_layers

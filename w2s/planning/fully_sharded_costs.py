@@ -7,11 +7,10 @@ outside of layers is gathered once and reduced at the end of a backward pass.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from w2s.config.sections import PrecisionConfig
-from w2s.planning.states import States
+from w2s.planning.states import States, round_up
 from w2s.planning.towers import PlannedTower
 
 _BF16, _FP32 = 2, 4
@@ -42,28 +41,12 @@ def whole(tower: PlannedTower, precision: PrecisionConfig, data_size: int) -> Wh
     return Whole(weight * (together * layer + rest), gradient * layer, waiting)
 
 
-def rank_states(
-    towers: Sequence[PlannedTower], precision: PrecisionConfig, data_size: int, average: bool = False
-) -> States:
-    """Bytes on a rank, padding included, that of the first rank, which has full shares.
-
-    Args:
-        towers: the towers of the stage of training.
-        precision: types of weights and gradients.
-        data_size: data-parallel ranks.
-        average: whether there is a moving average of the weights.
-    """
-    total = States()
-    for tower in towers:
-        total += _states(tower, precision, data_size)
-    return total if average else replace(total, average=0)
-
-
-def _states(tower: PlannedTower, precision: PrecisionConfig, data_size: int) -> States:
+def tower_states(tower: PlannedTower, precision: PrecisionConfig, data_size: int) -> States:
+    """Bytes of a tower on a rank, padding included: those of the first rank, which has full shares."""
     weight, gradient = _widths(precision)
     layer, rest = _padded(tower, data_size, with_logit_parameters=weight == _FP32)
     # Beside weights in bfloat16 the logit parameters are float32.
-    logit_parameters = _round_up(tower.logit_parameters, data_size) // data_size if weight != _FP32 else 0
+    logit_parameters = round_up(tower.logit_parameters, data_size) // data_size if weight != _FP32 else 0
     share = (tower.layers * layer + rest) // data_size
     return States(
         weights=weight * share + _FP32 * logit_parameters,
@@ -83,16 +66,12 @@ def _padded(tower: PlannedTower, data_size: int, with_logit_parameters: bool) ->
     """Elements of a layer, and of all that is outside of layers, with which all ranks have whole rows."""
     layer, patches, pool = tower.layer_elements, sum(tower.first), sum(tower.pool)
     rest = sum(tower.chunk(0, 1, with_logit_parameters)) - tower.layers * layer - patches - pool
-    embedding = _round_up(patches, data_size * tower.patch_row) if patches else 0
+    embedding = round_up(patches, data_size * tower.patch_row) if patches else 0
     widest = data_size * max(tower.width, tower.mlp_width)
     return (
-        _round_up(layer, widest),
-        _round_up(rest, data_size * tower.outer_row) + embedding + _round_up(pool, widest),
+        round_up(layer, widest),
+        round_up(rest, data_size * tower.outer_row) + embedding + round_up(pool, widest),
     )
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def exposed(
@@ -103,24 +82,17 @@ def exposed(
     One thing is exchanged at a time, in the order in which it is asked for: weights `ahead` layers before they compute,
     gradients when they are there.
 
-    Args:
-        layers: the tower's.
-        micro_batches: how many pass through it.
-        forward: seconds of a layer's forward pass.
-        backward: of its backward pass; 0 where there are forward passes alone.
-        gather: of gathering its weights.
-        reduce: of reducing its gradients.
-        ahead: layers whose weights are asked for while one computes.
+    Times are seconds of a layer; without a backward pass (0) there are forward passes alone.
     """
     pairs = ((forward, 0.0), (backward, reduce)) if backward else ((forward, 0.0),)
     turns = [pair for _ in range(micro_batches) for pair in pairs for _ in range(layers)]
     computed, exchanged = 0.0, ahead * gather
-    there = [(number + 1) * gather for number in range(ahead)]
-    for number, (seconds, reduced) in enumerate(turns):
-        if number + ahead < len(turns):
+    gathered = [(index + 1) * gather for index in range(ahead)]
+    for index, (seconds, reduced) in enumerate(turns):
+        if index + ahead < len(turns):
             exchanged = max(exchanged, computed) + gather
-            there.append(exchanged)
-        computed = max(computed, there[number]) + seconds
+            gathered.append(exchanged)
+        computed = max(computed, gathered[index]) + seconds
         if reduced:
             exchanged = max(exchanged, computed) + reduced
     return max(computed, exchanged) - sum(seconds for seconds, _ in turns)

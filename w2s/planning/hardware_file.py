@@ -10,7 +10,7 @@ import yaml
 from w2s.config.batching import divisors, samples_per_rank
 from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig, PrecisionConfig
-from w2s.errors import UserError
+from w2s.files import write_text
 from w2s.planning.plan import Plan
 from w2s.planning.request import Request
 
@@ -20,28 +20,13 @@ LANES = 512
 """As in configs/data/shards.yaml."""
 
 
-def check_path(path: Path) -> None:
-    """Refuse, before minutes of planning, a file that `hardware=` would not take or that cannot be written.
-
-    Raises:
-        UserError: its name does not end in .yaml, or it is to be in a folder that does not exist.
-    """
-    if path.suffix != ".yaml":
-        raise UserError(f"--out {path} must end in .yaml, as hardware=FILE wants it: use {path.with_suffix('.yaml')}")
-    if not path.parent.is_dir():
-        raise UserError(f"--out {path} cannot be written: there is no folder {path.parent}, make it first")
-
-
 def write(path: Path, request: Request, plans: Sequence[Plan]) -> None:
     """Write the best plan of each stage.
 
     Raises:
         UserError: the file cannot be written.
     """
-    try:
-        path.write_text(text(path.stem, request, plans), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
+    write_text(path, text(path.stem, request, plans))
 
 
 def text(name: str, request: Request, plans: Sequence[Plan]) -> str:

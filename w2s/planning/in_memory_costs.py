@@ -24,13 +24,7 @@ class HostCopy:
 
 
 def host_copy(card: Card, states: States, gpus: int) -> HostCopy:
-    """Plan a rank's part: weights, master weights, moments, and an average of the weights if there is one.
-
-    Args:
-        card: the GPUs.
-        states: the rank's.
-        gpus: how many there are.
-    """
-    own, several = states.weights + states.optimizer + states.average, gpus > GPUS_PER_NODE
-    sent = own / (1e9 * card.network_gbs) if several else 0.0
-    return HostCopy(own, _GENERATIONS * (1 + several) * own, own / (1e9 * CHECKSUM_GBS) + sent)
+    """Plan a rank's part: weights, master weights, moments, and an average of the weights if there is one."""
+    size, several = states.weights + states.optimizer + states.average, gpus > GPUS_PER_NODE
+    sent = size / (1e9 * card.network_gbs) if several else 0.0
+    return HostCopy(size, _GENERATIONS * (1 + several) * size, size / (1e9 * CHECKSUM_GBS) + sent)

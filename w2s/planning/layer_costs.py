@@ -1,6 +1,7 @@
 """Seconds of a micro-batch in one layer on one rank."""
 
 from dataclasses import dataclass
+from operator import add
 
 from w2s.config.sections import ParallelConfig
 from w2s.planning.activations import local_tokens
@@ -29,25 +30,13 @@ class Work:
     @property
     def total(self) -> float:
         """All kinds."""
-        return self.products + self.attention + self.elementwise + self.tensor + self.launches
+        return sum(vars(self).values())
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(
-            self.products + other.products,
-            self.attention + other.attention,
-            self.elementwise + other.elementwise,
-            self.tensor + other.tensor,
-            self.launches + other.launches,
-        )
+        return Work(*map(add, vars(self).values(), vars(other).values()))
 
     def __mul__(self, times: float) -> "Work":
-        return Work(
-            self.products * times,
-            self.attention * times,
-            self.elementwise * times,
-            self.tensor * times,
-            self.launches * times,
-        )
+        return Work(*(seconds * times for seconds in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -62,13 +51,9 @@ class LayerTime:
 def layer_time(
     card: Card, tower: PlannedTower, parallel: ParallelConfig, samples: int, fp8: float, fused: bool
 ) -> LayerTime:
-    """Return the seconds of a layer.
+    """Return the seconds of a layer for a micro-batch of some samples.
 
     Args:
-        card: the card.
-        tower: whose layer it is.
-        parallel: how it is split.
-        samples: samples of the micro-batch.
         fp8: share of the layers that multiply in FP8; the mean over all layers is returned.
         fused: whether products add gradients of weights up in float32.
     """

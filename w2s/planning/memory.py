@@ -7,21 +7,14 @@ sums of their largest tensors. All of it is beside what the rehearsal counts (do
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from w2s.config.batching import (
-    micro_batch_size,
-    model_parallel_size,
-    num_micro_batches,
-    num_passes,
-    samples_per_rank,
-    samples_per_replica,
-)
 from w2s.config.linear_choice import bf16_layers
 from w2s.config.sections import Config
 from w2s.planning.activations import Types, kept_going_back, peak
 from w2s.planning.flops import patch_width, seen_frames
 from w2s.planning.fully_sharded_costs import Whole, whole
+from w2s.planning.planned_stage import PlannedStage
 from w2s.planning.states import States
-from w2s.planning.teacher import PlannedTeacher, drawn, predicted
+from w2s.planning.teacher import PlannedTeacher
 from w2s.planning.towers import PlannedTower
 
 _BF16, _FP32 = 2, 4
@@ -53,85 +46,74 @@ class Memory:
         return sum(vars(self).values())
 
 
-def rank_memory(
-    config: Config,
-    towers: Sequence[PlannedTower],
-    teachers: Sequence[PlannedTeacher],
-    states: States,
-    world_size: int,
-    stage: int,
-) -> Memory:
-    """Return the bytes on a rank of a pipeline stage, in bfloat16 on a GPU.
-
-    Args:
-        config: the stage of training.
-        towers: its towers.
-        teachers: its teachers.
-        states: the rank's.
-        world_size: ranks in all.
-        stage: rank in the pipeline.
-    """
-    own, samples = samples_per_replica(config, world_size), micro_batch_size(config, world_size)
-    count = num_micro_batches(config, world_size)
+def rank_memory(stage: PlannedStage, states: States, pipeline_rank: int) -> Memory:
+    """Return the bytes on a rank with some states, at its place in the pipeline, in bfloat16 on a GPU."""
+    config, towers, samples = stage.config, stage.towers, stage.micro_batch
     standing = Memory(
-        weights=states.weights + sum(_fp8_weights(config, tower, stage) for tower in towers),
+        weights=states.weights + sum(_fp8_weights(config, tower, pipeline_rank) for tower in towers),
         gradients=states.gradients,
         optimizer=states.optimizer,
         average=states.average,
-        teacher=sum(_teacher_weights(config, each) for each in teachers),
-        batch=own * sample_bytes(config, teachers),
+        teacher=sum(_teacher_weights(config, each) for each in stage.teachers),
+        batch=stage.replica_samples * sample_bytes(stage),
     )
     kept = [
-        peak(tower, config.parallel, on_gpu(config, tower), samples=samples, micro_batches=count, stage=stage)
+        peak(
+            tower,
+            config.parallel,
+            on_gpu(config, tower),
+            samples=samples,
+            micro_batches=stage.micro_batches,
+            stage=pipeline_rank,
+        )
         for tower in towers
     ]
-    twice, has_loss = num_passes(config, count) == 2, config.stage == "clip" and _is_last(config, stage)
-    activations = max(kept) if twice else sum(kept)
-    features = _features(config, own) if has_loss else 0
+    is_last = pipeline_rank == config.parallel.pipeline - 1
+    has_loss = config.stage == "clip" and is_last
+    activations = max(kept) if stage.two_pass else sum(kept)
+    features = _features(config, stage.replica_samples) if has_loss else 0
     back = replace(
         standing,
         activations=activations,
         loss=features,
         buffers=max(_temporaries(config, tower, samples) for tower in towers),
     )
-    sharded = towers if config.parallel.shard == "full" else ()
-    wholes = [whole(tower, config.precision, world_size) for tower in sharded]
+    wholes = [whole(tower, config.precision, stage.gpus) for tower in towers] if stage.fully_sharded else []
     beginning = replace(standing, weights=standing.weights + sum(each.weights for each in wholes))
     moments = [
-        _teaching(beginning, config, teachers, samples, world_size),
-        replace(beginning, batch=(1 if model_parallel_size(config.parallel) == 1 else 3) * standing.batch),
-        *(_going_back(back, config, towers, wholes, one_pass=not twice) if wholes else [back]),
+        _with_teacher(beginning, stage),
+        replace(beginning, batch=(1 if stage.model_size == 1 else 3) * standing.batch),
+        *(_sharded_backward(back, stage, wholes) if wholes else [back]),
         replace(standing, buffers=_update(config, states)),
     ]
-    if config.stage == "mim" and _is_last(config, stage):
-        moments.append(replace(back, buffers=0, loss=samples * _masked_losses(config, teachers)))
+    if config.stage == "mim" and is_last:
+        moments.append(replace(back, buffers=0, loss=samples * _masked_losses(stage)))
     if has_loss:
-        tiles = _tiles(config, teachers, own)
-        moments.append(replace(standing, activations=0 if twice else activations, loss=features + tiles))
+        loss = features + _tiles(stage)
+        moments.append(replace(standing, activations=0 if stage.two_pass else activations, loss=loss))
     return max(moments, key=lambda moment: moment.total)
 
 
-def _going_back(
-    forward: Memory, config: Config, towers: Sequence[PlannedTower], wholes: Sequence[Whole], one_pass: bool
-) -> Iterator[Memory]:
+def _sharded_backward(forward: Memory, stage: PlannedStage, wholes: Sequence[Whole]) -> Iterator[Memory]:
     """The backward passes of towers that are fully sharded.
 
     Activations go layer by layer, while gradients of the layers before wait to be reduced. Where both towers are in one
     pass, the last one goes back first, and its last gradients wait until the pass has ended.
     """
+    config, towers, one_pass = stage.config, stage.towers, not stage.two_pass
     samples, hidden = config.train.micro_batch, 2 if config.parallel.recompute == "selective" else 1
 
     def kept(tower: PlannedTower, done: int) -> int:
         return kept_going_back(tower, config.parallel, on_gpu(config, tower), samples=samples, done=done)
 
-    for number, (tower, own) in enumerate(zip(towers, wholes, strict=True)):
-        others = sum(kept(each, 0) for each in towers[:number]) if one_pass else 0
-        waiting = sum(each.waiting * each.gradients for each in wholes[number + 1 :]) if one_pass else 0
-        for done in range(own.waiting):
+    for index, (tower, gathered) in enumerate(zip(towers, wholes, strict=True)):
+        others = sum(kept(each, 0) for each in towers[:index]) if one_pass else 0
+        waiting = sum(each.waiting * each.gradients for each in wholes[index + 1 :]) if one_pass else 0
+        for done in range(gathered.waiting):
             yield replace(
                 forward,
-                weights=forward.weights + own.weights,
-                gradients=forward.gradients + waiting + (done + 1) * own.gradients,
+                weights=forward.weights + gathered.weights,
+                gradients=forward.gradients + waiting + (done + 1) * gathered.gradients,
                 activations=others + kept(tower, done),
                 buffers=_temporaries(config, tower, samples, hidden),
             )
@@ -149,15 +131,11 @@ def fp8_share(config: Config, tower: PlannedTower) -> float:
     return 1 - len(bf16_layers(config.precision, tower.name, tower.layers)) / tower.layers
 
 
-def _is_last(config: Config, stage: int) -> bool:
-    return stage == config.parallel.pipeline - 1
-
-
-def _fp8_weights(config: Config, tower: PlannedTower, stage: int) -> int:
+def _fp8_weights(config: Config, tower: PlannedTower, pipeline_rank: int) -> int:
     """FP8 copies of the layers' weights, as they are and transposed; primary FP8 weights are these and nothing else."""
     if config.precision.fp8_primary_weights:
         return 0
-    layers = tower.layers_of(stage, config.parallel.pipeline)
+    layers = tower.layers_of(pipeline_rank, config.parallel.pipeline)
     return int(2 * fp8_share(config, tower) * layers * tower.linear_weights(config.parallel.tensor))
 
 
@@ -183,40 +161,34 @@ def _update(config: Config, states: States) -> int:
     return copies * _FP32 * states.optimizer // 12
 
 
-def _teaching(
-    standing: Memory, config: Config, teachers: Sequence[PlannedTeacher], samples: int, world_size: int
-) -> Memory:
-    """While the last teacher sees its images; of the features of all patches some are picked afterwards."""
-    if not teachers:
+def _with_teacher(standing: Memory, stage: PlannedStage) -> Memory:
+    """While the last teacher embeds its images; of the features of all patches some are picked afterwards."""
+    if not stage.teachers:
         return standing
+    config, samples = stage.config, stage.replica_samples
     patches = config.model.vision.patches if config.stage == "mim" else 0
-    features = _targets(config, teachers, patches)
-    pixels = 3 * seen_frames(config) * sum(side**2 for side in {teacher.image_size for teacher in teachers})
-    own = samples_per_rank(config, world_size)
-    batch = own * (features + pixels)
-    if drawn(teachers) and model_parallel_size(config.parallel) > 1:
+    features = _target_bytes(stage, patches)
+    pixels = 3 * seen_frames(config) * sum(side**2 for side in {teacher.image_size for teacher in stage.teachers})
+    batch = stage.rank_samples * (features + pixels)
+    if stage.draws_teachers:
         # All ranks of the group have all its images, and then all targets.
-        group, student_pixels = samples_per_replica(config, world_size), 3 * config.model.vision.image_size**2
-        gathering = 3 * group * (student_pixels + pixels)
-        batch = max(gathering, group * (pixels + sample_bytes(config, teachers)) + own * features)
-    working = max(teacher.working for teacher in teachers)
-    return replace(standing, teacher=standing.teacher + samples * working, batch=batch)
+        gathering = 3 * samples * (3 * config.model.vision.image_size**2 + pixels)
+        batch = max(gathering, samples * (pixels + sample_bytes(stage)) + stage.rank_samples * features)
+    working = max(teacher.working for teacher in stage.teachers)
+    return replace(standing, teacher=standing.teacher + stage.micro_batch * working, batch=batch)
 
 
-def sample_bytes(config: Config, teachers: Sequence[PlannedTeacher]) -> int:
-    """A sample as the ranks of a model-parallel group exchange it: pixels, and what its teachers say of it.
-
-    That is a feature for each patch to predict, or in the contrastive stage the embeddings of image and caption.
-    """
-    features = config.mim.predicted(config.model.vision.patches) if config.stage == "mim" else 2
-    return 3 * seen_frames(config) * config.model.vision.image_size**2 + _targets(config, teachers, features)
+def sample_bytes(stage: PlannedStage) -> int:
+    """A sample as the ranks of a model-parallel group exchange it: pixels, and the targets that its teachers give."""
+    pixels = 3 * seen_frames(stage.config) * stage.config.model.vision.image_size**2
+    return pixels + _target_bytes(stage, stage.predicted_features)
 
 
-def _targets(config: Config, teachers: Sequence[PlannedTeacher], features: int) -> int:
-    """What teachers say of an image, at so many patches, and of the whole of it."""
-    said = predicted(config, teachers)
-    width = patch_width(said["targets"]) + len(config.mim.layers) * said["layer_width"]
-    return _FP32 * (features * width + sum(target.summary_width for target in said["targets"]))
+def _target_bytes(stage: PlannedStage, features: int) -> int:
+    """What teachers give of an image, at so many patches, and of the whole of it."""
+    layer_width = stage.teachers[0].layer_width if stage.teachers else 0
+    width = patch_width(stage.targets) + len(stage.config.mim.layers) * layer_width
+    return _FP32 * (features * width + sum(target.summary_width for target in stage.targets))
 
 
 def _teacher_weights(config: Config, teacher: PlannedTeacher) -> int:
@@ -224,31 +196,32 @@ def _teacher_weights(config: Config, teacher: PlannedTeacher) -> int:
     return teacher.weights // (config.parallel.tensor if config.teacher.sharded else 1) + teacher.text_weights
 
 
-def _features(config: Config, own: int) -> int:
-    """Own features in bfloat16, and four times in float32: as leaves, normalised, and the gradients of both."""
-    return 2 * own * config.model.embed_dim * (_BF16 + 4 * _FP32)
+def _features(config: Config, samples: int) -> int:
+    """Local features in bfloat16, and four times in float32: as leaves, normalised, and the gradients of both."""
+    return 2 * samples * config.model.embed_dim * (_BF16 + 4 * _FP32)
 
 
-def _masked_losses(config: Config, teachers: Sequence[PlannedTeacher]) -> int:
+def _masked_losses(stage: PlannedStage) -> int:
     """Bytes of a sample, in float32, as the backward pass begins.
 
     Predictions are kept, for cosines normalised ones and targets too. Cosines, which are reported beside other losses,
     have four tensors of that size for a while.
     """
-    patches = config.mim.predicted(config.model.vision.patches)
-    sizes = [_FP32 * patches * target.width for target in predicted(config, teachers)["targets"]]
-    kept = [1 + (teacher_loss.loss == "cosine") for teacher_loss in config.teacher_losses[: len(sizes)]]
+    sizes = [_FP32 * stage.predicted_features * target.width for target in stage.targets]
+    losses = stage.config.teacher_losses[: len(sizes)]
+    kept = [1 + (teacher_loss.loss == "cosine") for teacher_loss in losses]
     return sum(size * times for size, times in zip(sizes, kept, strict=True)) + 4 * max(sizes, default=0)
 
 
-def _tiles(config: Config, teachers: Sequence[PlannedTeacher], own: int) -> int:
+def _tiles(stage: PlannedStage) -> int:
     """The tensors of w2s/objectives/tiles.py, in float32.
 
     Captions of all ranks and their gradient, and three tiles of logits. Affinities keep gradients of their own and the
     teacher's captions of all ranks, and have nine tiles at a time.
     """
-    width, tile = config.model.embed_dim, min(config.clip.tile, own)
-    everyone, tiles, again = 2 * _FP32 * config.train.global_batch * width, 3, 0
-    for teacher in teachers if config.clip.distill.kind != "feature" else ():
-        tiles, again = 9, _FP32 * (2 * own * width + config.train.global_batch * (2 * width + teacher.width))
-    return everyone + again + tiles * _FP32 * tile * config.clip.tile
+    config, samples = stage.config, stage.replica_samples
+    width, tile, batch = config.model.embed_dim, min(config.clip.tile, samples), config.train.global_batch
+    gathered, tiles, affinities = 2 * _FP32 * batch * width, 3, 0
+    for teacher in stage.teachers if config.clip.distill.kind != "feature" else ():
+        tiles, affinities = 9, _FP32 * (2 * samples * width + batch * (2 * width + teacher.width))
+    return gathered + affinities + tiles * _FP32 * tile * config.clip.tile

@@ -1,8 +1,9 @@
 """The layouts of a stage that fit on a number of GPUs, the fastest first."""
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from w2s.config.batching import data_parallel_size
@@ -10,16 +11,15 @@ from w2s.config.checks import check_settings
 from w2s.config.fp8_checks import check_useless_fp8
 from w2s.config.sections import Config
 from w2s.errors import UserError
-from w2s.planning import fully_sharded_costs
 from w2s.planning.cards import Card
 from w2s.planning.duration import StepModel, StepTime
 from w2s.planning.flops import StageFlops, stage_flops
 from w2s.planning.in_memory_costs import HostCopy, host_copy
 from w2s.planning.layouts import Layouts
 from w2s.planning.memory import Memory, rank_memory
-from w2s.planning.states import States, rank_states
+from w2s.planning.planned_stage import PlannedStage
+from w2s.planning.states import States
 from w2s.planning.teacher import PlannedTeacher, planned_teachers, predicted, sample_flops
-from w2s.planning.towers import planned_towers
 
 MARGIN = 1.01
 """How much more than its plan says a layout may need and still fit; rehearsals have found 0.5 % (docs/rehearse.md)."""
@@ -76,8 +76,8 @@ class Plan:
     @property
     def days(self) -> float:
         """All steps of the stage."""
-        taught = self.config.teacher_steps / self.config.train.steps
-        return self.config.train.steps * (self.seconds - (1 - taught) * self.time.teacher) / 86_400
+        with_teacher = self.config.teacher_steps / self.config.train.steps
+        return self.config.train.steps * (self.seconds - (1 - with_teacher) * self.time.teacher) / 86_400
 
     @property
     def gpu_hours(self) -> float:
@@ -114,7 +114,7 @@ def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (
     """
     _check_settings(config, card)
     teachers = planned_teachers(config)
-    search = _Search(config, card, gpus, teachers, Layouts(config, gpus, fixed))
+    search = _Search(card, teachers, Layouts(config, gpus, fixed))
     candidates = sorted(search.run(), key=lambda candidate: candidate.model.least)
     if not search.legal:
         raise search.layouts.refused or UserError(f"there is no layout for {gpus} GPUs: use another number")
@@ -130,13 +130,13 @@ def find_plans(config: Config, card: Card, gpus: int, fixed: Collection[str] = (
 def _fastest(candidates: "Sequence[_Candidate]", top: int) -> list[Plan]:
     """Simulate layouts, the most promising first, until the others cannot be among the fastest."""
     best: dict[Any, tuple[float, int, _Candidate]] = {}
-    for number, candidate in enumerate(candidates):
-        least, split = candidate.model.least, candidate.split if top else number
+    for index, candidate in enumerate(candidates):
+        least, split = candidate.model.least, candidate.split if top else index
         ranked = sorted(best.values())
         if 0 < top <= len(ranked) and least > ranked[top - 1][0]:
             break
         if split not in best or least < best[split][0]:
-            timed = (candidate.model.time().total, number, candidate)
+            timed = (candidate.model.time().total, index, candidate)
             best[split] = min(timed, best.get(split, timed))
     return [candidate.plan() for _, _, candidate in sorted(best.values())[: top or len(best)]]
 
@@ -160,123 +160,108 @@ def _check_settings(config: Config, card: Card) -> None:
         raise UserError(f"precision.compute={config.precision.compute} is not planned: use precision.compute=bf16")
 
 
-class _Search:
-    def __init__(
-        self, config: Config, card: Card, gpus: int, teachers: Sequence[PlannedTeacher], layouts: Layouts
-    ) -> None:
-        self.card, self.gpus, self.teachers, self.layouts = card, gpus, teachers, layouts
-        self.predicted = predicted(config, teachers)
-        self.legal, self.least = 0, float("inf")
-
-    def run(self) -> "Iterator[_Candidate]":
-        """Go through all layouts and give those that fit."""
-        for split in self.layouts.splits():
-            stage = _SplitStage(split, self.predicted, self.gpus)
-            for batch in self.layouts.batches(split):
-                yield from self._recomputes(batch, stage)
-
-    def _recomputes(self, batch: Config, stage: "_SplitStage") -> "Iterator[_Candidate]":
-        """What is recomputed: nothing, the GELU, all layers, or as few as make the rest fit."""
-        fits = {}
-        for config in self.layouts.recomputes(batch):
-            self.legal += 1
-            memory = self._memory(config, stage)
-            self.least = min(self.least, memory.total)
-            fits[config.parallel.recompute] = MARGIN * memory.total <= self.card.usable_bytes
-            if fits[config.parallel.recompute]:
-                yield _Candidate(self, config, stage, memory)
-        if fits.get("full") and not fits.get("none", True):
-            yield from self._partly_recomputed(batch, stage)
-
-    def _partly_recomputed(self, batch: Config, stage: "_SplitStage") -> "Iterator[_Candidate]":
-        most = max(max(tower.split) for tower in stage.towers)
-
-        def fits(layers: int) -> bool:
-            config = self.layouts.partly_recomputed(batch, layers)
-            return config is not None and MARGIN * self._memory(config, stage).total <= self.card.usable_bytes
-
-        layers = bisect_left(range(1, most), True, key=fits) + 1
-        config = self.layouts.partly_recomputed(batch, layers)
-        if config is not None and layers < most:
-            self.legal += 1
-            yield _Candidate(self, config, stage, self._memory(config, stage))
-
-    def _memory(self, config: Config, stage: "_SplitStage") -> Memory:
-        """Of the rank that needs most."""
-        ranks = (
-            rank_memory(config, stage.towers, self.teachers, states, self.gpus, rank)
-            for rank, states in stage.states.items()
-        )
-        return max(ranks, key=lambda memory: memory.total)
-
-
+@dataclass(frozen=True)
 class _Candidate:
-    """A layout that fits.
+    """A layout that fits."""
 
-    Attributes:
-        model: of its time.
-    """
+    stage: PlannedStage
+    states: Mapping[int, States]
+    """See `_rank_states`."""
+    memory: Memory
+    """Of the rank that needs most."""
+    card: Card
 
-    def __init__(self, search: _Search, config: Config, stage: "_SplitStage", memory: Memory) -> None:
-        self._search, self._config, self._stage, self._memory = search, config, stage, memory
-        self.model = self._model(search.card)
+    @cached_property
+    def model(self) -> StepModel:
+        """What tells the step's time."""
+        return self._model(self.card)
 
     @property
     def split(self) -> tuple[int, int, str]:
         """Its sizes (the data-parallel one is what is left), and what is shared out."""
-        parallel = self._config.parallel
+        parallel = self.stage.config.parallel
         return parallel.tensor, parallel.pipeline, parallel.shard
 
     def _model(self, card: Card) -> StepModel:
-        search, stage = self._search, self._stage
-        states = max(stage.states.values(), key=lambda states: states.gradients)
-        return StepModel(self._config, card, stage.towers, search.teachers, states, search.gpus)
+        return StepModel(self.stage, card, max(self.states.values(), key=lambda states: states.gradients))
 
     def plan(self) -> Plan:
         """Simulate it, on a bad and a good cluster too."""
-        search, teacher = self._search, sample_flops(self._search.teachers)
-        fullest = max(self._stage.states.values(), key=lambda states: states.weights + states.optimizer)
+        stage, card = self.stage, self.card
+        config, gpus, teachers = stage.config, stage.gpus, stage.teachers
+        fullest = max(self.states.values(), key=lambda states: states.weights + states.optimizer)
+        # Data-parallel ranks share out the weights too when they write.
+        shares = 1 if stage.fully_sharded else stage.data_size
         return Plan(
-            config=self._config,
-            gpus=search.gpus,
-            memory=self._memory,
+            config=config,
+            gpus=gpus,
+            memory=self.memory,
             time=self.model.time(),
-            flops=stage_flops(self._config, search.gpus, **search.predicted, teacher=teacher),
-            host=host_copy(search.card, fullest, search.gpus),
-            written=self._written(fullest),
-            teachers=search.teachers,
-            peak=search.gpus * search.card.bf16_tflops * 1e12,
-            slow=self._model(search.card.at("slow")).time().total,
-            fast=self._model(search.card.at("fast")).time().total,
+            flops=stage_flops(config, gpus, **predicted(config, teachers), teacher=sample_flops(teachers)),
+            host=host_copy(card, fullest, gpus),
+            written=fullest.weights // shares + fullest.optimizer,
+            teachers=teachers,
+            peak=gpus * card.bf16_tflops * 1e12,
+            slow=self._model(card.at("slow")).time().total,
+            fast=self._model(card.at("fast")).time().total,
         )
 
-    def _written(self, states: States) -> int:
-        """Data-parallel ranks share out the weights too when they write."""
-        parallel = self._config.parallel
-        shares = 1 if parallel.shard == "full" else data_parallel_size(parallel, self._search.gpus)
-        return states.weights // shares + states.optimizer
+
+class _Search:
+    def __init__(self, card: Card, teachers: Sequence[PlannedTeacher], layouts: Layouts) -> None:
+        self._card, self._teachers, self.layouts = card, teachers, layouts
+        self.legal, self.least = 0, float("inf")
+
+    def run(self) -> Iterator[_Candidate]:
+        """Go through all layouts and give those that fit."""
+        for split in self.layouts.splits():
+            stage = PlannedStage.of(split, self.layouts.world_size, self._teachers)
+            states = _rank_states(stage)
+            for batch in self.layouts.batches(split):
+                yield from self._recomputes(replace(stage, config=batch), states)
+
+    def _recomputes(self, batch: PlannedStage, states: Mapping[int, States]) -> Iterator[_Candidate]:
+        """What is recomputed: nothing, the GELU, all layers, or as few as make the rest fit."""
+        fits = {}
+        for config in self.layouts.recomputes(batch.config):
+            self.legal += 1
+            candidate = self._candidate(replace(batch, config=config), states)
+            self.least = min(self.least, candidate.memory.total)
+            fits[config.parallel.recompute] = self._fits(candidate)
+            if self._fits(candidate):
+                yield candidate
+        if fits.get("full") and not fits.get("none", True):
+            yield from self._partly_recomputed(batch, states)
+
+    def _partly_recomputed(self, batch: PlannedStage, states: Mapping[int, States]) -> Iterator[_Candidate]:
+        most = max(max(tower.split) for tower in batch.towers)
+
+        def recomputing(layers: int) -> _Candidate | None:
+            config = self.layouts.partly_recomputed(batch.config, layers)
+            return None if config is None else self._candidate(replace(batch, config=config), states)
+
+        def fits(layers: int) -> bool:
+            candidate = recomputing(layers)
+            return candidate is not None and self._fits(candidate)
+
+        layers = bisect_left(range(1, most), True, key=fits) + 1
+        candidate = recomputing(layers)
+        if candidate is not None and layers < most:
+            self.legal += 1
+            yield candidate
+
+    def _candidate(self, stage: PlannedStage, states: Mapping[int, States]) -> _Candidate:
+        ranks = (rank_memory(stage, of_rank, rank) for rank, of_rank in states.items())
+        return _Candidate(stage, states, max(ranks, key=lambda memory: memory.total), self._card)
+
+    def _fits(self, candidate: _Candidate) -> bool:
+        return MARGIN * candidate.memory.total <= self._card.usable_bytes
 
 
-class _SplitStage:
-    """What all layouts of one split have in common.
+def _rank_states(stage: PlannedStage) -> dict[int, States]:
+    """Of the first data-parallel rank, by rank of the pipeline, of those ranks that may need most memory.
 
-    Attributes:
-        towers: the towers.
-        states: of the first data-parallel rank, by rank of the pipeline, of those ranks that may need most memory: the
-            first ones keep most micro-batches, the last has the loss.
+    The first ones keep most micro-batches, the last has the loss.
     """
-
-    def __init__(self, split: Config, predicted: dict[str, Any], gpus: int) -> None:
-        self.towers = planned_towers(split, **predicted)
-        parallel = split.parallel
-        last, size = parallel.pipeline - 1, data_parallel_size(parallel, gpus)
-        average = split.optim.ema > 0
-        if parallel.shard == "full":
-            self.states = {0: fully_sharded_costs.rank_states(self.towers, split.precision, size, average)}
-            return
-        self.states = {
-            rank: rank_states(
-                self.towers, parallel, split.precision, data_size=size, data_rank=0, stage=rank, average=average
-            )
-            for rank in sorted({0, min(1, last), last})
-        }
+    last = stage.config.parallel.pipeline - 1
+    return {rank: stage.states(rank) for rank in sorted({0, min(1, last), last})}

@@ -1,7 +1,7 @@
 """The planner beside training runs that others have published (`published.yaml`)."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from typing import Any
@@ -9,13 +9,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from w2s.config.batching import data_parallel_size
 from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.planning.cards import Card, card
 from w2s.planning.duration import StepModel
 from w2s.planning.flops import TowerFlops
-from w2s.planning.states import rank_states
+from w2s.planning.planned_stage import PlannedStage
 from w2s.planning.towers import PlannedTower, planned_towers
 from w2s.tracking.tables import Cell, Table
 
@@ -48,25 +47,24 @@ class Row:
 def rows() -> list[Row]:
     """Plan all runs."""
     content: dict[str, Any] = yaml.safe_load((files("w2s.planning") / "published.yaml").read_text(encoding="utf-8"))
-    return [*_with_sources(content["language"], _language), *_with_sources(content["clip"], _clip)]
+    return [
+        Row(
+            case["name"],
+            case["source"],
+            case["gpus"],
+            case["card"],
+            case["width"] if kind == "language" else case["vision"][1],
+            case["fitted"],
+            case["unit"],
+            case["value"],
+            plan(case),
+        )
+        for kind, plan in (("language", _language), ("clip", _clip))
+        for case in content[kind]
+    ]
 
 
-def _with_sources(cases: Sequence[Mapping[str, Any]], plan: Any) -> Iterator[Row]:
-    """Give the rows of some cases; `same` is the source of the one before."""
-    source = ""
-    for case in cases:
-        own = str(case["source"])
-        source = own if not own.startswith("same") else f"{source.partition(',')[0]}{own.removeprefix('same')}"
-        yield replace(plan(case), source=source)
-
-
-def _row(case: Mapping[str, Any], width: int, planned: float) -> Row:
-    return Row(
-        case["name"], "", case["gpus"], case["card"], width, case["fitted"], case["unit"], case["value"], planned
-    )
-
-
-def _language(case: Mapping[str, Any]) -> Row:
+def _language(case: Mapping[str, Any]) -> float:
     """A language model: causal attention computes half of the scores, and a head gives logits of all tokens."""
     layers, width, tokens = case["layers"], case["width"], case["tokens"]
     flops = TowerFlops(
@@ -107,13 +105,11 @@ def _language(case: Mapping[str, Any]) -> Row:
     seconds = _seconds(config, _card(case), [tower], case["gpus"])
     samples = case["batch"] / seconds / case["gpus"]
     if case["unit"] == "mfu":
-        planned = 100 * samples * counted.model / (card(case["card"]).bf16_tflops * 1e12)
-    else:
-        planned = samples * tokens
-    return _row(case, width, planned)
+        return float(100 * samples * counted.model / (card(case["card"]).bf16_tflops * 1e12))
+    return float(samples * tokens)
 
 
-def _clip(case: Mapping[str, Any]) -> Row:
+def _clip(case: Mapping[str, Any]) -> float:
     """A CLIP in one pass: the loss of each rank is over the features of all."""
     names = ("layers", "width", "heads", "mlp_width")
     towers = {
@@ -124,7 +120,7 @@ def _clip(case: Mapping[str, Any]) -> Row:
     images = ("model.vision.image_size=224", "model.vision.patch_size=14", "model.text.context_length=77")
     config = _config("clip", case, *towers, *images, f"model.embed_dim={case['embed']}", "clip.patch_dropout=0")
     seconds = _seconds(config, _card(case), planned_towers(config), case["gpus"])
-    return _row(case, case["vision"][1], case["batch"] / seconds / case["gpus"])
+    return float(case["batch"] / seconds / case["gpus"])
 
 
 def _card(case: Mapping[str, Any]) -> Card:
@@ -153,9 +149,8 @@ def _config(stage: str, case: Mapping[str, Any], *overrides: str) -> Config:
 
 
 def _seconds(config: Config, kind: Card, towers: Sequence[PlannedTower], gpus: int) -> float:
-    size = data_parallel_size(config.parallel, gpus)
-    states = rank_states(towers, config.parallel, config.precision, data_size=size, data_rank=0, stage=0)
-    return StepModel(config, kind, towers, (), states, gpus).time().total
+    stage = PlannedStage(config, gpus, towers, ())
+    return StepModel(stage, kind, stage.states(0)).time().total
 
 
 def print_rows(as_json: bool) -> None:

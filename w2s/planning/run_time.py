@@ -26,7 +26,7 @@ from w2s.planning.towers import PlannedTower, planned_towers
 
 @dataclass(frozen=True)
 class Images:
-    """What an evaluation sees."""
+    """The images of an evaluation."""
 
     test: int
     """Of `eval.shards`; 0 turns evaluations off."""
@@ -64,13 +64,7 @@ class RunTime:
 
 
 def run_time(plan: Plan, card: Card, images: Images | None) -> RunTime:
-    """Plan a stage as a whole.
-
-    Args:
-        plan: its layout.
-        card: the GPUs.
-        images: what an evaluation sees; None where that is not known.
-    """
+    """Plan a stage as a whole; without `images` it is not known what its evaluations take."""
     config, steps = plan.config, plan.config.train.steps
     trained, saved = Part(steps, 86_400 * plan.days / steps), Part(_saves(config), _save(plan, card))
     if images is None:
@@ -81,12 +75,8 @@ def run_time(plan: Plan, card: Card, images: Images | None) -> RunTime:
 def counted(config: Config, given: int) -> Images | None:
     """Return the images of an evaluation; None where their shards are not here, or nobody has counted them.
 
-    Args:
-        config: the stage.
-        given: how many test images there are, as the command line says; 0 where it does not.
-
     Raises:
-        UserError: it says so of a run that evaluates nothing.
+        UserError: the command line gives a number of test images for a run that evaluates nothing.
     """
     if not config.eval.shards:
         if given:
@@ -136,9 +126,9 @@ def _evaluation(plan: Plan, card: Card, images: Images) -> float:
     rounds = tests = _rounds(images.test, size, plan.data_size)
     if images.neighbours and masked:
         rounds += tests + _rounds(images.neighbours, size, plan.data_size)
-    taught = tests * math.ceil(size / model_parallel_size(config.parallel)) if masked else 0
-    heard = sum(teacher_seconds(card, teacher, taught) for teacher in plan.teachers)
-    return rounds * _batch(config, card, vision, size) + heard
+    targets = tests * math.ceil(size / model_parallel_size(config.parallel)) if masked else 0
+    with_teachers = sum(teacher_seconds(card, teacher, targets) for teacher in plan.teachers)
+    return rounds * _batch(config, card, vision, size) + with_teachers
 
 
 def _rounds(images: int, size: int, ranks: int) -> int:

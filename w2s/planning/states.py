@@ -8,8 +8,8 @@ and so is a moving average of the weights.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from functools import cache
 
 from w2s.config.sections import ParallelConfig, PrecisionConfig
@@ -31,36 +31,24 @@ class States:
         return States(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
 
-def rank_states(
-    towers: Sequence[PlannedTower],
+def tower_states(
+    tower: PlannedTower,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
     *,
     data_size: int,
     data_rank: int,
-    stage: int,
-    average: bool = False,
+    pipeline_rank: int,
 ) -> States:
-    """Bytes on a rank of a pipeline stage.
-
-    Args:
-        towers: the towers of the stage of training.
-        parallel: how they are split.
-        precision: types of weights and gradients.
-        data_size: data-parallel ranks.
-        data_rank: which of them it is.
-        stage: rank in the pipeline; it holds every `parallel.pipeline`-th of the virtual stages.
-        average: whether there is a moving average of the weights.
-    """
+    """Bytes of a tower on a rank, which holds every `parallel.pipeline`-th of the virtual stages."""
     total = States()
-    for tower in towers:
-        for chunk in range(parallel.virtual_pipeline):
-            virtual = chunk * parallel.pipeline + stage
-            bucketed = parallel.overlap_grad_reduce and chunk == 0 and stage == 0
-            bucket = max(40_000_000, 1_000_000 * data_size) if bucketed else 0
-            for sizes, wide in _buffers(tower, virtual, parallel.tensor, precision):
-                total += _buffer(sizes, wide, precision.gradients == "fp32", data_size, data_rank, bucket)
-    return total if average else replace(total, average=0)
+    for chunk in range(parallel.virtual_pipeline):
+        virtual = chunk * parallel.pipeline + pipeline_rank
+        bucketed = parallel.overlap_grad_reduce and chunk == 0 and pipeline_rank == 0
+        bucket = max(40_000_000, 1_000_000 * data_size) if bucketed else 0
+        for sizes, wide in _buffers(tower, virtual, parallel.tensor, precision):
+            total += _buffer(sizes, wide, precision.gradients == "fp32", data_size, data_rank, bucket)
+    return total
 
 
 def _buffers(
@@ -78,12 +66,12 @@ def _buffer(
     sizes: tuple[int, ...], wide: bool, wide_gradients: bool, data_size: int, data_rank: int, bucket: int
 ) -> States:
     spans, length = _lay_out(sizes, data_size, bucket)
-    own = sum(_overlap(span, bucket_span, data_size, data_rank) for bucket_span, inside in spans for span in inside)
+    local = sum(_overlap(span, bucket_span, data_size, data_rank) for bucket_span, inside in spans for span in inside)
     return States(
         weights=length * (4 if wide else 2),
         gradients=length * (4 if wide or wide_gradients else 2),
-        optimizer=own * (8 if wide else 12),
-        average=own * 4,
+        optimizer=local * (8 if wide else 12),
+        average=local * 4,
     )
 
 
@@ -96,15 +84,15 @@ def _lay_out(sizes: tuple[int, ...], data_size: int, bucket: int) -> tuple[list[
     inside: list[Span] = []
     begin = end = 0
     for size in reversed(sizes):
-        start = _round_up(end, _START)
+        start = round_up(end, _START)
         end = start + size
         inside.append((start, end))
         if bucket and end - begin >= bucket:
-            end = _round_up(end, math.lcm(data_size, _END))
+            end = round_up(end, math.lcm(data_size, _END))
             buckets.append(((begin, end), inside))
             begin, inside = end, []
     if inside:
-        end = _round_up(end, math.lcm(data_size, _END))
+        end = round_up(end, math.lcm(data_size, _END))
         buckets.append(((begin, end), inside))
     return buckets, end
 
@@ -116,5 +104,6 @@ def _overlap(span: Span, bucket: Span, data_size: int, data_rank: int) -> int:
     return max(0, min(span[1], begin + share) - max(span[0], begin))
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """Return the next multiple."""
     return -(-value // multiple) * multiple

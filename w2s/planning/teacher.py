@@ -75,14 +75,14 @@ def drawn(teachers: Sequence[PlannedTeacher]) -> bool:
 
 
 def images_of_rank(config: Config, teachers: Sequence[PlannedTeacher], world_size: int) -> Sequence[float]:
-    """Return how many images each teacher sees in a step on the rank of a model-parallel group that has most work.
+    """Return how many images each teacher embeds in a step on the rank of a model-parallel group that has most work.
 
     Where samples may lack teachers it is the spread of as many images as are to be expected of a group.
     """
-    own, ranks = samples_per_rank(config, world_size), model_parallel_size(config.parallel)
+    samples, ranks = samples_per_rank(config, world_size), model_parallel_size(config.parallel)
     if not drawn(teachers) or ranks == 1:
-        return [each.share * own for each in teachers]
-    counts = tuple(round(each.share * own * ranks) for each in teachers)
+        return [each.share * samples for each in teachers]
+    counts = tuple(round(each.share * samples * ranks) for each in teachers)
     return _largest_share(tuple(each.flops for each in teachers), counts, ranks)
 
 

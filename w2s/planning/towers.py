@@ -108,13 +108,13 @@ class PlannedTower:
             with_logit_parameters: whether the logit parameters are of the same type as the rest.
         """
         is_first, is_last = stage == 0, stage == len(self.split) - 1
-        own = (self.own_first if is_first else ()) + (self.own_last if is_last else ())
+        direct = (self.own_first if is_first else ()) + (self.own_last if is_last else ())
         logit_parameters = (1,) * self.logit_parameters if is_last and with_logit_parameters else ()
         layers = self._layer(tensor) * self.split[stage]
         head = (self.width,) * self.norm_vectors + (self.width * self.layer_width, self.layer_width)
         heads = head * self.layer_heads_of(stage)
         outer = (self.first + self.norm_pre if is_first else ()) + (self.last if is_last else ())
-        return own + logit_parameters + layers + outer + heads
+        return direct + logit_parameters + layers + outer + heads
 
     def layer_heads_of(self, stage: int) -> int:
         """Heads after single layers of a chunk, given its pipeline stage, virtual ones counted."""

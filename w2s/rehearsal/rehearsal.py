@@ -12,18 +12,15 @@ from unittest import mock
 import torch
 
 from w2s.config import gpu
-from w2s.config.batching import data_parallel_size
 from w2s.config.checks import check
 from w2s.config.sections import Config, TeacherConfig, TeacherEntry
 from w2s.data.shards.shards import list_shards
 from w2s.data.stream.sources import find_sources
 from w2s.errors import UserError, W2SError
-from w2s.planning import fully_sharded_costs
 from w2s.planning.cards import GPUS_PER_NODE, Card
 from w2s.planning.memory import Memory, rank_memory
-from w2s.planning.states import rank_states
-from w2s.planning.teacher import planned_teachers, predicted
-from w2s.planning.towers import planned_towers
+from w2s.planning.planned_stage import PlannedStage
+from w2s.planning.teacher import planned_teachers
 from w2s.processes.stopping import end_with_parent
 from w2s.rehearsal.agreement import Disagreement, disagreements
 from w2s.rehearsal.kinds import stage_of
@@ -206,20 +203,7 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def _planned(config: Config, world_size: int, rank: int) -> Memory:
-    teachers, parallel = planned_teachers(config), config.parallel
-    towers = planned_towers(config, **predicted(config, teachers))
-    stage, size = stage_of(rank, parallel, world_size), data_parallel_size(parallel, world_size)
-    average = config.optim.ema > 0
-    if parallel.shard == "full":
-        states = fully_sharded_costs.rank_states(towers, config.precision, size, average)
-    else:
-        states = rank_states(
-            towers,
-            parallel,
-            config.precision,
-            data_size=size,
-            data_rank=rank // parallel.tensor % size,
-            stage=stage,
-            average=average,
-        )
-    return rank_memory(config, towers, teachers, states, world_size, stage)
+    stage = PlannedStage.of(config, world_size, planned_teachers(config))
+    pipeline_rank = stage_of(rank, config.parallel, world_size)
+    data_rank = rank // config.parallel.tensor % stage.data_size
+    return rank_memory(stage, stage.states(pipeline_rank, data_rank), pipeline_rank)

@@ -4,20 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from w2s.errors import UserError
+from w2s.files import write_text
 from w2s.rehearsal.kinds import stage_of
 from w2s.rehearsal.rehearsal import Rehearsal
 from w2s.rehearsal.timeline import GPU_LANE
-
-
-def check_path(path: Path) -> None:
-    """Refuse, before minutes of rehearsing, a trace that cannot be written.
-
-    Raises:
-        UserError: it is to be in a folder that does not exist.
-    """
-    if not path.parent.is_dir():
-        raise UserError(f"--trace {path} cannot be written: there is no folder {path.parent}, make it first")
 
 
 def write_trace(path: Path, rehearsal: Rehearsal) -> None:
@@ -26,10 +16,7 @@ def write_trace(path: Path, rehearsal: Rehearsal) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    try:
-        path.write_text(json.dumps({"traceEvents": _events(rehearsal), "displayTimeUnit": "ms"}), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--trace {path} cannot be written: {error.strerror}") from error
+    write_text(path, json.dumps({"traceEvents": _events(rehearsal), "displayTimeUnit": "ms"}))
 
 
 def _events(rehearsal: Rehearsal) -> list[dict[str, Any]]:
@@ -42,8 +29,8 @@ def _events(rehearsal: Rehearsal) -> list[dict[str, Any]]:
         about = {"name": f"pipeline stage {stage}, rank {rank}"}
         names.append({"ph": "M", "name": "process_name", "pid": rank, "args": about})
         names += [
-            {"ph": "M", "name": "thread_name", "pid": rank, "tid": number, "args": {"name": lane}}
-            for number, lane in enumerate(lanes)
+            {"ph": "M", "name": "thread_name", "pid": rank, "tid": index, "args": {"name": lane}}
+            for index, lane in enumerate(lanes)
         ]
     return names + [
         {
