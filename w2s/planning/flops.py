@@ -79,7 +79,7 @@ class StageFlops:
 
 
 def vision_flops(vision: VisionConfig, *, tokens: int, head_tokens: int, head_width: int) -> TowerFlops:
-    """Operations of an image: `tokens` (CLS included) go through the layers, `head_tokens` through a linear after them."""
+    """Operations of an image: `tokens` (CLS included) go through the layers, `head_tokens` through a linear."""
     linears, attention = _layer(tokens, vision.width, vision.mlp_width)
     return TowerFlops(
         embedding=2 * (tokens - vision.class_tokens) * 3 * vision.patch_size**2 * vision.width,
