@@ -36,8 +36,8 @@ def steps(stage: MaskedStage | ContrastiveStage, marks: Marks, count: int) -> li
 
 def test_every_part_is_seen_and_nothing_is_left_behind(alone: Ranks) -> None:
     originals = {**vars(ProcessGroup)}, {**vars(Work)}
-    taught = ("clip.distill.source=eva:tiny",)
-    for name, overrides in (("mim", ()), ("clip", ()), ("clip", taught)):
+    distilled = ("clip.distill.source=eva:tiny",)
+    for name, overrides in (("mim", ()), ("clip", ()), ("clip", distilled)):
         stage, marks = build(name, alone, *overrides), Marks(alone.device)
         with marked(stage, marks):
             watched = steps(stage, marks, 2)
@@ -60,7 +60,7 @@ def collectives(layout: tuple[str, ...]) -> float:
     parallel = load("mim", [*layout]).parallel
     with process_groups.initialize_groups(parallel, torch.device("cpu")) as ranks:
         stage, marks = build("mim", ranks, *layout), Marks(ranks.device)
-        marks._now = count().__next__
+        marks._clock = count().__next__
         with marked(stage, marks):
             steps(stage, marks, 2)
         return marks.read()[-1]["communication"] / 1e3
