@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from w2s.checkpoint.export.registering import register_clip
+from w2s.checkpoint.export.registry import register_clip
 from w2s.checkpoint.find import find_any
 from w2s.checkpoint.own.checkpoint_folders import read_meta
 from w2s.checkpoint.starts.handover import load_all

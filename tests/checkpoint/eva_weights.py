@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from w2s.checkpoint.weights.eva_format import eva_name, is_fused, separate, split_heads
+from w2s.checkpoint.weights.eva_format import is_fused, separate, split_heads, translate
 
 
 def from_eva(
@@ -21,14 +21,15 @@ def from_eva(
     Raises:
         KeyError: a released tensor is missing.
     """
-    found = {name: tensors[eva_name(name, names)] for name in wanted}
+    found = {name: tensors[translate(name, names)] for name in wanted}
     return {name: interleave(tensor, heads) if is_fused(name) else tensor for name, tensor in found.items()}
 
 
 def to_eva(tensors: Mapping[str, Tensor], names: Mapping[str, str], heads: int) -> dict[str, Tensor]:
     """Return the released tensors out of a tower's own, the inverse of `from_eva`."""
     return {
-        eva_name(name, names): separate(tensor, heads) if is_fused(name) else tensor for name, tensor in tensors.items()
+        translate(name, names): separate(tensor, heads) if is_fused(name) else tensor
+        for name, tensor in tensors.items()
     }
 
 

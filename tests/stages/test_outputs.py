@@ -145,7 +145,7 @@ def test_tags_say_where_a_run_is_and_what_it_comes_from(group: Path, client: Mlf
     assert clip.data.tags["w2s.parent_runs"] == mim.info.run_id
     assert evaluation.data.tags["w2s.parent_runs"] == clip.info.run_id
     assert mim.data.tags["w2s.teacher"] == mim.data.params["teacher.source"]
-    assert mim.data.tags["w2s.processes.host"] == platform.node() and mim.data.tags["w2s.folder"] == str(group / "mim")
+    assert mim.data.tags["w2s.host"] == platform.node() and mim.data.tags["w2s.folder"] == str(group / "mim")
     about = read_about(group / "clip")
     assert {f"w2s.{name}": text for name, text in about.items()}.items() <= clip.data.tags.items()
     counts = [int(count.replace(",", "")) for count in re.findall(r"[\d,]*\d", about["parameters"])]

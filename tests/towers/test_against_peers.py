@@ -1,6 +1,7 @@
 """Our towers against timm's `Eva` and open_clip's text transformer, at EVA-18B's shape ratios."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from tests.checkpoint.eva_weights import from_eva, to_eva
 from tests.megatron.layer_weights import load_tensors
-from w2s.checkpoint.weights import clip_vit
 from w2s.checkpoint.weights.eva_format import TEXT_NAMES, VISION_NAMES
+from w2s.checkpoint.weights.released import rename
+from w2s.checkpoint.weights.tensor_files import InMemory
 from w2s.config.sections import ParallelConfig, TextConfig, VisionConfig
 from w2s.kernels.gelu import bias_gelu
 from w2s.megatron.model.initialize import global_name, init_parameters
@@ -205,8 +207,8 @@ def test_the_pools_weights_are_those_of_its_attention(alone: Ranks) -> None:
 
 def _released(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Vision tensors of open_clip's own under released names, without the prefix."""
-    found = {clip_vit.released_from(name): value for name, value in tensors.items() if name.startswith("visual.")}
-    return {name.removeprefix("visual."): clip_vit.to_released(name, value) for name, value in found.items()}
+    found = rename(InMemory(tensors), Path("clip.pt"))
+    return {name.removeprefix("visual."): found.read(name) for name in found.meta if name.startswith("visual.")}
 
 
 def test_text_tower_is_open_clips(alone: Ranks) -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from w2s.checkpoint.export.registering import register_clip
+from w2s.checkpoint.export.registry import register_clip
 from w2s.checkpoint.own import checkpoint_folders
 from w2s.checkpoint.own.in_memory import host_memory
 from w2s.checkpoint.own.verifying import recover

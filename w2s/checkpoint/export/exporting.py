@@ -8,12 +8,12 @@ from pathlib import Path
 import yaml
 
 from w2s.checkpoint.export.card import gather_facts, write_card
-from w2s.checkpoint.export.cast import Cast, numbers
+from w2s.checkpoint.export.cast import cast
 from w2s.checkpoint.export.formats import eva, onnx, open_clip, safetensors, timm, torch_export, transformers
 from w2s.checkpoint.export.formats.base import HEAD, Export, Guide, Snippet, Write
 from w2s.checkpoint.own.checkpoint_folders import read_meta
 from w2s.checkpoint.own.verifying import verify
-from w2s.checkpoint.starts.of_teacher import InTeachersSpace, OfTeacher, choose
+from w2s.checkpoint.starts.of_teacher import choose, in_teachers_space, of_teacher
 from w2s.checkpoint.weights.released import Released, open_released
 from w2s.config.load import model_from
 from w2s.config.sections import ModelConfig, Weights
@@ -94,7 +94,7 @@ def export_checkpoint(
     verify(checkpoint)
     model, released = _with_head(checkpoint, head, weights)
     if precision:
-        released = Cast(released, numbers(precision))
+        released = cast(released, precision)
     with new_folder(out) as folder:
         guide = FORMATS[format](Export(released, model, hub), folder)
         if guide.comes_back:
@@ -118,19 +118,19 @@ def _with_head(checkpoint: Path, head: str, weights: Weights) -> tuple[ModelConf
     """A checkpoint's model and tensors; those of a masked run with the heads for one teacher alone.
 
     Raises:
-        ConfigError: the run had no such teacher, has learnt no summary of it, or has no projection for it.
+        ConfigError: the run had no such teacher, has learned no summary of it, or has no projection for it.
     """
     meta, released = read_meta(checkpoint), open_released(checkpoint, weights)
     model = model_from(meta.config)
     if meta.trained == "mim":
-        released = OfTeacher(released, meta, choose(meta, head, "--head"), alone=True)
+        released = of_teacher(released, meta, choose(meta, head, "--head"), alone=True)
     elif head:
         choose(meta, head, "--head")
     if not head:
         return model, released
     if not released.embeds_images:
         raise ConfigError(f"--head {head}: the run learnt no summary of this teacher (summary_weight), leave it out")
-    released = InTeachersSpace(released)
+    released = in_teachers_space(released)
     if HEAD not in released.meta:  # SigLIP's pool, whose output is as wide as the tower
         return model, released
     return replace(model, embed_dim=released.meta[HEAD].shape[0]), released

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from w2s.checkpoint.own.checkpoint_folders import Meta
+from w2s.checkpoint.safetensors_header import safetensors_header
 from w2s.config.sections import Config
 from w2s.errors import CheckpointError, ConfigError
 from w2s.files import checksum
@@ -39,17 +40,6 @@ _GENERATIONS = 2
 """Checkpoints that are there while the newer one is written."""
 _LAYOUT = ("parallel", "precision")
 """Sections that say how tensors lie on the ranks."""
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""As safetensors calls them."""
 _GIB = 2**30
 
 
@@ -137,7 +127,7 @@ class HostMemory:
         return {rank, (rank - self._on_host) % size} if self._several_hosts else {rank}
 
     def _write(self, meta: Meta, tensors: Mapping[str, Tensor], save: str) -> Copy:
-        rank, head = self._ranks.rank, _header(tensors, {"meta": json.dumps(asdict(meta)), "save": save})
+        rank, head = self._ranks.rank, safetensors_header(tensors, {"meta": json.dumps(asdict(meta)), "save": save})
         target = self._new(rank, len(head) + sum(tensor.nbytes for tensor in tensors.values()))
         parts = target.split([len(head), *(tensor.nbytes for tensor in tensors.values())])
         parts[0].copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
@@ -272,17 +262,6 @@ def host_memory(config: Config, run: Path, ranks: Ranks) -> Iterator[HostMemory 
     yield memory
     if memory is not None:
         memory.forget()
-
-
-def _header(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> bytes:
-    """What a file of safetensors begins with."""
-    entries, size = {}, 0
-    for name, tensor in tensors.items():
-        span = [size, size + tensor.nbytes]
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
-        size += tensor.nbytes
-    text = json.dumps({"__metadata__": about, **entries}).encode()
-    return len(text).to_bytes(8, "little") + text
 
 
 def _bytes_of(path: Path, size: int) -> Tensor:

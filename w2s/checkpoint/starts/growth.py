@@ -13,12 +13,15 @@ place, which divides its branches among its copies (Chang et al. 2017, arXiv 171
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from w2s.checkpoint.weights.eva_format import translate
 from w2s.checkpoint.weights.released import Released
+from w2s.checkpoint.weights.views import Source, renamed
 from w2s.errors import CheckpointError
 from w2s.megatron.model.initialize import generator
 
@@ -29,48 +32,30 @@ LAYER = re.compile(r"((?:visual|text)\.(?:transformer\.res)?blocks\.)(\d+)\.")
 """Released names of what is in a layer."""
 
 _AXES: Mapping[str, tuple[str, ...]] = {
-    "patch_embed.proj.weight": ("width",),
-    "patch_embed.proj.bias": ("width",),
+    "patch_embed.proj": ("width",),
     "cls_token": ("", "", "width"),
     "pos_embed": ("", "", "width"),
     "mask_token": ("", "", "width"),
-    "token_embedding.weight": ("", "width"),
+    "latent": ("", "", "width"),
+    "token_embedding": ("", "width"),
     "positional_embedding": ("", "width"),
-    "attn.qkv.weight": ("qkv", "/width"),
-    "attn.in_proj_weight": ("qkv", "/width"),
-    "attn.in_proj_bias": ("qkv",),
-    "attn.qkv.bias": ("qkv",),
-    "attn.q_bias": ("heads",),
-    "attn.v_bias": ("heads",),
-    "attn.proj.weight": ("width", "/heads"),
-    "attn.out_proj.weight": ("width", "/heads"),
-    "attn.proj.bias": ("width",),
-    "attn.out_proj.bias": ("width",),
-    "mlp.fc1.weight": ("mlp", "/width"),
-    "mlp.c_fc.weight": ("mlp", "/width"),
-    "mlp.fc1.bias": ("mlp",),
-    "mlp.c_fc.bias": ("mlp",),
-    "mlp.fc2.weight": ("width", "/mlp"),
-    "mlp.c_proj.weight": ("width", "/mlp"),
-    "mlp.fc2.bias": ("width",),
-    "mlp.c_proj.bias": ("width",),
-    "head.weight": ("", "/width"),
-    "attn_pool.latent": ("", "", "width"),
-    "attn_pool.q.weight": ("heads", "/width"),
-    "attn_pool.q.bias": ("heads",),
-    "attn_pool.kv.weight": ("kv", "/width"),
-    "attn_pool.kv.bias": ("kv",),
-    "attn_pool.proj.weight": ("width", "/heads"),
-    "attn_pool.proj.bias": ("width",),
-    "attn_pool.mlp.fc1.weight": ("mlp", "/width"),
-    "attn_pool.mlp.fc1.bias": ("mlp",),
-    "attn_pool.mlp.fc2.weight": ("width", "/mlp"),
-    "attn_pool.mlp.fc2.bias": ("width",),
-    "lm_head.weight": ("", "/width"),
+    "qkv": ("qkv", "/width"),
+    "kv": ("kv", "/width"),
+    "q": ("heads", "/width"),
+    "q_bias": ("heads",),
+    "v_bias": ("heads",),
+    "proj": ("width", "/heads"),
+    "mlp.fc1": ("mlp", "/width"),
+    "mlp.fc2": ("width", "/mlp"),
+    "head": ("", "/width"),
+    "lm_head": ("", "/width"),
     "text_projection": ("/width",),
 }
-"""What an axis of a tensor runs over, by its released name within tower and layer; `/` marks an axis that is read,
-whose weights the copies share. Norms run over the width; what is not here stays as it is."""
+"""What an axis of a tensor runs over, by its name within tower, layer and attention, in the words of the vision tower;
+`/` marks an axis that is read, whose weights the copies share. A bias has the first axis of its weight. Norms run over
+the width; what is not here stays as it is."""
+_OF_TEXT = {".in_proj_": ".qkv.", ".out_proj.": ".proj.", ".c_fc.": ".fc1.", ".c_proj.": ".fc2."}
+"""Words of the text tower and the vision tower's."""
 _BRANCHES = re.compile(r"(attn\.(out_)?proj|mlp\.(fc2|c_proj))\.(weight|bias)$")
 """What a layer without norms after its branches adds to the residual stream."""
 _NORMS = re.compile(r"(norm\d?|norm_pre|ln_\d|ln_final)\.(weight|bias)$")
@@ -102,93 +87,62 @@ class Growth:
 NO_GROWTH = Growth("none", "none", seed=0)
 
 
-class Grown(Released):
-    """A checkpoint one of whose towers has grown.
+def grow(source: Released, tower: str, size: Size, post_norm: bool, growth: Growth) -> tuple[Released, set[str]]:
+    """Return a checkpoint one of whose towers has grown, and the names of tensors that are no longer its own.
 
-    Attributes:
-        changed: names of the tensors that are no longer the checkpoint's own.
+    Args:
+        source: the checkpoint.
+        tower: its prefix, `visual` or `text`.
+        size: what the tower is to become.
+        post_norm: whether a norm follows each branch of a layer.
+        growth: how.
+
+    Raises:
+        CheckpointError: heads of another width.
     """
+    before = _size_of(source, tower, size)
+    layers = layer_sources(before.layers, size.layers, growth.depth)
+    maps = {} if growth.width == "none" else _maps(before, size)
+    branches = _NORMS if post_norm else _BRANCHES
+    sources, changed = {}, set()
+    for name, tensor in source.meta.items():
+        layer = LAYER.match(name)
+        if not name.startswith(f"{tower}."):
+            sources[name] = renamed(name)
+            continue
+        places = [place for place, origin in enumerate(layers) if layer and origin == int(layer[2])]
+        for new in [f"{layer[1]}{place}.{name[layer.end() :]}" for place in places] if layer else [name]:
+            halved = growth.depth == "interleave" and branches.search(new) is not None
+            make = partial(_grow, name=new, maps=maps, growth=growth, copies=len(places) if halved else 1)
+            sources[new] = Source((name,), make)
+            if make(tensor).shape != tensor.shape or len(places) > 1:
+                changed.add(new)
+    return source.made_into(sources, heads={tower: size.heads}), changed
 
-    def __init__(self, source: Released, tower: str, size: Size, post_norm: bool, growth: Growth) -> None:
-        """Grow a tower.
 
-        Args:
-            source: the checkpoint.
-            tower: its prefix, `visual` or `text`.
-            size: what the tower is to become.
-            post_norm: whether a norm follows each branch of a layer.
-            growth: how.
+def _grow(tensor: Tensor, *, name: str, maps: Mapping[str, Tensor], growth: Growth, copies: int) -> Tensor:
+    """A tensor of the tower in its new width; what the layer adds is divided among its copies."""
+    for axis, kind in enumerate(_axes_of(name)):
+        index = maps.get(kind.lstrip("/"))
+        if index is not None:
+            shares = _shares(name, tensor, axis, index, growth) if kind.startswith("/") else None
+            tensor = tensor.index_select(axis, index.to(tensor.device))
+            tensor = tensor if shares is None else (tensor * shares).to(tensor.dtype)
+    return tensor / copies if copies > 1 else tensor
 
-        Raises:
-            CheckpointError: heads of another width.
-        """
-        self._source, self._tower, self._growth, self._post_norm = source, tower, growth, post_norm
-        self.format, self.path, self.heads = source.format, source.path, source.heads | {tower: size.heads}
-        before = _size_of(source, tower, size)
-        self._layers = layer_sources(before.layers, size.layers, growth.depth)
-        self._maps = {} if growth.width == "none" else _maps(before, size)
-        self._sources = dict(self._renamed())
-        self.meta = {name: self._grow(name, source.meta[origin]) for name, origin in self._sources.items()}
-        self.changed = {name for name, origin in self._sources.items() if self._is_changed(name, source.meta[origin])}
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor in the released layout."""
-        return self._grow(name, self._source.read(self._sources[name]))
-
-    def origin(self, name: str) -> str:
-        """Return the name that a tensor has in the checkpoint itself."""
-        return self._source.origin(self._sources[name])
-
-    def _renamed(self) -> list[tuple[str, str]]:
-        """Names here and in the source."""
-        pairs = []
-        for name in self._source.meta:
-            layer = LAYER.match(name)
-            if layer is None or not name.startswith(f"{self._tower}."):
-                pairs.append((name, name))
-            else:
-                rest = name[layer.end() :]
-                places = [place for place, source in enumerate(self._layers) if source == int(layer[2])]
-                pairs += [(f"{layer[1]}{place}.{rest}", name) for place in places]
-        return pairs
-
-    def _grow(self, name: str, tensor: Tensor) -> Tensor:
-        if not name.startswith(f"{self._tower}."):
-            return tensor
-        for axis, kind in enumerate(_axes_of(name, tensor)):
-            index = self._maps.get(kind.lstrip("/"))
-            if index is not None:
-                shares = self._shares(name, tensor, axis, index) if kind.startswith("/") else None
-                tensor = tensor.index_select(axis, index.to(tensor.device))
-                tensor = tensor if shares is None else (tensor * shares).to(tensor.dtype)
-        copies = self._copies(name)
-        return tensor / copies if copies > 1 and self._is_branch(name) else tensor
-
-    def _is_changed(self, name: str, tensor: Tensor) -> bool:
-        return self.meta[name].shape != tensor.shape or self._copies(name) > 1
-
-    def _copies(self, name: str) -> int:
-        """How often the layer of a tensor is there now; 1 outside of the layers."""
-        layer = LAYER.match(name) if name.startswith(f"{self._tower}.") else None
-        return 1 if layer is None else self._layers.count(self._layers[int(layer[2])])
-
-    def _is_branch(self, name: str) -> bool:
-        """Whether a tensor of a layer that `interleave` copies scales what the layer adds."""
-        last = _NORMS if self._post_norm else _BRANCHES
-        return self._growth.depth == "interleave" and last.search(name) is not None
-
-    def _shares(self, name: str, tensor: Tensor, axis: int, index: Tensor) -> Tensor:
-        """What weights for the copies of a unit are multiplied by, along `axis`: for each unit they add up to 1."""
-        counts = index.bincount(minlength=tensor.shape[axis]).float()
-        if self._growth.width == "copy" or tensor.is_meta:
-            shape = [len(index) if other == axis else 1 for other in range(tensor.ndim)]
-            return (1 / counts)[index].view(shape).to(tensor.device)
-        shape = [len(index) if other == axis else size for other, size in enumerate(tensor.shape)]
-        drawn = torch.rand(shape, generator=generator(f"{self._growth.seed}/grow/{name}/{axis}")) - 0.5
-        means = torch.zeros_like(tensor, dtype=torch.float32).index_add_(axis, index, drawn)
-        spread = [-1 if other == axis else 1 for other in range(tensor.ndim)]
-        means = (means / counts.view(spread)).index_select(axis, index)
-        return (1 + drawn - means) / counts[index].view(spread)
+def _shares(name: str, tensor: Tensor, axis: int, index: Tensor, growth: Growth) -> Tensor:
+    """What weights for the copies of a unit are multiplied by, along `axis`: for each unit they add up to 1."""
+    counts = index.bincount(minlength=tensor.shape[axis]).float()
+    if growth.width == "copy" or tensor.is_meta:
+        shape = [len(index) if other == axis else 1 for other in range(tensor.ndim)]
+        return (1 / counts)[index].view(shape).to(tensor.device)
+    shape = [len(index) if other == axis else size for other, size in enumerate(tensor.shape)]
+    drawn = torch.rand(shape, generator=generator(f"{growth.seed}/grow/{name}/{axis}")) - 0.5
+    means = torch.zeros_like(tensor, dtype=torch.float32).index_add_(axis, index, drawn)
+    spread = [-1 if other == axis else 1 for other in range(tensor.ndim)]
+    means = (means / counts.view(spread)).index_select(axis, index)
+    return (1 + drawn - means) / counts[index].view(spread)
 
 
 def layer_sources(old: int, new: int, depth: Depth) -> list[int]:
@@ -231,10 +185,14 @@ def _rows(heads: Sequence[int], head_width: int) -> Tensor:
     return (torch.tensor(heads)[:, None] * head_width + torch.arange(head_width)).flatten()
 
 
-def _axes_of(name: str, tensor: Tensor) -> tuple[str, ...]:
+def _axes_of(name: str) -> tuple[str, ...]:
     layer = LAYER.match(name)
     within = name[layer.end() :] if layer else name.partition(".")[2]
-    return ("width",) if _NORMS.search(within) else _AXES.get(within, ())
+    if _NORMS.search(within):
+        return ("width",)
+    plain = re.sub(r"^attn(_pool)?\.", "", translate(within, _OF_TEXT))
+    axes = _AXES.get(plain.removesuffix(".weight").removesuffix(".bias"), ())
+    return axes[:1] if plain.endswith(".bias") else axes
 
 
 def _size_of(source: Released, tower: str, new: Size) -> Size:

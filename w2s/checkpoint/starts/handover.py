@@ -8,8 +8,8 @@ from typing import Any, Literal
 from w2s.checkpoint.find import find
 from w2s.checkpoint.own.checkpoint_folders import read_meta
 from w2s.checkpoint.own.verifying import verify
-from w2s.checkpoint.starts.growth import NO_GROWTH, Grown, Growth, Size
-from w2s.checkpoint.starts.of_teacher import OTHERS, OfTeacher, choose
+from w2s.checkpoint.starts.growth import NO_GROWTH, Growth, Size, grow
+from w2s.checkpoint.starts.of_teacher import OTHERS, choose, of_teacher
 from w2s.checkpoint.weights.eva_format import released_name
 from w2s.checkpoint.weights.matching import (
     LOGIT_PARAMETERS,
@@ -156,17 +156,17 @@ def hand_over(
         ConfigError: the run had no such teacher.
     """
     own, towers = state.tower_shapes({name: tower}), {name: tower}
-    source = _of_teacher(open_released(checkpoint, weights), teacher, alone=bool(growth))
+    stored = open_released(checkpoint, weights)
+    source, changed = _of_teacher(stored, teacher, alone=bool(growth)), set[str]()
     if growth:
-        source = _grown(source, tower, name, growth)
+        source, changed = _grown(source, tower, name, growth)
     taken = fit(source, _wanted(own, source, projections), {name: tower.chunks[0].config.num_attention_heads})
     _check(taken, name)
-    if source.format == "w2s" and not isinstance(source, OfTeacher | Grown):
+    if stored.format == "w2s" and source is stored:
         state.load_weights(checkpoint, towers, taken.loaded, weights)
         load_slices({name: tower.chunks}, taken.read, taken.resized)
     else:
         load_slices({name: tower.chunks}, taken.read, taken.taken)
-    changed = source.changed if isinstance(source, Grown) else set()
     grown = {ours for ours in taken.loaded if released_name(ours) in changed}
     return Handover(
         source=checkpoint,
@@ -180,7 +180,7 @@ def hand_over(
 
 
 def _of_teacher(source: Released, teacher: str, *, alone: bool) -> Released:
-    """A masked run with the heads of one of several teachers, see `OfTeacher`; anything else as it is.
+    """A masked run with the heads of one of several teachers, see `of_teacher`; anything else as it is.
 
     Raises:
         ConfigError: there is no such teacher.
@@ -194,10 +194,10 @@ def _of_teacher(source: Released, teacher: str, *, alone: bool) -> Released:
     if not (teacher or several):
         return source
     chosen = choose(meta, teacher, "init.teacher")
-    return OfTeacher(source, meta, chosen, alone=alone) if several else source
+    return of_teacher(source, meta, chosen, alone=alone) if several else source
 
 
-def _grown(source: Released, tower: ShardedTower[Any], name: str, growth: Growth) -> Grown:
+def _grown(source: Released, tower: ShardedTower[Any], name: str, growth: Growth) -> tuple[Released, set[str]]:
     part = tower.chunks[0]
     size = Size(
         layers=part.config.num_layers,
@@ -206,7 +206,7 @@ def _grown(source: Released, tower: ShardedTower[Any], name: str, growth: Growth
         mlp_width=part.config.ffn_hidden_size,
     )
     post_norm = name == "vision" and part.shape.norm_placement == "post"
-    return Grown(source, {"vision": "visual", "text": "text"}[name], size, post_norm, growth)
+    return grow(source, {"vision": "visual", "text": "text"}[name], size, post_norm, growth)
 
 
 def _wanted(own: Shapes, source: Released, projections: Projections) -> Shapes:

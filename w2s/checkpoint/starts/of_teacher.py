@@ -1,14 +1,14 @@
 """Which teachers a masked run had, and its student as though one of them had been the only one."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from w2s.checkpoint.own.checkpoint_folders import Meta
 from w2s.checkpoint.weights.released import Released
+from w2s.checkpoint.weights.views import Source, renamed
 from w2s.config.sections import TeacherConfig
 from w2s.errors import CheckpointError, ConfigError
 
@@ -60,45 +60,31 @@ def choose(meta: Meta, teacher: str, key: str) -> str:
     return teacher or names[0]
 
 
-class OfTeacher(Released):
-    """A masked run whose heads for one teacher have the names of a single teacher's.
+def of_teacher(source: Released, meta: Meta, teacher: str, *, alone: bool = False) -> Released:
+    """Return a masked run whose heads for one teacher have the names of a single teacher's.
 
     Args:
         source: the run.
         meta: of the run.
         teacher: the teacher's name.
-        alone: leave out the heads for the others, which else are under their teachers' names.
+        alone: leave out the heads for the others, which otherwise are under their teachers' names.
     """
-
-    def __init__(self, source: Released, meta: Meta, teacher: str, *, alone: bool = False) -> None:
-        self.format, self.path, self.heads = source.format, source.path, source.heads
-        self._source, (first, *_) = source, teachers_of(meta)
-        renamed = dict(self._renamed(first, teacher))
-        self._origins = {name: origin for name, origin in renamed.items() if not (alone and name.startswith(OTHERS))}
-        self.meta = {name: source.meta[origin] for name, origin in self._origins.items()}
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor in the released layout."""
-        return self._source.read(self._origins[name])
-
-    def origin(self, name: str) -> str:
-        """Return the name that a tensor has in the checkpoint itself."""
-        return self._source.origin(self._origins[name])
-
-    def _renamed(self, first: str, teacher: str) -> Iterator[tuple[str, str]]:
-        """New names and old ones: the teacher's heads change places with the first one's."""
-        own = f"{OTHERS}{teacher}."
-        for name in self._source.meta:
-            if name.startswith(own):
-                yield name.replace(own, "visual."), name
-            elif teacher != first and name.startswith(tuple(f"visual.{head}" for head in _HEADS)):
-                yield name.replace("visual.", f"{OTHERS}{first}.", 1), name
-            else:
-                yield name, name
+    first, *_ = teachers_of(meta)
+    chosen, heads = f"{OTHERS}{teacher}.", tuple(f"visual.{head}" for head in _HEADS)
+    sources = {}
+    for name in source.meta:
+        new = name
+        if name.startswith(chosen):
+            new = name.replace(chosen, "visual.")
+        elif teacher != first and name.startswith(heads):  # they change places with the first one's
+            new = name.replace("visual.", f"{OTHERS}{first}.", 1)
+        if not (alone and new.startswith(OTHERS)):
+            sources[new] = renamed(name)
+    return source.made_into(sources)
 
 
-class InTeachersSpace(Released):
-    """A masked run whose projection leads all the way into the teacher's own space.
+def in_teachers_space(source: Released) -> Released:
+    """Return a masked run whose projection leads all the way into the teacher's own space.
 
     Where the teacher's summary has another width than the CLIP to come, a second linear of the masked stage leads
     there; the product of both is one projection.
@@ -106,25 +92,18 @@ class InTeachersSpace(Released):
     Raises:
         ConfigError: the tower ends in SigLIP's pool, which has no projection, and the widths differ.
     """
+    if _TO_TARGET not in source.meta:
+        return source
+    if _HEAD not in source.meta:
+        raise ConfigError(f"--head: a pool of {source.path} leads into no space of another width, leave it out")
 
-    def __init__(self, source: Released) -> None:
-        self.format, self.path, self.heads, self._source = source.format, source.path, source.heads, source
-        self.meta = {name: tensor for name, tensor in source.meta.items() if name != _TO_TARGET}
-        if _TO_TARGET in source.meta:
-            if _HEAD not in source.meta:
-                raise ConfigError(f"--head: a pool of {source.path} leads into no space of another width, leave it out")
-            width, last = source.meta[_TO_TARGET].shape[0], source.meta[_HEAD]
-            self.meta[_HEAD] = torch.empty(width, last.shape[1], dtype=last.dtype, device="meta")
-            if _HEAD_BIAS in self.meta:
-                self.meta[_HEAD_BIAS] = torch.empty(width, dtype=last.dtype, device="meta")
+    def product(last: Tensor, head: Tensor) -> Tensor:
+        return (last.float() @ head.float()).to(head.dtype)
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor in the released layout."""
-        tensor = self._source.read(name)
-        if name not in (_HEAD, _HEAD_BIAS) or _TO_TARGET not in self._source.meta:
-            return tensor
-        return (self._source.read(_TO_TARGET).float() @ tensor.float()).to(tensor.dtype)
-
-    def origin(self, name: str) -> str:
-        """Return the name that a tensor has in the checkpoint itself."""
-        return self._source.origin(name)
+    return source.made_into(
+        {
+            name: Source((_TO_TARGET, name), product) if name in (_HEAD, _HEAD_BIAS) else renamed(name)
+            for name in source.meta
+            if name != _TO_TARGET
+        }
+    )

@@ -50,14 +50,12 @@ def released_name(name: str) -> str:
         return name.removeprefix("text.")
     tower, _, rest = name.partition(".")
     prefix, names = TOWERS[tower]
-    return f"{prefix}.{eva_name(rest.replace('blocks.layers.', 'blocks.', 1), names)}"
+    return f"{prefix}.{translate(rest.replace('blocks.layers.', 'blocks.', 1), names)}"
 
 
-def eva_name(name: str, names: Mapping[str, str]) -> str:
-    """Return the released name of our parameter `name`, by one of the tables above."""
-    for ours, theirs in names.items():
-        name = name.replace(ours, theirs)
-    return name
+def translate(name: str, words: Mapping[str, str]) -> str:
+    """Replace parts of a name, all at once."""
+    return re.sub("|".join(map(re.escape, words)), lambda found: words[found[0]], name)
 
 
 def is_fused(name: str) -> bool:

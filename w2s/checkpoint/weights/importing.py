@@ -9,10 +9,9 @@ import torch
 
 from w2s.checkpoint.own.checkpoint_folders import Meta, seal
 from w2s.checkpoint.own.verifying import verify
-from w2s.checkpoint.weights.clip_vit import RELEASED_MARK
 from w2s.checkpoint.weights.eva_format import released_name
 from w2s.checkpoint.weights.matching import PROJECTIONS, STAGE_ONLY, Fit, fit, refuse_gaps
-from w2s.checkpoint.weights.released import Released, open_released
+from w2s.checkpoint.weights.released import NORM_PRE, Released, open_released
 from w2s.config.sections import HardwareConfig, ModelConfig, ParallelConfig
 from w2s.config.teacher_losses import Target
 from w2s.errors import ConfigError
@@ -93,7 +92,7 @@ def _foreign(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> set[s
 
     Nothing of a vision tower with a norm before the layers goes into one without.
     """
-    vision = RELEASED_MARK in released.meta and "vision.norm_pre.weight" not in shapes
+    vision = NORM_PRE in released.meta and "vision.norm_pre.weight" not in shapes
     return {tower for tower, is_foreign in (("vision", vision), ("text", released.has_foreign_text)) if is_foreign}
 
 

@@ -8,8 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from w2s.checkpoint.own.checkpoint_folders import Meta, read_meta
-from w2s.checkpoint.weights.clip_vit import RELEASED_MARK
-from w2s.checkpoint.weights.released import POOL, Released, open_released
+from w2s.checkpoint.weights.released import NORM_PRE, POOL, Released, open_released
 from w2s.config.load import model_from, read_document
 from w2s.config.sections import ModelConfig
 from w2s.megatron.checkpoint.tensor_store import has_average
@@ -98,7 +97,7 @@ def _dimensions_of(model: ModelConfig) -> dict[str, int | str | bool]:
 def _kind(shapes: Mapping[str, tuple[int, ...]]) -> str:
     if "visual.cls_token" not in shapes:
         return "siglip"
-    return "clip" if RELEASED_MARK in shapes else "eva"
+    return "clip" if NORM_PRE in shapes else "eva"
 
 
 def _is_plain_vit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -106,7 +105,7 @@ def _is_plain_vit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
     A masked run of a SigLIP's tower has no pool, and is known by what predicts the features.
     """
-    ours = (RELEASED_MARK, POOL, "visual.lm_head.weight")
+    ours = (NORM_PRE, POOL, "visual.lm_head.weight")
     return "visual.blocks.0.attn.qkv.bias" in shapes and not any(name in shapes for name in ours)
 
 

@@ -10,9 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from w2s.checkpoint.weights.clip_vit import RELEASED_MARK
 from w2s.checkpoint.weights.eva_format import is_fused, released_name, split_heads
-from w2s.checkpoint.weights.released import POOL, Released
+from w2s.checkpoint.weights.released import NORM_PRE, POOL, Released
 from w2s.checkpoint.weights.resize import resize_patch_kernel, resize_positions, shorten_context
 from w2s.errors import CheckpointError
 
@@ -178,7 +177,7 @@ def hint(source: Released) -> str:
         return " (it is a SigLIP: model=vit_b_16_siglip is one, model.vision.kind=siglip; its text tower stays out)"
     if any(".attn_pool." in name or ".attnpool." in name for name in source.meta):
         return " (it pools by attention, as CoCa and OpenAI's ResNets: use it as a teacher)"
-    if RELEASED_MARK in source.meta:
+    if NORM_PRE in source.meta:
         return " (it is a ViT of OpenAI's and open_clip's kind: model=vit_b_16 is one, model.vision.kind=clip)"
     if source.format == "hf":
         return " (it is a model of transformers: use its folder as a teacher, hf:FOLDER)"

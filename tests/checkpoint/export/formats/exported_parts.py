@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.checkpoint.peers import captions, images, model_of, released, text_tower, timm_tower
-from w2s.checkpoint.export.cast import Cast, numbers
+from w2s.checkpoint.export.cast import cast
 from w2s.checkpoint.export.exporting import FORMATS
 from w2s.checkpoint.export.formats.base import Export, Guide
 from w2s.checkpoint.weights.released import rename
@@ -39,7 +39,7 @@ def write_guided(
     source = rename(InMemory(released(model) if tensors is None else tensors), Path("clip.pt"))
     out = folder / format
     out.mkdir(exist_ok=True)
-    return out, FORMATS[format](Export(Cast(source, numbers(precision)) if precision else source, model), out)
+    return out, FORMATS[format](Export(cast(source, precision) if precision else source, model), out)
 
 
 def run_snippets(folder: Path, guide: Guide) -> list[dict[str, Any]]:

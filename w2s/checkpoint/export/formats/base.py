@@ -2,16 +2,14 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from w2s.checkpoint.export.weight_files import write_safetensors
 from w2s.checkpoint.weights.released import Released
+from w2s.checkpoint.weights.views import Source, View
 from w2s.config.sections import ModelConfig
 
 HEAD = "visual.head.weight"
@@ -72,38 +70,9 @@ Write = Callable[[Export, Path], Guide]
 """Writes a format into a folder that is there."""
 
 
-def write_renamed(
-    path: Path,
-    export: Export,
-    names: Iterable[str],
-    rename: Callable[[str], str],
-    *,
-    head_bias: bool = False,
-    reshape: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
-) -> None:
-    """Write tensors as a safetensors file under other names.
-
-    Args:
-        path: the file.
-        export: the weights.
-        names: released names of those that are written.
-        rename: gives the name there.
-        head_bias: give a head without a bias one of zeros.
-        reshape: makes of a tensor, given its released name, what is written.
-    """
-    released = export.released
-    origins = {rename(name): name for name in names}
-    meta = {name: reshape(origin, released.meta[origin]) for name, origin in origins.items()}
-    if head_bias and HEAD in released.meta and HEAD_BIAS not in released.meta:
-        head = released.meta[HEAD]
-        meta[rename(HEAD_BIAS)] = torch.empty(head.shape[0], dtype=head.dtype, device="meta")
-
-    def read(name: str) -> Tensor:
-        if name not in origins:
-            return torch.zeros_like(meta[name], device="cpu")
-        return reshape(origins[name], released.read(origins[name]))
-
-    write_safetensors(path, meta, read, {"model": export.model.name})
+def write_weights(path: Path, export: Export, sources: Mapping[str, Source]) -> None:
+    """Write a safetensors file of what is made out of the released tensors, by the name that it has there."""
+    write_safetensors(path, View(export.released, sources), {"model": export.model.name})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from w2s.checkpoint.export.formats.base import EMBEDS_BOTH, EMBEDS_IMAGES, Export, Guide, Snippet, mlp_ratio, write_json
 from w2s.checkpoint.export.formats.open_clip import text_config
 from w2s.checkpoint.export.weight_files import write_pt
+from w2s.checkpoint.weights.views import renamed
 from w2s.config.sections import ModelConfig
 from w2s.errors import CheckpointError
 
@@ -32,8 +33,8 @@ def write(export: Export, folder: Path) -> Guide:
             f"{released.path} was trained with the sigmoid loss, whose bias EVA-CLIP's code does not have: "
             "use --format open_clip"
         )
-    names = {name: tensor for name, tensor in released.meta.items() if not name.startswith("visual.layer_heads.")}
-    write_pt(folder / f"{model.name}.pt", names, released.read)
+    written = {name: renamed(name) for name in released.meta if not name.startswith("visual.layer_heads.")}
+    write_pt(folder / f"{model.name}.pt", released.made_into(written))
     write_json(folder / f"{model.name}.json", eva_config(model))
     task = EMBEDS_BOTH if released.has("text") else EMBEDS_IMAGES
     return Guide("w2s", task, [Snippet("EVA-CLIP's code", LOAD.format(name=model.name))])

@@ -5,26 +5,33 @@ can name it by a name that timm knows, by a path, or by a hub. Where timm knows 
 the tower, and the configuration names the folder that it stands in: that of the hub, or the one where the program runs.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from w2s.checkpoint.export.formats.base import (
     EMBEDS_BOTH,
+    HEAD,
     RESIZED,
     Export,
     Guide,
     Snippet,
     mlp_ratio,
     write_json,
-    write_renamed,
+    write_weights,
 )
 from w2s.checkpoint.export.formats.timm import named_tower, timm_config
-from w2s.checkpoint.weights import clip_vit
+from w2s.checkpoint.weights.eva_format import translate
+from w2s.checkpoint.weights.layouts import OPEN_CLIP_VISION, contract, inverse
 from w2s.checkpoint.weights.matching import MASKED_STAGE
+from w2s.checkpoint.weights.views import Source, renamed
 from w2s.config.sections import ModelConfig, TextConfig, VisionConfig
 from w2s.errors import CheckpointError
 from w2s.towers.vision import channel_statistics
 
+WEIGHTS = "open_clip_model.safetensors"
 HERE = "local-dir:."
 
 LOAD = """\
@@ -62,7 +69,7 @@ def write(export: Export, folder: Path) -> Guide:
     write_json(folder / "open_clip_config.json", config)
     if named is None:
         write_json(folder / "config.json", timm_config(model.vision, features=0))
-    write_renamed(folder / "open_clip_model.safetensors", export, names, open_clip_name)
+    write_weights(folder / WEIGHTS, export, {open_clip_name(name): renamed(name) for name in names})
     return Guide("open_clip", EMBEDS_BOTH, _snippets(named is not None, export.hub), [RESIZED])
 
 
@@ -75,8 +82,9 @@ def _write_plain(export: Export, folder: Path, names: list[str]) -> Guide:
             "text tower, and open_clip one for both: use --format transformers"
         )
     write_json(folder / "open_clip_config.json", open_clip_config(model, "", logit_bias="logit_bias" in released.meta))
-    weights = folder / "open_clip_model.safetensors"
-    write_renamed(weights, export, names, clip_vit.name_from, reshape=clip_vit.from_released)
+    write_weights(
+        folder / WEIGHTS, export, {plain_name(name): Source((name,), partial(_plain, name)) for name in names}
+    )
     return Guide("open_clip", EMBEDS_BOTH, _snippets(True, export.hub), [RESIZED])
 
 
@@ -102,6 +110,17 @@ def open_clip_name(name: str) -> str:
     if name.startswith("visual.head."):
         return name.replace("visual.head.", "visual.head.proj.", 1)
     return name.replace("visual.", "visual.trunk.", 1) if name.startswith("visual.") else name
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a released tensor has in a CLIP with open_clip's own vision tower."""
+    if not name.startswith("visual."):
+        return name
+    return "visual.proj" if name == HEAD else translate(name, inverse(OPEN_CLIP_VISION))
+
+
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    return tensor.T if name == HEAD else contract(name, tensor)
 
 
 def open_clip_config(model: ModelConfig, tower: str, logit_bias: bool) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from w2s.checkpoint.export.formats.base import EMBEDS_BOTH, EMBEDS_IMAGES, Export, Guide, Snippet, write_renamed
+from w2s.checkpoint.export.formats.base import EMBEDS_BOTH, EMBEDS_IMAGES, Export, Guide, Snippet, write_weights
+from w2s.checkpoint.weights.views import renamed
 
 LOAD = """\
 from safetensors.torch import load_file
@@ -11,6 +12,6 @@ tensors = load_file("FOLDER/model.safetensors")  # the names of the released EVA
 
 def write(export: Export, folder: Path) -> Guide:
     """Write model.safetensors."""
-    write_renamed(folder / "model.safetensors", export, export.released.meta, str)
+    write_weights(folder / "model.safetensors", export, {name: renamed(name) for name in export.released.meta})
     task = EMBEDS_BOTH if export.released.has("text") else EMBEDS_IMAGES
     return Guide("w2s", task, [Snippet("safetensors", LOAD)])

@@ -6,15 +6,17 @@ from typing import Any
 from w2s.checkpoint.export.formats.base import (
     EMBEDS_IMAGES,
     HEAD,
+    HEAD_BIAS,
     RESIZED,
     Export,
     Guide,
     Snippet,
     mlp_ratio,
     write_json,
-    write_renamed,
+    write_weights,
 )
 from w2s.checkpoint.weights.matching import MASKED_STAGE
+from w2s.checkpoint.weights.views import renamed, zeros_for
 from w2s.config.sections import VisionConfig
 from w2s.errors import CheckpointError
 from w2s.towers.vision import channel_statistics
@@ -58,7 +60,10 @@ def write(export: Export, folder: Path) -> Guide:
         raise CheckpointError(f"{released.path} holds no vision tower, which is all that timm has: use another format")
     features = model.embed_dim if HEAD in released.meta else 0
     write_json(folder / "config.json", timm_config(model.vision, features, has_pool=released.embeds_images))
-    write_renamed(folder / "model.safetensors", export, names, timm_name, head_bias=True)
+    sources = {timm_name(name): renamed(name) for name in names}
+    if HEAD in released.meta:
+        sources.setdefault(timm_name(HEAD_BIAS), zeros_for(HEAD))  # timm's head has one
+    write_weights(folder / "model.safetensors", export, sources)
     snippets = [Snippet("timm", TIMM.format(place="local-dir:FOLDER"))]
     snippets += [Snippet("timm, from the hub", TIMM.format(place=f"hf-hub:{export.hub}"))] if export.hub else []
     snippets.append(

@@ -6,8 +6,6 @@ projection: one goes into the final norm's, so that the projection gives it back
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,39 +17,16 @@ from w2s.checkpoint.export.formats.base import EMBEDS_BOTH, HEAD, HEAD_BIAS, Exp
 from w2s.checkpoint.export.formats.processor import LIMITS, write_processor
 from w2s.checkpoint.export.formats.timm import timm_config, timm_name
 from w2s.checkpoint.export.weight_files import write_safetensors
+from w2s.checkpoint.weights.eva_format import translate
+from w2s.checkpoint.weights.layouts import TRANSFORMERS_TEXT, TRANSFORMERS_VISION, contract, inverse
 from w2s.checkpoint.weights.matching import MASKED_STAGE
 from w2s.checkpoint.weights.released import Released
+from w2s.checkpoint.weights.views import Source, View, renamed
 from w2s.config.sections import ModelConfig, TextConfig, VisionConfig
 from w2s.errors import CheckpointError
 from w2s.towers.clip import TEXT_NORM_EPS
 
-Change = Callable[[Tensor], Tensor]
-
-TEXT: Mapping[str, str] = {
-    "token_embedding.weight": "embeddings.token_embedding.weight",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "transformer.resblocks.": "encoder.layers.",
-    "ln_final.": "final_layer_norm.",
-    ".ln_1.": ".layer_norm1.",
-    ".ln_2.": ".layer_norm2.",
-    ".attn.in_proj_": ".self_attn.qkv.",
-    ".attn.out_proj.": ".self_attn.out_proj.",
-    ".mlp.c_fc.": ".mlp.fc1.",
-    ".mlp.c_proj.": ".mlp.fc2.",
-}
-VISION: Mapping[str, str] = {
-    "cls_token": "embeddings.class_embedding",
-    "pos_embed": "embeddings.position_embedding.weight",
-    "patch_embed.proj.": "embeddings.patch_embedding.",
-    "norm_pre.": "pre_layrnorm.",
-    "blocks.": "encoder.layers.",
-    ".norm1.": ".layer_norm1.",
-    ".norm2.": ".layer_norm2.",
-    ".attn.qkv.": ".self_attn.qkv.",
-    ".attn.proj.": ".self_attn.out_proj.",
-}
-"""Parts of released names and CLIPModel's for them; Q, K and V are apart there."""
-FINAL_NORM = "visual.norm."
+FINAL_NORM = "visual.norm.bias"
 LOAD = """\
 from transformers import AutoModel, AutoProcessor
 model, processor = AutoModel.from_pretrained("{place}"), AutoProcessor.from_pretrained("{place}"){needs}
@@ -61,19 +36,6 @@ PIPELINE = """\
 from transformers import pipeline
 classify = pipeline("zero-shot-image-classification", "{place}")
 answers = classify(image, candidate_labels=["cat", "dog"])  # with "This is a photo of", no longer than a caption"""
-TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a tensor of the export is made of: a released tensor, and how."""
-
-    name: str
-    change: Change = _same
 
 
 def write(export: Export, folder: Path) -> Guide:
@@ -95,17 +57,14 @@ def write(export: Export, folder: Path) -> Guide:
             "use --format open_clip, onnx or torch_export"
         )
     plain = model.vision.kind == "clip"
-    made = origins(released, plain)
-    meta = {name: origin.change(released.meta[origin.name]) for name, origin in made.items()}
-    (common, _), *_ = Counter(tensor.dtype for tensor in meta.values()).most_common(1)
+    tensors = View(released, sources(released, plain))
+    (common, _), *_ = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.meta.values()).most_common(
+        1
+    )
     config = clip_config(model) if plain else dual_encoder_config(model)
-    write_json(folder / "config.json", config | {"dtype": TYPES[common], "torch_dtype": TYPES[common]})
+    write_json(folder / "config.json", config | {"dtype": common, "torch_dtype": common})
     write_processor(folder, model, "CLIPProcessor" if plain else "VisionTextDualEncoderProcessor")
-
-    def read(name: str) -> Tensor:
-        return made[name].change(released.read(made[name].name))
-
-    write_safetensors(folder / "model.safetensors", meta, read, {"model": model.name})
+    write_safetensors(folder / "model.safetensors", tensors, {"model": model.name})
     needs = "" if plain else "  # transformers 5, and timm"
     snippets = [
         Snippet("transformers", LOAD.format(place="FOLDER", needs=needs)),
@@ -192,78 +151,59 @@ def _text_config(text: TextConfig, embed_dim: int) -> dict[str, Any]:
     }
 
 
-def origins(released: Released, plain: bool) -> dict[str, Origin]:
-    """Return what each tensor of a `CLIPModel` (`plain`), or of a dual encoder over timm's tower, is made of."""
-    return dict(_clip_vision(released) if plain else _timm_vision(released)) | dict(_rest(released, plain))
+def sources(released: Released, plain: bool) -> dict[str, Source]:
+    """Return what each tensor of a `CLIPModel` (`plain`), or of a dual encoder over timm's tower, is made of.
 
-
-def _timm_vision(released: Released) -> Iterator[tuple[str, Origin]]:
-    for name in _vision_names(released):
-        change = partial(_with_head_bias, released) if name == f"{FINAL_NORM}bias" else _same
-        yield f"vision_model.timm_model.{timm_name(name)}", Origin(name, change)
-
-
-def _clip_vision(released: Released) -> Iterator[tuple[str, Origin]]:
-    for name in _vision_names(released):
-        theirs = _renamed(name.removeprefix("visual."), VISION)
-        theirs = theirs.replace("norm.", "post_layernorm.", 1) if name.startswith(FINAL_NORM) else theirs
-        if name == "visual.cls_token":
-            yield f"vision_model.{theirs}", Origin(name, lambda token: token[0, 0])
-        elif name == "visual.pos_embed":
-            yield f"vision_model.{theirs}", Origin(name, lambda positions: positions[0])
-        else:
-            yield from _apart(f"vision_model.{theirs}", name)
-
-
-def _rest(released: Released, plain: bool) -> Iterator[tuple[str, Origin]]:
-    """Both projections, the scale and the text model, which a dual encoder has as a model of its own."""
-    inner = "text_model" if plain else "text_model.text_model"
-    yield "logit_scale", Origin("logit_scale", lambda scale: scale.reshape(()))
-    yield "visual_projection.weight", Origin(HEAD)
-    yield "text_projection.weight", Origin("text.text_projection", lambda weight: weight.T)
-    for name in released.meta:
-        if name.startswith("text.") and name != "text.text_projection":
-            yield from _apart(f"{inner}.{_renamed(name.removeprefix('text.'), TEXT)}", name)
-
-
-def _vision_names(released: Released) -> Iterator[str]:
+    A dual encoder has the text model as a model of its own.
+    """
+    made: dict[str, Source] = {}
+    vision, text = inverse(TRANSFORMERS_VISION), inverse(TRANSFORMERS_TEXT)
     for name in released.meta:
         if name.startswith("visual.") and not name.startswith((*MASKED_STAGE, "visual.head.")):
-            yield name
+            if plain:
+                made |= _apart(f"vision_model.{translate(name.removeprefix('visual.'), vision)}", name)
+            else:
+                made[f"vision_model.timm_model.{timm_name(name)}"] = renamed(name)
+    if not plain and HEAD_BIAS in released.meta:
+        final = f"vision_model.timm_model.{timm_name(FINAL_NORM)}"
+        made[final] = Source((FINAL_NORM, HEAD, HEAD_BIAS), partial(_with_head_bias, released.path))
+    made["logit_scale"] = Source(("logit_scale",), lambda scale: scale.reshape(()))
+    made["visual_projection.weight"] = renamed(HEAD)
+    made["text_projection.weight"] = Source(("text.text_projection",), lambda weight: weight.T)
+    for name in released.meta:
+        if name.startswith("text.") and name != "text.text_projection":
+            theirs = translate(name.removeprefix("text."), text)
+            made |= _apart(f"{'text_model' if plain else 'text_model.text_model'}.{theirs}", name)
+    return made
 
 
-def _renamed(name: str, parts: Mapping[str, str]) -> str:
-    for ours, theirs in parts.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def _apart(theirs: str, name: str) -> Iterator[tuple[str, Origin]]:
-    """Q, K and V are three tensors."""
+def _apart(theirs: str, name: str) -> dict[str, Source]:
+    """A released tensor; Q, K and V are three there."""
     if ".qkv." not in theirs:
-        yield theirs, Origin(name)
-        return
-    for place, part in enumerate("qkv"):
-        yield theirs.replace(".qkv.", f".{part}_proj."), Origin(name, partial(_third, place))
+        return {theirs: Source((name,), partial(contract, name))}
+    return {
+        theirs.replace(".qkv.", f".{part}_proj."): Source((name,), partial(_third, index))
+        for index, part in enumerate("qkv")
+    }
 
 
-def _third(place: int, weight: Tensor) -> Tensor:
-    return weight.chunk(3)[place]
+def _third(index: int, weight: Tensor) -> Tensor:
+    return weight.chunk(3)[index]
 
 
-def _with_head_bias(released: Released, norm_bias: Tensor) -> Tensor:
+def _with_head_bias(path: Path, norm_bias: Tensor, head: Tensor, head_bias: Tensor) -> Tensor:
     """The final norm's bias b, so that the projection W of it is what W b + c was: b + W^+ c.
 
     Raises:
         CheckpointError: W cannot give the bias c: it gives more channels than it reads.
     """
-    if norm_bias.is_meta or HEAD_BIAS not in released.meta:
+    if norm_bias.is_meta:
         return norm_bias
-    weight, bias = released.read(HEAD).double(), released.read(HEAD_BIAS).double()
+    weight, bias = head.double(), head_bias.double()
     shift = torch.linalg.lstsq(weight, bias[:, None], driver="gelsd").solution[:, 0]
     if not torch.allclose(weight @ shift, bias, rtol=0, atol=1e-7 * float(bias.abs().max() + 1)):
         raise CheckpointError(
-            f"{released.path} has a bias after its vision projection that transformers' CLIPs cannot hold: "
+            f"{path} has a bias after its vision projection that transformers' CLIPs cannot hold: "
             "use --format open_clip"
         )
     return (norm_bias.double() + shift).to(norm_bias.dtype)

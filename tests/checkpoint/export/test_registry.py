@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from w2s.checkpoint.export.registering import register_clip
+from w2s.checkpoint.export.registry import register_clip
 from w2s.config.sections import Config, TrackingConfig
 
 

@@ -25,12 +25,11 @@ class Clip(PythonModel):
         """Build the CLIP from the folder that the model carries."""
         folder = Path(context.artifacts["clip"])
         vision = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
-        own = {}
+        described, name = {}, f"local-dir:{folder}"
         if (folder / "config.json").is_file():  # it describes a tower that open_clip knows by no name
-            own = {"vision_cfg": {**vision, "timm_model_name": f"local-dir:{folder}"}}
-        name = f"local-dir:{folder}"
+            described = {"vision_cfg": {**vision, "timm_model_name": name}}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.clip, _, self.preprocess = open_clip.create_model_and_transforms(name, device=self.device, **own)
+        self.clip, _, self.preprocess = open_clip.create_model_and_transforms(name, device=self.device, **described)
         self.clip.eval()
         self.tokenize = open_clip.get_tokenizer(name)
 
@@ -65,11 +64,11 @@ class Clip(PythonModel):
 
 def _by_batch(entries: list[Any], embed: Any) -> list[list[float] | None]:
     embedded: list[list[float] | None] = [None] * len(entries)
-    there = [number for number, entry in enumerate(entries) if isinstance(entry, str | bytes | bytearray)]
-    for first in range(0, len(there), _BATCH):
-        numbers = there[first : first + _BATCH]
-        for number, vector in zip(numbers, embed([entries[each] for each in numbers]).float().tolist(), strict=True):
-            embedded[number] = vector
+    present = [row for row, entry in enumerate(entries) if isinstance(entry, str | bytes | bytearray)]
+    for first in range(0, len(present), _BATCH):
+        rows = present[first : first + _BATCH]
+        for row, vector in zip(rows, embed([entries[row] for row in rows]).float().tolist(), strict=True):
+            embedded[row] = vector
     return embedded
 
 
