@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from w2s.checkpoint.export.card import gather_facts, write_card
+from w2s.checkpoint.export.card import write_card
 from w2s.checkpoint.export.cast import cast
 from w2s.checkpoint.export.formats import eva, onnx, open_clip, safetensors, timm, torch_export, transformers
 from w2s.checkpoint.export.formats.base import HEAD, Export, Guide, Snippet, Write
@@ -95,21 +95,13 @@ def export_checkpoint(
     model, released = _with_head(checkpoint, head, weights)
     if precision:
         released = cast(released, precision)
+    export, title = Export(released, model, hub), hub or f"{model.name}, {format}"
     with new_folder(out) as folder:
-        guide = FORMATS[format](Export(released, model, hub), folder)
+        guide = FORMATS[format](export, folder)
         if guide.comes_back:
             guide = replace(guide, snippets=[*guide.snippets, BACK])
         (folder / "model.yaml").write_text(yaml.safe_dump({"model": asdict(model)}, sort_keys=False), encoding="utf-8")
-        facts = gather_facts(
-            checkpoint,
-            released,
-            model,
-            title=hub or f"{model.name}, {format}",
-            licence=licence,
-            weights=weights,
-            vision_alone=guide.vision_alone,
-        )
-        write_card(folder, facts, guide)
+        write_card(folder, export, guide, checkpoint, weights, title=title, licence=licence)
     files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     return Exported(files, guide)
 

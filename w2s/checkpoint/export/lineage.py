@@ -5,7 +5,7 @@ No folder of the machine is named: a run is called by its name, and so is a file
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,11 +29,9 @@ ROLES = {
     "average": "average of checkpoints",
 }
 """What wrote a checkpoint, by its stage."""
-CONTINUED = "continues from"
-"""The role of a checkpoint whose steps and samples a run counts as its own."""
-AVERAGED = "averages"
-"""The role of a checkpoint whose steps and samples an average counts as its own."""
-_ROLES_OF_PARENTS = {"import": "weights", "average": AVERAGED}
+_CONTINUED, _AVERAGED = "continues from", "averages"
+"""Roles of checkpoints whose steps and samples a run, or an average, counts as its own."""
+_ROLES_OF_PARENTS = {"import": "weights", "average": _AVERAGED}
 """Of the parents of what was not trained."""
 _ITS_AVERAGE = " (moving average)"
 """What is added to a role where not the last weights were taken."""
@@ -100,6 +98,14 @@ def lineage(checkpoint: Path, weights: Weights = "last") -> list[Ancestor]:
             waiting += origins
     first, *others = ancestors.values()
     return [replace(first, role=first.role + _which(weights)), *others]
+
+
+def samples_seen(ancestors: Sequence[Ancestor]) -> int:
+    """Return the samples that a model has seen, without those of its teachers.
+
+    A run that continues from another one's checkpoint counts that one's samples too, and so does an average.
+    """
+    return sum(each.samples or 0 for each in ancestors if not each.role.startswith(("teacher", _CONTINUED, _AVERAGED)))
 
 
 def measurements(checkpoint: Path, weights: Weights = "last") -> list[Measurement]:
@@ -193,7 +199,7 @@ def _parents(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
     for parent in parents:
         of_teacher = init.get("text") == "teacher" and (parent != parents[0] or init.get("vision") == "none")
         chosen = _of_its_teacher(parents[0], checkpoint, meta) if of_teacher else init.get("weights")
-        begun = CONTINUED if continued else f"began with{_which(chosen)}"
+        begun = _CONTINUED if continued else f"began with{_which(chosen)}"
         yield _origin(_ROLES_OF_PARENTS.get(meta.stage, begun), parent, checkpoint)
 
 
