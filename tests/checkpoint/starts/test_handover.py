@@ -83,7 +83,7 @@ def test_a_whole_model_needs_every_tensor(checkpoint: Path) -> None:
 
 
 def test_the_parent_names_the_text_towers_checkpoint_where_it_is_another_one() -> None:
-    vision, text = Handover(Path("a"), ["v"], [], []), Handover(Path("b"), ["t"], [], [])
+    vision, text = Handover([Path("a")], ["v"], [], []), Handover([Path("b")], ["t"], [], [])
     assert (vision + text).parent == "a and b"
-    assert (vision + Handover(Path("a"), ["t"], [], [])).parent == "a"
+    assert (vision + Handover([Path("a")], ["t"], [], [])).parent == "a"
     assert text.parent == "b"

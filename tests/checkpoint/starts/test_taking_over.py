@@ -79,7 +79,7 @@ def test_the_towers_may_come_from_two_checkpoints(source: Path, tmp_path: Path) 
     save_file(released(model_of("18b")), tmp_path / "other.safetensors")
     handover, _, _ = taken(model_of("e"), vision=str(source), text=str(tmp_path / "other.safetensors"))
     assert handover.title == f"taken from {source} and {tmp_path / 'other.safetensors'}"
-    assert handover.source == source
+    assert handover.sources[0] == source
 
 
 def test_projections_start_afresh_when_asked_or_when_widths_differ(source: Path) -> None:

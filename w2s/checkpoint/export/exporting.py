@@ -9,7 +9,7 @@ import yaml
 
 from w2s.checkpoint.export.card import write_card
 from w2s.checkpoint.export.cast import cast
-from w2s.checkpoint.export.formats import eva, onnx, open_clip, safetensors, timm, torch_export, transformers
+from w2s.checkpoint.export.formats import eva, graphs, open_clip, safetensors, timm, transformers
 from w2s.checkpoint.export.formats.base import HEAD, Export, Guide, Snippet, Write
 from w2s.checkpoint.own.checkpoint_folders import read_meta
 from w2s.checkpoint.own.verifying import verify
@@ -26,8 +26,8 @@ FORMATS: Mapping[str, Write] = {
     "timm": timm.write,
     "safetensors": safetensors.write,
     "transformers": transformers.write,
-    "onnx": onnx.write,
-    "torch_export": torch_export.write,
+    "onnx": graphs.write_onnx,
+    "torch_export": graphs.write_torch_export,
 }
 """What writes each format."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)

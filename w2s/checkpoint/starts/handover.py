@@ -1,7 +1,9 @@
 """From one stage to the next: which tensors of a checkpoint a tower takes, and which it does not."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,38 +38,36 @@ Projections = Literal["keep", "fresh"]
 
 @dataclass(frozen=True)
 class Handover:
-    """What becomes of the tensors of a tower.
+    """What becomes of the tensors of one tower or of both.
 
     Attributes:
-        source: the checkpoint.
+        sources: the checkpoints: one, or the vision tower's and the text tower's.
         loaded: tensors taken over.
-        dropped: tensors of the checkpoint that this stage has no use for.
+        dropped: tensors of the checkpoints that this stage has no use for.
         new: tensors of this stage that start afresh.
         grown: tensors taken over for a deeper or wider tower.
         resized: tensors taken over and resampled for another image or patch size.
-        also: the text tower's checkpoint, if it is another one.
         averaged: those of the checkpoints whose moving average was taken.
     """
 
-    source: Path
+    sources: list[Path]
     loaded: list[str]
     dropped: list[str]
     new: list[str]
     grown: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
-    also: Path | None = None
-    averaged: tuple[Path, ...] = ()
+    averaged: list[Path] = field(default_factory=list)
 
     @property
     def title(self) -> str:
         """Say where the tensors come from."""
-        of = "" if not self.averaged else f", the moving average of {' and '.join(map(str, self.averaged))}"
-        return f"taken from {self.parent}{of}"
+        average = f", the moving average of {_joined(self.averaged)}" if self.averaged else ""
+        return f"taken from {self.parent}{average}"
 
     @property
     def parent(self) -> str:
         """The checkpoints that the tensors come from: one, or the vision tower's `and` the text tower's."""
-        return f"{self.source}" + (f" and {self.also}" if self.also else "")
+        return _joined(self.sources)
 
     def rows(self) -> list[list[str]]:
         """Return the table's rows: what happened, how many tensors, which."""
@@ -80,17 +80,12 @@ class Handover:
         ]
 
     def __add__(self, other: "Handover") -> "Handover":
-        """Join what became of two towers; the first one's checkpoint counts as the parent."""
-        return Handover(
-            source=self.source,
-            loaded=self.loaded + other.loaded,
-            dropped=self.dropped + other.dropped,
-            new=self.new + other.new,
-            grown=self.grown + other.grown,
-            resized=self.resized + other.resized,
-            also=None if other.source == self.source else other.source,
-            averaged=tuple(dict.fromkeys(self.averaged + other.averaged)),
-        )
+        """Join what became of two towers."""
+        return Handover(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+
+def _joined(checkpoints: Sequence[Path]) -> str:
+    return " and ".join(str(path) for path in dict.fromkeys(checkpoints))
 
 
 def take_over(towers: Towers, config: Config, teacher_text: tuple[Path, Weights] | None = None) -> Handover | None:
@@ -105,27 +100,31 @@ def take_over(towers: Towers, config: Config, teacher_text: tuple[Path, Weights]
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it does not fit.
     """
-    root, handover = Path(config.run.root).expanduser(), None
+    root = Path(config.run.root).expanduser()
     sources: dict[str, tuple[Path, Weights]] = {}
     for name, what, stage in (("vision", config.init.vision, "mim"), ("text", config.init.text, "clip")):
         if name not in towers:
             continue
         if name == "text" and teacher_text is not None:
             sources[name] = teacher_text
-            continue
-        checkpoint = find(what, root, key=f"init.{name}", stage=stage)
-        if checkpoint is not None:
+        elif (checkpoint := find(what, root, key=f"init.{name}", stage=stage)) is not None:
             sources[name] = checkpoint, config.init.weights
     for checkpoint in dict.fromkeys(checkpoint for checkpoint, _ in sources.values()):
         verify(checkpoint)
     growth = Growth(config.init.grow, config.init.grow_width, config.run.seed)
-    for name, (checkpoint, weights) in sources.items():
-        teacher = config.init.teacher if name == "vision" else ""
-        one = hand_over(
-            towers[name], name, checkpoint, config.init.projections, growth, teacher=teacher, weights=weights
+    handovers = [
+        hand_over(
+            towers[name],
+            name,
+            checkpoint,
+            config.init.projections,
+            growth,
+            teacher=config.init.teacher if name == "vision" else "",
+            weights=weights,
         )
-        handover = one if handover is None else handover + one
-    return handover
+        for name, (checkpoint, weights) in sources.items()
+    ]
+    return reduce(add, handovers) if handovers else None
 
 
 def hand_over(
@@ -169,13 +168,13 @@ def hand_over(
         load_slices({name: tower.chunks}, taken.read, taken.taken)
     grown = {ours for ours in taken.loaded if released_name(ours) in changed}
     return Handover(
-        source=checkpoint,
+        sources=[checkpoint],
         loaded=sorted(set(taken.loaded) - grown),
         dropped=sorted(source.origin(other) for other in _of_tower(taken, name)),
         new=sorted(own.keys() - set(taken.taken)),
         grown=sorted(grown),
         resized=sorted(taken.resized),
-        averaged=(checkpoint,) if weights == "ema" else (),
+        averaged=[checkpoint] if weights == "ema" else [],
     )
 
 

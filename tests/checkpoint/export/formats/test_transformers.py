@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoint.export.formats.exported_parts import features, run_snippets, small, write, write_guided
+from tests.checkpoint.export.formats.small_exports import features, run_snippets, small, write, write_guided
 from tests.checkpoint.peers import captions, images, released
 from w2s.checkpoint.export.formats.plain_vision import loaded_image_tower
 from w2s.checkpoint.weights.importing import import_checkpoint

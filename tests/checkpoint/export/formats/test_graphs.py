@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.checkpoint.export.formats.exported_parts import features, run_snippets, small, write, write_guided
+from tests.checkpoint.export.formats.small_exports import features, run_snippets, small, write, write_guided
 from tests.checkpoint.peers import captions, images, released, text_tower
 from w2s.data.samples.tokens import tokenize
 from w2s.errors import CheckpointError, ConfigError, MissingPackageError
@@ -59,7 +59,7 @@ def test_what_cannot_be_served_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--precision int8 does not exist: use fp32, fp16, bf16"):
         write(model, "torch_export", tmp_path, precision="int8")
     with (
-        mock.patch("w2s.checkpoint.export.formats.onnx.find_spec", lambda name: None),
+        mock.patch("w2s.checkpoint.export.formats.graphs.find_spec", lambda name: None),
         pytest.raises(MissingPackageError, match=r"needs onnx and onnxscript: pip install 'w2s\[onnx\]'"),
     ):
         write(model, "onnx", tmp_path)
