@@ -12,7 +12,7 @@ from w2s.checkpoint.own.checkpoint_folders import read_meta
 from w2s.checkpoint.own.verifying import verify
 from w2s.checkpoint.starts.growth import NO_GROWTH, Growth, Size, grow
 from w2s.checkpoint.starts.of_teacher import OTHERS, choose, of_teacher
-from w2s.checkpoint.weights.eva_format import released_name
+from w2s.checkpoint.weights.eva_format import TOWERS, released_name
 from w2s.checkpoint.weights.matching import (
     LOGIT_PARAMETERS,
     OPTIONAL,
@@ -205,7 +205,7 @@ def _grown(source: Released, tower: ShardedTower[Any], name: str, growth: Growth
         mlp_width=part.config.ffn_hidden_size,
     )
     post_norm = name == "vision" and part.shape.norm_placement == "post"
-    return grow(source, {"vision": "visual", "text": "text"}[name], size, post_norm, growth)
+    return grow(source, TOWERS[name][0], size, post_norm, growth)
 
 
 def _wanted(own: Shapes, source: Released, projections: Projections) -> Shapes:

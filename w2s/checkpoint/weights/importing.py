@@ -9,7 +9,7 @@ import torch
 
 from w2s.checkpoint.own.checkpoint_folders import Meta, seal
 from w2s.checkpoint.own.verifying import verify
-from w2s.checkpoint.weights.eva_format import released_name
+from w2s.checkpoint.weights.eva_format import TOWERS, released_name
 from w2s.checkpoint.weights.matching import PROJECTIONS, STAGE_ONLY, Fit, fit, refuse_gaps
 from w2s.checkpoint.weights.released import NORM_PRE, Released, open_released
 from w2s.config.sections import HardwareConfig, ModelConfig, ParallelConfig
@@ -22,7 +22,6 @@ from w2s.towers.shapes import model_shapes
 
 OWN_HEADS = ("vision.layer_heads.*", "vision.teachers.*")
 """What is of use to the masked run alone that it is from, and is not imported."""
-PREFIXES = {"vision": "visual", "text": "text"}
 
 
 def import_checkpoint(source: Path, model: ModelConfig, out: Path, *, allowed: Sequence[str] = ()) -> Fit:
@@ -76,8 +75,9 @@ def with_size(model: ModelConfig, image_size: int | None, patch_size: int | None
 def _wanted(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The tensors of the towers that the source has; projections are needed only where there are both towers."""
     foreign = _foreign(released, shapes)
-    towers = tuple(f"{tower}." for tower, prefix in PREFIXES.items() if released.has(prefix) and tower not in foreign)
-    whole = all(released.has(prefix) for prefix in PREFIXES.values()) and "text" not in foreign
+    held = [tower for tower, (prefix, _) in TOWERS.items() if released.has(prefix)]
+    towers = tuple(f"{tower}." for tower in held if tower not in foreign)
+    whole = len(held) == len(TOWERS) and "text" not in foreign
     return {
         name: shape
         for name, shape in shapes.items()

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from w2s.checkpoint.weights.eva_format import is_fused, released_name, split_heads
 from w2s.checkpoint.weights.released import NORM_PRE, POOL, Released
-from w2s.checkpoint.weights.resize import resize_patch_kernel, resize_positions, shorten_context
 from w2s.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -119,7 +118,7 @@ def fit(source: Released, shapes: Mapping[str, Shape], heads: Mapping[str, int])
 
 
 def refuse_gaps(fitted: Fit, allowed: Sequence[str], model: str) -> None:
-    """Refuse misfits, and missing and unexpected tensors that no pattern of `allowed` names.
+    """Refuse misfits, and missing and unexpected tensors that no pattern of `allowed` names, here or in the file.
 
     Raises:
         CheckpointError: with the first of them and how to allow it.
@@ -129,8 +128,13 @@ def refuse_gaps(fitted: Fit, allowed: Sequence[str], model: str) -> None:
             f"{fitted.source.path} does not hold the model {model}: {fitted.misfit()}{hint(fitted.source)}; "
             "choose the model that it holds"
         )
-    for kind, names in (("missing", fitted.missing), ("unexpected", fitted.surplus)):
-        rest = [name for name in names if not any(fnmatch(name, pattern) for pattern in allowed)]
+    unexpected = {name: fitted.source.origin(name) for name in fitted.unexpected}
+    for kind, names in (("missing", {name: name for name in fitted.missing}), ("unexpected", unexpected)):
+        rest = [
+            origin
+            for name, origin in names.items()
+            if not any(fnmatch(name, pattern) or fnmatch(origin, pattern) for pattern in allowed)
+        ]
         if rest:
             raise CheckpointError(
                 f"{fitted.source.path} does not hold the model {model}: {len(rest)} tensors are {kind}, such as "
@@ -153,17 +157,37 @@ def _resizer(name: str, old: Sequence[int], new: Shape) -> Callable[[Tensor], Te
     if tuple(old) == new or len(old) != len(new):
         return None
     if name == "vision.pos_embed" and old[2] == new[2]:
-        before = next((count for count in (1, 0) if _is_square(old[1] - count) and _is_square(new[1] - count)), None)
-        return None if before is None else partial(resize_positions, patches=new[1] - before, before=before)
+        classes = next((count for count in (1, 0) if _is_square(old[1] - count) and _is_square(new[1] - count)), None)
+        side = math.isqrt(new[1] - (classes or 0))
+        return None if classes is None else partial(_resize_positions, side=side, class_tokens=classes)
     if name == "vision.patch_embed.weight" and tuple(old[:2]) == new[:2]:
-        return partial(resize_patch_kernel, size=new[2])
+        return partial(_resize_patch_kernel, size=new[2])
     if name == "text.positional_embedding" and old[1] == new[1] and old[0] > new[0]:
-        return partial(shorten_context, length=new[0])
+        return lambda positions: positions[: new[0]]  # exact, as a token sees only those before it
     return None
 
 
-def _is_square(number: int) -> bool:
-    return number > 0 and math.isqrt(number) ** 2 == number
+def _resize_positions(positions: Tensor, *, side: int, class_tokens: int) -> Tensor:
+    """Interpolate positions [1, class tokens + patches, width] bicubically for side * side patches."""
+    from timm.layers import resample_abs_pos_embed  # seconds, for what few runs need
+
+    return resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=class_tokens, interpolation="bicubic")
+
+
+def _resize_patch_kernel(kernel: Tensor, *, size: int) -> Tensor:
+    """Resample the patch embedding's kernel [width, 3, old, old] for patches of `size` pixels.
+
+    By the pseudo-inverse of the bicubic resize (Beyer et al. 2023, FlexiViT, section 3.4), which keeps the embedding
+    of an enlarged image what it was. The released code resizes the kernel itself, which scales its output by the
+    number of pixels.
+    """
+    from timm.layers import resample_patch_embed
+
+    return resample_patch_embed(kernel, [size, size], interpolation="bicubic")
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def _is_empty(source: Released, name: str) -> bool:
