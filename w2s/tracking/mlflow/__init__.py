@@ -1,1 +1,1 @@
-"""A run in MLflow's store, and a CLIP in its registry. Read `run.py` first: nothing that fails here stops training."""
+"""A run in MLflow's store. Read `run.py` first: nothing that fails here stops training."""
