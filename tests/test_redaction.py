@@ -6,7 +6,7 @@ import pytest
 
 from w2s.config.load import load, to_yaml
 from w2s.config.naming import difference, digest, run_folder, written
-from w2s.data.shards.shards import shard_name
+from w2s.data.shards.listing import shard_name
 from w2s.data.shards.sizes import index_shards, read_index
 from w2s.data.stream.sources import list_sources
 from w2s.errors import DataError

@@ -12,9 +12,10 @@ from w2s.checkpoint.own.checkpoint_folders import read_meta
 from w2s.config.sections import Config
 from w2s.data.builtin.builtin_sets import ensure_builtin
 from w2s.data.samples.sample import SampleSpec
-from w2s.data.shards.shards import list_shards, shards_digest
+from w2s.data.shards.listing import list_shards, shards_digest
+from w2s.data.stream.position import Position
 from w2s.data.stream.sources import Source, find_sources
-from w2s.data.stream.stream import Position, Stream
+from w2s.data.stream.stream import Stream
 from w2s.errors import CheckpointError, StopRun, UserError
 from w2s.files import write_text
 from w2s.megatron.parallel import process_groups

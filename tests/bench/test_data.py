@@ -10,7 +10,7 @@ from w2s import cli
 from w2s.bench.data import Shards, _boxes, _difference, spec
 from w2s.bench.photographs import cut_shards
 from w2s.data.shards.containers import read_shard
-from w2s.data.shards.shards import list_shards
+from w2s.data.shards.listing import list_shards
 from w2s.errors import DataError
 
 

@@ -18,7 +18,7 @@ from tests.stages.runs import result, run_stage
 from tests.stages.shape_images import NAMES, draw_shapes, write_shapes
 from w2s.checkpoint.export.exporting import export_checkpoint
 from w2s.checkpoint.find import find_any
-from w2s.data.making.benchmark import BenchmarkSet
+from w2s.data.making.clip_benchmark import BenchmarkSet
 from w2s.data.making.items import find_items
 from w2s.data.making.make import make_shards
 

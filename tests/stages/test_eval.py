@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from tests.stages.conftest import Material, Run
 from tests.stages.runs import DEADLINE, QUIET, result, run_stage, start_command
 from tests.stages.shape_images import NAMES, draw_shapes
-from w2s.data.making.benchmark import BenchmarkSet
+from w2s.data.making.clip_benchmark import BenchmarkSet
 from w2s.data.making.items import find_items
 from w2s.data.making.make import make_shards
 

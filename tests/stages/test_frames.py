@@ -11,7 +11,7 @@ from tests.stages.conftest import Material
 from tests.stages.runs import QUIET, history, result, run_stage
 from tests.stages.shape_images import write_clips
 from w2s.data.shards.containers import read_shard
-from w2s.data.shards.shards import list_shards
+from w2s.data.shards.listing import list_shards
 
 WHOLE = "clip.patch_dropout=0"
 RELATIVE = 1e-5

@@ -10,7 +10,7 @@ from tests.data.parquet_files import IMAGE, write_rows
 from tests.stages.conftest import Material
 from tests.stages.runs import history, result, run_stage
 from w2s.data.shards.containers import read_shard
-from w2s.data.shards.shards import list_shards
+from w2s.data.shards.listing import list_shards
 
 SCHEMA = pa.schema([("image", IMAGE), ("text", pa.string()), ("cls", pa.int64())])
 

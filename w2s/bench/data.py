@@ -23,12 +23,12 @@ from webdataset.tariterators import tar_file_expander
 from w2s.bench.photographs import SHARDS, cut_shards
 from w2s.config.sections import DataConfig, TeacherConfig
 from w2s.data.samples.batch import Batch, normalize
-from w2s.data.samples.counter import Purpose, generator
 from w2s.data.samples.decode import open_image
+from w2s.data.samples.random_numbers import Purpose, generator
 from w2s.data.samples.sample import SampleSpec, crop_box, make_views
 from w2s.data.shards.containers import read_shard
+from w2s.data.shards.listing import list_shards
 from w2s.data.shards.raw_sample import RawSample
-from w2s.data.shards.shards import list_shards
 from w2s.data.stream.stream import Stream
 from w2s.errors import MissingPackageError
 from w2s.teachers.build import build_teacher

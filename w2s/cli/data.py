@@ -53,7 +53,7 @@ def data_make(
 ) -> None:
     """Write images, captions and classes into shards. The same command resumes where it was interrupted."""
     with one_line(debug):
-        from w2s.data.making.benchmark import BenchmarkSet
+        from w2s.data.making.clip_benchmark import BenchmarkSet
         from w2s.data.making.items import find_items
         from w2s.data.making.make import make_shards
         from w2s.data.making.table_files import Columns
@@ -119,9 +119,9 @@ def data_check(
 ) -> None:
     """Read and decode every sample, and report what a run would skip; exit code 1 if there is something."""
     with one_line(debug):
-        from w2s.data.making.inspect import check_shards
+        from w2s.data.making.shard_report import check_shards
         from w2s.data.samples.captions import NO_CAPTION
-        from w2s.data.shards.shards import list_shards
+        from w2s.data.shards.listing import list_shards
 
         report = check_shards(list_shards(shards, "SHARDS"), image_key, caption_key or None, workers)
         print("\n".join(map(shown, report.lines())))
@@ -142,8 +142,8 @@ def data_show(
 ) -> None:
     """Print what is inside of shards, and save a sheet of images with their captions."""
     with one_line(debug):
-        from w2s.data.making.inspect import describe_shards, draw_sheet
-        from w2s.data.shards.shards import list_shards
+        from w2s.data.making.shard_report import describe_shards, draw_sheet
+        from w2s.data.shards.listing import list_shards
 
         paths = list_shards(shards, "SHARDS")
         print("\n".join(map(shown, describe_shards(paths))))

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from w2s.data.samples.captions import draw_caption
-from w2s.data.samples.counter import Purpose, generator
-from w2s.data.shards.bad import BadSample
+from w2s.data.samples.random_numbers import Purpose, generator
 from w2s.data.shards.containers import read_shard
-from w2s.data.shards.raw_sample import RawSample, caption_file
-from w2s.data.shards.shards import list_shards, shard_folder
+from w2s.data.shards.listing import list_shards, shard_folder
+from w2s.data.shards.raw_sample import BadSample, RawSample, caption_file
 from w2s.data.shards.storage import is_local, read_text
 from w2s.errors import DataError
 

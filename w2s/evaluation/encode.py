@@ -23,11 +23,9 @@ from w2s.config.precision import compute_dtype
 from w2s.config.sections import Config
 from w2s.config.teacher_losses import Target
 from w2s.data.samples.tokens import tokenize
-from w2s.data.shards.bad import BadSample
-from w2s.data.shards.clips import find_images
 from w2s.data.shards.containers import read_shard
-from w2s.data.shards.shards import list_shards, shard_name
-from w2s.data.shards.storage import EXTENSIONS
+from w2s.data.shards.listing import EXTENSIONS, list_shards, shard_name
+from w2s.data.shards.raw_sample import BadSample, find_images
 from w2s.errors import CheckpointError, ConfigError, DataError, UserError
 from w2s.evaluation.batched_features import TensorItems, encode_all, over_frames
 from w2s.evaluation.images import view

@@ -11,7 +11,7 @@ from torch import Tensor
 from w2s.config.sections import Config, PrecisionConfig, Resize, TeacherConfig
 from w2s.config.teacher_losses import Target
 from w2s.data.samples.tokens import tokenize
-from w2s.data.shards.shards import without_secrets
+from w2s.data.shards.listing import without_secrets
 from w2s.evaluation.batched_features import Encoder, encode_all, of_images
 from w2s.evaluation.dataset import EvalSet, load_eval_set
 from w2s.evaluation.evaluate import (

@@ -14,11 +14,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from w2s.config.sections import Resize
 from w2s.data.samples.decode import decode_image
-from w2s.data.shards.bad import BadSample
-from w2s.data.shards.clips import choose_frames, find_images
+from w2s.data.samples.frames import choose_frames, is_video
 from w2s.data.shards.containers import read_shard
-from w2s.data.shards.raw_sample import RawSample
-from w2s.data.shards.video import is_video
+from w2s.data.shards.raw_sample import BadSample, RawSample, find_images
 from w2s.data.stream.workers import RESTARTS, end_reading, kill_readers, start_workers
 from w2s.errors import DataError
 from w2s.evaluation.dataset import EvalSet

@@ -6,7 +6,7 @@ from dataclasses import replace
 from w2s.config.sections import Config
 from w2s.config.suites import load_suite
 from w2s.data.builtin.builtin_sets import ensure_builtin, without_left_out
-from w2s.data.shards.shards import list_shards
+from w2s.data.shards.listing import list_shards
 from w2s.data.stream.sources import list_sources
 from w2s.evaluation.suite import find_sets
 

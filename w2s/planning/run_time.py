@@ -11,7 +11,7 @@ from pathlib import Path
 
 from w2s.config.batching import model_parallel_size
 from w2s.config.sections import Config
-from w2s.data.shards.shards import list_shards
+from w2s.data.shards.listing import list_shards
 from w2s.data.shards.sizes import count_samples
 from w2s.errors import UserError, W2SError
 from w2s.planning.cards import GPUS_PER_NODE, Card

@@ -14,7 +14,7 @@ import torch
 from w2s.config import gpu
 from w2s.config.checks import check
 from w2s.config.sections import Config, TeacherConfig, TeacherEntry
-from w2s.data.shards.shards import list_shards
+from w2s.data.shards.listing import list_shards
 from w2s.data.stream.sources import find_sources
 from w2s.errors import UserError, W2SError
 from w2s.planning.cards import GPUS_PER_NODE, Card

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from w2s.checkpoint.own import checkpoint_folders
 from w2s.config.naming import written
-from w2s.data.stream.stream import merge_positions
+from w2s.data.stream.position import merge_positions
 from w2s.errors import CheckpointError
 from w2s.megatron.checkpoint import state
 from w2s.megatron.checkpoint.async_save import AsyncSave

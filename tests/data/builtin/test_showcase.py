@@ -20,8 +20,8 @@ from w2s.data.builtin.showcase import NAME, SOURCES, Opened
 from w2s.data.builtin.splits import is_held_out
 from w2s.data.samples.decode import decode_image
 from w2s.data.shards.containers import read_shard
+from w2s.data.shards.listing import list_shards
 from w2s.data.shards.raw_sample import RawSample
-from w2s.data.shards.shards import list_shards
 
 EMOJI = [f"thing {number}" for number in range(60)]
 HELD_OUT = {name for name in EMOJI if is_held_out(name)}

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.shard_files import encode, noise
-from w2s.data.making.benchmark import BenchmarkSet
 from w2s.data.making.class_names import named_classes
+from w2s.data.making.clip_benchmark import BenchmarkSet
 from w2s.data.making.items import find_items
 from w2s.data.making.make import make_shards
 from w2s.errors import DataError

@@ -12,14 +12,14 @@ from tests.data.parquet_files import IMAGE, write_rows
 from tests.data.shard_files import encode, noise, write_shard
 from tests.data.video_files import write_video
 from w2s.config.sections import DataConfig
-from w2s.data.making.inspect import check_shards, describe_shards, draw_sheet
 from w2s.data.making.items import find_items
 from w2s.data.making.make import make_shards
+from w2s.data.making.shard_report import check_shards, describe_shards, draw_sheet
 from w2s.data.making.table_files import Columns
 from w2s.data.samples.captions import draw_caption
-from w2s.data.shards.clips import find_images
 from w2s.data.shards.containers import read_shard
-from w2s.data.shards.shards import list_shards
+from w2s.data.shards.listing import list_shards
+from w2s.data.shards.raw_sample import find_images
 from w2s.errors import DataError
 
 

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from w2s.data.samples.captions import draw_caption
-from w2s.data.shards.bad import BadSample
-from w2s.data.shards.raw_sample import RawSample
+from w2s.data.shards.raw_sample import BadSample, RawSample
 
 
 def draw(files: dict[str, bytes], key: str, weights: tuple[float, ...] = (), seed: int = 0) -> str:

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from tests.data.shard_files import bomb, encode, noise, smooth_photo
 from w2s.data.samples.decode import FORMATS, MAX_PIXELS, decode_image
-from w2s.data.shards.bad import BadSample
+from w2s.data.shards.raw_sample import BadSample
 
 
 def by_pillow(data: bytes) -> np.ndarray:

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from w2s.data.samples.counter import Purpose, generator
 from w2s.data.samples.drop_path import branch_scales
+from w2s.data.samples.random_numbers import Purpose, generator
 
 
 def test_probabilities_rise_linearly_and_the_mean_stays() -> None:

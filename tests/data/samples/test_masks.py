@@ -5,8 +5,8 @@ import pytest
 from scipy import ndimage
 
 from w2s.data.samples import masks as masks_module
-from w2s.data.samples.counter import Purpose, generator
 from w2s.data.samples.masks import block_mask, draw_kept_patches
+from w2s.data.samples.random_numbers import Purpose, generator
 
 
 def draw(seed: int, grid: int, masked: int, min_block: int) -> np.ndarray:

@@ -10,11 +10,10 @@ from torchvision.transforms import functional as tv
 
 from tests.data.shard_files import encode, noise, smooth_photo
 from w2s.data.samples.captions import caption_hash
-from w2s.data.samples.counter import Purpose, generator
 from w2s.data.samples.decode import decode_crop
+from w2s.data.samples.random_numbers import Purpose, generator
 from w2s.data.samples.sample import SampleSpec, crop_box, draw_mask, make_views, resize
-from w2s.data.shards.bad import BadSample
-from w2s.data.shards.raw_sample import RawSample
+from w2s.data.shards.raw_sample import BadSample, RawSample
 
 SPEC = SampleSpec(
     image_size=64,

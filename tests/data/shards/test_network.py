@@ -15,10 +15,9 @@ from tests.data.shard_files import encode, noise, write_shard, write_shards
 from tests.data.web import Faults, serve
 from w2s.config.sections import DataConfig
 from w2s.data.samples.sample import SampleSpec
-from w2s.data.shards.connection_stats import WAITS, SourceConnection
 from w2s.data.shards.containers import read_shard
 from w2s.data.shards.sizes import count_samples
-from w2s.data.shards.storage import open_at
+from w2s.data.shards.storage import WAITS, SourceConnection, open_at
 from w2s.data.stream.sources import Source, list_sources
 from w2s.data.stream.stream import Stream
 
@@ -32,9 +31,7 @@ STEPS = 14
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What a server is waited for, without waiting."""
     pauses: list[float] = []
-    monkeypatch.setattr(
-        "w2s.data.shards.connection_stats.SourceConnection.pause", lambda _, seconds: pauses.append(seconds)
-    )
+    monkeypatch.setattr("w2s.data.shards.storage.SourceConnection.pause", lambda _, seconds: pauses.append(seconds))
     return pauses
 
 

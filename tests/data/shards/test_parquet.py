@@ -12,20 +12,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from w2s.data.stream.position import merge_positions
 
 from tests.data.parquet_files import IMAGE, write_rows, write_twins
 from tests.data.shard_files import encode, noise, write_shards
 from tests.data.stream.test_stream import BAD, REASONS, SIZES, SPEC
 from w2s.config.sections import DataConfig
-from w2s.data.making.inspect import check_shards, describe_shards, draw_sheet
+from w2s.data.making.shard_report import check_shards, describe_shards, draw_sheet
 from w2s.data.samples.batch import Batch, merge_batches
 from w2s.data.samples.captions import read_caption
-from w2s.data.samples.counter import Purpose, generator
-from w2s.data.shards.clips import find_images
-from w2s.data.shards.containers import check_source, read_shard
-from w2s.data.shards.shards import list_shards
+from w2s.data.samples.random_numbers import Purpose, generator
+from w2s.data.shards.containers import read_shard
+from w2s.data.shards.listing import list_shards
+from w2s.data.shards.raw_sample import find_images
 from w2s.data.shards.sizes import count_samples, index_shards
-from w2s.data.stream.stream import Stream, merge_positions
+from w2s.data.stream.sources import check_source
+from w2s.data.stream.stream import Stream
 from w2s.errors import ConfigError, DataError
 
 IMAGES = [encode(noise(number)) for number in range(4)]
@@ -231,7 +233,7 @@ def test_a_server_that_breaks_off_costs_nothing_and_one_that_is_gone_the_file(
 ) -> None:
     (shard,) = list_shards(remote)
     whole = [sample.files for sample in read_shard(str(tmp_path / "remote" / "000000.parquet"))]
-    monkeypatch.setattr("w2s.data.shards.connection_stats.SourceConnection.pause", lambda *_: None)
+    monkeypatch.setattr("w2s.data.shards.storage.SourceConnection.pause", lambda *_: None)
     kind_of_file = type(fsspec.open(shard).open())
     plain, answers = kind_of_file.read, itertools.cycle([False, True])
 

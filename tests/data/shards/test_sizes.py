@@ -5,7 +5,7 @@ import fsspec
 import pytest
 
 from tests.data.shard_files import write_shards
-from w2s.data.shards.shards import list_shards
+from w2s.data.shards.listing import list_shards
 from w2s.data.shards.sizes import Counting, count_samples, index_shards, known_sizes
 from w2s.errors import DataError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.shard_files import write_shard, write_shards
-from w2s.data.making.inspect import describe_shards
+from w2s.data.making.shard_report import describe_shards
 from w2s.data.shards.containers import read_shard
 from w2s.data.shards.sizes import index_shards
 from w2s.errors import DataError

@@ -20,8 +20,8 @@ from PIL import Image
 from tests.data.shard_files import Files, encode, noise, smooth_photo, write_shard, write_shards
 from w2s.config.sections import DataConfig
 from w2s.data.samples.sample import SampleSpec
-from w2s.data.shards.connection_stats import WAITS
 from w2s.data.shards.containers import read_shard
+from w2s.data.shards.storage import WAITS
 from w2s.data.stream.stream import Stream
 
 SPEC = SampleSpec(image_size=16, grid=4, context_length=8)
@@ -178,7 +178,7 @@ class Failing:
             type(fsspec.filesystem("memory")), "_open", self.open(type(fsspec.filesystem("memory"))._open)
         )
         monkeypatch.setattr(
-            "w2s.data.shards.connection_stats.SourceConnection.pause", lambda _, seconds: self.waits.append(seconds)
+            "w2s.data.shards.storage.SourceConnection.pause", lambda _, seconds: self.waits.append(seconds)
         )
 
     def open(self, original: Any) -> Any:
@@ -246,7 +246,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    monkeypatch.setattr("w2s.data.shards.connection_stats.SourceConnection.pause", lambda *_: None)
+    monkeypatch.setattr("w2s.data.shards.storage.SourceConnection.pause", lambda *_: None)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "a"))) as web:
         thread = Thread(target=web.serve_forever)
         thread.start()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.shard_files import write_shard, write_shards
-from w2s.data.shards.shards import list_shards
+from w2s.data.shards.listing import list_shards
 from w2s.data.stream.lanes import Lane, LaneState, ShardOrder, window_size
 
 SIZES = [4, 6, 5, 7, 3, 6, 5, 4]

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from w2s.data.stream.position import merge_positions
 
 from tests.data.shard_files import write_shards
 from w2s.config.sections import DataConfig, PhaseConfig
 from w2s.data.samples.batch import Batch, merge_batches
 from w2s.data.samples.sample import SampleSpec
-from w2s.data.stream.sources import Phase, list_sources, phase_at, plan_phases
-from w2s.data.stream.stream import Stream, merge_positions
+from w2s.data.stream.phases import Phase, phase_at, plan_phases
+from w2s.data.stream.sources import list_sources
+from w2s.data.stream.stream import Stream
 from w2s.errors import ConfigError, DataError
 
 SPEC = SampleSpec(image_size=8, grid=4, num_kept_patches=8, image_key="png", crop_scale=(0.9, 1.0), flip=False)

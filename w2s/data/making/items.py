@@ -20,9 +20,9 @@ from w2s.data.making.table_files import (
     read_table,
     texts,
 )
-from w2s.data.shards.clips import extension_of, kind
 from w2s.data.shards.containers import read_shard
-from w2s.data.shards.shards import is_parquet
+from w2s.data.shards.listing import is_parquet
+from w2s.data.shards.raw_sample import extension_of, kind
 from w2s.errors import DataError
 
 logger = logging.getLogger(__name__)

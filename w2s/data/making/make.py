@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from webdataset import TarWriter
 
-from w2s.data.making.benchmark import BenchmarkSet, describe, natural
 from w2s.data.making.class_names import named_classes
+from w2s.data.making.clip_benchmark import BenchmarkSet, describe, natural
 from w2s.data.making.items import Item, read_images
-from w2s.data.samples.counter import Purpose, generator
-from w2s.data.shards.shards import is_parquet
+from w2s.data.samples.random_numbers import Purpose, generator
+from w2s.data.shards.listing import is_parquet
 from w2s.errors import DataError
 
 logger = logging.getLogger(__name__)

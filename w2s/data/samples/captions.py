@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from w2s.data.shards.bad import BadSample
-from w2s.data.shards.raw_sample import RawSample, caption_file
+from w2s.data.shards.raw_sample import BadSample, RawSample, caption_file
 
 NO_CAPTION = "caption is missing"
 """Why a sample is bad that has none."""

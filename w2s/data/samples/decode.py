@@ -11,8 +11,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from w2s.data.shards.bad import BadSample
-from w2s.data.shards.clips import Picture
+from w2s.data.samples.frames import Picture
+from w2s.data.shards.raw_sample import BadSample
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Pillow's decoders that are used; others start programs (EPS runs Ghostscript) or are hardly looked after."""

@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 
 from w2s.config.sections import Config, DataConfig
 from w2s.data.samples.captions import draw_caption
-from w2s.data.samples.counter import Purpose, generator
 from w2s.data.samples.decode import decode_crop
 from w2s.data.samples.drop_path import branch_scales
+from w2s.data.samples.frames import Picture, choose_frames
 from w2s.data.samples.masks import block_mask, draw_kept_patches, uniform_mask
-from w2s.data.shards.bad import BadSample
-from w2s.data.shards.clips import Picture, choose_frames, find_images
-from w2s.data.shards.raw_sample import RawSample, caption_file
+from w2s.data.samples.random_numbers import Purpose, generator
+from w2s.data.shards.raw_sample import BadSample, RawSample, caption_file, find_images
 
 T = TypeVar("T", bound=np.generic)
 

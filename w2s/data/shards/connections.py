@@ -9,9 +9,10 @@ import os
 import signal
 import subprocess
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import IO, Protocol, TypeVar, cast
+from typing import IO, TypeVar, cast
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
@@ -22,7 +23,7 @@ PIPE = "pipe:"
 WEB = ("http://", "https://")
 
 _BLOCK = 1 << 20
-"""Bytes that a driver of fsspec asks for at once."""
+"""Bytes that are asked for at once."""
 _NEAR = 1 << 20
 """Bytes that are sooner read than skipped by a new request."""
 _GONE = (404, 410)
@@ -35,21 +36,28 @@ class Refusal(ConnectionError):
     """What a server or a command has answered instead: a few words, the same for all files."""
 
 
-class Connection(Protocol):
+class Connection(ABC):
     """A file that is read from a byte on."""
 
-    size: int | None
+    size: int | None = None
     """Bytes of the whole file, where they are known."""
 
+    @abstractmethod
     def read(self, size: int) -> bytes:
         """Return at least one and at most `size` bytes, or nothing at the end or where the connection was cut."""
 
-    def skip(self, size: int) -> bool:
-        """Continue `size` bytes further, or back where it is negative; return False where that needs a new
-        connection."""
-
+    @abstractmethod
     def close(self) -> None:
         """End it."""
+
+    def skip(self, size: int) -> bool:
+        """Continue `size` bytes further, or back where it is negative; return whether that needs no new connection."""
+        while size > 0:
+            block = self.read(min(size, _BLOCK))
+            if not block:
+                return False
+            size -= len(block)
+        return size == 0
 
 
 def connect(shard: str, start: int, timeout: float) -> Connection:
@@ -69,7 +77,7 @@ def connect(shard: str, start: int, timeout: float) -> Connection:
     return _Web(shard, start, timeout) if shard.startswith(WEB) else _Driver(shard, start, timeout)
 
 
-class _Web:
+class _Web(Connection):
     """One answer of a web server, as it comes.
 
     fsspec's driver would fetch whole blocks, of which a cut connection leaves nothing, and all of them through one
@@ -77,7 +85,6 @@ class _Web:
     """
 
     def __init__(self, url: str, start: int, timeout: float) -> None:
-        self.size: int | None = None
         try:
             self._answer = urlopen(_request(url, start), timeout=timeout)
         except HTTPError as error:
@@ -93,13 +100,13 @@ class _Web:
         if self._answer.length is not None:
             self.size = self._answer.length + (start if partial else 0)
         if not partial:
-            _discard(self._answer.read1, start)
+            super().skip(start)
 
     def read(self, size: int) -> bytes:
         return cast("bytes", self._answer.read1(size)) if self._answer.status != _BEHIND_THE_END else b""
 
     def skip(self, size: int) -> bool:
-        return 0 <= size <= _NEAR and _discard(self._answer.read1, size)
+        return size <= _NEAR and super().skip(size)
 
     def close(self) -> None:
         self._answer.close()
@@ -118,18 +125,18 @@ def _request(url: str, start: int) -> Request:
     return request
 
 
-class _Driver:
+class _Driver(Connection):
     """A file of one of fsspec's drivers, which fetches it block by block."""
 
     def __init__(self, url: str, start: int, timeout: float) -> None:
         self._timeout = timeout
-        self._file: IO[bytes] = within(timeout, lambda: fsspec.open(url, "rb", block_size=_BLOCK).open())
-        self.size: int | None = getattr(self._file, "size", None)
+        self._file: IO[bytes] = _within(timeout, lambda: fsspec.open(url, "rb", block_size=_BLOCK).open())
+        self.size = getattr(self._file, "size", None)
         if start:
             self._file.seek(start)
 
     def read(self, size: int) -> bytes:
-        return within(self._timeout, lambda: self._file.read(size))
+        return _within(self._timeout, lambda: self._file.read(size))
 
     def skip(self, size: int) -> bool:
         self._file.seek(size, 1)
@@ -139,11 +146,10 @@ class _Driver:
         self._file.close()
 
 
-class _Command:
+class _Command(Connection):
     """The output of a shell command."""
 
     def __init__(self, command: str, start: int, timeout: float) -> None:
-        self.size: int | None = None
         self._timeout = timeout
         # A group of its own, so that all that the shell has started can be ended.
         self._process = subprocess.Popen(
@@ -154,13 +160,10 @@ class _Command:
             raise EOFError
 
     def read(self, size: int) -> bytes:
-        data = within(self._timeout, lambda: self._output.read1(size))
+        data = _within(self._timeout, lambda: self._output.read1(size))
         if not data and (status := self._process.wait(self._timeout)):
             raise Refusal(f"exit code {status}")
         return data
-
-    def skip(self, size: int) -> bool:
-        return size >= 0 and _discard(self.read, size)
 
     def close(self) -> None:
         if self._process.poll() is None:
@@ -169,17 +172,7 @@ class _Command:
         self._output.close()
 
 
-def _discard(read: Callable[[int], bytes], size: int) -> bool:
-    """Read on by so many bytes; return False where the file ends before."""
-    while size > 0:
-        block = read(min(size, _NEAR))
-        if not block:
-            return False
-        size -= len(block)
-    return True
-
-
-def within(seconds: float, call: Callable[[], T]) -> T:
+def _within(seconds: float, call: Callable[[], T]) -> T:
     """Return what a call returns, made in a thread that is left behind if it takes longer.
 
     Raises:

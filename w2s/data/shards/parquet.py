@@ -15,10 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from w2s.data.shards.clips import kind
-from w2s.data.shards.connection_stats import SourceConnection
-from w2s.data.shards.raw_sample import RawSample
-from w2s.data.shards.storage import is_local, open_at
+from w2s.data.shards.raw_sample import RawSample, kind
+from w2s.data.shards.storage import SourceConnection, is_local, open_at
 from w2s.data.shards.tar import MAX_FILE
 from w2s.errors import DataError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from w2s.data.shards.containers import read_shard
-from w2s.data.shards.shards import shard_folder, shard_name, without_secrets
+from w2s.data.shards.listing import shard_folder, shard_name, without_secrets
 from w2s.data.shards.storage import read_text
 from w2s.errors import DataError
 

@@ -1,31 +1,73 @@
-"""Files wherever they are: local, behind a URL (through fsspec), or the output of a shell command."""
+"""Opening a file wherever it lies: local, behind a URL, or the output of a shell command.
 
-import glob
+What is not local is one unbroken stream: a connection that breaks, or gives nothing, is opened again at the same byte.
+"""
+
 import io
-import resource
-from collections.abc import Iterable, Sequence
-from typing import IO, Any
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any, TypeVar
 
-import fsspec
+from w2s.data.shards.connections import PIPE, Connection, Refusal, connect
+from w2s.data.shards.raw_sample import Skipped
 
-from w2s.data.shards.connection_stats import SourceConnection
-from w2s.data.shards.connections import PIPE, WEB
-from w2s.data.shards.reconnecting_file import ReconnectingFile
-from w2s.errors import DataError, MissingPackageError
-
-EXTENSIONS = (".tar", ".parquet")
-"""Of files that are shards; beside tar files parquet files are lists."""
-UNPACK = {
-    ".tar.gz": "gunzip",
-    ".tgz": "gunzip",
-    ".tar.bz2": "bunzip2",
-    ".tar.xz": "unxz",
-    ".tar.zst": "zstd -d --rm",
-}
-"""What unpacks a compressed tar file, by its extension."""
+TIMEOUT = 30.0
+"""Seconds in which a connection has to give something, where no configuration says it."""
+WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0, 15.0)
+"""Seconds to wait before each new try while nothing comes: a server may be away for a minute."""
 
 _BUFFER = 1 << 17
 """Bytes that files are read by: threads hand Python's lock on at each read."""
+
+T = TypeVar("T")
+
+
+@dataclass
+class Traffic:
+    """What came from a source."""
+
+    bytes: int = 0
+    """Of samples."""
+    waited: float = 0.0
+    """Seconds in which a reading process had nothing to do but to wait for a sample."""
+    broken: list[Skipped] = field(default_factory=list)
+    """Connections that were opened again: the place, the shard, and why."""
+
+
+class SourceConnection:
+    """Patience with a source, and its traffic; many threads use it.
+
+    Args:
+        timeout: seconds after which a connection that gives nothing is opened again.
+        waits: seconds to wait before each new try while nothing comes.
+
+    Attributes:
+        closed: set when nobody wants anything of the source any more.
+    """
+
+    def __init__(self, timeout: float = TIMEOUT, waits: Sequence[float] = WAITS) -> None:
+        self.timeout, self.waits = timeout, waits
+        self.closed = threading.Event()
+        self._traffic, self._lock = Traffic(), threading.Lock()
+
+    def pause(self, seconds: float) -> None:
+        """Let a server be for a while, or until nobody wants anything of it."""
+        self.closed.wait(seconds)
+
+    def note(self, *, size: int = 0, waited: float = 0.0, broken: Sequence[Skipped] = ()) -> None:
+        """Note bytes of a sample, seconds of waiting for one, or a connection that has to be opened again."""
+        with self._lock:
+            self._traffic.bytes += size
+            self._traffic.waited += waited
+            self._traffic.broken += broken
+
+    def take(self) -> Traffic:
+        """Return the traffic since the last call."""
+        with self._lock:
+            traffic, self._traffic = self._traffic, Traffic()
+        return traffic
 
 
 def is_local(shard: str) -> bool:
@@ -61,62 +103,109 @@ def read_text(path: str) -> str | None:
         return None
 
 
-def find_remote(urls: Sequence[str], option: str) -> list[str]:
-    """List what URLs name: a file as it stands, the shards of a folder (a URL that ends in `/`), those of a glob.
+class ReconnectingFile(io.RawIOBase):
+    """A file that is not local. New tries follow at once as long as something comes, otherwise after the link's waits.
+
+    Going back in a command's output runs it again.
 
     Args:
-        urls: of one pattern, so that all are of one kind.
-        option: the configuration key to name in an error.
-
-    Raises:
-        DataError: nothing is there, or fsspec does not know this kind of URL.
-        MissingPackageError: fsspec's driver for it is not installed.
+        shard: URL or command.
+        link: patience, and where broken connections are noted.
     """
-    if not urls[0].startswith(WEB):
-        _filesystem(urls[0], option)
-    return [shard for url in urls for shard in (_glob(url, option) if _has_magic(url) else [url])]
+
+    def __init__(self, shard: str, link: SourceConnection) -> None:
+        super().__init__()
+        self._shard, self._link = shard, link
+        self._position = self._reached = 0
+        self._connection: Connection | None = None
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Return the byte that is read next."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte."""
+        if whence == io.SEEK_END:
+            offset += self._whole_size()
+        elif whence == io.SEEK_CUR:
+            offset += self._position
+        self._position = offset  # the next read goes there
+        return offset
+
+    def readinto(self, buffer: Any) -> int:
+        """Read at least a byte, if the file has one more.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            OSError: the last try has failed too.
+        """
+        room = memoryview(buffer)
+        data = self._patiently(lambda connection: self._read(connection, len(room)))
+        room[: len(data)] = data
+        self._position = self._reached = self._position + len(data)
+        return len(data)
+
+    def close(self) -> None:
+        """End the connection."""
+        self._disconnect()
+        super().close()
+
+    def _read(self, connection: Connection, size: int) -> bytes:
+        data = connection.read(size)
+        if not data and connection.size is not None and self._position < connection.size:
+            raise ConnectionError
+        return data
+
+    def _patiently(self, ask: Callable[[Connection], T]) -> T:
+        """Return what is asked of the connection, or of the ones after it."""
+        waits, began = iter(self._link.waits), time.monotonic()
+        while True:
+            proven = self._connection is not None
+            try:
+                return ask(self._connected())
+            except (FileNotFoundError, PermissionError, ImportError, EOFError):
+                raise
+            except Exception as error:  # each driver raises errors of its own kind
+                self._disconnect()
+                self._link.note(broken=[Skipped(f"byte {self._position}", self._shard, _reason(error, proven))])
+                if proven:
+                    continue
+                wait = next(waits, None)
+                spent = time.monotonic() - began > sum(self._link.waits)  # in tries that gave nothing
+                if wait is None or spent or self._link.closed.is_set():
+                    raise OSError(f"{self._shard}: {error!r}") from error
+                self._link.pause(wait)
+
+    def _connected(self) -> Connection:
+        """Return the connection, or a new one, at the byte that is read next."""
+        connection, further = self._connection, self._position - self._reached
+        if connection is None or (further and not connection.skip(further)):
+            self._disconnect()
+            connection = self._connection = connect(self._shard, self._position, self._link.timeout)
+        self._reached = self._position
+        return connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _whole_size(self) -> int:
+        size = self._patiently(lambda connection: connection.size)
+        if size is None:
+            raise OSError(f"{self._shard} has no known end")
+        return size
 
 
-def first_kind(paths: Iterable[str]) -> list[str]:
-    """Return those of a folder's files that are its shards: the tar files or, where none is, the parquet files.
-
-    Where that is not either, those that are tar files once they are unpacked.
-    """
-    files = list(paths)
-    return next(filter(None, ([path for path in files if path.endswith(kind)] for kind in (*EXTENSIONS, *UNPACK))), [])
-
-
-def _has_magic(url: str) -> bool:
-    if not (url.endswith("/") or "*" in url or "?" in url or "[" in url):  # as of most of a million
-        return False
-    # What follows the question mark of a web address is not a glob.
-    place = url.partition("?")[0] if url.startswith(WEB) else url
-    return place.endswith("/") or glob.has_magic(place)
-
-
-def _glob(url: str, option: str) -> list[str]:
-    filesystem = _filesystem(url, option)
-    try:
-        paths = first_kind(filesystem.glob(f"{url}*")) if url.endswith("/") else filesystem.glob(url)
-    except Exception as error:  # each driver raises errors of its own kind
-        raise DataError(f"{option}={url} cannot be listed: {type(error).__name__} {error}") from error
-    if not paths:
-        raise DataError(f"{option}={url} has no shards: no {' or '.join(EXTENSIONS)} file is there")
-    return [filesystem.unstrip_protocol(path) for path in paths]
-
-
-def _filesystem(url: str, option: str) -> Any:
-    try:
-        filesystem, _ = fsspec.url_to_fs(url)
-    except ImportError as error:
-        raise MissingPackageError(f"{option}={url}: {error}") from error
-    except (ValueError, OSError) as error:  # an unknown kind of URL, or a driver that lacks a library or a server
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{option}={url} cannot be opened: {reason}") from error
-    return filesystem
-
-
-def allow_many_files() -> None:
-    """Let this process open as many files as the machine allows: every lane keeps its shards open."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def _reason(error: Exception, proven: bool) -> str:
+    if isinstance(error, TimeoutError):
+        return "connection stalled"
+    return str(error) if isinstance(error, Refusal) else "connection was cut" if proven else "no connection"

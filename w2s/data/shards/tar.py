@@ -6,10 +6,8 @@ from typing import IO
 
 from webdataset.tariterators import base_plus_ext
 
-from w2s.data.shards.clips import kind
-from w2s.data.shards.connection_stats import SourceConnection
-from w2s.data.shards.raw_sample import RawSample
-from w2s.data.shards.storage import open_at
+from w2s.data.shards.raw_sample import RawSample, kind
+from w2s.data.shards.storage import SourceConnection, open_at
 
 MAX_FILE = 256 << 20
 """Bytes of a file; the sample of a larger one is left out unread."""

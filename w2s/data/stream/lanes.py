@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from w2s.data.samples.counter import Purpose, generator
-from w2s.data.shards.connection_stats import SourceConnection
+from w2s.data.samples.random_numbers import Purpose, generator
 from w2s.data.shards.containers import read_shard
 from w2s.data.shards.raw_sample import DONE, RawSample
+from w2s.data.shards.storage import SourceConnection
 from w2s.data.stream.prefetch import Prefetcher
 
 _FEW = 4
@@ -123,7 +123,7 @@ class Lane:
             size=lambda step: step.size,
             most=window,
             room=room,
-            waited=self._link.waited,
+            waited=lambda seconds: self._link.note(waited=seconds),
         )
 
     def next(self) -> RawSample:
@@ -148,7 +148,7 @@ class Lane:
             path = self._shards[self._order.draw(self._number, shard)]
             empty += 1
             for sample in read_shard(path, offset, self._wanted, self._link):
-                self._link.came(sample.size)
+                self._link.note(size=sample.size)
                 yield _Step(sample, sample.size, shard, sample.end)
                 empty = 0
             if empty > len(self._shards):  # counted as bad ones, so that the run ends

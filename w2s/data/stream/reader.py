@@ -1,5 +1,6 @@
 """The reading side of the stream: one process that turns its lanes into its part of every batch."""
 
+import resource
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,14 +12,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from w2s.data.samples.batch import Batch
 from w2s.data.samples.captions import caption_hash
-from w2s.data.samples.counter import source_seed
+from w2s.data.samples.random_numbers import source_seed
 from w2s.data.samples.sample import SampleSpec, Views, make_views
 from w2s.data.samples.tokens import tokenize
-from w2s.data.shards.bad import BadSample, Skipped, Tolerance
-from w2s.data.shards.connection_stats import SourceConnection, Traffic
-from w2s.data.shards.storage import allow_many_files
+from w2s.data.shards.raw_sample import BadSample, Skipped
+from w2s.data.shards.storage import SourceConnection, Traffic
 from w2s.data.stream.lanes import Lane, LaneState, ShardOrder
-from w2s.data.stream.sources import Phase, Source, phase_at
+from w2s.data.stream.phases import Phase, phase_at
+from w2s.data.stream.sources import Source
+from w2s.data.stream.tolerance import Tolerance
 from w2s.errors import DataError
 
 LaneStates = dict[int, LaneState]
@@ -103,7 +105,7 @@ class Reader:
         shares = sum(max(weights) for weights in zip(*(phase.weights for phase in plan.phases), strict=True))
         self._room = plan.read_ahead / len(plan.lanes) / shares
         self._tolerance = Tolerance(plan.max_bad_fraction)
-        allow_many_files()
+        _allow_many_files()
         self._lanes: dict[tuple[int, int], Lane] = {}
         self._open_lanes(phase_at(plan.phases, plan.step * plan.global_batch))
 
@@ -185,6 +187,12 @@ class PartDataset(IterableDataset[Part | DataError]):
                 except Exception as error:  # raised in a worker, it would leave the worker and a traceback behind
                     yield error if isinstance(error, DataError) else DataError(f"reading failed: {error!r}")
                     return
+
+
+def _allow_many_files() -> None:
+    """Let this process open as many files as the machine allows: every lane keeps its shards open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _collate(views: list[Views], spec: SampleSpec) -> Batch:

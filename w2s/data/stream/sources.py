@@ -1,22 +1,22 @@
-"""What a run reads: its sources, and the phases that say how often each one is drawn and what is made of a sample."""
+"""The sources of a run: finding their shards, and checking at the start that they hold what a stage needs."""
 
-import bisect
-import itertools
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
-import numpy as np
+from w2s.config.batching import lanes_fit
+from w2s.config.sections import DataConfig
+from w2s.data.samples.frames import check_decoder, is_video
+from w2s.data.shards.containers import COMPRESSED, read_shard
+from w2s.data.shards.listing import list_shards, names_digest
+from w2s.data.shards.raw_sample import caption_file, find_images, kind
+from w2s.data.shards.storage import SourceConnection
+from w2s.data.stream.phases import source_names
+from w2s.errors import ConfigError, DataError
 
-from w2s.config.batching import lanes_fit, num_kept_patches
-from w2s.config.sections import DataConfig, PhaseConfig
-from w2s.data.samples.counter import Purpose, generator
-from w2s.data.samples.sample import SampleSpec
-from w2s.data.shards.containers import check_source
-from w2s.data.shards.shards import list_shards, names_digest, split_sources
-from w2s.errors import ConfigError
-from w2s.redaction import redact
+_WAITS_AT_THE_START = (0.5, 2.0, 8.0)
+"""Seconds before each new try while a name may be wrong."""
+_TRIED_SHARDS = 3
+"""Damaged shards after which a source is refused."""
 
 
 @dataclass(frozen=True)
@@ -30,39 +30,6 @@ class Source:
     shards: list[str]
     digest: str
     """Of the shards' names."""
-
-
-@dataclass(frozen=True)
-class Mix:
-    """How often the sources are drawn in a part of the training samples."""
-
-    first: int
-    """Global index of its first sample."""
-    weights: tuple[float, ...]
-    """Probability of each source of the run."""
-
-    def draw(self, seed: int, index: int) -> int:
-        """Return the source of a sample; it depends on the seed and the global index alone."""
-        if max(self.weights) == 1:
-            return self.weights.index(1)
-        point = generator(seed, Purpose.SOURCE, index).random()
-        return int(np.searchsorted(np.cumsum(self.weights), point, side="right"))
-
-
-@dataclass(frozen=True)
-class Phase(Mix):
-    """A part of the training samples."""
-
-    spec: SampleSpec
-    """What is made of its samples."""
-
-
-M = TypeVar("M", bound=Mix)
-
-
-def phase_at(phases: Sequence[M], index: int) -> M:
-    """Return the phase, or the mix, of a global sample index."""
-    return phases[bisect.bisect_right(phases, index, key=lambda phase: phase.first) - 1]
 
 
 def find_sources(data: DataConfig, global_batch: int, size: int, *, captions: bool) -> list[Source]:
@@ -91,31 +58,6 @@ def find_sources(data: DataConfig, global_batch: int, size: int, *, captions: bo
     return sources
 
 
-def plan_phases(data: DataConfig, spec: SampleSpec, global_batch: int) -> list[Phase]:
-    """Lay out the phases of a run.
-
-    Raises:
-        ConfigError: weights that are not one for each source, or a phase that does not end with a batch.
-    """
-    parts = data.phases or [PhaseConfig()]
-    mixes = plan_mixes(data)
-    _check_lengths(parts, global_batch)
-    return [Phase(mix.first, mix.weights, _phase_spec(part, spec)) for mix, part in zip(mixes, parts, strict=True)]
-
-
-def plan_mixes(data: DataConfig) -> list[Mix]:
-    """Lay out how often each source of `source_names` is drawn, phase by phase; no shards are looked for.
-
-    Raises:
-        ConfigError: weights that are not one for each source.
-    """
-    parts, patterns = data.phases or [PhaseConfig()], source_names(data)
-    firsts = itertools.accumulate((part.samples for part in parts[:-1]), initial=0)
-    by_pattern = (_mix(part, data) for part in parts)
-    weights = [tuple(mix.get(text, 0.0) for text in patterns) for mix in by_pattern]
-    return list(map(Mix, firsts, weights))
-
-
 def list_sources(data: DataConfig) -> list[Source]:
     """Find the sources of all phases, each once.
 
@@ -128,64 +70,62 @@ def list_sources(data: DataConfig) -> list[Source]:
     return [Source(names[text], text, shards, names_digest(shards)) for text, shards in by_text.items()]
 
 
-def source_names(data: DataConfig) -> dict[str, str]:
-    """Name the sources of all phases, by their patterns and in their order; no shards are looked for.
+def check_source(shards: Sequence[str], image_key: str, caption_key: str | None) -> None:
+    """Check that shards hold what a stage needs, by the first of them that is sound; three may be damaged before it.
+
+    Args:
+        shards: the shards of a source; a damaged one among them is skipped in training, and so it is here.
+        image_key: extensions of the image, separated by `;`.
+        caption_key: where captions are, separated by `;`; None where they are not needed.
 
     Raises:
-        ConfigError: weights that are not one for each source.
+        DataError: they are damaged, compressed or empty, no sample of the first sound one has an image, or the first
+            one with an image has no caption.
+        MissingPackageError: it has a video, and PyAV is not installed.
     """
-    mixes = [_mix(part, data) for part in data.phases or [PhaseConfig()]]
-    return _names(list(dict.fromkeys(pattern for mix in mixes for pattern in mix)))
+    damages: list[_DamagedError] = []
+    for shard in shards:
+        try:
+            if _check_shard(shard, image_key, caption_key):
+                return
+        except _DamagedError as damage:
+            damages.append(damage)
+            if len(damages) == _TRIED_SHARDS:
+                break
+    raise damages[0] if damages else DataError(f"{shards[0]} and the other shards of its source have no samples")
 
 
-def _mix(part: PhaseConfig, data: DataConfig) -> dict[str, float]:
-    """Return the probability of each source of a phase; without weights all sources are one."""
-    text = part.train or data.train
-    weights = part.weights or (data.weights if not part.train or part.train == data.train else [])
-    if not weights:
-        return {text: 1.0}
-    patterns = split_sources(text)
-    if len(weights) != len(patterns) or len(set(patterns)) != len(patterns):
-        raise ConfigError(
-            f"data.weights={weights} are {len(weights)} for the {len(set(patterns))} different sources of "
-            f"data.train={text}: give one for each"
-        )
-    return {pattern: weight / sum(weights) for pattern, weight in zip(patterns, weights, strict=True)}
+class _DamagedError(DataError):
+    """A shard that cannot be read from its start."""
 
 
-def _names(patterns: Sequence[str]) -> dict[str, str]:
-    """Name every source by the last folder of its pattern, and by a number where names are equal."""
-    names: dict[str, str] = {}
-    for pattern in patterns:
-        folders = [
-            part
-            for part in re.split(r"[/,:;]", redact(pattern))
-            if part and not re.search(r"[*?{}\[\]]|\.(tar|parquet)$", part)
-        ]
-        plain = re.sub(r"[^\w.-]", "_", folders[-1]) if folders else "shards"
-        taken = set(names.values())
-        numbered = (f"{plain}-{number}" for number in itertools.count(2))
-        names[pattern] = plain if plain not in taken else next(name for name in numbered if name not in taken)
-    return names
-
-
-def _check_lengths(parts: Sequence[PhaseConfig], global_batch: int) -> None:
-    for number, part in enumerate(parts, 1):
-        last = number == len(parts)
-        if (part.samples == 0 and not last) or part.samples % global_batch:
-            fitting = max(1, round(part.samples / global_batch)) * global_batch
-            raise ConfigError(
-                f"data.phases: phase {number} has samples={part.samples}, which is not a multiple of "
-                f"train.global_batch={global_batch}: use {fitting}"
+def _check_shard(shard: str, image_key: str, caption_key: str | None) -> bool:
+    """Check the first sample with an image; return whether there is any sample."""
+    extensions: set[str] = set()
+    sample = None
+    for sample in read_shard(shard, link=SourceConnection(waits=_WAITS_AT_THE_START)):
+        if sample.damage == COMPRESSED:
+            raise DataError(
+                f"{shard} is compressed, which shards must not be: mv {shard} {shard}.gz; gunzip {shard}.gz"
             )
+        if sample.damage:
+            raise _DamagedError(f"{sample.damage}: replace or remove {shard}")
+        extensions |= set(map(kind, sample.files))
+        images = find_images(sample.files, image_key)
+        if not images:
+            continue
+        if is_video(images[0]):
+            check_decoder()
+        if caption_key is not None and not any(caption_file(key) in sample.files for key in caption_key.split(";")):
+            raise DataError(
+                f"sample {sample.key} of {shard} has no caption '.{caption_key}', only {_names(extensions)}: "
+                "set data.caption_key"
+            )
+        return True
+    if sample is None:
+        return False
+    raise DataError(f"{shard} has no image '.{image_key}', only {_names(extensions)}: set data.image_key")
 
 
-def _phase_spec(part: PhaseConfig, spec: SampleSpec) -> SampleSpec:
-    if part.crop_scale is not None:
-        spec = replace(spec, crop_scale=part.crop_scale)
-    if part.patch_dropout is not None:
-        kept = num_kept_patches(spec.grid**2, part.patch_dropout) if part.patch_dropout else 0
-        spec = replace(spec, num_kept_patches=kept)
-    if part.frames is not None:
-        spec = replace(spec, frames=part.frames)
-    return spec
+def _names(extensions: set[str]) -> str:
+    return ", ".join(f".{name}" for name in sorted(extensions))

@@ -21,11 +21,12 @@ from w2s.config.layout_checks import check_lanes
 from w2s.config.sections import DataConfig
 from w2s.data.samples.batch import Batch, merge_batches
 from w2s.data.samples.sample import SampleSpec
-from w2s.data.shards.bad import Skipped
-from w2s.data.shards.shards import without_secrets
+from w2s.data.shards.listing import without_secrets
+from w2s.data.shards.raw_sample import Skipped
 from w2s.data.stream.lanes import LaneState
+from w2s.data.stream.phases import Phase, plan_phases
 from w2s.data.stream.reader import LaneStates, Part, ReadPlan
-from w2s.data.stream.sources import Phase, Source, find_sources, plan_phases
+from w2s.data.stream.sources import Source, find_sources
 from w2s.data.stream.workers import RESTARTS, end_reading, kill_readers, reader_pids, start_reading
 from w2s.errors import DataError
 

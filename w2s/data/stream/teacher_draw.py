@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from w2s.config.fields import nearest
 from w2s.config.sections import Config
-from w2s.data.samples.counter import Purpose, generator
-from w2s.data.stream.sources import phase_at, plan_mixes, source_names
+from w2s.data.samples.random_numbers import Purpose, generator
+from w2s.data.stream.phases import phase_at, plan_mixes, source_names
 from w2s.errors import ConfigError
 
 

@@ -5,12 +5,12 @@ import pytest
 
 from tests.data.shard_files import encode, noise, write_shard
 from tests.data.video_files import SIDE, write_video
+from w2s.data.samples import frames as video
+from w2s.data.samples.frames import decode_frames, is_video, spread
 from w2s.data.samples.sample import SampleSpec, make_views
-from w2s.data.shards import video
-from w2s.data.shards.bad import BadSample
-from w2s.data.shards.containers import check_source, read_shard
-from w2s.data.shards.raw_sample import RawSample
-from w2s.data.shards.video import decode_frames, is_video, spread
+from w2s.data.shards.containers import read_shard
+from w2s.data.shards.raw_sample import BadSample, RawSample
+from w2s.data.stream.sources import check_source
 from w2s.errors import MissingPackageError
 
 

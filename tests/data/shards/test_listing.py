@@ -6,8 +6,9 @@ import fsspec
 import pytest
 
 from tests.data.shard_files import good_sample, write_shard, write_shards
-from w2s.data.shards.containers import check_source, read_shard
-from w2s.data.shards.shards import list_shards
+from w2s.data.shards.containers import read_shard
+from w2s.data.shards.listing import list_shards
+from w2s.data.stream.sources import check_source
 from w2s.errors import ConfigError, DataError
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from tests.data.shard_files import encode, noise
-from w2s.data.making.benchmark import BenchmarkSet, natural
+from w2s.data.making.clip_benchmark import BenchmarkSet, natural
 from w2s.data.making.items import find_items
 from w2s.data.making.make import make_shards
 from w2s.data.shards.containers import read_shard
-from w2s.data.shards.shards import list_shards
+from w2s.data.shards.listing import list_shards
 from w2s.errors import ConfigError, DataError, MissingPackageError
 from w2s.evaluation.dataset import load_eval_set
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from w2s.data.samples.counter import Purpose, generator
+from w2s.data.samples.random_numbers import Purpose, generator
 
 
 def test_every_argument_gives_another_stream() -> None:

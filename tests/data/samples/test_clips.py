@@ -5,11 +5,9 @@ import pytest
 import torch
 
 from tests.data.shard_files import encode, noise
+from w2s.data.samples.frames import choose_frames, spread
 from w2s.data.samples.sample import SampleSpec, Views, make_views
-from w2s.data.shards.bad import BadSample
-from w2s.data.shards.clips import choose_frames, find_images
-from w2s.data.shards.raw_sample import RawSample
-from w2s.data.shards.video import spread
+from w2s.data.shards.raw_sample import BadSample, RawSample, find_images
 
 SPEC = SampleSpec(image_size=16, grid=4, num_kept_patches=8, layers=12, drop_path=0.5, frames=4)
 IMAGES = [encode(noise(number)) for number in range(11)]

@@ -1,6 +1,7 @@
 import pytest
 
-from w2s.data.shards.bad import Skipped, Tolerance
+from w2s.data.shards.raw_sample import Skipped
+from w2s.data.stream.tolerance import Tolerance
 from w2s.errors import DataError
 
 SAMPLE = Skipped("key", "shard.tar", "caption is missing")

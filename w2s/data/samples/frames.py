@@ -1,4 +1,4 @@
-"""Frames of a short video, through PyAV (`pip install 'w2s[video]'`)."""
+"""The pictures of a sample: one image, or the frames that stand for a clip; videos through PyAV (`w2s[video]`)."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from w2s.data.shards.bad import BadSample
+from w2s.data.shards.raw_sample import BadSample
 from w2s.errors import MissingPackageError
+
+Picture = bytes | NDArray[np.uint8]
+"""An encoded image, or a decoded frame of a video: uint8 RGB [height, width, 3]."""
 
 MAX_PIXELS = 4096 * 2304
 """Pixels of a frame; a decoder keeps up to 16 of them."""
@@ -19,6 +22,20 @@ MAX_FRAMES = 20_000
 
 _FORMATS = {(4, b"ftyp"): "mp4", (0, b"\x1aE\xdf\xa3"): "matroska", (8, b"AVI "): "avi"}
 """FFmpeg's readers by what stands at a byte of a file. None of them opens other files, as those of playlists do."""
+
+
+def choose_frames(images: Sequence[bytes], frames: int) -> list[Picture]:
+    """Return the pictures that stand for a sample: those in the middles of `frames` equal parts of its clip.
+
+    Of a clip with fewer frames some come several times; an image is a clip of one.
+
+    Raises:
+        BadSample: it is a video that cannot be decoded.
+        MissingPackageError: it is a video, and PyAV is not installed.
+    """
+    if len(images) == 1 and is_video(images[0]):
+        return list(decode_frames(images[0], frames))
+    return [images[index] for index in spread(len(images), frames)]
 
 
 def is_video(data: bytes) -> bool:
@@ -82,18 +99,18 @@ def _count(container: Any) -> int:
     return count
 
 
-def _decode(container: Any, numbers: Sequence[int]) -> list[NDArray[np.uint8]]:
+def _decode(container: Any, indices: Sequence[int]) -> list[NDArray[np.uint8]]:
     video = container.streams.video[0]
     # Reading processes are many already. A later frame may claim to be larger than the first.
     video.codec_context.thread_count = 1
     video.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-    pictures = dict(_at(container.decode(video), set(numbers)))
+    pictures = dict(_frames_at(container.decode(video), set(indices)))
     # An edited video can have fewer frames than packets: the last one stands for those that are missing.
-    return [pictures[number] if number in pictures else pictures[max(pictures)] for number in numbers]
+    return [pictures.get(index, pictures[max(pictures)]) for index in indices]
 
 
-def _at(decoded: Iterator[Any], numbers: set[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    for number, frame in enumerate(islice(decoded, max(numbers) + 1)):
-        if number in numbers:
+def _frames_at(decoded: Iterator[Any], indices: set[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    for index, frame in enumerate(islice(decoded, max(indices) + 1)):
+        if index in indices:
             pixels = frame.to_ndarray(format="rgb24", threads=1)
-            yield number, np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+            yield index, np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))

@@ -12,12 +12,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from w2s.data.samples.captions import draw_caption
-from w2s.data.samples.counter import Purpose, generator
 from w2s.data.samples.decode import decode_image
-from w2s.data.shards.bad import BadSample, Skipped
-from w2s.data.shards.clips import choose_frames, find_images, kind
+from w2s.data.samples.frames import choose_frames
+from w2s.data.samples.random_numbers import Purpose, generator
 from w2s.data.shards.containers import read_shard
-from w2s.data.shards.raw_sample import RawSample
+from w2s.data.shards.raw_sample import BadSample, RawSample, Skipped, find_images, kind
 from w2s.data.shards.sizes import known_sizes
 from w2s.errors import DataError
 from w2s.redaction import printable

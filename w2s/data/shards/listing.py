@@ -5,19 +5,32 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import braceexpand
+import fsspec
 
-from w2s.data.shards.storage import EXTENSIONS, PIPE, UNPACK, find_remote, first_kind, is_local
-from w2s.errors import ConfigError, DataError
+from w2s.data.shards.connections import PIPE, WEB
+from w2s.data.shards.storage import is_local
+from w2s.errors import ConfigError, DataError, MissingPackageError
 from w2s.redaction import SIGNED, without_url_secrets
 
+EXTENSIONS = (".tar", ".parquet")
+"""Of files that are shards; beside tar files parquet files are lists."""
 MAX_SHARDS = 2_000_000
 """Shards of one pattern."""
 
+_UNPACK = {
+    ".tar.gz": "gunzip",
+    ".tgz": "gunzip",
+    ".tar.bz2": "bunzip2",
+    ".tar.xz": "unxz",
+    ".tar.zst": "zstd -d --rm",
+}
+"""What unpacks a compressed tar file, by its extension."""
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 
 
@@ -102,32 +115,32 @@ def _expand(pattern: str, option: str, allow_pipe: bool) -> list[str]:
     if pattern.startswith(PIPE) and ".parquet" in pattern:
         raise ConfigError(f"{option}={pattern} is a stream, and parquet files are read from their ends: name the file")
     try:
-        _check_number(pattern, option)
+        _check_count(pattern, option)
         names = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
     except (ValueError, RecursionError) as error:
         raise DataError(f"{option}: the braces of '{pattern}' do not match ({error})") from error
     if pattern.startswith(PIPE):
         return names
     if not is_local(pattern):
-        return find_remote(names, option)
+        return _remote(names, option)
     if pattern.endswith(".txt"):
         return _read_list(pattern, option, allow_pipe)
     return _local(pattern, names, option)
 
 
 def _refuse_compressed(shard: str, option: str) -> None:
-    suffix = next((suffix for suffix in UNPACK if shard.lower().endswith(suffix)), "")
+    suffix = next((suffix for suffix in _UNPACK if shard.lower().endswith(suffix)), "")
     if suffix and not shard.startswith(PIPE):
         raise DataError(
             f"{option}: {shard} is compressed, so that no run could continue in the middle of it, and images hardly "
-            f"shrink: unpack with {UNPACK[suffix]} *{suffix} and name the .tar files"
+            f"shrink: unpack with {_UNPACK[suffix]} *{suffix} and name the .tar files"
         )
 
 
-def _check_number(pattern: str, option: str) -> None:
+def _check_count(pattern: str, option: str) -> None:
     """Refuse braces that stand for more shards than anybody has, before they take memory."""
     ranges = [(int(first), int(last), int(step or 1) or 1) for first, last, step in _RANGE.findall(pattern)]
-    number = math.prod(abs(last - first) // abs(step) + 1 for first, last, step in ranges)
+    count = math.prod(abs(last - first) // abs(step) + 1 for first, last, step in ranges)
     choices: list[int] = []
     for character in pattern:
         if character == "{":
@@ -135,8 +148,8 @@ def _check_number(pattern: str, option: str) -> None:
         elif character == "," and choices:
             choices[-1] += 1
         elif character == "}" and choices:
-            number *= choices.pop()
-    if number > MAX_SHARDS:
+            count *= choices.pop()
+    if count > MAX_SHARDS:
         raise DataError(f"{option}={pattern[:80]} stands for more than {MAX_SHARDS:,} shards: name fewer")
 
 
@@ -173,7 +186,7 @@ def _find(path: str) -> list[str]:
         return glob.glob(path)
     if path.endswith(".tar") or not os.path.isdir(path):
         return [path]
-    return first_kind(os.path.join(path, name) for name in os.listdir(path))
+    return _first_kind(os.path.join(path, name) for name in os.listdir(path))
 
 
 def _files(folder: str) -> set[str]:
@@ -182,3 +195,49 @@ def _files(folder: str) -> set[str]:
             return {entry.name for entry in entries if entry.is_file()}
     except OSError:
         return set()
+
+
+def _remote(urls: Sequence[str], option: str) -> list[str]:
+    """What URLs of one kind name: a file as it stands, the shards of a folder (a URL that ends in `/`), a glob's."""
+    if not urls[0].startswith(WEB):
+        _filesystem(urls[0], option)
+    return [shard for url in urls for shard in (_glob(url, option) if _has_magic(url) else [url])]
+
+
+def _has_magic(url: str) -> bool:
+    if not (url.endswith("/") or "*" in url or "?" in url or "[" in url):  # as of most of a million
+        return False
+    # What follows the question mark of a web address is not a glob.
+    place = url.partition("?")[0] if url.startswith(WEB) else url
+    return place.endswith("/") or glob.has_magic(place)
+
+
+def _glob(url: str, option: str) -> list[str]:
+    filesystem = _filesystem(url, option)
+    try:
+        paths = _first_kind(filesystem.glob(f"{url}*")) if url.endswith("/") else filesystem.glob(url)
+    except Exception as error:  # each driver raises errors of its own kind
+        raise DataError(f"{option}={url} cannot be listed: {type(error).__name__} {error}") from error
+    if not paths:
+        raise DataError(f"{option}={url} has no shards: no {' or '.join(EXTENSIONS)} file is there")
+    return [filesystem.unstrip_protocol(path) for path in paths]
+
+
+def _filesystem(url: str, option: str) -> Any:
+    try:
+        filesystem, _ = fsspec.url_to_fs(url)
+    except ImportError as error:
+        raise MissingPackageError(f"{option}={url}: {error}") from error
+    except (ValueError, OSError) as error:  # an unknown kind of URL, or a driver that lacks a library or a server
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{option}={url} cannot be opened: {reason}") from error
+    return filesystem
+
+
+def _first_kind(paths: Iterable[str]) -> list[str]:
+    """Those of a folder's files that are its shards: the tar files or, where none is, the parquet files.
+
+    Where that is not either, those that are tar files once they are unpacked.
+    """
+    files = list(paths)
+    return next(filter(None, ([path for path in files if path.endswith(kind)] for kind in (*EXTENSIONS, *_UNPACK))), [])
