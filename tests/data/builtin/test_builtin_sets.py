@@ -1,5 +1,6 @@
 """Building a data set below the cache: whole or absent, once, and again only on demand."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from w2s.config.sections import DataConfig
 from w2s.data.builtin import builtin_sets
-from w2s.data.builtin.builtin_sets import Builtin, ensure_builtin, without_left_out
+from w2s.data.builtin.builtin_sets import ensure_builtin, without_left_out
 from w2s.errors import ConfigError, DataError
 
 Use = Callable[[Callable[[Path], None]], None]
@@ -16,19 +17,16 @@ Use = Callable[[Callable[[Path], None]], None]
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Use:
-    """Put a function in the place of what builds `emoji`; the file `lacks` in its folder names a missing source."""
-
-    def left_out(folder: Path) -> dict[str, str]:
-        return {"Stamps": (folder / "lacks").read_text()} if (folder / "lacks").is_file() else {}
-
-    def use(build: Callable[[Path], None]) -> None:
-        monkeypatch.setitem(builtin_sets.BUILTINS, "emoji", Builtin("set-1", build, left_out))
-
-    return use
+    """Put a function in the place of what builds `emoji`."""
+    return lambda build: monkeypatch.setitem(builtin_sets.BUILTINS, "emoji", ("set-1", build))
 
 
-def write(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text("no network") and None
+def whole(folder: Path) -> None:
+    (folder / "whole").touch()
+
+
+def without_stamps(folder: Path) -> None:
+    (folder / "sources.json").write_text(json.dumps({"tuxpaint": {"left_out": "no network"}}))
 
 
 def never(folder: Path) -> None:
@@ -45,7 +43,7 @@ def names(folder: Path) -> list[str]:
 
 def test_it_is_built_once(tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    use(write("whole"))
+    use(whole)
     assert ensure_builtin(data(Path("~/cache"))) == tmp_path / "cache" / "set-1"
     use(never)
     for renew in (False, True):
@@ -57,14 +55,14 @@ def test_it_is_built_once(tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPa
 def test_one_that_lacks_a_source_says_so_each_time_and_is_built_again_on_demand(
     tmp_path: Path, use: Use, caplog: pytest.LogCaptureFixture
 ) -> None:
-    use(write("lacks"))
+    use(without_stamps)
     ensure_builtin(data(tmp_path))
     use(never)
     ensure_builtin(data(tmp_path))
-    line = f"{tmp_path / 'set-1'} is without Stamps (no network): it is not the full data set"
+    line = f"{tmp_path / 'set-1'} is without Tux Paint stamps (no network): it is not the full data set"
     assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [line] * 2
     caplog.clear()
-    use(write("whole"))
+    use(whole)
     ensure_builtin(data(tmp_path), renew=True)
     assert names(tmp_path / "set-1") == ["whole"]
     assert names(tmp_path) == ["set-1"]
@@ -103,15 +101,15 @@ def test_data_that_is_not_built(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("marker", ["whole", "lacks"])
+@pytest.mark.parametrize("build", [whole, without_stamps])
 def test_a_test_set_goes_only_with_a_source_that_was_left_out(
-    tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch, marker: str
+    tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch, build: Callable[[Path], None]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    use(write(marker))
+    use(build)
     cached = data(Path("~/cache"))
     (ensure_builtin(cached) / "openmoji").mkdir()
     sets = {"openmoji": "~/cache/set-1/openmoji", "stamps": "~/cache/set-1/stamps", "own": "elsewhere/{0..3}.tar"}
     left = without_left_out(cached, sets)
-    assert left == ({name: sets[name] for name in ("openmoji", "own")} if marker == "lacks" else sets)
+    assert left == ({name: sets[name] for name in ("openmoji", "own")} if build is without_stamps else sets)
     assert without_left_out(DataConfig(), sets) == sets

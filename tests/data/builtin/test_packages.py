@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from w2s.data.builtin.packages import Fetched, SourceMissing, fetch_deb, fetch_npm
+from w2s.data.builtin.packages import Package, SourceMissing, fetch_deb, fetch_npm
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_deb_is_unpacked_and_the_lists_are_fetched_once(tmp_path: Path, tools:
     script(tools, "dpkg-deb", '[ "$1" = -f ] && echo 2.0-1 || { [ -f "$2" ] && touch "$3/unpacked"; }')
     folder = scratch(tmp_path)
     fetched = fetch_deb("pictures", folder)
-    assert fetched == Fetched(folder / "pictures", "pictures 2.0-1")
+    assert fetched == Package(folder / "pictures", "pictures 2.0-1")
     assert (fetched.folder / "unpacked").is_file()
     fetch_deb("more", folder)
     assert log.read_text().split() == ["update", "pictures", "more"]

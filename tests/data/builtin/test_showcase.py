@@ -15,8 +15,8 @@ from w2s.config.sections import DataConfig
 from w2s.data.builtin import showcase
 from w2s.data.builtin.builtin_sets import ensure_builtin
 from w2s.data.builtin.drawings import Drawing
-from w2s.data.builtin.packages import SourceMissing
-from w2s.data.builtin.showcase import NAME, SOURCES, Opened
+from w2s.data.builtin.packages import Package, SourceMissing
+from w2s.data.builtin.showcase import NAME, SOURCES
 from w2s.data.builtin.splits import is_held_out
 from w2s.data.samples.decode import decode_image
 from w2s.data.shards.containers import read_shard
@@ -29,32 +29,34 @@ HELD_OUT = {name for name in EMOJI if is_held_out(name)}
 
 def drawings(source: str, names: list[str]) -> Iterator[Drawing]:
     """One drawing a name, and one of which there is nothing to see."""
-    for number, name in enumerate(names):
-        noise = np.random.default_rng([*source.encode(), number]).integers(0, 255, (30, 20, 3), np.uint8)
-        yield Drawing(f"folder/{number}.x", name, Image.fromarray(noise).resize((300, 200)))
-    yield Drawing("blank", names[0], Image.new("RGBA", (30, 30), (0, 0, 0, 0)))
+    for index, name in enumerate(names):
+        noise = np.random.default_rng([*source.encode(), index]).integers(0, 255, (30, 20, 3), np.uint8)
+        yield Drawing(f"folder/{index}.x", name, Image.fromarray(noise).resize((300, 200)))
+    yield Drawing("blank", "nothing", Image.new("RGBA", (30, 30), (0, 0, 0, 0)))
 
 
-def fake(source: str) -> Callable[[Path], Opened]:
-    names = EMOJI
+Fetch = Callable[[Path], Package]
+
+
+def names_of(source: str) -> list[str]:
     if source == "openclipart":
-        names = [*(f"old {name}, {name}" for name in EMOJI[:20]), *["house"] * 40]
-    elif source == "tuxpaint":
-        names = ["A cat.", "A cat.", "A dog."]
-    return lambda _: (f"{source}-package 1.0", drawings(source, names))
+        return [*(f"old {name}, {name}" for name in EMOJI[:20]), *["house"] * 40]
+    return ["A cat.", "A cat.", "A dog."] if source == "tuxpaint" else EMOJI
 
 
-def missing(_: Path) -> Opened:
+def missing(_: Path) -> Package:
     raise SourceMissing("no network")
 
 
-def use(monkeypatch: pytest.MonkeyPatch, **instead: Callable[[Path], Opened]) -> None:
+def use(monkeypatch: pytest.MonkeyPatch, empty: str = "", **instead: Fetch) -> None:
     """Replace the sources, and do without the packages that real ones need."""
-    monkeypatch.setattr(showcase, "MODULES", {})
+    monkeypatch.setattr(showcase, "check_installed", lambda builtin: None)
     monkeypatch.setattr(showcase, "version", lambda package: "1.0")
     for name, source in SOURCES.items():
-        opener = instead.get(name, fake(name))
-        monkeypatch.setitem(SOURCES, name, showcase.Source(source.title, source.licence, opener))
+        fetch = instead.get(name, lambda _, name=name: Package(Path(name), f"{name}-package 1.0"))
+        names = [] if name == empty else names_of(name)
+        made_up = lambda _, name=name, names=names: drawings(name, names)  # noqa: E731
+        monkeypatch.setitem(SOURCES, name, showcase.Source(source.title, source.licence, fetch, made_up))
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +120,13 @@ def test_the_account_says_what_came_from_where(built: Path) -> None:
 def test_a_source_that_is_missing_is_left_out_with_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    use(monkeypatch, tuxpaint=missing, noto=missing, fluent=lambda _: ("fluent-package 2.0", iter(())))
+    use(monkeypatch, tuxpaint=missing, noto=missing, empty="fluent")
     folder = ensure_builtin(DataConfig(builtin="showcase", cache=str(tmp_path)))
     assert folder == tmp_path / NAME
     lines = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     reasons = {
         "Noto Color Emoji": "no network",
-        "Fluent Emoji": "fluent-package 2.0 has no pictures where they used to be",
+        "Fluent Emoji": "fluent-package 1.0 has no pictures where they used to be",
         "Tux Paint stamps": "no network",
     }
     assert lines == [

@@ -26,6 +26,7 @@ from w2s.data.shards.containers import read_shard
 from w2s.data.shards.listing import list_shards
 from w2s.data.shards.raw_sample import find_images
 from w2s.data.shards.sizes import count_samples, index_shards
+from w2s.data.stream.position import merge_positions
 from w2s.data.stream.sources import check_source
 from w2s.data.stream.stream import Stream
 from w2s.errors import ConfigError, DataError

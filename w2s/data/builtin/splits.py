@@ -45,17 +45,12 @@ def split_tuning(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     A picture is held out only if another one with its name remains, and if none that remains is nearly the same.
     """
     left = Counter(pair.name for pair in pairs)
-    aside = []
+    held_out = []
     for pair in sorted(pairs, key=lambda pair: _draw(f"picture {pair.key}")):
         if _draw(f"picture {pair.key}") < TUNING_PICTURES and left[pair.name] > 1:
             left[pair.name] -= 1
-            aside.append(pair)
-    keys = {pair.key for pair in aside}
-    remaining = [pair for pair in pairs if pair.key not in keys]
-    known = near_duplicates_in(aside, remaining)
-    tuning = [pair for pair, seen in zip(aside, known, strict=True) if not seen]
-    keys = {pair.key for pair in tuning}
-    return [pair for pair in pairs if pair.key not in keys], tuning
+            held_out.append(pair)
+    return _part(pairs, held_out)
 
 
 def split_unseen(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -63,11 +58,16 @@ def split_unseen(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
 
     A picture is held out only if none that remains is nearly the same.
     """
-    aside = [pair for pair in pairs if _draw(f"picture {pair.key}") < UNSEEN_PICTURES]
-    remaining = [pair for pair in pairs if _draw(f"picture {pair.key}") >= UNSEEN_PICTURES]
-    known = near_duplicates_in(aside, remaining)
-    tuning = {pair.key for pair, seen in zip(aside, known, strict=True) if not seen}
-    return [pair for pair in pairs if pair.key not in tuning], [pair for pair in pairs if pair.key in tuning]
+    return _part(pairs, [pair for pair in pairs if _draw(f"picture {pair.key}") < UNSEEN_PICTURES])
+
+
+def _part(pairs: Sequence[Pair], held_out: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Those to train on, and those of `held_out` that are like none of the others."""
+    keys = {pair.key for pair in held_out}
+    known = near_duplicates_in(held_out, [pair for pair in pairs if pair.key not in keys])
+    tuning = [pair for pair, seen in zip(held_out, known, strict=True) if not seen]
+    keys = {pair.key for pair in tuning}
+    return [pair for pair in pairs if pair.key not in keys], tuning
 
 
 def _draw(text: str) -> float:

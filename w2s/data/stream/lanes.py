@@ -1,7 +1,7 @@
 """Lanes: the fixed number of streams that the sample order is made of.
 
 A lane draws its shards from one source, reads a window of samples, shuffles the window and hands it out. What it does
-depends on the seed, the source and its own number alone, so the order of samples is the same at every number of ranks
+depends on the seed, the source and which lane it is alone, so the order of samples is the same at every number of ranks
 and workers.
 """
 
@@ -51,16 +51,16 @@ class ShardOrder:
     replacement: bool
     """Draw each shard anew from all of them, instead of dealing all out in every epoch."""
 
-    def draw(self, lane: int, number: int) -> int:
-        """Return the shard that a lane reads as its draw `number`."""
+    def draw(self, lane: int, index: int) -> int:
+        """Return the shard that a lane reads as its draw `index`, from 0."""
         if self.replacement:
-            return int(generator(self.seed, Purpose.SHARDS, lane, number).integers(self.shards))
-        epoch, place = divmod(number, self._shards_per_epoch(lane))
+            return int(generator(self.seed, Purpose.SHARDS, lane, index).integers(self.shards))
+        epoch, place = divmod(index, self._shards_per_epoch(lane))
         return int(_permutation(self.shards, self.seed, epoch)[lane + place * self.lanes])
 
-    def ends_epoch(self, lane: int, number: int) -> bool:
-        """Tell whether draw `number` is the last of the lane's epoch; never with replacement."""
-        return not self.replacement and (number + 1) % self._shards_per_epoch(lane) == 0
+    def ends_epoch(self, lane: int, index: int) -> bool:
+        """Tell whether draw `index` is the last of the lane's epoch; never with replacement."""
+        return not self.replacement and (index + 1) % self._shards_per_epoch(lane) == 0
 
     def _shards_per_epoch(self, lane: int) -> int:
         return len(range(lane, self.shards, self.lanes))
@@ -87,7 +87,7 @@ class Lane:
     """An endless stream of raw samples. While a window is handed out the next one is read by a thread of the lane.
 
     Args:
-        number: the lane's number.
+        lane: which one it is, from 0.
         shards: paths of all shards.
         order: which shard comes when.
         window: samples that are shuffled together; without replacement a window ends with the lane's epoch, so that
@@ -103,7 +103,7 @@ class Lane:
 
     def __init__(
         self,
-        number: int,
+        lane: int,
         shards: Sequence[str],
         order: ShardOrder,
         window: int,
@@ -113,7 +113,7 @@ class Lane:
         link: SourceConnection | None = None,
     ) -> None:
         self.state = state
-        self._number, self._shards, self._order, self._size = number, shards, order, window
+        self._lane, self._shards, self._order, self._size = lane, shards, order, window
         self._wanted, self._link = wanted, link or SourceConnection()
         self._begun = False
         self._left: list[RawSample] = []
@@ -145,7 +145,7 @@ class Lane:
         """Yield the lane's samples in the order of its shards, from a place on."""
         empty = 0
         while True:
-            path = self._shards[self._order.draw(self._number, shard)]
+            path = self._shards[self._order.draw(self._lane, shard)]
             empty += 1
             for sample in read_shard(path, offset, self._wanted, self._link):
                 self._link.note(size=sample.size)
@@ -153,14 +153,14 @@ class Lane:
                 empty = 0
             if empty > len(self._shards):  # counted as bad ones, so that the run ends
                 yield _Step(RawSample("", path, {}, damage="shard is empty"), 0, shard, DONE)
-            if self._order.ends_epoch(self._number, shard):
+            if self._order.ends_epoch(self._lane, shard):
                 yield _Step(None, 0, shard + 1, 0)
             shard, offset = shard + 1, 0
 
     def _read_window(self) -> list[RawSample]:
         """Read the window that begins at `self.state`, and shuffle it."""
         samples: list[RawSample] = []
-        size = window_size(self._size, self.state.window, self._number, self._order.lanes)
+        size = window_size(self._size, self.state.window, self._lane, self._order.lanes)
         while len(samples) < size:
             self._end = self._steps.next()
             if self._end.sample is not None:
@@ -169,11 +169,11 @@ class Lane:
                 break
         self._end = self._end._replace(sample=None)
         first = self.state.drawn - self.state.taken
-        order = generator(self._order.seed, Purpose.WINDOW, self._number, first).permutation(len(samples))
+        order = generator(self._order.seed, Purpose.WINDOW, self._lane, first).permutation(len(samples))
         return [samples[i] for i in order]
 
 
-def window_size(full: int, number: int, lane: int, lanes: int) -> int:
+def window_size(full: int, index: int, lane: int, lanes: int) -> int:
     """Return the samples of a lane's window.
 
     The first window has a few samples, so that a run starts soon, and the next ones about twice as many each, up to
@@ -182,11 +182,11 @@ def window_size(full: int, number: int, lane: int, lanes: int) -> int:
 
     Args:
         full: samples of a window, as configured.
-        number: windows of the lane before this one.
-        lane: number of the lane.
+        index: windows of the lane before this one.
+        lane: which one, from 0.
         lanes: number of lanes.
     """
     doublings = max(0, (full // _FEW).bit_length() - 1)
-    if number >= doublings:
+    if index >= doublings:
         return full
-    return min(full, round(full * 2.0 ** (number - doublings) * (1 + lane / lanes)))
+    return min(full, round(full * 2.0 ** (index - doublings) * (1 + lane / lanes)))

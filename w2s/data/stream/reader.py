@@ -66,12 +66,12 @@ class ReadPlan:
     lanes: dict[int, LaneStates]
     """Where each lane of the rank stands at that step."""
 
-    def open_lane(self, number: int, source: int, room: float, link: SourceConnection) -> Lane:
+    def open_lane(self, lane: int, source: int, room: float, link: SourceConnection) -> Lane:
         """Return the part of a lane that reads from one source.
 
         Args:
-            number: of the lane.
-            source: number of the source.
+            lane: which one.
+            source: which one.
             room: bytes that a lane of one source may read ahead.
             link: patience with the source, and its traffic.
         """
@@ -84,8 +84,8 @@ class ReadPlan:
         )
         share = max(phase.weights[source] for phase in self.phases)
         window = max(1, round(self.shuffle * share))
-        state = self.lanes[number].get(source, LaneState())
-        return Lane(number, shards, order, window, state, self.phases[0].spec.extensions, room * share, link)
+        state = self.lanes[lane].get(source, LaneState())
+        return Lane(lane, shards, order, window, state, self.phases[0].spec.extensions, room * share, link)
 
 
 class Reader:
@@ -99,7 +99,7 @@ class Reader:
 
     def __init__(self, plan: ReadPlan, worker: int, workers: int) -> None:
         self._plan = plan
-        self._numbers = set(sorted(plan.lanes)[worker::workers])
+        self._mine = set(sorted(plan.lanes)[worker::workers])
         self._links = [SourceConnection(plan.timeout) for _ in plan.sources]
         # Shared among the sources by their weights, as the windows are.
         shares = sum(max(weights) for weights in zip(*(phase.weights for phase in plan.phases), strict=True))
@@ -122,15 +122,15 @@ class Reader:
             self._open_lanes(phase)
         of_rank = range(first + plan.rank, first + plan.global_batch, plan.size)
         lane_of = {index: index % plan.number_of_lanes for index in of_rank}
-        mine = {index: lane for index, lane in lane_of.items() if lane in self._numbers}
+        mine = {index: lane for index, lane in lane_of.items() if lane in self._mine}
         skipped: list[Skipped] = []
         views, sources, states = [], [], dict[int, LaneStates]()
-        for index, number in mine.items():
+        for index, lane in mine.items():
             source = phase.draw(plan.seed, index)
-            lane = self._lanes[number, source]
-            views.append(self._draw(index, lane, phase.spec, skipped))
+            samples = self._lanes[lane, source]
+            views.append(self._draw(index, samples, phase.spec, skipped))
             sources.append(source)
-            states.setdefault(number, {})[source] = lane.state
+            states.setdefault(lane, {})[source] = samples.state
         return Part(
             batch=_collate(views, phase.spec),
             lanes=states,
@@ -148,11 +148,10 @@ class Reader:
 
     def _open_lanes(self, phase: Phase) -> None:
         """Begin to read what a phase draws from, in all lanes at once."""
-        for number in sorted(self._numbers):
+        for lane in sorted(self._mine):
             for source, weight in enumerate(phase.weights):
-                if weight and (number, source) not in self._lanes:
-                    link = self._links[source]
-                    self._lanes[number, source] = self._plan.open_lane(number, source, self._room, link)
+                if weight and (lane, source) not in self._lanes:
+                    self._lanes[lane, source] = self._plan.open_lane(lane, source, self._room, self._links[source])
 
     def _draw(self, index: int, lane: Lane, spec: SampleSpec, skipped: list[Skipped]) -> Views:
         """Take samples from the lane until one is good."""

@@ -12,7 +12,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 
@@ -23,19 +22,15 @@ from w2s.data.samples.batch import Batch, merge_batches
 from w2s.data.samples.sample import SampleSpec
 from w2s.data.shards.listing import without_secrets
 from w2s.data.shards.raw_sample import Skipped
-from w2s.data.stream.lanes import LaneState
-from w2s.data.stream.phases import Phase, plan_phases
-from w2s.data.stream.reader import LaneStates, Part, ReadPlan
+from w2s.data.stream.phases import plan_phases
+from w2s.data.stream.position import Position, describe_order, restore_lanes
+from w2s.data.stream.reader import Part, PartDataset, ReadPlan
 from w2s.data.stream.sources import Source, find_sources
-from w2s.data.stream.workers import RESTARTS, end_reading, kill_readers, reader_pids, start_reading
+from w2s.data.stream.workers import RESTARTS, end_reading, kill_readers, reader_pids, start_workers
 from w2s.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-Position = dict[str, Any]
-
-_VERSION = 2
-"""Of the order of samples: positions of another one mean other samples."""
 _LONG = 1.0
 """Seconds of waiting for samples of which the log tells who is to blame."""
 
@@ -83,8 +78,8 @@ class Stream:
             sources = find_sources(data, global_batch, size, captions=spec.context_length > 0)
         self.sources = list(sources)
         self._phases = plan_phases(data, spec, global_batch)
-        self._order = _describe_order(data, self.sources, self._phases, global_batch, seed)
-        self._lanes = _restore(position, self._order, range(rank, data.lanes, size))
+        self._order = describe_order(data, self.sources, self._phases, global_batch, seed)
+        self._lanes = restore_lanes(position, self._order, range(rank, data.lanes, size))
         self._step = self._first_step = 0 if position is None else position["step"]
         # A worker without samples would have nothing to send, so there are at most as many as a batch has lanes.
         self._workers = min(data.workers, lanes_per_rank(data.lanes, global_batch, size))
@@ -109,9 +104,9 @@ class Stream:
             read_ahead=data.read_ahead_mb * 1e6,
             timeout=data.timeout,
             step=self._step,
-            lanes=dict(self._lanes),
+            lanes=self._lanes,
         )
-        self._parts: Iterator[Part | DataError] = start_reading(self._plan, self._workers)
+        self._parts = self._start_reading()
         # At a failed exit multiprocessing would wait for ever for workers that nobody told to end.
         atexit.register(self.close)
 
@@ -145,8 +140,8 @@ class Stream:
     def position(self) -> Position:
         """Return where this rank's lanes stand after the last batch of `next()`, for JSON."""
         lanes = {
-            str(number): {str(source): asdict(state) for source, state in sorted(states.items())}
-            for number, states in sorted(self._lanes.items())
+            str(lane): {str(source): asdict(state) for source, state in sorted(states.items())}
+            for lane, states in sorted(self._lanes.items())
         }
         return {"step": self._step, "order": self._order, "lanes": lanes}
 
@@ -174,9 +169,9 @@ class Stream:
         """
         figures = {name: count for name, count in counts.items() if name.startswith(("bad/", "reopened/"))}
         seconds = counts["seconds"] / counts["ranks"]
-        for number, source in enumerate(self.sources):
-            came = counts.get(f"{number}/bytes", 0.0) / 1e6 / seconds
-            wait = counts.get(f"{number}/waited", 0.0) / (seconds * counts["processes"])
+        for index, source in enumerate(self.sources):
+            came = counts.get(f"{index}/bytes", 0.0) / 1e6 / seconds
+            wait = counts.get(f"{index}/waited", 0.0) / (seconds * counts["processes"])
             figures |= {f"source/{source.name}/mb_per_second": came, f"source/{source.name}/wait": min(1.0, wait)}
         seen = [counts.get(f"seen/{source.name}", 0.0) for source in self.sources]
         total = sum(seen)
@@ -220,6 +215,10 @@ class Stream:
             for source in range(len(self.sources))
         ]
 
+    def _start_reading(self) -> Iterator[Part | DataError]:
+        plan = replace(self._plan, step=self._step, lanes=dict(self._lanes))
+        return start_workers(PartDataset(plan), self._workers)
+
     def _read_step(self) -> list[Part]:
         """Read the parts of the next step, with new reading processes where one died."""
         for _ in range(RESTARTS):
@@ -228,8 +227,7 @@ class Stream:
             except (RuntimeError, OSError, EOFError) as error:  # torch or a broken connection: a process was killed
                 logger.warning("a reading process died, step %d is read again: %s", self._step, error)
                 kill_readers(self._parts)
-                plan = replace(self._plan, step=self._step, lanes=dict(self._lanes))
-                self._parts = start_reading(plan, self._workers)
+                self._parts = self._start_reading()
         raise DataError(
             f"reading processes die again and again, at step {self._step}: is there enough memory? "
             f"Lower data.workers={self._workers} or data.shuffle={self._plan.shuffle}"
@@ -267,64 +265,3 @@ class Stream:
 def _is_telling(count: int) -> bool:
     """The 1st, 2nd, 4th, 8th... of a kind is enough to act on, and cannot flood a log."""
     return count & (count - 1) == 0
-
-
-def merge_positions(positions: Sequence[Position]) -> Position:
-    """Join the positions of all ranks after the same step into one that any rank can continue from.
-
-    Raises:
-        DataError: positions of different steps or of different orders of samples.
-    """
-    first = positions[0]
-    for other in positions:
-        if other["step"] != first["step"] or other["order"] != first["order"]:
-            raise DataError(
-                f"data positions of steps {first['step']} and {other['step']} do not belong together: "
-                "merge what all ranks gave after the same step"
-            )
-    return first | {"lanes": {number: state for each in positions for number, state in each["lanes"].items()}}
-
-
-def _describe_order(
-    data: DataConfig, sources: Sequence[Source], phases: Sequence[Phase], global_batch: int, seed: int
-) -> dict[str, Any]:
-    """Return everything that the order of samples depends on, under the names that a user knows."""
-    return {
-        "version": _VERSION,
-        "data.lanes": data.lanes,
-        "data.shuffle": data.shuffle,
-        "data.replacement": data.replacement,
-        "train.global_batch": global_batch,
-        "run.seed": seed,
-        "data.train": ", ".join(f"{len(source.shards)} shards {source.digest}" for source in sources),
-        "data.weights": [[phase.first, *phase.weights] for phase in phases],
-    }
-
-
-def _restore(position: Position | None, order: dict[str, Any], lanes: range) -> dict[int, LaneStates]:
-    if position is None:
-        return {lane: {} for lane in lanes}
-    try:
-        version = position["order"].get("version", 1)
-        if version != _VERSION:
-            raise DataError(
-                f"the checkpoint stands in the sample order of another w2s ({version}, this one's is {_VERSION}): "
-                "finish the run with that, or start a new one from its weights, such as by init.vision=RUN"
-            )
-        for key, value in order.items():
-            if position["order"].get(key) != value:
-                raise DataError(
-                    f"cannot continue with {key}={value}: the run began with {key}={position['order'].get(key)}, "
-                    "keep that or start a new run"
-                )
-        missing = [lane for lane in lanes if str(lane) not in position["lanes"]]
-        if not isinstance(position["step"], int):
-            raise TypeError("a step is a number")
-        if missing:
-            raise DataError(f"the data position has no lane {missing[0]}: merge the positions of all ranks first")
-        return {
-            lane: {int(source): LaneState(**state) for source, state in position["lanes"][str(lane)].items()}
-            for lane in lanes
-        }
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise DataError("the data position of the checkpoint is damaged: use another checkpoint") from error

@@ -8,8 +8,6 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from w2s.compat import shut_down_workers, worker_processes
-from w2s.data.stream.reader import Part, PartDataset, ReadPlan
-from w2s.errors import DataError
 from w2s.processes.forks import start_fork_server
 from w2s.processes.host import keep_freed_memory
 from w2s.processes.stopping import SIGNALS, end_with_parent
@@ -23,11 +21,6 @@ T = TypeVar("T")
 def prepare_workers() -> None:
     """Start the server that workers are forked from, which imports the reader while this process has other work."""
     start_fork_server(["w2s.data.stream.reader"])
-
-
-def start_reading(plan: ReadPlan, workers: int) -> Iterator[Part | DataError]:
-    """Return the parts of all steps, as `start_workers` does."""
-    return start_workers(PartDataset(plan), workers)
 
 
 def start_workers(dataset: IterableDataset[T], workers: int) -> Iterator[T]:
@@ -76,7 +69,7 @@ def kill_readers(parts: Iterator[Any]) -> None:
 
 def _live_and_die_with_rank(_worker: int) -> None:
     keep_freed_memory()
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     # The loader's watchdog looks at the parent, which is the server here, and that lives while its children do.
     end_with_parent()

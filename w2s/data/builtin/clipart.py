@@ -1,4 +1,4 @@
-"""Drawings of the Open Clip Art Library, with captions from the titles and keywords inside of their files."""
+"""Drawings with words of their own: the Open Clip Art Library, and the stamps of Tux Paint."""
 
 import re
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from w2s.data.builtin.drawings import Drawing, draw_svg
+from w2s.data.samples.decode import open_image
 
 _FOLDERS = (
     "animals",
@@ -46,9 +47,15 @@ _OF_A_COLLECTION = re.compile(r"clip ?art|submission|sibmission|aiga|etiquette|^
 _NOISE = re.compile(r"hash|clip|unsorted|symbol|menu|work|architett|\d")
 """Keywords that name no thing."""
 
+_MIRRORED_STAMPS = ("_mirror", "_flip")
 
-def openclipart(folder: Path) -> Iterator[Drawing]:
-    """Yield the public-domain drawings below a folder; none that cannot be drawn or that lack a linked picture."""
+
+def openclipart(package: Path) -> Iterator[Drawing]:
+    """Yield the public-domain drawings of the Debian package, captioned by the titles and keywords inside of them.
+
+    None that cannot be drawn or that lack a linked picture.
+    """
+    folder = package / "usr/share/openclipart/svg"
     for path in sorted(path for part in _FOLDERS for path in (folder / part).rglob("*.svg")):
         if path.is_symlink() or path.stat().st_size > _LARGEST:
             continue
@@ -86,3 +93,19 @@ def _plain(text: str) -> str:
     """Small letters, without numbers, remarks in parentheses and file name's signs."""
     text = re.sub(r"\(.*?\)|\bb ?w\b|\bganson\b|\.svg\b|[_#\d]+", " ", text.lower().replace("_", " "))
     return " ".join(text.split()).strip(" -.,")
+
+
+def tuxpaint(package: Path) -> Iterator[Drawing]:
+    """Yield the stamps of the Debian package that show things, photographs and drawings, each with its sentence.
+
+    No letters, digits and signs, and none in a mirror.
+    """
+    folder = package / "usr/share/tuxpaint/stamps"
+    for path in sorted(folder.rglob("*.png")):
+        key = path.relative_to(folder).with_suffix("")
+        text = path.with_suffix(".txt")
+        if key.parts[0] == "symbols" or path.stem.endswith(_MIRRORED_STAMPS) or not text.is_file():
+            continue
+        name = text.read_text(encoding="utf-8").partition("\n")[0].strip()
+        if name:
+            yield Drawing(key.as_posix(), name, open_image(path))
