@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from w2s.data.stream.position import merge_positions
 
 from tests.data.parquet_files import IMAGE, write_rows, write_twins
 from tests.data.shard_files import encode, noise, write_shards

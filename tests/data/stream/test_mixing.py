@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from w2s.data.stream.position import merge_positions
 
 from tests.data.shard_files import write_shards
 from w2s.config.sections import DataConfig, PhaseConfig
