@@ -46,9 +46,6 @@ class Marks(Parts):
 
     On a GPU the marks are CUDA events on the current stream: a part's time is that of its kernels and of the stream's
     waiting for the host, and the host waits for nothing before `read`. On a CPU they are readings of a clock.
-
-    Args:
-        device: where the work is done.
     """
 
     def __init__(self, device: torch.device) -> None:

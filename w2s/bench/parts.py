@@ -26,9 +26,6 @@ def marked(stage: Stage, marks: Parts) -> Iterator[None]:
     Communication is what a rank spends on it alone: collectives that run beside the computation count from where the
     rank begins to wait for them. It is taken out of the part in which it happens.
 
-    Args:
-        stage: its towers, and its teachers where it has some, are `nn.Module`s.
-        marks: where the marks go.
     """
     with ExitStack() as undo:
         for tower in stage.towers.values():
@@ -79,7 +76,7 @@ def _backward_marker(marks: Parts) -> Callable[[nn.Module, Any, Any], None]:
 
 def _mark_method(owner: Any, name: str, part: str, marks: Parts, undo: ExitStack) -> None:
     """Put a marked call in the place of a method of an object or of a class, until it is undone."""
-    original, own = getattr(owner, name), vars(owner).get(name)
+    original, defined = getattr(owner, name), vars(owner).get(name)
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -88,4 +85,4 @@ def _mark_method(owner: Any, name: str, part: str, marks: Parts, undo: ExitStack
 
     setattr(owner, name, call)
     # What a class gives out is not what it holds.
-    undo.callback(*((delattr, owner, name) if own is None else (setattr, owner, name, own)))
+    undo.callback(*((delattr, owner, name) if defined is None else (setattr, owner, name, defined)))

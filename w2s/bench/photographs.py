@@ -51,9 +51,9 @@ def cut_shards(
     jpegs = list(pictures)
     for shard in range(shards):
         with TarWriter(str(out / f"{shard:06d}.tar"), encoder=False, mtime=0) as writer:
-            for number in range(shard, count, shards):
-                caption = f"a photograph that shows number {number} of {count} things".encode()
-                writer.write({"__key__": f"{number:06d}", "jpg": jpegs[number % anew], "txt": caption})
+            for index in range(shard, count, shards):
+                caption = f"a photograph that shows number {index} of {count} things".encode()
+                writer.write({"__key__": f"{index:06d}", "jpg": jpegs[index % anew], "txt": caption})
     return f"{out}/{{000000..{shards - 1:06d}}}.tar"
 
 
@@ -69,8 +69,8 @@ def _pictures(
     for place, path in enumerate(large):
         with open_image(path) as image:
             whole = image.convert("RGB")
-        for number in range(place, count, len(large)):
-            size = most_width - number % columns, most_height - number // columns
+        for index in range(place, count, len(large)):
+            size = most_width - index % columns, most_height - index // columns
             yield _part(whole, size, rng)
 
 

@@ -142,7 +142,7 @@ def bench_step(
         peer_compiled=first_peer is not None and first_peer.compiled,
         rounds=len(turns),
         versions={package: version(package) for package in PACKAGES},
-        rows=[_line(each, teachers, number, turns, ranks) for number, each in enumerate(batches)],
+        rows=[_line(each, teachers, index, turns, ranks) for index, each in enumerate(batches)],
     )
 
 
@@ -174,26 +174,25 @@ def _layers(config: Config) -> dict[str, int]:
 def _line(
     config: Config,
     teachers: Sequence[PlannedTeacher],
-    number: int,
+    index: int,
     turns: Sequence[tuple[Measured, Measured | None]],
     ranks: int,
 ) -> Line:
     """The medians of a batch over all turns."""
-    ours = [own.rows[number] for own, _ in turns]
-    peers = [theirs.rows[number] for _, theirs in turns if theirs is not None]
-    ratios = [
-        peer.milliseconds / own.milliseconds for own, peer in zip(ours, peers, strict=False) if own.parts and peer.parts
-    ]
+    ours = [turn.rows[index] for turn, _ in turns]
+    peers = [turn.rows[index] for _, turn in turns if turn is not None]
+    pairs = zip(ours, peers, strict=False)
+    ratios = [peer.milliseconds / our.milliseconds for our, peer in pairs if our.parts and peer.parts]
+    device = turns[0][0].device
     alone = replace(config, parallel=ParallelConfig())
-    own, theirs = turns[0]
     return Line(
         micro_batch=config.train.micro_batch,
         global_batch=config.train.global_batch,
-        ours=speed(config, teachers, own.device, _median(ours), ranks),
-        peer=speed(alone, teachers, theirs.device, _median(peers), 1) if theirs else None,
+        ours=speed(config, teachers, device, _median(ours), ranks),
+        peer=speed(alone, teachers, device, _median(peers), 1) if peers else None,
         ratio=median(ratios) if ratios else None,
         ratios=tuple(ratios),
-        planned_milliseconds=planned_milliseconds(config, own.device, ranks),
+        planned_milliseconds=planned_milliseconds(config, device, ranks),
     )
 
 

@@ -60,15 +60,9 @@ class SlowHandler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def serve(folder: Path, *, latency: float, bandwidth: float) -> Iterator[str]:
-    """Serve a folder in a process of its own while the block runs.
+    """Serve a folder, in a process of its own, while the block runs; gives its URL, without a slash at its end.
 
-    Args:
-        folder: what is served.
-        latency: seconds before each answer.
-        bandwidth: bytes a second of each connection.
-
-    Yields:
-        The folder's URL, without a slash at its end.
+    See `SlowHandler` for latency and bandwidth.
     """
     command = [sys.executable, "-m", "w2s.bench.server", str(folder), str(latency), str(bandwidth)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

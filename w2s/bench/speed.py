@@ -39,18 +39,7 @@ class Speed:
 
 
 def speed(config: Config, teachers: Sequence[PlannedTeacher], device: str, row: Row, world_size: int) -> Speed | None:
-    """Work out the figures of a row.
-
-    Args:
-        config: the stage with the batch of the row.
-        teachers: those of the stage.
-        device: name of the card, or `cpu`.
-        row: the median step.
-        world_size: ranks in all.
-
-    Returns:
-        None where the memory did not suffice.
-    """
+    """Work out the figures of a median step on a card, or `cpu`; None where the memory did not suffice."""
     if not row.parts:
         return None
     seconds = row.milliseconds / 1e3

@@ -213,8 +213,8 @@ def _median_step(
     step: Callable[[Batch], object], next_batch: Callable[[], Batch], marks: Marks, steps: int
 ) -> dict[str, float]:
     """The parts of the step whose time is the median (of an even number, the lower one of the middle)."""
-    for number in range(WARM_UP + steps):
-        if number == WARM_UP:
+    for index in range(WARM_UP + steps):
+        if index == WARM_UP:
             marks.read()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()

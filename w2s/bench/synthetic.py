@@ -8,14 +8,7 @@ from w2s.data.samples.sample import SampleSpec, draw_branches, draw_kept, draw_m
 
 
 def synthetic_batch(spec: SampleSpec, size: int, vocabulary: int, seed: int = 0) -> Batch:
-    """Return a batch of noise, in pinned memory where there is a GPU.
-
-    Args:
-        spec: what the stage wants of a sample.
-        size: samples.
-        vocabulary: tokens that there are; the last one ends a caption.
-        seed: of the noise.
-    """
+    """Return a batch of noise, in pinned memory where there is a GPU; the last token ends a caption."""
     noise = torch.Generator().manual_seed(seed)
     indices = range(size)
     masks = np.stack([draw_mask(spec, seed, index) for index in indices]) if spec.masked_patches else None

@@ -44,8 +44,8 @@ def disagreements(tapes: Sequence[Tape]) -> list[Disagreement]:
     """Compare what ranks of the same groups do; ranks that were not rehearsed are taken to do what they should."""
     differences: list[Disagreement] = []
     for one, other in combinations(tapes, 2):
-        for number in one.groups.keys() & other.groups.keys():
-            group, calls = one.groups[number], (_of(one, number), _of(other, number))
+        for index in one.groups.keys() & other.groups.keys():
+            group, calls = one.groups[index], (_of(one, index), _of(other, index))
             differences += _compare(group, (one.rank, other.rank), *(list(_collectives(each)) for each in calls))
             differences += _compare_messages(group, (one.rank, other.rank), *calls)
     return differences

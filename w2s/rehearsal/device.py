@@ -25,11 +25,7 @@ _FETCHES = {torch.Tensor.cpu: "cpu()", torch.Tensor.numpy: "numpy()"}
 
 
 class FakeGpu(TorchFunctionMode):
-    """Answers for the device of a tensor, and follows tensors onto it and off it.
-
-    Args:
-        meter: knows which tensors are on the GPU.
-    """
+    """Answers for the device of a tensor, and follows tensors onto it and off it."""
 
     def __init__(self, meter: Meter) -> None:
         super().__init__()
@@ -119,7 +115,7 @@ def stand_in_for_cuda(meter: Meter, streams: Streams) -> Iterator[None]:
         return "/torch/_" not in sys._getframe(2).f_code.co_filename and meter.on_gpu(tensor)
 
     def device(tensor: FakeTensor) -> torch.device:
-        return GPU if on_gpu(tensor) else own(tensor)
+        return GPU if on_gpu(tensor) else real_device(tensor)
 
     def is_cuda(tensor: FakeTensor) -> bool:
         return on_gpu(tensor)
@@ -129,7 +125,7 @@ def stand_in_for_cuda(meter: Meter, streams: Streams) -> Iterator[None]:
         meter.resized(storage)
         return resized
 
-    own: Any = vars(FakeTensor)["device"].fget
+    real_device: Any = vars(FakeTensor)["device"].fget
     real_resize: Any = torch.UntypedStorage.resize_
     stand_ins = {
         "current_device": lambda: GPU,

@@ -20,16 +20,7 @@ _ProcessGroup: Any = ProcessGroup  # whose methods have several signatures each
 
 
 class Recorder:
-    """Writes the calls of a rank down.
-
-    Args:
-        tape: where to.
-        parts: know the part of the step that is open.
-        streams: know who waits.
-
-    Attributes:
-        last_number: of the last call.
-    """
+    """Writes the calls of a rank down on its tape; the last one has the number `last_number`."""
 
     def __init__(self, tape: Tape, parts: Parts, streams: Streams) -> None:
         self.tape, self.streams, self._parts = tape, streams, parts
@@ -81,9 +72,9 @@ class RecordedGroup(_ProcessGroup):
     Results are what a rank would get if all others had sent what it has sent itself.
     """
 
-    def __init__(self, recorder: Recorder, number: int, rank: int, size: int) -> None:
+    def __init__(self, recorder: Recorder, index: int, rank: int, size: int) -> None:
         super().__init__(rank, size)
-        self._recorder, self._number, self._place, self._size = recorder, number, rank, size
+        self._recorder, self._index, self._place, self._size = recorder, index, rank, size
 
     def getBackendName(self) -> str:
         """Return the name that torch knows this kind of group by."""
@@ -101,7 +92,7 @@ class RecordedGroup(_ProcessGroup):
         return self._size
 
     def _note(self, kind: str, tensors: Sequence[Tensor], size: int, **more: Any) -> _Posted:
-        return self._recorder.call(self._number, kind, tensors, size, **more)
+        return self._recorder.call(self._index, kind, tensors, size, **more)
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Work:
         """Note an all-reduce."""
@@ -123,10 +114,10 @@ class RecordedGroup(_ProcessGroup):
             _copy(output, inputs[0])
         return self._note("all_gather", inputs, self._size * _bytes(inputs))
 
-    def all_gather_single(self, output: Tensor, own: Tensor, opts: Any = None) -> Work:
+    def all_gather_single(self, output: Tensor, local: Tensor, opts: Any = None) -> Work:
         """Note an all-gather into one tensor."""
-        _copy(output.view(self._size, -1), own.reshape(1, -1))
-        return self._note("all_gather", [own], _bytes([output]))
+        _copy(output.view(self._size, -1), local.reshape(1, -1))
+        return self._note("all_gather", [local], _bytes([output]))
 
     _allgather_base = all_gather_single  # torch before 2.13
 
@@ -165,7 +156,7 @@ class RecordedGroup(_ProcessGroup):
         return self._message("receive", tensors, peer)
 
     def _message(self, kind: str, tensors: list[Tensor], peer: int) -> Work:
-        ranks = self._recorder.tape.groups[self._number].ranks
+        ranks = self._recorder.tape.groups[self._index].ranks
         return self._note(kind, tensors, _bytes(tensors), peer=ranks[peer])
 
     def objects(self, kind: str) -> None:
@@ -173,10 +164,10 @@ class RecordedGroup(_ProcessGroup):
         self._note(kind, [], 0).wait()
 
 
-def _copy(output: Tensor, own: Tensor) -> None:
+def _copy(output: Tensor, local: Tensor) -> None:
     """Let all ranks have sent the same; without numbers there is nothing to do, and no kernel would do it."""
     if not isinstance(output, FakeTensor):
-        output.copy_(own)
+        output.copy_(local)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -192,21 +183,21 @@ def _reduction(opts: Any) -> str:
 @contextmanager
 def joined(recorder: Recorder, rank: int, world_size: int) -> Iterator[None]:
     """Be a rank of a world whose other ranks are not there."""
-    make, numbers, tape = dist.new_group, count(), recorder.tape
+    make, tape, index = dist.new_group, recorder.tape, 0
 
     def create(store: Any, rank: int, size: int, timeout: Any) -> RecordedGroup:
-        return RecordedGroup(recorder, next_number[0], rank, size)
+        return RecordedGroup(recorder, index, rank, size)
 
-    next_number = [next(numbers)]
-    tape.groups[next_number[0]] = Group("world", tuple(range(world_size)), on_gpu=True)
+    tape.groups[index] = Group("world", tuple(range(world_size)), on_gpu=True)
 
     def new_group(ranks: Any = None, *unused: Any, backend: Any = None, group_desc: Any = None, **more: Any) -> Any:
-        """Make a group, over gloo too, of ours; every rank makes all, so that all number them alike."""
-        next_number[0] = next(numbers)
+        """Make a group, over gloo too, of ours; every rank makes all, so that all count them alike."""
+        nonlocal index
+        index += 1
         members = tuple(range(world_size) if ranks is None else ranks)
         if rank in members:
             name = (group_desc or "all").lower().removesuffix("_group").replace("_", " ")
-            tape.groups[next_number[0]] = Group(name, members, on_gpu=backend != "gloo")
+            tape.groups[index] = Group(name, members, on_gpu=backend != "gloo")
         more.pop("timeout", None)
         return named(make(ranks, backend=_BACKEND, **more))
 

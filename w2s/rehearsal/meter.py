@@ -47,12 +47,7 @@ class Rise:
 
 
 class Meter(TorchDispatchMode):
-    """Follows the tensors on the GPU, and adds what operators take to a tape.
-
-    Args:
-        tape: where to.
-        card: the GPU.
-        parts: know the part of the step that is open.
+    """Follows the tensors on the GPU, and adds what operators take to a tape, by the part of the step that is open.
 
     Attributes:
         now: bytes that are allocated on the GPU.
@@ -161,11 +156,7 @@ class Meter(TorchDispatchMode):
             self.parts.update(rise.parts)
 
     def hold(self, parts: Counter[str]) -> list[Tensor]:
-        """Allocate bytes on the GPU, and return what holds them.
-
-        Args:
-            parts: how many each part of the step has.
-        """
+        """Allocate the bytes of each part of the step on the GPU, and return what holds them."""
         held = []
         for name, size in parts.items():
             if size > 0:

@@ -51,14 +51,10 @@ class Rehearsal:
 def run(
     config: Config, world_size: int, card: Card, ranks: Sequence[int], steps: int, *, data: bool = True
 ) -> Rehearsal:
-    """Rehearse some ranks of a stage.
+    """Rehearse some ranks of a stage in its layout.
 
     Args:
-        config: the stage in its layout.
-        world_size: GPUs.
-        card: the GPUs.
-        ranks: which of them are rehearsed.
-        steps: steps of the stage; memory and times are those of the last one.
+        steps: of each rank; memory and times are those of the last one.
         data: whether shards are looked for, as the run does at its start; without them nothing more is rehearsed.
 
     Raises:

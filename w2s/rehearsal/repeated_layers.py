@@ -30,11 +30,7 @@ class _Pass:
 
 
 class RepeatedLayers:
-    """Shortens passes through a pipeline.
-
-    Args:
-        repetition: notes work and repeats it.
-    """
+    """Shortens passes through a pipeline."""
 
     def __init__(self, repetition: Repetition) -> None:
         self._repetition = repetition
@@ -63,10 +59,10 @@ class RepeatedLayers:
     def _forward(self, whole: Callable[..., Tensor], layers: Any, hidden: Any, args: Any, kwargs: Any) -> Tensor:
         entry: Tensor = hidden if layers.pre_process else layers.input_tensor
         done = self._passes.setdefault(layers, _Pass())
-        number, done.seen = done.seen, done.seen + 1
-        if number == 1 and self._micro_batches > 3:
+        index, done.seen = done.seen, done.seen + 1
+        if index == 1 and self._micro_batches > 3:
             return self._watched(partial(whole, hidden, *args, **kwargs), entry, done)
-        if done.forward is None or number == self._micro_batches - 1:
+        if done.forward is None or index == self._micro_batches - 1:
             return whole(hidden, *args, **kwargs)
         return _Repeated.apply(entry, self._repetition, done.forward, done)
 

@@ -17,11 +17,7 @@ from w2s.rehearsal.repetition import Done, Repetition, passes_through
 
 
 class RepeatedMicroBatches:
-    """Shortens passes without a pipeline.
-
-    Args:
-        repetition: notes work and repeats it.
-    """
+    """Shortens passes without a pipeline."""
 
     def __init__(self, repetition: Repetition) -> None:
         self._repetition = repetition
@@ -41,20 +37,11 @@ class RepeatedMicroBatches:
 
 
 class _Repeated:
-    """A step of a pass of three micro-batches, the second of which is followed by its repetitions.
-
-    Args:
-        repetition: notes work and repeats it.
-        step: what is taken of each micro-batch.
-        times: how often the second micro-batch is repeated.
-
-    Attributes:
-        reports: what the repetitions report.
-    """
+    """The step of a pass of three micro-batches, the second of which is repeated; `reports` are its metrics."""
 
     def __init__(self, repetition: Repetition, step: Callable[..., Any], times: int) -> None:
         self._repetition, self._step, self._times = repetition, step, times
-        self._numbers = count()
+        self._indices = count()
         self._reported: pipeline_schedule.Metrics = {}
         self._end: Callable[[list[Tensor]], Done]
         self.reports: list[pipeline_schedule.Metrics] = []
@@ -62,13 +49,13 @@ class _Repeated:
 
     def __call__(self, batches: Any, chunk: Any) -> Any:
         """Take a step; Megatron calls this as a micro-batch begins."""
-        number = next(self._numbers)
-        if number == 1:
+        index = next(self._indices)
+        if index == 1:
             self._end = self._repetition.watch()
-        if number == 2:
+        if index == 2:
             self._repeat(self._end(list(self._reported.values())))
         output, loss = self._step(batches, chunk)
-        return output, self._kept(loss) if number == 1 else loss
+        return output, self._kept(loss) if index == 1 else loss
 
     def _kept(self, loss: pipeline_schedule.Loss) -> pipeline_schedule.Loss:
         def kept(output: Any) -> tuple[Tensor, pipeline_schedule.Metrics]:

@@ -43,12 +43,7 @@ class Done:
 
 
 class Repetition:
-    """Notes work, and repeats it.
-
-    Args:
-        recorder: writes calls down.
-        meter: counts bytes and work.
-    """
+    """Notes work, and repeats it."""
 
     def __init__(self, recorder: Recorder, meter: Meter) -> None:
         self._recorder, self._meter, self._tape = recorder, meter, recorder.tape
@@ -64,9 +59,9 @@ class Repetition:
             rise, stays = rose()
             forms = []
             for result in results:
-                own = self._meter.of(result)
-                stays.subtract(own)
-                forms.append(_Form(result.shape, result.dtype, bool(own)))
+                held = self._meter.of(result)
+                stays.subtract(held)
+                forms.append(_Form(result.shape, result.dtype, on_gpu=bool(held)))
             return Done(events, rise, forms, stays)
 
         return end

@@ -1,6 +1,6 @@
 """What a rehearsal found, as tables and as one JSON document."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
@@ -9,7 +9,8 @@ from rich.console import Console
 from w2s.bench.marks import REST
 from w2s.planning.cards import GPUS_PER_NODE
 from w2s.rehearsal.rehearsal import Rehearsal
-from w2s.rehearsal.tape import MESSAGES, Call, Compute, Group, Tape
+from w2s.rehearsal.tape import MESSAGES, Call, Compute, Tape
+from w2s.rehearsal.timeline import Kind
 from w2s.tracking.tables import Cell, Table
 
 _GIB = 2**30
@@ -39,18 +40,7 @@ def document(rehearsal: Rehearsal) -> dict[str, Any]:
             }
             for report in rehearsal.ranks
         ],
-        "calls": [
-            {
-                "group": group,
-                "ranks": ranks,
-                "kind": kind,
-                "calls": calls,
-                "gib": gib,
-                "seconds": busy,
-                "exposed": exposed,
-            }
-            for group, ranks, kind, calls, gib, busy, exposed in _calls(rehearsal)
-        ],
+        "calls": _calls(rehearsal),
     }
 
 
@@ -123,14 +113,11 @@ def _time(rehearsal: Rehearsal) -> Table:
     return Table("work of a GPU in a step, ms", ["rank", *order, "all"], rows)
 
 
-_Row = tuple[str, int, str, int, float, float, float]
-
-
 def _table(rehearsal: Rehearsal) -> Table:
-    rows: list[list[Cell]] = [
-        [group, ranks, kind, calls, round(gib, 2), round(1e3 * busy, 1), round(1e3 * exposed, 1)]
-        for group, ranks, kind, calls, gib, busy, exposed in _calls(rehearsal)
-    ]
+    rows: list[list[Cell]] = []
+    for of_kind in _calls(rehearsal):
+        *kind, gib, busy, exposed = of_kind.values()
+        rows.append([*kind, round(gib, 2), round(1e3 * busy, 1), round(1e3 * exposed, 1)])
     return Table(
         "calls between GPUs in a step, of the rank with most",
         ["group", "ranks", "call", "calls", "GiB", "ms", "ms waited"],
@@ -138,25 +125,25 @@ def _table(rehearsal: Rehearsal) -> Table:
     )
 
 
-def _calls(rehearsal: Rehearsal) -> list[_Row]:
-    """Of each kind of group and call: ranks, calls, GiB, seconds, seconds of them that a GPU waits."""
-    most: dict[tuple[str, int, str], tuple[int, float]] = {}
+def _calls(rehearsal: Rehearsal) -> list[dict[str, Any]]:
+    """The calls of a step by kind, of the rank with most: `exposed` are seconds that a GPU waits for them."""
+    most: dict[Kind, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
     for report in rehearsal.ranks:
-        counts: Counter[tuple[str, int, str]] = Counter()
-        sizes: Counter[tuple[str, int, str]] = Counter()
+        sizes: dict[Kind, list[int]] = defaultdict(list)
         for event in report.tape.last_step:
             if isinstance(event, Call):
-                group: Group = report.tape.groups[event.group]
-                key = (group.name, len(group.ranks), event.kind)
-                counts[key] += 1
-                sizes[key] += event.size
-        for key, count in counts.items():
-            before = most.get(key, (0, 0.0))
-            most[key] = max(before[0], count), max(before[1], sizes[key] / _GIB)
-    spent = rehearsal.timeline.spent
-    return [
-        (*key, *figures, spent.get(key, (0.0, 0.0))[0], spent.get(key, (0.0, 0.0))[1]) for key, figures in most.items()
-    ]
+                group = report.tape.groups[event.group]
+                sizes[group.name, len(group.ranks), event.kind].append(event.size)
+        for kind, of_kind in sizes.items():
+            calls, gib = most[kind]
+            most[kind] = max(calls, len(of_kind)), max(gib, sum(of_kind) / _GIB)
+    found = []
+    for kind, (calls, gib) in most.items():
+        group_name, ranks, name = kind
+        busy, exposed = rehearsal.timeline.spent.get(kind, (0.0, 0.0))
+        figures = {"calls": calls, "gib": gib, "seconds": busy, "exposed": exposed}
+        found.append({"group": group_name, "ranks": ranks, "kind": name, **figures})
+    return found
 
 
 def _gib(size: int) -> float:

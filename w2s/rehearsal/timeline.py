@@ -102,9 +102,9 @@ class _Play:
             if rank.place < len(rank.tape.events):
                 wait = rank.tape.events[rank.place]
                 self._timeline.stuck.append(f"rank {rank.tape.rank} waits for ever at {wait.where}")  # type: ignore[union-attr]
-        for (number, kind), seconds in self._spent.items():
+        for (place, kind), seconds in self._spent.items():
             spent, waited = self._timeline.spent.get(kind, (0.0, 0.0))
-            self._timeline.spent[kind] = max(spent, seconds), max(waited, self._waited[number, kind])
+            self._timeline.spent[kind] = max(spent, seconds), max(waited, self._waited[place, kind])
         self._timeline.steps = [max(ends) for ends in zip(*map(_step_seconds, self._ranks.values()), strict=True)]
         return self._timeline
 

@@ -22,11 +22,7 @@ class _Kernel:
 
 @contextmanager
 def stand_in_for_triton(launched: Callable[[list[Tensor]], None]) -> Iterator[None]:
-    """Let `import triton` give kernels that do nothing.
-
-    Args:
-        launched: is given the tensors of each kernel.
-    """
+    """Let `import triton` give kernels that do nothing but hand their tensors to `launched`."""
     language, triton = ModuleType("triton.language"), ModuleType("triton")
     language.constexpr = lambda value=None: value  # type: ignore[attr-defined]
     triton.language = language  # type: ignore[attr-defined]

@@ -15,17 +15,7 @@ from w2s.data.samples.sample import SampleSpec
 
 
 class Peer(ABC):
-    """A peer's step: float32 weights, autocast where ours computes in bfloat16; compiled on a GPU.
-
-    Args:
-        config: the stage.
-        model: what is trained, on the device where it is trained.
-        spec: what the stage wants of a sample.
-        device: that device.
-
-    Attributes:
-        compiled: whether the model goes through torch.compile.
-    """
+    """A peer's step: float32 weights, autocast where ours computes in bfloat16; compiled on a GPU."""
 
     def __init__(self, config: Config, model: nn.Module, spec: SampleSpec, device: torch.device) -> None:
         self.config, self.model, self.spec, self.device = config, model, spec, device
@@ -35,12 +25,7 @@ class Peer(ABC):
         self.optimizer = peer_optimizer(model, config.optim)
 
     def step(self, batch: Batch, marks: Marks) -> None:
-        """Update the weights once.
-
-        Args:
-            batch: the global batch.
-            marks: where the parts of the step are marked.
-        """
+        """Update the weights once, with a global batch; the parts of the step are marked."""
         micro_batches = batch.to(self.device).split(self.config.train.micro_batch)
         for micro in micro_batches:
             loss = self.loss(micro, marks)

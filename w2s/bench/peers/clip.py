@@ -20,12 +20,7 @@ from w2s.towers.vision import channel_statistics
 
 
 class OpenClip(Peer):
-    """The contrastive stage's step, with all samples in one micro-batch.
-
-    Args:
-        config: the stage.
-        device: where it runs.
-    """
+    """The contrastive stage's step, with all samples in one micro-batch."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__(config, open_clip_model(config, device), sample_spec(config), device)

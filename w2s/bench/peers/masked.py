@@ -50,12 +50,7 @@ class TimmStudent(nn.Module):
 
 
 class TimmMasked(Peer):
-    """The masked stage's step; its teacher is built, and its targets are normalised, as ours are; compiled on a GPU.
-
-    Args:
-        config: the stage.
-        device: where it runs.
-    """
+    """The masked stage's step; its teacher is built, and its targets are normalised, as ours are; compiled on a GPU."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         compiled = replace(config.teacher_losses[0].teacher, compile=device.type == "cuda")
