@@ -67,6 +67,7 @@ LAYOUTS = {
     "PP2": (2, ["train.micro_batch=12", "parallel.pipeline=2"]),
     "DP3": (3, ["train.micro_batch=8", "data.lanes=12"]),
 }
+DAMAGES = ("cut", "emptied", "zeroed", "removed", "with a flipped bit", "garbled")
 LONG = 240
 """Steps of flips: where one goes into an update it takes some to catch up."""
 
@@ -89,9 +90,9 @@ class Setting:
     def arguments(self) -> list[str]:
         """The arguments of the command."""
         ranks, layout = LAYOUTS[self.layout]
-        own = [f"checkpoint.async_save={str(self.background).lower()}", f"train.steps={self.steps}"]
-        own.append(f"optim.spike_window={self.steps // 6}")
-        return ["stage", self.stage, *OPTIONS, *STAGES[self.stage], *layout, *own, "--nproc", str(ranks)]
+        length = [f"train.steps={self.steps}", f"optim.spike_window={self.steps // 6}"]
+        saving = f"checkpoint.async_save={str(self.background).lower()}"
+        return ["stage", self.stage, *OPTIONS, *STAGES[self.stage], *layout, *length, saving, "--nproc", str(ranks)]
 
 
 SETTINGS = [Setting(*each) for each in itertools.product(("DP2", "TP2", "PP2"), STAGES, (False, True))]
@@ -275,23 +276,23 @@ class Chaos:
     def repeat(self, fault: str, count: int, settings: Sequence[Setting], act: Callable[..., Trial]) -> None:
         """Do the trials of a fault that are missing, the settings in turn."""
         there = {trial.number for trial in self.done() if trial.fault == fault}
-        for number in range(count):
-            if number in there:
+        for index in range(count):
+            if index in there:
                 continue
-            self.random.seed(f"{fault} {number}")
-            setting = settings[number % len(settings)]
+            self.random.seed(f"{fault} {index}")
+            setting = settings[index % len(settings)]
             self.reference(setting)
-            folder = self.folder / fault.replace(" ", "-") / str(number)
+            folder = self.folder / fault.replace(" ", "-") / str(index)
             shutil.rmtree(folder, ignore_errors=True)
-            trial = act(fault, number, setting, folder)
+            trial = act(fault, index, setting, folder)
             with self.trials.open("a") as file:
                 file.write(json.dumps(asdict(trial)) + "\n")
             verdict = "survived" if trial.survived else "FAILED"
-            print(f"{fault} {number + 1}/{count} {setting.name} {trial.detail}: {verdict}, {trial.word[:150]}")
+            print(f"{fault} {index + 1}/{count} {setting.name} {trial.detail}: {verdict}, {trial.word[:150]}")
             if trial.survived:
                 shutil.rmtree(folder)
 
-    def trial(self, fault: str, number: int, run: Run, detail: str, act: Act) -> Trial:
+    def trial(self, fault: str, index: int, run: Run, detail: str, act: Act) -> Trial:
         """Judge what an act on a run comes to."""
         survived, lost, seconds = True, None, None
         try:
@@ -299,7 +300,7 @@ class Chaos:
         except Failed as failed:
             run.kill()
             survived, word = False, str(failed)
-        return Trial(fault, number, run.setting.name, detail, survived, lost, seconds, word)
+        return Trial(fault, index, run.setting.name, detail, survived, lost, seconds, word)
 
     def back(self, run: Run, reached: int, since: float) -> tuple[int, float]:
         """Repeat the command after a fault; return the steps that are done again and the seconds until a new one."""
@@ -316,15 +317,15 @@ class Chaos:
             raise Failed(run.last_word())
         self.check(run, exact)
 
-    def killed(self, fault: str, number: int, setting: Setting, folder: Path) -> Trial:
+    def killed(self, fault: str, index: int, setting: Setting, folder: Path) -> Trial:
         """SIGKILL of a rank, the launcher, all processes, a reading process, a watcher or a writer."""
         targets = ["rank 0", "rank 1", "launcher", "all", "reader", "watcher", *(["writer"] * setting.background)]
-        target = targets[(number + number // len(SETTINGS)) % len(targets)]
+        target = targets[(index + index // len(SETTINGS)) % len(targets)]
         at = EVERY * self.random.randint(2, STEPS // EVERY - 3)
         if target != "writer":
             at += self.random.randrange(EVERY)
-        dying = Fault("writer", at, number % 2) if target == "writer" else None
-        tracked = number % 5 == 0
+        dying = Fault("writer", at, index % 2) if target == "writer" else None
+        tracked = index % 5 == 0
         run = Run(folder, setting, dying, data__workers=int(target == "reader"), tracking__enabled=str(tracked).lower())
 
         def act() -> tuple[int, float, str]:
@@ -347,11 +348,11 @@ class Chaos:
                 _check_mlflow(run)
             return lost, seconds, word
 
-        return self.trial(fault, number, run, f"{target} at step {at}", act)
+        return self.trial(fault, index, run, f"{target} at step {at}", act)
 
-    def stopped(self, fault: str, number: int, setting: Setting, folder: Path) -> Trial:
+    def stopped(self, fault: str, index: int, setting: Setting, folder: Path) -> Trial:
         """SIGSTOP of a rank: all end within the time, and the rank is named."""
-        run, rank, at = Run(folder, setting), number % 2, self.random.randint(EVERY + 1, STEPS - 2 * EVERY)
+        run, rank, at = Run(folder, setting), index % 2, self.random.randint(EVERY + 1, STEPS - 2 * EVERY)
 
         def act() -> tuple[int, float, str]:
             run.start()
@@ -367,15 +368,15 @@ class Chaos:
             self.finish(run)
             return lost, seconds, word
 
-        return self.trial(fault, number, run, f"rank {rank} at step {at}", act)
+        return self.trial(fault, index, run, f"rank {rank} at step {at}", act)
 
-    def full(self, fault: str, number: int, setting: Setting, folder: Path) -> Trial:
+    def full(self, fault: str, index: int, setting: Setting, folder: Path) -> Trial:
         """A disk that is full for a while, or that stays full until the run has ended."""
         disk = folder / "disk"
         disk.mkdir(parents=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192M", "tmpfs", str(disk)], check=True)
         # Where one checkpoint stands, and no other is at its last, small files: these end a run (docs/reliability.md).
-        run, stays, at = Run(disk, setting), number % 2 == 1, EVERY * self.random.randint(2, STEPS // EVERY // 2) + 2
+        run, stays, at = Run(disk, setting), index % 2 == 1, EVERY * self.random.randint(2, STEPS // EVERY // 2) + 2
         run.log = folder / "log"  # not on the full disk
 
         def act() -> tuple[int, float, str]:
@@ -396,27 +397,27 @@ class Chaos:
             return lost, seconds, word
 
         try:
-            return self.trial(fault, number, run, f"from step {at}, {'to the end' if stays else 'for a while'}", act)
+            return self.trial(fault, index, run, f"from step {at}, {'to the end' if stays else 'for a while'}", act)
         finally:
             subprocess.run(["umount", "-l", str(disk)], check=True)
 
-    def damaged(self, fault: str, number: int, setting: Setting, folder: Path) -> Trial:
+    def damaged(self, fault: str, index: int, setting: Setting, folder: Path) -> Trial:
         """A file of the newest checkpoint, or what stands beside it, is damaged while the run is away."""
         run = Run(folder, setting)
         shutil.copytree(self._stopped_run(setting), run.folder)
         newest = max((run.folder / "checkpoints").glob("step-*"))
         files = [*sorted(newest.iterdir()), run.folder / "checkpoints" / "latest", run.folder / "metrics.jsonl"]
-        path, how = files[number % len(files)], list(DAMAGES)[number // 3 % len(DAMAGES)]
+        path, how = files[index % len(files)], DAMAGES[index // 3 % len(DAMAGES)]
 
         def act() -> tuple[int, float, str]:
-            DAMAGES[how](path, self.random)
+            _damage(path, how, self.random)
             lost, seconds = self.back(run, int(newest.name.removeprefix("step-")), time.monotonic())
             word = run.last_word()
             # Lines of metrics.jsonl that are gone stay so: what is computed after them is compared.
             self.finish(run, exact=path.name != "metrics.jsonl")
             return lost, seconds, word
 
-        return self.trial(fault, number, run, f"{path.name} {how}", act)
+        return self.trial(fault, index, run, f"{path.name} {how}", act)
 
     def _stopped_run(self, setting: Setting) -> Path:
         """The folder of a run with three checkpoints that was asked to stop."""
@@ -428,9 +429,9 @@ class Chaos:
             run.end()
         return run.folder
 
-    def bad_step(self, fault: str, number: int, setting: Setting, folder: Path) -> Trial:
+    def bad_step(self, fault: str, index: int, setting: Setting, folder: Path) -> Trial:
         """One rank's gradients are not numbers, or far too large."""
-        kind, at, rank = ("nan", "spike", "loud")[number % 3], self.random.randint(STEPS // 4, STEPS // 2), number % 2
+        kind, at, rank = ("nan", "spike", "loud")[index % 3], self.random.randint(STEPS // 4, STEPS // 2), index % 2
         run = Run(folder, setting, Fault(kind, at, rank))
 
         def act() -> tuple[int, float, str]:
@@ -443,11 +444,11 @@ class Chaos:
                 raise Failed(run.last_word())
             return 1, 0.0, run.last_word()
 
-        return self.trial(fault, number, run, f"{kind} on rank {rank} at step {at}", act)
+        return self.trial(fault, index, run, f"{kind} on rank {rank} at step {at}", act)
 
-    def flipped(self, fault: str, number: int, setting: Setting, folder: Path) -> Trial:
+    def flipped(self, fault: str, index: int, setting: Setting, folder: Path) -> Trial:
         """A bit of a weight in one of two or three replicas, when they are compared and between that."""
-        due, rank = number % 3 < 2, number % 2
+        due, rank = index % 3 < 2, index % 2
         at = EVERY * self.random.randint(LONG // 4 // EVERY, LONG // 2 // EVERY) - (0 if due else 3)
         run = Run(folder, setting, Fault("flip", at, rank))
 
@@ -459,7 +460,7 @@ class Chaos:
             lost = EVERY if run.said("rolled back to step") else 0
             return lost, 0.0, run.last_word() or "the next update has overwritten it"
 
-        return self.trial(fault, number, run, f"rank {rank} at step {at}", act)
+        return self.trial(fault, index, run, f"rank {rank} at step {at}", act)
 
 
 def _check_mlflow(run: Run) -> None:
@@ -483,8 +484,8 @@ def _targets(run: Run, target: str) -> list[psutil.Process]:
         if target == "all":
             return family
         if target.startswith("rank"):
-            number = int(target.split()[1])
-            return sorted(ranks, key=lambda each: each.pid)[number : number + 1]
+            index = int(target.split()[1])
+            return sorted(ranks, key=lambda each: each.pid)[index : index + 1]
         below = [child for rank in ranks for child in rank.children(recursive=True)]
         marks = {"reader": "w2s.data.stream.reader", "watcher": "w2s.processes.liveness.watcher"}
         return [each for each in below if marks[target] in " ".join(each.cmdline())][:1]
@@ -501,40 +502,19 @@ def _fill(path: Path) -> None:
             return
 
 
-def _cut(path: Path, chance: random.Random) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def _empty(path: Path, chance: random.Random) -> None:
-    os.truncate(path, 0)
-
-
-def _zero(path: Path, chance: random.Random) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def _remove(path: Path, chance: random.Random) -> None:
-    path.unlink()
-
-
-def _flip(path: Path, chance: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-    path.write_bytes(content)
-
-
-def _garble(path: Path, chance: random.Random) -> None:
-    path.write_bytes(chance.randbytes(path.stat().st_size))
-
-
-DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
-    "cut": _cut,
-    "emptied": _empty,
-    "zeroed": _zero,
-    "removed": _remove,
-    "with a flipped bit": _flip,
-    "garbled": _garble,
-}
+def _damage(path: Path, how: str, chance: random.Random) -> None:
+    """Damage a file in one of the ways of `DAMAGES`."""
+    size = path.stat().st_size
+    if how == "removed":
+        path.unlink()
+    elif how == "with a flipped bit":
+        content = bytearray(path.read_bytes())
+        content[chance.randrange(size)] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+    elif how in ("zeroed", "garbled"):
+        path.write_bytes(bytes(size) if how == "zeroed" else chance.randbytes(size))
+    else:
+        os.truncate(path, size // 2 if how == "cut" else 0)
 
 
 def table(trials: Sequence[Trial]) -> str:
@@ -544,18 +524,16 @@ def table(trials: Sequence[Trial]) -> str:
         "|---|---|---|---|---|",
     ]
     for fault in dict.fromkeys(trial.fault for trial in trials):
-        own = [trial for trial in trials if trial.fault == fault]
-        good = [trial for trial in own if trial.survived]
-        lost = [trial.steps_lost for trial in good if trial.steps_lost is not None]
-        seconds = [trial.seconds for trial in good if trial.seconds]
-        lines.append(
-            f"| {fault} | {len(own)} | {len(good)} | {_middle(lost, 0)} | {_middle(seconds, 0) if seconds else '-'} |"
-        )
+        of_fault = [trial for trial in trials if trial.fault == fault]
+        survived = [trial for trial in of_fault if trial.survived]
+        lost = [trial.steps_lost for trial in survived if trial.steps_lost is not None]
+        seconds = [trial.seconds for trial in survived if trial.seconds]
+        lines.append(f"| {fault} | {len(of_fault)} | {len(survived)} | {_middle(lost)} | {_middle(seconds)} |")
     return "\n".join(lines)
 
 
-def _middle(values: Sequence[float], digits: int) -> str:
-    return f"{statistics.median(values):.{digits}f} ({max(values):.{digits}f})" if values else "-"
+def _middle(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.0f} ({max(values):.0f})" if values else "-"
 
 
 def main(

@@ -1,6 +1,5 @@
 """How a stage scales with the number of GPUs, each number in its fastest layout."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from w2s.errors import UserError
@@ -42,23 +41,21 @@ def simulate(request: Request, stage: str, most: int) -> Scaling:
         ConfigError: the overrides are wrong.
         UserError: nothing fits on any of these numbers.
     """
-    fastest = {gpus: _fastest(request, stage, gpus) for gpus in _numbers(most)}
+    numbers = [*(8 * 2**power for power in range(most.bit_length()) if 8 * 2**power < most), most]
+    fastest = {gpus: _fastest(request, stage, gpus) for gpus in numbers}
     fitting = [plan for plan in fastest.values() if plan]
     if not fitting:
         find_plans(request.config(stage, most), card(request.card), most, request.fixed)
-    first = fitting[0]
+    first, last = fitting[0], fitting[-1]
 
-    def efficiency(plan: Plan | None) -> float | None:
-        return None if plan is None else _speed(plan) / _speed(first)
+    def grown(part: str) -> float:
+        shares = [getattr(plan.time, part) / plan.seconds for plan in (first, last)]
+        return float(shares[1] - shares[0])
 
-    points = [Point(gpus, plan, efficiency(plan)) for gpus, plan in fastest.items()]
+    points = [Point(gpus, plan, _speed(plan) / _speed(first) if plan else None) for gpus, plan in fastest.items()]
     bend = next((point.gpus for point in points if point.efficiency is not None and point.efficiency < BEND), None)
-    return Scaling(points, bend, _grown(first, fitting[-1]) if len(fitting) > 1 else None)
-
-
-def _numbers(most: int) -> Sequence[int]:
-    doubled = [8 * 2**power for power in range(most.bit_length()) if 8 * 2**power < most]
-    return [*doubled, most]
+    reason = max((part.name for part in fields(StepTime)), key=grown) if len(fitting) > 1 else None
+    return Scaling(points, bend, reason)
 
 
 def _fastest(request: Request, stage: str, gpus: int) -> Plan | None:
@@ -71,15 +68,3 @@ def _fastest(request: Request, stage: str, gpus: int) -> Plan | None:
 
 def _speed(plan: Plan) -> float:
     return plan.samples_per_second / plan.gpus
-
-
-def _grown(first: Plan, last: Plan) -> str:
-    def growth(name: str) -> float:
-        return _share(last, name) - _share(first, name)
-
-    return max((part.name for part in fields(StepTime)), key=growth)
-
-
-def _share(plan: Plan, name: str) -> float:
-    share: float = getattr(plan.time, name) / plan.seconds
-    return share
