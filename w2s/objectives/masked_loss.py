@@ -33,7 +33,7 @@ def masked_cosine_loss(predictions: Tensor, targets: Tensor, weights: Tensor | N
     """Return the negative mean cosine over masked patches (baaivision/EVA, EVA-01/eva/engine_for_pretraining.py).
 
     Args:
-        predictions: [n, ..., d] at masked patches.
+        predictions: [n, ..., d] at masked patches, or the summaries [n, d].
         targets: [n, ..., d], the teacher's features there.
         weights: [n] of the samples, see `weighted`.
     """

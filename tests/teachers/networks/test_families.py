@@ -25,11 +25,11 @@ from w2s.errors import ConfigError, W2SError  # noqa: E402
 from w2s.teachers.base import Teacher  # noqa: E402
 from w2s.teachers.build import build_teacher, without_weights  # noqa: E402
 
-PAGE = Path(__file__).parents[2] / "docs" / "teachers.md"
+PAGE = Path(__file__).parents[3] / "docs" / "teachers.md"
 QUICK = {
     "hf": {"CLIP", "SigLIP 2", "DINOv3", "BEiT", "RADIO", "ConvNeXt V2", "EVA-CLIP-8B"},
-    "open_clip": {"CoCa"},
-    "timm": {"EVA-02"},
+    "open_clip": {"CoCa", "ViT", "SigLIP"},
+    "timm": {"EVA-02", "CLIP", "ViT"},
 }
 """Families of the default tests: one of each way to a feature."""
 MODEL = ": use a model of timm:"

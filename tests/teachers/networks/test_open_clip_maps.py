@@ -55,51 +55,39 @@ def teacher_and_peer(name, folder, image_size=0):
 def test_of_an_image_of_one_place_the_feature_is_that_of_open_clip(name, tmp_path):
     teacher, visual = teacher_and_peer(name, tmp_path, 32)
     images = torch.randn(2, 3, 32, 32)
-    features = teacher.network(images).patches
-    torch.testing.assert_close(features, visual(images)[:, None], atol=1e-5, rtol=1e-5)
-    assert teacher.width == features.shape[-1] == open_clip.get_model_config(name)["embed_dim"]
+    features, expected = teacher.network(images), visual(images)
+    torch.testing.assert_close(features.patches, expected[:, None], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features.summary, expected, atol=1e-5, rtol=1e-5)
+    assert teacher.width == expected.shape[-1] == open_clip.get_model_config(name)["embed_dim"]
+
+
+def convnext(visual, images):
+    places = visual.trunk.head.norm(visual.trunk.forward_features(images)).flatten(2).mT
+    return visual.head.proj(places)
+
+
+def channels_last(visual, images):
+    return visual.head.proj(visual.trunk.forward_features(images).flatten(1, 2))
+
+
+def tokens(visual, images):
+    trunk = visual.trunk
+    return visual.head.mlp(trunk.fc_norm(trunk.forward_features(images)[:, trunk.num_prefix_tokens :]))
 
 
 @pytest.mark.parametrize(
-    ("name", "size"),
-    [("convnext_tiny", 64), ("MobileCLIP2-S0", 64), ("small_swin", 224), ("small_relpos", 160), ("small_resnet", 64)],
+    ("name", "size", "by_hand"),
+    [("convnext_tiny", 64, convnext), ("small_swin", 224, channels_last), ("small_relpos", 160, tokens)],
 )
 @torch.no_grad()
-def test_the_summary_is_what_open_clip_embeds_an_image_as(name, size, tmp_path):
+def test_each_place_goes_through_the_head_and_the_summary_is_the_embedding(name, size, by_hand, tmp_path):
     teacher, visual = teacher_and_peer(name, tmp_path, size)
     images = torch.randn(2, 3, size, size)
+    features = teacher.network(images)
     # the same library on both sides
-    torch.testing.assert_close(teacher(images).summary, visual(images), atol=1e-5, rtol=1e-5)
-    assert teacher.summary_width == teacher.width == visual(images).shape[1]
-
-
-@torch.no_grad()
-def test_each_place_is_normed_and_projected_row_by_row(tmp_path):
-    teacher, visual = teacher_and_peer("convnext_tiny", tmp_path, 64)
-    images = torch.randn(2, 3, 64, 64)
-    maps = visual.trunk.forward_features(images)
-    expected = visual.head.proj(visual.trunk.head.norm(maps).flatten(2).mT)
-    torch.testing.assert_close(teacher(images).patches, expected, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_channels_may_come_last(tmp_path):
-    teacher, visual = teacher_and_peer("small_swin", tmp_path)
-    images = torch.randn(1, 3, 224, 224)
-    features = teacher.network(images).patches
-    expected = visual.head.proj(visual.trunk.forward_features(images).flatten(1, 2))
-    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
-    # a linear head and a mean may change places
-    torch.testing.assert_close(features.mean(1), visual(images), atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_tokens_of_another_transformer_go_through_its_head_one_by_one(tmp_path):
-    teacher, visual = teacher_and_peer("small_relpos", tmp_path)
-    images, trunk = torch.randn(1, 3, 160, 160), visual.trunk
-    tokens = trunk.forward_features(images)[:, trunk.num_prefix_tokens :]
-    expected = visual.head.mlp(trunk.fc_norm(tokens))
-    torch.testing.assert_close(teacher.network(images).patches, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features.patches, by_hand(visual, images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features.summary, visual(images), atol=1e-5, rtol=1e-5)
+    assert teacher.summary_width == teacher.width == features.summary.shape[1]
 
 
 @torch.no_grad()
@@ -113,6 +101,7 @@ def test_a_resnet_gives_what_its_pool_makes_of_each_place_alone(tmp_path):
     torch.testing.assert_close(
         teacher(images).patches, torch.stack([alone(place) for place in places], 1), atol=1e-5, rtol=1e-5
     )
+    torch.testing.assert_close(teacher(images).summary, visual(images), atol=1e-5, rtol=1e-5)
     assert (teacher.network.grid, teacher.width) == (2, 24)
 
 

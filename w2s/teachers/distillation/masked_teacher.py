@@ -12,8 +12,7 @@ from w2s.data.samples.batch import require
 from w2s.errors import ConfigError
 from w2s.megatron.parallel.pipeline_schedule import Metrics
 from w2s.megatron.parallel.process_groups import Ranks
-from w2s.objectives.masked_loss import LOSSES, constant_cosine, masked_cosines, weighted
-from w2s.objectives.summary import summary_loss
+from w2s.objectives.masked_loss import LOSSES, constant_cosine, masked_cosine_loss, masked_cosines, weighted
 from w2s.teachers.base import Features, Teacher
 from w2s.teachers.build import build_teacher
 from w2s.teachers.distillation.targets import target_norm
@@ -92,7 +91,8 @@ class MaskedTeacher:
         """Its share of the stage's loss, and what there is to report; shapes as in `Outputs`, weights [n]."""
         loss = LOSSES[self.teacher_loss.loss](predictions.patches, targets.patches, weights)
         if predictions.summary is not None:
-            summary = summary_loss(predictions.summary, require(targets.summary), weights)
+            # The angle alone: lengths do not matter, so the target needs no norm.
+            summary = masked_cosine_loss(predictions.summary, require(targets.summary), weights)
             loss = loss + self.teacher_loss.summary_weight * summary
         reported = {"loss": loss.detach()} if self.name else {}  # that of the only teacher is the stage's
         return self.teacher_loss.weight * loss, reported | self._cosines(predictions, targets, weights)
