@@ -64,13 +64,7 @@ class EncodeJob:
 
 
 def configured(checkpoint: Path, model: str | None, overrides: Sequence[str], ranks: int) -> Config:
-    """Return the configuration to encode with a checkpoint.
-
-    Args:
-        checkpoint: a folder with meta.json, which knows its model, or other people's weights.
-        model: what other people's weights hold.
-        overrides: layout, precision and hardware, as `key=value`.
-        ranks: processes in all.
+    """Return the configuration to encode with a checkpoint of ours, or with other people's weights of `model`.
 
     Raises:
         ConfigError: other people's weights without a model, two ways of resizing, or a layout that does not work.

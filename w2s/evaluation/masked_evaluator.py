@@ -49,14 +49,7 @@ Student = ShardedTower[MaskedStudent]
 
 
 class MaskedEvaluator(Evaluator):
-    """The measures and pictures of the masked stage.
-
-    Args:
-        config: the stage's configuration.
-        ranks: this process among all.
-        spec: how masks are drawn.
-        distillation: the teachers.
-    """
+    """The measures and pictures of the masked stage, whose masks are drawn as `spec` says."""
 
     def __init__(self, config: Config, ranks: Ranks, spec: SampleSpec, distillation: MaskedDistillation) -> None:
         super().__init__(config, ranks)

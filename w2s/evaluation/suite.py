@@ -14,12 +14,7 @@ Row = list[str | None]
 
 
 def find_sets(name: str, suite: Suite, root: str) -> dict[str, str]:
-    """Return the folders with the test shards of a suite's sets that are there, by the sets' names.
-
-    Args:
-        name: of the suite, for an error.
-        suite: what it has.
-        root: folder of the sets' folders.
+    """Return the folders with the test shards of a suite's sets that are below `root`, by the sets' names.
 
     Raises:
         DataError: none is there, or one lacks its prompts.
@@ -84,12 +79,7 @@ def score(one: SuiteSet, suite: Suite, metrics: Mapping[str, float]) -> float:
 
 
 def differences(suite: Suite, sizes: Mapping[str, int]) -> list[str]:
-    """Say, a line each, which sets are missing and which have another number of images than they should.
-
-    Args:
-        suite: what should be there.
-        sizes: number of images by the name of the set.
-    """
+    """Say, a line each, which sets are missing and which have another number of images (`sizes`) than they should."""
     missing = [one.name for one in suite.sets if one.name not in sizes]
     lines = [f"{len(missing)} of {len(suite.sets)} sets are missing: {', '.join(missing)}"] if missing else []
     return lines + [
@@ -100,12 +90,7 @@ def differences(suite: Suite, sizes: Mapping[str, int]) -> list[str]:
 
 
 def means(suite: Suite, measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return the means of a suite all of whose columns have been measured.
-
-    Args:
-        suite: what is averaged.
-        measured: metrics by the name of the set.
-    """
+    """Return the means of a suite all of whose columns have been measured."""
     heads = columns(suite)
     values = [_value(column, measured.get(column.of.name, {})) for column in heads]
     averages = {mean.name: _mean(mean, heads, values) for mean in suite.means}

@@ -74,9 +74,7 @@ class PatchNetwork(nn.Module, ABC):
     def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
         """Features of normalised images [n, 3, T, T] on the network's own grid, P = grid * grid.
 
-        Args:
-            images: the images.
-            layers: indices of transformer layers, each below `depth`.
+        `layers` are those whose tokens are wanted too, each below `depth`.
         """
 
 
@@ -128,9 +126,7 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
         """Features of normalised float images [n, 3, T, T], in float32 and on the student's grid.
 
-        Args:
-            images: the images.
-            layers: indices of transformer layers that `check_layers` lets pass.
+        `layers` are those whose tokens are wanted too (see `check_layers`).
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             features = self.network(images, layers)
@@ -146,11 +142,7 @@ class Teacher(nn.Module):
         return features
 
     def check_layers(self, layers: Sequence[int], key: str) -> None:
-        """Refuse layers that this teacher has not, or whose tokens it does not give.
-
-        Args:
-            layers: their indices.
-            key: the configuration key that names them, for the message.
+        """Refuse layers that this teacher has not, or whose tokens it does not give; `key` names them in the message.
 
         Raises:
             ConfigError: with the layers that there are.

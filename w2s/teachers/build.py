@@ -5,13 +5,13 @@ timm and open_clip take longer to import than all of w2s: each is, where a teach
 
 import difflib
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from w2s.checkpoint.find import find_any
 from w2s.checkpoint.own.verifying import verify
-from w2s.config.load import named_model
 from w2s.config.sections import ParallelConfig, TeacherConfig
 from w2s.errors import ConfigError
 from w2s.teachers.base import PatchNetwork, Teacher
@@ -55,82 +55,57 @@ def build_teacher(
         CheckpointError: the weights are missing, damaged, or another model's.
         MissingPackageError: the package that carries the weights, or that reads them, is not installed.
     """
+    check_weights(config)
+    kind, _, run = config.source.partition(":")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = _network(config, grid, Path(root).expanduser(), parallel or ParallelConfig())
+        if kind == "w2s" and run:
+            network = _run(config, run, Path(root).expanduser(), parallel or ParallelConfig())
+        else:
+            network = _network(config, grid, on_meta=False)
     return Teacher(network, grid=grid, precision=config.precision, compiled=config.compile).to(device)
 
 
 def without_weights(config: TeacherConfig, *, grid: int) -> PatchNetwork:
-    """The network of a teacher on the meta device, in evaluation mode, for every source but `w2s:RUN`.
-
-    Args:
-        config: the teacher's section.
-        grid: the student's patches along one side.
+    """The network of `build_teacher` on the meta device, in evaluation mode, for every source but `w2s:RUN`.
 
     Raises:
         ConfigError: the source or the model is unknown, or the source is a run.
         CheckpointError: a folder of transformers that does not exist.
     """
-    kind, _, rest = config.source.partition(":")
-    name, _ = name_and_weights(rest)
-    if config.source in SIZES:
-        network: PatchNetwork = EfficientNetLite(config.source, image_size=config.image_size, grid=grid)
-    elif kind == "hf" and rest:
-        network = _hugging_face(config, rest)
-    elif kind == "eva" and name:
-        from w2s.teachers.networks.eva_vit import without_weights as eva_without_weights
-
-        network = eva_without_weights(named_model(name), image_size=config.image_size)
-    elif kind in ("timm", "open_clip") and name:
-        with torch.device("meta"):
-            network = _peers_model(kind, name, None, config.image_size)
-    else:
-        raise _no_teacher(config.source, kind)
-    return network.to("meta").eval().requires_grad_(False)
+    return _network(config, grid, on_meta=True).to("meta").eval().requires_grad_(False)
 
 
-def _network(config: TeacherConfig, grid: int, root: Path, parallel: ParallelConfig) -> PatchNetwork:
-    check_weights(config)
+def _network(config: TeacherConfig, grid: int, *, on_meta: bool) -> PatchNetwork:
+    """The network of every source but `w2s:RUN`; on the meta device no file of EVA, timm or open_clip is looked for."""
     size = config.image_size
     if config.source in SIZES:
         return EfficientNetLite(config.source, image_size=size, grid=grid)
     kind, _, rest = config.source.partition(":")
-    if kind not in FORMS or not rest:
-        raise _no_teacher(config.source, kind)
-    if kind == "hf":
-        return _hugging_face(config, rest)
-    if kind == "w2s":
-        return _run(config, rest, root, parallel)
-    name, path = name_and_weights(rest)
-    if not name:
-        raise _no_teacher(config.source, kind)
-    file = weights_file(path, kind, name)
-    if kind == "eva":
-        from w2s.teachers.networks.eva_vit import eva_vit
+    if kind == "hf" and rest:
+        from w2s.teachers.networks.hugging_face import hugging_face_model
 
-        network: PatchNetwork = eva_vit(name, file, image_size=size, precision=config.precision)
-    else:
-        network = _peers_model(kind, name, file, size)
-    if file is None:
+        return hugging_face_model(Path(rest).expanduser(), image_size=size, precision=config.precision)
+    name, path = name_and_weights(rest)
+    if kind not in ("eva", "open_clip", "timm") or not name:
+        raise _no_teacher(config.source, kind)
+    file = None if on_meta else weights_file(path, kind, name)
+    with torch.device("meta") if on_meta else nullcontext():
+        if kind == "eva":
+            from w2s.teachers.networks.eva_vit import eva_vit
+
+            network: PatchNetwork = eva_vit(name, file, image_size=size, precision=config.precision)
+        elif kind == "timm":
+            from w2s.teachers.networks.timm_vit import timm_model
+
+            network = timm_model(name, file, image_size=size)
+        else:
+            from w2s.teachers.networks.open_clip_vit import open_clip_model
+
+            network = open_clip_model(name, file, image_size=size)
+    if file is None and not on_meta:
         logger.warning("the teacher's weights are random: give a file with teacher.source=%s@FILE", config.source)
     return network
-
-
-def _peers_model(kind: str, name: str, file: Path | None, image_size: int) -> PatchNetwork:
-    if kind == "timm":
-        from w2s.teachers.networks.timm_vit import timm_model
-
-        return timm_model(name, file, image_size=image_size)
-    from w2s.teachers.networks.open_clip_vit import open_clip_model
-
-    return open_clip_model(name, file, image_size=image_size)
-
-
-def _hugging_face(config: TeacherConfig, folder: str) -> PatchNetwork:
-    from w2s.teachers.networks.hugging_face import hugging_face_model
-
-    return hugging_face_model(Path(folder).expanduser(), image_size=config.image_size, precision=config.precision)
 
 
 def _run(config: TeacherConfig, name: str, root: Path, parallel: ParallelConfig) -> PatchNetwork:

@@ -102,13 +102,8 @@ def build_text_teacher(
 ) -> TextTeacher:
     """The text tower of the teacher of `config`, on `device`.
 
-    Random weights are the same on every rank and leave the global generator as it was.
-
-    Args:
-        config: the teacher's section.
-        context_length: tokens of the captions that it will read, the student's.
-        device: where it lives.
-        root: folder of the runs, for a run that is given by its name.
+    It will read captions of the student's `context_length`. Random weights are the same on every rank and leave the
+    global generator as it was.
 
     Raises:
         ConfigError: the teacher has no text tower, or one that reads other tokens.

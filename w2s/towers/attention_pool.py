@@ -12,14 +12,6 @@ class AttentionPool(nn.Module):
 
     Source: google-research/big_vision, models/vit.py, `MAPHead` (Zhai et al. 2022, arXiv 2106.04560). Names and shapes
     of the weights are those of timm's `AttentionPoolLatent`.
-
-    Args:
-        width: channels of tokens and output.
-        heads: attention heads.
-        mlp_width: hidden channels of the MLP.
-        activation: of the MLP.
-        norm_eps: what the layer norm adds to the variance.
-        dtype: type of the weights.
     """
 
     def __init__(

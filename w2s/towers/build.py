@@ -23,12 +23,7 @@ def build_student(
 ) -> ShardedTower[MaskedStudent]:
     """Return the masked stage's student: `config.model.vision` with heads for its targets.
 
-    Args:
-        config: the stage.
-        targets: what it predicts of each teacher.
-        dtype: type of the weights.
-        device: where they live.
-        layer_widths: channels that heads after single layers have, by the layer's index.
+    `layer_widths` are the channels that heads after single layers give, by the layer's index.
     """
     vision, linears = config.model.vision, linears_of(config, "vision")
     drop_masked = config.mim.predict == "visible"

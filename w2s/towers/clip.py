@@ -69,16 +69,7 @@ class ImageTower(VisionTower):
 class TextTower(Tower):
     """CLIP's causal text transformer; it also keeps the scalars of the loss, which live where the features are made.
 
-    Source: baaivision/EVA, shinji/eva_clip/transformer.py.
-
-    Args:
-        shape: the tower's configuration.
-        embed_dim: width of the shared space.
-        parallel: how the tower is split.
-        dtype: type of the weights.
-        chunk: index of this chunk of its pipeline rank.
-        logit_bias: whether the loss has a bias beside its scale (SigLIP).
-        linears: what its layers multiply with.
+    Source: baaivision/EVA, shinji/eva_clip/transformer.py. SigLIP's loss has a bias beside its scale (`logit_bias`).
     """
 
     def __init__(

@@ -75,19 +75,7 @@ class MaskedStudent(VisionTower):
         layer_widths: Mapping[int, int] | None = None,
         embed_dim: int = 0,
     ) -> None:
-        """Build a chunk.
-
-        Args:
-            shape: the configuration of the tower.
-            targets: what is predicted of each teacher.
-            parallel: how the tower is split.
-            dtype: type of the weights.
-            chunk: index of the chunk on this pipeline stage.
-            linears: what multiplies in the layers.
-            drop_masked: leave masked patches out.
-            layer_widths: channels to predict after some layers, by the layer's index over all pipeline stages.
-            embed_dim: width of the CLIP's shared space.
-        """
+        """Build a chunk; `layer_widths` are the channels to predict after layers, by their index over all chunks."""
         super().__init__(shape, sum(target.width for target in targets), parallel, dtype, chunk, linears)
         self.drop_masked = drop_masked
         if self.first and not drop_masked:

@@ -6,14 +6,7 @@ from torch import Tensor, nn
 
 
 class PatchEmbedding(nn.Conv2d):
-    """Embeds the patches that are wanted and no others; it has the weights of a convolution.
-
-    Args:
-        patch_size: side of a patch in pixels.
-        width: channels of an embedding.
-        dtype: type of the weights.
-        bias: whether the embeddings have one.
-    """
+    """Embeds the patches that are wanted and no others; it has the weights of a convolution."""
 
     def __init__(self, patch_size: int, width: int, dtype: torch.dtype, bias: bool = True) -> None:
         super().__init__(3, width, kernel_size=patch_size, stride=patch_size, dtype=dtype, bias=bias)

@@ -16,10 +16,7 @@ def model_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a CLIP by its name in our checkpoints; needs Megatron's groups.
 
-    Args:
-        model: the two towers.
-        target: what a masked student predicts, whose heads come in addition; None for a CLIP alone.
-        logit_bias: whether the loss has a bias beside its scale (SigLIP).
+    With a `target` the heads of a masked student come in addition.
     """
     alone, kind = ParallelConfig(), torch.float32
     with torch.device("meta"):

@@ -31,15 +31,10 @@ def channel_statistics(config: VisionConfig) -> tuple[Channels, Channels]:
 
 
 def vision_stack(config: VisionConfig, head_width: int, parallel: ParallelConfig) -> TransformerShape:
-    """Return the shape of the vision tower's layers.
+    """Return the shape of the layers of a vision tower whose head gives `head_width` channels.
 
     Sources: baaivision/EVA, shinji/eva_clip/eva_vit_model.py; openai/CLIP, clip/model.py, `VisionTransformer`;
     google-research/big_vision, models/vit.py.
-
-    Args:
-        config: the tower.
-        head_width: channels that its head gives.
-        parallel: how it is split over pipeline stages.
     """
     return TransformerShape(
         layers=config.layers,

@@ -25,11 +25,6 @@ SCORES = ("retrieval/mean_recall_at_10", "zero_shot/top1")
 class ContrastiveDistillation:
     """A CLIP that the contrastive stage is distilled from in its first steps, or all.
 
-    Args:
-        config: the contrastive stage.
-        source: the teacher.
-        ranks: this process among all.
-
     Attributes:
         teacher: the frozen CLIP.
         step: the training step whose batch it has seen last, from 0.

@@ -31,7 +31,7 @@ def eva_vit(name: str, file: Path | None, *, image_size: int, precision: Precisi
 
     Args:
         name: the model in configs/model, or a path that ends in `.yaml`.
-        file: its weights: a file, an index, or a folder; None leaves them random.
+        file: its weights: a file, an index, or a folder; None leaves them random, on torch's current device.
         image_size: side of the input in pixels, 0 for the size that the weights are of.
         precision: what the matrix multiplications compute in.
 
@@ -41,7 +41,8 @@ def eva_vit(name: str, file: Path | None, *, image_size: int, precision: Precisi
     """
     if file is None:
         model = named_model(name)
-        return _wrapped(image_tower(model, has_head=True, device="cpu"), model.vision, image_size)
+        tower = image_tower(model, has_head=True, device=torch.get_default_device())
+        return _wrapped(tower, model.vision, image_size)
     return _network(rename(open_weights(file), file), named_model(name), image_size, precision)
 
 
@@ -106,11 +107,6 @@ def w2s_run(checkpoint: Path, *, image_size: int, precision: Precision, weights:
         CheckpointError: the checkpoint is damaged, or has no vision tower or no moving average.
     """
     return _network(open_released(checkpoint, weights), model_from(read_meta(checkpoint).config), image_size, precision)
-
-
-def without_weights(model: ModelConfig, *, image_size: int) -> TimmTokens:
-    """The network of a CLIP's vision tower, on the meta device."""
-    return _wrapped(image_tower(model, has_head=True), model.vision, image_size)
 
 
 def _network(released: Released, model: ModelConfig, image_size: int, precision: Precision) -> TimmTokens:

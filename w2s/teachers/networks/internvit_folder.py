@@ -35,12 +35,7 @@ NAMES = {
 
 
 def internvit(transformers: Any, folder: Path, settings: Mapping[str, Any]) -> nn.Module:
-    """The tower of a folder.
-
-    Args:
-        transformers: the package.
-        folder: the folder.
-        settings: its config.json.
+    """The tower of a folder whose config.json has these `settings`.
 
     Raises:
         KeyError, RuntimeError: the folder describes or holds something else.

@@ -37,14 +37,7 @@ class ShardedRun(PatchNetwork):
         precision: Precision,
         weights: Weights = "last",
     ) -> None:
-        """Load this rank's slices of a checkpoint.
-
-        Args:
-            checkpoint: a folder with meta.json.
-            parallel: how the ranks are split; without a pipeline.
-            image_size: side of the input in pixels, 0 for the size that the weights are of.
-            precision: type of the weights.
-            weights: the last ones, or their moving average.
+        """Load this rank's slices of a checkpoint; `image_size` 0 is the size that its weights are of.
 
         Raises:
             ConfigError: the patches do not divide the image.
