@@ -16,9 +16,10 @@ from w2s.config.precision import compute_dtype
 from w2s.config.sections import Config, Resize
 from w2s.config.suites import Suite, load_suite
 from w2s.data.builtin.builtin_sets import without_left_out
+from w2s.evaluation.by_texts import ClipResult
 from w2s.evaluation.clip_evaluator import ClipEvaluator
 from w2s.evaluation.clip_pictures import show_attention, show_set
-from w2s.evaluation.evaluate import ClipResult, of_sets, under
+from w2s.evaluation.metric_names import of_sets, under
 from w2s.evaluation.suite import as_measured, differences, find_sets, means, score, table
 from w2s.megatron.parallel.optimizer import Towers
 from w2s.megatron.parallel.process_groups import Ranks

@@ -8,15 +8,10 @@ import torch
 
 from w2s.config.sections import EvalConfig
 from w2s.errors import DataError
+from w2s.evaluation.by_gallery import Gallery, evaluate_by_gallery, in_common
+from w2s.evaluation.by_texts import encode_texts, evaluate_clip
 from w2s.evaluation.dataset import EvalSet
-from w2s.evaluation.evaluate import (
-    Gallery,
-    encode_texts,
-    evaluate_by_gallery,
-    evaluate_clip,
-    in_common,
-    of_sets,
-)
+from w2s.evaluation.metric_names import of_sets
 from w2s.evaluation.scores.linear_probe import train_probe
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}

@@ -1,1 +1,4 @@
-"""Zero-shot classification, retrieval, k-NN and a linear probe, on single test sets and suites of them."""
+"""What is measured on test images: of a tower (`evaluator.py`, first), a CLIP, a masked student.
+
+`scores/` has the measures themselves.
+"""

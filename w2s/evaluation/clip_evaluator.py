@@ -8,9 +8,11 @@ from torch import Tensor
 
 from w2s.config.sections import Resize
 from w2s.data.samples.batch import require
+from w2s.evaluation.by_gallery import Gallery
+from w2s.evaluation.by_texts import ClipResult, evaluate_clip
 from w2s.evaluation.dataset import EvalSet
-from w2s.evaluation.evaluate import ClipResult, Gallery, evaluate_clip, of_sets
 from w2s.evaluation.evaluator import Evaluator
+from w2s.evaluation.metric_names import of_sets
 from w2s.evaluation.tower_features import tower_outputs
 from w2s.megatron.parallel.pipeline_schedule import infer
 from w2s.megatron.parallel.sharded import ShardedTower
@@ -69,10 +71,11 @@ class ClipEvaluator(Evaluator):
         """Metrics of a whole teacher on the test images, their work shared by all ranks."""
         data, device = self.test_set(), self.ranks.device
         texts = self.texts(data, lambda tokens: require(teacher(None, tokens)[1]), alone=True)
-        images = self.features(
-            data, lambda images: require(teacher(images.to(device), None)[0]), teacher.image_size, alone=True
-        )
-        return evaluate_clip(data, images, texts, group=self.ranks.world_group).metrics
+
+        def encode_image(images: Tensor) -> Tensor:
+            return require(teacher(images.to(device), None)[0])
+
+        return self.by_texts(data, texts, encode_image, teacher.image_size, alone=True)
 
     def _embed(
         self, vision: ShardedTower[ImageTower], data: EvalSet, how: Resize, *, pooled: bool

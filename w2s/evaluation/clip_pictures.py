@@ -3,8 +3,8 @@
 import numpy as np
 from torch import Tensor
 
+from w2s.evaluation.by_texts import ClipResult
 from w2s.evaluation.clip_evaluator import ClipEvaluator
-from w2s.evaluation.evaluate import ClipResult
 from w2s.evaluation.images import EvalImages, stills
 from w2s.evaluation.scores.zero_shot import ClassResult, ZeroShotResult
 from w2s.evaluation.tower_features import attention_of_cls

@@ -13,16 +13,11 @@ from w2s.config.teacher_losses import Target
 from w2s.data.samples.tokens import tokenize
 from w2s.data.shards.listing import without_secrets
 from w2s.evaluation.batched_features import Encoder, encode_all, of_images
+from w2s.evaluation.by_gallery import Gallery, evaluate_by_gallery, in_common
+from w2s.evaluation.by_texts import Texts, encode_texts, evaluate_clip
 from w2s.evaluation.dataset import EvalSet, load_eval_set
-from w2s.evaluation.evaluate import (
-    Gallery,
-    Texts,
-    encode_texts,
-    evaluate_by_gallery,
-    in_common,
-    of_sets,
-)
 from w2s.evaluation.images import EvalImages, View
+from w2s.evaluation.metric_names import of_sets
 from w2s.evaluation.scores.linear_probe import train_probe
 from w2s.evaluation.tower_features import patch_features
 from w2s.megatron.parallel.process_groups import Ranks
@@ -152,6 +147,13 @@ class Evaluator:
         """Features [n, d] of the images of a set, the work shared by the ranks; see `images`."""
         images = self.images(data, image_size, how=how, alone=alone)
         return encode_all(of_images(encode), images, self.config.eval.batch_size, self._sharing(alone))
+
+    def by_texts(
+        self, data: EvalSet, texts: Texts, encode: Encoder, image_size: int, *, alone: bool = False
+    ) -> dict[str, float]:
+        """Measure an encoder of images by the texts of a set, see `evaluate_clip`; `alone` as in `images`."""
+        images = self.features(data, encode, image_size, alone=alone)
+        return evaluate_clip(data, images, texts, group=self.ranks.world_group).metrics
 
     def _sharing(self, alone: bool) -> Any:
         """The ranks that share batches: all, or one of each model-parallel group."""

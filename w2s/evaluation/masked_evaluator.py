@@ -19,9 +19,9 @@ from w2s.data.samples.sample import SampleSpec, draw_mask
 from w2s.errors import ConfigError
 from w2s.evaluation.batched_features import TensorItems, encode_all, of_images
 from w2s.evaluation.dataset import EvalSet
-from w2s.evaluation.evaluate import evaluate_clip, under
 from w2s.evaluation.evaluator import Evaluator
 from w2s.evaluation.images import ImageBatch
+from w2s.evaluation.metric_names import under
 from w2s.evaluation.tower_features import attention_of_cls, patch_features, tower_outputs
 from w2s.megatron.parallel.pipeline_schedule import infer
 from w2s.megatron.parallel.process_groups import Ranks
@@ -191,15 +191,18 @@ class MaskedEvaluator(Evaluator):
         except ConfigError as error:
             logger.info("the student is not measured as a CLIP: %s", error)
             return {}
-        data, group, embed = self.test_set(), self.ranks.world_group, partial(MaskedStudent.embed, teacher=index)
+
+        def encode_image(images: Tensor) -> Tensor:
+            return tower_outputs(student, images, partial(MaskedStudent.embed, teacher=index))
+
+        def encode_with_teacher(images: Tensor) -> Tensor:
+            return teacher.features_of(images).summary
+
+        data = self.test_set()
         texts = self.texts(data, text, alone=True)
-        images = self.features(
-            data, lambda images: tower_outputs(student, images, embed), config.model.vision.image_size
-        )
-        ours = evaluate_clip(data, images, texts, group=group)
-        images = self.features(data, lambda images: teacher.features_of(images).summary, teacher.image_size, alone=True)
-        theirs = evaluate_clip(data, images, texts, group=group)
-        return ours.metrics | under("teacher", theirs.metrics)
+        ours = self.by_texts(data, texts, encode_image, config.model.vision.image_size)
+        theirs = self.by_texts(data, texts, encode_with_teacher, teacher.image_size, alone=True)
+        return ours | under("teacher", theirs)
 
 
 def _measured(predictions: Outputs, targets: Outputs, patch_indices: Tensor) -> Tensor:
