@@ -105,16 +105,16 @@ def origins(config: Config, parent: str | None) -> dict[str, str]:
         config: the run's configuration.
         parent: the checkpoint, or `VISION and TEXT`, that its weights come from; None for none.
     """
-    taught, root = config.stage_teachers, Path(config.run.root).expanduser()
+    teachers, root = config.stage_teachers, Path(config.run.root).expanduser()
     sources = parent.split(" and ") if parent else []
-    sources += [each.source.removeprefix("w2s:") for each in taught if each.source.startswith("w2s:")]
+    sources += [each.source.removeprefix("w2s:") for each in teachers if each.source.startswith("w2s:")]
     runs: dict[str, None] = {}
     for source in sources:
         with suppress(CheckpointError):  # an interrupted run continues without what it was begun from, too
             run_id = read_meta(find_any(source, root, key="parent")).mlflow_run_id
             runs |= {run_id: None} if run_id else {}
     facts = {
-        "teacher": ", ".join(each.source for each in taught),
+        "teacher": ", ".join(each.source for each in teachers),
         "parent_checkpoint": parent,
         "parent_runs": ", ".join(runs),
     }

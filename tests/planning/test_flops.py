@@ -112,7 +112,7 @@ def test_the_formulas_give_what_the_counter_counts(shards: str, stage: str, micr
     if isinstance(built, MaskedStage):
         (masked_teacher,) = built.distillation.teachers
         one = torch.zeros(1, 3, masked_teacher.teacher.image_size, masked_teacher.teacher.image_size)
-        targets, seen = built.targets, operations(partial(masked_teacher.teacher, one))
+        targets, seen = built.distillation.targets, operations(partial(masked_teacher.teacher, one))
     expected = stage_flops(config, 1, targets=targets, teacher=seen)
     assert num_passes(config, num_micro_batches(config, 1)) == (2 if stage == "clip" and micro == 4 else 1)
     # Exact but for a sum of squares in the loss, which the counter takes for a product: 2 x 16 operations of 2 million.
@@ -142,7 +142,7 @@ def test_what_is_neither_seen_nor_predicted_costs_nothing(shards: str, mim: list
     teacher = built.distillation.teachers[0].teacher
     one = torch.zeros(1, 3, teacher.image_size, teacher.image_size)
     seen = operations(partial(teacher, one))
-    expected = stage_flops(config, 1, targets=built.targets, layer_width=teacher.layer_width)
+    expected = stage_flops(config, 1, targets=built.distillation.targets, layer_width=teacher.layer_width)
     assert total - seen == pytest.approx(expected.hardware, rel=2e-5)  # as above
 
 
@@ -158,7 +158,7 @@ def test_several_teachers_and_their_heads_are_counted(shards: str) -> None:
         one = torch.zeros(1, 3, masked_teacher.teacher.image_size, masked_teacher.teacher.image_size)
         assert planned.flops == operations(partial(masked_teacher.teacher, one))
     said = predicted(config, teachers)
-    assert said["targets"] == built.targets
+    assert said["targets"] == built.distillation.targets
     seen = sum(teacher.flops for teacher in teachers)
     assert total == pytest.approx(stage_flops(config, 1, **said, teacher=seen).hardware, rel=4e-5)  # two such sums
     (tower,), (student,) = planned_towers(config, **said), built.student.chunks

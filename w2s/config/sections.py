@@ -371,7 +371,7 @@ class Config:
 
     @property
     def teacher_steps(self) -> int:
-        """The steps in which the teacher is heard, unless the student passes it before."""
+        """The steps that have a teacher, unless the student passes it before."""
         if not self.stage_teachers:
             return 0
         return self.train.steps if self.stage == "mim" else self.clip.distill.last_step(self.train)

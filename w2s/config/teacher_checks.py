@@ -35,7 +35,7 @@ def check_teachers(config: Config) -> None:
             raise ConfigError(f"teachers: two are called {name}: give each a name of its own")
     _check_draw(config)
     for teacher_loss in config.teacher_losses:
-        _check_lesson(teacher_loss, "teachers: " if names else "")
+        _check_loss(teacher_loss, "teachers: " if names else "")
 
 
 def _check_draw(config: Config) -> None:
@@ -54,7 +54,7 @@ def _check_draw(config: Config) -> None:
         )
 
 
-def _check_lesson(teacher_loss: TeacherLoss, where: str) -> None:
+def _check_loss(teacher_loss: TeacherLoss, where: str) -> None:
     name = f"{where}{teacher_loss.teacher.name} has "
     if teacher_loss.weight <= 0:
         raise ConfigError(f"{name}weight={teacher_loss.weight:g}, which must be above 0: leave the teacher out")

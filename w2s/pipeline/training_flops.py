@@ -13,7 +13,7 @@ Models = Mapping[str, ModelConfig] | None
 def training_flops(config: Config, teacher_models: Models = None, begins_at: int = 0) -> float:
     """Model FLOPs of the whole training of a stage: what is computed twice counts once (`w2s/planning/flops.py`).
 
-    A teacher of the contrastive stage counts for the steps in which it is heard, as if the student did not pass it
+    A teacher of the contrastive stage counts for the steps that have it, as if the student did not pass it
     before.
 
     Args:
@@ -22,14 +22,14 @@ def training_flops(config: Config, teacher_models: Models = None, begins_at: int
         begins_at: steps of another run that this one continues from, and that are not its own.
     """
     config = replace(config, parallel=ParallelConfig())  # what training needs at least is the same in all layouts
-    steps, taught = config.train.steps - begins_at, max(0, config.teacher_steps - begins_at)
+    steps, teacher_steps = config.train.steps - begins_at, max(0, config.teacher_steps - begins_at)
     samples = 0.0
-    if taught < steps:
-        samples += (steps - taught) * stage_flops(config, 1).model
+    if teacher_steps < steps:
+        samples += (steps - teacher_steps) * stage_flops(config, 1).model
     teachers = planned_teachers(config, teacher_models)
     if teachers:
-        heard = sample_flops(teachers)
-        samples += taught * stage_flops(config, 1, **predicted(config, teachers), teacher=heard).model
+        teacher = sample_flops(teachers)
+        samples += teacher_steps * stage_flops(config, 1, **predicted(config, teachers), teacher=teacher).model
     return samples * config.train.global_batch
 
 

@@ -177,7 +177,7 @@ def _measured_weights(config: Mapping[str, Any]) -> object:
 
 
 def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
-    """What taught a checkpoint, then what it began with."""
+    """The teachers of a checkpoint, then what it began with."""
     for teacher in _teachers_of(meta):
         kind, _, rest = teacher.source.partition(":")
         model, _, file = rest.partition("@")

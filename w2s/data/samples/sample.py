@@ -130,8 +130,8 @@ def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views
     images = find_images(raw.files, spec.image_key)
     if not images:
         raise BadSample("image is missing")
-    taught = spec.teacher_samples is None or index < spec.teacher_samples
-    sizes = [spec.image_size, *(spec.teacher_sizes if taught else ())]
+    has_teacher = spec.teacher_samples is None or index < spec.teacher_samples
+    sizes = [spec.image_size, *(spec.teacher_sizes if has_teacher else ())]
     frames = [_views(picture, sizes, spec, seed, index) for picture in choose_frames(images, spec.frames)]
     views = [torch.stack(view) if spec.frames > 1 else view[0] for view in zip(*frames, strict=True)]
     return Views(
