@@ -24,8 +24,8 @@ class Written:
 
     def __init__(self, folder: Path) -> None:
         self.files = [folder / "__0_0.distcp", folder / "__0_1.distcp"]
-        for number, path in enumerate(self.files):
-            path.write_bytes(f"{number} of {folder.name[:14]}\n".encode() * 1000)
+        for index, path in enumerate(self.files):
+            path.write_bytes(f"{index} of {folder.name[:14]}\n".encode() * 1000)
         (folder / ".metadata").write_bytes(b"metadata")
 
     def wait(self) -> None:

@@ -46,9 +46,9 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_import_or_export_leaves_nothing(
-    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stop: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights, reads, read = tmp_path / "clip.pt", [], Released.read
     torch.save(released(load("clip", ["model=tiny"]).model), weights)
@@ -60,7 +60,7 @@ def test_a_stopped_import_or_export_leaves_nothing(
         reads.append(name)
         if len(reads) == 3:
             assert any(entry.name.endswith(".partial") for entry in tmp_path.iterdir())
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), stop)
         return read(self, name)
 
     monkeypatch.setattr(Released, "read", stopped)
@@ -68,6 +68,6 @@ def test_a_stopped_import_or_export_leaves_nothing(
     commands += [("export", "start", "--format", name) for name in ("eva", "open_clip")]
     for command in commands:
         reads.clear()
-        assert run(monkeypatch, *command, "--out", "out") == 128 + number
-        assert capsys.readouterr().err == f"error: stopped by {number.name}: repeat the command to resume\n"
+        assert run(monkeypatch, *command, "--out", "out") == 128 + stop
+        assert capsys.readouterr().err == f"error: stopped by {stop.name}: repeat the command to resume\n"
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["clip.pt", "start"]

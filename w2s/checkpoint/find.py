@@ -76,10 +76,10 @@ def is_finished(run: Path) -> bool:
 def unfinished_folder(config: Config) -> Path:
     """Return the folder of the run of a configuration; for one without a name, of the first that is not finished."""
     first = folder = run_folder(config)
-    number = 1
+    count = 1
     while config.run.name == "auto" and is_finished(folder):
-        number += 1
-        folder = first.with_name(f"{first.name}-{number}")
+        count += 1
+        folder = first.with_name(f"{first.name}-{count}")
     return folder
 
 

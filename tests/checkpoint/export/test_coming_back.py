@@ -72,9 +72,9 @@ def test_what_open_clip_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert again == model
     import_checkpoint(tmp_path / "epoch_1.pt", again, tmp_path / "back")
     assert_holds(tmp_path / "back", as_released(clip.state_dict()))
-    own = features(tmp_path / "back", model)
-    unit = [nn.functional.normalize(each[:3], dim=-1) for each in (own.images, own.texts)]
-    assert float(ClipLoss()(*unit, own.logit_scale.exp())) == pytest.approx(theirs, rel=TOLERANCE)
+    imported = features(tmp_path / "back", model)
+    unit = [nn.functional.normalize(each[:3], dim=-1) for each in (imported.images, imported.texts)]
+    assert float(ClipLoss()(*unit, imported.logit_scale.exp())) == pytest.approx(theirs, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("average", [False, True])
@@ -156,15 +156,15 @@ def test_what_transformers_saved_of_a_whole_clip(tmp_path: Path) -> None:
     import_checkpoint(tmp_path / "older.bin", model, tmp_path / "again")
     again = open_released(tmp_path / "again")
     assert_holds(tmp_path / "back", {name: again.read(name) for name in again.meta})
-    own = features(tmp_path / "back", model)
+    imported = features(tmp_path / "back", model)
     with torch.no_grad():
         pairs = [
-            (own.images, clip.get_image_features(pixel_values=images(model)).pooler_output),
-            (own.texts, clip.get_text_features(input_ids=captions(model)).pooler_output),
+            (imported.images, clip.get_image_features(pixel_values=images(model)).pooler_output),
+            (imported.texts, clip.get_text_features(input_ids=captions(model)).pooler_output),
         ]
     for ours, theirs in pairs:
         assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
-    assert own.logit_scale == clip.logit_scale
+    assert imported.logit_scale == clip.logit_scale
 
 
 def test_the_text_tower_of_a_clip_model_of_transformers(tmp_path: Path) -> None:

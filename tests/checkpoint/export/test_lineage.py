@@ -52,11 +52,11 @@ def test_the_chain_of_parents(clip: Path) -> None:
         ("began with, contrastive run", "weak"),
         ("began with", "weights.safetensors"),
     ]
-    own, mim, _, file = found
-    assert (own.step, own.samples, own.commit) == (4, 400, COMMIT)
-    assert own.config == digest(load("clip", ["model=tiny"])) != mim.config
-    assert own.data == "emoji, 8 shards of-clip"
-    assert own.weights == hashlib.sha256((clip / "manifest.json").read_bytes()).hexdigest()
+    run, mim, _, file = found
+    assert (run.step, run.samples, run.commit) == (4, 400, COMMIT)
+    assert run.config == digest(load("clip", ["model=tiny"])) != mim.config
+    assert run.data == "emoji, 8 shards of-clip"
+    assert run.weights == hashlib.sha256((clip / "manifest.json").read_bytes()).hexdigest()
     assert file.weights == hashlib.sha256(b"somebody's").hexdigest()
 
 
@@ -72,7 +72,7 @@ def test_what_the_makers_of_the_data_ask(alone: Ranks, tmp_path: Path) -> None:
     (tmp_path / "data" / "LICENSES.txt").write_text("drawings: CC-BY\n")
     known = load("clip", ["model=tiny", f"data.train={tmp_path / 'data' / 'train'}"])
     assert data_licences(trained(tmp_path, known, alone, None, "known")) == "drawings: CC-BY"
-    many = "::".join(f"s3://bucket/{{0000..{number}}}.tar" for number in range(1000, 1100))
+    many = "::".join(f"s3://bucket/{{0000..{last}}}.tar" for last in range(1000, 1100))
     unknown = load("clip", ["model=tiny", "data=shards", f"data.train={many}"])
     assert data_licences(trained(tmp_path, unknown, alone, None, "unknown")) == ""
 

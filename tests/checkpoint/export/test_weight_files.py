@@ -54,7 +54,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
         "cls_token": (1, 1, WIDTH), "pos_embed": (1, 5, WIDTH), "patch_embed.proj.weight": (WIDTH, 3, 14, 14),
         "patch_embed.proj.bias": (WIDTH,), "norm.weight": (WIDTH,), "head.weight": (64, WIDTH),
     }  # fmt: skip
-    inside = {f"blocks.{number}.{name}": shape for number in range(LAYERS) for name, shape in layer.items()}
+    inside = {f"blocks.{layer_index}.{name}": shape for layer_index in range(LAYERS) for name, shape in layer.items()}
     return {f"visual.{name}": shape for name, shape in (outside | inside).items()}
 
 
@@ -64,7 +64,7 @@ def test_a_large_file_is_imported_and_exported_tensor_by_tensor(tmp_path: Path, 
     meta = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes().items()}
     largest = max(tensor.numel() * 2 for tensor in meta.values())
     path = tmp_path / f"large{ending}"
-    fill = {name: torch.full((1,), number).bfloat16() for number, name in enumerate(meta)}
+    fill = {name: torch.full((1,), index).bfloat16() for index, name in enumerate(meta)}
     tensors = InMemory({name: fill[name].expand(meta[name].shape) for name in meta})
     if ending == ".pt":
         write_pt(path, tensors)

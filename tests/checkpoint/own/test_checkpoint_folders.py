@@ -151,8 +151,8 @@ def test_what_a_configuration_lacks_is_named(alone: Ranks, tmp_path: Path) -> No
 
 def test_a_run_is_found_by_path_name_mlflow_id_and_age(alone: Ranks, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "group" / "second"
-    for number, run in enumerate((first, second), start=1):
-        save(run, meta(number), keep=1, ranks=alone)
+    for step, run in enumerate((first, second), start=1):
+        save(run, meta(step), keep=1, ranks=alone)
         finish(run)
     os.utime(first / "result.json", (1, 1))
 

@@ -68,13 +68,13 @@ def _lose_and_go_on(ranks: Ranks, config: Config, folder: Path, lost: str) -> tu
         memory.keep(_meta(config, step), state.own_tensors(towers, optimizer, {"seen": torch.tensor(step)}))
     held = sorted(path.name.partition(".")[0] for path in folder.glob(f"host-{ranks.rank}/*/*.safetensors"))
     ranks.barrier()
-    own = folder / f"host-{ranks.rank}"
+    host = folder / f"host-{ranks.rank}"
     if lost == "host 1" and ranks.rank == 1:
-        shutil.rmtree(own)
+        shutil.rmtree(host)
     if lost == "both hosts":
-        shutil.rmtree(own)
+        shutil.rmtree(host)
     if lost == "bits" and ranks.rank == 1:
-        (path,) = own.glob("*/rank-1.step-*")
+        (path,) = host.glob("*/rank-1.step-*")
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
@@ -89,7 +89,7 @@ def _lose_and_go_on(ranks: Ranks, config: Config, folder: Path, lost: str) -> tu
     for step in (3, 4):
         _train(towers, optimizer, step)
         _train(again, other, step)
-    both = [state.own_tensors(each, own, {}) for each, own in ((towers, optimizer), (again, other))]
+    both = [state.own_tensors(each, its, {}) for each, its in ((towers, optimizer), (again, other))]
     alike = both[0].keys() == both[1].keys() and all(torch.equal(both[0][name], both[1][name]) for name in both[0])
     return meta.step, alike and int(extra["seen"]) == 3 and meta.data == {"step": 3}, held
 
@@ -111,18 +111,18 @@ def test_what_two_hosts_hold(tmp_path: Path, lost: str, step: int | None, optimi
 def _saved_twice(ranks: Ranks, config: Config, folder: Path) -> list[int | None]:
     """Steps that are found after a step was saved twice, and where one rank has the second save of it alone."""
     towers, optimizer = _trained(config, 1)
-    memory, own = _memory(config, ranks, folder), folder / f"host-{ranks.rank}"
+    memory, host = _memory(config, ranks, folder), folder / f"host-{ranks.rank}"
     memory.keep(_meta(config, 1), state.own_tensors(towers, optimizer, {}))
-    shutil.copytree(own, folder / f"first-{ranks.rank}")
+    shutil.copytree(host, folder / f"first-{ranks.rank}")
     _train(towers, optimizer, 5)
     memory.keep(_meta(config, 1), state.own_tensors(towers, optimizer, {}))
-    assert len(list(own.glob("*/*.safetensors"))) == 2, "of both ranks, the second save alone"
+    assert len(list(host.glob("*/*.safetensors"))) == 2, "of both ranks, the second save alone"
     found = [memory.find(0)]
     ranks.barrier()
     for path in folder.glob(f"host-{ranks.rank}/*/rank-1.*"):
         path.unlink()
     for path in folder.glob(f"first-{ranks.rank}/*/rank-1.*"):
-        shutil.copy(path, next(own.iterdir()))
+        shutil.copy(path, next(host.iterdir()))
     ranks.barrier()
     return [meta and meta.step for meta in (*found, memory.find(0))]
 

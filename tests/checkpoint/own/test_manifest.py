@@ -28,8 +28,8 @@ from w2s.towers.masked_student import MaskedStudent
 
 
 def make_towers(parallel: ParallelConfig) -> Towers:
-    def chunk(number: int) -> MaskedStudent:
-        student = MaskedStudent(SHAPE, [Target(TARGET_WIDTH)], parallel, torch.float32, number)
+    def chunk(index: int) -> MaskedStudent:
+        student = MaskedStudent(SHAPE, [Target(TARGET_WIDTH)], parallel, torch.float32, index)
         init_parameters(student, vision_rule(SHAPE, post_norm=0.5), seed=1)
         return student
 
@@ -101,8 +101,8 @@ def test_each_rank_answers_for_its_own_files(parallel: ParallelConfig, backgroun
     assert sorted({name[:4] for name in tensors}) == ["__0_", "__1_"]
     # In the background it is the writing process that takes the checksums, none in the training one.
     for rank, found in enumerate((first, second)):
-        own = [name for name in tensors if name.startswith(f"__{rank}_")]
-        assert sorted(found["hashed"]) == ([] if background else own)
+        local = [name for name in tensors if name.startswith(f"__{rank}_")]
+        assert sorted(found["hashed"]) == ([] if background else local)
     assert sorted(first["read"] + second["read"] + ["manifest.json"]) == files, "each file is read once"
     assert first["read"] and second["read"]
     assert first["whole"] == second["whole"] == []

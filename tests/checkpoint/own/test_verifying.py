@@ -311,7 +311,7 @@ def test_the_manifest_names_every_file(run: Path) -> None:
 @pytest.mark.parametrize("readers", [1, 3, 7])
 def test_each_file_is_read_by_one_rank_and_ranks_read_alike(readers: int) -> None:
     manifest = Manifest(
-        1, {f"__{number}_0": Checksum(1000 + number, "0") for number in range(24)} | {"s": Checksum(1, "0")}
+        1, {f"__{index}_0": Checksum(1000 + index, "0") for index in range(24)} | {"s": Checksum(1, "0")}
     )
     shares = [manifest.share(reader, readers) for reader in range(readers)]
     assert sorted(name for share in shares for name in share) == sorted(manifest.files)

@@ -39,8 +39,8 @@ def checkpoint(alone: Ranks, tmp_path: Path) -> Path:
 
 
 def image_tower(shape: VisionConfig) -> ShardedTower[ImageTower]:
-    def chunk(number: int) -> ImageTower:
-        tower = ImageTower(shape, 16, ParallelConfig(), torch.float32, number)
+    def chunk(index: int) -> ImageTower:
+        tower = ImageTower(shape, 16, ParallelConfig(), torch.float32, index)
         init_parameters(tower, vision_rule(shape, post_norm=1.0), seed=77)
         return tower
 

@@ -56,15 +56,15 @@ def test_an_imported_clip_gives_the_peers_features(tmp_path: Path, kind: str) ->
     found = import_checkpoint(tmp_path / "clip.pt", model, tmp_path / "out")
     assert (found.missing, found.unexpected, found.resized) == ([], [], [])
     assert len(found.loaded) == len(released(model))
-    own = features(tmp_path / "out", model)
+    imported = features(tmp_path / "out", model)
     with torch.no_grad():
         pairs = [
-            (own.images, timm_tower(model)(images(model))),
-            (own.texts, text_tower(model)(captions(model))),
+            (imported.images, timm_tower(model)(images(model))),
+            (imported.texts, text_tower(model)(captions(model))),
         ]
     for ours, theirs in pairs:
         assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
-    assert own.logit_scale == 2.5
+    assert imported.logit_scale == 2.5
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_every_kind_of_file(tmp_path: Path, ending: str, wrapping: str) -> None:
     path = tmp_path / f"model{ending}"
     if "index" in ending:
         names, kind = list(tensors), ending.split(".")[1]
-        parts = {f"model-{number}.{kind}": names[number::2] for number in range(2)}
+        parts = {f"model-{part}.{kind}": names[part::2] for part in range(2)}
         for part, members in parts.items():
             content = {name: tensors[name].contiguous() for name in members}
             torch.save(wrap(content, wrapping), tmp_path / part) if kind == "bin" else save_file(
@@ -107,9 +107,9 @@ def test_a_torchscript_archive_as_openai_publishes_its_clips(tmp_path: Path) -> 
     tower = text_tower(model_of("g"))
     torch.jit.save(torch.jit.trace(tower, captions(model_of("g"))), tmp_path / "clip.pt")
     found = rename(open_weights(tmp_path / "clip.pt"), tmp_path / "clip.pt")
-    own = {f"text.{name}": value for name, value in tower.state_dict().items()}
-    assert found.meta.keys() == own.keys()
-    assert all(torch.equal(found.read(name), value) for name, value in own.items())
+    expected = {f"text.{name}": value for name, value in tower.state_dict().items()}
+    assert found.meta.keys() == expected.keys()
+    assert all(torch.equal(found.read(name), value) for name, value in expected.items())
 
 
 def test_names_of_open_clip_timm_and_the_masked_stage(tmp_path: Path) -> None:

@@ -49,9 +49,9 @@ def test_other_peoples_formats(tmp_path: Path) -> None:
         "open_clip": open_clip_model(model).state_dict(),
         "a text tower alone": {"token_embedding.weight": torch.zeros(9, 4), "positional_embedding": torch.zeros(3, 4)},
     }
-    for number, (format, tensors) in enumerate(files.items()):
-        torch.save({"state_dict": tensors}, tmp_path / f"{number}.pt")
-        assert inspect(tmp_path / f"{number}.pt")["format"] == format
+    for index, (format, tensors) in enumerate(files.items()):
+        torch.save({"state_dict": tensors}, tmp_path / f"{index}.pt")
+        assert inspect(tmp_path / f"{index}.pt")["format"] == format
     assert "a norm before the layers" in inspect(tmp_path / "3.pt")["vision tower"]
     assert inspect(tmp_path / "3.pt")["model"] == "none of configs/model"
     with pytest.raises(CheckpointError, match="does not exist"):

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 from uuid import uuid4
 
 from w2s.checkpoint.own.manifest import read_manifest, write_manifest
 from w2s.config.sections import CheckpointConfig
 from w2s.errors import FREE_SPACE, CheckpointError
 from w2s.files import Checksum, checksums
+from w2s.megatron.checkpoint.async_save import AsyncSave
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.redaction import resolved
 
@@ -177,23 +178,6 @@ def _is(value: object, kind: Any) -> bool:
     return isinstance(value, kind) and not (kind is int and not 0 <= value < 2**63)
 
 
-class Unfinished(Protocol):
-    """Tensors that are being written."""
-
-    @property
-    def written(self) -> bool:
-        """Whether this rank has written its own."""
-
-    def wait(self) -> None:
-        """Wait until this rank has written its own, or has failed to."""
-
-    def abandon(self) -> None:
-        """End the writing: nobody will finish it."""
-
-    def finish(self) -> Mapping[str, Checksum]:
-        """Wait for all ranks; return the checksums of the files that this rank has written. Every rank calls."""
-
-
 class Saving:
     """A checkpoint that is written into a temporary folder; `finish` renames it, then points `latest` to it.
 
@@ -215,7 +199,7 @@ class Saving:
     """
 
     def __init__(
-        self, run: Path, meta: Meta, write: Callable[[Path], Unfinished], keep: CheckpointConfig, ranks: Ranks
+        self, run: Path, meta: Meta, write: Callable[[Path], AsyncSave], keep: CheckpointConfig, ranks: Ranks
     ) -> None:
         self._run, self._meta, self._keep, self._ranks = run, meta, keep, ranks
         self.step = meta.step
@@ -247,8 +231,8 @@ class Saving:
         with self._clearing():
             self._on_main(self._reserve.unlink)
             files: dict[str, Checksum] = {}
-            for own in self._ranks.gather(self._writing.finish()):
-                files.update(own)
+            for of_rank in self._ranks.gather(self._writing.finish()):
+                files.update(of_rank)
             self._on_main(lambda: self._conclude(files))
         return checkpoints_of(self._run) / step_name(self._meta.step)
 

@@ -81,16 +81,16 @@ class HostMemory:
     def _several_hosts(self) -> bool:
         return self._on_host < self._ranks.world_size
 
-    def check_room(self, own: int) -> None:
+    def check_room(self, size: int) -> None:
         """Refuse to begin where the memory could not hold what this host has to keep.
 
         Args:
-            own: bytes of this rank's part.
+            size: bytes of this rank's part.
 
         Raises:
             ConfigError: it is too small.
         """
-        needed, place = _GENERATIONS * (1 + self._several_hosts) * self._on_host * own, self._root.parent
+        needed, place = _GENERATIONS * (1 + self._several_hosts) * self._on_host * size, self._root.parent
         room = shutil.disk_usage(place).total if place.is_dir() else 0
         if needed > room:
             raise ConfigError(
@@ -107,18 +107,18 @@ class HostMemory:
         Raises:
             CheckpointError: the memory is full; on every rank, and the older checkpoint stays.
         """
-        own, refused, save = Copy("", 0), "", self._ranks.broadcast(uuid4().hex)
+        copy, refused, save = Copy("", 0), "", self._ranks.broadcast(uuid4().hex)
         try:
-            own = self._write(meta, tensors, save)
+            copy = self._write(meta, tensors, save)
         except OSError as error:
             refused = str(error)
         self._agree(refused, meta.step)
         if self._several_hosts:
-            self._agree(self._exchange(own), meta.step)
-        for part, copy in self._listed().items():
+            self._agree(self._exchange(copy), meta.step)
+        for part, older in self._listed().items():
             if part.step != meta.step and part.rank in self._kept_here:
-                (self._folder / copy.name).unlink()
-        return own.size
+                (self._folder / older.name).unlink()
+        return copy.size
 
     @property
     def _kept_here(self) -> set[int]:
@@ -153,12 +153,12 @@ class HostMemory:
         (self._folder / f"rank-{rank}.partial").rename(self._folder / copy.name)
         return copy
 
-    def _exchange(self, own: Copy) -> str:
+    def _exchange(self, copy: Copy) -> str:
         """Give a rank of the next host this one's part and take that of the host before; say what was refused."""
         rank, size, group = self._ranks.rank, self._ranks.world_size, self._ranks.control_group
         following, before = (rank + self._on_host) % size, (rank - self._on_host) % size
-        theirs = self._ranks.gather(own)[before]
-        sent = dist.isend(_bytes_of(self._folder / own.name, own.size), following, group=group)
+        theirs = self._ranks.gather(copy)[before]
+        sent = dist.isend(_bytes_of(self._folder / copy.name, copy.size), following, group=group)
         refused = self._take(before, theirs, before)
         if sent is not None:
             sent.wait()

@@ -62,7 +62,7 @@ class Manifest:
 def write_manifest(folder: Path, step: int, files: Mapping[str, Checksum]) -> None:
     """Write the manifest of a checkpoint whose other files are there."""
     content: dict[str, Any] = {"step": step, "files": {name: asdict(each) for name, each in sorted(files.items())}}
-    content["crc32"] = _own_checksum(content)
+    content["crc32"] = _checksum_of(content)
     with (folder / NAME).open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.flush()
@@ -77,10 +77,10 @@ def read_manifest(folder: Path) -> Manifest:
     """
     try:
         content = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        own = content.pop("crc32", None)  # there was none in w2s 0.1
+        sealed = content.pop("crc32", None)  # there was none in w2s 0.1
         files = {name: Checksum(**each) for name, each in content["files"].items()}
         sound = type(content["step"]) is int and all(type(each.bytes) is int for each in files.values())
-        if own not in (None, _own_checksum(content)) or content.keys() != {"step", "files"} or not sound:
+        if sealed not in (None, _checksum_of(content)) or content.keys() != {"step", "files"} or not sound:
             raise CheckpointError(f"{NAME} has changed since it was written")
         return Manifest(content["step"], files)
     except FileNotFoundError:
@@ -89,6 +89,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{NAME} cannot be read") from error
 
 
-def _own_checksum(content: Mapping[str, Any]) -> str:
+def _checksum_of(content: Mapping[str, Any]) -> str:
     """Of step and files, whatever the spaces between them."""
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"

@@ -62,6 +62,6 @@ def _mean(name: str, stored: Sequence[TensorStore]) -> Tensor:
 def _refuse_others(stored: Sequence[TensorStore]) -> None:
     """Refuse checkpoints of different weights, which a run of one name may have left."""
     shapes = [{name: tensor.shape for name, tensor in each.meta.items()} for each in stored]
-    for each, own in zip(stored, shapes, strict=True):
-        if own != shapes[-1]:
+    for each, shapes_of_each in zip(stored, shapes, strict=True):
+        if shapes_of_each != shapes[-1]:
             raise CheckpointError(f"{each.folder} and {stored[-1].folder} are of different models: use fewer of --last")

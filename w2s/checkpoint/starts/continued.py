@@ -28,12 +28,12 @@ def with_its_start(config: Config, run: Path) -> Config:
     Raises:
         CheckpointError: no checkpoint of this stage, or one that has come as far already.
     """
-    own = latest(run)
-    checkpoint = own or find_continued(config)
+    resumed = latest(run)
+    checkpoint = resumed or find_continued(config)
     if config.init.checkpoint == "none" or checkpoint is None:
         return config
     meta = read_meta(checkpoint)
-    if own is None:
+    if resumed is None:
         _check(config, checkpoint, meta)
     vision, text = (meta.setting("init", tower) for tower in ("vision", "text"))
     return replace(config, init=replace(config.init, vision=vision, text=text))

@@ -154,12 +154,13 @@ def hand_over(
         CheckpointError: the checkpoint's tower has other shapes, or lacks something.
         ConfigError: the run had no such teacher.
     """
-    own, towers = state.tower_shapes({name: tower}), {name: tower}
+    towers = {name: tower}
+    shapes = state.tower_shapes(towers)
     stored = open_released(checkpoint, weights)
     source, changed = _of_teacher(stored, teacher, alone=bool(growth)), set[str]()
     if growth:
         source, changed = _grown(source, tower, name, growth)
-    taken = fit(source, _wanted(own, source, projections), {name: tower.chunks[0].config.num_attention_heads})
+    taken = fit(source, _wanted(shapes, source, projections), {name: tower.chunks[0].config.num_attention_heads})
     _check(taken, name)
     if stored.format == "w2s" and source is stored:
         state.load_weights(checkpoint, towers, taken.loaded, weights)
@@ -171,7 +172,7 @@ def hand_over(
         sources=[checkpoint],
         loaded=sorted(set(taken.loaded) - grown),
         dropped=sorted(source.origin(other) for other in _of_tower(taken, name)),
-        new=sorted(own.keys() - set(taken.taken)),
+        new=sorted(shapes.keys() - set(taken.taken)),
         grown=sorted(grown),
         resized=sorted(taken.resized),
         averaged=[checkpoint] if weights == "ema" else [],
@@ -208,16 +209,18 @@ def _grown(source: Released, tower: ShardedTower[Any], name: str, growth: Growth
     return grow(source, TOWERS[name][0], size, post_norm, growth)
 
 
-def _wanted(own: Shapes, source: Released, projections: Projections) -> Shapes:
+def _wanted(shapes: Shapes, source: Released, projections: Projections) -> Shapes:
     """Leave out what serves the masked stage alone, and projections that do not fit or are to start afresh.
 
     The scalars of the loss are taken together, and with the projection alone.
     """
 
     def fits(names: list[str]) -> bool:
-        return all(source.holds(name) and tuple(source.meta[released_name(name)].shape) == own[name] for name in names)
+        return all(
+            source.holds(name) and tuple(source.meta[released_name(name)].shape) == shapes[name] for name in names
+        )
 
-    added = [name for name in own if name.startswith(PROJECTIONS)]
+    added = [name for name in shapes if name.startswith(PROJECTIONS)]
     scalars, heads = (
         [name for name in added if name.startswith(LOGIT_PARAMETERS) == scalar] for scalar in (True, False)
     )
@@ -226,7 +229,7 @@ def _wanted(own: Shapes, source: Released, projections: Projections) -> Shapes:
         kept = {*heads, *(scalars if fits(scalars) else [])}
     return {
         name: shape
-        for name, shape in own.items()
+        for name, shape in shapes.items()
         if not name.startswith(STAGE_ONLY) and (name in kept or not name.startswith(PROJECTIONS))
     }
 
@@ -280,14 +283,14 @@ def check_shapes(towers: Towers, checkpoint: Path) -> Shapes:
     Raises:
         CheckpointError: the checkpoint's towers have other shapes, or lack something.
     """
-    own, saved = state.tower_shapes(towers), state.saved_shapes(checkpoint)
-    missing, surplus = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-    misfits = sorted(key for key in own.keys() & saved.keys() if own[key] != saved[key])
+    shapes, saved = state.tower_shapes(towers), state.saved_shapes(checkpoint)
+    missing, surplus = sorted(shapes.keys() - saved.keys()), sorted(saved.keys() - shapes.keys())
+    misfits = sorted(key for key in shapes.keys() & saved.keys() if shapes[key] != saved[key])
     if misfits:
         key = misfits[0]
-        raise _another_model(checkpoint, f"{key} is {list(saved[key])} there and {list(own[key])} here")
+        raise _another_model(checkpoint, f"{key} is {list(saved[key])} there and {list(shapes[key])} here")
     if missing:
         raise _another_model(checkpoint, f"it has no {missing[0]}")
     if surplus:
         raise _another_model(checkpoint, f"this model has no {surplus[0]}")
-    return own
+    return shapes

@@ -103,8 +103,8 @@ def _of_text(released: Released) -> list[str]:
 
 def _classifier(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Released names of a vision tower's head that gives classes: a peer has put it in the place of the projection."""
-    head, own = released.meta.get("visual.head.weight"), shapes.get("vision.head.weight")
-    if head is None or released.has("text") or (own is not None and head.shape[0] == own[0]):
+    head, projection = released.meta.get("visual.head.weight"), shapes.get("vision.head.weight")
+    if head is None or released.has("text") or (projection is not None and head.shape[0] == projection[0]):
         return []
     return [name for name in released.meta if name.startswith("visual.head.")]
 

@@ -76,7 +76,7 @@ def tokenizer(context_length: int) -> dict[str, Any]:
     """Return CLIP's tokenizer in the words of the `tokenizers` library, for captions of a length in tokens."""
     bpe = SimpleTokenizer()
     start, end = bpe.sot_token_id, bpe.eot_token_id
-    vocabulary = {token: number for token, number in bpe.encoder.items() if number not in (start, end)}
+    vocabulary = {token: index for token, index in bpe.encoder.items() if index not in (start, end)}
     return {
         "version": "1.0",
         "truncation": {"direction": "Right", "max_length": context_length, "strategy": "LongestFirst", "stride": 0},
@@ -125,9 +125,9 @@ def tokenizer(context_length: int) -> dict[str, Any]:
     }
 
 
-def _special(number: int, token: str) -> dict[str, Any]:
+def _special(index: int, token: str) -> dict[str, Any]:
     return {
-        "id": number,
+        "id": index,
         "content": token,
         "single_word": False,
         "lstrip": False,
