@@ -1,1 +1,4 @@
-"""Stage checkpoints, the hand-over between stages, and other people's formats in and out."""
+"""Checkpoints: our own (`own`), other people's weights (`weights`), what a stage starts from (`starts`), and exports.
+
+`find.py` finds one by what a user calls it; read `own/checkpoint_folders.py` first.
+"""

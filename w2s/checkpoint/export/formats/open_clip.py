@@ -31,7 +31,6 @@ from w2s.config.sections import ModelConfig, TextConfig, VisionConfig
 from w2s.errors import CheckpointError
 from w2s.towers.vision import channel_statistics
 
-WEIGHTS = "open_clip_model.safetensors"
 HERE = "local-dir:."
 
 LOAD = """\
@@ -53,7 +52,8 @@ def write(export: Export, folder: Path) -> Guide:
     """Write open_clip_config.json and open_clip_model.safetensors, and timm's config.json where it is needed.
 
     Raises:
-        CheckpointError: it is not a whole CLIP, or timm has no tower of its kind.
+        CheckpointError: it is not a whole CLIP, timm has no tower of its kind, or open_clip's own vision tower has
+            another activation than the text tower.
     """
     released, model = export.released, export.model
     if not (released.has("text") and released.embeds_images):
@@ -61,31 +61,25 @@ def write(export: Export, folder: Path) -> Guide:
             f"{released.path} is not a whole CLIP, which is all that open_clip has: "
             "export a clip run, or use --format timm"
         )
-    names = [name for name in released.meta if not name.startswith(MASKED_STAGE)]
-    if model.vision.kind == "clip":
-        return _write_plain(export, folder, names)
-    named, place = named_tower(model.vision), f"hf-hub:{export.hub}" if export.hub else HERE
-    config = open_clip_config(model, named or place, logit_bias="logit_bias" in released.meta)
-    write_json(folder / "open_clip_config.json", config)
-    if named is None:
-        write_json(folder / "config.json", timm_config(model.vision, features=0))
-    write_weights(folder / WEIGHTS, export, {open_clip_name(name): renamed(name) for name in names})
-    return Guide("open_clip", EMBEDS_BOTH, _snippets(named is not None, export.hub), [RESIZED])
-
-
-def _write_plain(export: Export, folder: Path, names: list[str]) -> Guide:
-    """Write a CLIP whose vision tower is open_clip's own; both towers have one activation there."""
-    released, model = export.released, export.model
-    if model.vision.activation != model.text.activation:
+    plain = model.vision.kind == "clip"
+    if plain and model.vision.activation != model.text.activation:
         raise CheckpointError(
             f"{released.path} has {model.vision.activation} in its vision tower and {model.text.activation} in its "
             "text tower, and open_clip one for both: use --format transformers"
         )
-    write_json(folder / "open_clip_config.json", open_clip_config(model, "", logit_bias="logit_bias" in released.meta))
-    write_weights(
-        folder / WEIGHTS, export, {plain_name(name): Source((name,), partial(_plain, name)) for name in names}
-    )
-    return Guide("open_clip", EMBEDS_BOTH, _snippets(True, export.hub), [RESIZED])
+    named = "" if plain else named_tower(model.vision)
+    tower = named if named is not None else f"hf-hub:{export.hub}" if export.hub else HERE
+    config = open_clip_config(model, tower, logit_bias="logit_bias" in released.meta)
+    write_json(folder / "open_clip_config.json", config)
+    if named is None:
+        write_json(folder / "config.json", timm_config(model.vision, features=0))
+    names = [name for name in released.meta if not name.startswith(MASKED_STAGE)]
+    if plain:
+        sources = {plain_name(name): Source((name,), partial(_plain, name)) for name in names}
+    else:
+        sources = {open_clip_name(name): renamed(name) for name in names}
+    write_weights(folder / "open_clip_model.safetensors", export, sources)
+    return Guide("open_clip", EMBEDS_BOTH, _snippets(named is not None, export.hub), [RESIZED])
 
 
 def _snippets(named: bool, hub: str) -> list[Snippet]:
