@@ -15,7 +15,7 @@ from w2s.megatron.parallel.pipeline_schedule import Loss, Metrics, forward_backw
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.megatron.parallel.sharded import data_parallel
 from w2s.objectives.layer_losses import LayerLosses
-from w2s.planning.teacher import planned_teachers
+from w2s.planning.model.teacher import planned_teachers
 from w2s.teachers.distillation.masked import MaskedDistillation
 from w2s.towers.build import build_student
 from w2s.towers.masked_student import MaskedStudent, patch_indices_to_predict

@@ -22,8 +22,8 @@ from torch.utils.benchmark import Timer
 
 from w2s.bench.speed import card_of
 from w2s.config.load import named_model
-from w2s.planning.cards import Card, card
-from w2s.planning.roofline import moving, product
+from w2s.planning.time.cards import Card, card
+from w2s.planning.time.roofline import moving, product
 
 IMAGES = (8, 16)
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
@@ -113,7 +113,7 @@ def noise(sizes: Sizes, *shape: int) -> Tensor:
 
 
 def main(
-    name: Annotated[str, typer.Option("--card", help="The GPU, where it is none of w2s/planning/cards.yaml.")] = "h100",
+    name: Annotated[str, typer.Option("--card", help="The GPU, where torch's name is none of cards.yaml.")] = "h100",
     tiny: Annotated[bool, typer.Option("--tiny", help="Small sizes, on any machine.")] = False,
 ) -> None:
     """Measure, and print JSON."""

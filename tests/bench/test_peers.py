@@ -25,7 +25,7 @@ from w2s.errors import ConfigError, W2SError
 from w2s.megatron.model.initialize import global_name
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.optim.lamb import Lamb
-from w2s.planning.teacher import planned_teachers, predicted
+from w2s.planning.model.teacher import planned_teachers, predicted
 from w2s.towers.build import build_clip, build_student
 from w2s.towers.masked_student import MaskedStudent, masked_patch_indices
 

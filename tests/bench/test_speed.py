@@ -3,7 +3,7 @@ import pytest
 from w2s.bench.speed import bf16_peak, speed
 from w2s.bench.step import Row
 from w2s.config.load import load
-from w2s.planning.teacher import PlannedTeacher
+from w2s.planning.model.teacher import PlannedTeacher
 
 TEACHER = 2.264e12
 """FLOPs of EVA02-CLIP-E+'s forward pass."""

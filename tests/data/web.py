@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import IO, Any
 
-from w2s.bench.server import SlowHandler
+from w2s.bench.loaders.server import SlowHandler
 
 
 class Faults:

@@ -19,9 +19,9 @@ from w2s.pipeline import runner
 from w2s.pipeline.runner import run_pipeline
 from w2s.pipeline.steps import load_pipeline
 from w2s.pipeline.tasks import Plan
-from w2s.planning.cards import card
 from w2s.planning.hardware_file import lanes
 from w2s.planning.plan import find_plans
+from w2s.planning.time.cards import card
 
 EVALUATIONS = ("classes", "retrieval", "classes_336", "retrieval_336")
 

@@ -3,8 +3,8 @@ import pytest
 from w2s.config.load import load
 from w2s.config.teacher_losses import Target
 from w2s.pipeline.training_flops import steps_of_equal_compute, training_flops
-from w2s.planning.flops import stage_flops
-from w2s.planning.teacher import planned_teachers
+from w2s.planning.model.flops import stage_flops
+from w2s.planning.model.teacher import planned_teachers
 
 MIM = ["model=tiny", "teacher.source=timm:test_vit", "teacher.image_size=64", "train.steps=30"]
 

@@ -10,10 +10,10 @@ import pytest
 from w2s.config.checks import check
 from w2s.config.load import load
 from w2s.config.sections import ParallelConfig
-from w2s.planning.cards import card
 from w2s.planning.hardware_file import text
 from w2s.planning.plan import find_plans
 from w2s.planning.request import Request, request
+from w2s.planning.time.cards import card
 
 NAMES = ["h100", "h100_node", "h100_64", "h100_256", "h100_360"]
 LAYOUT = {f"parallel.{field.name}" for field in fields(ParallelConfig)} | {"train.micro_batch"}

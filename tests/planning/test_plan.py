@@ -11,15 +11,15 @@ from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.config.teacher_losses import Target
 from w2s.errors import ConfigError, UserError
-from w2s.planning.cards import card
 from w2s.planning.in_memory_costs import host_copy
-from w2s.planning.memory import rank_memory
+from w2s.planning.memory.planned_stage import PlannedStage
+from w2s.planning.memory.rank_memory import rank_memory
+from w2s.planning.memory.states import States
+from w2s.planning.model.teacher import planned_teachers
+from w2s.planning.model.towers import planned_towers
 from w2s.planning.plan import Plan, Plans, find_plans
-from w2s.planning.planned_stage import PlannedStage
 from w2s.planning.report import bottleneck
-from w2s.planning.states import States
-from w2s.planning.teacher import planned_teachers
-from w2s.planning.towers import planned_towers
+from w2s.planning.time.cards import card
 
 BF16 = ["precision.compute=bf16", "teacher.precision=bf16", "data=shards", "data.train=shards"]
 MIM = ["model=eva_18b", "teacher=eva02_clip_e_plus"]

@@ -9,11 +9,11 @@ import pytest
 from tests.planning.test_plan import eva_18b, one
 from w2s.config.sections import CheckpointConfig, Config
 from w2s.errors import UserError
-from w2s.planning.cards import card
-from w2s.planning.layer_costs import layer_time
+from w2s.planning.model.towers import planned_towers
 from w2s.planning.plan import Plan
 from w2s.planning.run_time import Images, counted, run_time
-from w2s.planning.towers import planned_towers
+from w2s.planning.time.cards import card
+from w2s.planning.time.layer_costs import layer_time
 
 H100 = card("h100")
 NOTHING = Images(0)

@@ -16,7 +16,7 @@ from w2s.config.load import load
 from w2s.config.sections import Config
 from w2s.megatron.parallel.gradients import global_norm
 from w2s.objectives import masked_loss
-from w2s.planning.cards import card
+from w2s.planning.time.cards import card
 from w2s.rehearsal.kinds import chosen
 from w2s.rehearsal.rank import Job, RankReport, rehearse
 from w2s.rehearsal.rehearsal import Rehearsal, conclude, perform

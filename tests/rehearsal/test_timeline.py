@@ -2,8 +2,8 @@
 
 import pytest
 
-from w2s.planning.cards import card
-from w2s.planning.roofline import exchange, message
+from w2s.planning.time.cards import card
+from w2s.planning.time.roofline import exchange, message
 from w2s.rehearsal.tape import Call, Compute, Event, Group, Tape, Wait
 from w2s.rehearsal.timeline import GPU_LANE, play
 

@@ -1,1 +1,4 @@
-"""Measurements, side by side with a peer: `w2s bench`."""
+"""What this machine can do: `w2s doctor` looks at it, `w2s bench` measures it beside a peer.
+
+Read `report.py` first: a stage's step, measured by `step.py`. `loss.py` measures a loss, `loaders/` reading.
+"""

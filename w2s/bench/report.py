@@ -16,9 +16,9 @@ from w2s.config.checks import check
 from w2s.config.sections import Config, ParallelConfig
 from w2s.data.builtin.builtin_sets import ensure_builtin
 from w2s.errors import ConfigError, W2SError
-from w2s.planning.flops import image_flops, seen_tokens, student_flops, text_flops
+from w2s.planning.model.flops import image_flops, seen_tokens, student_flops, text_flops
+from w2s.planning.model.teacher import PlannedTeacher, planned_teachers, predicted, sample_flops
 from w2s.planning.plan import find_plans
-from w2s.planning.teacher import PlannedTeacher, planned_teachers, predicted, sample_flops
 from w2s.processes.elastic import is_rank
 
 PACKAGES = ("w2s", "torch", "megatron-core", "timm", "open_clip_torch")

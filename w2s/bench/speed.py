@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from w2s.bench.step import Row
 from w2s.config.sections import Config
-from w2s.planning.cards import Card, cards
-from w2s.planning.flops import stage_flops
-from w2s.planning.teacher import PlannedTeacher, predicted, sample_flops
+from w2s.planning.model.flops import stage_flops
+from w2s.planning.model.teacher import PlannedTeacher, predicted, sample_flops
+from w2s.planning.time.cards import Card, cards
 
 _TOWERS = ("student", "vision", "text")
 

@@ -102,7 +102,7 @@ def bench_data(
     With --latency: images per second and waits over a slow local server, beside those from the disk.
     """
     with one_line(debug):
-        from w2s.bench import data, remote
+        from w2s.bench.loaders import data, remote
 
         if latency is None:
             figures, print_table = (

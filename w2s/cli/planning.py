@@ -40,10 +40,10 @@ def plan(
     """Tell which layouts of a stage fit on GPUs and how fast they should be; no GPU is needed."""
     with one_line(debug):
         from w2s.planning import hardware_file, report, scaling
-        from w2s.planning.cards import card as card_of
         from w2s.planning.plan import find_plans
         from w2s.planning.request import request
         from w2s.planning.run_time import counted
+        from w2s.planning.time.cards import card as card_of
 
         if published:
             if arguments or gpus:
@@ -97,8 +97,8 @@ def rehearse(
 ) -> None:
     """Rehearse a job for a cluster on this machine: will it start, fit, hang, and how long does a step take?"""
     with one_line(debug):
-        from w2s.planning.cards import card as card_of
         from w2s.planning.request import TRAINED, Request
+        from w2s.planning.time.cards import card as card_of
         from w2s.rehearsal import report
         from w2s.rehearsal.kinds import chosen
         from w2s.rehearsal.rehearsal import run as run_rehearsal

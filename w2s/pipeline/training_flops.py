@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from w2s.config.sections import Config, ModelConfig, ParallelConfig
-from w2s.planning.flops import stage_flops
-from w2s.planning.teacher import planned_teachers, predicted, sample_flops
+from w2s.planning.model.flops import stage_flops
+from w2s.planning.model.teacher import planned_teachers, predicted, sample_flops
 
 Models = Mapping[str, ModelConfig] | None
 
 
 def training_flops(config: Config, teacher_models: Models = None, begins_at: int = 0) -> float:
-    """Model FLOPs of the whole training of a stage: what is computed twice counts once (`w2s/planning/flops.py`).
+    """Model FLOPs of the whole training of a stage: what is computed twice counts once (`w2s/planning/model/flops.py`).
 
     A teacher of the contrastive stage counts for the steps that have it, as if the student did not pass it
     before.

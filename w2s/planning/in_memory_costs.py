@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from w2s.planning.cards import GPUS_PER_NODE, Card
-from w2s.planning.states import States
+from w2s.planning.memory.states import States
+from w2s.planning.time.cards import GPUS_PER_NODE, Card
 
 CHECKSUM_GBS = 1.1
 """A rank's tensors into memory of its host, with their checksum: measured on one core (docs/reliability.md)."""

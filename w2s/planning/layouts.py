@@ -9,7 +9,7 @@ from w2s.config.fp8_checks import check_fp8_layout
 from w2s.config.layout_checks import check_micro_batches, check_ranks, check_towers
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
-from w2s.planning.cards import GPUS_PER_NODE
+from w2s.planning.time.cards import GPUS_PER_NODE
 
 
 class Layouts:

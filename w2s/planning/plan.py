@@ -11,15 +11,15 @@ from w2s.config.checks import check_settings
 from w2s.config.fp8_checks import check_useless_fp8
 from w2s.config.sections import Config
 from w2s.errors import UserError
-from w2s.planning.cards import Card
-from w2s.planning.duration import StepModel, StepTime
-from w2s.planning.flops import StageFlops, stage_flops
 from w2s.planning.in_memory_costs import HostCopy, host_copy
 from w2s.planning.layouts import Layouts
-from w2s.planning.memory import Memory, rank_memory
-from w2s.planning.planned_stage import PlannedStage
-from w2s.planning.states import States
-from w2s.planning.teacher import PlannedTeacher, planned_teachers, predicted, sample_flops
+from w2s.planning.memory.planned_stage import PlannedStage
+from w2s.planning.memory.rank_memory import Memory, rank_memory
+from w2s.planning.memory.states import States
+from w2s.planning.model.flops import StageFlops, stage_flops
+from w2s.planning.model.teacher import PlannedTeacher, planned_teachers, predicted, sample_flops
+from w2s.planning.time.cards import Card
+from w2s.planning.time.duration import StepModel, StepTime
 
 MARGIN = 1.01
 """How much more than its plan says a layout may need and still fit; rehearsals have found 0.5 % (docs/rehearse.md)."""

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.planning.cards import Card, card
-from w2s.planning.duration import StepModel
-from w2s.planning.flops import TowerFlops
-from w2s.planning.planned_stage import PlannedStage
-from w2s.planning.towers import PlannedTower, planned_towers
+from w2s.planning.memory.planned_stage import PlannedStage
+from w2s.planning.model.flops import TowerFlops
+from w2s.planning.model.towers import PlannedTower, planned_towers
+from w2s.planning.time.cards import Card, card
+from w2s.planning.time.duration import StepModel
 from w2s.tracking.tables import Cell, Table
 
 _COMMON = ("precision.compute=bf16", "eval.shards=", "eval.knn_shards=", "data.builtin=none")

@@ -6,12 +6,12 @@ from typing import Any
 
 from rich.console import Console
 
-from w2s.planning.cards import Card
-from w2s.planning.duration import WORDS
 from w2s.planning.plan import Plan, Plans
 from w2s.planning.request import Request
 from w2s.planning.run_time import Images, RunTime, run_time
 from w2s.planning.scaling import BEND, Scaling
+from w2s.planning.time.cards import Card
+from w2s.planning.time.duration import WORDS
 from w2s.tracking.tables import Cell, Table
 
 _GIB = 2**30

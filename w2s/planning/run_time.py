@@ -14,14 +14,14 @@ from w2s.config.sections import Config
 from w2s.data.shards.listing import list_shards
 from w2s.data.shards.sizes import count_samples
 from w2s.errors import UserError, W2SError
-from w2s.planning.cards import GPUS_PER_NODE, Card
-from w2s.planning.duration import teacher_seconds
 from w2s.planning.in_memory_costs import CHECKSUM_GBS
-from w2s.planning.layer_costs import layer_time
+from w2s.planning.model.simulated_schedule import Passes, pipeline_of, seconds
+from w2s.planning.model.teacher import predicted
+from w2s.planning.model.towers import PlannedTower, planned_towers
 from w2s.planning.plan import Plan
-from w2s.planning.simulated_schedule import Passes, pipeline_of, seconds
-from w2s.planning.teacher import predicted
-from w2s.planning.towers import PlannedTower, planned_towers
+from w2s.planning.time.cards import GPUS_PER_NODE, Card
+from w2s.planning.time.duration import teacher_seconds
+from w2s.planning.time.layer_costs import layer_time
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, fields
 
 from w2s.errors import UserError
-from w2s.planning.cards import card
-from w2s.planning.duration import StepTime
 from w2s.planning.plan import Plan, find_plans
 from w2s.planning.request import Request
+from w2s.planning.time.cards import card
+from w2s.planning.time.duration import StepTime
 
 BEND = 0.8
 """Samples a second of a GPU, against those of the fewest GPUs, below which scaling counts as bent."""

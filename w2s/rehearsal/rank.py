@@ -16,20 +16,20 @@ from w2s.config.sections import Config
 from w2s.megatron.checkpoint import state
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
-from w2s.planning.cards import Card
+from w2s.planning.time.cards import Card
 from w2s.processes.failure import describe
-from w2s.rehearsal.device import GPU, FakeGpu, stand_in_for_cuda
-from w2s.rehearsal.fake_group import Recorder, joined
-from w2s.rehearsal.fp8 import stand_in_for_transformer_engine
-from w2s.rehearsal.meter import Meter
 from w2s.rehearsal.repeated_layers import RepeatedLayers
 from w2s.rehearsal.repeated_micro_batches import RepeatedMicroBatches
 from w2s.rehearsal.repetition import Repetition
-from w2s.rehearsal.sharding import sharded_as_on_gpus
-from w2s.rehearsal.streams import Streams
+from w2s.rehearsal.stand_ins.device import GPU, FakeGpu, stand_in_for_cuda
+from w2s.rehearsal.stand_ins.fake_group import Recorder, joined
+from w2s.rehearsal.stand_ins.fp8 import stand_in_for_transformer_engine
+from w2s.rehearsal.stand_ins.meter import Meter
+from w2s.rehearsal.stand_ins.sharding import sharded_as_on_gpus
+from w2s.rehearsal.stand_ins.streams import Streams
+from w2s.rehearsal.stand_ins.triton import stand_in_for_triton
+from w2s.rehearsal.stand_ins.where import line_of
 from w2s.rehearsal.tape import Tape
-from w2s.rehearsal.triton import stand_in_for_triton
-from w2s.rehearsal.where import line_of
 from w2s.stages import clip, mim
 from w2s.training.stage import Stage, train_step
 

@@ -17,10 +17,10 @@ from w2s.config.sections import Config, TeacherConfig, TeacherEntry
 from w2s.data.shards.listing import list_shards
 from w2s.data.stream.sources import find_sources
 from w2s.errors import UserError, W2SError
-from w2s.planning.cards import GPUS_PER_NODE, Card
-from w2s.planning.memory import Memory, rank_memory
-from w2s.planning.planned_stage import PlannedStage
-from w2s.planning.teacher import planned_teachers
+from w2s.planning.memory.planned_stage import PlannedStage
+from w2s.planning.memory.rank_memory import Memory, rank_memory
+from w2s.planning.model.teacher import planned_teachers
+from w2s.planning.time.cards import GPUS_PER_NODE, Card
 from w2s.processes.stopping import end_with_parent
 from w2s.rehearsal.agreement import Disagreement, disagreements
 from w2s.rehearsal.kinds import stage_of

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from w2s.megatron.parallel import pipeline_schedule
-from w2s.rehearsal.fake_group import Recorder
-from w2s.rehearsal.meter import Meter, Rise
+from w2s.rehearsal.stand_ins.fake_group import Recorder
+from w2s.rehearsal.stand_ins.meter import Meter, Rise
 from w2s.rehearsal.tape import Call, Compute, Event, Wait
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from w2s.bench.marks import REST
-from w2s.planning.cards import GPUS_PER_NODE
+from w2s.planning.time.cards import GPUS_PER_NODE
 from w2s.rehearsal.rehearsal import Rehearsal
 from w2s.rehearsal.tape import MESSAGES, Call, Compute, Tape
 from w2s.rehearsal.timeline import Kind

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from w2s.planning.cards import Card
-from w2s.planning.roofline import exchange, message
+from w2s.planning.time.cards import Card
+from w2s.planning.time.roofline import exchange, message
 from w2s.rehearsal.tape import MESSAGES, Call, Compute, Group, Tape, Wait
 
 Key = tuple[int, int, int, int]

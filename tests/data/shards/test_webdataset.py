@@ -8,7 +8,7 @@ from pathlib import Path
 import webdataset
 
 from tests.data.shard_files import encode, smooth_photo, write_shard
-from w2s.bench.data import BATCH, Shards, open_clip_images
+from w2s.bench.loaders.data import BATCH, Shards, open_clip_images
 from w2s.data.shards.containers import read_shard
 
 

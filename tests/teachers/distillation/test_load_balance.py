@@ -7,7 +7,7 @@ import torch
 from tests.distributed import run_ranks
 from w2s.config.load import load
 from w2s.megatron.parallel import process_groups
-from w2s.planning.teacher import planned_teachers
+from w2s.planning.model.teacher import planned_teachers
 from w2s.teachers.distillation.load_balance import balance, balance_samples
 
 
