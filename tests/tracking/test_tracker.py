@@ -114,7 +114,7 @@ def test_without_mlflow_the_files_are_there_all_the_same(
     root: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(config, tracking=replace(config.tracking, enabled=False))
-    monkeypatch.setattr("w2s.tracking.mlflow.run._open_run", lambda *_: pytest.fail("MLflow was called"))
+    monkeypatch.setattr("w2s.tracking.mlflow.run.open_run", lambda *_: pytest.fail("MLflow was called"))
     tracker = Tracker(config, root / "x", main=True)
     tracker.log(10, 640, {"loss": math.nan, "lr": math.inf})
     tracker.finish("FINISHED")

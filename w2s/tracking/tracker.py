@@ -76,7 +76,7 @@ class Tracker:
         if self._parts:
             self._parts.history.flush()
             self._parts.history = History(self._run_dir, step)
-            self._parts.mlflow.rewind(step)
+            self._parts.mlflow.rewind()
 
     def message(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -169,7 +169,7 @@ class _Parts:
         self.history = History(run_dir, resumed_step)
         self.console = RunConsole(config.stage, 0 if config.stage == "eval" else config.train.steps, resumed_step)
         self.about = About(run_dir, {"stage": config.stage, **facts}, resumed=resumed_step > 0)
-        self.mlflow = MlflowRun.start(
+        self.mlflow = MlflowRun(
             config.tracking,
             Path(config.run.root).expanduser(),
             run_dir.name,

@@ -15,17 +15,16 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from w2s.config.naming import flatten
 from w2s.config.sections import TrackingConfig
-from w2s.errors import StopRun
 from w2s.tracking.mlflow.datasets import DataInput
 from w2s.tracking.mlflow.delivery import clean_name
-from w2s.tracking.mlflow.run import MlflowRun, Status, end_abandoned, parent_run
+from w2s.tracking.mlflow.run import MlflowRun, Status, end_abandoned
 from w2s.tracking.mlflow.store import artifact_location, load_mlflow, tracking_uri
 
 QUIET = TrackingConfig(system_metrics=False)
 
 
 def start(root: Path, tracking: TrackingConfig = QUIET, **arguments: Any) -> MlflowRun:
-    run = MlflowRun.start(tracking, root, "mim", tags={"w2s.stage": "mim"}, params={"train.steps": 40}, **arguments)
+    run = MlflowRun(tracking, root, "mim", tags={"w2s.stage": "mim"}, params={"train.steps": 40}, **arguments)
     _ = run.run_id  # waits until the store has answered, or does not
     return run
 
@@ -59,7 +58,7 @@ def test_what_is_logged_before_the_store_answers_arrives(
 ) -> None:
     answers, load = Event(), load_mlflow
     monkeypatch.setattr("w2s.tracking.mlflow.run.load_mlflow", lambda: answers.wait(60) and load())
-    run = MlflowRun.start(QUIET, root, "mim", tags={}, params={})
+    run = MlflowRun(QUIET, root, "mim", tags={}, params={})
     run.log({"loss": 1.0}, step=10, samples=640)
     assert run.page is None and runs(client) == []
     answers.set()
@@ -71,7 +70,7 @@ def test_a_resumed_run_is_the_same_run_and_its_params_stay(root: Path, client: M
     first = start(root)
     first.log({"loss": 1.0}, step=10, samples=640)
     first.end("KILLED")
-    second = MlflowRun.start(QUIET, root, "mim", tags={}, params={"train.steps": 99}, run_id=first.run_id)
+    second = MlflowRun(QUIET, root, "mim", tags={}, params={"train.steps": 99}, run_id=first.run_id)
     assert client.get_run(str(second.run_id)).info.status == "RUNNING"
     second.log({"loss": 0.5}, step=20, samples=1280)
     second.end("FINISHED")
@@ -97,6 +96,7 @@ def test_the_run_of_dead_ranks_is_ended(
 ) -> None:
     run = start(root, folder=tmp_path)
     run.log({"loss": 1.0}, step=10, samples=640)
+    run._worker.submit(int).result()  # the thread is done with it
     if before:
         run.end(before)
     lines = [{"step": step, "samples_seen": 64 * step, "time": 1.0, "loss": 10 / step} for step in (10, 20)]
@@ -136,7 +136,7 @@ def test_final_status(root: Path, client: MlflowClient, status: Status) -> None:
 
 def test_long_and_many_params(root: Path, client: MlflowClient) -> None:
     params = {f"p{index}": "x" * 7000 for index in range(120)}
-    run = MlflowRun.start(QUIET, root, "mim", tags={}, params=params)
+    run = MlflowRun(QUIET, root, "mim", tags={}, params=params)
     stored = client.get_run(str(run.run_id)).data.params
     assert run.warnings() == []
     assert len(stored) == 120
@@ -159,31 +159,12 @@ def test_system_metrics_can_be_on(root: Path, client: MlflowClient, monkeypatch:
     assert "system/cpu_utilization_percentage" in client.get_run(str(run.run_id)).data.metrics
 
 
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [(None, "FINISHED"), (ValueError("x"), "FAILED"), (StopRun("stop", 15), "KILLED"), (KeyboardInterrupt(), "KILLED")],
-)
-def test_parent_and_child(root: Path, client: MlflowClient, error: BaseException | None, status: str) -> None:
-    try:
-        with parent_run(QUIET, root / "run-1234", tags={"w2s.group": "run-1234"}, params={"a": 1}) as parent:
-            child = start(root, parent_run_id=parent.run_id)
-            child.end("FINISHED")
-            if error:
-                raise error
-    except BaseException as caught:
-        assert caught is error
-    assert client.get_run(str(child.run_id)).data.tags["mlflow.parentRunId"] == parent.run_id
-    stored = client.get_run(str(parent.run_id))
-    assert (stored.info.status, stored.info.run_name) == (status, "run-1234")
-    with parent_run(QUIET, root / "run-1234", tags={}, params={}) as again:
-        assert again.run_id == parent.run_id
-
-
 def test_a_child_that_began_before_its_parent_is_adopted(root: Path, client: MlflowClient) -> None:
     child = start(root)
     child.end("FINISHED")
-    with parent_run(QUIET, root / "run-1234", tags={}, params={}) as parent:
-        parent.adopt(str(child.run_id))
+    parent = start(root)
+    parent.adopt(str(child.run_id))
+    parent.end("FINISHED")
     stored = client.get_run(str(child.run_id))
     assert (stored.data.tags["mlflow.parentRunId"], stored.info.status) == (parent.run_id, "FINISHED")
 
@@ -201,7 +182,7 @@ def test_tracking_that_is_off_never_loads_mlflow(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from w2s.config.sections import TrackingConfig\n"
         "from w2s.tracking.mlflow.run import MlflowRun\n"
-        "run = MlflowRun.start(TrackingConfig(enabled=False), Path(sys.argv[1]), 'x', tags={}, params={})\n"
+        "run = MlflowRun(TrackingConfig(enabled=False), Path(sys.argv[1]), 'x', tags={}, params={})\n"
         "run.log({'loss': 1.0}, 1, 1); run.end('FINISHED')\n"
         "assert run.run_id is None and run.warnings() == [] and 'mlflow' not in sys.modules"
     )
@@ -388,7 +369,7 @@ def test_steps_that_are_done_with_other_samples_are_logged_again(root: Path, cli
     run = start(root)
     for step in (1, 2, 3):
         run.log({"loss": 1.0}, step, step)
-    run.rewind(1)
+    run.rewind()
     for step in (2, 3):
         run.log({"loss": 2.0}, step, step)
     run.end("FINISHED")

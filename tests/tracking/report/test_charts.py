@@ -21,7 +21,7 @@ def shown(drawn: list[Chart]) -> dict[str, list[str]]:
 def test_what_belongs_together_is_in_one_chart_and_the_loss_comes_first() -> None:
     records = lines(
         lr=[0.1, 0.2],
-        own=[1.0, 2.0],
+        custom=[1.0, 2.0],
         **{"test/masked_cosine": [0.5, 0.6], "test/constant_cosine": [0.3, 0.3], "constant_cosine": [0.2, 0.3]},
         loss=[-0.4, -0.5],
         **{"source/a/share": [0.5, 0.4], "source/b/share": [0.5, 0.6]},
@@ -37,7 +37,7 @@ def test_what_belongs_together_is_in_one_chart_and_the_loss_comes_first() -> Non
         ],
         "learning rate": ["highest"],
         "share of each source": ["a", "b"],
-        "own": ["own"],
+        "custom": ["custom"],
     }
     assert [curve.colour for curve in drawn[1].curves] == [0, 1, 0, 1]
     # The loss is the negative cosine where that is not logged beside it.

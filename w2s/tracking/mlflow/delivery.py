@@ -4,9 +4,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -20,39 +18,55 @@ Record = Mapping[str, float | None]
 
 
 class Point(NamedTuple):
-    """A value of a metric, in the order of the arguments of MLflow's `Metric`."""
+    """A value of a metric.
 
-    key: str
+    Attributes:
+        name: of the metric.
+        value: its value.
+        timestamp: milliseconds after the year 1970 began.
+        step: of training.
+        turn: how often training had been rewound before.
+    """
+
+    name: str
     value: float
     timestamp: int
     step: int
+    turn: int
 
-
-@dataclass(frozen=True)
-class _Rewind:
-    step: int
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What only one point of a run has."""
+        return self.name, self.step, self.turn
 
 
 class Delivery:
-    """Points that wait for the store, the oldest first, and those that it has.
+    """Points that wait for the store, the oldest first, and the keys of those that it has.
 
-    `add` may be called from any thread, everything else from one of them only.
+    `add` and `rewind` may be called from any thread, everything else from one of them only.
 
     Attributes:
         refused: points that the store will never take.
+        compared: whether it is known what the store has had before.
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[Any] = deque()
-        self._there: dict[str, set[int]] = {}
+        self._waiting: deque[Point] = deque()
+        self._there: set[tuple[str, int, int]] = set()
+        self._turn = 0
         self.refused = 0
+        self.compared = False
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, values: Mapping[str, float], step: int, milliseconds: int) -> None:
         """Queues the points of a log call, made so many milliseconds after the year 1970 began."""
-        self._waiting.extend(_points(values, step, milliseconds))
+        self._waiting.extend(_points(values, step, milliseconds, self._turn))
+
+    def rewind(self) -> None:
+        """Lets the points that follow come where the store has some of their steps: these are done again."""
+        self._turn += 1
 
     def compare(self, client: "MlflowClient", run_id: str, history: list[Point]) -> None:
         """Finds out what the store has, which shall not come twice, and puts what the run has logged before in front.
@@ -61,12 +75,9 @@ class Delivery:
             Exception: whatever MLflow raises.
         """
         for name in client.get_run(run_id).data.metrics:
-            self._there[name] = {point.step for point in client.get_metric_history(run_id, name)}
+            self._there |= {(name, point.step, 0) for point in client.get_metric_history(run_id, name)}
         self._waiting.extendleft(reversed(history))
-
-    def rewind(self, step: int) -> None:
-        """Lets points of later steps come again, from any thread: those steps are done with other samples now."""
-        self._waiting.append(_Rewind(step))
+        self.compared = True
 
     def send(self, client: "MlflowClient", run_id: str) -> None:
         """Sends what waits, in as few calls as the store takes.
@@ -78,33 +89,23 @@ class Delivery:
         from mlflow.exceptions import MlflowException
 
         while self._waiting:
-            if isinstance(self._waiting[0], _Rewind):
-                self._forget(self._waiting.popleft().step)
-                continue
-            batch = self._batch()
-            new = {(point.key, point.step): point for point in reversed(batch) if not self._has(point)}
+            # By index: an iterator does not outlive what another thread appends.
+            batch = [self._waiting[index] for index in range(min(len(self._waiting), _MOST_POINTS))]
+            new: dict[tuple[str, int, int], Point] = {}
+            for point in batch:
+                if point.key not in self._there:
+                    new.setdefault(point.key, point)
+            metrics = [Metric(point.name, point.value, point.timestamp, point.step) for point in new.values()]
             try:
-                if new:
-                    client.log_batch(run_id, metrics=[Metric(*point) for point in reversed(new.values())])
+                if metrics:
+                    client.log_batch(run_id, metrics=metrics)
             except MlflowException as error:
                 if error.get_http_status_code() != _BAD_REQUEST:
                     raise
-                self.refused += len(new)
-            for name, step in new:
-                self._there.setdefault(name, set()).add(step)
+                self.refused += len(metrics)
+            self._there |= new.keys()
             for _ in batch:
                 self._waiting.popleft()
-
-    def _batch(self) -> list[Point]:
-        # By index: an iterator does not outlive what another thread appends.
-        first = (self._waiting[index] for index in range(min(len(self._waiting), _MOST_POINTS)))
-        return list(takewhile(lambda point: not isinstance(point, _Rewind), first))
-
-    def _has(self, point: Point) -> bool:
-        return point.step in self._there.get(point.key, ())
-
-    def _forget(self, step: int) -> None:
-        self._there = {name: {each for each in steps if each <= step} for name, steps in self._there.items()}
 
 
 def history_points(records: Sequence[Record]) -> list[Point]:
@@ -118,12 +119,12 @@ def history_points(records: Sequence[Record]) -> list[Point]:
         values = {name: float(value) for name, value in numbers.items() if type(value) in (int, float)}
         if {"step", "time"} <= values.keys() and math.isfinite(values["time"]):
             step, seconds = int(values.pop("step")), values.pop("time")
-            points += _points(values, step, int(1000 * seconds))
+            points += _points(values, step, int(1000 * seconds), turn=0)
     return points
 
 
-def _points(values: Mapping[str, float], step: int, milliseconds: int) -> list[Point]:
-    return [Point(clean_name(name), value, milliseconds, step) for name, value in values.items()]
+def _points(values: Mapping[str, float], step: int, milliseconds: int, turn: int) -> list[Point]:
+    return [Point(clean_name(name), value, milliseconds, step, turn) for name, value in values.items()]
 
 
 def clean_name(name: str) -> str:

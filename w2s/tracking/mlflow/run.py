@@ -2,94 +2,55 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from w2s.config.sections import TrackingConfig
-from w2s.errors import StopRun
 from w2s.files import write_text
 from w2s.redaction import redact
 from w2s.tracking.mlflow.datasets import DataInput, to_mlflow
 from w2s.tracking.mlflow.delivery import Delivery, Record, history_points
-from w2s.tracking.mlflow.store import OPEN_SECONDS, artifact_location, connect, load_mlflow, reason, tracking_uri
+from w2s.tracking.mlflow.opening import OpenedRun, open_run, write_facts
+from w2s.tracking.mlflow.store import OPEN_SECONDS, connect, load_mlflow, reason, tracking_uri
 from w2s.tracking.mlflow.worker import Worker
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _RUN_ID_FILE = "mlflow_run_id"
-_LONGEST_PARAM = 6000
-_LONGEST_TAG = 8000
-_KIND = {"mlflow.experimentKind": "custom_model_development"}
-"""The tag by which MLflow's pages open an experiment in their view for model training."""
 _VIEW = "workflowType=machine_learning"
-"""What makes those of 3.17 do so, which go by the address and by what the browser has last chosen."""
+"""What makes MLflow 3.17 open a run in its view for model training: it goes by the address."""
 _FLUSH_SECONDS = 60.0
 _SLOW_SECONDS = 1.0
 _PAUSE_FACTOR = 10.0  # after a call that failed in 10 s nothing is tried for 100 s
 
-
-@dataclass(frozen=True)
-class _Request:
-    """What is wanted of the store when a run starts."""
-
-    uri: str
-    tracking: TrackingConfig
-    root: Path
-    name: str
-    tags: Mapping[str, str]
-    params: Mapping[str, object]
-    run_id: str | None
-    parent_run_id: str | None
-    folder: Path | None
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """What the store answered."""
-
-    client: "MlflowClient"
-    experiment_id: str
-    run_id: str
-    monitor: "SystemMetricsMonitor | None"
-    lost_run_id: str | None
-
-
-_Call = Callable[[_Opened], object]
+_Call = Callable[[OpenedRun], object]
 
 
 class MlflowRun:
-    """A run of the store, used on the main rank only. `start` makes one.
+    """A run of the store, used on the main rank only: a new one, or that of MLFLOW_RUN_ID, of `run_id` or of `folder`.
 
     All writing happens in a thread of its own, in order. What a call could not bring is brought later, at the latest at
     the end, and a run that could not be opened is opened later. After a slow failure the store is left alone for a
     while. `warnings` tells what never arrived.
+
+    Args:
+        tracking: section `tracking` of the configuration; nothing happens unless it is enabled.
+        root: folder of all runs, which the default store is in.
+        name: name of a new run.
+        tags: written on a new and on a continued run.
+        params: written once in the life of a run.
+        run_id: run to continue; one that the store does not know makes a new run and a warning.
+        parent_run_id: run that a new one is a child of.
+        folder: run folder, which notes the id, so that a repeated command continues that run.
+        history: what a continued run has logged so far, as its metrics.jsonl has it; what the store lacks is sent.
     """
 
-    def __init__(self, uri: str, request: _Request | None, history: Sequence[Record]) -> None:
-        self._uri = redact(uri)  # for messages
-        self._request = request
-        self._opened: _Opened | None = None
-        self._history: Sequence[Record] | None = history
-        self._delivery = Delivery()
-        self._worker = Worker("mlflow")
-        self._opening: tuple[Future[None], Future[bool]] | None = None
-        self._undone: list[_Call] = []
-        self._warnings: list[str] = []
-        self._last_failure = ""
-        self._quiet_until = 0.0
-
-    @classmethod
-    def start(
-        cls,
+    def __init__(
+        self,
         tracking: TrackingConfig,
         root: Path,
         name: str,
@@ -100,28 +61,27 @@ class MlflowRun:
         parent_run_id: str | None = None,
         folder: Path | None = None,
         history: Sequence[Record] = (),
-    ) -> "MlflowRun":
-        """Starts a run, or continues the one of MLFLOW_RUN_ID (where that is set), of `run_id` or of `folder`.
-
-        Args:
-            tracking: section `tracking` of the configuration; nothing happens unless it is enabled.
-            root: folder of all runs, which the default store is in.
-            name: name of a new run.
-            tags: written on a new and on a continued run.
-            params: written once in the life of a run.
-            run_id: run to continue; one that the store does not know makes a new run and a warning.
-            parent_run_id: run that a new one is a child of.
-            folder: run folder, which notes the id, so that a repeated command continues that run.
-            history: what a continued run has logged so far, as its metrics.jsonl has it; what the store lacks is sent.
-        """
+    ) -> None:
         uri = tracking_uri(tracking, root)
-        if not tracking.enabled:
-            return cls(uri, None, history)
-        # Used once, as MLflow itself does it: the children of this run must not find the variable again.
-        wanted = os.environ.pop("MLFLOW_RUN_ID", None) or run_id or (stored_run_id(folder) if folder else None)
-        run = cls(uri, _Request(uri, tracking, root, name, tags, params, wanted, parent_run_id, folder), history)
-        run._begin()
-        return run
+        self._uri = redact(uri)  # for messages
+        self._enabled = tracking.enabled
+        self._opened: OpenedRun | None = None
+        self._folder = folder
+        self._history: Sequence[Record] = history
+        self._delivery = Delivery()
+        self._undone: list[_Call] = []
+        self._warnings: list[str] = []
+        self._last_failure = ""
+        self._quiet_until = 0.0
+        self._opening: tuple[Future[None], Future[bool]] | None = None
+        if self._enabled:
+            stored = stored_run_id(folder) if folder else None
+            # Used once, as MLflow itself does it: the children of this run must not find the variable again.
+            self._wanted = os.environ.pop("MLFLOW_RUN_ID", None) or run_id or stored
+            self._open = partial(open_run, uri, tracking, root, name, tags, params, self._wanted, parent_run_id)
+            self._worker = Worker("mlflow")
+            # To import MLflow takes seconds, in which the caller has better to do.
+            self._opening = self._worker.submit(load_mlflow), self._worker.submit(self._attempt, lambda opened: None)
 
     @property
     def page(self) -> str | None:
@@ -129,12 +89,7 @@ class MlflowRun:
         opened = self._opened
         if opened is None or not self._uri.startswith(("http://", "https://")):
             return None
-        place = f"experiments/{opened.experiment_id}/runs/{opened.run_id}"
-        return f"{self._uri.rstrip('/')}/#/{place}?{_VIEW}"
-
-    def _begin(self) -> None:
-        # To import MLflow takes seconds, in which the caller has better to do.
-        self._opening = self._worker.submit(load_mlflow), self._worker.submit(self._attempt, lambda opened: None)
+        return f"{self._uri.rstrip('/')}/#/experiments/{opened.experiment_id}/runs/{opened.run_id}?{_VIEW}"
 
     @property
     def run_id(self) -> str | None:
@@ -155,7 +110,10 @@ class MlflowRun:
         if begin < self._quiet_until:
             return False
         try:
-            call(self._opened or self._open())
+            if self._opened is None:
+                self._opened = self._open()
+                self._note_opened(self._opened)
+            call(self._opened)
         except Exception as error:  # MLflow's own, its database's and its HTTP library's are no reason to stop training
             self._last_failure = reason(error)
             end = time.monotonic()
@@ -164,34 +122,29 @@ class MlflowRun:
             return False
         return True
 
-    def _open(self) -> _Opened:
-        if self._request is None:
-            raise RuntimeError("a run that is not tracked is never opened")
-        self._opened = opened = _open_run(self._request)
-        if opened.lost_run_id:
+    def _note_opened(self, opened: OpenedRun) -> None:
+        if self._wanted and self._wanted != opened.run_id:
             self._warnings.append(
-                f"MLflow at {self._uri} does not know run {opened.lost_run_id}: continued in run {opened.run_id}"
+                f"MLflow at {self._uri} does not know run {self._wanted}: continued in run {opened.run_id}"
             )
-        if self._request.folder is not None:
-            write_text(self._request.folder / _RUN_ID_FILE, f"{opened.run_id}\n")
-        return opened
+        if self._folder is not None:
+            write_text(self._folder / _RUN_ID_FILE, f"{opened.run_id}\n")
 
-    def _deliver(self, opened: _Opened) -> None:
-        if self._history is not None:
+    def _deliver(self, opened: OpenedRun) -> None:
+        if not self._delivery.compared:
             self._delivery.compare(opened.client, opened.run_id, history_points(self._history))
-            self._history = None
         self._delivery.send(opened.client, opened.run_id)
 
     def log(self, metrics: Mapping[str, float], step: int, samples: int | None = None) -> None:
         """Logs metrics of a step and, where it is one of training, the samples seen until then, without waiting."""
-        if self._request is not None:
+        if self._enabled:
             seen = {} if samples is None else {"samples_seen": float(samples)}
             self._delivery.add({**metrics, **seen}, step, int(time.time() * 1000))
             self._worker.submit(self._attempt, self._deliver)
 
-    def rewind(self, step: int) -> None:
-        """Lets metrics of later steps be logged anew, as those steps are done again with other samples."""
-        self._delivery.rewind(step)
+    def rewind(self) -> None:
+        """Lets the metrics of steps be logged anew, as those steps are done again with other samples."""
+        self._delivery.rewind()
 
     def _send(self, call: _Call) -> None:
         """Make a call later, and once more at the end if it fails."""
@@ -200,7 +153,7 @@ class MlflowRun:
             if not self._attempt(call):
                 self._undone.append(call)
 
-        if self._request is not None:
+        if self._enabled:
             self._worker.submit(attempt)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
@@ -209,27 +162,20 @@ class MlflowRun:
 
     def note(self, tags: Mapping[str, str], params: Mapping[str, object] | None = None) -> None:
         """Writes further tags, and parameters that the run does not have yet, without waiting."""
-        self._send(lambda opened: _write(opened.client, opened.run_id, tags, params or {}))
+        self._send(lambda opened: write_facts(opened.client, opened.run_id, tags, params or {}))
 
     def adopt(self, run_id: str) -> None:
         """Makes another run, which may have begun before this one's store answered, a child of it, without waiting."""
-
-        def write(opened: _Opened) -> None:
-            from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-
-            opened.client.set_tag(run_id, MLFLOW_PARENT_RUN_ID, opened.run_id)
-
-        self._send(write)
+        self._send(lambda opened: opened.client.set_tag(run_id, "mlflow.parentRunId", opened.run_id))
 
     def inputs(self, inputs: Iterable[DataInput]) -> None:
         """Notes the data sets that the run reads, without waiting."""
         listed = list(inputs)
-
         self._send(lambda opened: opened.client.log_inputs(opened.run_id, [to_mlflow(item) for item in listed]))
 
     def end(self, status: Status) -> None:
         """Writes what is still waiting, then the final status."""
-        if self._request is None:
+        if not self._enabled:
             return
 
         def close() -> None:
@@ -247,7 +193,7 @@ class MlflowRun:
 
     def warnings(self) -> list[str]:
         """What a person should know at the end: one line each."""
-        if self._request is None:
+        if not self._enabled:
             return []
         if self._opened is None:
             return [
@@ -259,76 +205,6 @@ class MlflowRun:
             return list(self._warnings)
         lacks = f"MLflow at {self._uri} lacks {values} values of metrics and {others} other things"
         return [*self._warnings, f"{lacks} ({self._last_failure}); metrics.jsonl has all values"]
-
-
-def _open_run(request: _Request) -> _Opened:
-    """Starts or continues a run; runs in the worker's thread."""
-    client = connect(request.uri)
-    known = _continue_run(client, request.run_id) if request.run_id else None
-    run = known or _new_run(client, request.uri, request)
-    _write(client, run.info.run_id, request.tags, {} if run.data.params else request.params)
-    monitor = _start_monitor(request.uri, run.info.run_id) if request.tracking.system_metrics else None
-    lost = request.run_id if known is None else None
-    return _Opened(client, run.info.experiment_id, run.info.run_id, monitor, lost)
-
-
-def _continue_run(client: "MlflowClient", run_id: str) -> "Run | None":
-    """The run, marked as running again, or None when the store does not have it (any more)."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code in (ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)):
-            return None
-        raise
-    if run.info.lifecycle_stage != "active":
-        return None
-    client.update_run(run_id, status="RUNNING")
-    return run
-
-
-def _new_run(client: "MlflowClient", uri: str, request: _Request) -> "Run":
-    from mlflow.tracking.context.registry import resolve_tags
-    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-
-    parent = {MLFLOW_PARENT_RUN_ID: request.parent_run_id} if request.parent_run_id else {}
-    experiment_id = _experiment_id(client, request.tracking.experiment, artifact_location(uri, request.root))
-    return client.create_run(experiment_id, tags=resolve_tags(parent), run_name=request.name)
-
-
-def _experiment_id(client: "MlflowClient", name: str, location: str | None) -> str:
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        return str(experiment.experiment_id)
-    try:
-        return client.create_experiment(name, artifact_location=location, tags=_KIND)
-    except MlflowException:  # two runs that start together both find no experiment, and one of them comes second
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            raise
-        return str(experiment.experiment_id)
-
-
-def _write(client: "MlflowClient", run_id: str, tags: Mapping[str, str], params: Mapping[str, object]) -> None:
-    from mlflow.entities import Param, RunTag
-
-    client.log_batch(
-        run_id,
-        params=[Param(name, str(value)[:_LONGEST_PARAM]) for name, value in params.items()],
-        tags=[RunTag(name, value[:_LONGEST_TAG]) for name, value in tags.items()],
-    )
-
-
-def _start_monitor(uri: str, run_id: str) -> "SystemMetricsMonitor":
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
-    monitor.start()
-    return monitor
 
 
 def stored_run_id(folder: Path) -> str | None:
@@ -359,34 +235,6 @@ def end_abandoned(tracking: TrackingConfig, root: Path, folder: Path, history: S
     except Exception:  # a store that does not answer is told nothing
         return
     if running:
-        own = replace(tracking, system_metrics=False)
-        run = MlflowRun.start(own, root, folder.name, tags={}, params={}, run_id=run_id, folder=folder, history=history)
+        quiet = replace(tracking, system_metrics=False)
+        run = MlflowRun(quiet, root, folder.name, tags={}, params={}, run_id=run_id, folder=folder, history=history)
         run.end("FAILED")
-
-
-@contextmanager
-def parent_run(
-    tracking: TrackingConfig, folder: Path, *, tags: Mapping[str, str], params: Mapping[str, object]
-) -> Iterator[MlflowRun]:
-    """The MLflow run above the stages of one `w2s run`; give its `run_id` to them as `tracking.parent_run`.
-
-    It ends as FINISHED, as KILLED after a request to stop, or as FAILED after any other exception.
-
-    Args:
-        tracking: section `tracking` of the configuration.
-        folder: folder of the group, in the folder of all runs; its name is the run's name.
-        tags: tags of the run.
-        params: its parameters.
-    """
-    own = replace(tracking, system_metrics=False)  # the stages log them
-    run = MlflowRun.start(own, folder.parent, folder.name, tags=tags, params=params, folder=folder)
-    status: Status = "FAILED"
-    try:
-        _ = run.run_id  # for which its children wait
-        yield run
-        status = "FINISHED"
-    except (StopRun, KeyboardInterrupt):
-        status = "KILLED"
-        raise
-    finally:
-        run.end(status)
