@@ -1,6 +1,7 @@
 import pytest
 
 from tests.pipeline.launcher import Launcher, by_stage
+from tests.tracking.conftest import client, empty_store, root  # noqa: F401
 from w2s.pipeline import runner
 
 

@@ -6,7 +6,7 @@ import pytest
 from tests.pipeline.launcher import Launcher, overrides
 from tests.pipeline.lengths import write_lengths
 from w2s.config.sections import Config
-from w2s.pipeline.comparison import comparison, on_the_way, points, rival
+from w2s.pipeline.comparison import comparison, points, rival, trunk_on_the_way
 from w2s.pipeline.plots import draw
 from w2s.pipeline.results import Results, Run
 from w2s.pipeline.steps import Comparison, load_pipeline
@@ -49,8 +49,8 @@ def test_a_length_costs_its_part_of_the_trunk_and_its_cool_down(results: Results
     for length in (20, 80, 320):
         assert found[f"scratch_{length}"] == pytest.approx((length * step["scratch"],) * 2)
     assert found["weak_20"] == pytest.approx((0, 20 * step["weak"]))
-    own = 10 * step["masked"] + 20 * step["start"]
-    assert found["start_20"] == pytest.approx((own, own + 20 * step["weak"]))
+    cost = 10 * step["masked"] + 20 * step["start"]
+    assert found["start_20"] == pytest.approx((cost, cost + 20 * step["weak"]))
 
 
 def test_the_rival_costs_no_less(results: Results, compare: Comparison) -> None:
@@ -85,14 +85,14 @@ def test_a_trunk_on_its_way_begins_after_what_it_builds_on(results: Results, com
         name: training_flops((run := results.named(name)[0]).config) / run.config.train.steps
         for name in ("masked", "start")
     }
-    (begin, at_first), (end, at_last) = on_the_way(results, compare, "start", 0)
+    (begin, at_first), (end, at_last) = trunk_on_the_way(results, compare, "start", 0)
     assert (at_first, at_last) == pytest.approx((0.1, steps / 10 + 0.1))
     assert (begin * 1e12, end * 1e12) == pytest.approx(
         (10 * step["masked"], 10 * step["masked"] + steps * step["start"])
     )
-    counted = on_the_way(results, compare, "start", 1)
+    counted = trunk_on_the_way(results, compare, "start", 1)
     assert counted[0][0] > begin, "the teacher's training comes first"
-    assert on_the_way(results, compare, "weak", 0) == [], "it is there already"
+    assert trunk_on_the_way(results, compare, "weak", 0) == [], "it is there already"
 
 
 def test_all_arms_are_in_one_picture(results: Results, tmp_path: Path) -> None:

@@ -1,13 +1,20 @@
 from pathlib import Path
 
+import pytest
+from mlflow import MlflowClient
+
 from tests.pipeline.launcher import Launcher, overrides
 from tests.pipeline.seeded import write_seeded
-from w2s.config.sections import Config
-from w2s.pipeline.meaning import meaning_of
-from w2s.pipeline.parent import metrics, params
+from w2s.config.sections import Config, TrackingConfig
+from w2s.errors import StopRun
+from w2s.pipeline.parent import headline_means, parent_params, parent_run
+from w2s.pipeline.result_tables import meaning_of
 from w2s.pipeline.results import Results, Run
 from w2s.pipeline.steps import load_pipeline
 from w2s.pipeline.tasks import Plan
+from w2s.tracking.mlflow.run import MlflowRun
+
+QUIET = TrackingConfig(system_metrics=False)
 
 
 def measure(config: Config) -> dict[str, float]:
@@ -30,7 +37,7 @@ def test_every_step_has_the_keys_that_it_is_given(tmp_path: Path) -> None:
         overrides(tmp_path, "scratch:data.train=https://me:secret@host/a.tar", "masked:train.steps=44"),
         fresh=False,
     )
-    given = params("seeded", plan)
+    given = parent_params("seeded", plan)
     assert (given["pipeline"], given["seeds"]) == ("seeded", [3, 5])
     assert given["masked.train.steps"] == "44"  # the later of two values
     assert given["masked_clip.data.train"] == "train"
@@ -44,8 +51,8 @@ def test_every_step_has_the_keys_that_it_is_given(tmp_path: Path) -> None:
 def test_headlines_are_means_over_the_runs_so_far(tmp_path: Path) -> None:
     runs = finished(Plan(load_pipeline(write_seeded(tmp_path)), overrides(tmp_path), fresh=False))
     of_step = [run for run in runs if run.task.step.name == "eval_masked"]
-    assert metrics(of_step[:1]) == {"eval_masked/tux/zero_shot/top1": 0.06}
-    assert metrics(of_step) == {"eval_masked/tux/zero_shot/top1": 0.08}
+    assert headline_means(of_step[:1]) == {"eval_masked/tux/zero_shot/top1": 0.06}
+    assert headline_means(of_step) == {"eval_masked/tux/zero_shot/top1": 0.08}
 
 
 def test_what_the_figures_mean(tmp_path: Path) -> None:
@@ -57,3 +64,23 @@ def test_what_the_figures_mean(tmp_path: Path) -> None:
     assert meaning_of(Results(alone.pipeline, finished(alone))).endswith(
         "(0.0300). One run each: as small a difference may be chance."
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "FINISHED"), (ValueError("x"), "FAILED"), (StopRun("stop", 15), "KILLED"), (KeyboardInterrupt(), "KILLED")],
+)
+def test_parent_and_child(root: Path, client: MlflowClient, error: BaseException | None, status: str) -> None:
+    try:
+        with parent_run(QUIET, root / "run-1234", tags={"w2s.group": "run-1234"}, params={"a": 1}) as parent:
+            child = MlflowRun(QUIET, root, "mim", tags={}, params={}, parent_run_id=parent.run_id)
+            child.end("FINISHED")
+            if error:
+                raise error
+    except BaseException as caught:
+        assert caught is error
+    assert client.get_run(str(child.run_id)).data.tags["mlflow.parentRunId"] == parent.run_id
+    stored = client.get_run(str(parent.run_id))
+    assert (stored.info.status, stored.info.run_name) == (status, "run-1234")
+    with parent_run(QUIET, root / "run-1234", tags={}, params={}) as again:
+        assert again.run_id == parent.run_id

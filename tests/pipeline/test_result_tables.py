@@ -6,13 +6,10 @@ from tests.pipeline.launcher import Launcher, overrides
 from tests.pipeline.seeded import write_seeded
 from w2s.config.sections import Config
 from w2s.pipeline.result_tables import arms, by_label, chosen, differences
-from w2s.pipeline.results import Results, Run
-from w2s.pipeline.run_cost import of_chain
-from w2s.pipeline.spread import spread
+from w2s.pipeline.results import Results, Run, TrialOutcome, chain_costs, spread
 from w2s.pipeline.steps import load_pipeline
 from w2s.pipeline.tasks import Plan
 from w2s.pipeline.training_flops import training_flops
-from w2s.pipeline.trials import TrialOutcome
 
 
 @pytest.fixture
@@ -65,7 +62,7 @@ def test_an_arm_costs_all_that_it_builds_on(results: Results) -> None:
         [step for step in results.pipeline.steps if step.name == name]
         for name in ("masked", "masked_clip", "eval_masked")
     )
-    costs = of_chain(results, arm)
+    costs = chain_costs(results, arm)
     assert len(costs) == 2
     configs = [results.of(step)[0].config for step in (masked, clip)]
     assert costs[0].samples == 40 * 64 + 20 * 256

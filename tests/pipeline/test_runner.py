@@ -97,9 +97,9 @@ def learns_best_at_2e_3(config: Config) -> Mapping[str, float]:
 
 TRAINING = [
     "masked-seed3",
-    *(f"masked_clip-seed3-try{number}" for number in (1, 2, 3)),
+    *(f"masked_clip-seed3-try{trial}" for trial in (1, 2, 3)),
     "masked_clip-seed3",
-    *(f"scratch-seed3-try{number}" for number in (1, 2, 3)),
+    *(f"scratch-seed3-try{trial}" for trial in (1, 2, 3)),
     "scratch-seed3",
     "scratch_long-seed3",
     *(f"{step}-seed5" for step in ("masked", "masked_clip", "scratch", "scratch_long")),

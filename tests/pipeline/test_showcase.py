@@ -17,13 +17,13 @@ from w2s.pipeline.tasks import Plan
 from w2s.tracking.mlflow.store import connect
 
 ARMS = ["weak", "scratch", "masked", "summary", "distill", "both", "grown"]
-TAUGHT = ["masked_mim", "summary_mim"]
+MASKED_STAGES = ["masked_mim", "summary_mim"]
 SMALL = [
     "hardware=cpu",
     *(f"model.vision.{size}" for size in ("layers=1", "width=32", "heads=2", "mlp_width=64")),
     *(f"model.text.{size}" for size in ("layers=1", "width=32", "heads=2", "mlp_width=64")),
     *(f"{step}:model.{tower}.layers=2" for step in ("grown", "eval_grown") for tower in ("vision", "text")),
-    *(f"{step}:train.steps=2" for step in TAUGHT),
+    *(f"{step}:train.steps=2" for step in MASKED_STAGES),
     "train.global_batch=8",
     "train.micro_batch=8",
     "optim.warmup=1",
@@ -64,11 +64,11 @@ def few_images(path: Path) -> str:
         name: str(write_shapes(path.parent / name, 1, seed)) for seed, name in enumerate(("train", "tune", "test"))
     }
     sets = dict.fromkeys(("openmoji", "openmoji_unseen", "tuxpaint"), folders["test"])
-    own = {"shards": "", "sets": sets}
+    evaluated = {"shards": "", "sets": sets}
     section = {
         "data": {"builtin": "none", "train": folders["train"], "lanes": 1},
         "eval": {"shards": folders["tune"], "knn_shards": folders["train"]},
-        "on_stage": {"eval": {"eval": own}},
+        "on_stage": {"eval": {"eval": evaluated}},
     }
     path.write_text(yaml.safe_dump(section))
     return str(path)
@@ -144,7 +144,7 @@ def test_a_teacher_that_exists_is_paid_in_one_ledger(report: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["masked", "summary", "distill", "both"])
 def test_a_student_has_the_teacher_that_all_seeds_share(report: Path, arm: str) -> None:
-    name = f"{arm}_mim" if f"{arm}_mim" in TAUGHT else arm
+    name = f"{arm}_mim" if f"{arm}_mim" in MASKED_STAGES else arm
     text = (report.parent / f"{name}-seed1" / "config.yaml").read_text()
     assert f"source: w2s:{report.parent.absolute() / 'weak_5-seed1'}" in text
 

@@ -8,8 +8,7 @@ from tests.pipeline.seeded import write_seeded
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
 from w2s.pipeline.plots import _compute
-from w2s.pipeline.results import Results, Run
-from w2s.pipeline.run_cost import of_chain
+from w2s.pipeline.results import Results, Run, chain_costs
 from w2s.pipeline.steps import load_pipeline
 from w2s.pipeline.tasks import Plan
 from w2s.pipeline.training_flops import training_flops
@@ -99,7 +98,7 @@ def test_a_mistake_in_an_override(override: str, message: str, tmp_path: Path) -
     ],
 )
 def test_a_mistake_in_a_pipeline(content: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "own.yaml"
+    path = tmp_path / "wrong.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError) as caught:
         load_pipeline(str(path))
@@ -157,8 +156,8 @@ def test_compute_of_gives_as_many_steps_as_the_flops_of_the_others_pay_for(tmp_p
     assert abs(training_flops(long) - paid) <= training_flops(long) / long.train.steps / 2
 
 
-_TAUGHT = """
-title: taught
+_DISTILLED = """
+title: distilled
 seeds: [3]
 overrides: [data=shards, data.train=train, eval.shards=tune, train.steps=40]
 steps:
@@ -175,8 +174,8 @@ steps:
 
 
 def test_a_teacher_that_is_still_to_be_trained_costs_what_one_of_its_model_costs(tmp_path: Path) -> None:
-    path = tmp_path / "taught.yaml"
-    path.write_text(_TAUGHT)
+    path = tmp_path / "distilled.yaml"
+    path.write_text(_DISTILLED)
 
     def steps(name: str, *more: str) -> int:
         return configs_of(overrides(tmp_path, *more), str(path))[f"{name}-seed3"].train.steps
@@ -226,8 +225,8 @@ def trunk_plan(folder: Path, step: int = 40) -> Plan:
 def test_a_branch_pays_for_its_own_steps(tmp_path: Path) -> None:
     configs = {config.run.name: config for config in trunk_plan(tmp_path).configs()}
     trunk, branch = configs["trunk-seed3"], configs["branch-seed3"]
-    own = training_flops(branch, begins_at=40)
-    assert own == pytest.approx(training_flops(trunk) * 10 / 90)
+    cost = training_flops(branch, begins_at=40)
+    assert cost == pytest.approx(training_flops(trunk) * 10 / 90)
     assert configs["longer-seed3"].train.steps == 90 + 10
     assert Path(branch.init.checkpoint).parent.parent.name == "trunk-seed3"
 
@@ -243,7 +242,7 @@ def test_a_chain_with_a_branch_has_the_trunk_up_to_there(tmp_path: Path) -> None
     steps = {step.name: step for step in plan.pipeline.steps}
     per_step = training_flops(runs[0].config) / 90
     for name, count in (("eval_branch", 50), ("eval_longer", 100)):
-        for cost in of_chain(results, steps[name]):
+        for cost in chain_costs(results, steps[name]):
             assert (cost.samples, cost.seconds) == (256 * count, 0.25 * count), name
             assert cost.flops == pytest.approx(per_step * count), name
     (place,) = (_compute(results)(run, 256 * 45) for run in results.named("branch")[:1])

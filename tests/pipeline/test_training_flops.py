@@ -18,7 +18,7 @@ def test_a_masked_stage_pays_for_its_teacher() -> None:
     assert training_flops(config) == pytest.approx((student + 6 * layer + patches) * 30 * 64, rel=1e-12)
 
 
-def test_a_contrastive_stage_pays_for_its_teacher_while_it_is_heard() -> None:
+def test_a_contrastive_stage_pays_for_its_teacher_while_it_takes_part() -> None:
     """Forward passes of both towers of `eva_s` for an image and a caption, and the teacher's logits."""
     keys = ["model=tiny", "clip.distill.source=eva:eva_s@none", "train.steps=40", "train.global_batch=64"]
     (teacher,) = planned_teachers(load("clip", keys))
@@ -39,7 +39,7 @@ def test_equal_compute_is_equal_to_half_a_step() -> None:
 
 
 def test_a_summary_target_costs_its_two_linears() -> None:
-    """The teacher's summary has 64 channels, the tiny model's shared space another number."""
+    """The teacher's summary has 64 channels, the tiny model's shared space another width."""
     config, more = load("mim", MIM), load("mim", [*MIM, "mim.summary_weight=0.5"])
     width, embed_dim = config.model.vision.width, config.model.embed_dim
     assert embed_dim != 64

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from w2s.pipeline.results import Results
-from w2s.pipeline.run_cost import of_chain, of_run
-from w2s.pipeline.spread import by_seed, spread
+from w2s.pipeline.results import Results, chain_costs, on_the_way, spread
 from w2s.pipeline.steps import Comparison, Step
 from w2s.tracking.tables import Cell, Table
 
@@ -37,25 +35,21 @@ def points(results: Results, compare: Comparison) -> list[Point]:
         known = [value for value in values if value is not None]
         if step.stage != "eval" and not step.budgets and len(known) == len(values):
             exists = {step.name, step.trunk} & set(compare.exists)
-            beside = 0.0 if exists else of_chain(results, step, compare.exists)[0].flops
-            measured.append(Point(step, known, (beside, of_chain(results, step)[0].flops)))
+            beside = 0.0 if exists else chain_costs(results, step, compare.exists)[0].flops
+            measured.append(Point(step, known, (beside, chain_costs(results, step)[0].flops)))
     return measured
 
 
-def on_the_way(results: Results, compare: Comparison, arm: str, ledger: int) -> list[tuple[float, float]]:
+def trunk_on_the_way(results: Results, compare: Comparison, arm: str, ledger: int) -> list[tuple[float, float]]:
     """TFLOP and mean of the metric wherever a trunk was measured with every seed; nothing where it costs nothing."""
     runs, counted = results.named(arm), ledger == 1
     if not (runs and runs[0].task.step.budgets) or (arm in compare.exists and not counted):
         return []
     step = runs[0].task.step
-    before = of_chain(results, step, () if counted else compare.exists)[0].flops - of_run(runs[0]).flops
-    measured = [
-        {line["samples_seen"]: line[compare.metric] for line in run.history if line.get(compare.metric) is not None}
-        for run in runs
-    ]
-    everywhere = [samples for samples in measured[0] if all(samples in other for other in measured)]
-    a_sample = runs[0].flops / runs[0].samples
-    return [((before + a_sample * samples) / 1e12, mean(each[samples] for each in measured)) for samples in everywhere]
+    before = chain_costs(results, step, () if counted else compare.exists)[0].flops - runs[0].flops
+    per_sample = runs[0].flops / runs[0].samples
+    measured = on_the_way(runs, compare.metric)
+    return [((before + per_sample * samples) / 1e12, mean(values)) for samples, values in measured.items()]
 
 
 def rival(point: Point, among: Sequence[Point], ledger: int) -> Point | None:
@@ -83,3 +77,8 @@ def _against(point: Point, baseline: Sequence[Point], ledger: int) -> list[Cell]
         return [cost, "", "", ""]
     ahead = [ours - theirs for ours, theirs in zip(point.values, other.values, strict=True)]
     return [cost, other.step.name, spread(ahead), by_seed(ahead)]
+
+
+def by_seed(values: Sequence[float]) -> str:
+    """Every value with its sign, in the order of the seeds."""
+    return ", ".join(f"{value:+.4f}" for value in values)

@@ -1,15 +1,49 @@
-"""What the MLflow run above the steps of a pipeline is told, so that pipelines can be compared there."""
+"""The MLflow run above the steps of a pipeline, and what it is told, so that pipelines can be compared there."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from statistics import mean
 
+from w2s.config.sections import TrackingConfig
+from w2s.errors import StopRun
 from w2s.pipeline.results import Run
 from w2s.pipeline.tasks import Plan
 from w2s.redaction import redact
 from w2s.tracking.headlines import readings
+from w2s.tracking.mlflow.run import MlflowRun, Status
 
 
-def params(name: str, plan: Plan) -> dict[str, object]:
+@contextmanager
+def parent_run(
+    tracking: TrackingConfig, folder: Path, *, tags: Mapping[str, str], params: Mapping[str, object]
+) -> Iterator[MlflowRun]:
+    """The MLflow run above the stages of one `w2s run`; give its `run_id` to them as `tracking.parent_run`.
+
+    It ends as FINISHED, as KILLED after a request to stop, or as FAILED after any other exception.
+
+    Args:
+        tracking: section `tracking` of the configuration.
+        folder: folder of the group, in the folder of all runs; its name is the run's name.
+        tags: tags of the run.
+        params: its parameters.
+    """
+    quiet = replace(tracking, system_metrics=False)  # the stages log them
+    run = MlflowRun(quiet, folder.parent, folder.name, tags=tags, params=params, folder=folder)
+    status: Status = "FAILED"
+    try:
+        _ = run.run_id  # for which its children wait
+        yield run
+        status = "FINISHED"
+    except (StopRun, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        run.end(status)
+
+
+def parent_params(name: str, plan: Plan) -> dict[str, object]:
     """The pipeline's name and seeds, and `STEP.KEY` for each key that a step is given, with its train.steps.
 
     A value that trials are to choose is left out until they have.
@@ -28,7 +62,7 @@ def params(name: str, plan: Plan) -> dict[str, object]:
     return facts
 
 
-def metrics(runs: Sequence[Run]) -> dict[str, float]:
+def headline_means(runs: Sequence[Run]) -> dict[str, float]:
     """The headlines of a step as `STEP/METRIC`, each the mean of the runs that have it.
 
     Args:

@@ -9,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from w2s.files import writing
-from w2s.pipeline.comparison import LEDGERS, Point, on_the_way, points
-from w2s.pipeline.results import Results, Run
-from w2s.pipeline.run_cost import used
+from w2s.pipeline.comparison import LEDGERS, Point, points, trunk_on_the_way
+from w2s.pipeline.results import Results, Run, on_the_way, trainings
 from w2s.pipeline.steps import ancestors
 from w2s.tracking.headlines import Reading, readings
 
@@ -68,8 +67,8 @@ def _compute(results: Results) -> Place:
     def place(run: Run, seen: int) -> float:
         chain = ancestors(results.pipeline, run.task.step)
         same_seed = [other for step in chain for other in results.of(step) if other.task.seed == run.task.seed]
-        own = seen - run.begins_at * run.config.train.global_batch
-        return (sum(other.flops for other in used(same_seed)[:-1]) + run.flops * own / run.samples) / 1e12
+        since = seen - run.begins_at * run.config.train.global_batch
+        return (sum(other.flops for other in trainings(same_seed)[:-1]) + run.flops * since / run.samples) / 1e12
 
     return place
 
@@ -85,7 +84,7 @@ def _curves(results: Results, stage: str, label: str, place: Place) -> Figure | 
     if not panels:
         return None
     figure, axes = _panels(len(panels))
-    colours = {step.name: f"C{number}" for number, step in enumerate(steps)}
+    colours = {step.name: f"C{index}" for index, step in enumerate(steps)}
     for panel, (metric, curves) in zip(axes, panels.items(), strict=True):
         for name, curve in curves.items():
             places, lows, means, highs = zip(*curve, strict=True)
@@ -101,12 +100,10 @@ def _curves(results: Results, stage: str, label: str, place: Place) -> Figure | 
 
 def _curve(runs: Sequence[Run], metric: str, place: Place) -> list[tuple[float, float, float, float]]:
     """Place, smallest, mean and greatest value over the seeds, wherever every seed has one."""
-    values = [
-        {line["samples_seen"]: line[metric] for line in run.history if line.get(metric) is not None} for run in runs
+    return [
+        (place(runs[0], samples), min(values), mean(values), max(values))
+        for samples, values in on_the_way(runs, metric).items()
     ]
-    common = [samples for samples in values[0] if all(samples in other for other in values)]
-    by_place = {place(runs[0], samples): [each[samples] for each in values] for samples in common}
-    return [(where, min(each), mean(each), max(each)) for where, each in by_place.items()]
 
 
 def _by_compute(results: Results) -> Figure | None:
@@ -122,10 +119,10 @@ def _by_compute(results: Results) -> Figure | None:
         arms.setdefault(point.arm, []).append(point)
     figure, axes = _panels(len(LEDGERS))
     for ledger, (panel, title) in enumerate(zip(axes, LEDGERS, strict=True)):
-        for number, (arm, of_arm) in enumerate(arms.items()):
+        for index, (arm, of_arm) in enumerate(arms.items()):
             cost = [point.flops[ledger] / 1e12 for point in of_arm]
-            colour = "0.2" if arm == compare.baseline else f"C{number % 10}"
-            if way := on_the_way(results, compare, arm, ledger):
+            colour = "0.2" if arm == compare.baseline else f"C{index % 10}"
+            if way := trunk_on_the_way(results, compare, arm, ledger):
                 panel.plot(*zip(*way, strict=True), color=colour, linewidth=0.7, alpha=0.6)
             panel.plot(cost, [mean(point.values) for point in of_arm], "o-", markersize=3, label=arm, color=colour)
             for where, point in zip(cost, of_arm, strict=True):
@@ -170,7 +167,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     columns = min(3, count)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), layout="constrained")
-    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
+    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
     for panel in axes:
         panel.grid(True, alpha=0.15, linewidth=0.6)
         panel.tick_params(labelsize=8, length=0)

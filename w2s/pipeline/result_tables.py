@@ -1,16 +1,16 @@
-"""The tables of a finished pipeline: figures over the seeds, paired differences, what it cost, what was chosen."""
+"""What a finished pipeline says: figures over the seeds, differences, cost and choices in tables, and a sentence."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import mean
 
-from w2s.pipeline.comparison import comparison
-from w2s.pipeline.results import Results, Run
-from w2s.pipeline.run_cost import Cost, of_chain, of_run
-from w2s.pipeline.spread import by_seed, spread
+from w2s.pipeline.comparison import by_seed, comparison
+from w2s.pipeline.results import Cost, Results, Run, TrialOutcome, chain_costs, spread
 from w2s.pipeline.steps import Step
-from w2s.pipeline.trials import TrialOutcome
 from w2s.tracking.headlines import readings
 from w2s.tracking.tables import Cell, Table
+
+_FIRST = ("mean of a suite", "zero-shot top-1", "mean average precision", "mean recall at 10")
+"""Headlines that say most of a CLIP; where there are none, the first that two steps share counts."""
 
 
 def tables(results: Results, choices: Sequence[TrialOutcome]) -> dict[str, Table]:
@@ -61,13 +61,11 @@ def arms(results: Results) -> Table:
 def differences(results: Results) -> Table:
     """Each step less the steps beside it, seed by seed."""
     rows: list[list[Cell]] = []
-    for step in results.pipeline.steps:
-        ours = by_label(results.of(step))
-        for other in step.beside:
-            theirs = by_label(results.named(other))
-            pairs = {label: zip(ours[label], theirs[label], strict=True) for label in ours if label in theirs}
-            pairwise = {label: [a - b for a, b in pair] for label, pair in pairs.items()}
-            rows += [[f"{step.name} - {other}", label, *_paired(values)] for label, values in pairwise.items()]
+    for name, other, shared in _beside(results):
+        for label, (ours, theirs) in shared.items():
+            gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+            above = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"
+            rows.append([f"{name} - {other}", label, spread(gaps), above, by_seed(gaps)])
     seeds = ", ".join(map(str, results.pipeline.seeds))
     columns = ["difference", "metric", "mean ± deviation", "above 0", "by seed"]
     return Table(f"Paired differences, seeds {seeds}", columns, rows)
@@ -78,9 +76,9 @@ def costs(results: Results) -> Table:
     rows: list[list[Cell]] = []
     for step in results.pipeline.steps:
         if step.stage == "eval":
-            rows.append([f"{step.name}, all its steps", *_cost(of_chain(results, step))])
+            rows.append([f"{step.name}, all its steps", *_cost(chain_costs(results, step))])
         else:
-            rows.append([step.name, *_cost([of_run(run) for run in results.of(step)])])
+            rows.append([step.name, *_cost([Cost.of([run]) for run in results.of(step)])])
     return Table(f"Training{_over(results)}", ["step", "samples", "seconds", "TFLOP"], rows)
 
 
@@ -95,15 +93,43 @@ def chosen(choices: Sequence[TrialOutcome]) -> Table:
     return Table("Choices", ["step", "candidate", "metric", "score", "steps", ""], rows)
 
 
+def meaning_of(results: Results) -> str:
+    """Say how far each step is ahead of the steps beside it, by the headline that says most."""
+    sentences = []
+    for name, other, shared in _beside(results):
+        if shared:
+            label = min(shared, key=_rank)
+            sentences.append(_sentence(name, other, label, *shared[label]))
+    if sentences and len(results.pipeline.seeds) <= 1:
+        sentences.append("One run each: as small a difference may be chance.")
+    return " ".join(sentences)
+
+
+def _rank(label: str) -> int:
+    return next((rank for rank, first in enumerate(_FIRST) if label.startswith(first)), len(_FIRST))
+
+
+def _sentence(name: str, other: str, label: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
+    gap = mean(ours) - mean(theirs)
+    place = f"{abs(gap):.4f} {'ahead of' if gap > 0 else 'behind'}" if gap else "level with"
+    ahead = sum(a > b for a, b in zip(ours, theirs, strict=True))
+    seeds = f", ahead in {ahead} of {len(ours)} seeds" if len(ours) > 1 else ""
+    return f"{label}: {name} has {mean(ours):.4f}, {place} {other} ({mean(theirs):.4f}){seeds}."
+
+
+def _beside(results: Results) -> Iterator[tuple[str, str, dict[str, tuple[list[float], list[float]]]]]:
+    """Each step and a step beside it, with both their values of the headlines that they share."""
+    for step in results.pipeline.steps:
+        ours = by_label(results.of(step))
+        for other in step.beside:
+            theirs = by_label(results.named(other))
+            yield step.name, other, {label: (ours[label], theirs[label]) for label in ours if label in theirs}
+
+
 def by_label(runs: Sequence[Run]) -> dict[str, list[float]]:
     """The headlines of a step's runs, each with its values in the order of the seeds."""
     by_run = [{each.label: each.value for each in readings(run.metrics)} for run in runs]
     return {label: [values[label] for values in by_run] for label in by_run[0]}
-
-
-def _paired(values: Sequence[float]) -> list[Cell]:
-    above = sum(value > 0 for value in values)
-    return [spread(values), f"{above} of {len(values)}", by_seed(values)]
 
 
 def _baselines(runs: Sequence[Run], label: str) -> list[str]:

@@ -12,19 +12,17 @@ from w2s.config.load import to_yaml
 from w2s.config.naming import run_folder
 from w2s.files import write_text
 from w2s.launch import launch_stage
-from w2s.pipeline.meaning import meaning_of
-from w2s.pipeline.parent import metrics, params
+from w2s.pipeline.parent import headline_means, parent_params, parent_run
 from w2s.pipeline.plots import draw
-from w2s.pipeline.result_tables import tables
-from w2s.pipeline.results import Results, Run
+from w2s.pipeline.result_tables import meaning_of, tables
+from w2s.pipeline.results import Results, Run, TrialOutcome
 from w2s.pipeline.shards_of_steps import find_shards
 from w2s.pipeline.steps import load_pipeline
 from w2s.pipeline.tasks import Plan, Task
-from w2s.pipeline.trials import TrialOutcome
 from w2s.processes.host import prepare_cuda
 from w2s.tracking.about import About
 from w2s.tracking.console import say
-from w2s.tracking.mlflow.run import MlflowRun, parent_run, stored_run_id
+from w2s.tracking.mlflow.run import MlflowRun, stored_run_id
 from w2s.tracking.report.report import write_report
 from w2s.tracking.run_group import write_group
 from w2s.tracking.tables import Table
@@ -58,7 +56,7 @@ def run_pipeline(name: str, overrides: Sequence[str], *, ranks: int, fresh: bool
     console = Console()
     about = About(plan.folder, {"pipeline": name}, resumed=True)
     write_group(plan.folder, plan.pipeline.title, [task.name for task in plan.tasks()])
-    given = params(name, plan)
+    given = parent_params(name, plan)
     with parent_run(plan.tracking, plan.folder, tags=about.tags, params=given) as parent:
         if parent.page:
             say(console, f"MLflow: {parent.page}")
@@ -134,7 +132,7 @@ class _Runner:
                 say(self.console, f"{task.step.name}: {choice.key}={chosen.value} has the best {choice.by}")
             runs.append(self._run(task, values))
             of_step = [run for run in runs if run.task.step is task.step]
-            self.parent.log(metrics(of_step), len(of_step))
+            self.parent.log(headline_means(of_step), len(of_step))
         return Results(self.plan.pipeline, runs), list(choices.values())
 
     def _run(self, task: Task, chosen: dict[str, str]) -> Run:

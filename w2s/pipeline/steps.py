@@ -118,15 +118,14 @@ def load_pipeline(name: str) -> Pipeline:
         raise ConfigError(f"run/{name}: {error.full_key}: {reason}; see configs/run/default.yaml") from error
     for mistake in _mistakes(pipeline):
         raise ConfigError(f"run/{name}: {mistake}")
-    return read_out(pipeline)
-
-
-def read_out(pipeline: Pipeline) -> Pipeline:
-    """Put the steps of their lengths behind the steps that have budgets."""
-    return replace(pipeline, steps=[each for step in pipeline.steps for each in _read_out(step)])
+    pipeline = replace(pipeline, steps=[each for step in pipeline.steps for each in _read_out(step)])
+    for mistake in _mistakes_of_references(pipeline):
+        raise ConfigError(f"run/{name}: {mistake}")
+    return pipeline
 
 
 def _read_out(step: Step) -> Iterator[Step]:
+    """A step and, where it has budgets, the steps of its lengths behind it."""
     budgets = step.budgets
     if budgets is None:
         yield step
@@ -142,8 +141,9 @@ def _read_out(step: Step) -> Iterator[Step]:
             f"train.steps={length}",
             f"optim.cooldown={budgets.cooldown}",
         ]
-        own = [*step.overrides, *schedule, *branch]
-        yield Step(name=f"{step.name}_{length}", stage=step.stage, overrides=own, trunk=step.name, shared=step.shared)
+        overrides = [*step.overrides, *schedule, *branch]
+        name = f"{step.name}_{length}"
+        yield Step(name=name, stage=step.stage, overrides=overrides, trunk=step.name, shared=step.shared)
 
 
 def ancestors(pipeline: Pipeline, step: Step, without: Collection[str] = ()) -> list[Step]:
@@ -169,44 +169,23 @@ def references(pipeline: Pipeline, step: Step) -> set[str]:
 
 
 def _mistakes(pipeline: Pipeline) -> Iterator[str]:
+    """What is wrong with the steps one by one."""
     names = [step.name for step in pipeline.steps]
-    lengths = [f"{step.name}_{length}" for step in pipeline.steps if step.budgets for length in step.budgets.steps]
     if not names or len(set(names)) < len(names):
         yield f"steps are named {names}: give at least one, each with a name of its own"
     if len(set(pipeline.seeds)) < len(pipeline.seeds):
         yield f"seeds={pipeline.seeds} has a seed twice: give different ones"
     for stage in pipeline.on_stage.keys() - set(STAGES):
         yield f"on_stage: there is no stage {stage}: did you mean {nearest(stage, STAGES)}?"
-    for number, step in enumerate(pipeline.steps):
-        for other in [*step.compute_of, *step.beside]:
-            if other not in (known := [*names, *lengths]):
-                yield f"{step.name}: there is no step {other}: did you mean {nearest(other, known)}?"
-        later = [other for other in step.compute_of if other in names[number:]]
-        if later:
-            yield f"{step.name}: compute_of={later} are not earlier steps: move {step.name} behind them"
+    for step in pipeline.steps:
         if step.stage == "eval" and (step.choose or step.compute_of or step.budgets):
             yield f"{step.name}: an evaluation trains nothing: leave out choose, compute_of and budgets"
-        if step.shared:
-            yield from _mistakes_of_sharing(pipeline, step)
         if step.trunk:
             yield f"{step.name}: trunk is set by budgets alone: leave it out"
         if step.budgets:
             yield from _mistakes_of_budgets(step.name, step.budgets)
         if step.choose:
             yield from _mistakes_of_choice(step.name, step.choose)
-    yield from _mistakes_of_comparison(pipeline)
-
-
-def _mistakes_of_sharing(pipeline: Pipeline, step: Step) -> Iterator[str]:
-    own = {other.name for other in pipeline.steps if not other.shared}
-    own |= {
-        f"{other.name}_{length}"
-        for other in pipeline.steps
-        if other.name in own and other.budgets
-        for length in other.budgets.steps
-    }
-    for other in sorted(references(pipeline, step) & own):
-        yield f"{step.name}: it is shared by all seeds and builds on {other}, which has one run a seed: share that too"
 
 
 def _mistakes_of_choice(name: str, choice: Choice) -> Iterator[str]:
@@ -223,12 +202,25 @@ def _mistakes_of_budgets(name: str, budgets: Budgets) -> Iterator[str]:
         yield f"{name}: budgets.cooldown={budgets.cooldown} of {budgets.steps[0]} steps is none, or all: use another"
 
 
-def _mistakes_of_comparison(pipeline: Pipeline) -> Iterator[str]:
+def _mistakes_of_references(pipeline: Pipeline) -> Iterator[str]:
+    """What is wrong with the steps that others name, those of the lengths included."""
+    names = [step.name for step in pipeline.steps]
+    per_seed = {step.name for step in pipeline.steps if not step.shared}
+    for index, step in enumerate(pipeline.steps):
+        for other in [*step.compute_of, *step.beside]:
+            if other not in names:
+                yield f"{step.name}: there is no step {other}: did you mean {nearest(other, names)}?"
+        later = [other for other in step.compute_of if other in names[index:]]
+        if later:
+            yield f"{step.name}: compute_of={later} are not earlier steps: move {step.name} behind them"
+        if step.shared and (others := sorted(references(pipeline, step) & per_seed)):
+            reason = f"builds on {others[0]}, which has one run a seed"
+            yield f"{step.name}: it is shared by all seeds and {reason}: share that too"
     compare = pipeline.compare
     if compare is None:
         return
     for other in [compare.baseline, *compare.exists]:
-        if other not in (names := [step.name for step in pipeline.steps]):
+        if other not in names:
             yield f"compare: there is no step {other}: did you mean {nearest(other, names)}?"
     if not any(step.name == compare.baseline and step.budgets for step in pipeline.steps):
         yield f"compare.baseline={compare.baseline} has no budgets: give the step some, or another step"

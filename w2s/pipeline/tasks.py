@@ -16,11 +16,11 @@ from w2s.errors import ConfigError
 from w2s.pipeline.steps import REFERENCE, Budgets, Choice, Pipeline, Step
 from w2s.pipeline.training_flops import steps_of_equal_compute, training_flops
 
-_OWN_KEYS = ("run.name", "run.group", "tracking.parent_run")
+_KEYS_OF_PIPELINES = ("run.name", "run.group", "tracking.parent_run")
 _SHARED_KEYS = ("tracking.uri", "tracking.experiment")
 """Keys that say where the MLflow run above all steps is."""
 
-TrialOutcome = Mapping[str, str]
+Chosen = Mapping[str, str]
 """Name of a step to the value that it has chosen."""
 
 
@@ -32,7 +32,7 @@ class Task:
     seed: int | None = None
     """run.seed, or None for that of the overrides."""
     trial: int | None = None
-    """Number of the candidate that is tried, or None for the run itself."""
+    """Index of the candidate that is tried, or None for the run itself."""
 
     @property
     def name(self) -> str:
@@ -86,9 +86,9 @@ class Plan:
         """All runs but the trials, in their order: seed by seed; of several, evaluations come after all training."""
         tasks = [
             Task(step, seed)
-            for number, seed in enumerate(self.seeds())
+            for index, seed in enumerate(self.seeds())
             for step in self.pipeline.steps
-            if number == 0 or not step.shared
+            if index == 0 or not step.shared
         ]
         if self.pipeline.seeds:  # no test set is looked at before all training is over
             tasks.sort(key=lambda task: task.step.stage == "eval")
@@ -107,7 +107,7 @@ class Plan:
     def trials(self, step: Step) -> list[Task]:
         """A run for each candidate of a step, with the first seed."""
         choice = self.choice(step)
-        return [] if choice is None else [Task(step, self.seeds()[0], number) for number in range(len(choice.among))]
+        return [] if choice is None else [Task(step, self.seeds()[0], trial) for trial in range(len(choice.among))]
 
     def overrides(self, step: Step) -> list[str]:
         """All that a step is told, the later of two values counts; `{NAME}` stands for an earlier step's folder."""
@@ -115,7 +115,7 @@ class Plan:
         common = [experiment, *self.pipeline.overrides, *self.pipeline.on_stage.get(step.stage, [])]
         return [*common, *step.overrides, *self._given[step.name]]
 
-    def config(self, task: Task, chosen: TrialOutcome) -> Config:
+    def config(self, task: Task, chosen: Chosen) -> Config:
         """The configuration of a run, with its folder in the group.
 
         Args:
@@ -127,7 +127,7 @@ class Plan:
             self._known[key] = self._compose(task, chosen)
         return self._known[key]
 
-    def _compose(self, task: Task, chosen: TrialOutcome) -> Config:
+    def _compose(self, task: Task, chosen: Chosen) -> Config:
         step = task.step
         choosing = self._steps[step.trunk] if step.trunk else step
         choice = self.choice(choosing)
@@ -149,7 +149,7 @@ class Plan:
             return _shortened(config, choice.share, self.begins_at(task, config, chosen), step.budgets)
         return config
 
-    def begins_at(self, task: Task, config: Config, chosen: TrialOutcome) -> int:
+    def begins_at(self, task: Task, config: Config, chosen: Chosen) -> int:
         """The steps that are done when a run begins: those of the checkpoint that it continues from.
 
         Args:
@@ -193,12 +193,12 @@ class Plan:
                         f"give it checkpoint.keep_at=[{int(named[1])}]"
                     )
 
-    def _flops(self, task: Task, chosen: TrialOutcome) -> float:
+    def _flops(self, task: Task, chosen: Chosen) -> float:
         """Model FLOPs of a run, whose teacher may be a run of an earlier step that is still to come."""
         config = self.config(task, chosen)
         return training_flops(config, self._teacher_models(task, config, chosen), self.begins_at(task, config, chosen))
 
-    def _teacher_models(self, task: Task, config: Config, chosen: TrialOutcome) -> dict[str, ModelConfig]:
+    def _teacher_models(self, task: Task, config: Config, chosen: Chosen) -> dict[str, ModelConfig]:
         """By source, the models of the earlier steps that teach a run."""
         sources = {teacher.source for teacher in config.stage_teachers}
         steps = {f"w2s:{folder}": name for name, folder in self._folders_before(task).items()}
@@ -238,36 +238,33 @@ def _shortened(config: Config, share: float, begins_at: int, budgets: Budgets | 
 
 def _overrides_of(step: Step, pipeline: Pipeline, overrides: Sequence[str]) -> list[str]:
     """Those of the user's overrides that are meant for a step."""
-    own_keys = (*_OWN_KEYS, "run.seed") if pipeline.seeds else _OWN_KEYS
-    own = []
+    refused = (*_KEYS_OF_PIPELINES, "run.seed") if pipeline.seeds else _KEYS_OF_PIPELINES
+    names = [other.name for other in pipeline.steps]
+    given = []
     for override in overrides:
         key, equals, value = override.partition("=")
         target, colon, rest = key.rpartition(":")
-        names = [other.name for other in pipeline.steps]
         if colon and target not in names:
             raise ConfigError(
                 f"{override}: there is no step {target}: did you mean {nearest(target, names)}? "
                 f"The steps are {', '.join(names)}"
             )
-        if rest in own_keys:
+        if rest in refused:
             raise ConfigError(f"{override}: `w2s run` sets {rest} itself: leave it out, or change run.root")
         if colon and rest in _SHARED_KEYS:
             raise ConfigError(f"{override}: the steps and the run above them have one {rest}: leave out {target}:")
         if target in ("", step.name, step.trunk):
-            own.append(f"{rest}{equals}{value}")
-    return own
+            given.append(f"{rest}{equals}{value}")
+    return given
 
 
 def _group_name(root: Path, base: str, fresh: bool) -> str:
     """The newest group of this name, or one after it: run-1a2b3c4d, run-1a2b3c4d-2, ..."""
-    number = 1
-    while (root / _numbered(base, number)).exists():
-        number += 1
-    return _numbered(base, number if fresh else max(1, number - 1))
-
-
-def _numbered(base: str, number: int) -> str:
-    return base if number == 1 else f"{base}-{number}"
+    newest, unused, count = base, base, 1
+    while (root / unused).exists():
+        count += 1
+        newest, unused = unused, f"{base}-{count}"
+    return unused if fresh else newest
 
 
 def _fill(override: str, folders: Mapping[str, Path]) -> str:

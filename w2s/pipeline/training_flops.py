@@ -13,24 +13,23 @@ Models = Mapping[str, ModelConfig] | None
 def training_flops(config: Config, teacher_models: Models = None, begins_at: int = 0) -> float:
     """Model FLOPs of the whole training of a stage: what is computed twice counts once (`w2s/planning/model/flops.py`).
 
-    A teacher of the contrastive stage counts for the steps that have it, as if the student did not pass it
+    A teacher of the contrastive stage counts for the steps that it takes part in, as if the student did not pass it
     before.
 
     Args:
         config: the stage.
         teacher_models: by source, the models of its teachers that are runs still to come.
-        begins_at: steps of another run that this one continues from, and that are not its own.
+        begins_at: steps of another run that this one continues from.
     """
     config = replace(config, parallel=ParallelConfig())  # what training needs at least is the same in all layouts
-    steps, teacher_steps = config.train.steps - begins_at, max(0, config.teacher_steps - begins_at)
-    samples = 0.0
-    if teacher_steps < steps:
-        samples += (steps - teacher_steps) * stage_flops(config, 1).model
-    teachers = planned_teachers(config, teacher_models)
-    if teachers:
-        teacher = sample_flops(teachers)
-        samples += teacher_steps * stage_flops(config, 1, **predicted(config, teachers), teacher=teacher).model
-    return samples * config.train.global_batch
+    steps, with_teacher = config.train.steps - begins_at, max(0, config.teacher_steps - begins_at)
+    flops = 0.0
+    if with_teacher < steps:
+        flops += (steps - with_teacher) * stage_flops(config, 1).model
+    if teachers := planned_teachers(config, teacher_models):
+        distilled = stage_flops(config, 1, **predicted(config, teachers), teacher=sample_flops(teachers))
+        flops += with_teacher * distilled.model
+    return flops * config.train.global_batch
 
 
 def steps_of_equal_compute(config: Config, flops: float, teacher_models: Models = None) -> int:
