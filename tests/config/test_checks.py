@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from w2s.config.batching import sequence_lengths
-from w2s.config.checks import check
-from w2s.config.load import load
+from w2s.config.checks import check, doubts
+from w2s.config.fields import FIELDS
+from w2s.config.load import STAGES, load
+from w2s.config.rules import OnlyFor, Section, UselessWith
 from w2s.errors import ConfigError
 
 
@@ -24,10 +26,16 @@ def accepts(stage: str, *overrides: str, world_size: int = 1) -> bool:
     return True
 
 
+def test_rules_name_keys_and_stages_that_there_are() -> None:
+    rules = [rule for section in Section.__subclasses__() for rules in section.rules.values() for rule in rules]
+    assert {rule.key for rule in rules if isinstance(rule, UselessWith)} < FIELDS.keys()
+    assert {stage for rule in rules if isinstance(rule, OnlyFor) for stage in rule.stages} <= {*STAGES}
+
+
 def test_clips_are_for_the_contrastive_stage_and_count_as_their_frames() -> None:
     assert refusal("mim", "data.frames=8") == (
-        "data.frames=8 is for the contrastive stage: the masked stage learns from the middle frame of a clip, leave it "
-        "out"
+        "data.frames=8 is not for stage mim: the masked stage learns from the middle frame of a clip, give it to clip "
+        "or eval alone"
     )
     assert refusal("mim", "data.phases=[{frames: 2}]") == (
         "data.phases: frames is for the contrastive stage, not for mim: remove it"
@@ -42,7 +50,8 @@ def test_clips_are_for_the_contrastive_stage_and_count_as_their_frames() -> None
 def test_what_is_frozen_for_no_steps_or_is_not_there() -> None:
     assert accepts("clip", "optim.text_frozen_steps=5", "optim.text_frozen_layers=4")
     assert refusal("clip", "optim.vision_frozen_layers=1") == (
-        "optim.vision_frozen_layers=1 does nothing without optim.vision_frozen_steps: set both"
+        "optim.vision_frozen_layers=1 does nothing with optim.vision_frozen_steps=0: leave it out, or set "
+        "optim.vision_frozen_steps"
     )
     assert "must lie between 0 (the embeddings) and model.text.layers=4: leave it out" in refusal(
         "clip", "optim.text_frozen_steps=5", "optim.text_frozen_layers=5"
@@ -60,7 +69,7 @@ def test_only_a_finished_tower_grows() -> None:
 
 def test_a_cool_down_belongs_to_a_constant_rate() -> None:
     assert refusal("mim", "optim.cooldown=0.1") == (
-        "optim.cooldown=0.1 does nothing with optim.schedule=cosine: use optim.schedule=constant"
+        "optim.cooldown=0.1 does nothing with optim.schedule=cosine: leave it out, or use optim.schedule=constant"
     )
     constant = ["optim.schedule=constant", "train.steps=100"]
     assert accepts("mim", *constant, "optim.cooldown=0.9", "optim.warmup=10")
@@ -81,7 +90,7 @@ def test_a_checkpoint_to_continue_from_brings_all_weights() -> None:
 
 def test_weights_of_layers_without_layers() -> None:
     assert refusal("mim", "mim.layers_weight=1") == (
-        "mim.layers_weight=1.0 does nothing with mim.layers=[]: choose layers or leave it out"
+        "mim.layers_weight=1 does nothing with mim.layers=[]: leave it out, or set mim.layers"
     )
 
 
@@ -126,15 +135,17 @@ def test_the_named_batch_passes() -> None:
         ("mim.min_block=7", "mim.min_block=7 is more than mim.masked_patches=6: use mim.min_block=1"),
         ("mim.layers=[{student: 6, teacher: 0}]", "mim.layers: the student has no layer 6, its layers are 0 to 5"),
         ("mim.layers=[{student: 1, teacher: 0}, {student: 1, teacher: 2}]", "mim.layers: student=1 is given twice"),
-        ("mim.layers_weight=0", "mim.layers_weight=0.0 is outside of (0, inf)"),
-        ("mim.layers_until=2", "mim.layers_until=2.0 is outside of (0, 1]"),
-        ("mim.block_aspect=0", "mim.block_aspect=0.0 is outside of (0, 1]"),
-        ("clip.patch_dropout=1", "clip.patch_dropout=1.0 is outside of [0, 1)"),
-        ("clip.patch_dropout=-0.1", "clip.patch_dropout=-0.1 is outside of [0, 1)"),
-        ("optim.lr=0", "optim.lr=0.0 is outside of (0, inf)"),
-        ("optim.text_lr=-1", "optim.text_lr=-1.0 is outside of (0, inf)"),
+        ("mim.layers_weight=0", "mim.layers_weight=0 must be above 0"),
+        ("mim.layers_until=2", "mim.layers_until=2 must be in (0, 1]"),
+        ("mim.block_aspect=0", "mim.block_aspect=0 must be in (0, 1]"),
+        ("clip.patch_dropout=1", "clip.patch_dropout=1 must be in [0, 1)"),
+        ("clip.patch_dropout=-0.1", "clip.patch_dropout=-0.1 must be in [0, 1)"),
+        ("optim.lr=0", "optim.lr=0 must be above 0"),
+        ("optim.text_lr=-1", "optim.text_lr=-1 must be above 0"),
         ("optim.warmup=600", "optim.warmup=600 must be less than train.steps=240: use optim.warmup=24"),
-        ("optim.betas=[0.9,1.0]", "optim.betas=[0.9, 1.0] must lie in [0, 1)"),
+        ("optim.lr=.inf", "optim.lr=inf must be above 0 and finite"),
+        ("optim.betas=[0.9,1.0]", "optim.betas=[0.9, 1] must each be in [0, 1)"),
+        ("checkpoint.keep_at=[3, 0]", "checkpoint.keep_at=[3, 0] must each be at least 1"),
         ("optim.trust_ratio=[0.01,10]", "optim.trust_ratio=[0.01, 10] does nothing with optim.name=adamw"),
         ("optim.trust_1d=never", "optim.trust_1d=never does nothing with optim.name=adamw"),
         ("data.train=", "data.train is empty"),
@@ -165,14 +176,21 @@ def test_named_test_sets_take_the_place_of_the_single_one() -> None:
     assert refusal("eval", "eval.shards=/c", sets) == (
         "eval.shards=/c and eval.sets are both given: name it in eval.sets, or empty one of them"
     )
-    assert refusal("clip", sets) == "eval.sets is for w2s stage eval: clip is measured on eval.shards alone"
+    assert refusal("clip", sets) == (
+        "eval.sets={'a': '/a', 'b': '/b/{0..1}.tar'} is not for stage clip: training is measured on eval.shards alone, "
+        "give it to eval alone"
+    )
 
 
 def test_only_a_finished_clip_is_registered() -> None:
     clip = ("model=tiny", "init.vision=none", "tracking.register=mine")
     assert accepts("clip", *clip)
-    assert refusal("mim", "tracking.register=mine").startswith("tracking.register=mine: the masked stage makes no CLIP")
-    assert "leave out tracking.enabled=false" in refusal("clip", *clip, "tracking.enabled=false")
+    assert refusal("mim", "tracking.register=mine") == (
+        "tracking.register=mine is not for stage mim: the masked stage makes no CLIP, give it to clip or eval alone"
+    )
+    assert "does nothing with tracking.enabled=false: leave it out, or use tracking.enabled=true" in refusal(
+        "clip", *clip, "tracking.enabled=false"
+    )
     for name in ("a/b", "a:b"):
         assert "has no / and no :" in refusal("clip", *clip[:2], f"tracking.register={name}")
 
@@ -220,3 +238,27 @@ def test_cuda_graphs_name_all_that_they_need(monkeypatch: pytest.MonkeyPatch) ->
     assert "needs model.vision.drop_path=0: " in refusal("mim", graphs, "model.vision.drop_path=0.1")
     phases = "data.phases=[{samples: 64, patch_dropout: 0.5}, {patch_dropout: 0}]"
     assert "needs one patch_dropout in all data.phases: " in refusal("clip", graphs, phases)
+
+
+def test_a_random_text_tower_at_a_rate_for_a_finished_one_is_doubted() -> None:
+    (doubt,) = doubts(load("clip", ["model=eva_18b"]), 1)
+    assert doubt == (
+        "the text tower starts from random weights at optim.text_lr=4e-05, a rate for a finished one beside "
+        "optim.vision_lr=0.0004: name one, such as init.text=teacher, or raise the rate"
+    )
+    for override in ("init.text=teacher", "init.checkpoint=run", "optim.text_lr=4e-4", "optim.vision_lr=1e-4"):
+        assert doubts(load("clip", ["model=eva_18b", override]), 1) == []
+    assert doubts(load("clip"), 1) == doubts(load("mim", ["model=eva_18b"]), 1) == []
+
+
+def test_reading_processes_without_a_lane_are_doubted() -> None:
+    (doubt,) = doubts(load("mim", ["data.lanes=32", "data.workers=8"]), 16)
+    assert doubt == (
+        "data.workers=8 are 2 on each rank, as many as it has of data.lanes=32: use data.lanes=128, or fewer workers"
+    )
+    assert doubts(load("mim", ["data.lanes=32", "data.workers=8"]), 4) == []
+    (doubt,) = doubts(load("mim", ["data.lanes=32", "data.workers=3"]), 4)
+    assert doubt == (
+        "data.workers=3 do not divide the 8 lanes that a rank reads in a step (data.lanes=32 on 4 ranks): the workers "
+        "with more of them hold up the others"
+    )

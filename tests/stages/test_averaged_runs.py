@@ -166,7 +166,7 @@ def test_it_is_taken_over_and_is_a_teacher(
         ("eval", ["init.checkpoint={plain}", "init.weights=ema"], "init.weights=ema is for stages that train"),
         ("mim", ["teacher.source=w2s:{plain}", "teacher.weights=ema"], "holds no moving average of the weights"),
         ("mim", ["teacher.weights=ema"], "teacher.weights=ema is for w2s:RUN: leave it out with teacher.source=timm:"),
-        ("mim", ["optim.ema=1"], "optim.ema=1.0 is outside of [0, 1)"),
+        ("mim", ["optim.ema=1"], "optim.ema=1 must be in [0, 1)"),
     ],
 )
 def test_what_is_not_there_is_one_line(

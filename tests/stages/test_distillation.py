@@ -221,9 +221,9 @@ def test_a_teacher_that_does_not_fit(options: list[str], alone: Ranks, changes: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["clip.distill.source=none", "clip.distill.weight=2"], r"clip\.distill\.weight does nothing"),
+        (["clip.distill.source=none", "clip.distill.weight=2"], r"clip\.distill\.weight=2 does nothing"),
         (["clip.distill.until_better=true"], "give eval.shards and a train.eval_every above 0"),
-        (["clip.distill.until=0"], r"clip\.distill\.until=0\.0 is outside of \(0, 1\]"),
+        (["clip.distill.until=0"], r"clip\.distill\.until=0 must be in \(0, 1\]"),
         (["teacher.sharded=true"], r"teacher\.source=eva:tiny: only w2s:RUN can be split"),
     ],
 )

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from w2s.config.linear_choice import choose_linears
+from w2s.config.precision import choose_linears
 from w2s.config.sections import HardwareConfig, PrecisionConfig, RunConfig, TrackingConfig
 from w2s.redaction import shown
 from w2s.tracking.environment import cards, cores

@@ -79,7 +79,7 @@ def options(
 
 def warn_of_doubts(config: "Config") -> None:
     """Say on the error stream what is hardly meant."""
-    from w2s.config.doubts import doubts
+    from w2s.config.checks import doubts
 
     for doubt in doubts(config, world_size=1):
         print(f"warning: {doubt}", file=sys.stderr)

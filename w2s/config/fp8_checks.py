@@ -1,12 +1,11 @@
 """Linear layers that a machine does not have, and FP8 that cannot work or would do nothing."""
 
-import re
-
 from w2s.config import gpu
 from w2s.config.batching import divisors, micro_batch_size, samples_per_replica, sequence_lengths
 from w2s.config.fields import nearest
-from w2s.config.layout_checks import listed, tower_names
-from w2s.config.linear_choice import INSTALL, LinearChoice, choose_linears
+from w2s.config.layout_checks import tower_names
+from w2s.config.precision import INSTALL, LinearChoice, choose_linears
+from w2s.config.rules import check_rules, listed, written
 from w2s.config.sections import Config, HardwareConfig, PrecisionConfig
 from w2s.errors import ConfigError, MissingPackageError
 
@@ -29,12 +28,12 @@ def check_linears(config: Config) -> None:
         MissingPackageError: Transformer Engine is asked for and not installed.
     """
     precision = config.precision
-    check_useless_fp8(precision)
+    check_rules(config, "precision")
+    if precision.fp8 == "emulated":
+        _check_rehearsal(precision, config.hardware)
     choice = choose_linears(precision, config.hardware)
     if precision.linear == "te":
         _check_engine(precision, config.hardware)
-    if precision.fp8 == "emulated":
-        _check_rehearsal(config.hardware)
     if precision.fp8 in ("delayed", "tensorwise", "blockwise") and config.stage != "eval":
         _check_recipe(precision, choice)
 
@@ -53,38 +52,6 @@ def check_fp8_layout(config: Config, world_size: int) -> None:
     _check_tokens(config, world_size)
 
 
-def check_useless_fp8(precision: PrecisionConfig) -> None:
-    """Refuse keys of FP8 that would do nothing.
-
-    Raises:
-        ConfigError: with the key, its value and the fix.
-    """
-    recipe, defaults = precision.fp8, PrecisionConfig()
-    only_delayed = ("fp8_history", "fp8_margin")
-    for name in (
-        "fp8_format",
-        *only_delayed,
-        "fp8_bf16_first",
-        "fp8_bf16_last",
-        "fp8_bf16_layers",
-        "fp8_primary_weights",
-    ):
-        value = getattr(precision, name)
-        if value != getattr(defaults, name) and (recipe == "none" or (name in only_delayed and recipe != "delayed")):
-            fix = "leave it out, or use precision.fp8=delayed" if name in only_delayed else "leave it out"
-            raise ConfigError(f"precision.{name}={_shown(value)} does nothing with precision.fp8={recipe}: {fix}")
-    if recipe == "emulated" and precision.linear == "te":
-        raise ConfigError(
-            "precision.fp8=emulated is made of local linears, not of precision.linear=te: leave precision.linear out, "
-            "or use precision.fp8=tensorwise"
-        )
-    if recipe == "emulated" and precision.fp8_primary_weights:
-        raise ConfigError(
-            "precision.fp8_primary_weights=true needs Transformer Engine's tensors, which precision.fp8=emulated has "
-            "not: leave it out"
-        )
-
-
 def _check_engine(precision: PrecisionConfig, hardware: HardwareConfig) -> None:
     fix = "use precision.linear=auto" if precision.fp8 == "none" else _REHEARSE
     if hardware.device == "cpu" or gpu.card() is None:
@@ -96,7 +63,17 @@ def _check_engine(precision: PrecisionConfig, hardware: HardwareConfig) -> None:
         )
 
 
-def _check_rehearsal(hardware: HardwareConfig) -> None:
+def _check_rehearsal(precision: PrecisionConfig, hardware: HardwareConfig) -> None:
+    if precision.linear == "te":
+        raise ConfigError(
+            "precision.fp8=emulated is made of local linears, not of precision.linear=te: leave precision.linear out, "
+            "or use precision.fp8=tensorwise"
+        )
+    if precision.fp8_primary_weights:
+        raise ConfigError(
+            "precision.fp8_primary_weights=true needs Transformer Engine's tensors, which precision.fp8=emulated has "
+            "not: leave it out"
+        )
     card = gpu.card() if hardware.device != "cpu" else None
     if card is not None and card.capability < (8, 9):
         raise ConfigError(f"precision.fp8=emulated on {card.name}, which has no FP8: use hardware=cpu for a rehearsal")
@@ -136,7 +113,7 @@ def _check_layers(config: Config) -> None:
     kept = [name for name in ("fp8_bf16_first", "fp8_bf16_last", "fp8_bf16_layers") if getattr(precision, name)]
     if precision.fp8 == "delayed" and kept:
         raise ConfigError(
-            f"precision.{kept[0]}={_shown(getattr(precision, kept[0]))} with precision.fp8=delayed, whose one FP8 "
+            f"precision.{kept[0]}={written(getattr(precision, kept[0]))} with precision.fp8=delayed, whose one FP8 "
             "context spans all layers: use precision.fp8=tensorwise, or leave it out"
         )
     shallow = min(getattr(config.model, name).layers for name in towers)
@@ -176,8 +153,3 @@ def _check_tokens(config: Config, world_size: int) -> None:
                 f"model.{name}.width={width} with precision.fp8=blockwise and parallel.sequence=true must be a "
                 f"multiple of {_BLOCK}: use precision.fp8=tensorwise, or parallel.sequence=false"
             )
-
-
-def _shown(value: object) -> str:
-    """A value as a user writes it."""
-    return str(value).lower() if isinstance(value, bool) else re.sub("['\" ]", "", str(value))

@@ -1,5 +1,7 @@
 """Parallel layouts that cannot work, and those that would do nothing, are refused before a run starts."""
 
+import torch
+
 from w2s.config.batching import (
     data_parallel_size,
     divisors,
@@ -11,7 +13,9 @@ from w2s.config.batching import (
     num_stages,
     samples_per_replica,
     sequence_lengths,
+    views_in_phases,
 )
+from w2s.config.rules import check_rules, listed
 from w2s.config.sections import Config, ParallelConfig, TrainConfig
 from w2s.errors import ConfigError
 
@@ -36,7 +40,13 @@ def check_towers(config: Config) -> None:
     for name in tower_names(config):
         _check_tensor(config, name)
         _check_pipeline(config, name)
-    _check_recomputed_layers(config)
+    count = config.parallel.recompute_layers
+    most = max(getattr(config.model, name).layers for name in tower_names(config))
+    if count > most:
+        raise ConfigError(
+            f"parallel.recompute_layers={count} is more than the {most} layers of a tower: "
+            f"use at most {most}, or 0 for all layers"
+        )
 
 
 def check_micro_batches(config: Config, world_size: int) -> None:
@@ -133,10 +143,6 @@ def _check_batch(train: TrainConfig, replicas: int) -> None:
 
 
 def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
-    for name in ("tensor", "pipeline", "virtual_pipeline"):
-        value = getattr(parallel, name)
-        if value < 1:
-            raise ConfigError(f"parallel.{name}={value} must be at least 1")
     size = model_parallel_size(parallel)
     if world_size % size:
         needs = f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} needs a multiple of {size}"
@@ -148,46 +154,16 @@ def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
 def _check_options(config: Config, replicas: int) -> None:
     """Refuse what would do nothing, or do it wrongly."""
     parallel = config.parallel
-    stages = num_stages(parallel)
-    useless = {
-        "parallel.vision_split": (parallel.vision_split and stages == 1, "parallel.pipeline=1"),
-        "parallel.text_split": (parallel.text_split and stages == 1, "parallel.pipeline=1"),
-        "parallel.sequence=true": (parallel.sequence and parallel.tensor == 1, "parallel.tensor=1"),
-        f"parallel.virtual_pipeline={parallel.virtual_pipeline}": (
-            parallel.virtual_pipeline > 1 and parallel.pipeline == 1,
-            "parallel.pipeline=1",
-        ),
-        f"parallel.micro_batch_group={parallel.micro_batch_group}": (
-            parallel.micro_batch_group and parallel.virtual_pipeline == 1,
-            "parallel.virtual_pipeline=1",
-        ),
-        f"parallel.recompute_layers={parallel.recompute_layers}": (
-            parallel.recompute_layers and parallel.recompute != "full",
-            f"parallel.recompute={parallel.recompute}",
-        ),
-        # Linears in FP8 keep their own rounded input, of which there is nothing to forget.
-        "parallel.recompute=selective": (
-            parallel.recompute == "selective" and _all_in_fp8(config),
-            f"precision.fp8={config.precision.fp8} in all layers (none or full does)",
-        ),
-        "parallel.overlap_grad_reduce=true": (
-            parallel.overlap_grad_reduce and replicas == 1,
-            "one data-parallel rank",
-        ),
-        "parallel.overlap_param_gather=true": (
-            parallel.overlap_param_gather and replicas == 1,
-            "one data-parallel rank",
-        ),
-        "precision.gradients=bf16": (
-            config.precision.gradients == "bf16" and config.precision.compute == "fp32",
-            "precision.compute=fp32",
-        ),
-    }
-    for option, (refused, reason) in useless.items():
-        if refused:
-            raise ConfigError(f"{option} does nothing with {reason}: leave it out")
-    if parallel.recompute_layers < 0:
-        raise ConfigError(f"parallel.recompute_layers={parallel.recompute_layers} must be 0 (all layers) or more")
+    check_rules(config, "parallel", "precision")
+    for name in ("overlap_grad_reduce", "overlap_param_gather"):
+        if getattr(parallel, name) and replicas == 1:
+            raise ConfigError(f"parallel.{name}=true does nothing with one data-parallel rank: leave it out")
+    # Linears in FP8 keep their own rounded input, of which there is nothing to forget.
+    if parallel.recompute == "selective" and _all_in_fp8(config):
+        raise ConfigError(
+            f"parallel.recompute=selective does nothing with precision.fp8={config.precision.fp8} in all layers (none "
+            "or full does): leave it out"
+        )
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise ConfigError("parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true: set both")
     if parallel.shard == "full":
@@ -196,9 +172,7 @@ def _check_options(config: Config, replicas: int) -> None:
 
 def _check_fully_sharded(config: Config, replicas: int) -> None:
     """Refuse what Megatron's FSDP cannot do here, or does anyway."""
-    parallel, other = config.parallel, "or parallel.shard=optimizer"
-    alone = "it is for data parallelism alone"
-    gathers = "it overlaps without being told"
+    parallel, alone, gathers = config.parallel, "it is for data parallelism alone", "it overlaps without being told"
     refused = {
         f"parallel.tensor={parallel.tensor}": (parallel.tensor > 1, f"{alone}, use parallel.tensor=1"),
         f"parallel.pipeline={parallel.pipeline}": (parallel.pipeline > 1, f"{alone}, use parallel.pipeline=1"),
@@ -217,7 +191,7 @@ def _check_fully_sharded(config: Config, replicas: int) -> None:
     }
     for given, (holds, fix) in refused.items():
         if holds:
-            raise ConfigError(f"parallel.shard=full with {given}: {fix}, {other}")
+            raise ConfigError(f"parallel.shard=full with {given}: {fix}, or parallel.shard=optimizer")
 
 
 def _check_sharded_teacher(config: Config) -> None:
@@ -234,6 +208,32 @@ def _check_sharded_teacher(config: Config) -> None:
             f"teacher.sharded=true with parallel.pipeline={config.parallel.pipeline}: a teacher is split over "
             "tensor-parallel ranks alone, use parallel.pipeline=1 or teacher.sharded=false"
         )
+
+
+def check_graphs(config: Config) -> None:
+    """CUDA graphs need a GPU, the same shapes in every pass, and one pass at a time.
+
+    Raises:
+        ConfigError: with the key, its value and legal ones.
+    """
+    if not config.parallel.cuda_graphs:
+        return
+    parallel, (frames, dropouts) = config.parallel, map(set, zip(*views_in_phases(config), strict=True))
+    fixes = {
+        "parallel.tensor=1": parallel.tensor > 1,
+        "parallel.pipeline=1": parallel.pipeline > 1,
+        "parallel.recompute=none or selective": parallel.recompute == "full",
+        "precision.fp8=none": config.precision.fp8 != "none",
+        "parallel.overlap_param_gather=false": parallel.overlap_param_gather,
+        "model.vision.drop_path=0": config.model.vision.drop_path > 0,
+        "one patch_dropout in all data.phases": len(dropouts) > 1,
+        "the same frames in all data.phases": len(frames) > 1,
+        "mim.layers=[]": config.stage == "mim" and bool(config.mim.layers),
+        "hardware=auto on a machine with a GPU": config.hardware.device == "cpu" or not torch.cuda.device_count(),
+    }
+    needed = [fix for fix, is_needed in fixes.items() if is_needed]
+    if needed:
+        raise ConfigError(f"parallel.cuda_graphs=true needs {', '.join(needed)}: set that, or leave the graphs out")
 
 
 def _all_in_fp8(config: Config) -> bool:
@@ -283,18 +283,6 @@ def _check_pipeline(config: Config, name: str) -> None:
         )
 
 
-def _check_recomputed_layers(config: Config) -> None:
-    count, most = (
-        config.parallel.recompute_layers,
-        max(getattr(config.model, name).layers for name in tower_names(config)),
-    )
-    if count > most:
-        raise ConfigError(
-            f"parallel.recompute_layers={count} is more than the {most} layers of a tower: "
-            f"use at most {most}, or 0 for all layers"
-        )
-
-
 def _even(layers: int, stages: int) -> list[int]:
     return [layers // stages + (stage < layers % stages) for stage in range(stages)]
 
@@ -310,8 +298,3 @@ def _check_tokens(config: Config, micro: int, share: int) -> None:
                 f"parallel.sequence=true cannot share the {micro} x {tokens} tokens of a micro-batch among "
                 f"parallel.tensor={tensor} ranks: {fix}"
             )
-
-
-def listed(values: list[int]) -> str:
-    """Return numbers as a sentence has them: `1, 2 or 4`."""
-    return " or ".join(map(str, values)) if len(values) < 3 else ", ".join(map(str, values[:-1])) + f" or {values[-1]}"

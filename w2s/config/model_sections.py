@@ -1,9 +1,18 @@
 """The sections of what is trained and of its teacher."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from w2s.config.requirements import require, require_folder_name, require_positive
+from w2s.config.rules import (
+    FolderName,
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    require,
+)
 
 Weights = Literal["last", "ema"]
 """Which of a checkpoint's weights: those after its last step, or their moving average."""
@@ -14,7 +23,7 @@ ACTIVATIONS = {"eva": ("gelu",), "clip": ("gelu", "quick_gelu"), "siglip": ("gel
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionConfig:
+class VisionConfig(Section, prefix="model.vision."):
     """Shape of the vision tower: an EVA vision transformer, a CLIP's own, or a SigLIP's."""
 
     kind: Literal["eva", "clip", "siglip"] = "eva"
@@ -22,17 +31,17 @@ class VisionConfig:
     a bias on Q, K and V, none on the patch embedding and the projection head; or `siglip`: no class token, a bias on
     every linear, and attention pooling in the place of the projection, so that model.embed_dim is the width. The last
     two have norm=layernorm, norm_placement=pre and qkv_bias=true."""
-    image_size: int = 64
+    image_size: PositiveInt = 64
     """Side of the square input in pixels."""
-    patch_size: int = 16
+    patch_size: PositiveInt = 16
     """Side of a square patch in pixels."""
-    layers: int = 6
+    layers: PositiveInt = 6
     """Transformer layers."""
-    width: int = 192
+    width: PositiveInt = 192
     """Width of the residual stream."""
-    heads: int = 6
+    heads: PositiveInt = 6
     """Attention heads."""
-    mlp_width: int = 960
+    mlp_width: PositiveInt = 960
     """Hidden width of the MLP (EVA-18B: 5 x width)."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Kind of norm, with eps 1e-6 (kind=clip: 1e-5)."""
@@ -43,12 +52,11 @@ class VisionConfig:
     activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
     """Of the MLPs: the exact GELU; x sigmoid(1.702 x), which OpenAI's weights want (kind=clip); or the GELU by tanh,
     with which SigLIPs were trained (kind=siglip)."""
-    drop_path: float = 0.0
+    drop_path: FractionBelowOne = 0.0
     """Probability that training leaves out a branch of the last layer, rising linearly from 0 in the first (EVA-01)."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "model.vision", ("image_size", "patch_size", "layers", "width", "heads", "mlp_width"))
-        require(0 <= self.drop_path < 1, f"model.vision.drop_path={self.drop_path} must be in [0, 1)")
+        super().__post_init__()
         require(
             self.image_size % self.patch_size == 0,
             f"model.vision.image_size={self.image_size} is not a multiple of patch_size={self.patch_size}: "
@@ -118,26 +126,26 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig:
+class TextConfig(Section, prefix="model.text."):
     """Shape of the text tower (CLIP's causal pre-norm transformer)."""
 
-    context_length: int = 16
+    context_length: PositiveInt = 16
     """Tokens of a caption, start and end tokens included."""
-    vocab_size: int = 49408
+    vocab_size: PositiveInt = 49408
     """Vocabulary of the tokenizer (CLIP's BPE)."""
-    layers: int = 4
+    layers: PositiveInt = 4
     """Transformer layers."""
-    width: int = 128
+    width: PositiveInt = 128
     """Width of the residual stream."""
-    heads: int = 4
+    heads: PositiveInt = 4
     """Attention heads."""
-    mlp_width: int = 512
+    mlp_width: PositiveInt = 512
     """Hidden width of the MLP (CLIP: 4 x width)."""
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     """Of the MLPs: the exact GELU, or x sigmoid(1.702 x), which OpenAI's weights want."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "model.text", ("context_length", "vocab_size", "layers", "width", "heads", "mlp_width"))
+        super().__post_init__()
         require(
             self.width % self.heads == 0,
             f"model.text.width={self.width} is not divisible by heads={self.heads}: change one of them",
@@ -145,10 +153,10 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section, prefix="model."):
     """The CLIP that is grown: a vision tower, a text tower and the width that they share."""
 
-    name: str = "custom"
+    name: Annotated[str, FolderName("runs and exports are called by it")] = "custom"
     """Name of the shape, as in configs/model/NAME.yaml."""
     embed_dim: int = 128
     """Width of the shared image-text space."""
@@ -158,7 +166,7 @@ class ModelConfig:
     """The text tower."""
 
     def __post_init__(self) -> None:
-        require_folder_name(self.name, "model.name", "runs and exports are called by it")
+        super().__post_init__()
         require(
             self.vision.kind != "siglip" or self.embed_dim == self.vision.width,
             f"model.embed_dim={self.embed_dim} is not model.vision.width={self.vision.width}: model.vision.kind=siglip "
@@ -167,7 +175,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
+class TeacherConfig(Section, prefix="teacher."):
     """The frozen teacher of the masked stage."""
 
     name: str = "custom"
@@ -181,7 +189,7 @@ class TeacherConfig:
     """
     weights: Weights = "last"
     """Of `w2s:RUN`, the last weights or the moving average (`optim.ema`)."""
-    image_size: int = 0
+    image_size: NonNegativeInt = 0
     """Side of the teacher's input in pixels; 0 is its own, and for a convolutional net a feature per student patch."""
     target_norm: Literal["none", "standardize", "layernorm", "phi_s"] = "none"
     """`none` (the paper's, for CLIP teachers), per-channel standardisation with running statistics (CNN teachers),
@@ -193,12 +201,12 @@ class TeacherConfig:
     """Put the teacher through torch.compile."""
     sharded: bool = False
     """Split a `w2s:RUN` that is too big for one GPU over the tensor-parallel ranks; else every rank holds it whole."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images of one teacher forward in evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherEntry:
+class TeacherEntry(Section, prefix="teachers.{name}."):
     """One of several teachers of the masked stage, and how the student learns from it.
 
     `compile`, `sharded` and `batch_size` are those of the section `teacher`.
@@ -210,21 +218,21 @@ class TeacherEntry:
     """As `teacher.source`."""
     weights: Weights = "last"
     """As `teacher.weights`."""
-    image_size: int = 0
+    image_size: NonNegativeInt = 0
     """As `teacher.image_size`."""
     target_norm: Literal["none", "standardize", "layernorm", "phi_s"] = "none"
     """As `teacher.target_norm`."""
     precision: Literal["fp32", "bf16"] | None = None
     """Arithmetic of its forward pass; null takes `teacher.precision`."""
-    weight: float = 1.0
+    weight: PositiveFloat = 1.0
     """Factor on its losses, of patches and of the summary, in the sum over the teachers."""
     loss: MaskedLoss | None = None
     """Loss of its patches; null takes `mim.loss`."""
     summary: Literal["cls", "pooled"] | None = None
     """What its summary is; null takes `mim.summary`."""
-    summary_weight: float | None = None
+    summary_weight: NonNegativeFloat | None = None
     """Weight of its summary's loss beside that of its patches; null takes `mim.summary_weight`."""
-    share: float = 1.0
+    share: PositiveFloat = 1.0
     """With `teachers.draw=one`, how often it is drawn, relative to the shares of the others that a sample may have."""
     sources: list[str] = field(default_factory=list)
     """Names of the data sources whose samples it teaches, as in the metrics `source/NAME/...`; empty for all."""

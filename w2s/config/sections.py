@@ -3,10 +3,9 @@
 The sections of the model, the data and the training are in files beside this one, and imported from here.
 """
 
-import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
 from w2s.config.data_sections import DataConfig, PhaseConfig
 from w2s.config.model_sections import (
@@ -18,7 +17,18 @@ from w2s.config.model_sections import (
     VisionConfig,
     Weights,
 )
-from w2s.config.requirements import require, require_folder_name, require_positive
+from w2s.config.rules import (
+    FolderName,
+    NonNegativeInt,
+    OnlyFor,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Section,
+    UselessWith,
+    is_name,
+    require,
+)
 from w2s.config.teacher_losses import TeacherLoss
 from w2s.config.training_sections import ClipConfig, DistillConfig, LayerPairConfig, MimConfig, OptimConfig, TrainConfig
 
@@ -52,51 +62,52 @@ __all__ = [
 
 Resize = Literal["crop", "squash"]
 
+_WITHOUT_A_PIPELINE = UselessWith("parallel.pipeline", 1)
+_WITHOUT_FP8 = UselessWith("precision.fp8", "none")
+_DELAYED_ALONE = UselessWith("precision.fp8", "none", "tensorwise", "blockwise", "emulated")
+_AFTER_TRAINING = OnlyFor("eval", why="training is measured on eval.shards alone")
+_MAKES_A_CLIP = OnlyFor("clip", "eval", why="the masked stage makes no CLIP")
+
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section, prefix="run."):
     """Where a run lives and what it is called."""
 
     root: str = "runs"
     """Folder that holds all runs."""
-    name: str = "auto"
+    name: Annotated[str, FolderName("use one without slashes, and run.root for the folder above it")] = "auto"
     """Folder of this run below `root`; `auto` makes stage-model-digest and so finds an interrupted run again."""
     seed: int = 0
     """Seed of the weights, the sample order, the crops and the masks."""
-    group: str = ""
+    group: Annotated[str, FolderName("`w2s run` sets it, leave it out", optional=True)] = ""
     """Name of the `w2s run` that this stage belongs to; set by `w2s run`."""
-
-    def __post_init__(self) -> None:
-        require_folder_name(self.name, "run.name", "use one without slashes, and run.root for the folder above it")
-        if self.group:
-            require_folder_name(self.group, "run.group", "`w2s run` sets it, leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class ParallelConfig(Section, prefix="parallel."):
     """How the model is split over ranks; data parallelism is what is left."""
 
-    tensor: int = 1
+    tensor: PositiveInt = 1
     """Tensor-parallel size."""
-    sequence: bool = False
+    sequence: Annotated[bool, UselessWith("parallel.tensor", 1)] = False
     """Sequence parallelism within the tensor-parallel group."""
-    pipeline: int = 1
+    pipeline: PositiveInt = 1
     """Pipeline-parallel size."""
-    virtual_pipeline: int = 1
+    virtual_pipeline: Annotated[PositiveInt, _WITHOUT_A_PIPELINE] = 1
     """Model chunks per pipeline rank (interleaved schedule)."""
-    micro_batch_group: int = 0
+    micro_batch_group: Annotated[int, UselessWith("parallel.virtual_pipeline", 1)] = 0
     """Micro-batches that go through a chunk before it is the next one's turn (virtual pipeline); 0 takes `pipeline`.
     More give messages time to arrive, for as many more micro-batches in flight."""
-    vision_split: tuple[int, ...] = ()
+    vision_split: Annotated[tuple[int, ...], _WITHOUT_A_PIPELINE] = ()
     """Layers of the vision tower on each of the pipeline x virtual_pipeline stages, in order.
 
     Empty balances their work; that of the embedding counts on the first stage, that of norm and head on the last.
     """
-    text_split: tuple[int, ...] = ()
+    text_split: Annotated[tuple[int, ...], _WITHOUT_A_PIPELINE] = ()
     """The same for the text tower."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again: none, the MLPs' after their GELU, or those of whole layers."""
-    recompute_layers: int = 0
+    recompute_layers: Annotated[NonNegativeInt, UselessWith("parallel.recompute", "none", "selective")] = 0
     """With `recompute=full`, how many layers of each model chunk are recomputed; 0 takes all."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while the backward pass still runs."""
@@ -110,12 +121,12 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionConfig:
+class PrecisionConfig(Section, prefix="precision."):
     """Arithmetic; master weights and optimizer states are always float32."""
 
     compute: Literal["fp32", "bf16"] = "fp32"
     """Type of the weights and activations in the forward and backward pass."""
-    gradients: Literal["fp32", "bf16"] = "fp32"
+    gradients: Annotated[Literal["fp32", "bf16"], UselessWith("precision.compute", "fp32")] = "fp32"
     """Type in which gradients are accumulated over micro-batches and reduced over ranks."""
     linear: Literal["auto", "local", "te"] = "auto"
     """Linear layers: Megatron's own (`local`) or Transformer Engine's (`te`); `auto` takes Transformer Engine on Hopper
@@ -123,81 +134,71 @@ class PrecisionConfig:
     fp8: Literal["none", "delayed", "tensorwise", "blockwise", "emulated"] = "none"
     """FP8 in the layers' matrix products while training: a recipe of Transformer Engine, or `emulated`, a rehearsal of
     `tensorwise` on any machine. Evaluation is always without."""
-    fp8_format: Literal["auto", "hybrid", "e4m3"] = "auto"
+    fp8_format: Annotated[Literal["auto", "hybrid", "e4m3"], _WITHOUT_FP8] = "auto"
     """`hybrid` is E4M3 forward and E5M2 for gradients, `e4m3` is E4M3 for both; `auto` is e4m3 with the blockwise
     recipe, otherwise hybrid."""
-    fp8_history: int = 16
+    fp8_history: Annotated[PositiveInt, _DELAYED_ALONE] = 16
     """Micro-batches over which the delayed recipe takes the largest magnitude."""
-    fp8_margin: int = 0
+    fp8_margin: Annotated[NonNegativeInt, _DELAYED_ALONE] = 0
     """Powers of two that the delayed recipe leaves free below the format's largest number."""
-    fp8_bf16_first: int = 0
+    fp8_bf16_first: Annotated[NonNegativeInt, _WITHOUT_FP8] = 0
     """First layers of each tower that stay without FP8."""
-    fp8_bf16_last: int = 0
+    fp8_bf16_last: Annotated[NonNegativeInt, _WITHOUT_FP8] = 0
     """Last layers of each tower that stay without FP8."""
-    fp8_bf16_layers: list[str] = field(default_factory=list)
+    fp8_bf16_layers: Annotated[list[str], _WITHOUT_FP8] = field(default_factory=list)
     """Further layers that stay without FP8, as the metrics name them: `vision.7`, `text.0`; counted from 0."""
-    fp8_primary_weights: bool = False
+    fp8_primary_weights: Annotated[bool, _WITHOUT_FP8] = False
     """Keep the layers' weights in FP8 alone and gather them so; the float32 master weights are the optimizer's."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "precision", ("fp8_history",))
-        for name in ("fp8_margin", "fp8_bf16_first", "fp8_bf16_last"):
-            value = getattr(self, name)
-            require(value >= 0, f"precision.{name}={value} must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HardwareConfig:
+class HardwareConfig(Section, prefix="hardware."):
     """The machine."""
 
     name: str = "custom"
     """Name of the setting, as in configs/hardware/NAME.yaml."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
-    timeout: int = 600
+    timeout: Annotated[int, Range("[5, inf)")] = 600
     """Seconds without a sign of life of a rank, a reading process or a checkpoint writer after which the run ends."""
-    slow_timeout: int = 1800
+    slow_timeout: Annotated[int, Range("[5, inf)")] = 1800
     """The same where one call may take long: at the start, in the first step, while measuring, saving and finishing."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Section, prefix="checkpoint."):
     """Saving."""
 
-    every: int = 100
+    every: PositiveInt = 100
     """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
+    keep: PositiveInt = 2
     """Newest checkpoints that are kept."""
-    keep_at: list[int] = field(default_factory=list)
+    keep_at: list[PositiveInt] = field(default_factory=list)
     """Steps that are saved, and kept whatever comes after: where other runs continue from (`init.checkpoint`)."""
     async_save: bool = False
     """Write in the background while training continues; `latest` moves when all ranks have written."""
     memory: bool = False
     """Keep the newest one in the memory of the hosts too, each rank's also on the next host: ranks that are started
     again (--restarts) need no disk."""
-    failures: int = 3
+    failures: PositiveInt = 3
     """Saves in a row that the system may refuse (disk full, quota) before the run ends: it trains on meanwhile."""
     strict: bool = False
     """Stop where the newest checkpoint is damaged, instead of continuing from the newest whole one."""
 
-    def __post_init__(self) -> None:
-        require_positive(self, "checkpoint", ("every", "keep", "failures"))
-        require(min(self.keep_at, default=1) >= 1, f"checkpoint.keep_at={self.keep_at} must be steps, counted from 1")
-
 
 @dataclass(frozen=True, kw_only=True)
-class InitConfig:
+class InitConfig(Section, prefix="init."):
     """Where the weights come from when the run has no checkpoint of its own."""
 
     vision: str = "none"
     """Vision tower: a run's path, its name, its MLflow run id, `latest` (newest finished mim run), a weights file of
     EVA-CLIP, open_clip or timm, or `none`."""
-    text: str = "none"
+    text: Annotated[str, OnlyFor("clip", why="the masked stage has no text tower")] = "none"
     """Text tower of the contrastive stage, named as in `vision`; `latest` is the newest finished clip run.
 
     `teacher` takes that of the teacher of the masked run in `vision`, or without one that of teacher.source.
     """
-    teacher: str = ""
+    teacher: Annotated[str, OnlyFor("clip", why="the masked stage gives none of its heads away")] = ""
     """Which teacher of the masked run in `vision` it is whose head the CLIP takes over, and whose text tower
     `text=teacher` is, where the run had several; empty takes the first."""
     grow: Literal["none", "stack", "interleave"] = "none"
@@ -213,7 +214,7 @@ class InitConfig:
     checkpoints: the model to evaluate, or the state that a training continues from (weights, optimizer, step, data)."""
     post_norm: float = 1.0
     """Initial weight of the branch norms of a post-norm tower that starts from scratch (0 in EVA-01's masked stage)."""
-    std: float = 0.02
+    std: PositiveFloat = 0.02
     """Standard deviation of the normal that a vision tower's weights are drawn from."""
     truncated: bool = False
     """Cut that normal at one standard deviation, and draw the patch embedding from it too (EVA-01's masked stage)."""
@@ -227,16 +228,16 @@ class InitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Section, prefix="eval."):
     """Zero-shot classification, retrieval and k-NN."""
 
     shards: str = ""
     """Test shards with images and captions or class labels; empty turns evaluation off."""
     weights: Weights = "last"
     """What is measured, while training too: the last weights or their moving average (`optim.ema`)."""
-    sets: dict[str, str] = field(default_factory=dict)
+    sets: Annotated[dict[str, str], _AFTER_TRAINING] = field(default_factory=dict)
     """Several test sets for `w2s stage eval`, shards by name, in place of `shards`; metrics are called NAME/METRIC."""
-    suite: str = ""
+    suite: Annotated[str, _AFTER_TRAINING] = ""
     """Test sets that are measured together, and the table that they fill, in place of `shards` and `sets`.
 
     `clip27`, `imagenet_robust`, `retrieval` or `video` of configs/suite, or a path that ends in .yaml. Its file says
@@ -256,7 +257,7 @@ class EvalConfig:
 
     `better`, for `w2s stage eval`, measures both and takes the better for each test set (the papers, for classes).
     """
-    batch_size: int = 256
+    batch_size: PositiveInt = 256
     """Images or texts of one forward pass."""
     retrieval: bool = True
     """Measure image-text retrieval (recall at 1, 5 and 10, both ways)."""
@@ -267,7 +268,7 @@ class EvalConfig:
 
     The sets of a suite have their own, in `train/` beside `test/`.
     """
-    knn_k: int = 20
+    knn_k: PositiveInt = 20
     """Neighbours that vote."""
     linear_probe: bool = False
     """Train a linear classifier on the features of those shards too, and measure it on the test sets.
@@ -278,11 +279,9 @@ class EvalConfig:
     """Measure k-NN of a random student and of the teacher too."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in self.sets:
-            require(
-                re.fullmatch(r"[\w-]+", name, re.ASCII) is not None,
-                f"eval.sets: '{name}' is not a name of a test set: use letters, digits, _ and -",
-            )
+            require(is_name(name), f"eval.sets: '{name}' is not a name of a test set: use letters, digits, _ and -")
 
     @property
     def resizes(self) -> tuple[Resize, ...]:
@@ -304,7 +303,7 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackingConfig:
+class TrackingConfig(Section, prefix="tracking."):
     """MLflow, console and pictures."""
 
     enabled: bool = True
@@ -317,11 +316,18 @@ class TrackingConfig:
     """MLflow run that this stage is a child of; set by `w2s run`."""
     system_metrics: bool = True
     """Log CPU, memory and GPU use to MLflow."""
-    register: str = ""
+    register: Annotated[str, _MAKES_A_CLIP, UselessWith("tracking.enabled", False)] = ""
     """Model of MLflow's registry that the finished CLIP becomes a new version of: exported, with a signature, for
     `mlflow.pyfunc` to embed images and texts. Empty registers nothing. For the clip and eval stages."""
-    pictures: int = 8
+    pictures: NonNegativeInt = 8
     """Images (masked stage) or classes (evaluation) in the pictures at the end of a stage; 0 draws none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not set(self.register) & set("/:"),
+            f"tracking.register={self.register}: the name of a registered model has no / and no :, use another",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

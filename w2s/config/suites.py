@@ -1,6 +1,5 @@
 """What a file of `configs/suite` says: test sets that are measured together, each by its rules."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
@@ -10,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from w2s.config.fields import nearest
 from w2s.config.load import read_document
+from w2s.config.rules import is_name
 from w2s.errors import ConfigError
 
 Metric = Literal["top1", "mean_per_class", "mean_of_top1_and_top5", "mean_average_precision", "recall"]
@@ -128,7 +128,7 @@ def _mistakes(suite: Suite) -> Iterator[str]:
     if not names or len(set(names)) < len(names):
         yield f"sets are named {names}: give at least one, each with a name of its own"
     for name in names:
-        if re.fullmatch(r"[\w-]+", name, re.ASCII) is None:
+        if not is_name(name):
             yield f"'{name}' is not a name of a test set: use letters, digits, _ and -"
     for mean in suite.means:
         for name in set(mean.of) - set(names):

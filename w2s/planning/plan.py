@@ -8,7 +8,7 @@ from typing import Any
 
 from w2s.config.batching import data_parallel_size
 from w2s.config.checks import check_settings
-from w2s.config.fp8_checks import check_useless_fp8
+from w2s.config.rules import check_rules
 from w2s.config.sections import Config
 from w2s.errors import UserError
 from w2s.planning.in_memory_costs import HostCopy, host_copy
@@ -144,7 +144,7 @@ def _fastest(candidates: "Sequence[_Candidate]", top: int) -> list[Plan]:
 def _check_settings(config: Config, card: Card) -> None:
     """Refuse what the planner does not model, and what no layout could run."""
     check_settings(config)
-    check_useless_fp8(config.precision)
+    check_rules(config, "precision")
     fp8 = config.precision.fp8
     if fp8 == "emulated":
         raise UserError("precision.fp8=emulated is a rehearsal, not to be planned: use precision.fp8=tensorwise")

@@ -8,7 +8,7 @@ from w2s.checkpoint.own import checkpoint_folders
 from w2s.checkpoint.own.in_memory import host_memory
 from w2s.checkpoint.own.verifying import recover
 from w2s.checkpoint.starts.continued import with_its_start
-from w2s.config.doubts import doubts
+from w2s.config.checks import doubts
 from w2s.config.sections import Config
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.processes.host import compute_deterministically

@@ -35,7 +35,9 @@ def watch(folder: Path, act: Act) -> None:
     os.environ["MASTER_ADDR"] = "localhost"
     with process_groups.initialize_groups(ParallelConfig(), torch.device("cpu")) as ranks:
         os.environ[FAILURE_FILE] = str(folder / f"{ranks.rank}.json")
-        with watched(HardwareConfig(timeout=SECONDS, slow_timeout=3 * SECONDS), ranks) as heartbeat:
+        hardware = HardwareConfig()
+        vars(hardware).update(timeout=SECONDS, slow_timeout=3 * SECONDS)  # less than a run may have
+        with watched(hardware, ranks) as heartbeat:
             heartbeat.report = folder / "stacks.txt"
             for step in range(1, 5):
                 heartbeat.at("training", step)

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from w2s.config.fields import nearest
-from w2s.config.requirements import require
+from w2s.config.rules import require
 from w2s.errors import ConfigError, DataError, MissingPackageError
 
 _IMAGENET = "imagenet1k"

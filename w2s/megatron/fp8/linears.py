@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from w2s.config.linear_choice import bf16_layers, choose_linears, fp8_format
+from w2s.config.precision import bf16_layers, choose_linears, fp8_format
 from w2s.config.sections import Config, PrecisionConfig
 from w2s.megatron.fp8 import fp8_emulation, transformer_engine
 from w2s.megatron.fp8.whole_linears import ColumnLinear, RowLinear

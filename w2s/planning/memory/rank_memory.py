@@ -7,7 +7,7 @@ sums of their largest tensors. All of it is beside what the rehearsal counts (do
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from w2s.config.linear_choice import bf16_layers
+from w2s.config.precision import bf16_layers
 from w2s.config.sections import Config
 from w2s.planning.memory.activations import Types, kept_going_back, peak
 from w2s.planning.memory.fully_sharded_costs import Whole, whole

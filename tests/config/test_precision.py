@@ -4,7 +4,7 @@ import pytest
 
 from tests.config.test_fp8_checks import AMPERE, HOPPER, machine
 from w2s.config.gpu import Card
-from w2s.config.linear_choice import LinearChoice, bf16_layers, choose_linears
+from w2s.config.precision import LinearChoice, bf16_layers, choose_linears
 from w2s.config.sections import HardwareConfig, PrecisionConfig
 
 
