@@ -14,10 +14,10 @@ CPU = torch.device("cpu")
 
 def test_what_does_not_fit_is_a_row_without_figures(tmp_path: Path) -> None:
     config = load("clip", ["model=tiny", "hardware=cpu"])
-    seen: list[int] = []
+    sizes: list[int] = []
 
     def step(batch: Batch) -> None:
-        seen.append(len(batch))
+        sizes.append(len(batch))
         if len(batch) > 8:
             raise torch.OutOfMemoryError("too large")
 
@@ -30,7 +30,7 @@ def test_what_does_not_fit_is_a_row_without_figures(tmp_path: Path) -> None:
         (16, 16, False),
         (8, 8, True),
     ]
-    assert seen == [4] * (WARM_UP + 2) + [16] + [8] * (WARM_UP + 2)
+    assert sizes == [4] * (WARM_UP + 2) + [16] + [8] * (WARM_UP + 2)
     assert rows[1].milliseconds == 0
     assert stage.config == with_batch(config, 8, world_size=1)
 

@@ -196,11 +196,11 @@ def test_what_cannot_be_is_refused_with_the_fix() -> None:
 
 def test_a_teacher_of_the_contrastive_stage_costs_memory_and_time_while_it_is_heard() -> None:
     keys = ("clip.distill.source=eva:eva02_e_plus@none", "clip.distill.until=0.25")
-    plain, taught = (one("clip", kind="h200", overrides=more) for more in ((), keys))
-    (teacher,) = planned_teachers(taught.config)
-    assert taught.memory.teacher >= teacher.weights + teacher.text_weights
-    assert taught.time.teacher > 0 == plain.time.teacher
-    assert taught.memory.total - plain.memory.total >= teacher.weights + teacher.text_weights
-    assert taught.flops.model - plain.flops.model >= teacher.flops
-    more = (taught.days - plain.days) / (taught.config.train.steps * (taught.seconds - plain.seconds) / 86_400)
+    plain, distilled = (one("clip", kind="h200", overrides=more) for more in ((), keys))
+    (teacher,) = planned_teachers(distilled.config)
+    assert distilled.memory.teacher >= teacher.weights + teacher.text_weights
+    assert distilled.time.teacher > 0 == plain.time.teacher
+    assert distilled.memory.total - plain.memory.total >= teacher.weights + teacher.text_weights
+    assert distilled.flops.model - plain.flops.model >= teacher.flops
+    more = (distilled.days - plain.days) / (distilled.config.train.steps * (distilled.seconds - plain.seconds) / 86_400)
     assert 0.25 <= more < 0.35, "for a quarter of the steps, beside what the loss and the batch take"

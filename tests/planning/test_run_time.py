@@ -65,12 +65,12 @@ def test_an_evaluation_goes_through_the_pipeline_in_batches_that_ranks_share() -
 def test_a_masked_student_is_measured_beside_its_teacher() -> None:
     plan = one(gpus=256, tensor=1, sequence=False, pipeline=8, micro_batch=4)
     test, both = (run_time(plan, H100, images).evaluations for images in (Images(256), Images(256, neighbours=256)))
-    (taught,) = plan.teachers
+    (teacher,) = plan.teachers
     assert test is not None and both is not None
     # Each rank of the eight of a replica teaches 32 of the 256 images.
-    teacher = 32 * taught.flops / (794e12 * 0.75)
+    with_teacher = 32 * teacher.flops / (794e12 * 0.75)
     # k-NN takes features of the test images once more, and of the neighbours.
-    assert both.seconds - teacher == pytest.approx(3 * (test.seconds - teacher))
+    assert both.seconds - with_teacher == pytest.approx(3 * (test.seconds - with_teacher))
 
 
 def test_the_parts_are_the_run() -> None:

@@ -162,12 +162,12 @@ def swapped(job: Job) -> RankReport:
     """Rank 1 reduces the norm of its gradients after another call, all others before it."""
     norm = global_norm
 
-    def other_order(own, group, device, beside=None):  # type: ignore[no-untyped-def]
+    def other_order(local, group, device, beside=None):  # type: ignore[no-untyped-def]
         extra = torch.zeros(3, device=device)
         if job.rank == 1:
             dist.all_reduce(extra, group=group)
-            return norm(own, group, device, beside)
-        found = norm(own, group, device, beside)
+            return norm(local, group, device, beside)
+        found = norm(local, group, device, beside)
         dist.all_reduce(extra, group=group)
         return found
 

@@ -16,7 +16,7 @@ from w2s.config.checks import check
 from w2s.config.sections import Config, ParallelConfig
 from w2s.data.builtin.builtin_sets import ensure_builtin
 from w2s.errors import ConfigError, W2SError
-from w2s.planning.model.flops import image_flops, seen_tokens, student_flops, text_flops
+from w2s.planning.model.flops import image_flops, student_flops, text_flops, tokens_per_image
 from w2s.planning.model.teacher import PlannedTeacher, planned_teachers, predicted, sample_flops
 from w2s.planning.plan import find_plans
 from w2s.processes.elastic import is_rank
@@ -157,7 +157,7 @@ def check_equal(config: Config, teachers: Sequence[PlannedTeacher], ours: Measur
     image = student_flops(config, **predicted(config, teachers)) if teachers else image_flops(config)
     text = 0.0 if teachers else text_flops(config.model.text, config.model.embed_dim).forward
     # The peer embeds the patches too that it drops afterwards.
-    dropped = config.model.vision.patches / (seen_tokens(config) - config.model.vision.class_tokens) - 1
+    dropped = config.model.vision.patches / (tokens_per_image(config) - config.model.vision.class_tokens) - 1
     flops = image.forward + dropped * image.embedding + text
     if ours.parameters != peer.parameters or abs(flops / peer.tower_flops - 1) > 0.01:
         raise W2SError(

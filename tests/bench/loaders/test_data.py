@@ -17,10 +17,10 @@ from w2s.errors import DataError
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photographs")
-    for number in range(2):
-        grain = np.random.default_rng(number).integers(-20, 20, (1400, 1800, 3))
+    for index in range(2):
+        grain = np.random.default_rng(index).integers(-20, 20, (1400, 1800, 3))
         pixels = np.clip(smooth_photo(1400, 1800).astype(int) + grain, 0, 255).astype(np.uint8)
-        (folder / f"{number}.jpg").write_bytes(encode(pixels, "JPEG", quality=95))
+        (folder / f"{index}.jpg").write_bytes(encode(pixels, "JPEG", quality=95))
     (folder / "small.jpg").write_bytes(encode(smooth_photo(), "JPEG"))
     return folder
 

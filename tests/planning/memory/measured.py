@@ -90,7 +90,7 @@ def allocated(stage: MaskedStage | ContrastiveStage, config: Config, ranks: Rank
 def average_kept(stage: MaskedStage | ContrastiveStage, config: Config, ranks: Ranks) -> int:
     """Bytes of the moving average of the weights on this rank."""
     average, slices = stage.optimizer.average, stage.optimizer.sharded.slices().values()
-    return 0 if average is None else size_of([average[own] for own in slices])
+    return 0 if average is None else size_of([average[part] for part in slices])
 
 
 def most_kept(stage: MaskedStage | ContrastiveStage, config: Config, ranks: Ranks) -> int:

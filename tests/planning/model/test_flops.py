@@ -108,15 +108,15 @@ def test_the_formulas_give_what_the_counter_counts(shards: str, stage: str, micr
     teacher = ["teacher.source=efficientnet_lite0"]
     config = load(stage, [*CONFIG, *layers, *cut, *teacher, f"data.train={shards}"])
     total, built = counted(config)
-    targets, seen = [], 0.0
+    targets, by_teacher = [], 0.0
     if isinstance(built, MaskedStage):
         (masked_teacher,) = built.distillation.teachers
         one = torch.zeros(1, 3, masked_teacher.teacher.image_size, masked_teacher.teacher.image_size)
-        targets, seen = built.distillation.targets, operations(partial(masked_teacher.teacher, one))
-    expected = stage_flops(config, 1, targets=targets, teacher=seen)
+        targets, by_teacher = built.distillation.targets, operations(partial(masked_teacher.teacher, one))
+    expected = stage_flops(config, 1, targets=targets, teacher=by_teacher)
     assert num_passes(config, num_micro_batches(config, 1)) == (2 if stage == "clip" and micro == 4 else 1)
     # Exact but for a sum of squares in the loss, which the counter takes for a product: 2 x 16 operations of 2 million.
-    assert total - seen == pytest.approx(expected.hardware - seen, rel=2e-5)
+    assert total - by_teacher == pytest.approx(expected.hardware - by_teacher, rel=2e-5)
 
 
 LAYERS = "layers=[{student: 0, teacher: 3}, {student: 1, teacher: 5}]"
@@ -141,9 +141,9 @@ def test_what_is_neither_seen_nor_predicted_costs_nothing(shards: str, mim: list
     assert isinstance(built, MaskedStage)
     teacher = built.distillation.teachers[0].teacher
     one = torch.zeros(1, 3, teacher.image_size, teacher.image_size)
-    seen = operations(partial(teacher, one))
+    by_teacher = operations(partial(teacher, one))
     expected = stage_flops(config, 1, targets=built.distillation.targets, layer_width=teacher.layer_width)
-    assert total - seen == pytest.approx(expected.hardware, rel=2e-5)  # as above
+    assert total - by_teacher == pytest.approx(expected.hardware, rel=2e-5)  # as above
 
 
 def test_several_teachers_and_their_heads_are_counted(shards: str) -> None:
@@ -157,11 +157,13 @@ def test_several_teachers_and_their_heads_are_counted(shards: str) -> None:
     for planned, masked_teacher in zip(teachers, built.distillation.teachers, strict=True):
         one = torch.zeros(1, 3, masked_teacher.teacher.image_size, masked_teacher.teacher.image_size)
         assert planned.flops == operations(partial(masked_teacher.teacher, one))
-    said = predicted(config, teachers)
-    assert said["targets"] == built.distillation.targets
-    seen = sum(teacher.flops for teacher in teachers)
-    assert total == pytest.approx(stage_flops(config, 1, **said, teacher=seen).hardware, rel=4e-5)  # two such sums
-    (tower,), (student,) = planned_towers(config, **said), built.student.chunks
+    predictions = predicted(config, teachers)
+    assert predictions["targets"] == built.distillation.targets
+    by_teacher = sum(teacher.flops for teacher in teachers)
+    assert total == pytest.approx(
+        stage_flops(config, 1, **predictions, teacher=by_teacher).hardware, rel=4e-5
+    )  # two such sums
+    (tower,), (student,) = planned_towers(config, **predictions), built.student.chunks
     assert sorted(tower.chunk(0, 1, True)) == sorted(parameter.numel() for parameter in student.parameters())
 
 
@@ -188,7 +190,7 @@ def test_a_teacher_of_evas_kind() -> None:
 def test_eva_18b_costs_what_was_worked_out_by_hand() -> None:
     """The table of TFLOP per image, and those of training per sample, in four digits."""
     teacher = named_model("eva02_e_plus")
-    seen = teacher_flops(teacher.vision, teacher.embed_dim)
+    by_teacher = teacher_flops(teacher.vision, teacher.embed_dim)
     mim = load("mim", ["model=eva_18b", "teacher=eva02_clip_e_plus"])
     clip = load("clip", ["model=eva_18b"])
     whole = load("clip", ["model=eva_18b", "clip.patch_dropout=0"])
@@ -197,12 +199,12 @@ def test_eva_18b_costs_what_was_worked_out_by_hand() -> None:
     assert image_flops(clip).forward / 1e12 == pytest.approx(4.562, abs=5e-4)
     assert text_flops(clip.model.text, clip.model.embed_dim).forward / 1e12 == pytest.approx(0.098, abs=5e-4)
     # The table's teacher puts CLS alone through its head, ours every patch: 0.001 more.
-    assert seen / 1e12 == pytest.approx(2.264 + 0.001, abs=5e-4)
+    assert by_teacher / 1e12 == pytest.approx(2.264 + 0.001, abs=5e-4)
     assert student_flops(mim, [Target(teacher.embed_dim)]).head / 1e12 == pytest.approx(0.001, abs=5e-4)
-    masked = stage_flops(mim, 256, targets=[Target(teacher.embed_dim)], teacher=seen)
+    masked = stage_flops(mim, 256, targets=[Target(teacher.embed_dim)], teacher=by_teacher)
     assert masked.model / 1e12 == pytest.approx(29.63, abs=5e-3)
     half = load("mim", ["model=eva_18b", "teacher=eva02_clip_e_plus", "mim.predict=visible", "mim.masked_patches=128"])
-    halved = stage_flops(half, 256, targets=[Target(teacher.embed_dim)], teacher=seen)
+    halved = stage_flops(half, 256, targets=[Target(teacher.embed_dim)], teacher=by_teacher)
     assert halved.model / 1e12 == pytest.approx(15.95, abs=5e-3)
     assert halved.model / masked.model == pytest.approx(0.54, abs=5e-3)
     assert stage_flops(clip, 256).model / 1e12 == pytest.approx(13.98, abs=5e-3)
@@ -218,7 +220,7 @@ def trained(student: MaskedStudent, *inputs: torch.Tensor) -> None:
 def test_half_of_eva_18bs_tokens_by_the_counter() -> None:
     """Its student forward and backward, without its weights; the teacher sees whole images in both."""
     model, teacher = named_model("eva_18b").vision, named_model("eva02_e_plus")
-    seen = teacher_flops(teacher.vision, teacher.embed_dim)
+    by_teacher = teacher_flops(teacher.vision, teacher.embed_dim)
     totals = []
     for options in ([], ["mim.predict=visible", "mim.masked_patches=128"]):
         config = load("mim", ["model=eva_18b", "teacher=eva02_clip_e_plus", *options])
@@ -229,19 +231,21 @@ def test_half_of_eva_18bs_tokens_by_the_counter() -> None:
             images, masks = torch.empty(1, 3, 224, 224), torch.empty(1, model.patches, dtype=torch.bool)
             places = torch.empty(1, config.mim.predicted(model.patches), dtype=torch.int64)
             counted = operations(partial(trained, student, images, masks, places))
-        totals.append(counted + seen)
-        planned = stage_flops(config, 1, targets=[Target(teacher.embed_dim)], teacher=seen)
+        totals.append(counted + by_teacher)
+        planned = stage_flops(config, 1, targets=[Target(teacher.embed_dim)], teacher=by_teacher)
         assert totals[-1] == pytest.approx(planned.model, rel=1e-9)
     assert totals[1] / totals[0] == pytest.approx(0.54, abs=5e-3)
 
 
 def test_full_recompute_and_two_passes_cost_a_third_each() -> None:
     teacher = named_model("eva02_e_plus")
-    seen = teacher_flops(teacher.vision, teacher.embed_dim)
+    by_teacher = teacher_flops(teacher.vision, teacher.embed_dim)
 
     def ratio(stage: str, *overrides: str) -> float:
         config = load(stage, ["model=eva_18b", "teacher=eva02_clip_e_plus", *overrides])
-        flops = stage_flops(config, 256, targets=[Target(teacher.embed_dim)], teacher=seen if stage == "mim" else 0)
+        flops = stage_flops(
+            config, 256, targets=[Target(teacher.embed_dim)], teacher=by_teacher if stage == "mim" else 0
+        )
         return flops.hardware / flops.model
 
     one_pass = ["train.micro_batch=424"]

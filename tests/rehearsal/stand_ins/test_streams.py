@@ -7,7 +7,7 @@ from w2s.rehearsal.tape import Tape, Wait
 def test_the_gpu_waits_for_a_stream_when_it_is_told_to() -> None:
     tape = Tape(0)
     streams = Streams(tape)
-    own, beside = streams.current, streams.Stream()
+    computing, beside = streams.current, streams.Stream()
     with streams.on(beside):
         streams.wait({0: 7})
         streams.wait({0: 8, 1: 9})
@@ -17,7 +17,7 @@ def test_the_gpu_waits_for_a_stream_when_it_is_told_to() -> None:
         streams.wait({1: 10})
     event.wait()
     assert [each.call for each in tape.events if isinstance(each, Wait)] == [8, 9]
-    own.wait_stream(beside)
+    computing.wait_stream(beside)
     assert [each.call for each in tape.events if isinstance(each, Wait)] == [8, 9, 8, 10]
 
 

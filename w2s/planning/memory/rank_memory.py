@@ -13,7 +13,7 @@ from w2s.planning.memory.activations import Types, kept_going_back, peak
 from w2s.planning.memory.fully_sharded_costs import Whole, whole
 from w2s.planning.memory.planned_stage import PlannedStage
 from w2s.planning.memory.states import States
-from w2s.planning.model.flops import patch_width, seen_frames
+from w2s.planning.model.flops import frames_per_sample, patch_width
 from w2s.planning.model.teacher import PlannedTeacher
 from w2s.planning.model.towers import PlannedTower
 
@@ -168,7 +168,7 @@ def _with_teacher(standing: Memory, stage: PlannedStage) -> Memory:
     config, samples = stage.config, stage.replica_samples
     patches = config.model.vision.patches if config.stage == "mim" else 0
     features = _target_bytes(stage, patches)
-    pixels = 3 * seen_frames(config) * sum(side**2 for side in {teacher.image_size for teacher in stage.teachers})
+    pixels = 3 * frames_per_sample(config) * sum(side**2 for side in {teacher.image_size for teacher in stage.teachers})
     batch = stage.rank_samples * (features + pixels)
     if stage.draws_teachers:
         # All ranks of the group have all its images, and then all targets.
@@ -180,7 +180,7 @@ def _with_teacher(standing: Memory, stage: PlannedStage) -> Memory:
 
 def sample_bytes(stage: PlannedStage) -> int:
     """A sample as the ranks of a model-parallel group exchange it: pixels, and the targets that its teachers give."""
-    pixels = 3 * seen_frames(stage.config) * stage.config.model.vision.image_size**2
+    pixels = 3 * frames_per_sample(stage.config) * stage.config.model.vision.image_size**2
     return pixels + _target_bytes(stage, stage.predicted_features)
 
 

@@ -142,7 +142,7 @@ def recomputed_fraction(parallel: ParallelConfig, split: list[int]) -> float:
     return sum(recomputed_layers(parallel, layers) for layers in split) / sum(split)
 
 
-def seen_tokens(config: Config) -> int:
+def tokens_per_image(config: Config) -> int:
     """Tokens of an image in the vision tower while it trains, in the first phase of the data."""
     patches = config.model.vision.patches
     if config.stage == "mim":
@@ -151,7 +151,7 @@ def seen_tokens(config: Config) -> int:
     return config.model.vision.class_tokens + num_kept_patches(patches, dropout)
 
 
-def seen_frames(config: Config) -> int:
+def frames_per_sample(config: Config) -> int:
     """Images of a sample in the vision tower while it trains, in the first phase of the data."""
     return 1 if config.stage == "mim" else views_in_phases(config)[0][0]
 
@@ -161,7 +161,7 @@ def student_flops(config: Config, targets: Sequence[Target], layer_width: int = 
     vision = config.model.vision
     predicted, of_layers = config.mim.predicted(vision.patches), len(config.mim.layers) * layer_width
     width = patch_width(targets) + of_layers
-    tower = vision_flops(vision, tokens=seen_tokens(config), head_tokens=predicted, head_width=width)
+    tower = vision_flops(vision, tokens=tokens_per_image(config), head_tokens=predicted, head_width=width)
     embeds = sum(bool(target.summary_width) for target in targets) * image_head_flops(config)
     onto_targets = sum(sum(to_summary(config, target.summary_width)) for target in targets)
     return replace(tower, head=tower.head + embeds + 2 * config.model.embed_dim * onto_targets)
@@ -180,13 +180,17 @@ def to_summary(config: Config, summary_width: int) -> tuple[int, ...]:
 def image_head_flops(config: Config) -> float:
     """Operations of an image through what makes an embedding of normed tokens: a projection, or SigLIP's pool."""
     vision = config.model.vision
-    return 2 * vision.width * config.model.embed_dim if vision.class_tokens else pool_flops(vision, seen_tokens(config))
+    return (
+        2 * vision.width * config.model.embed_dim
+        if vision.class_tokens
+        else pool_flops(vision, tokens_per_image(config))
+    )
 
 
 def image_flops(config: Config) -> TowerFlops:
     """Operations of an image's, or a whole clip's, forward pass through the contrastive stage's vision tower."""
-    image = vision_flops(config.model.vision, tokens=seen_tokens(config), head_tokens=0, head_width=0)
-    return replace(image, head=image_head_flops(config)).times(seen_frames(config))
+    image = vision_flops(config.model.vision, tokens=tokens_per_image(config), head_tokens=0, head_width=0)
+    return replace(image, head=image_head_flops(config)).times(frames_per_sample(config))
 
 
 def stage_flops(

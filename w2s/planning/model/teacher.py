@@ -13,7 +13,7 @@ from w2s.config.sections import Config, ModelConfig, TeacherConfig, VisionConfig
 from w2s.config.teacher_checks import check_teacher_widths
 from w2s.config.teacher_losses import Target
 from w2s.data.stream.teacher_draw import TeacherDraw
-from w2s.planning.model.flops import seen_frames, teacher_flops, text_flops
+from w2s.planning.model.flops import frames_per_sample, teacher_flops, text_flops
 from w2s.planning.model.towers import pool_sizes
 from w2s.teachers.distillation.load_balance import balance
 
@@ -115,7 +115,7 @@ def planned_teachers(config: Config, models: Mapping[str, ModelConfig] | None = 
 
 def _beside_pairs(config: Config, teacher: TeacherConfig, model: ModelConfig | None) -> PlannedTeacher:
     """The teacher of the contrastive stage."""
-    sides, frames = config.clip.distill.teacher_sides, seen_frames(config)
+    sides, frames = config.clip.distill.teacher_sides, frames_per_sample(config)
     image_side = _image_side(config, teacher, model) if "image" in sides else _NOTHING
     text_side = _text_side(config, teacher, model) if "text" in sides else _NOTHING
     check_teacher_widths(config, [width for width in (image_side.summary_width, text_side.width) if width])

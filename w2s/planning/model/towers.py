@@ -10,13 +10,13 @@ from w2s.config.teacher_losses import Target
 from w2s.megatron.model.pipeline_split import text_layers, vision_layers
 from w2s.planning.model.flops import (
     TowerFlops,
+    frames_per_sample,
     image_flops,
     patch_width,
-    seen_frames,
-    seen_tokens,
     student_flops,
     text_flops,
     to_summary,
+    tokens_per_image,
 )
 
 
@@ -166,7 +166,7 @@ def _heads(config: Config, target: Target) -> tuple[int, ...]:
 
 def _image_tower(config: Config) -> PlannedTower:
     head = _image_head(config)
-    frames, width = seen_frames(config), config.model.embed_dim
+    frames, width = frames_per_sample(config), config.model.embed_dim
     tower = _vision(config, image_flops(config), (), head, head_tokens=frames, head_width=width)
     return replace(tower, pool=_pool(config))
 
@@ -201,7 +201,11 @@ def _vision(
     head_width: int,
 ) -> PlannedTower:
     vision, width = config.model.vision, config.model.vision.width
-    vectors, sequence, frames = 1 if vision.norm == "rmsnorm" else 2, seen_tokens(config), seen_frames(config)
+    vectors, sequence, frames = (
+        1 if vision.norm == "rmsnorm" else 2,
+        tokens_per_image(config),
+        frames_per_sample(config),
+    )
     return PlannedTower(
         name="vision",
         width=width,
