@@ -31,7 +31,7 @@ def test_no_teacher_needs_its_weights(tmp_path: Path) -> None:
         assert reduced(config, None, tmp_path).teacher.source == source
 
 
-def test_a_teacher_of_the_contrastive_stage_is_heard_in_every_step(tmp_path: Path) -> None:
+def test_a_teacher_of_the_contrastive_stage_is_there_in_every_step(tmp_path: Path) -> None:
     keys = ["clip.distill.source=eva:eva02_e_plus@nowhere.pt", "clip.distill.until=0.1", "clip.distill.kind=both"]
     small = reduced(load("clip", ["model=eva_18b", *keys]), 4, tmp_path)
     teacher = named_model(small.stage_teachers[0].source.partition(":")[2])

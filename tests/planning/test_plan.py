@@ -194,7 +194,7 @@ def test_what_cannot_be_is_refused_with_the_fix() -> None:
         find_plans(eva_18b("clip", "parallel.tensor=8"), card("h100"), 256, {"parallel.tensor"})
 
 
-def test_a_teacher_of_the_contrastive_stage_costs_memory_and_time_while_it_is_heard() -> None:
+def test_a_teacher_of_the_contrastive_stage_costs_memory_and_time_while_it_is_there() -> None:
     keys = ("clip.distill.source=eva:eva02_e_plus@none", "clip.distill.until=0.25")
     plain, distilled = (one("clip", kind="h200", overrides=more) for more in ((), keys))
     (teacher,) = planned_teachers(distilled.config)

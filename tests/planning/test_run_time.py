@@ -67,7 +67,7 @@ def test_a_masked_student_is_measured_beside_its_teacher() -> None:
     test, both = (run_time(plan, H100, images).evaluations for images in (Images(256), Images(256, neighbours=256)))
     (teacher,) = plan.teachers
     assert test is not None and both is not None
-    # Each rank of the eight of a replica teaches 32 of the 256 images.
+    # On each of the eight ranks of a replica the teacher embeds 32 of the 256 images.
     with_teacher = 32 * teacher.flops / (794e12 * 0.75)
     # k-NN takes features of the test images once more, and of the neighbours.
     assert both.seconds - with_teacher == pytest.approx(3 * (test.seconds - with_teacher))

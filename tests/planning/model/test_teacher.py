@@ -57,7 +57,7 @@ def test_a_text_tower_is_worked_out_as_its_network_is(source: str, width: int) -
     assert (planned.width, planned.image_size, planned.weights) == (teacher.width, 0, 0)
 
 
-def test_a_clip_that_teaches_costs_what_its_towers_cost() -> None:
+def test_a_clip_as_teacher_costs_what_its_towers_cost() -> None:
     """Both for affinities, and for a comparison; else those that are asked for."""
 
     def flops(*keys: str) -> float:

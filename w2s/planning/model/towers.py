@@ -201,11 +201,8 @@ def _vision(
     head_width: int,
 ) -> PlannedTower:
     vision, width = config.model.vision, config.model.vision.width
-    vectors, sequence, frames = (
-        1 if vision.norm == "rmsnorm" else 2,
-        tokens_per_image(config),
-        frames_per_sample(config),
-    )
+    vectors = 1 if vision.norm == "rmsnorm" else 2
+    sequence, frames = tokens_per_image(config), frames_per_sample(config)
     return PlannedTower(
         name="vision",
         width=width,
