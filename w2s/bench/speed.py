@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from w2s.bench.step import Row
 from w2s.config.sections import Config
-from w2s.planning.model.flops import stage_flops
-from w2s.planning.model.teacher import PlannedTeacher, predicted, sample_flops
+from w2s.planning.model.teacher import PlannedTeacher, flops_with_teachers
 from w2s.planning.time.cards import Card, cards
 
 _TOWERS = ("student", "vision", "text")
@@ -43,7 +42,7 @@ def speed(config: Config, teachers: Sequence[PlannedTeacher], device: str, row: 
     if not row.parts:
         return None
     seconds = row.milliseconds / 1e3
-    flops = stage_flops(config, world_size, **predicted(config, teachers), teacher=sample_flops(teachers))
+    flops = flops_with_teachers(config, world_size, teachers)
     per_rank = row.global_batch / world_size / 1e12
     towers = sum(part.model for name, part in flops.parts.items() if name in _TOWERS)
     passes = (row.parts["forward"] + row.parts["backward"]) / 1e3

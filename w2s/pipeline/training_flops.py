@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from w2s.config.sections import Config, ModelConfig, ParallelConfig
 from w2s.planning.model.flops import stage_flops
-from w2s.planning.model.teacher import planned_teachers, predicted, sample_flops
+from w2s.planning.model.teacher import flops_with_teachers, planned_teachers
 
 Models = Mapping[str, ModelConfig] | None
 
@@ -27,8 +27,7 @@ def training_flops(config: Config, teacher_models: Models = None, begins_at: int
     if with_teacher < steps:
         flops += (steps - with_teacher) * stage_flops(config, 1).model
     if teachers := planned_teachers(config, teacher_models):
-        distilled = stage_flops(config, 1, **predicted(config, teachers), teacher=sample_flops(teachers))
-        flops += with_teacher * distilled.model
+        flops += with_teacher * flops_with_teachers(config, 1, teachers).model
     return flops * config.train.global_batch
 
 

@@ -16,8 +16,8 @@ from w2s.planning.layouts import Layouts
 from w2s.planning.memory.planned_stage import PlannedStage
 from w2s.planning.memory.rank_memory import Memory, rank_memory
 from w2s.planning.memory.states import States
-from w2s.planning.model.flops import StageFlops, stage_flops
-from w2s.planning.model.teacher import PlannedTeacher, planned_teachers, predicted, sample_flops
+from w2s.planning.model.flops import StageFlops
+from w2s.planning.model.teacher import PlannedTeacher, flops_with_teachers, planned_teachers
 from w2s.planning.time.cards import Card
 from w2s.planning.time.duration import StepModel, StepTime
 
@@ -197,7 +197,7 @@ class _Candidate:
             gpus=gpus,
             memory=self.memory,
             time=self.model.time(),
-            flops=stage_flops(config, gpus, **predicted(config, teachers), teacher=sample_flops(teachers)),
+            flops=flops_with_teachers(config, gpus, teachers),
             host=host_copy(card, fullest, gpus),
             written=fullest.weights // shares + fullest.optimizer,
             teachers=teachers,

@@ -13,7 +13,7 @@ from w2s.config.sections import Config, ModelConfig, TeacherConfig, VisionConfig
 from w2s.config.teacher_checks import check_teacher_widths
 from w2s.config.teacher_losses import Target
 from w2s.data.stream.teacher_draw import TeacherDraw
-from w2s.planning.model.flops import frames_per_sample, teacher_flops, text_flops
+from w2s.planning.model.flops import StageFlops, frames_per_sample, stage_flops, teacher_flops, text_flops
 from w2s.planning.model.towers import pool_sizes
 from w2s.teachers.distillation.load_balance import balance
 
@@ -62,6 +62,11 @@ def predicted(config: Config, teachers: Sequence[PlannedTeacher]) -> dict[str, A
     else:
         targets = [Target(each.width) for each in teachers]
     return {"targets": targets, "layer_width": teachers[0].layer_width if teachers else 0}
+
+
+def flops_with_teachers(config: Config, world_size: int, teachers: Sequence[PlannedTeacher]) -> StageFlops:
+    """Return the operations of a training step with its teachers, for one sample."""
+    return stage_flops(config, world_size, **predicted(config, teachers), teacher=sample_flops(teachers))
 
 
 def sample_flops(teachers: Sequence[PlannedTeacher]) -> float:
