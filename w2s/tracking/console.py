@@ -1,6 +1,7 @@
 """The terminal: a progress bar with the time that is left, and a line for every log call."""
 
 import datetime
+import textwrap
 import time
 from collections.abc import Mapping
 
@@ -37,6 +38,10 @@ _FORMATS = {
     "retrieval/image_to_text_recall_at_1": "image-to-text R@1 {:.4g}",
     "retrieval/text_to_image_recall_at_1": "text-to-image R@1 {:.4g}",
 }
+
+
+_JOINT = "\u00a0"
+"""A space at which no line is broken."""
 
 
 class RunConsole:
@@ -117,23 +122,12 @@ def say(console: Console, text: str) -> None:
     """
     line = shown(text)
     if console.is_terminal:
-        line = "\n".join(_folded(line, console.width))
+        parts = [part.replace(" ", _JOINT) if len(part) + 2 <= console.width else part for part in line.split("  ")]
+        wrapped = textwrap.wrap(
+            "  ".join(parts), console.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        line = "\n".join(wrapped).replace(_JOINT, " ")
     console.print(line, markup=False, soft_wrap=True)
-
-
-def _folded(line: str, width: int) -> list[str]:
-    """A line as several of at most `width` characters, the later ones indented; a longer word (a path) stays whole."""
-    lines = [""]
-    for part in line.split("  "):
-        between = "  "
-        words = [part] if len(part) + 2 <= width else part.split(" ")
-        for word in words:
-            if lines[-1].strip() and len(lines[-1]) + len(between) + len(word) > width:
-                lines.append(f"  {word}")
-            else:
-                lines[-1] += f"{between if lines[-1] else ''}{word}"
-            between = " "
-    return lines
 
 
 def _is_shown(name: str) -> bool:

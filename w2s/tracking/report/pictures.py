@@ -1,5 +1,6 @@
 """Pictures at the end of a stage: what was masked and how well it was guessed, features as colours, best and worst."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,9 +91,9 @@ def masked_picture(path: Path, images: Tensor, masks: Tensor, cosines: Tensor, k
     Raises:
         UserError: the file cannot be written.
     """
-    grid = _side(masks.shape[1])
+    grid = math.isqrt(masks.shape[1])
     low, high = _limits(cosines)
-    figure, axes = _grid_figure(["image", "masked", "cosine to\nthe teacher"], len(images), bar=True)
+    figure, axes = _grid_figure(["image", "masked", "cosine to\nthe teacher"], len(images), (low, high))
     for column, image in enumerate(images):
         mask = masks[column].reshape(grid, grid).cpu()
         cosine = cosines[column].reshape(grid, grid).float().cpu().numpy()
@@ -106,7 +107,6 @@ def masked_picture(path: Path, images: Tensor, masks: Tensor, cosines: Tensor, k
             _write_values(axes[2][column], cosine, middle=(low + high) / 2)
         counted = cosines[column][masks[column]] if kind == "masked" else cosines[column]
         axes[2][column].set_xlabel(f"{kind} {counted.nanmean():.2f}", fontsize=8, color=_INK)
-    _add_bar(figure, low, high)
     _save(figure, path)
 
 
@@ -133,7 +133,7 @@ def features_picture(path: Path, images: Tensor, student: Tensor, teacher: Tenso
     for column, image in enumerate(images):
         _show(axes[0][column], _pixels(image))
     for row, (features, components) in enumerate(rows.values(), start=1):
-        grid = _side(features.shape[1])
+        grid = math.isqrt(features.shape[1])
         colours = _spread(components).reshape(len(images), grid, grid, 3).numpy()
         for column, colour in enumerate(colours):
             _show(axes[row][column], colour)
@@ -157,8 +157,8 @@ def attention_picture(path: Path, images: Tensor, weights: Tensor) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    grid = _side(weights.shape[1])
-    figure, axes = _grid_figure(["image", "lit by\nattention", "times an\nequal share"], len(images), bar=True)
+    grid = math.isqrt(weights.shape[1])
+    figure, axes = _grid_figure(["image", "lit by\nattention", "times an\nequal share"], len(images), (0, FULL_LIGHT))
     for column, (image, weight) in enumerate(zip(images.cpu(), weights.float().cpu(), strict=True)):
         times = (weight * grid**2).reshape(1, 1, grid, grid)
         lit = functional.interpolate(times, size=image.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
@@ -166,7 +166,6 @@ def attention_picture(path: Path, images: Tensor, weights: Tensor) -> None:
         _show(axes[0][column], _pixels(image))
         _show(axes[1][column], _pixels((image * light).to(torch.uint8)))
         axes[2][column].imshow(times[0, 0].numpy(), cmap="viridis", vmin=0, vmax=FULL_LIGHT)
-    _add_bar(figure, 0, FULL_LIGHT)
     _save(figure, path)
 
 
@@ -205,38 +204,29 @@ def classes_picture(path: Path, best: Sequence[ClassExamples], worst: Sequence[C
     """
     cells = max(len(item.images) for item in [*best, *worst])
     across = min(max(1, 8 // cells), max(len(best), len(worst)))
-    blocks = [("recognised best", best), ("recognised worst", worst)]
-    heights = [-(-len(items) // across) for _, items in blocks]
-    row_inches = _CELL + 0.85
-    height = sum(heights) * row_inches + len(blocks) * _HEAD
-    figure = Figure(figsize=(across * (cells * _CELL + 0.3), height))
-    top = height
-    for (title, items), rows in zip(blocks, heights, strict=True):
-        figure.text(0.012, (top - 0.28) / height, title, fontsize=12, weight="bold", color=_INK)
+    width, height = cells * _CELL + 0.3, _CELL + 0.85
+    blocks = {"recognised best": best, "recognised worst": worst}
+    rows = {title: math.ceil(len(items) / across) for title, items in blocks.items()}
+    top = sum(rows.values()) * height + len(blocks) * _HEAD
+    figure = Figure(figsize=(across * width, top))
+    for title, items in blocks.items():
+        _write(figure, 0.012 * across * width, top - 0.28, title, fontsize=12, weight="bold", va="baseline")
         top -= _HEAD
         for index, item in enumerate(items):
-            left = (index % across) * (cells * _CELL + 0.3) + 0.15
-            _draw_class(figure, item, left, top - (index // across) * row_inches)
-        top -= rows * row_inches
+            _draw_class(figure, item, (index % across) * width + 0.15, top - (index // across) * height)
+        top -= rows[title] * height
     _save(figure, path)
 
 
 def _draw_class(figure: Figure, item: ClassExamples, left: float, top: float) -> None:
-    """Draws a class with its upper left corner at (left, top), in inches from the figure's lower left corner."""
-    width, height = figure.get_size_inches()
-    title = _two_lines(f"{item.name}\u00a0·\u00a0{item.accuracy:.0%}", room=17 * len(item.images))
-    place = left / width, (top - 0.36) / height
-    figure.text(*place, title, fontsize=8.5, weight="bold", color=_INK, va="bottom", parse_math=False)
+    """Draws a class with its upper left corner at (left, top)."""
+    title = _lines(f"{item.name}\u00a0·\u00a0{item.accuracy:.0%}", room=17 * len(item.images), most=2)
+    _write(figure, left, top - 0.36, title, fontsize=8.5, weight="bold", va="bottom")
     for index, (image, prediction) in enumerate(zip(item.images, item.predictions, strict=True)):
-        side = _CELL - 0.1
-        box = ((left + index * _CELL) / width, (top - 0.42 - side) / height, side / width, side / height)
-        axes = figure.add_axes(box)
-        _show(axes, _pixels(image))
-        right = prediction == item.name
-        name, colour = _two_lines(prediction, room=21), _GOOD if right else _BAD
+        colour = _GOOD if prediction == item.name else _BAD
+        axes = _framed(figure, image, left + index * _CELL, top - 0.42, colour, linewidth=1.2)
+        name = _lines(prediction, room=21, most=2)
         axes.set_xlabel(name, fontsize=7.5, color=colour, labelpad=3, parse_math=False)
-        for spine in axes.spines.values():
-            spine.set(visible=True, color=colour, linewidth=1.2)
 
 
 def retrieval_picture(path: Path, by_text: Sequence[ImagesFound], by_image: Sequence[CaptionsFound]) -> None:
@@ -271,25 +261,33 @@ def retrieval_picture(path: Path, by_text: Sequence[ImagesFound], by_image: Sequ
     _save(figure, path)
 
 
-def _write(figure: Figure, left: float, middle: float, text: str, **style: Any) -> None:
-    """Writes text that begins at `left` around the height `middle`, in inches from the lower left corner."""
-    width, height = figure.get_size_inches()
-    figure.text(left / width, middle / height, text, va="center", parse_math=False, **{"color": _INK} | style)
+# Places are in inches from a figure's lower left corner.
 
 
-def _framed(figure: Figure, image: Tensor, left: float, top: float, colour: str) -> None:
-    """Draws an image with a frame, its upper left corner at (left, top), in inches from the lower left corner."""
+def _write(figure: Figure, left: float, height: float, text: str, **style: Any) -> None:
+    """Writes text that begins at `left`, its middle at `height`."""
+    width, whole = figure.get_size_inches()
+    style = {"color": _INK, "va": "center", **style}
+    figure.text(left / width, height / whole, text, parse_math=False, **style)
+
+
+def _framed(figure: Figure, image: Tensor, left: float, top: float, colour: str, linewidth: float = 2) -> Axes:
+    """Draws an image with a frame, its upper left corner at (left, top)."""
     width, height = figure.get_size_inches()
     side = _CELL - 0.1
     axes = figure.add_axes((left / width, (top - side) / height, side / width, side / height))
     _show(axes, _pixels(image))
     for spine in axes.spines.values():
-        spine.set(visible=True, color=colour, linewidth=2)
+        spine.set(visible=True, color=colour, linewidth=linewidth)
+    return axes
 
 
-def _grid_figure(rows: Sequence[str], columns: int, *, bar: bool = False) -> tuple[Figure, NDArray[np.object_]]:
-    """A figure of images in rows, each with its name at the left; `bar` leaves room for a colour bar at the right."""
-    width, height = columns * _CELL + 0.95 + (0.85 if bar else 0.1), len(rows) * _CELL + 0.35
+def _grid_figure(
+    rows: Sequence[str], columns: int, bar: tuple[float, float] | None = None
+) -> tuple[Figure, NDArray[np.object_]]:
+    """A figure of images in rows, each with its name at the left, and at the right the colour bar of a range."""
+    right = 0.1 if bar is None else 0.85
+    width, height = columns * _CELL + 0.95 + right, len(rows) * _CELL + 0.35
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(
         len(rows),
@@ -297,7 +295,7 @@ def _grid_figure(rows: Sequence[str], columns: int, *, bar: bool = False) -> tup
         squeeze=False,
         gridspec_kw={
             "left": 0.95 / width,
-            "right": 1 - (0.85 if bar else 0.1) / width,
+            "right": 1 - right / width,
             "top": 1 - 0.08 / height,
             "bottom": 0.27 / height,
             "wspace": 0.06,
@@ -308,16 +306,11 @@ def _grid_figure(rows: Sequence[str], columns: int, *, bar: bool = False) -> tup
         for cell in row:
             _bare(cell)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, color=_INK, labelpad=8)
+    if bar is not None:
+        bar_axes = figure.add_axes((1 - 0.62 / width, 0.12, 0.12 / width, 0.76))
+        figure.colorbar(ScalarMappable(Normalize(*bar), cmap="viridis"), cax=bar_axes).outline.set_visible(False)
+        bar_axes.tick_params(labelsize=8, colors=_FAINT, length=2)
     return figure, axes
-
-
-def _add_bar(figure: Figure, low: float, high: float) -> None:
-    """The colour bar of the heat maps, at the right edge."""
-    width = figure.get_figwidth()
-    axes = figure.add_axes((1 - 0.62 / width, 0.12, 0.12 / width, 0.76))
-    bar = figure.colorbar(ScalarMappable(Normalize(low, high), cmap="viridis"), cax=axes)
-    bar.outline.set_visible(False)
-    axes.tick_params(labelsize=8, colors=_FAINT, length=2)
 
 
 def _bare(axes: Axes) -> None:
@@ -367,14 +360,6 @@ def _spread(components: Tensor) -> Tensor:
     low, high = torch.quantile(components, torch.tensor([0.02, 0.98]), dim=0)
     spread: Tensor = (components - low) / (high - low).clamp_min(1e-12)
     return spread.clamp(0, 1)
-
-
-def _side(patches: int) -> int:
-    return int(patches**0.5 + 0.5)
-
-
-def _two_lines(text: str, room: int) -> str:
-    return _lines(text, room, most=2)
 
 
 def _lines(text: str, room: int, most: int) -> str:
