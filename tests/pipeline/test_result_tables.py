@@ -2,9 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.launcher import Launcher, overrides
-from tests.pipeline.seeded import write_seeded
-from w2s.config.sections import Config
+from tests.pipeline.launcher import Launcher, finished, overrides
+from tests.pipeline.seeded import twice_for_masked, write_seeded
 from w2s.pipeline.result_tables import arms, by_label, chosen, differences
 from w2s.pipeline.results import Results, Run, TrialOutcome, chain_costs, spread
 from w2s.pipeline.steps import load_pipeline
@@ -19,17 +18,7 @@ def plan(tmp_path: Path) -> Plan:
 
 @pytest.fixture
 def results(plan: Plan) -> Results:
-    """Zero-shot top-1 of an evaluation: its seed in percent, and for the masked arm that again."""
-    runs = [Run(task, plan.config(task, {})) for task in plan.tasks()]
-    write = Launcher(measure)
-    for run in runs:
-        write(run.config, 1)
-    return Results(plan.pipeline, runs)
-
-
-def measure(config: Config) -> dict[str, float]:
-    times = 2 if config.run.name.startswith("eval_masked") else 1
-    return {"tux/zero_shot/top1": times * config.run.seed / 100, "tux/zero_shot/chance_top1": 0.0016}
+    return finished(plan, twice_for_masked)
 
 
 def test_a_value_is_a_mean_with_the_sample_deviation_of_several() -> None:

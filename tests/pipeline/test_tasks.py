@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.launcher import Launcher, by_stage, overrides
+from tests.pipeline.launcher import by_stage, finished, overrides
 from tests.pipeline.seeded import write_seeded
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
 from w2s.pipeline.plots import _compute
-from w2s.pipeline.results import Results, Run, chain_costs
+from w2s.pipeline.results import chain_costs
 from w2s.pipeline.steps import load_pipeline
 from w2s.pipeline.tasks import Plan
 from w2s.pipeline.training_flops import training_flops
@@ -233,14 +233,9 @@ def test_a_branch_pays_for_its_own_steps(tmp_path: Path) -> None:
 
 def test_a_chain_with_a_branch_has_the_trunk_up_to_there(tmp_path: Path) -> None:
     plan = trunk_plan(tmp_path)
-    runs = []
-    for task in plan.tasks():
-        config = plan.config(task, {})
-        runs.append(Run(task, config, plan.begins_at(task, config, {})))
-        Launcher(by_stage)(config, 1)
-    results = Results(plan.pipeline, runs)
+    results = finished(plan, by_stage)
     steps = {step.name: step for step in plan.pipeline.steps}
-    per_step = training_flops(runs[0].config) / 90
+    per_step = training_flops(results.runs[0].config) / 90
     for name, count in (("eval_branch", 50), ("eval_longer", 100)):
         for cost in chain_costs(results, steps[name]):
             assert (cost.samples, cost.seconds) == (256 * count, 0.25 * count), name

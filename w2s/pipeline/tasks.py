@@ -94,9 +94,13 @@ class Plan:
             tasks.sort(key=lambda task: task.step.stage == "eval")
         return tasks
 
-    def _task(self, seed: int | None, step: Step) -> Task:
-        """The run of a step that a run with a seed has to do with."""
-        return Task(step, self.seeds()[0] if step.shared else seed)
+    def _earlier(self, task: Task) -> dict[str, Task]:
+        """By step, the runs that a run may build on: those of earlier steps with its seed, or that all seeds share."""
+        steps = self.pipeline.steps[: self.pipeline.steps.index(task.step)]
+        return {step.name: Task(step, self.seeds()[0] if step.shared else task.seed) for step in steps}
+
+    def _folder(self, task: Task) -> Path:
+        return (self.folder / task.name).absolute()
 
     def choice(self, step: Step) -> Choice | None:
         """What a step chooses; None also where the overrides give that value."""
@@ -131,7 +135,9 @@ class Plan:
         step = task.step
         choosing = self._steps[step.trunk] if step.trunk else step
         choice = self.choice(choosing)
-        overrides = [_fill(each, self._folders_before(task)) for each in self.overrides(step)]
+        earlier = self._earlier(task)
+        folders = {name: self._folder(other) for name, other in earlier.items()}
+        overrides = [_fill(each, folders) for each in self.overrides(step)]
         if task.seed is not None:
             overrides.append(f"run.seed={task.seed}")
         if choice is not None:
@@ -140,8 +146,7 @@ class Plan:
         config = load(step.stage, overrides)
         config = replace(config, run=replace(config.run, group=self.group, name=task.name))
         if step.compute_of:
-            others = [self._task(task.seed, self._steps[name]) for name in step.compute_of]
-            flops = sum(self._flops(other, chosen) for other in others)
+            flops = sum(self._flops(earlier[name], chosen) for name in step.compute_of)
             paid = steps_of_equal_compute(config, flops, self._teacher_models(task, config, chosen))
             steps = self.begins_at(task, config, chosen) + paid
             config = replace(config, train=replace(config.train, steps=steps))
@@ -165,9 +170,9 @@ class Plan:
         named = STEP_NAME.fullmatch(Path(config.init.checkpoint).name)
         if named:
             return int(named[1])
-        for name, folder in self._folders_before(task).items():
-            if config.init.checkpoint == str(folder):
-                return self.config(self._task(task.seed, self._steps[name]), chosen).train.steps
+        for other in self._earlier(task).values():
+            if config.init.checkpoint == str(self._folder(other)):
+                return self.config(other, chosen).train.steps
         checkpoint = find_continued(config)
         return 0 if checkpoint is None else read_meta(checkpoint).step
 
@@ -184,10 +189,10 @@ class Plan:
         """Refuse a checkpoint in the middle of an earlier step that will not be there, before hours have passed."""
         path = Path(config.init.checkpoint)
         named = STEP_NAME.fullmatch(path.name)
-        for name, folder in self._folders_before(task).items():
-            if named and path.parent == checkpoints_of(folder):
-                other = self.config(self._task(task.seed, self._steps[name]), {})
-                if int(named[1]) not in kept_steps(other.train.steps, other.checkpoint):
+        for name, other in self._earlier(task).items():
+            if named and path.parent == checkpoints_of(self._folder(other)):
+                earlier = self.config(other, {})
+                if int(named[1]) not in kept_steps(earlier.train.steps, earlier.checkpoint):
                     raise ConfigError(
                         f"{task.step.name}: {name} does not keep a checkpoint of step {int(named[1])}: "
                         f"give it checkpoint.keep_at=[{int(named[1])}]"
@@ -201,16 +206,8 @@ class Plan:
     def _teacher_models(self, task: Task, config: Config, chosen: Chosen) -> dict[str, ModelConfig]:
         """By source, the models of the earlier steps that teach a run."""
         sources = {teacher.source for teacher in config.stage_teachers}
-        steps = {f"w2s:{folder}": name for name, folder in self._folders_before(task).items()}
-        return {
-            source: self.config(self._task(task.seed, self._steps[steps[source]]), chosen).model
-            for source in sources & steps.keys()
-        }
-
-    def _folders_before(self, task: Task) -> dict[str, Path]:
-        """Folders of the runs of earlier steps with the task's seed, or of those that all seeds share."""
-        steps = self.pipeline.steps[: self.pipeline.steps.index(task.step)]
-        return {step.name: (self.folder / self._task(task.seed, step).name).absolute() for step in steps}
+        earlier = {f"w2s:{self._folder(other)}": other for other in self._earlier(task).values()}
+        return {source: self.config(earlier[source], chosen).model for source in sources & earlier.keys()}
 
     def _digest(self, drafts: Mapping[str, Config]) -> str:
         parts = [f"{name}:{config.stage}:{digest(config)}" for name, config in drafts.items()]

@@ -88,13 +88,12 @@ def over_ranks(figures: Sequence[Mapping[str, float]], names: Sequence[str]) -> 
     compared: dict[str, float] = {}
     for name in names:
         values = [each[name] for each in figures]
-        statistics = {
-            "min": min(values),
-            "median": median(values),
-            "max": max(values),
-            "slowest": values.index(max(values)),
+        compared |= {
+            f"ranks/{name}_min": min(values),
+            f"ranks/{name}_median": median(values),
+            f"ranks/{name}_max": max(values),
+            f"ranks/{name}_slowest": float(values.index(max(values))),
         }
-        compared |= {f"ranks/{name}_{what}": float(value) for what, value in statistics.items()}
     return compared
 
 

@@ -127,13 +127,6 @@ def test_a_deleted_run_is_not_continued(root: Path, client: MlflowClient) -> Non
     assert start(root, run_id=lost).run_id != lost
 
 
-@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
-def test_final_status(root: Path, client: MlflowClient, status: Status) -> None:
-    run = start(root)
-    run.end(status)
-    assert client.get_run(str(run.run_id)).info.status == status
-
-
 def test_long_and_many_params(root: Path, client: MlflowClient) -> None:
     params = {f"p{index}": "x" * 7000 for index in range(120)}
     run = MlflowRun(QUIET, root, "mim", tags={}, params=params)

@@ -9,8 +9,8 @@ from w2s.redaction import redact
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
-_BUCKETS = ("s3", "gs", "wasbs", "hdfs")
-"""Schemes whose name is that of MLflow's source type."""
+_FIELDS = {"http": "url", "https": "url", "s3": "uri", "gs": "uri", "wasbs": "uri", "hdfs": "uri"}
+"""By scheme, the field of MLflow's source type, which is called after the scheme."""
 
 
 class DataInput(NamedTuple):
@@ -29,27 +29,25 @@ class DataInput(NamedTuple):
     context: str
 
 
-def source_of(shards: str) -> tuple[str, dict[str, object]]:
-    """The type and the fields of a source that `mlflow.data.get_source` reads.
-
-    Args:
-        shards: a folder, a pattern or a URL, without credentials. What MLflow has no type for (a pipe, a Hugging Face
-            path, several joined by `::`) is a source of type `code` with the shards in its tags.
-    """
-    scheme, has_scheme, _ = shards.partition(":")
-    if "::" not in shards and scheme in ("http", "https"):
-        return "http", {"url": shards}
-    if "::" not in shards and scheme in _BUCKETS:
-        return scheme, {"uri": shards}
-    if has_scheme and scheme != "file":
-        return "code", {"tags": {"shards": shards}}
-    return "local", {"uri": shards if has_scheme else str(Path(shards).expanduser().absolute())}
-
-
 def to_mlflow(item: DataInput) -> "DatasetInput":
     """A data set as an entity of MLflow."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    kind, fields = source_of(redact(item.source))
+    kind, fields = _source(redact(item.source))
     dataset = Dataset(item.name, item.digest, kind, json.dumps(fields))
     return DatasetInput(dataset, [InputTag("mlflow.data.context", item.context)])
+
+
+def _source(shards: str) -> tuple[str, dict[str, object]]:
+    """The type and the fields of a source that `mlflow.data.get_source` reads.
+
+    What MLflow has no type for (a pipe, a Hugging Face path, several joined by `::`) is of type `code`, with the shards
+    in its tags.
+    """
+    scheme, has_scheme, _ = shards.partition(":")
+    if not has_scheme:
+        return "local", {"uri": str(Path(shards).expanduser().absolute())}
+    if "::" in shards or scheme not in (*_FIELDS, "file"):
+        return "code", {"tags": {"shards": shards}}
+    kind = {"https": "http", "file": "local"}.get(scheme, scheme)
+    return kind, {_FIELDS.get(scheme, "uri"): shards}

@@ -168,12 +168,10 @@ def _compared(runs: Mapping[str, Path]) -> list[Chart]:
     by_stage: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, run in runs.items():
         by_stage.setdefault(_settings(run).get("stage", ""), {})[name] = read_history(run)
-    drawn = {stage: comparing(histories) for stage, histories in by_stage.items()}
-    if sum(map(bool, drawn.values())) > 1:
-        drawn = {
-            stage: [replace(each, title=f"{stage}: {each.title}") for each in charts] for stage, charts in drawn.items()
-        }
-    return [chart for charts in drawn.values() for chart in charts]
+    drawn = [(stage, chart) for stage, histories in by_stage.items() for chart in comparing(histories)]
+    if len({stage for stage, _ in drawn}) > 1:
+        return [replace(chart, title=f"{stage}: {chart.title}") for stage, chart in drawn]
+    return [chart for _, chart in drawn]
 
 
 def _settings(run: Path) -> dict[str, Any]:
