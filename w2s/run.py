@@ -42,7 +42,8 @@ def open_run(config: Config) -> Iterator[tuple[Ranks, Heartbeat, Path]]:
         owned_folder(config, ranks) as run,
     ):
         heartbeat.report = run / STACKS
-        prepare_data(config, ranks)
+        if config.data.builtin != "none":
+            ranks.on_main(lambda: ensure_builtin(config.data))
         yield ranks, heartbeat, run
 
 
@@ -57,12 +58,6 @@ def owned_folder(config: Config, ranks: Ranks) -> Iterator[Path]:
         raise UserError(f"run.name={config.run.name}: {folder} is finished: choose another name")
     with owned(folder, ranks):
         yield folder
-
-
-def prepare_data(config: Config, ranks: Ranks) -> None:
-    """Build the built-in data set where it is missing; one rank works, the others wait."""
-    if config.data.builtin != "none":
-        ranks.on_main(lambda: ensure_builtin(config.data))
 
 
 def share_sources(config: Config, ranks: Ranks) -> list[Source]:

@@ -7,6 +7,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from w2s.config.sections import Config
+from w2s.errors import ConfigError
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
@@ -86,6 +87,18 @@ def in_words(hint: Any) -> str:
             return f"a list, each entry {in_words(arguments[0])}"
         case _:
             return _WORDS[hint]
+
+
+def refuse_unknown(entry: Any, section: type, where: str) -> None:
+    """Refuse a mapping with a key that a dataclass has not; anything else than a mapping is left to its reader.
+
+    Raises:
+        ConfigError: with the key and the one that may have been meant.
+    """
+    keys = [field.name for field in fields(section)]
+    unknown = next((key for key in entry if key not in keys), None) if isinstance(entry, dict) else None
+    if unknown is not None:
+        raise ConfigError(f"{where}: unknown key {unknown}: did you mean {nearest(str(unknown), keys)}?")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

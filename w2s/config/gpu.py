@@ -26,8 +26,8 @@ def card() -> Card | None:
     """Return the GPU that this process trains on; None without one."""
     if not torch.cuda.is_available():
         return None
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    return Card(torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number))
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    return Card(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
 
 
 def cuda_version() -> tuple[int, ...] | None:

@@ -32,6 +32,7 @@ from w2s.config.fields import (
     in_words,
     is_text,
     nearest,
+    refuse_unknown,
 )
 from w2s.config.sections import Config, ModelConfig, TeacherEntry
 from w2s.errors import ConfigError
@@ -291,10 +292,8 @@ def _entries(key: str, value: Any, origin: str) -> Any:
         return value
     if key == TEACHERS:
         value = [_teacher_of_file(entry, origin) if isinstance(entry, str) else entry for entry in value]
-    keys = [field.name for field in fields(entry_type)]
-    unknown = next((name for entry in value if isinstance(entry, dict) for name in entry if name not in keys), None)
-    if unknown is not None:
-        raise ConfigError(f"{origin}{key}: unknown key {unknown}: did you mean {nearest(unknown, keys)}?")
+    for entry in value:
+        refuse_unknown(entry, entry_type, f"{origin}{key}")
     entries = [
         {name: _joined(part) if f"data.{name}" in SHARD_KEYS else part for name, part in entry.items()}
         if isinstance(entry, dict)

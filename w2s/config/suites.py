@@ -1,13 +1,13 @@
 """What a file of `configs/suite` says: test sets that are measured together, each by its rules."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from w2s.config.fields import nearest
+from w2s.config.fields import nearest, refuse_unknown
 from w2s.config.load import read_document
 from w2s.config.rules import is_name
 from w2s.errors import ConfigError
@@ -89,9 +89,9 @@ def load_suite(name: str) -> Suite:
         ConfigError: there is none of this name, or the file is not of this form.
     """
     document = read_document("suite", name)
-    _check_keys(name, document, Suite)
+    refuse_unknown(document, Suite, f"eval.suite={name}")
     for entry in document.get("sets") or []:
-        _check_keys(name, entry, SuiteSet)
+        refuse_unknown(entry, SuiteSet, f"eval.suite={name}")
     try:
         suite = cast(Suite, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Suite), document)))
     except OmegaConfBaseException as error:
@@ -114,13 +114,6 @@ def columns(suite: Suite) -> list[Column]:
         for one in retrieved
         for k in (1, 5, 10)
     ]
-
-
-def _check_keys(name: str, entry: Any, section: type) -> None:
-    keys = [each.name for each in fields(section)]
-    unknown = next((key for key in entry if key not in keys), None) if isinstance(entry, dict) else None
-    if unknown is not None:
-        raise ConfigError(f"eval.suite={name}: unknown key {unknown}: did you mean {nearest(str(unknown), keys)}?")
 
 
 def _mistakes(suite: Suite) -> Iterator[str]:

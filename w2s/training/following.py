@@ -85,8 +85,8 @@ class Stopping(Callback):
         refused = self._saving.refused
         if run.memory is not None and not skipped and not refused:
             run.memory.forget()
-        number = signals[0] if signals else signal.SIGTERM
-        name, kept = signal.Signals(number).name, f"saved in {run.folder}"
+        asked = signals[0] if signals else signal.SIGTERM
+        name, kept = signal.Signals(asked).name, f"saved in {run.folder}"
         if skipped or refused:
             kept = f"not saved: {refused[-1] if refused else 'it was skipped'}"
-        raise StopRun(f"stopped by {name} at step {step}, {kept}: repeat the command to resume", number)
+        raise StopRun(f"stopped by {name} at step {step}, {kept}: repeat the command to resume", asked)

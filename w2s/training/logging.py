@@ -86,13 +86,13 @@ class Logging(Callback):
     def _log(self, metrics: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
         """Average over the ranks."""
         run = self._run
-        own = run.ranks.to_floats(metrics), run.fp8_stats.read(), figures, run.stream.counts()
-        numbers, counts, everyones, read = zip(*run.ranks.gather(own), strict=True)
-        averages = without_silent_teachers(process_groups.means(numbers)) | fp8_metrics(counts)
+        local = run.ranks.to_floats(metrics), run.fp8_stats.read(), figures, run.stream.counts()
+        reported, counts, gathered, read = zip(*run.ranks.gather(local), strict=True)
+        averages = without_silent_teachers(process_groups.means(reported)) | fp8_metrics(counts)
         skipped = int(run.stage.optimizer.guard.skipped) + run.undone
         if skipped:
             averages["skipped_steps"] = skipped
-        compared = over_ranks(everyones, ("seconds_per_step", "data_wait"))
+        compared = over_ranks(gathered, ("seconds_per_step", "data_wait"))
         logged = {**averages, **figures, **compared, **run.stream.metrics(process_groups.sums(read))}
         run.tracker.log(run.step, run.samples, logged)
         for callback in run.callbacks:

@@ -90,10 +90,10 @@ def diagnose(same: Sequence[float], swapped: Sequence[float] | None, participant
 
 
 def _of_rank(data_rank: int, bad: Sequence[int], elsewhere: Sequence[int], participants: Sequence[Participant]) -> str:
-    own = [each for each in participants if each.data_rank == data_rank]
-    samples = ", ".join([name for each in own for name in each.samples][:_NAMED])
-    numbers, hosts = [each.rank for each in own], ", ".join(dict.fromkeys(each.host for each in own))
-    who = f"ranks {numbers} on {hosts}" if len(own) > 1 else f"rank {numbers[0]} on {hosts}"
+    replica = [each for each in participants if each.data_rank == data_rank]
+    samples = ", ".join([name for each in replica for name in each.samples][:_NAMED])
+    ranks, hosts = [each.rank for each in replica], ", ".join(dict.fromkeys(each.host for each in replica))
+    who = f"ranks {ranks} on {hosts}" if len(ranks) > 1 else f"rank {ranks[0]} on {hosts}"
     following = (data_rank + 1) % (1 + max(each.data_rank for each in participants))
     moves, stays = following in elsewhere, data_rank in elsewhere
     if stays and not moves:
@@ -107,7 +107,7 @@ def _standing_out(norms: Sequence[float]) -> list[int]:
     """The data-parallel ranks whose norm is not a number, or far above that of most."""
     finite = [norm for norm in norms if math.isfinite(norm)]
     most = _OUTLIER * median_low(finite) if len(finite) > 1 else math.inf
-    return [number for number, norm in enumerate(norms) if not norm <= most]
+    return [data_rank for data_rank, norm in enumerate(norms) if not norm <= most]
 
 
 def clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,6 +128,6 @@ def _norms(stage: Stage, batch: Batch, ranks: Ranks) -> list[float]:
     stage.load_extra_state(extra)
     square = stage.optimizer.local_norm().square() + 0 * loss.to(ranks.device)
     squares = [0.0] * ranks.data_size
-    for data_rank, own in ranks.gather((ranks.data_rank, square.item())):
-        squares[data_rank] += own
+    for data_rank, local_square in ranks.gather((ranks.data_rank, square.item())):
+        squares[data_rank] += local_square
     return [math.sqrt(each) if math.isfinite(each) else math.nan for each in squares]

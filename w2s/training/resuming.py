@@ -52,10 +52,10 @@ def resume(stage: Stage, config: Config, folder: Path, memory: HostMemory | None
         _refuse_another_run(config, folder, meta)
         stage.load_extra_state(state.restore(memory.read(), stage.towers, stage.optimizer, meta.step))
         return _with_place(_resumed(config, meta), "from the memory of the hosts")
-    own = checkpoint_folders.latest(folder)
-    if own is not None:
-        _refuse_another_run(config, folder, checkpoint_folders.read_meta(own))
-        return _with_place(load_checkpoint(own, stage, config))
+    latest = checkpoint_folders.latest(folder)
+    if latest is not None:
+        _refuse_another_run(config, folder, checkpoint_folders.read_meta(latest))
+        return _with_place(load_checkpoint(latest, stage, config))
     other = find_continued(config)
     if other is not None:
         verify(other)
