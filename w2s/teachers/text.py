@@ -25,10 +25,16 @@ from w2s.checkpoint.weights.released import Released, open_released, rename
 from w2s.checkpoint.weights.tensor_files import open_weights
 from w2s.config.load import model_from, named_model
 from w2s.config.sections import ClipConfig, Config, ModelConfig, TeacherConfig, TextConfig, Weights
-from w2s.errors import CheckpointError, ConfigError
+from w2s.errors import ConfigError
 from w2s.teachers.base import Precision
 from w2s.teachers.networks.open_clip_names import described
-from w2s.teachers.networks.teacher_weights import check_weights, name_and_weights, weights_file
+from w2s.teachers.networks.teacher_weights import (
+    check_tensors,
+    check_weights,
+    name_and_weights,
+    other_model,
+    weights_file,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -275,15 +281,9 @@ def _no_text_tower(source: str) -> ConfigError:
 def _loaded(described: _Described, released: Released) -> tuple[TextTransformer, Tensor]:
     """The tower with the weights of a checkpoint, and its logit scale."""
     tower = described.build()
-    wanted = {f"text.{name}": value for name, value in tower.state_dict().items()}
-    theirs = {name for name in released.meta if name.startswith("text.")}
-    wrong = sorted(wanted.keys() ^ theirs) or sorted(
-        name for name in wanted if wanted[name].shape != released.meta[name].shape
-    )
-    if wrong or "logit_scale" not in released.meta:
-        raise CheckpointError(
-            f"teacher weights {released.path} hold another model: {(wrong or ['logit_scale'])[0]} is missing or does "
-            "not fit; give the file of this one"
-        )
-    tower.load_state_dict({name.removeprefix("text."): released.read(name).float() for name in wanted})
+    expected = {f"text.{name}": value for name, value in tower.state_dict().items()}
+    check_tensors(released, expected)
+    if "logit_scale" not in released.meta:
+        raise other_model(released, "logit_scale is missing")
+    tower.load_state_dict({name.removeprefix("text."): released.read(name).float() for name in expected})
     return tower, released.read("logit_scale").float().exp().reshape(())

@@ -22,6 +22,7 @@ from w2s.config.load import model_from, named_model
 from w2s.config.sections import ModelConfig, VisionConfig, Weights
 from w2s.errors import CheckpointError, ConfigError
 from w2s.teachers.base import Precision
+from w2s.teachers.networks.teacher_weights import check_tensors
 from w2s.teachers.networks.timm_vit import TimmTokens, resize_input
 from w2s.towers.vision import channel_statistics
 
@@ -126,14 +127,7 @@ def _wrapped(tower: Eva | VisionTransformer, vision: VisionConfig, image_size: i
 def _weights(tower: nn.Module, released: Released, precision: Precision) -> dict[str, Tensor]:
     """The tower's tensors out of the file's, none of them kept in a wider type than is used."""
     wanted = {f"visual.{name}": value for name, value in tower.state_dict().items()}
-    held = {name for name in released.meta if name.startswith("visual.") and not name.startswith(MASKED_STAGE)}
-    missing, surplus = sorted(wanted.keys() - held), sorted(held - wanted.keys())
-    misfits = sorted(name for name in wanted.keys() & held if wanted[name].shape != released.meta[name].shape)
-    if missing or misfits or surplus:
-        reason = f"{missing[0]} is missing" if missing else f"{(misfits or surplus)[0]} does not fit"
-        raise CheckpointError(
-            f"teacher weights {released.path} hold another model: {reason}; give the file of this one"
-        )
+    check_tensors(released, wanted, ignored=MASKED_STAGE)
     return {name.removeprefix("visual."): _as_used(name, released.read(name), precision) for name in wanted}
 
 

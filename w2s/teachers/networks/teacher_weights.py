@@ -2,13 +2,14 @@
 
 import difflib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import Tensor
 
+from w2s.checkpoint.weights.released import Released
 from w2s.checkpoint.weights.tensor_files import open_weights, weights_in
 from w2s.config.sections import TeacherConfig
 from w2s.errors import CheckpointError, ConfigError
@@ -58,6 +59,25 @@ def weights_file(path: str, kind: str, name: str) -> Path | None:
             f"teacher.source={kind}:{name}{'' if name.startswith(LOCAL) else '@FILE'}"
         )
     return weights_in(file) if file is not None and file.is_dir() else file
+
+
+def check_tensors(released: Released, expected: Mapping[str, Tensor], ignored: tuple[str, ...] = ()) -> None:
+    """Refuse a checkpoint whose tower is not made of just the `expected` tensors, all of one tower.
+
+    Raises:
+        CheckpointError: one is missing, has another shape, or is too much; `ignored` are beginnings of names.
+    """
+    tower = f"{next(iter(expected)).partition('.')[0]}."
+    held = {name for name in released.meta if name.startswith(tower) and not name.startswith(ignored)}
+    misfits = {name for name in expected.keys() & held if expected[name].shape != released.meta[name].shape}
+    missing, others = sorted(expected.keys() - held), sorted(misfits) or sorted(held - expected.keys())
+    if missing or others:
+        raise other_model(released, f"{missing[0]} is missing" if missing else f"{others[0]} does not fit")
+
+
+def other_model(released: Released, reason: str) -> CheckpointError:
+    """The error for a checkpoint that a teacher's tower is not in."""
+    return CheckpointError(f"teacher weights {released.path} hold another model: {reason}; give the file of this one")
 
 
 def indexed(file: Path) -> dict[str, Tensor]:
