@@ -118,7 +118,6 @@ def test_a_finished_tower_grows(chain: Chain, base: list[str], stage: str, tmp_p
             "model.vision.layers=1",
             "is of another model (model=tiny): this model has no vision.blocks.layers.1.",
         ),
-        ("clip", "init.vision=nowhere", "init.vision=nowhere is neither a path, nor a run below"),
         ("eval", "init.checkpoint=newer", "is of another model (model=tiny): it has no text."),
     ],
 )
