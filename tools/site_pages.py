@@ -1,7 +1,7 @@
 """The pages of the site that are made of the code: a page for each command, and one for each section of keys.
 
-MkDocs calls the two functions at the end, as `mkdocs.yml` says; nothing is written to disk but the site. README.md
-becomes the first page; CHANGELOG.md and CONTRIBUTING.md are pages too.
+MkDocs calls the two functions at the end, as `mkdocs.yml` says; nothing is written to disk but the site.
+CHANGELOG.md and CONTRIBUTING.md are pages too.
 """
 
 import ast
@@ -25,28 +25,28 @@ from w2s.config.sections import Config
 ROOT = Path(__file__).parents[1]
 
 GUIDES = {
-    "stage": "configuration",
-    "run": "configuration",
-    "report": "tracking",
-    "import": "formats",
-    "export": "publishing",
-    "inspect": "formats",
-    "encode": "formats",
-    "plan": "plan",
-    "rehearse": "rehearse",
-    "bench": "bench",
+    "stage": "runs",
+    "run": "runs",
+    "report": "runs",
+    "tracking": "runs",
     "data": "data",
-    "checkpoint": "reliability",
+    "eval": "evaluation",
+    "teacher": "teachers",
+    "mim": "masked_stage",
+    "clip": "contrastive_stage",
+    "clip.distill": "contrastive_stage",
     "init": "starts",
     "optim": "starts",
-    "mim": "first_stage",
-    "clip": "loss",
-    "clip.distill": "distillation",
-    "teacher": "teachers",
-    "parallel": "layouts",
-    "precision": "precision",
-    "eval": "evaluation",
-    "tracking": "tracking",
+    "import": "weights",
+    "export": "weights",
+    "inspect": "weights",
+    "encode": "weights",
+    "parallel": "cluster",
+    "precision": "cluster",
+    "plan": "plan",
+    "rehearse": "plan",
+    "checkpoint": "reliability",
+    "bench": "bench",
 }
 """The hand-written page beside a command, or beside a section of keys."""
 
@@ -89,7 +89,7 @@ def _key_index(top: list[str]) -> str:
 
 _INDEX = """# All keys
 
-`key=value` on the command line of a stage sets a key: see [Configuration and runs](../configuration.md). The default is
+`key=value` on the command line of a stage sets a key: see [Runs](../runs.md). The default is
 what a stage takes without an override; where the stages differ, each is named.
 
 | section | what it is |
@@ -230,8 +230,7 @@ def _title(page: str) -> str:
 
 def root_pages() -> dict[str, str]:
     """Return the pages that lie at the root of the repository, their links as the site has them."""
-    names = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
-    texts = {page: (ROOT / name).read_text(encoding="utf-8") for name, page in names.items()}
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "CONTRIBUTING.md")}
     return {page: text.replace("](docs/", "](").replace("](README.md", "](index.md") for page, text in texts.items()}
 
 

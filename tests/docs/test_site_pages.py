@@ -62,5 +62,5 @@ def test_every_command_is_on_a_page_with_its_options(name: str, command: Any) ->
 
 def test_pages_of_the_root_have_the_links_of_the_site() -> None:
     pages: dict[str, str] = PAGES["root_pages"]()
-    assert "](demo.md)" in pages["index.md"]
+    assert "](extending.md)" in pages["CONTRIBUTING.md"]
     assert "](docs/" not in "".join(pages.values())

@@ -171,7 +171,7 @@ def test_every_choice_of_the_real_showcase_is_made_alike() -> None:
 
 @pytest.mark.slow
 def test_the_real_showcase_can_be_planned() -> None:
-    """Every run has a configuration before anything has run, and as many are launched as docs/showcase.md says."""
+    """Every run has a configuration before anything has run, and as many are launched as its page says."""
     configs = Plan(load_pipeline("showcase"), [], fresh=False).configs()
     assert len(configs) == 88
     assert {config.run.seed for config in configs} == {1, 2, 3}

@@ -266,7 +266,7 @@ class OptimConfig(Section, prefix="optim."):
     spike_window: PositiveInt = 128
     """Gradient norms that a spike is measured by; nothing is one before half of them are there."""
     ema: FractionBelowOne = 0.0
-    """Decay of a moving average of the weights that is kept beside them, such as 0.9999 (docs/averaging.md); 0 keeps
+    """Decay of a moving average of the weights that is kept beside them, such as 0.9999 (docs/starts.md); 0 keeps
     none."""
 
     def cooldown_start(self, steps: int) -> int:

@@ -22,7 +22,7 @@ from w2s.planning.time.cards import Card
 from w2s.planning.time.duration import StepModel, StepTime
 
 MARGIN = 1.01
-"""How much more than its plan says a layout may need and still fit; rehearsals have found 0.5 % (docs/rehearse.md)."""
+"""How much more than its plan says a layout may need and still fit; rehearsals have found 0.5 % (docs/plan.md)."""
 
 
 @dataclass(frozen=True)

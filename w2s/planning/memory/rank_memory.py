@@ -1,7 +1,7 @@
 """Bytes on a rank at the fullest moment of a step, by part.
 
 States are exact and activations within 10 % (tests/planning); what the loss, the teacher and the buffers need are the
-sums of their largest tensors. All of it is beside what the rehearsal counts (docs/rehearse.md).
+sums of their largest tensors. All of it is beside what the rehearsal counts (docs/plan.md).
 """
 
 from collections.abc import Iterator, Sequence
