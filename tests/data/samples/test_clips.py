@@ -1,20 +1,20 @@
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
 from tests.data.shard_files import encode, noise
+from w2s.data.samples.batch import Batch
 from w2s.data.samples.frames import choose_frames, spread
-from w2s.data.samples.sample import SampleSpec, Views, make_views
+from w2s.data.samples.sample import SampleSpec, make_sample
 from w2s.data.shards.raw_sample import BadSample, RawSample, find_images
 
 SPEC = SampleSpec(image_size=16, grid=4, num_kept_patches=8, layers=12, drop_path=0.5, frames=4)
 IMAGES = [encode(noise(number)) for number in range(11)]
 
 
-def views_of(files: dict[str, bytes], spec: SampleSpec = SPEC) -> Views:
-    return make_views(RawSample("key", "shard", files), spec, 3, 5)
+def views_of(files: dict[str, bytes], spec: SampleSpec = SPEC) -> Batch:
+    return make_sample(RawSample("key", "shard", files), spec, 3, 5)
 
 
 def test_frames_are_the_middles_of_equal_parts() -> None:
@@ -37,10 +37,10 @@ def test_a_clip_is_its_frames_with_one_crop() -> None:
     clip = views_of({f"{number:03d}.png": image for number, image in enumerate(IMAGES)})
     still = dataclasses.replace(SPEC, frames=1)
     images = [views_of({"png": IMAGES[number]}, still) for number in spread(11, 4)]
-    assert torch.equal(clip.image, torch.stack([image.image for image in images]))
-    assert clip.image.shape == (4, 3, 16, 16)
-    assert views_of({f"{n}.png": IMAGES[n] for n in range(11)}, still).image.equal(
-        views_of({"png": IMAGES[5]}, still).image
+    assert torch.equal(clip.images[0], torch.cat([image.images for image in images]))
+    assert clip.images.shape == (1, 4, 3, 16, 16)
+    assert views_of({f"{n}.png": IMAGES[n] for n in range(11)}, still).images.equal(
+        views_of({"png": IMAGES[5]}, still).images
     )
 
 
@@ -48,20 +48,20 @@ def test_each_frame_has_patches_and_branches_of_its_own_and_the_first_those_of_a
     clip, image = views_of({"png": IMAGES[0]}), views_of({"png": IMAGES[0]}, dataclasses.replace(SPEC, frames=1))
     for ours, theirs, shape in ((clip.kept, image.kept, (4, 8)), (clip.branch_scales, image.branch_scales, (4, 12, 2))):
         assert ours is not None and theirs is not None
-        assert ours.shape == shape
-        assert np.array_equal(ours[0], theirs)
-        assert len({frame.tobytes() for frame in ours}) == 4
+        assert ours.shape == (1, *shape)
+        assert ours[:, 0].equal(theirs)
+        assert len({frame.numpy().tobytes() for frame in ours[0]}) == 4
 
 
 def test_an_image_among_clips_stands_still() -> None:
     clip = views_of({"png": IMAGES[0]})
-    assert all(torch.equal(frame, clip.image[0]) for frame in clip.image)
+    assert all(torch.equal(frame, clip.images[0, 0]) for frame in clip.images[0])
 
 
 def test_the_teacher_sees_the_same_frames() -> None:
     clip = views_of({f"{n}.png": IMAGES[n] for n in range(11)}, dataclasses.replace(SPEC, teacher_sizes=(16,)))
-    assert len(clip.teacher_images) == 1
-    assert torch.equal(clip.image, clip.teacher_images[0])
+    (teacher_images,) = clip.teacher_images
+    assert torch.equal(clip.images, teacher_images)
 
 
 def test_a_damaged_frame_is_a_bad_sample() -> None:

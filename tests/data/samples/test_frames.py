@@ -5,9 +5,9 @@ import pytest
 
 from tests.data.shard_files import encode, noise, write_shard
 from tests.data.video_files import SIDE, write_video
-from w2s.data.samples import frames as video
+from w2s.data.samples import frames as frames_module
 from w2s.data.samples.frames import decode_frames, is_video, spread
-from w2s.data.samples.sample import SampleSpec, make_views
+from w2s.data.samples.sample import SampleSpec, make_sample
 from w2s.data.shards.containers import read_shard
 from w2s.data.shards.raw_sample import BadSample, RawSample
 from w2s.data.stream.sources import check_source
@@ -56,10 +56,10 @@ def test_a_video_that_cannot_be_used_is_a_bad_sample(monkeypatch: pytest.MonkeyP
     for damaged in (data[:100], data[: len(data) // 2], data[:40] + b"?" * 2000):
         with pytest.raises(BadSample, match="video cannot be decoded"):
             decode_frames(damaged, 2)
-    monkeypatch.setattr(video, "MAX_FRAMES", 7)
+    monkeypatch.setattr(frames_module, "MAX_FRAMES", 7)
     with pytest.raises(BadSample, match="video is too long"):
         decode_frames(data, 2)
-    monkeypatch.setattr(video, "MAX_PIXELS", SIDE * SIDE)
+    monkeypatch.setattr(frames_module, "MAX_PIXELS", SIDE * SIDE)
     with pytest.raises(BadSample, match="image is too large"):
         decode_frames(data, 2)
 
@@ -69,15 +69,15 @@ def test_a_video_is_a_clip_of_a_shard(tmp_path, monkeypatch: pytest.MonkeyPatch)
     shard = str(tmp_path / "a.tar")
     spec = SampleSpec(image_size=16, grid=4, frames=3, image_key="jpg;mp4", crop_scale=(1, 1), flip=False)
     (sample,) = read_shard(shard, wanted=spec.extensions)
-    views = make_views(sample, spec, 0, 0)
-    assert views.image.shape == (3, 3, 16, 16)
-    assert views.image[:, :, -1, -1].float().mean(1).tolist() == pytest.approx([16, 48, 80], abs=3)
+    views = make_sample(sample, spec, 0, 0)
+    assert views.images.shape == (1, 3, 3, 16, 16)
+    assert views.images[0, :, :, -1, -1].float().mean(1).tolist() == pytest.approx([16, 48, 80], abs=3)
     check_source([shard], "mp4", "txt")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(video, "find_spec", lambda name: None)
+    monkeypatch.setattr(frames_module, "find_spec", lambda name: None)
     for use in (
         lambda: check_source([shard], "mp4", "txt"),
-        lambda: make_views(RawSample("a", "b", sample.files), spec, 0, 0),
+        lambda: make_sample(RawSample("a", "b", sample.files), spec, 0, 0),
     ):
         with pytest.raises(MissingPackageError, match=r"videos need PyAV: pip install 'w2s\[video\]'"):
             use()

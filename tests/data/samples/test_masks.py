@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from w2s.data.samples import masks as masks_module
-from w2s.data.samples.masks import block_mask, draw_kept_patches
+from w2s.data.samples.masks import block_mask
 from w2s.data.samples.random_numbers import Purpose, generator
 
 
@@ -64,13 +64,6 @@ def test_masks_depend_on_the_index_alone() -> None:
 def test_too_many_patches_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot mask 17 of 16"):
         draw(0, 4, 17, 2)
-
-
-def test_kept_patches_are_distinct_ascending_and_uniform() -> None:
-    draws = np.stack([draw_kept_patches(generator(0, Purpose.PATCHES, index), 16, 8) for index in range(2000)])
-    assert draws.dtype == np.int64
-    assert (np.diff(draws, axis=1) > 0).all()
-    assert np.bincount(draws.ravel(), minlength=16) / 2000 == pytest.approx(np.full(16, 0.5), abs=0.05)
 
 
 def ragged_mask(rng: np.random.Generator) -> np.ndarray:

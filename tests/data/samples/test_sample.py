@@ -9,10 +9,12 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from tests.data.shard_files import encode, noise, smooth_photo
+from w2s.data.samples.batch import require
 from w2s.data.samples.captions import caption_hash
 from w2s.data.samples.decode import decode_crop
 from w2s.data.samples.random_numbers import Purpose, generator
-from w2s.data.samples.sample import SampleSpec, crop_box, draw_mask, make_views, resize
+from w2s.data.samples.sample import SampleSpec, crop_box, draw_kept, draw_mask, make_sample, resize
+from w2s.data.samples.tokens import tokenize
 from w2s.data.shards.raw_sample import BadSample, RawSample
 
 SPEC = SampleSpec(
@@ -41,24 +43,23 @@ def test_crops_equal_pillow_and_torchvision_within_2() -> None:
     spec = dataclasses.replace(SPEC, image_size=224, crop_scale=(0.9, 1.0), flip=False)
     image = Image.open(io.BytesIO(photo().files["jpg"]))
     for index in range(30):
-        views = make_views(photo(), spec, 3, index)
+        views = make_sample(photo(), spec, 3, index)
         box = crop_box(generator(3, Purpose.CROP, index), 400, 500, (0.9, 1.0), RATIO)
-        for view, size in ((views.image, 224), (views.teacher_images[0], 128)):
+        for view, size in ((views.images, 224), (views.teacher_images[0], 128)):
             reference = tv.pil_to_tensor(tv.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC))
-            assert view is not None
-            assert (view.int() - reference.int()).abs().max() <= 2
+            assert (view[0].int() - reference.int()).abs().max() <= 2
 
 
 def test_student_and_teacher_see_the_same_crop_and_flip() -> None:
     spec = dataclasses.replace(SPEC, teacher_sizes=(64,))
     flipped = 0
     for index in range(20):
-        views = make_views(photo(), spec, 0, index)
-        assert len(views.teacher_images) == 1
-        assert torch.equal(views.image, views.teacher_images[0])
-        plain = make_views(photo(), dataclasses.replace(spec, flip=False), 0, index).image
-        assert torch.equal(views.image, plain) or torch.equal(views.image, plain.flip(-1))
-        flipped += not torch.equal(views.image, plain)
+        views = make_sample(photo(), spec, 0, index)
+        (teacher_images,) = views.teacher_images
+        assert torch.equal(views.images, teacher_images)
+        plain = make_sample(photo(), dataclasses.replace(spec, flip=False), 0, index).images
+        assert torch.equal(views.images, plain) or torch.equal(views.images, plain.flip(-1))
+        flipped += not torch.equal(views.images, plain)
     assert 4 <= flipped <= 16
 
 
@@ -67,12 +68,9 @@ def test_everything_random_depends_on_seed_and_index() -> None:
         # The global generators must not matter.
         np.random.seed(index)
         torch.manual_seed(index + seed)
-        views = make_views(photo(), SPEC, seed, index)
-        assert views.mask is not None
-        assert views.kept is not None
-        assert views.branch_scales is not None
-        drawn = views.image.numpy(), views.mask, views.kept, views.branch_scales
-        return tuple(array.tobytes() for array in drawn)
+        views = make_sample(photo(), SPEC, seed, index)
+        drawn = views.images, views.masks, views.kept, views.branch_scales
+        return tuple(require(tensor).numpy().tobytes() for tensor in drawn)
 
     assert fingerprint(1, 7) == fingerprint(1, 7)
     others = [fingerprint(seed, index) for seed in (0, 1) for index in range(8)]
@@ -80,15 +78,10 @@ def test_everything_random_depends_on_seed_and_index() -> None:
 
 
 def test_only_what_is_asked_for_is_made() -> None:
-    views = make_views(raw(png=encode(noise(0))), SampleSpec(image_size=32, grid=4), 0, 0)
-    assert views.image.shape == (3, 32, 32)
-    assert (views.teacher_images, views.mask, views.kept, views.branch_scales, views.caption) == (
-        (),
-        None,
-        None,
-        None,
-        None,
-    )
+    views = make_sample(raw(png=encode(noise(0))), SampleSpec(image_size=32, grid=4), 0, 0)
+    assert views.images.shape == (1, 3, 32, 32)
+    assert views.teacher_images == ()
+    assert {views.masks, views.kept, views.branch_scales, views.tokens, views.caption_hashes} == {None}
 
 
 def test_boxes_follow_torchvisions_rule() -> None:
@@ -123,8 +116,8 @@ def test_resize_of_the_whole_image_at_its_size_changes_nothing() -> None:
 def test_the_first_extension_that_is_there_is_taken() -> None:
     spec = SampleSpec(image_size=20, grid=1, image_key="webp;png", crop_scale=(1, 1), crop_ratio=(1, 1), flip=False)
     pixels = noise(1, 20, 20)
-    views = make_views(raw(jpg=b"no image", png=encode(pixels)), spec, 0, 0)
-    assert np.array_equal(views.image.permute(1, 2, 0), pixels)
+    views = make_sample(raw(jpg=b"no image", png=encode(pixels)), spec, 0, 0)
+    assert np.array_equal(views.images[0].permute(1, 2, 0), pixels)
 
 
 @pytest.mark.parametrize(
@@ -140,12 +133,13 @@ def test_the_first_extension_that_is_there_is_taken() -> None:
 )
 def test_bad_samples_have_a_reason(sample: RawSample, reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
-        make_views(sample, SPEC, 0, 0)
+        make_sample(sample, SPEC, 0, 0)
 
 
 def test_caption_hashes_are_stable_63_bit_numbers() -> None:
-    assert make_views(photo(), SPEC, 0, 0).caption == "A photo"
-    assert caption_hash("A photo") == 3201417460435995062
+    sample = make_sample(photo(), SPEC, 0, 0)
+    assert require(sample.tokens).equal(tokenize(["A photo"], SPEC.context_length))
+    assert require(sample.caption_hashes).tolist() == [caption_hash("A photo")] == [3201417460435995062]
     hashes = {caption_hash(f"caption {n}") for n in range(1000)}
     assert len(hashes) == 1000
     assert min(hashes) >= 0
@@ -171,8 +165,8 @@ def test_half_scale_is_used_only_where_the_crop_is_twice_the_view() -> None:
     raw_photo = raw(jpg=encode(smooth_photo(900, 1200), "JPEG"))
     for size, differs in ((224, True), (500, False)):
         spec = SampleSpec(image_size=size, grid=2, crop_scale=(0.9, 1.0), flip=False)
-        whole = make_views(raw_photo, spec, 0, 0).image
-        half = make_views(raw_photo, dataclasses.replace(spec, half_scale=True), 0, 0).image
+        whole = make_sample(raw_photo, spec, 0, 0).images
+        half = make_sample(raw_photo, dataclasses.replace(spec, half_scale=True), 0, 0).images
         assert torch.equal(whole, half) != differs
         assert (whole.float() - half.float()).abs().mean() < 2
 
@@ -185,3 +179,11 @@ def test_uniform_masks_have_no_blocks_but_the_same_number() -> None:
     share = np.mean([draw_mask(uniform, 1, index) for index in range(2000)], axis=0)
     # 2,000 draws of probability 0.41: standard deviation 0.011, 256 places.
     assert np.abs(share - 105 / 256).max() < 0.055
+
+
+def test_kept_patches_are_distinct_ascending_and_uniform() -> None:
+    spec = SampleSpec(image_size=64, grid=4, num_kept_patches=8)
+    draws = np.stack([draw_kept(spec, 0, index) for index in range(2000)])
+    assert draws.dtype == np.int64
+    assert (np.diff(draws, axis=1) > 0).all()
+    assert np.bincount(draws.ravel(), minlength=16) / 2000 == pytest.approx(np.full(16, 0.5), abs=0.05)

@@ -113,7 +113,7 @@ def test_workers_that_die_again_and_again_are_an_error(folder: Path, monkeypatch
         yield
 
     with closing(open_stream(folder, 0)) as stream:
-        monkeypatch.setattr("w2s.data.stream.stream.start_reading", dying)
+        monkeypatch.setattr("w2s.data.stream.stream.start_workers", dying)
         stream._parts = iter(dying())  # type: ignore[arg-type]
         with pytest.raises(DataError, match="reading processes die again and again, at step 0"):
             stream.next()

@@ -25,7 +25,7 @@ from w2s.config.sections import DataConfig, TeacherConfig
 from w2s.data.samples.batch import Batch, normalize
 from w2s.data.samples.decode import open_image
 from w2s.data.samples.random_numbers import Purpose, generator
-from w2s.data.samples.sample import SampleSpec, crop_box, make_views
+from w2s.data.samples.sample import SampleSpec, crop_box, make_sample
 from w2s.data.shards.containers import read_shard
 from w2s.data.shards.listing import list_shards
 from w2s.data.shards.raw_sample import RawSample
@@ -234,7 +234,7 @@ def _difference(shards: Shards, wanted: SampleSpec) -> float:
     for index, sample in _samples(shards):
         image = open_image(io.BytesIO(sample.files["jpg"]))
         theirs = peer_transform({image.size: _box(image.size, wanted, index)})(image.convert("RGB"))
-        ours = normalize(make_views(sample, wanted, SEED, index).image[None], MEAN, STD)[0]
+        ours = normalize(make_sample(sample, wanted, SEED, index).images, MEAN, STD)[0]
         largest = max(largest, ((ours - theirs) * std).abs().max().item() * 255)
     return largest
 
@@ -247,7 +247,7 @@ def _teacher_cosine(shards: Shards, wanted: SampleSpec) -> dict[str, float] | st
         return str(error)
     cosines = []
     for index, sample in _samples(shards):
-        views = [make_views(sample, replace(wanted, half_scale=half), SEED, index).image for half in (False, True)]
+        views = [make_sample(sample, replace(wanted, half_scale=half), SEED, index).images[0] for half in (False, True)]
         with torch.no_grad():
             whole, half = teacher(normalize(torch.stack(views), teacher.mean, teacher.std)).patches
         # A patch without any feature has no direction.

@@ -100,7 +100,8 @@ def merge_batches(parts: Sequence[Batch]) -> Batch:
     columns = {name: [_tensors(part)[name] for part in parts] for name in _tensors(parts[0])}
     merged = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
     batch = _batch(merged, [key for part in parts for key in part.keys])
-    return batch._select(batch.indices.argsort())
+    order = batch.indices.argsort()
+    return batch if order.equal(torch.arange(len(batch))) else batch._select(order)
 
 
 def gather_batch(local: Batch, group: dist.ProcessGroup) -> Batch:

@@ -1,4 +1,4 @@
-"""Which patches are masked, and which ones patch dropout keeps."""
+"""Block-wise masks: which patches of an image are hidden."""
 
 import math
 
@@ -65,13 +65,3 @@ def _place(rng: np.random.Generator, mask: NDArray[np.bool_], height: int, width
     top = int(rng.random() * (len(mask) - height + 1))
     left = int(rng.random() * (len(mask) - width + 1))
     return mask[top : top + height, left : left + width]
-
-
-def uniform_mask(rng: np.random.Generator, grid: int, masked: int) -> NDArray[np.bool_]:
-    """Draw a mask whose masked patches are anywhere, each place equally likely: bool [grid * grid], row by row."""
-    return rng.permutation(grid * grid) < masked
-
-
-def draw_kept_patches(rng: np.random.Generator, patches: int, kept: int) -> NDArray[np.int64]:
-    """Draw `kept` of `patches` patches without replacement: int64 [kept], ascending."""
-    return np.sort(rng.permutation(patches)[:kept])

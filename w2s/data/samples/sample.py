@@ -1,4 +1,4 @@
-"""One raw sample to the views that a stage trains on. Everything random depends on the global sample index alone."""
+"""One raw sample to what a stage trains on. Everything random depends on the global sample index alone."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from w2s.config.sections import Config, DataConfig
-from w2s.data.samples.captions import draw_caption
+from w2s.data.samples.batch import Batch
+from w2s.data.samples.captions import caption_hash, draw_caption
 from w2s.data.samples.decode import decode_crop
 from w2s.data.samples.drop_path import branch_scales
 from w2s.data.samples.frames import Picture, choose_frames
-from w2s.data.samples.masks import block_mask, draw_kept_patches, uniform_mask
+from w2s.data.samples.masks import block_mask
 from w2s.data.samples.random_numbers import Purpose, generator
+from w2s.data.samples.tokens import tokenize
 from w2s.data.shards.raw_sample import BadSample, RawSample, caption_file, find_images
 
 T = TypeVar("T", bound=np.generic)
@@ -94,22 +96,8 @@ class SampleSpec:
         return frozenset(self.image_key.split(";")) | captions
 
 
-@dataclass(frozen=True, kw_only=True)
-class Views:
-    """A sample that is ready for a batch; see `Batch` for the fields."""
-
-    key: str
-    index: int
-    image: torch.Tensor
-    teacher_images: tuple[torch.Tensor, ...]
-    mask: NDArray[np.bool_] | None
-    kept: NDArray[np.int64] | None
-    branch_scales: NDArray[np.float32] | None
-    caption: str | None
-
-
-def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views:
-    """Decode a sample and draw its crop, flip, mask, kept patches and branch scales.
+def make_sample(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Batch:
+    """Decode a sample and draw its crop, flip, mask, kept patches and branch scales: a batch of one.
 
     The student's and the teachers' views show the same crop with the same flip, and so do the frames of a clip.
 
@@ -130,20 +118,26 @@ def make_views(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Views
     images = find_images(raw.files, spec.image_key)
     if not images:
         raise BadSample("image is missing")
-    has_teacher = spec.teacher_samples is None or index < spec.teacher_samples
-    sizes = [spec.image_size, *(spec.teacher_sizes if has_teacher else ())]
+    has_teachers = spec.teacher_samples is None or index < spec.teacher_samples
+    sizes = [spec.image_size, *(spec.teacher_sizes if has_teachers else ())]
     frames = [_views(picture, sizes, spec, seed, index) for picture in choose_frames(images, spec.frames)]
-    views = [torch.stack(view) if spec.frames > 1 else view[0] for view in zip(*frames, strict=True)]
-    return Views(
-        key=raw.key,
-        index=index,
-        image=views[0],
+    views = [(torch.stack(view) if spec.frames > 1 else view[0])[None] for view in zip(*frames, strict=True)]
+    return Batch(
+        images=views[0],
         teacher_images=tuple(views[1:]),
-        mask=draw_mask(spec, seed, index) if spec.masked_patches else None,
-        kept=draw_kept(spec, seed, index) if spec.num_kept_patches else None,
-        branch_scales=draw_branches(spec, seed, index) if spec.drop_path else None,
-        caption=caption,
+        masks=_row(draw_mask(spec, seed, index)) if spec.masked_patches else None,
+        kept=_row(draw_kept(spec, seed, index)) if spec.num_kept_patches else None,
+        branch_scales=_row(draw_branches(spec, seed, index)) if spec.drop_path else None,
+        tokens=None if caption is None else tokenize([caption], spec.context_length),
+        caption_hashes=None if caption is None else torch.tensor([caption_hash(caption)]),
+        keys=[raw.key],
+        indices=torch.tensor([index]),
     )
+
+
+def _row(drawn: NDArray[T]) -> torch.Tensor:
+    """What is drawn for a sample, as the only row of a batch."""
+    return torch.from_numpy(drawn)[None]
 
 
 def _views(picture: Picture, sizes: Sequence[int], spec: SampleSpec, seed: int, index: int) -> list[torch.Tensor]:
@@ -161,19 +155,20 @@ def _views(picture: Picture, sizes: Sequence[int], spec: SampleSpec, seed: int, 
 def draw_mask(spec: SampleSpec, seed: int, index: int) -> NDArray[np.bool_]:
     """Draw the mask of a sample: bool [grid * grid], row by row, with exactly `masked_patches` masked."""
     rng = generator(seed, Purpose.MASK, index)
-    if spec.uniform_mask:
-        return uniform_mask(rng, spec.grid, spec.masked_patches)
+    if spec.uniform_mask:  # each place equally likely
+        return rng.permutation(spec.grid**2) < spec.masked_patches
     return block_mask(rng, spec.grid, spec.masked_patches, spec.min_block, spec.block_aspect)
 
 
 def draw_kept(spec: SampleSpec, seed: int, index: int) -> NDArray[np.int64]:
     """Draw the patches that patch dropout keeps of each image or frame, ascending: int64 [num_kept_patches]."""
-    return _of_frames(
-        spec,
-        lambda frame: draw_kept_patches(
-            generator(seed, Purpose.PATCHES, index, frame), spec.grid**2, spec.num_kept_patches
-        ),
-    )
+
+    def draw(frame: int) -> NDArray[np.int64]:
+        return np.sort(
+            generator(seed, Purpose.PATCHES, index, frame).permutation(spec.grid**2)[: spec.num_kept_patches]
+        )
+
+    return _of_frames(spec, draw)
 
 
 def draw_branches(spec: SampleSpec, seed: int, index: int) -> NDArray[np.float32]:

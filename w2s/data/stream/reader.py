@@ -6,15 +6,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 
-import numpy as np
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from w2s.data.samples.batch import Batch
-from w2s.data.samples.captions import caption_hash
+from w2s.data.samples.batch import Batch, merge_batches
 from w2s.data.samples.random_numbers import source_seed
-from w2s.data.samples.sample import SampleSpec, Views, make_views
-from w2s.data.samples.tokens import tokenize
+from w2s.data.samples.sample import SampleSpec, make_sample
 from w2s.data.shards.raw_sample import BadSample, Skipped
 from w2s.data.shards.storage import SourceConnection, Traffic
 from w2s.data.stream.lanes import Lane, LaneState, ShardOrder
@@ -124,15 +120,15 @@ class Reader:
         lane_of = {index: index % plan.number_of_lanes for index in of_rank}
         mine = {index: lane for index, lane in lane_of.items() if lane in self._mine}
         skipped: list[Skipped] = []
-        views, sources, states = [], [], dict[int, LaneStates]()
+        samples, sources, states = [], [], dict[int, LaneStates]()
         for index, lane in mine.items():
             source = phase.draw(plan.seed, index)
-            samples = self._lanes[lane, source]
-            views.append(self._draw(index, samples, phase.spec, skipped))
+            stream = self._lanes[lane, source]
+            samples.append(self._draw(index, stream, phase.spec, skipped))
             sources.append(source)
-            states.setdefault(lane, {})[source] = samples.state
+            states.setdefault(lane, {})[source] = stream.state
         return Part(
-            batch=_collate(views, phase.spec),
+            batch=merge_batches(samples),
             lanes=states,
             sources=sources,
             skipped=skipped,
@@ -153,18 +149,18 @@ class Reader:
                 if weight and (lane, source) not in self._lanes:
                     self._lanes[lane, source] = self._plan.open_lane(lane, source, self._room, self._links[source])
 
-    def _draw(self, index: int, lane: Lane, spec: SampleSpec, skipped: list[Skipped]) -> Views:
+    def _draw(self, index: int, lane: Lane, spec: SampleSpec, skipped: list[Skipped]) -> Batch:
         """Take samples from the lane until one is good."""
         while True:
             raw = lane.next()
             try:
-                views = make_views(raw, spec, self._plan.seed, index)
+                sample = make_sample(raw, spec, self._plan.seed, index)
             except BadSample as error:
                 skipped.append(Skipped(raw.key, raw.shard, str(error)))
                 self._tolerance.skip(skipped[-1])
             else:
                 self._tolerance.good()
-                return views
+                return sample
 
 
 class PartDataset(IterableDataset[Part | DataError]):
@@ -192,21 +188,3 @@ def _allow_many_files() -> None:
     """Let this process open as many files as the machine allows: every lane keeps its shards open."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _collate(views: list[Views], spec: SampleSpec) -> Batch:
-    captions = [view.caption for view in views if view.caption is not None]
-    masks = [view.mask for view in views if view.mask is not None]
-    kept = [view.kept for view in views if view.kept is not None]
-    branches = [view.branch_scales for view in views if view.branch_scales is not None]
-    return Batch(
-        images=torch.stack([view.image for view in views]),
-        teacher_images=tuple(map(torch.stack, zip(*(view.teacher_images for view in views), strict=True))),
-        masks=torch.from_numpy(np.stack(masks)) if masks else None,
-        kept=torch.from_numpy(np.stack(kept)) if kept else None,
-        branch_scales=torch.from_numpy(np.stack(branches)) if branches else None,
-        tokens=tokenize(captions, spec.context_length) if captions else None,
-        caption_hashes=torch.tensor([caption_hash(caption) for caption in captions]) if captions else None,
-        keys=[view.key for view in views],
-        indices=torch.tensor([view.index for view in views]),
-    )
