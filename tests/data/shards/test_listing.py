@@ -5,10 +5,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.data.shard_files import good_sample, write_shard, write_shards
+from tests.data.shard_files import write_shards
 from w2s.data.shards.containers import read_shard
 from w2s.data.shards.listing import list_shards
-from w2s.data.stream.sources import check_source
 from w2s.errors import ConfigError, DataError
 
 
@@ -24,12 +23,6 @@ def names(shards: list[str]) -> list[str]:
 @pytest.mark.parametrize("pattern", ["", "/*.tar", "/{000000..000002}.tar", "/{000001,000000,000002}.tar"])
 def test_a_folder_a_glob_and_braces_give_the_same_sorted_list(folder: Path, pattern: str) -> None:
     assert names(list_shards(f"{folder}{pattern}")) == ["000000.tar", "000001.tar", "000002.tar"]
-
-
-def test_sources_are_joined(folder: Path, tmp_path: Path) -> None:
-    other = write_shards(tmp_path / "b", [1])
-    shards = list_shards(f"{other} :: {folder}/{{000000..000001}}.tar")
-    assert shards == [f"{folder}/000000.tar", f"{folder}/000001.tar", f"{other}/000000.tar"]
 
 
 def test_the_home_folder_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,44 +64,6 @@ def test_what_is_not_there_is_one_line(
     assert "data.train" in str(caught.value)
 
 
-def test_a_shard_is_read_in_order(folder: Path) -> None:
-    samples = list(read_shard(str(folder / "000001.tar")))
-    assert [sample.key for sample in samples] == ["01-000", "01-001", "01-002"]
-    assert samples[1].files == good_sample(1001)
-
-
-def test_a_cut_shard_gives_its_whole_samples_and_then_says_so(folder: Path) -> None:
-    path = folder / "000001.tar"
-    whole = list(read_shard(str(path)))
-    blocks_of_a_sample = sum(512 + -(-len(data) // 512) * 512 for data in whole[0].files.values())
-    path.write_bytes(path.read_bytes()[: 2 * blocks_of_a_sample + 600])
-    samples = list(read_shard(str(path)))
-    # The second sample is known to be whole by the header of the third.
-    assert [sample.damage for sample in samples] == ["", "", "shard is damaged"]
-    assert samples[:2] == whole[:2]
-
-
-def test_a_missing_shard_is_damage_and_an_empty_one_is_none(tmp_path: Path) -> None:
-    write_shard(tmp_path / "empty.tar", [])
-    assert list(read_shard(str(tmp_path / "empty.tar"))) == []
-    assert [s.damage for s in read_shard(str(tmp_path / "gone.tar"))] == ["shard is gone"]
-
-
-def test_needed_files_are_checked(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.tar", [("x", {"json": b"{}"}), ("y", {"png": b"", "cls": b"1"})])
-    check_source([f"{tmp_path}/a.tar"], "jpg;png", None)
-    with pytest.raises(DataError, match=r"sample y of .*a.tar has no caption '.txt', only .cls, .json, .png: set data"):
-        check_source([f"{tmp_path}/a.tar"], "jpg;png", "txt")
-    with pytest.raises(DataError, match=r"a.tar has no image '.jpg', only .cls, .json, .png: set data.image_key"):
-        check_source([f"{tmp_path}/a.tar"], "jpg", None)
-    write_shard(tmp_path / "b.tar", [])
-    with pytest.raises(DataError, match=r"b.tar and the other shards of its source have no samples"):
-        check_source([f"{tmp_path}/b.tar"] * 9, "jpg", None)
-    check_source([*[f"{tmp_path}/b.tar"] * 9, f"{tmp_path}/a.tar"], "png", None)
-    with pytest.raises(DataError, match=r"a.tar has no image '.jpg'"):
-        check_source([f"{tmp_path}/b.tar", f"{tmp_path}/a.tar"], "jpg", None)
-
-
 @pytest.mark.parametrize(("suffix", "command"), [("tar.gz", "gunzip"), ("tgz", "gunzip"), ("tar.zst", "zstd -d --rm")])
 def test_compressed_shards_are_refused_with_what_unpacks_them(tmp_path: Path, suffix: str, command: str) -> None:
     write_shards(tmp_path / "a", [2])
@@ -125,18 +80,10 @@ def test_compressed_shards_are_refused_with_what_unpacks_them(tmp_path: Path, su
         assert list_shards(f"pipe:gunzip -c {packed}", allow_pipe=True)
 
 
-def test_a_compressed_shard_under_another_name(tmp_path: Path) -> None:
-    write_shards(tmp_path, [2])
-    shard = tmp_path / "000000.tar"
-    shard.write_bytes(gzip.compress(shard.read_bytes()))
-    assert [sample.damage for sample in read_shard(str(shard))] == ["shard is compressed"]
-    with pytest.raises(DataError, match=rf"is compressed.*: mv {shard} {shard}.gz; gunzip {shard}.gz"):
-        check_source([str(shard)], "png", None)
-
-
-def test_semicolons_commas_and_lists_join_too(folder: Path, tmp_path: Path) -> None:
+def test_colons_semicolons_commas_and_lists_join_sources(folder: Path, tmp_path: Path) -> None:
     write_shards(tmp_path / "b", [1])
     shards = [f"{tmp_path}/a/000000.tar", f"{tmp_path}/a/000001.tar", f"{tmp_path}/b/000000.tar"]
+    assert list_shards(f"{tmp_path}/b :: {folder}/{{000000..000001}}.tar") == shards
     assert list_shards(f"{tmp_path}/b ; {folder}/{{000000,000001}}.tar") == shards
     assert list_shards(f"{folder}/{{000000,000001}}.tar,{tmp_path}/b") == shards
     (tmp_path / "list.txt").write_text(f"{folder}/{{000000..000001}}.tar\n\n{tmp_path}/b\n")
@@ -161,12 +108,10 @@ def test_urls_are_expanded_and_globbed(folder: Path) -> None:
     memory.rm("/urls", recursive=True)
 
 
-def test_an_unknown_kind_of_url_is_one_line() -> None:
+def test_what_fsspec_cannot_open_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"data.train=what://a/\*.tar cannot be opened: "):
         list_shards("what://a/*.tar")
 
-
-def test_a_driver_without_its_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(url: str) -> None:
         raise OSError("Unable to load libhdfs\ndlopen(libhdfs.so) failed")
 
@@ -184,18 +129,3 @@ def test_a_shell_command_needs_permission(folder: Path) -> None:
     whole = list(read_shard(shards[1]))
     assert [sample.files for sample in whole] == [sample.files for sample in read_shard(f"{folder}/000001.tar")]
     assert [sample.key for sample in read_shard(shards[1], whole[0].end)] == ["01-001", "01-002"]
-
-
-def test_reading_resumes_at_the_end_of_any_sample(folder: Path, tmp_path: Path) -> None:
-    long = "x" * 150  # a name that needs a header of its own
-    write_shard(tmp_path / "long.tar", [(f"{n}{long}", {"txt": b"%d" % n}) for n in range(4)])
-    for shard in (f"{folder}/000001.tar", str(tmp_path / "long.tar")):
-        whole = list(read_shard(shard))
-        for number, sample in enumerate(whole):
-            assert list(read_shard(shard, sample.end)) == whole[number + 1 :]
-
-
-def test_only_wanted_files_are_read(folder: Path) -> None:
-    samples = list(read_shard(f"{folder}/000001.tar", wanted={"txt"}))
-    assert [sorted(sample.files) for sample in samples] == [["txt"]] * 3
-    assert len(list(read_shard(f"{folder}/000001.tar", wanted=()))) == 3

@@ -56,37 +56,20 @@ def shards(url: str) -> str:
     return f"{url}/{{000000..000003}}.tar"
 
 
-def test_the_order_over_a_server_is_that_from_the_disk(web: tuple[str, Faults], tmp_path: Path) -> None:
-    assert keys(open_stream(shards(web[0]))) == keys(open_stream(str(tmp_path / "a")))
-
-
 def test_cut_connections_cost_nothing_but_connections(
-    web: tuple[str, Faults], tmp_path: Path, pauses: list[float]
+    web: tuple[str, Faults], tmp_path: Path, pauses: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     url, faults = web
     expected = keys(open_stream(str(tmp_path / "a")))
     faults.most = 10_000
     stream = open_stream(shards(url))
-    assert keys(stream) == expected
+    with caplog.at_level(logging.WARNING, logger="w2s.data.stream.stream"):
+        assert keys(stream) == expected
+    assert "connection was cut (2 so far)" in caplog.text
     # Each of the four shards has some 70,000 bytes, and most of them are read.
     assert stream.reopened["connection was cut"] >= 12
     assert set(stream.reopened) == {"connection was cut"}
     assert not stream.bad and not pauses
-
-
-def test_a_stall_in_the_middle_of_a_shard_is_read_again_from_the_same_byte(
-    web: tuple[str, Faults], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    url, faults = web
-    expected = keys(open_stream(str(tmp_path / "a")))
-    sources = list_sources(DataConfig(train=shards(url)))
-    faults.stalls = [9_000, 20_000]
-    stream = open_stream(shards(url), sources, timeout=0.5)
-    with caplog.at_level(logging.WARNING, logger="w2s.data.stream.stream"):
-        assert keys(stream) == expected
-    assert not stream.bad
-    assert stream.reopened["connection stalled"] >= 2
-    assert "connection stalled (2 so far)" in caplog.text
 
 
 def test_each_stall_is_counted_and_its_byte_is_named(web: tuple[str, Faults]) -> None:
@@ -203,6 +186,18 @@ def test_names_are_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert faults.asked["sizes.json"] == faults.asked["__len__"] == 1
         # One of each lane, and one that was looked into.
         assert sum(faults.asked.values()) == 2 + 8 + 1
+
+
+def test_a_web_servers_errors_are_not_taken_for_a_missing_shard(web: tuple[str, Faults], pauses: list[float]) -> None:
+    url, faults = web
+    faults.refusals = [503] * 4
+    assert [sample.damage for sample in read_shard(f"{url}/000000.tar")] == [""] * SIZES[0]
+    faults.refusals = [503] * 100
+    assert [sample.damage for sample in read_shard(f"{url}/000000.tar")] == ["shard cannot be read"]
+    assert len(faults.refusals) == 100 - 1 - len(WAITS)
+    faults.refusals = []
+    assert [sample.damage for sample in read_shard(f"{url}/none.tar")] == ["shard is gone"]
+    assert [sample.damage for sample in read_shard("http://127.0.0.1:1/none.tar")] == ["shard cannot be read"]
 
 
 def test_nothing_comes_behind_the_end(web: tuple[str, Faults]) -> None:

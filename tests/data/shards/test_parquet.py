@@ -1,6 +1,5 @@
 import itertools
 import json
-import random
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -11,23 +10,20 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from tests.data.parquet_files import IMAGE, write_rows, write_twins
 from tests.data.shard_files import encode, noise, write_shards
 from tests.data.stream.test_stream import BAD, REASONS, SIZES, SPEC
+from tests.data.streams import Group, assert_same
 from w2s.config.sections import DataConfig
 from w2s.data.making.shard_report import check_shards, describe_shards, draw_sheet
-from w2s.data.samples.batch import Batch, merge_batches
 from w2s.data.samples.captions import read_caption
 from w2s.data.samples.random_numbers import Purpose, generator
 from w2s.data.shards.containers import read_shard
 from w2s.data.shards.listing import list_shards
 from w2s.data.shards.raw_sample import find_images
 from w2s.data.shards.sizes import count_samples, index_shards
-from w2s.data.stream.position import merge_positions
 from w2s.data.stream.sources import check_source
-from w2s.data.stream.stream import Stream
 from w2s.errors import ConfigError, DataError
 
 IMAGES = [encode(noise(number)) for number in range(4)]
@@ -45,56 +41,32 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_twins(tmp_path_factory.mktemp("parquet") / "train", SIZES, BAD)
 
 
-def streams(folder: Path, size: int = 1, workers: int = 0, position: Any = None, **changes: Any) -> list[Stream]:
-    settings: dict[str, Any] = {"lanes": 8, "shuffle": 4, "workers": workers, "max_bad_fraction": 1.0}
-    data = DataConfig(train=str(folder), **(settings | changes))
+def open_group(folder: Path, size: int = 1, position: Any = None, **changes: Any) -> Group:
+    settings: dict[str, Any] = {"lanes": 8, "shuffle": 4, "workers": 0, "max_bad_fraction": 1.0}
     spec = replace(SPEC, image_key="png;image", caption_key="txt;text")
-    return [
-        Stream(data, spec, global_batch=BATCH, seed=5, rank=rank, size=size, position=position) for rank in range(size)
-    ]
-
-
-def read(opened: list[Stream], steps: int) -> list[Batch]:
-    return [merge_batches([stream.next() for stream in opened]) for _ in range(steps)]
-
-
-def tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-
-
-def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
-    for one, other in zip(ours, theirs, strict=True):
-        assert tensors(one).keys() == tensors(other).keys()
-        assert all(torch.equal(value, tensors(other)[name]) for name, value in tensors(one).items())
+    data = DataConfig(train=str(folder), **(settings | changes))
+    return Group(data, spec, batch=BATCH, seed=5, size=size, position=position)
 
 
 @pytest.mark.parametrize("replacement", [False, True])
 def test_a_parquet_file_gives_the_batches_of_the_tar_file_with_its_samples(
     tars: Path, rows: Path, replacement: bool
 ) -> None:
-    (of_tars,), (of_rows,) = (streams(folder, replacement=replacement) for folder in (tars, rows))
+    of_tars, of_rows = (open_group(folder, replacement=replacement) for folder in (tars, rows))
     with closing(of_tars), closing(of_rows):
-        assert_same(read([of_rows], STEPS), read([of_tars], STEPS))
-        assert of_rows.bad == of_tars.bad
-        assert replacement or set(of_rows.bad) == set(REASONS)
+        assert_same(of_rows.read(STEPS), of_tars.read(STEPS), keys=False)
+        assert of_rows.streams[0].bad == of_tars.streams[0].bad
+        assert replacement or set(of_rows.streams[0].bad) == set(REASONS)
 
 
-def test_a_run_resumes_at_any_place_with_any_number_of_ranks_and_workers(rows: Path) -> None:
-    (stream,) = streams(rows)
-    with closing(stream):
-        whole = read([stream], STEPS)
-    rng = random.Random(0)
-    for stop in range(1, STEPS):
-        first, second = (rng.choice([(1, 0), (2, 0), (4, 0)]) for _ in range(2))
-        opened = streams(rows, *first)
-        read(opened, stop)
-        position = json.loads(json.dumps(merge_positions([stream.position() for stream in opened])))
-        resumed = streams(rows, *second, position=position)
-        assert_same(read(resumed, STEPS - stop), whole[stop:])
-    resumed = streams(rows, 2, 2, position=position)
-    assert_same(read(resumed, STEPS - stop), whole[stop:])
-    for stream in resumed:
-        stream.close()
+def test_a_run_resumes_with_other_ranks_and_workers(rows: Path) -> None:
+    with closing(open_group(rows)) as group:
+        whole = group.read(STEPS)
+    with closing(open_group(rows, 4)) as group:
+        group.read(3)
+        position = group.position()
+    with closing(open_group(rows, 2, position, workers=2)) as group:
+        assert_same(group.read(STEPS - 3), whole[3:])
 
 
 def test_reading_resumes_at_every_row(rows: Path) -> None:

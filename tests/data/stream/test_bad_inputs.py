@@ -2,14 +2,10 @@
 
 import io
 import struct
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import fsspec
@@ -17,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.shard_files import Files, encode, noise, smooth_photo, write_shard, write_shards
+from tests.data.shard_files import Files, bomb, encode, noise, smooth_photo, write_shard, write_shards
 from w2s.config.sections import DataConfig
 from w2s.data.samples.sample import SampleSpec
 from w2s.data.shards.containers import read_shard
@@ -26,17 +22,6 @@ from w2s.data.stream.stream import Stream
 
 SPEC = SampleSpec(image_size=16, grid=4, context_length=8)
 SHARDS = 3
-
-
-def png_bomb() -> bytes:
-    """A PNG of 60,000 x 60,000 pixels."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def jpeg_bomb() -> bytes:
@@ -72,7 +57,7 @@ BAD: dict[str, tuple[Files, str]] = {
     "zeros": ({"jpg": b"\0" * 300, "txt": CAPTION}, "image cannot be decoded"),
     "cut image": ({"jpg": encode(smooth_photo(), "JPEG")[:3000], "txt": CAPTION}, "image cannot be decoded"),
     "cut png": ({"png": encode(noise(2))[:200], "txt": CAPTION}, "image cannot be decoded"),
-    "png bomb": ({"png": png_bomb(), "txt": CAPTION}, "image is too large"),
+    "png bomb": ({"png": bomb(), "txt": CAPTION}, "image is too large"),
     "jpeg bomb": ({"jpg": jpeg_bomb(), "txt": CAPTION}, "image is too large"),
     "no caption": ({"jpg": encode(noise(3), "JPEG")}, "caption is missing"),
     "blank caption": ({"jpg": encode(noise(3), "JPEG"), "txt": b" \n"}, "caption is missing"),
@@ -140,17 +125,6 @@ def test_damaged_shards_are_counted_once_each_and_empty_ones_are_none(tmp_path: 
     keys, bad = read_epoch(folder, drawn)
     assert set(keys) == set(usable)
     assert (bad["shard is damaged"], bad["shard is empty"]) == (4, 0)
-
-
-def test_a_broken_header_in_the_middle_is_no_end(tmp_path: Path) -> None:
-    """Python's tarfile takes it for the end of the archive: half of the shard would be lost in silence."""
-    write_shards(tmp_path / "a", [6])
-    path = tmp_path / "a" / "000000.tar"
-    samples = list(read_shard(str(path)))
-    data = bytearray(path.read_bytes())
-    data[samples[2].end : samples[2].end + 512] = b"\x55" * 512
-    path.write_bytes(data)
-    assert [sample.damage for sample in read_shard(str(path))] == ["", "", "shard is damaged"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -228,42 +202,3 @@ def test_a_remote_shard_that_is_gone_is_not_waited_for(monkeypatch: pytest.Monke
     server = Failing(0, monkeypatch)
     assert [sample.damage for sample in read_shard("memory://bucket/none.tar")] == ["shard is gone"]
     assert server.waits == []
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[int]]]:
-    """A web server of one shard, and the statuses with which it answers the next requests."""
-    write_shards(tmp_path / "a", [8])
-    errors = list[int]()
-
-    class Handler(SimpleHTTPRequestHandler):
-        def send_head(self) -> Any:
-            if errors:
-                self.send_error(errors.pop())
-                return None
-            return super().send_head()
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    monkeypatch.setattr("w2s.data.shards.storage.SourceConnection.pause", lambda *_: None)
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "a"))) as web:
-        thread = Thread(target=web.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{web.server_port}", errors
-        web.shutdown()
-        thread.join()
-
-
-def test_a_web_servers_errors_are_not_taken_for_a_missing_shard(server: tuple[str, list[int]]) -> None:
-    url, errors = server
-    errors += [503] * 4
-    assert len([sample for sample in read_shard(f"{url}/000000.tar") if not sample.damage]) == 8
-    assert errors == []
-    errors += [503] * 100
-    assert [sample.damage for sample in read_shard(f"{url}/000000.tar")] == ["shard cannot be read"]
-    asked = len(errors)
-    errors.clear()
-    assert asked == 100 - 1 - len(WAITS)
-    assert [sample.damage for sample in read_shard(f"{url}/none.tar")] == ["shard is gone"]
-    assert [sample.damage for sample in read_shard("http://127.0.0.1:1/none.tar")] == ["shard cannot be read"]

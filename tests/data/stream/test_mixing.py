@@ -1,6 +1,5 @@
 """Several sources with weights, and phases."""
 
-import json
 import math
 import random
 from collections import Counter
@@ -12,11 +11,11 @@ from typing import Any
 import pytest
 
 from tests.data.shard_files import write_shards
+from tests.data.streams import Group
 from w2s.config.sections import DataConfig, PhaseConfig
-from w2s.data.samples.batch import Batch, merge_batches
+from w2s.data.samples.batch import Batch
 from w2s.data.samples.sample import SampleSpec
 from w2s.data.stream.phases import Phase, phase_at, plan_phases
-from w2s.data.stream.position import merge_positions
 from w2s.data.stream.sources import list_sources
 from w2s.data.stream.stream import Stream
 from w2s.errors import ConfigError, DataError
@@ -49,18 +48,13 @@ def phased(folder: Path, **changes: Any) -> DataConfig:
     return mixed(folder, phases=phases, **changes)
 
 
-def read(
-    data: DataConfig, steps: int, *, size: int = 1, workers: int = 0, position: Any = None
-) -> tuple[list[Batch], Any]:
-    data = replace(data, workers=workers)
-    streams = [
-        Stream(data, SPEC, global_batch=BATCH, seed=1, rank=rank, size=size, position=position) for rank in range(size)
-    ]
-    batches = [merge_batches([stream.next() for stream in streams]) for _ in range(steps)]
-    merged = json.loads(json.dumps(merge_positions([stream.position() for stream in streams])))
-    for stream in streams:
-        stream.close()
-    return batches, merged
+def open_group(data: DataConfig, *, size: int = 1, workers: int = 0, position: Any = None) -> Group:
+    return Group(replace(data, workers=workers), SPEC, batch=BATCH, seed=1, size=size, position=position)
+
+
+def read(data: DataConfig, steps: int, **options: Any) -> tuple[list[Batch], Any]:
+    with closing(open_group(data, **options)) as group:
+        return group.read(steps), group.position()
 
 
 def keys(batches: list[Batch]) -> list[list[str]]:
@@ -71,22 +65,21 @@ def keys(batches: list[Batch]) -> list[list[str]]:
 def test_batches_and_resumes_do_not_depend_on_ranks_and_workers(folder: Path, make: Any) -> None:
     whole, _ = read(make(folder), STEPS)
     shapes = [None if batch.kept is None else batch.kept.shape for batch in whole]
-    for size, workers in ((1, 1), (2, 3), (4, 0)):
+    for size, workers, new_size, new_workers in ((2, 3, 4, 1), (4, 0, 1, 3)):
         first, position = read(make(folder), 5, size=size, workers=workers)
         assert keys(first) == keys(whole[:5])
-        for new_size, new_workers in ((4, 1), (1, 3)):
-            rest, _ = read(make(folder), STEPS - 5, size=new_size, workers=new_workers, position=position)
-            assert keys(rest) == keys(whole[5:])
-            assert [None if batch.kept is None else batch.kept.shape for batch in rest] == shapes[5:]
+        rest, _ = read(make(folder), STEPS - 5, size=new_size, workers=new_workers, position=position)
+        assert keys(rest) == keys(whole[5:])
+        assert [None if batch.kept is None else batch.kept.shape for batch in rest] == shapes[5:]
 
 
 def test_resumes_of_weighted_sources_at_twenty_random_places(folder: Path) -> None:
     positions, batches = [], []
     data = phased(folder, shuffle=20)
-    with closing(Stream(data, SPEC, global_batch=BATCH, seed=1, rank=0, size=1)) as stream:
+    with closing(open_group(data)) as group:
         for _ in range(16):
-            positions.append(json.loads(json.dumps(stream.position())))
-            batches.append(stream.next())
+            positions.append(group.position())
+            batches += group.read(1)
     draw = random.Random(2)
     for _ in range(20):
         done = draw.randrange(14)
@@ -138,7 +131,7 @@ def test_without_weights_sources_are_one_pool(folder: Path) -> None:
     data = mixed(folder, weights=[], lanes=1)
     total = 76 + 23
     with closing(Stream(data, SPEC, global_batch=1, seed=1, rank=0, size=1)) as stream:
-        seen = Counter(stream.next().keys[0] + str(n * 0) for n in range(total))
+        seen = Counter(stream.next().keys[0] for _ in range(total))
         assert len(stream.sources) == 1
         assert set(stream.metrics(stream.counts())) == {"source/small/mb_per_second", "source/small/wait"}
     # Both folders have keys SHARD-NUMBER; the small one's are a part of the big one's.

@@ -194,21 +194,21 @@ def _of_parquet_files(source: Path, columns: Columns, images: Path | None) -> li
 
 def _of_parquet(path: Path, columns: Columns, images: Path | None) -> list[Item]:
     """The rows of a parquet file; class numbers that `datasets` has made are names again."""
-    from w2s.data.shards.parquet import class_names, column_names, image_columns, read_texts
+    from w2s.data.shards.parquet import class_names, image_columns, read_schema, read_texts
 
-    there, pictures = column_names(path), image_columns(path)
+    schema = read_schema(path)
+    there, pictures = list(schema.names), image_columns(schema)
     if not pictures:
         return _of_records(path, read_texts(path, there), columns, images)
     if images is not None:
         raise DataError(f"--images is for the paths of a table, and {path} has images inside: leave it out")
-    column = choose(pictures, columns.image, IMAGE_COLUMNS, path) or pictures[0]
+    key = (choose(pictures, columns.image, IMAGE_COLUMNS, path) or pictures[0]).lower()
     caption, label = _beside(path, [name for name in there if name not in pictures], columns)
-    names = class_names(path, label) if label else []
+    names = class_names(schema, label) if label else []
+    records = read_texts(path, [name for name in (caption, label) if name])
     return [
-        Item(
-            path, texts(row, caption), tuple(_named(each, names) for each in texts(row, label)), number, column.lower()
-        )
-        for number, row in enumerate(read_texts(path, [name for name in (caption, label) if name]))
+        Item(path, texts(record, caption), tuple(_named(each, names) for each in texts(record, label)), row, key)
+        for row, record in enumerate(records)
     ]
 
 

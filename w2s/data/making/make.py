@@ -27,7 +27,7 @@ _TOGETHER = 64
 """Shards that are written in one pass over parquet files."""
 
 Job = tuple[Path, list[tuple[int, Item]]]
-"""A shard, and the items in it with their numbers."""
+"""A shard, and the items in it with their indices."""
 Beside = Callable[[Item], dict[str, bytes]]
 """Gives the files of an item beside its image, by extension."""
 
@@ -72,8 +72,8 @@ def make_shards(
     several = _several(items)
 
     def beside(item: Item) -> dict[str, bytes]:
-        own = [numbers[label] for label in item.classes]
-        marks = {"npy": _marks(own, len(names))} if several else {"cls": b"%d" % own[0]} if own else {}
+        classes = [numbers[label] for label in item.classes]
+        marks = {"npy": _marks(classes, len(names))} if several else {"cls": b"%d" % classes[0]} if classes else {}
         return _texts(item.captions, lines=test_set is not None) | marks
 
     parts = [
@@ -81,13 +81,13 @@ def make_shards(
     ]
     try:
         _begin(folder, items, numbers, {"shard_size": shard_size, "seed": seed})
-        jobs = [(folder / file.format(number), part) for number, part in enumerate(parts)]
+        jobs = [(folder / file.format(shard), part) for shard, part in enumerate(parts)]
         _write_all(jobs, beside, workers)
         if test_set:
             describe(out, test_set.split, shards=len(parts), names=names, prompts=prompts, kind=_kind(items))
         elif names:
             (out / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-        sizes = {file.format(number): len(part) for number, part in enumerate(parts)}
+        sizes = {path.name: len(part) for path, part in jobs}
         (folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot make shards in {out}: {error}") from error
@@ -133,14 +133,14 @@ def _write_all(jobs: list[Job], beside: Beside, workers: int) -> None:
 def _write(jobs: list[Job], beside: Beside) -> None:
     """Write some shards at once; the rows of parquet files come in their order."""
     with ExitStack() as stack:
-        entries = [(item, number, shard) for shard, (_, part) in enumerate(jobs) for number, item in part]
+        entries = [(item, index, shard) for shard, (_, part) in enumerate(jobs) for index, item in part]
         entries.sort(key=lambda entry: (str(entry[0].image) if entry[0].column else "", entry[0].row))
         writers = [
             stack.enter_context(TarWriter(str(path.with_suffix(".part")), encoder=False, mtime=0)) for path, _ in jobs
         ]
         images = read_images([item for item, *_ in entries])
-        for (item, number, shard), files in zip(entries, images, strict=True):
-            writers[shard].write({"__key__": f"{number:09d}", **files, **beside(item)})
+        for (item, index, shard), files in zip(entries, images, strict=True):
+            writers[shard].write({"__key__": f"{index:09d}", **files, **beside(item)})
     for path, _ in jobs:
         path.with_suffix(".part").rename(path)
 

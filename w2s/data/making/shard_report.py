@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -74,16 +75,15 @@ def check_shards(shards: Sequence[str], image_key: str, caption_key: str | None,
         workers: threads that read.
     """
     sizes = known_sizes(shards)
-    jobs = [(shard, image_key, caption_key, sizes.get(shard)) for shard in shards]
+    check = partial(_check, image_key=image_key, caption_key=caption_key)
     report = Report()
     with ThreadPoolExecutor(workers) as pool:  # the decoders work without Python's lock
-        for part in pool.map(_check, jobs):
+        for part in pool.map(check, shards, map(sizes.get, shards)):
             report.add(part)
     return report
 
 
-def _check(job: tuple[str, str, str | None, int | None]) -> Report:
-    shard, image_key, caption_key, noted = job
+def _check(shard: str, noted: int | None, image_key: str, caption_key: str | None) -> Report:
     report = Report(shards=1)
     for sample in read_shard(shard):
         try:

@@ -158,7 +158,7 @@ def _unpacked(packed_bytes: torch.Tensor, like: Batch) -> Batch:
 def _tensors(batch: Batch) -> dict[str, Any]:
     """All tensors by the name of their field, or where a field has several, by its name and a number."""
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.name != "keys"}
-    views = {f"{_VIEWS}.{number}": view for number, view in enumerate(values.pop(_VIEWS))}
+    views = {f"{_VIEWS}.{index}": view for index, view in enumerate(values.pop(_VIEWS))}
     return values | views
 
 

@@ -26,14 +26,14 @@ def draw_caption(raw: RawSample, caption_key: str, weights: Sequence[float], rng
         BadSample: all captions are missing or empty, or the chosen one cannot be read.
     """
     keys = caption_key.split(";")
-    present = [number for number, key in enumerate(keys) if raw.files.get(caption_file(key))]
+    present = [index for index, key in enumerate(keys) if raw.files.get(caption_file(key))]
     if weights and len(present) > 1:
-        shares = np.array([weights[number] for number in present])
+        shares = np.array([weights[index] for index in present])
         order = rng.choice(present, size=len(present), replace=False, p=shares / shares.sum()).tolist()
     else:
         order = present
-    for number in order:
-        caption = read_caption(raw, keys[number], rng)
+    for index in order:
+        caption = read_caption(raw, keys[index], rng)
         if caption:
             return caption
     raise BadSample(NO_CAPTION)

@@ -48,24 +48,28 @@ def read_parquet(shard: str, start: int, wanted: Container[str] | None, link: So
         raise
 
 
-def image_columns(path: Path) -> list[str]:
-    """Return the columns of a local file that have images.
+def read_schema(path: Path) -> pa.Schema:
+    """Return the columns of a local file.
 
     Raises:
         DataError: it cannot be read.
     """
     with _readable(path) as file:
-        return [field.name for field in file.schema_arrow if _has_images(field.type)]
+        return file.schema_arrow
 
 
-def column_names(path: Path) -> list[str]:
-    """Return all columns of a local file.
+def image_columns(schema: pa.Schema) -> list[str]:
+    """Return the columns that have images."""
+    return [field.name for field in schema if _has_images(field.type)]
 
-    Raises:
-        DataError: it cannot be read.
-    """
-    with _readable(path) as file:
-        return list(file.schema_arrow.names)
+
+def class_names(schema: pa.Schema, column: str) -> list[str]:
+    """Return the names of the classes that a column numbers, where `datasets` has noted them."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return [str(name) for name in features[column]["names"]]
+    except (LookupError, TypeError, ValueError):
+        return []
 
 
 def read_texts(path: Path, columns: Collection[str]) -> list[dict[str, Any]]:
@@ -78,16 +82,6 @@ def read_texts(path: Path, columns: Collection[str]) -> list[dict[str, Any]]:
         names = [name for name in file.schema_arrow.names if name in columns]
         rows: list[dict[str, Any]] = file.read(names, use_threads=False).to_pylist() if names else []
         return rows or [{}] * file.metadata.num_rows
-
-
-def class_names(path: Path, column: str) -> list[str]:
-    """Return the names of the classes that a column of a local file numbers, where `datasets` has noted them."""
-    with _readable(path) as file:
-        try:
-            features = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
-            return [str(name) for name in features[column]["names"]]
-        except (LookupError, TypeError, ValueError):
-            return []
 
 
 @contextmanager
@@ -139,7 +133,7 @@ def _image_files(row: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[
     for column, value in row.items():
         name = column.lower()
         several = isinstance(value, list)
-        contents = {f"{number:03d}.{name}": each for number, each in enumerate(value)} if several else {name: value}
+        contents = {f"{index:03d}.{name}": each for index, each in enumerate(value)} if several else {name: value}
         for extension, content in contents.items():
             data = content
             if isinstance(content, dict):

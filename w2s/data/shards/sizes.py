@@ -3,7 +3,7 @@
 import hashlib
 import json
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -27,21 +27,21 @@ def count_samples(shards: Sequence[str], index: Path) -> int | None:
         shards: paths or URLs.
         index: folder of the indices.
     """
-    folders = set(map(shard_folder, shards))
-    sizes = read_index(shards, index) or _listed_sizes(shards, folders)
+    by_folder = _by_folder(shards)
+    sizes = read_index(shards, index) or _listed_sizes(by_folder)
     if len(sizes) == len(shards):
         return sum(sizes.values())
-    total = read_text(f"{folders.pop()}__len__") if len(folders) == 1 else None
+    total = read_text(f"{next(iter(by_folder))}__len__") if len(by_folder) == 1 else None
     return int(total) if total is not None and total.strip().isdecimal() else None
 
 
 def known_sizes(shards: Sequence[str]) -> dict[str, int]:
     """Return the samples of those shards that have `sizes.json` or img2dataset's `*_stats.json` beside them."""
-    sizes = _listed_sizes(shards, set(map(shard_folder, shards)))
+    sizes = _listed_sizes(_by_folder(shards))
     missing = [shard for shard in shards if shard not in sizes]
     with ThreadPoolExecutor(_THREADS) as pool:
-        stats = pool.map(_read_stats, missing)
-        return sizes | {shard: size for shard, size in zip(missing, stats, strict=True) if size is not None}
+        stats = dict(zip(missing, pool.map(_read_stats, missing), strict=True))
+    return sizes | {shard: size for shard, size in stats.items() if size is not None}
 
 
 class Counting:
@@ -98,10 +98,7 @@ def index_shards(shards: Sequence[str], index: Path) -> dict[str, int]:
 
 def read_index(shards: Sequence[str], index: Path) -> dict[str, int]:
     """Return the index of exactly these shards; empty where there is none."""
-    path = str(_index_file(shards, index))
-    content = _read_numbers(path)
-    sizes = ((shard, _number(content, without_secrets(shard), path)) for shard in shards) if content else ()
-    return {shard: size for shard, size in sizes if size is not None}
+    return _read_sizes(str(_index_file(shards, index)), shards, without_secrets)
 
 
 def _write_index(shards: Sequence[str], sizes: Mapping[str, int], index: Path) -> None:
@@ -127,35 +124,38 @@ def _count(shard: str) -> int:
     return count
 
 
-def _listed_sizes(shards: Sequence[str], folders: Collection[str]) -> dict[str, int]:
-    """Return the samples of those shards that a `sizes.json` in one of their folders names."""
-    listed = {folder: _read_numbers(f"{folder}sizes.json") for folder in folders}
-    if not any(listed.values()):
-        return {}
-    sizes = (
-        (shard, _number(listed[shard_folder(shard)], shard_name(shard), f"{shard_folder(shard)}sizes.json"))
-        for shard in shards
-    )
-    return {shard: size for shard, size in sizes if size is not None}
+def _by_folder(shards: Sequence[str]) -> dict[str, list[str]]:
+    folders: dict[str, list[str]] = {}
+    for shard in shards:
+        folders.setdefault(shard_folder(shard), []).append(shard)
+    return folders
+
+
+def _listed_sizes(by_folder: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """The samples of those shards that a `sizes.json` in their folder names."""
+    sizes: dict[str, int] = {}
+    for folder, shards in by_folder.items():
+        sizes |= _read_sizes(f"{folder}sizes.json", shards, shard_name)
+    return sizes
 
 
 def _read_stats(shard: str) -> int | None:
-    path = f"{shard.removesuffix('.tar')}_stats.json"
-    return _number(_read_numbers(path), "successes", path)
+    return _read_sizes(f"{shard.removesuffix('.tar')}_stats.json", [shard], lambda _: "successes").get(shard)
 
 
-def _read_numbers(path: str) -> dict[str, object]:
-    """Return what a JSON file has; nothing where there is no such file."""
+def _read_sizes(path: str, shards: Sequence[str], key: Callable[[str], str]) -> dict[str, int]:
+    """The samples of those shards that a JSON file has under their keys; none where there is no such file."""
     text = read_text(path)
     try:
-        content = json.loads(text) if text is not None else {}
+        content = json.loads(text) if text is not None else None
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}): repair or remove it") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _number(content: Mapping[str, object], name: str, path: str) -> int | None:
-    size = content.get(name)
-    if name in content and (not isinstance(size, int) or size < 0):
-        raise DataError(f"{path} has {json.dumps(size)} for {name}, no number of samples: repair or remove it")
-    return size if isinstance(size, int) else None
+    if not isinstance(content, dict):
+        return {}
+    sizes = {shard: content[name] for shard in shards if (name := key(shard)) in content}
+    for shard, size in sizes.items():
+        if not isinstance(size, int) or size < 0:
+            raise DataError(
+                f"{path} has {json.dumps(size)} for {key(shard)}, no number of samples: repair or remove it"
+            )
+    return sizes
