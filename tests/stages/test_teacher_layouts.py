@@ -19,7 +19,6 @@ from w2s.config.load import load
 from w2s.config.sections import Config, ParallelConfig
 from w2s.data.samples.batch import normalize, require
 from w2s.data.stream.stream import Stream
-from w2s.data.stream.teacher_draw import TeacherDraw
 from w2s.errors import ConfigError, StopRun
 from w2s.megatron.parallel import process_groups
 from w2s.objectives.masked_loss import masked_cosines

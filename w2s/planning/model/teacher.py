@@ -12,10 +12,10 @@ from w2s.config.load import model_from, named_model
 from w2s.config.sections import Config, ModelConfig, TeacherConfig, VisionConfig
 from w2s.config.teacher_checks import check_teacher_widths
 from w2s.config.teacher_losses import Target
-from w2s.data.stream.teacher_draw import TeacherDraw
 from w2s.planning.model.flops import StageFlops, frames_per_sample, stage_flops, teacher_flops, text_flops
 from w2s.planning.model.towers import pool_sizes
 from w2s.teachers.distillation.load_balance import balance
+from w2s.teachers.distillation.teacher_draw import TeacherDraw
 
 _MAPS = 16
 """Feature maps of the input's size, in float32, that a network which is not an EVA tower is taken to need at once."""

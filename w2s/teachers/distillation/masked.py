@@ -10,11 +10,11 @@ from torch import Tensor
 
 from w2s.config.sections import Config
 from w2s.data.samples.batch import Batch, gather_batch, require
-from w2s.data.stream.teacher_draw import TeacherDraw, group_indices
 from w2s.megatron.parallel.pipeline_schedule import Metrics
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.teachers.distillation.load_balance import AllSamples, BalancedSamples, balance_samples
 from w2s.teachers.distillation.masked_teacher import MaskedTeacher
+from w2s.teachers.distillation.teacher_draw import TeacherDraw, group_indices
 from w2s.towers.masked_student import Outputs, outputs_of, patch_indices_to_predict
 
 T = TypeVar("T")

@@ -5,8 +5,8 @@ import pytest
 
 from w2s.config.load import load
 from w2s.config.sections import Config
-from w2s.data.stream.teacher_draw import TeacherDraw, group_indices
 from w2s.errors import ConfigError
+from w2s.teachers.distillation.teacher_draw import TeacherDraw, group_indices
 
 TWO = "teachers=[{name: big, share: 3}, {name: small}]"
 MIX = ["data.train=a/one/*.tar::a/two/*.tar", "data.weights=[0.75,0.25]"]

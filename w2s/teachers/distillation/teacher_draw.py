@@ -103,18 +103,18 @@ def _chances(config: Config, names: Sequence[str]) -> NDArray[np.float64]:
     for teacher_loss in config.teacher_losses:
         for name in teacher_loss.sources:
             _check_source(teacher_loss.teacher.name, name, names)
-    may = np.array(
+    allowed = np.array(
         [[not each.sources or name in each.sources for each in config.teacher_losses] for name in names], float
     )
-    for name, row in zip(names, may, strict=True):
+    for name, row in zip(names, allowed, strict=True):
         if not row.any():
             raise ConfigError(
                 f"teachers: none is for the source {name}: add it to the sources of one of them, or leave it out of "
                 "data.train"
             )
     if config.teachers.draw == "all":
-        return may
-    shares = may * [teacher_loss.share for teacher_loss in config.teacher_losses]
+        return allowed
+    shares = allowed * [teacher_loss.share for teacher_loss in config.teacher_losses]
     return shares / shares.sum(1, keepdims=True)
 
 
