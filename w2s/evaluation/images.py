@@ -17,7 +17,7 @@ from w2s.data.samples.decode import decode_image
 from w2s.data.samples.frames import choose_frames, is_video
 from w2s.data.shards.containers import read_shard
 from w2s.data.shards.raw_sample import BadSample, RawSample, find_images
-from w2s.data.stream.workers import RESTARTS, end_reading, kill_readers, start_workers
+from w2s.data.stream.workers import RESTARTS, end_reading, kill_readers, start_workers, with_errors
 from w2s.errors import DataError
 from w2s.evaluation.dataset import EvalSet
 
@@ -217,22 +217,15 @@ def eval_transform(pixels: Tensor, image_size: int, how: Resize) -> Tensor:
 
 
 class _Pieces(IterableDataset[tuple[Tensor, ...] | DataError]):
-    """Views of pieces of batches, for torch's DataLoader; piece i is from worker i % workers.
-
-    An error is handed over as the last item: raised in a worker, it would arrive with a traceback in its message.
-    """
+    """Views of pieces of batches, for torch's DataLoader; piece i is from worker i % workers; an error is the last."""
 
     def __init__(self, view: View, data: EvalSet, pieces: Sequence[NDArray[np.int64]]) -> None:
         self._view, self._shards, self._pieces = view, data.shards, [data.locations[piece] for piece in pieces]
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...] | DataError]:
         worker = get_worker_info()
-        for piece in self._pieces[worker.id :: worker.num_workers] if worker else self._pieces:
-            try:
-                yield self._view.decode(self._shards, piece)
-            except Exception as error:
-                yield error if isinstance(error, DataError) else DataError(f"reading failed: {error!r}")
-                return
+        pieces = self._pieces[worker.id :: worker.num_workers] if worker else self._pieces
+        return with_errors(self._view.decode(self._shards, piece) for piece in pieces)
 
 
 def _read(shards: Sequence[str], places: NDArray[np.int64], wanted: frozenset[str]) -> Iterator[RawSample]:

@@ -17,6 +17,7 @@ from w2s.data.stream.lanes import Lane, LaneState, ShardOrder
 from w2s.data.stream.phases import Phase, phase_at
 from w2s.data.stream.sources import Source
 from w2s.data.stream.tolerance import Tolerance
+from w2s.data.stream.workers import with_errors
 from w2s.errors import DataError
 
 LaneStates = dict[int, LaneState]
@@ -164,10 +165,7 @@ class Reader:
 
 
 class PartDataset(IterableDataset[Part | DataError]):
-    """The parts of all steps, for torch's DataLoader.
-
-    An error is handed over as the last item: raised in a worker, it would arrive with a traceback in its message.
-    """
+    """The parts of all steps, for torch's DataLoader; an error is the last item."""
 
     def __init__(self, plan: ReadPlan) -> None:
         self._plan = plan
@@ -176,12 +174,7 @@ class PartDataset(IterableDataset[Part | DataError]):
         worker = get_worker_info()
         reader = Reader(self._plan, worker.id, worker.num_workers) if worker else Reader(self._plan, 0, 1)
         with closing(reader):
-            for step in count(self._plan.step):
-                try:
-                    yield reader.read(step)
-                except Exception as error:  # raised in a worker, it would leave the worker and a traceback behind
-                    yield error if isinstance(error, DataError) else DataError(f"reading failed: {error!r}")
-                    return
+            yield from with_errors(map(reader.read, count(self._plan.step)))
 
 
 def _allow_many_files() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from w2s.compat import shut_down_workers, worker_processes
+from w2s.errors import DataError
 from w2s.processes.forks import start_fork_server
 from w2s.processes.host import keep_freed_memory
 from w2s.processes.stopping import SIGNALS, end_with_parent
@@ -45,6 +46,17 @@ def start_workers(dataset: IterableDataset[T], workers: int) -> Iterator[T]:
         generator=generator,
     )
     return iter(loader)
+
+
+def with_errors(items: Iterator[T]) -> Iterator[T | DataError]:
+    """Yield items of a data set, and an error as the last one.
+
+    Raised in a worker, it would leave the worker behind, and arrive with a traceback in its message.
+    """
+    try:
+        yield from items
+    except Exception as error:
+        yield error if isinstance(error, DataError) else DataError(f"reading failed: {error!r}")
 
 
 def reader_pids(parts: Iterator[Any]) -> list[int]:
