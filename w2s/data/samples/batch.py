@@ -97,8 +97,10 @@ def merge_batches(parts: Sequence[Batch]) -> Batch:
     """Join parts of one batch (all with the same fields) and order the samples by their global index."""
     if len(parts) == 1:
         return parts[0]
-    columns = {name: [_tensors(part)[name] for part in parts] for name in _tensors(parts[0])}
-    merged = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
+    fields = [_tensors(part) for part in parts]
+    merged = {
+        name: None if first is None else torch.cat([part[name] for part in fields]) for name, first in fields[0].items()
+    }
     batch = _batch(merged, [key for part in parts for key in part.keys])
     order = batch.indices.argsort()
     return batch if order.equal(torch.arange(len(batch))) else batch._select(order)

@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 
 from w2s.config.sections import Config, DataConfig
 from w2s.data.samples.batch import Batch
-from w2s.data.samples.captions import caption_hash, draw_caption
+from w2s.data.samples.captions import draw_caption
 from w2s.data.samples.decode import decode_crop
 from w2s.data.samples.drop_path import branch_scales
 from w2s.data.samples.frames import Picture, choose_frames
 from w2s.data.samples.masks import block_mask
 from w2s.data.samples.random_numbers import Purpose, generator
-from w2s.data.samples.tokens import tokenize
 from w2s.data.shards.raw_sample import BadSample, RawSample, caption_file, find_images
 
 T = TypeVar("T", bound=np.generic)
@@ -96,8 +95,19 @@ class SampleSpec:
         return frozenset(self.image_key.split(";")) | captions
 
 
+def sample_caption(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> str:
+    """Draw the caption of a sample, empty where the stage wants none; arguments as of `make_sample`.
+
+    Raises:
+        BadSample: the caption is missing or unreadable.
+    """
+    if not spec.context_length:
+        return ""
+    return draw_caption(raw, spec.caption_key, spec.caption_weights, generator(seed, Purpose.CAPTION, index))
+
+
 def make_sample(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Batch:
-    """Decode a sample and draw its crop, flip, mask, kept patches and branch scales: a batch of one.
+    """Decode a sample and draw its crop, flip, mask, kept patches and branch scales: a batch of one, without tokens.
 
     The student's and the teachers' views show the same crop with the same flip, and so do the frames of a clip.
 
@@ -108,13 +118,8 @@ def make_sample(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Batc
         index: global sample index; with the seed it fixes everything that is random.
 
     Raises:
-        BadSample: the shard is damaged here, or the image or the caption is missing or unreadable.
+        BadSample: the image is missing or unreadable.
     """
-    if raw.damage:
-        raise BadSample(raw.damage)
-    caption = None
-    if spec.context_length:
-        caption = draw_caption(raw, spec.caption_key, spec.caption_weights, generator(seed, Purpose.CAPTION, index))
     images = find_images(raw.files, spec.image_key)
     if not images:
         raise BadSample("image is missing")
@@ -128,8 +133,6 @@ def make_sample(raw: RawSample, spec: SampleSpec, seed: int, index: int) -> Batc
         masks=_row(draw_mask(spec, seed, index)) if spec.masked_patches else None,
         kept=_row(draw_kept(spec, seed, index)) if spec.num_kept_patches else None,
         branch_scales=_row(draw_branches(spec, seed, index)) if spec.drop_path else None,
-        tokens=None if caption is None else tokenize([caption], spec.context_length),
-        caption_hashes=None if caption is None else torch.tensor([caption_hash(caption)]),
         keys=[raw.key],
         indices=torch.tensor([index]),
     )

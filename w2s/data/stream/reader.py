@@ -6,11 +6,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from w2s.data.samples.batch import Batch, merge_batches
+from w2s.data.samples.captions import caption_hash
 from w2s.data.samples.random_numbers import source_seed
-from w2s.data.samples.sample import SampleSpec, make_sample
+from w2s.data.samples.sample import SampleSpec, make_sample, sample_caption
+from w2s.data.samples.tokens import tokenize
 from w2s.data.shards.raw_sample import BadSample, Skipped
 from w2s.data.shards.storage import SourceConnection, Traffic
 from w2s.data.stream.lanes import Lane, LaneState, ShardOrder
@@ -121,15 +124,21 @@ class Reader:
         lane_of = {index: index % plan.number_of_lanes for index in of_rank}
         mine = {index: lane for index, lane in lane_of.items() if lane in self._mine}
         skipped: list[Skipped] = []
-        samples, sources, states = [], [], dict[int, LaneStates]()
+        samples, captions, sources, states = [], [], [], dict[int, LaneStates]()
         for index, lane in mine.items():
             source = phase.draw(plan.seed, index)
             stream = self._lanes[lane, source]
-            samples.append(self._draw(index, stream, phase.spec, skipped))
+            sample, caption = self._draw(index, stream, phase.spec, skipped)
+            samples.append(sample)
+            captions.append(caption)
             sources.append(source)
             states.setdefault(lane, {})[source] = stream.state
+        batch = merge_batches(samples)
+        if phase.spec.context_length:
+            batch.tokens = tokenize(captions, phase.spec.context_length)
+            batch.caption_hashes = torch.tensor(list(map(caption_hash, captions)))
         return Part(
-            batch=merge_batches(samples),
+            batch=batch,
             lanes=states,
             sources=sources,
             skipped=skipped,
@@ -150,18 +159,21 @@ class Reader:
                 if weight and (lane, source) not in self._lanes:
                     self._lanes[lane, source] = self._plan.open_lane(lane, source, self._room, self._links[source])
 
-    def _draw(self, index: int, lane: Lane, spec: SampleSpec, skipped: list[Skipped]) -> Batch:
+    def _draw(self, index: int, lane: Lane, spec: SampleSpec, skipped: list[Skipped]) -> tuple[Batch, str]:
         """Take samples from the lane until one is good."""
         while True:
             raw = lane.next()
             try:
+                if raw.damage:
+                    raise BadSample(raw.damage)
+                caption = sample_caption(raw, spec, self._plan.seed, index)
                 sample = make_sample(raw, spec, self._plan.seed, index)
             except BadSample as error:
                 skipped.append(Skipped(raw.key, raw.shard, str(error)))
                 self._tolerance.skip(skipped[-1])
             else:
                 self._tolerance.good()
-                return sample
+                return sample, caption
 
 
 class PartDataset(IterableDataset[Part | DataError]):
