@@ -31,8 +31,8 @@ def smooth_photo(height: int = 400, width: int = 500) -> NDArray[np.uint8]:
     return np.stack([(w - w.min()) / (w.max() - w.min()) * 255 for w in waves], axis=-1).astype(np.uint8)
 
 
-def good_sample(number: int) -> Files:
-    return {"png": encode(noise(number)), "txt": f"a picture of {number % 7}".encode()}
+def good_sample(index: int) -> Files:
+    return {"png": encode(noise(index)), "txt": f"a picture of {index % 7}".encode()}
 
 
 def bomb() -> bytes:
@@ -58,7 +58,7 @@ def write_shards(folder: Path, sizes: list[int], replace: dict[str, Files] | Non
     replace = replace or {}
     folder.mkdir(exist_ok=True)
     for shard, size in enumerate(sizes):
-        keys = [f"{shard:02d}-{number:03d}" for number in range(size)]
+        keys = [f"{shard:02d}-{index:03d}" for index in range(size)]
         samples = [(key, replace.get(key, good_sample(shard * 1000 + n))) for n, key in enumerate(keys)]
         write_shard(folder / f"{shard:06d}.tar", samples)
     return folder

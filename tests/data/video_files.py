@@ -20,8 +20,8 @@ def write_video(
         stream.codec_context.thread_count = 1
         if rotation:
             stream.set_display_rotation(rotation)
-        for number in range(frames):
-            pixels = np.full((side, 2 * side, 3), 8 * number, np.uint8)
+        for index in range(frames):
+            pixels = np.full((side, 2 * side, 3), 8 * index, np.uint8)
             pixels[: side // 2, :side] = 255
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())

@@ -23,7 +23,7 @@ from w2s.data.shards.containers import read_shard
 from w2s.data.shards.listing import list_shards
 from w2s.data.shards.raw_sample import RawSample
 
-EMOJI = [f"thing {number}" for number in range(60)]
+EMOJI = [f"thing {index}" for index in range(60)]
 HELD_OUT = {name for name in EMOJI if is_held_out(name)}
 
 

@@ -19,7 +19,7 @@ def pair(key: str, name: str, look: str = "") -> Pair:
 
 
 def test_whether_a_name_is_held_out_depends_on_nothing_else() -> None:
-    names = [f"name {number}" for number in range(2000)]
+    names = [f"name {index}" for index in range(2000)]
     # Three standard deviations of a fraction of 2,000 are 0.027.
     assert abs(np.mean([is_held_out(name) for name in names]) - 0.2) < 0.027
     # As long as these stand, data sets that were built before are comparable.
@@ -69,7 +69,7 @@ def test_a_picture_that_training_knows_is_not_put_aside() -> None:
 
 
 def test_pictures_are_put_aside_with_their_names_unless_one_like_them_remains() -> None:
-    pairs = [pair(f"picture-{number}", f"name {number}") for number in range(1000)]
+    pairs = [pair(f"picture-{index}", f"name {index}") for index in range(1000)]
     train, tune = split_unseen(pairs)
     assert sorted(each.key for each in train + tune) == sorted(each.key for each in pairs)
     # Three standard deviations of a fraction of 1,000 are 0.031.

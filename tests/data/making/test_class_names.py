@@ -77,9 +77,9 @@ def test_there_has_to_be_something_to_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("test_set", [None, BenchmarkSet(split="test", prompts=["a {c}"])])
 def test_shards_have_the_names(tmp_path: Path, test_set: BenchmarkSet | None) -> None:
-    for number, label in enumerate(["2", "0"]):
+    for index, label in enumerate(["2", "0"]):
         (tmp_path / "in" / label).mkdir(parents=True)
-        (tmp_path / "in" / label / "a.png").write_bytes(encode(noise(number)))
+        (tmp_path / "in" / label / "a.png").write_bytes(encode(noise(index)))
     names = tmp_path / "names.txt"
     names.write_text("cat\ndog\nowl\n")
     items = find_items(tmp_path / "in")

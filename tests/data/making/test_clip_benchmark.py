@@ -40,9 +40,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pictures(folder: Path, *names: str) -> Path:
-    for number, name in enumerate(names):
+    for index, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(encode(noise(number)))
+        (folder / name).write_bytes(encode(noise(index)))
     return folder
 
 

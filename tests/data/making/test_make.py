@@ -26,11 +26,11 @@ from w2s.errors import DataError
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Seven images in two class folders, with captions beside them."""
-    for number in range(7):
-        path = tmp_path / "pictures" / ("cat" if number % 2 else "ant") / f"{number}.{'jpg' if number < 4 else 'PNG'}"
+    for index in range(7):
+        path = tmp_path / "pictures" / ("cat" if index % 2 else "ant") / f"{index}.{'jpg' if index < 4 else 'PNG'}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(noise(number), "JPEG" if number < 4 else "PNG"))
-        path.with_suffix(".txt").write_text(f"number {number}\n", encoding="utf-8")
+        path.write_bytes(encode(noise(index), "JPEG" if index < 4 else "PNG"))
+        path.with_suffix(".txt").write_text(f"number {index}\n", encoding="utf-8")
     return tmp_path / "pictures"
 
 
@@ -135,9 +135,9 @@ def test_a_coco_caption_file(pictures: Path, tmp_path: Path, place: str) -> None
     coco = tmp_path / "coco"
     (coco / "annotations").mkdir(parents=True)
     (coco / place).mkdir(parents=True, exist_ok=True)
-    for number in range(2):
-        (coco / place / f"COCO_{number}.jpg").write_bytes(encode(noise(number), "JPEG"))
-    names = [{"id": number, "file_name": f"COCO_{number}.jpg", "height": 20} for number in range(2)]
+    for index in range(2):
+        (coco / place / f"COCO_{index}.jpg").write_bytes(encode(noise(index), "JPEG"))
+    names = [{"id": index, "file_name": f"COCO_{index}.jpg", "height": 20} for index in range(2)]
     notes = [{"image_id": n % 2, "id": n, "caption": f"caption {n}\n"} for n in range(5)]
     document = {"info": {}, "images": names, "annotations": notes}
     table = coco / "annotations" / "captions_val2014.json"
@@ -192,7 +192,7 @@ def rows(tmp_path: Path) -> Path:
         [("image", IMAGE), ("text", pa.list_(pa.string())), ("label", pa.int64())],
         metadata={"huggingface": json.dumps(features)},
     )
-    images = [encode(noise(number), "JPEG" if number < 4 else "PNG") for number in range(7)]
+    images = [encode(noise(index), "JPEG" if index < 4 else "PNG") for index in range(7)]
     write_rows(
         tmp_path / "rows.parquet",
         [

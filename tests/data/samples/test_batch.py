@@ -49,8 +49,8 @@ def make_whole(indices: list[int]) -> Batch:
 def _exchanged() -> tuple[Batch, Batch]:
     """What the rank before gives, and all of all ranks."""
     rank, group = dist.get_rank(), dist.group.WORLD
-    own = make_whole([rank, rank + 3, rank + 6])
-    return swap_batch(own, group, to=(rank + 1) % 3, source=(rank - 1) % 3), gather_batch(own, group)
+    local = make_whole([rank, rank + 3, rank + 6])
+    return swap_batch(local, group, to=(rank + 1) % 3, source=(rank - 1) % 3), gather_batch(local, group)
 
 
 def test_ranks_exchange_whole_batches() -> None:

@@ -20,7 +20,7 @@ from w2s.data.stream.sources import check_source
 from w2s.errors import MissingPackageError
 
 SPEC = SampleSpec(image_size=16, grid=4, num_kept_patches=8, layers=12, drop_path=0.5, frames=4)
-IMAGES = [encode(noise(number)) for number in range(11)]
+IMAGES = [encode(noise(index)) for index in range(11)]
 
 
 def views_of(files: dict[str, bytes], spec: SampleSpec = SPEC) -> Batch:
@@ -36,7 +36,7 @@ def test_frames_are_the_middles_of_equal_parts() -> None:
 
 
 def test_numbered_images_are_frames_in_the_order_of_their_numbers() -> None:
-    files = {f"{number}.png": image for number, image in reversed(list(enumerate(IMAGES)))} | {"txt": b"", "0.txt": b""}
+    files = {f"{index}.png": image for index, image in reversed(list(enumerate(IMAGES)))} | {"txt": b"", "0.txt": b""}
     assert find_images(files, "jpg;png") == IMAGES
     assert find_images(files, "jpg") == []
     assert find_images(files | {"png": IMAGES[3]}, "jpg;png") == [IMAGES[3]]
@@ -44,9 +44,9 @@ def test_numbered_images_are_frames_in_the_order_of_their_numbers() -> None:
 
 
 def test_a_clip_is_its_frames_with_one_crop() -> None:
-    clip = views_of({f"{number:03d}.png": image for number, image in enumerate(IMAGES)})
+    clip = views_of({f"{index:03d}.png": image for index, image in enumerate(IMAGES)})
     still = dataclasses.replace(SPEC, frames=1)
-    images = [views_of({"png": IMAGES[number]}, still) for number in spread(11, 4)]
+    images = [views_of({"png": IMAGES[index]}, still) for index in spread(11, 4)]
     assert torch.equal(clip.images[0], torch.cat([image.images for image in images]))
     assert clip.images.shape == (1, 4, 3, 16, 16)
     assert views_of({f"{n}.png": IMAGES[n] for n in range(11)}, still).images.equal(
@@ -91,7 +91,7 @@ def test_the_frames_of_a_video_are_those_in_the_middles_of_equal_parts(format: s
     data = write_video(30, format=format, codec=codec)
     assert is_video(data)
     # Frames are 8 apart, and the codecs keep a flat grey to 3.
-    assert greys(data, 4) == pytest.approx([8 * number for number in spread(30, 4)], abs=3)
+    assert greys(data, 4) == pytest.approx([8 * index for index in spread(30, 4)], abs=3)
     assert greys(data, 1) == pytest.approx([8 * 15], abs=3)
 
 

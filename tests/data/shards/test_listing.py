@@ -94,9 +94,9 @@ def test_colons_semicolons_commas_and_lists_join_sources(folder: Path, tmp_path:
 
 def test_urls_are_expanded_and_globbed(folder: Path) -> None:
     memory = fsspec.filesystem("memory")
-    for number in range(3):
-        memory.pipe_file(f"/urls/{number:06d}.tar", (folder / f"{number:06d}.tar").read_bytes())
-    expected = [f"memory:///urls/{number:06d}.tar" for number in range(3)]
+    for index in range(3):
+        memory.pipe_file(f"/urls/{index:06d}.tar", (folder / f"{index:06d}.tar").read_bytes())
+    expected = [f"memory:///urls/{index:06d}.tar" for index in range(3)]
     assert list_shards("memory://urls/") == list_shards("memory://urls/*.tar") == expected
     # A brace pattern is taken as it stands: nobody asks a server for 160,000 names.
     assert len(list_shards("memory://urls/{000000..000009}.tar")) == 10

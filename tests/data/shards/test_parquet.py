@@ -26,7 +26,7 @@ from w2s.data.shards.sizes import count_samples, index_shards
 from w2s.data.stream.sources import check_source
 from w2s.errors import ConfigError, DataError
 
-IMAGES = [encode(noise(number)) for number in range(4)]
+IMAGES = [encode(noise(index)) for index in range(4)]
 BATCH, STEPS = 16, 8
 
 
@@ -72,9 +72,9 @@ def test_a_run_resumes_with_other_ranks_and_workers(rows: Path) -> None:
 def test_reading_resumes_at_every_row(rows: Path) -> None:
     shard = list_shards(str(rows))[5]
     whole = list(read_shard(shard, wanted={"image", "text"}))
-    assert [sample.key for sample in whole] == [f"row {number}" for number in range(SIZES[5])]
-    for number, sample in enumerate(whole):
-        assert list(read_shard(shard, sample.end, wanted={"image", "text"})) == whole[number + 1 :]
+    assert [sample.key for sample in whole] == [f"row {index}" for index in range(SIZES[5])]
+    for index, sample in enumerate(whole):
+        assert list(read_shard(shard, sample.end, wanted={"image", "text"})) == whole[index + 1 :]
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ def test_sizes_come_from_files_beside_the_shards(shards: list[str], tmp_path: Pa
     assert count_samples(shards, index) is None
     (tmp_path / "a" / "__len__").write_text("60\n")
     assert count_samples(shards, index) == 60
-    for number in (0, 2):
-        (tmp_path / "a" / f"{number:06d}_stats.json").write_text(json.dumps({"count": 9, "successes": number + 7}))
+    for shard in (0, 2):
+        (tmp_path / "a" / f"{shard:06d}_stats.json").write_text(json.dumps({"count": 9, "successes": shard + 7}))
     assert known_sizes(shards) == {shards[0]: 7, shards[2]: 9}
     (tmp_path / "a" / "sizes.json").write_text(json.dumps({"000000.tar": 4, "000001.tar": 5, "other.tar": 99}))
     assert known_sizes(shards) == {shards[0]: 4, shards[1]: 5, shards[2]: 9}
@@ -32,8 +32,8 @@ def test_sizes_come_from_files_beside_the_shards(shards: list[str], tmp_path: Pa
 
 def test_what_nobody_has_counted_is_added_up_in_the_background(shards: list[str], tmp_path: Path) -> None:
     index = tmp_path / "index"
-    for number, shard in enumerate(shards):
-        Path(shard).with_name(f"00000{number}_stats.json").write_text(json.dumps({"successes": 10 + number}))
+    for extra, shard in enumerate(shards):
+        Path(shard).with_name(f"00000{extra}_stats.json").write_text(json.dumps({"successes": 10 + extra}))
     counting = Counting({"none": [f"{tmp_path}/nothing.tar"], "laion": shards}, index)
     counting.ended.wait()
     assert counting.news() == ["laion has 33 samples in 3 shards"]

@@ -32,6 +32,6 @@ def test_names_are_taken_apart_as_webdataset_does(tmp_path: Path) -> None:
 
 def test_open_clips_loader_reads_shards(tmp_path: Path) -> None:
     image = encode(smooth_photo(64, 64), "JPEG")
-    write_shard(tmp_path / "0.tar", [(str(number), {"jpg": image, "txt": b"a"}) for number in range(BATCH)])
+    write_shard(tmp_path / "0.tar", [(str(index), {"jpg": image, "txt": b"a"}) for index in range(BATCH)])
     (batch,) = open_clip_images(Shards("small", str(tmp_path / "0.tar"), BATCH), None, workers=0)
     assert batch.shape[:2] == (BATCH, 3)

@@ -119,9 +119,9 @@ def test_damaged_shards_are_counted_once_each_and_empty_ones_are_none(tmp_path: 
     (folder / "5.tar").write_bytes(b"")
     (folder / "6.tar").write_bytes(b"not a tar file" * 100)
     (folder / "7.tar").write_bytes(whole[:-10240] if whole.endswith(b"\0" * 10240) else whole.rstrip(b"\0"))
-    damage = [sample.damage for number in range(3, 8) for sample in read_shard(str(folder / f"{number}.tar"))]
+    damage = [sample.damage for index in range(3, 8) for sample in read_shard(str(folder / f"{index}.tar"))]
     assert Counter(damage) - Counter([""] * 99) == {"shard is damaged": 4}
-    drawn = sum(1 for number in range(8) for _ in read_shard(str(folder / f"{number}.tar")))
+    drawn = sum(1 for index in range(8) for _ in read_shard(str(folder / f"{index}.tar")))
     keys, bad = read_epoch(folder, drawn)
     assert set(keys) == set(usable)
     assert (bad["shard is damaged"], bad["shard is empty"]) == (4, 0)

@@ -18,7 +18,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def open_lane(
     shards: list[str],
-    number: int = 0,
+    index: int = 0,
     *,
     lanes: int = 2,
     window: int = 5,
@@ -27,7 +27,7 @@ def open_lane(
     state: LaneState | None = None,
 ) -> Lane:
     order = ShardOrder(shards=len(shards), lanes=lanes, seed=seed, replacement=replacement)
-    return Lane(number, shards, order, window, state or LaneState())
+    return Lane(index, shards, order, window, state or LaneState())
 
 
 def keys(lane: Lane, count: int) -> list[str]:
@@ -39,11 +39,11 @@ def keys(lane: Lane, count: int) -> list[str]:
 def test_every_epoch_has_every_sample_once(shards: list[str], lanes: int, window: int) -> None:
     epochs: list[Counter[str]] = [Counter(), Counter(), Counter()]
     order = ShardOrder(shards=len(shards), lanes=lanes, seed=3, replacement=False)
-    for number in range(lanes):
-        lane = open_lane(shards, number, lanes=lanes, window=window, seed=3)
-        draws = len(range(number, len(shards), lanes))
+    for index in range(lanes):
+        lane = open_lane(shards, index, lanes=lanes, window=window, seed=3)
+        draws = len(range(index, len(shards), lanes))
         for epoch, seen in enumerate(epochs):
-            mine = [order.draw(number, epoch * draws + place) for place in range(draws)]
+            mine = [order.draw(index, epoch * draws + place) for place in range(draws)]
             seen.update(keys(lane, sum(SIZES[shard] for shard in mine)))
     assert [len(seen) for seen in epochs] == [sum(SIZES)] * 3
     assert {count for seen in epochs for count in seen.values()} == {1}
@@ -73,7 +73,7 @@ def test_first_windows_are_short_and_lanes_never_run_dry_together() -> None:
     """The ends of the windows of 16 lanes, in samples handed out: 16 different places once the windows are full."""
     ends = []
     for lane in range(16):
-        sizes = [window_size(256, number, lane, 16) for number in range(8)]
+        sizes = [window_size(256, index, lane, 16) for index in range(8)]
         assert 4 <= sizes[0] <= 8 and sizes[-2:] == [256, 256]
         assert all(after <= 2 * before + 1 for before, after in pairwise(sizes))
         ends.append(sum(sizes) % 256)
@@ -85,11 +85,11 @@ def test_first_windows_are_short_and_lanes_never_run_dry_together() -> None:
 
 def test_with_replacement_shards_are_drawn_evenly_and_for_ever(shards: list[str]) -> None:
     order = ShardOrder(shards=8, lanes=2, seed=0, replacement=True)
-    draws = Counter(order.draw(lane, number) for lane in range(2) for number in range(2000))
+    draws = Counter(order.draw(lane, index) for lane in range(2) for index in range(2000))
     assert set(draws) == set(range(8))
     # 4,000 draws of 8: 500 each, standard deviation 21.
     assert all(abs(count - 500) < 90 for count in draws.values())
-    assert not any(order.ends_epoch(0, number) for number in range(100))
+    assert not any(order.ends_epoch(0, index) for index in range(100))
     assert len(keys(open_lane(shards[:1], 1, lanes=2, replacement=True), 30)) == 30
 
 

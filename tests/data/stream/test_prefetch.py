@@ -15,9 +15,9 @@ class Made:
 
     def items(self) -> Generator[int, None, None]:
         try:
-            for number in range(self.count):
-                yield number
-                ahead = range(self.used, number + 1)
+            for index in range(self.count):
+                yield index
+                ahead = range(self.used, index + 1)
                 self.most = max(self.most, len(ahead))
                 self.most_bytes = max(self.most_bytes, sum(ahead))
         finally:
@@ -31,9 +31,9 @@ def open_ahead(made: Made, most: int, room: float) -> Prefetcher[int]:
 def test_items_come_in_order_and_no_more_ahead_than_asked() -> None:
     made = Made(2000)
     ahead = open_ahead(made, most=8, room=float("inf"))
-    for number in range(2000):
-        assert ahead.next() == number
-        made.used = number + 1
+    for index in range(2000):
+        assert ahead.next() == index
+        made.used = index + 1
     # One more may be in use when the next is made.
     assert 2 <= made.most <= 8 + 1
 
@@ -41,9 +41,9 @@ def test_items_come_in_order_and_no_more_ahead_than_asked() -> None:
 def test_no_more_bytes_are_held_than_there_is_room_for() -> None:
     made = Made(2000)
     ahead = open_ahead(made, most=10**9, room=10_000)
-    for number in range(2000):
-        assert ahead.next() == number
-        made.used = number + 1
+    for index in range(2000):
+        assert ahead.next() == index
+        made.used = index + 1
     # The last item held may go beyond, and one may be in use.
     assert made.most_bytes <= 10_000 + 2 * 2000
 

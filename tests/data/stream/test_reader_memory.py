@@ -15,8 +15,8 @@ BATCH = 200
 
 def resident_mib() -> float:
     """Memory of this process and all below it, what they share counted once each."""
-    own = psutil.Process()
-    return sum(process.memory_full_info().uss for process in [own, *own.children(recursive=True)]) / 2**20
+    process = psutil.Process()
+    return sum(each.memory_full_info().uss for each in [process, *process.children(recursive=True)]) / 2**20
 
 
 @pytest.mark.slow

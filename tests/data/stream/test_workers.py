@@ -22,9 +22,9 @@ def main(shards, ending):
         os.kill(os.getpid(), signal.SIGKILL)
     if ending == "raise":
         raise RuntimeError("a failed run")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-        os.killpg(os.getpgid(0), number)
+    for index in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(index, lambda *_: None)
+        os.killpg(os.getpgid(0), index)
     for _ in range(20):
         stream.next()
     stream.close()
