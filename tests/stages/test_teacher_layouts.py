@@ -23,6 +23,7 @@ from w2s.errors import ConfigError, StopRun
 from w2s.megatron.parallel import process_groups
 from w2s.objectives.masked_loss import masked_cosines
 from w2s.planning.model.teacher import planned_teachers, sample_flops
+from w2s.teachers.distillation.teacher_draw import TeacherDraw
 from w2s.towers.masked_student import masked_patch_indices, outputs_of
 from w2s.towers.vision import channel_statistics
 
