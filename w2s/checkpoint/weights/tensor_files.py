@@ -41,7 +41,7 @@ class Tensors(Protocol):
 
 
 class InMemory:
-    """Tensors that are there already, or are mapped into memory."""
+    """Tensors that are there already, or are mapped to a file."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
@@ -50,26 +50,6 @@ class InMemory:
     def read(self, name: str) -> Tensor:
         """Return a tensor."""
         return self.tensors[name]
-
-
-class SafetensorsFiles:
-    """One safetensors file or several."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self._files: dict[str, Any] = {}
-        self.meta: dict[str, Tensor] = {}
-        for path in paths:
-            with reading(path):
-                file = safe_open(path, "pt")
-            # A tensor maps its part of the file: the memory is the file's.
-            for name in file.keys():  # noqa: SIM118
-                self.meta[name] = file.get_tensor(name).to("meta")
-                self._files[name] = file
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor that is mapped to the file."""
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
 
 
 def open_weights(path: Path) -> Tensors:
@@ -156,18 +136,22 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def _open_all(paths: list[Path], name: Path) -> Tensors:
-    held: Tensors
-    if paths and paths[0].suffix == ".safetensors":
-        held = SafetensorsFiles(paths)
-    else:
-        tensors: dict[str, Tensor] = {}
-        for path in paths:
-            with reading(path):
-                tensors |= _tensors_of(_load(path))
-        held = InMemory(tensors)
-    if not held.meta:
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        with reading(path):
+            tensors |= _mapped(path)
+    if not tensors:
         raise CheckpointError(f"{name} holds no tensors: give a file of weights")
-    return held
+    return InMemory(tensors)
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, each a part of its mapping into memory."""
+    if path.suffix != ".safetensors":
+        return _tensors_of(_load(path))
+    with safe_open(path, "pt") as file:
+        names: list[str] = file.keys()
+        return {name: file.get_tensor(name) for name in names}
 
 
 def _load(path: Path) -> Any:
