@@ -10,10 +10,11 @@ import yaml
 from w2s.checkpoint.export.card import write_card
 from w2s.checkpoint.export.cast import cast
 from w2s.checkpoint.export.formats import eva, graphs, open_clip, safetensors, timm, transformers
-from w2s.checkpoint.export.formats.base import HEAD, Export, Guide, Snippet, Write
+from w2s.checkpoint.export.formats.base import Export, Guide, Snippet, Write
 from w2s.checkpoint.own.checkpoint_folders import read_meta
 from w2s.checkpoint.own.verifying import verify
 from w2s.checkpoint.starts.of_teacher import choose, in_teachers_space, of_teacher
+from w2s.checkpoint.weights.eva_format import HEAD
 from w2s.checkpoint.weights.released import Released, open_released
 from w2s.config.load import model_from
 from w2s.config.sections import ModelConfig, Weights

@@ -12,11 +12,10 @@ from w2s.checkpoint.own.checkpoint_folders import read_meta
 from w2s.checkpoint.own.verifying import verify
 from w2s.checkpoint.starts.growth import NO_GROWTH, Growth, Size, grow
 from w2s.checkpoint.starts.of_teacher import OTHERS, choose, of_teacher
-from w2s.checkpoint.weights.eva_format import TOWERS, released_name
+from w2s.checkpoint.weights.eva_format import POOL, TOWERS, released_name
 from w2s.checkpoint.weights.matching import (
     LOGIT_PARAMETERS,
     OPTIONAL,
-    POOL_OF,
     PROJECTIONS,
     STAGE_ONLY,
     Fit,
@@ -242,7 +241,7 @@ def _of_tower(taken: Fit, tower: str) -> list[str]:
 
 def _check(taken: Fit, tower: str) -> None:
     """Refuse a checkpoint whose tower is not of this model, up to what another stage may do without."""
-    optional = OPTIONAL if "vision.cls_token" in taken.shapes else (*OPTIONAL, POOL_OF)
+    optional = OPTIONAL if "vision.cls_token" in taken.shapes else (*OPTIONAL, POOL)
     surplus = [name for name in _of_tower(taken, tower) if not name.startswith(optional)]
     if taken.misfits:
         reason = taken.misfit()

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from w2s.checkpoint.own.checkpoint_folders import Meta
+from w2s.checkpoint.weights.eva_format import HEAD, HEAD_BIAS
 from w2s.checkpoint.weights.released import Released
 from w2s.checkpoint.weights.views import Source, renamed
 from w2s.config.sections import TeacherConfig
@@ -15,7 +16,7 @@ from w2s.errors import CheckpointError, ConfigError
 OTHERS = "visual.teachers."
 """Where the heads for all teachers but the first are, under released names."""
 _HEADS = ("lm_head.", "head.", "summary_proj.")
-_HEAD, _HEAD_BIAS, _TO_TARGET = "visual.head.weight", "visual.head.bias", "visual.summary_proj.weight"
+_TO_TARGET = "visual.summary_proj.weight"
 
 
 def teachers_of(meta: Meta) -> dict[str, TeacherConfig]:
@@ -94,7 +95,7 @@ def in_teachers_space(source: Released) -> Released:
     """
     if _TO_TARGET not in source.meta:
         return source
-    if _HEAD not in source.meta:
+    if HEAD not in source.meta:
         raise ConfigError(f"--head: a pool of {source.path} leads into no space of another width, leave it out")
 
     def product(last: Tensor, head: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def in_teachers_space(source: Released) -> Released:
 
     return source.made_into(
         {
-            name: Source((_TO_TARGET, name), product) if name in (_HEAD, _HEAD_BIAS) else renamed(name)
+            name: Source((_TO_TARGET, name), product) if name in (HEAD, HEAD_BIAS) else renamed(name)
             for name in source.meta
             if name != _TO_TARGET
         }

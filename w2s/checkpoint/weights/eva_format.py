@@ -41,6 +41,14 @@ TOWERS: Mapping[str, tuple[str, Mapping[str, str]]] = {"vision": ("visual", VISI
 """Our towers: the released prefix and the table of names."""
 
 
+HEAD, HEAD_BIAS = "visual.head.weight", "visual.head.bias"
+"""Released names of the projection of a vision tower."""
+NORM_PRE = "visual.norm_pre.weight"
+"""What a vision transformer of OpenAI's and open_clip's kind has, and no other: a norm before the layers."""
+POOL = "visual.attn_pool."
+"""How the names of SigLIP's pool begin, which is to such a tower what the projection is to others."""
+
+
 def released_name(name: str) -> str:
     """Return the released name of a tensor of our checkpoints.
 

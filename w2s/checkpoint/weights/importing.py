@@ -9,9 +9,9 @@ import torch
 
 from w2s.checkpoint.own.checkpoint_folders import Meta, seal
 from w2s.checkpoint.own.verifying import verify
-from w2s.checkpoint.weights.eva_format import TOWERS, released_name
+from w2s.checkpoint.weights.eva_format import HEAD, NORM_PRE, TOWERS, released_name
 from w2s.checkpoint.weights.matching import PROJECTIONS, STAGE_ONLY, Fit, fit, refuse_gaps
-from w2s.checkpoint.weights.released import NORM_PRE, Released, open_released
+from w2s.checkpoint.weights.released import Released, open_released
 from w2s.config.sections import HardwareConfig, ModelConfig, ParallelConfig
 from w2s.config.teacher_losses import Target
 from w2s.errors import ConfigError
@@ -103,7 +103,7 @@ def _of_text(released: Released) -> list[str]:
 
 def _classifier(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Released names of a vision tower's head that gives classes: a peer has put it in the place of the projection."""
-    head, projection = released.meta.get("visual.head.weight"), shapes.get("vision.head.weight")
+    head, projection = released.meta.get(HEAD), shapes.get("vision.head.weight")
     if head is None or released.has("text") or (projection is not None and head.shape[0] == projection[0]):
         return []
     return [name for name in released.meta if name.startswith("visual.head.")]

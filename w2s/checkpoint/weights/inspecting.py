@@ -8,7 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from w2s.checkpoint.own.checkpoint_folders import Meta, read_meta
-from w2s.checkpoint.weights.released import NORM_PRE, POOL, Released, open_released
+from w2s.checkpoint.weights.eva_format import NORM_PRE, POOL
+from w2s.checkpoint.weights.released import Released, open_released
 from w2s.config.load import model_from, read_document
 from w2s.config.sections import ModelConfig
 from w2s.megatron.checkpoint.tensor_store import has_average
@@ -105,7 +106,7 @@ def _is_plain_vit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
     A masked run of a SigLIP's tower has no pool, and is known by what predicts the features.
     """
-    ours = (NORM_PRE, POOL, "visual.lm_head.weight")
+    ours = (NORM_PRE, f"{POOL}latent", "visual.lm_head.weight")
     return "visual.blocks.0.attn.qkv.bias" in shapes and not any(name in shapes for name in ours)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from w2s.checkpoint.weights.eva_format import translate
+from w2s.checkpoint.weights.eva_format import HEAD, HEAD_BIAS, POOL, translate
 from w2s.checkpoint.weights.views import Source, zeros_for
 
 Words = Mapping[str, str]
@@ -97,7 +97,6 @@ _VISION_PREFIX = re.compile(
 _TEXT_PREFIX = re.compile(r"(text_model\.)+")
 """transformers 4 names the towers inside of the towers."""
 _QKV = re.compile(r"self_attn\.([qkv])_proj\.")
-_POOL = "visual.attn_pool."
 
 
 def inverse(words: Words) -> Words:
@@ -138,7 +137,7 @@ def sources_of(names: Iterable[str]) -> tuple[str, dict[str, Source]]:
     if kind == "siglip":
         sources |= _parts_of_pool(sources)
     if kind == "timm":  # its projection has no bias, as one of zeros
-        sources["visual.head.bias"] = zeros_for(bare["visual_projection.weight"])
+        sources[HEAD_BIAS] = zeros_for(bare["visual_projection.weight"])
     return "eva" if kind == "eva" else _format_of(bare), sources
 
 
@@ -178,7 +177,7 @@ def _released(name: str, kind: str) -> str:
         return name.replace("visual_projection.", "visual.head.")
     name = name.replace("visual.trunk.", "visual.").replace("visual.head.proj.", "visual.head.")
     if kind == "open_clip" and name.startswith("visual."):
-        return "visual.head.weight" if name == "visual.proj" else translate(name, OPEN_CLIP_VISION)
+        return HEAD if name == "visual.proj" else translate(name, OPEN_CLIP_VISION)
     if name.startswith(("visual.", "text.")) or name in ("logit_scale", "logit_bias"):
         return name
     return f"text.{name}" if name.startswith((*_PLAIN_TEXT, "text_model.")) else f"visual.{name}"
@@ -192,7 +191,7 @@ def _position(name: str) -> int:
 
 def _maker(name: str, kind: str) -> Callable[..., Tensor]:
     """What makes the released tensor `name` of its parts."""
-    transposed = "visual.head.weight" if kind == "open_clip" else "text.text_projection"
+    transposed = HEAD if kind == "open_clip" else "text.text_projection"
 
     def make(*parts: Tensor) -> Tensor:
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -207,9 +206,9 @@ def _parts_of_pool(sources: dict[str, Source]) -> dict[str, Source]:
     """Of the rows of Q, K and V of SigLIP's pool: the first third, and the rest."""
     parts = {}
     for kind in ("weight", "bias"):
-        names = sources.pop(f"{_POOL}qkv.{kind}").names
-        parts[f"{_POOL}q.{kind}"] = Source(names, lambda rows: rows[: len(rows) // 3])
-        parts[f"{_POOL}kv.{kind}"] = Source(names, lambda rows: rows[len(rows) // 3 :])
+        names = sources.pop(f"{POOL}qkv.{kind}").names
+        parts[f"{POOL}q.{kind}"] = Source(names, lambda rows: rows[: len(rows) // 3])
+        parts[f"{POOL}kv.{kind}"] = Source(names, lambda rows: rows[len(rows) // 3 :])
     return parts
 
 

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from w2s.checkpoint.weights.eva_format import is_fused, released_name, split_heads
-from w2s.checkpoint.weights.released import NORM_PRE, POOL, Released
+from w2s.checkpoint.weights.eva_format import HEAD_BIAS, NORM_PRE, is_fused, released_name, split_heads
+from w2s.checkpoint.weights.released import Released
 from w2s.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -26,8 +26,6 @@ MASKED_STAGE = tuple(name.replace("vision.", "visual.") for name in STAGE_ONLY)
 """Released names of what serves the masked stage alone."""
 OPTIONAL = (*MASKED_STAGE, "visual.head.", "text.text_projection", "logit_scale", "logit_bias")
 """Released names of both: what another stage may do without."""
-POOL_OF = "visual.attn_pool."
-"""Released names of SigLIP's pool, which is to such a tower what the projection is to others."""
 
 
 @dataclass(frozen=True)
@@ -192,12 +190,12 @@ def _is_square(count: int) -> bool:
 
 def _is_empty(source: Released, name: str) -> bool:
     """Whether a bias is all zeros, and so says nothing: timm's heads always have one."""
-    return name == "visual.head.bias" and not bool(torch.any(source.read(name)))
+    return name == HEAD_BIAS and not bool(torch.any(source.read(name)))
 
 
 def hint(source: Released) -> str:
     """Say what a checkpoint is that does not fit a model, and what can be done with it; empty where that is unknown."""
-    if POOL in source.meta:
+    if source.has_pool:
         return " (it is a SigLIP: model=vit_b_16_siglip is one, model.vision.kind=siglip; its text tower stays out)"
     if any(".attn_pool." in name or ".attnpool." in name for name in source.meta):
         return " (it pools by attention, as CoCa and OpenAI's ResNets: use it as a teacher)"

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from w2s.checkpoint.own.checkpoint_folders import read_meta
-from w2s.checkpoint.weights.eva_format import is_fused, released_name, separate
+from w2s.checkpoint.weights.eva_format import HEAD, POOL, is_fused, released_name, separate
 from w2s.checkpoint.weights.layouts import sources_of
 from w2s.checkpoint.weights.tensor_files import Tensors, open_weights
 from w2s.checkpoint.weights.views import Source, View, renamed
@@ -13,11 +13,6 @@ from w2s.config.load import model_from
 from w2s.config.sections import Weights
 from w2s.errors import CheckpointError
 from w2s.megatron.checkpoint.tensor_store import TensorStore
-
-POOL = "visual.attn_pool.latent"
-"""What a SigLIP's vision tower has under its released names, and no other of w2s's kinds."""
-NORM_PRE = "visual.norm_pre.weight"
-"""What a vision transformer of OpenAI's and open_clip's kind has, and no other: a norm before the layers."""
 
 
 class Released(View):
@@ -51,14 +46,19 @@ class Released(View):
         return released_name(name) in self.meta
 
     @property
+    def has_pool(self) -> bool:
+        """Whether its vision tower has SigLIP's pool."""
+        return f"{POOL}latent" in self.meta
+
+    @property
     def embeds_images(self) -> bool:
         """Whether its vision tower has a head: the projection of the class token, or SigLIP's pool."""
-        return "visual.head.weight" in self.meta or POOL in self.meta
+        return HEAD in self.meta or self.has_pool
 
     @property
     def has_foreign_text(self) -> bool:
         """Whether its text tower is a SigLIP's: it has a bias in its projection, and its tokens see all others."""
-        return self.has("text") and POOL in self.meta and "text.text_projection" not in self.meta
+        return self.has("text") and self.has_pool and "text.text_projection" not in self.meta
 
     @property
     def is_masked(self) -> bool:

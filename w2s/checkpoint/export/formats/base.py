@@ -12,8 +12,6 @@ from w2s.checkpoint.weights.released import Released
 from w2s.checkpoint.weights.views import Source, View
 from w2s.config.sections import ModelConfig
 
-HEAD = "visual.head.weight"
-HEAD_BIAS = "visual.head.bias"
 EMBEDS_BOTH = "zero-shot-image-classification"
 EMBEDS_IMAGES = "image-feature-extraction"
 """What the hub calls the task of a CLIP, and of a vision tower."""

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from w2s.checkpoint.export.formats.base import (
     EMBEDS_BOTH,
-    HEAD,
     RESIZED,
     Export,
     Guide,
@@ -23,7 +22,7 @@ from w2s.checkpoint.export.formats.base import (
     write_weights,
 )
 from w2s.checkpoint.export.formats.timm import named_tower, timm_config
-from w2s.checkpoint.weights.eva_format import translate
+from w2s.checkpoint.weights.eva_format import HEAD, translate
 from w2s.checkpoint.weights.layouts import OPEN_CLIP_VISION, contract, inverse
 from w2s.checkpoint.weights.matching import MASKED_STAGE
 from w2s.checkpoint.weights.views import Source, renamed

@@ -5,8 +5,6 @@ from typing import Any
 
 from w2s.checkpoint.export.formats.base import (
     EMBEDS_IMAGES,
-    HEAD,
-    HEAD_BIAS,
     RESIZED,
     Export,
     Guide,
@@ -15,6 +13,7 @@ from w2s.checkpoint.export.formats.base import (
     write_json,
     write_weights,
 )
+from w2s.checkpoint.weights.eva_format import HEAD, HEAD_BIAS
 from w2s.checkpoint.weights.matching import MASKED_STAGE
 from w2s.checkpoint.weights.views import renamed, zeros_for
 from w2s.config.sections import VisionConfig

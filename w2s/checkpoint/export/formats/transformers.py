@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2s.checkpoint.export.formats.base import EMBEDS_BOTH, HEAD, HEAD_BIAS, Export, Guide, Snippet, write_json
+from w2s.checkpoint.export.formats.base import EMBEDS_BOTH, Export, Guide, Snippet, write_json
 from w2s.checkpoint.export.formats.processor import LIMITS, write_processor
 from w2s.checkpoint.export.formats.timm import timm_config, timm_name
 from w2s.checkpoint.export.weight_files import write_safetensors
-from w2s.checkpoint.weights.eva_format import translate
+from w2s.checkpoint.weights.eva_format import HEAD, HEAD_BIAS, translate
 from w2s.checkpoint.weights.layouts import TRANSFORMERS_TEXT, TRANSFORMERS_VISION, contract, inverse
 from w2s.checkpoint.weights.matching import MASKED_STAGE
 from w2s.checkpoint.weights.released import Released
