@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all, and their checksums."""
 
+import json
 import os
 import shutil
 import zlib
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from w2s.errors import FREE_SPACE, UserError
 
@@ -54,6 +56,15 @@ def write_text(path: Path, text: str) -> None:
         draft = path.with_name(f"{path.name}.draft")
         draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; an empty one where there is none, or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextmanager

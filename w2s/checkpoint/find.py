@@ -1,6 +1,5 @@
 """Finding a checkpoint by what a user calls it: a path, a run's name, an MLflow run id, or `latest`."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from w2s.checkpoint.weights.tensor_files import SUFFIXES, holds_weights
 from w2s.config.naming import run_folder
 from w2s.config.sections import Config
 from w2s.errors import CheckpointError
+from w2s.files import read_json
 
 
 def find(what: str, root: Path, *, key: str, stage: str) -> Path | None:
@@ -125,12 +125,7 @@ def _runs(root: Path) -> Iterator[Path]:
 
 def _stage_of(run: Path) -> str | None:
     """Return the stage of a finished run, by its result."""
-    path = run / "result.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    stage = content.get("stage") if isinstance(content, dict) else None
+    stage = read_json(run / "result.json").get("stage")
     return stage if isinstance(stage, str) else None
 
 

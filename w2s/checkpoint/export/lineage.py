@@ -4,7 +4,6 @@ No folder of the machine is named: a run is called by its name, and so is a file
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from w2s.checkpoint.starts.of_teacher import choose, teachers_of
 from w2s.checkpoint.weights.tensor_files import SUFFIXES, holds_weights
 from w2s.config.sections import TeacherConfig, Weights
 from w2s.errors import CheckpointError
+from w2s.files import read_json
 from w2s.tracking.history import read_history
 from w2s.tracking.tables import Table
 
@@ -109,7 +109,7 @@ def measurements(checkpoint: Path, weights: Weights = "last") -> list[Measuremen
     beside, parts = (run or checkpoint).absolute().parent, 3 if run else 1
     for path in sorted({*beside.glob("*/tables/results.json"), *beside.parent.glob("*/tables/results.json")}):
         other = path.parent.parent
-        result, of = _json(other / "result.json"), Path(Table.load(path).title)
+        result, of = read_json(other / "result.json"), Path(Table.load(path).title)
         if result.get("stage") == "eval" and of.parts[-parts:] == checkpoint.absolute().parts[-parts:]:
             config = yaml.safe_load((other / "config.yaml").read_text(encoding="utf-8"))
             if _measured_weights(config) != weights:
@@ -258,17 +258,9 @@ def _test_data(config: Mapping[str, Any]) -> str:
 def _in_training(run: Path, checkpoint: Path) -> Mapping[str, float]:
     """The results of a finished run for its last checkpoint, for another what was logged of evaluations at its step."""
     step, newest = read_meta(checkpoint).step, latest(run)
-    result = _json(run / "result.json")
+    result = read_json(run / "result.json")
     if result and newest is not None and newest.name == checkpoint.name:
         metrics: Mapping[str, float] = result["metrics"]
         return metrics
     lines = [line for line in read_history(run) if line["step"] == step and "loss" not in line]
     return {name: value for line in lines for name, value in line.items() if "/" in name and value is not None}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -3,11 +3,9 @@
 Every rank calls, where there are several: each reads its share of the files, so that each file is read once.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from w2s.checkpoint.own.checkpoint_folders import (
     DAMAGED,
@@ -22,6 +20,7 @@ from w2s.checkpoint.own.checkpoint_folders import (
 )
 from w2s.checkpoint.own.manifest import NAME, Manifest, read_manifest
 from w2s.errors import CheckpointError
+from w2s.files import read_json
 from w2s.megatron.parallel import process_groups
 from w2s.megatron.parallel.process_groups import Ranks
 
@@ -48,7 +47,7 @@ def damage(checkpoint: Path, *, quick: bool = False) -> list[str]:
 
 def is_verifiable(checkpoint: Path) -> bool:
     """Whether a checkpoint has checksums, or should have: w2s did not always write them."""
-    return (checkpoint / NAME).exists() or _known(checkpoint).get("format") != WITHOUT_MANIFEST
+    return (checkpoint / NAME).exists() or read_json(checkpoint / "meta.json").get("format") != WITHOUT_MANIFEST
 
 
 def verify(checkpoint: Path) -> None:
@@ -137,7 +136,7 @@ def _note_if_unverifiable(checkpoint: Path) -> None:
 
 
 def _damage(checkpoint: Path, reader: int, readers: int, quick: bool) -> list[str]:
-    meta = _known(checkpoint)
+    meta = read_json(checkpoint / "meta.json")
     manifest: Manifest | None = None
     troubles: list[str] = []
     if is_verifiable(checkpoint):
@@ -153,12 +152,3 @@ def _damage(checkpoint: Path, reader: int, readers: int, quick: bool) -> list[st
     return troubles + [
         f"{name} is of step {step}" for name, step in known.items() if right is not None and step != right
     ]
-
-
-def _known(checkpoint: Path) -> dict[str, Any]:
-    """What meta.json says; nothing where it is damaged."""
-    try:
-        content = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
