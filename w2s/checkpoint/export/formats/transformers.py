@@ -58,9 +58,8 @@ def write(export: Export, folder: Path) -> Guide:
         )
     plain = model.vision.kind == "clip"
     tensors = View(released, sources(released, plain))
-    (common, _), *_ = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.meta.values()).most_common(
-        1
-    )
+    dtypes = Counter(tensor.dtype for tensor in tensors.meta.values())
+    common = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
     config = clip_config(model) if plain else dual_encoder_config(model)
     write_json(folder / "config.json", config | {"dtype": common, "torch_dtype": common})
     write_processor(folder, model, "CLIPProcessor" if plain else "VisionTextDualEncoderProcessor")
@@ -164,7 +163,7 @@ def sources(released: Released, plain: bool) -> dict[str, Source]:
                 made |= _apart(f"vision_model.{translate(name.removeprefix('visual.'), vision)}", name)
             else:
                 made[f"vision_model.timm_model.{timm_name(name)}"] = renamed(name)
-    if not plain and HEAD_BIAS in released.meta:
+    if not plain and released.meta.keys() >= {FINAL_NORM, HEAD_BIAS}:
         final = f"vision_model.timm_model.{timm_name(FINAL_NORM)}"
         made[final] = Source((FINAL_NORM, HEAD, HEAD_BIAS), partial(_with_head_bias, released.path))
     made["logit_scale"] = Source(("logit_scale",), lambda scale: scale.reshape(()))
