@@ -29,11 +29,11 @@ def test_a_class_of_a_module() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tests.training.test_callbacks", "tests.training.test_callbacks is not written module:Class"),
+        ("tests.training.test_callbacks", "tests.training.test_callbacks is not written module:attribute"),
         ("no.such.module:Class", r"no.such.module:Class cannot be imported \(No module named 'no'\).*PYTHONPATH"),
         (f"{__name__}:Missing", "cannot be imported .*no attribute 'Missing'"),
         (f"{__name__}:Apart", "is not a subclass of w2s.training.callbacks.Callback"),
-        (f"{__name__}:Demanding", "cannot be made without arguments .*'every'.*: give them defaults"),
+        (f"{__name__}:Demanding", "cannot be made without arguments .*'every'.*: give the others defaults"),
     ],
 )
 def test_what_is_not_a_callback_is_refused(name: str, message: str) -> None:

@@ -16,7 +16,7 @@ from w2s.config.rules import (
 
 Weights = Literal["last", "ema"]
 """Which of a checkpoint's weights: those after its last step, or their moving average."""
-MaskedLoss = Literal["cosine", "smooth_l1", "mse"]
+MaskedLoss = str
 """A loss of `w2s.objectives.masked_loss.LOSSES`."""
 ACTIVATIONS = {"eva": ("gelu",), "clip": ("gelu", "quick_gelu"), "siglip": ("gelu", "gelu_tanh")}
 """Of the MLPs, by kind of vision tower."""

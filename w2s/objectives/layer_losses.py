@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from w2s.config.sections import Config
-from w2s.objectives.masked_loss import LOSSES
+from w2s.objectives.masked_loss import masked_loss
 from w2s.optim.lr_schedule import falling_weight
 
 
@@ -22,7 +22,7 @@ class LayerLosses:
     """
 
     def __init__(self, config: Config, step: int, micro_batches: int) -> None:
-        self.mim = config.mim
+        self.mim, self.loss = config.mim, masked_loss(config.mim.loss)
         weight = self.mim.layers_weight * falling_weight(step, config.train.steps, self.mim.layers_until)
         self.factor = weight / micro_batches
         self.reports: list[dict[str, Tensor]] = []
@@ -38,7 +38,7 @@ class LayerLosses:
 
         def loss(layer: int, predictions: Tensor) -> Tensor:
             weight, target = known[layer]
-            value = LOSSES[self.mim.loss](predictions, target, weights)
+            value = self.loss(predictions, target, weights)
             self.reports.append({f"layers/{layer}": value.detach()})
             return self.factor * weight * value
 

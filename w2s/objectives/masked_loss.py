@@ -1,9 +1,11 @@
 """The losses of the masked stage: how far the student's predictions are from the teacher's features."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from w2s.config.imported import imported
 
 
 def masked_cosines(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -59,9 +61,14 @@ def _mean_error(error: Callable[..., Tensor], predictions: Tensor, targets: Tens
     return weighted(error(predictions.float(), targets.float(), reduction="none"), weights).mean()
 
 
-LOSSES: Mapping[str, Callable[..., Tensor]] = {
-    "cosine": masked_cosine_loss,
-    "smooth_l1": smooth_l1_loss,
-    "mse": mse_loss,
-}
+LOSSES = {"cosine": masked_cosine_loss, "smooth_l1": smooth_l1_loss, "mse": mse_loss}
 """By their names in `mim.loss`."""
+
+
+def masked_loss(name: str) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """Return one of `LOSSES`, or one of the user's own, written `module:function`.
+
+    Raises:
+        ConfigError: that one cannot be imported.
+    """
+    return LOSSES[name] if name in LOSSES else imported("mim.loss", name)

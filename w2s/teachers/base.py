@@ -110,6 +110,9 @@ class Teacher(nn.Module):
             _hold_in_bf16(network)
         self.requires_grad_(False)
         self.train(False)
+        self.register_buffer(
+            "_home", torch.empty(0), persistent=False
+        )  # where images go; a network may have no weights
         if compiled:
             network.compile()
         if network.grid != grid:
@@ -137,8 +140,7 @@ class Teacher(nn.Module):
 
     def features_of(self, images: Tensor, layers: Sequence[int] = ()) -> Features:
         """Features of images as they are decoded, uint8 [n, 3, T, T], on any device; `layers` as in `forward`."""
-        device = next(self.parameters()).device
-        features: Features = self(normalize(images.to(device), self.mean, self.std), layers)
+        features: Features = self(normalize(images.to(self._home.device), self.mean, self.std), layers)
         return features
 
     def check_layers(self, layers: Sequence[int], key: str) -> None:

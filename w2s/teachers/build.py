@@ -12,6 +12,7 @@ import torch
 
 from w2s.checkpoint.find import find_any
 from w2s.checkpoint.own.verifying import verify
+from w2s.config.imported import imported_class
 from w2s.config.sections import ParallelConfig, TeacherConfig
 from w2s.errors import ConfigError
 from w2s.teachers.base import PatchNetwork, Teacher
@@ -27,6 +28,7 @@ FORMS = {
     "open_clip": "open_clip:MODEL[@FILE]",
     "eva": "eva:MODEL[@FILE]",
     "hf": "hf:FOLDER",
+    "python": "python:MODULE:CLASS",
     "w2s": "w2s:RUN",
 }
 
@@ -86,6 +88,10 @@ def _network(config: TeacherConfig, grid: int, *, on_meta: bool) -> PatchNetwork
         from w2s.teachers.networks.hugging_face import hugging_face_model
 
         return hugging_face_model(Path(rest).expanduser(), image_size=size, precision=config.precision)
+    if kind == "python" and rest:
+        with torch.device("meta") if on_meta else nullcontext():
+            network: PatchNetwork = imported_class("teacher.source", rest, PatchNetwork, ["image_size"])(image_size=size)
+        return network
     name, path = name_and_weights(rest)
     if kind not in ("eva", "open_clip", "timm") or not name:
         raise _no_teacher(config.source, kind)
@@ -94,7 +100,7 @@ def _network(config: TeacherConfig, grid: int, *, on_meta: bool) -> PatchNetwork
         if kind == "eva":
             from w2s.teachers.networks.eva_vit import eva_vit
 
-            network: PatchNetwork = eva_vit(name, file, image_size=size, precision=config.precision)
+            network = eva_vit(name, file, image_size=size, precision=config.precision)
         elif kind == "timm":
             from w2s.teachers.networks.timm_vit import timm_model
 

@@ -1,15 +1,13 @@
 """What people add to the training loop without touching it: `train.callbacks=[module:Class]`."""
 
-import importlib
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from w2s.config.imported import imported_class
 from w2s.config.sections import Config
-from w2s.errors import ConfigError
 from w2s.megatron.parallel.optimizer import Optimizer, Towers
 from w2s.megatron.parallel.process_groups import Ranks
 from w2s.tracking.tracker import Tracker
@@ -71,25 +69,4 @@ def load_callbacks(names: Sequence[str]) -> list[Callback]:
     Raises:
         ConfigError: a name is not that of a class of callbacks that can be imported and made without arguments.
     """
-    return [_load(name)() for name in names]
-
-
-def _load(name: str) -> Callable[[], Callback]:
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise ConfigError(f"train.callbacks: {name} is not written module:Class")
-    try:
-        callback = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"train.callbacks: {name} cannot be imported ({error}): install its module, or put its folder in PYTHONPATH"
-        ) from error
-    if not (isinstance(callback, type) and issubclass(callback, Callback)):
-        raise ConfigError(f"train.callbacks: {name} is not a subclass of w2s.training.callbacks.Callback")
-    try:
-        inspect.signature(callback).bind()
-    except TypeError as error:
-        raise ConfigError(
-            f"train.callbacks: {name} cannot be made without arguments ({error}): give them defaults"
-        ) from error
-    return callback
+    return [imported_class("train.callbacks", name, Callback)() for name in names]

@@ -12,7 +12,7 @@ from w2s.checkpoint.export.formats.plain_vision import image_tower
 from w2s.compat import positioned
 from w2s.config.sections import Config, ModelConfig
 from w2s.data.samples.batch import Batch, normalize, require
-from w2s.objectives.masked_loss import LOSSES
+from w2s.objectives.masked_loss import masked_loss
 from w2s.stages.mim import sample_spec
 from w2s.teachers.build import build_teacher
 from w2s.teachers.distillation.targets import target_norm
@@ -70,7 +70,7 @@ class TimmMasked(Peer):
         images = normalize(micro.images, *channel_statistics(self.config.model.vision))
         with marks.part("forward"), self.autocast():
             predictions = self.model(images, masks, patch_indices)
-        return LOSSES[self.config.mim.loss](predictions, gather_patches(features, patch_indices))
+        return masked_loss(self.config.mim.loss)(predictions, gather_patches(features, patch_indices), None)
 
     def forward_flops(self) -> float:
         """Count the operations of the student for one image."""

@@ -12,7 +12,13 @@ from w2s.data.samples.batch import require
 from w2s.errors import ConfigError
 from w2s.megatron.parallel.pipeline_schedule import Metrics
 from w2s.megatron.parallel.process_groups import Ranks
-from w2s.objectives.masked_loss import LOSSES, constant_cosine, masked_cosine_loss, masked_cosines, weighted
+from w2s.objectives.masked_loss import (
+    constant_cosine,
+    masked_cosine_loss,
+    masked_cosines,
+    masked_loss,
+    weighted,
+)
 from w2s.teachers.base import Features, Teacher
 from w2s.teachers.build import build_teacher
 from w2s.teachers.distillation.targets import target_norm
@@ -42,6 +48,7 @@ class MaskedTeacher:
         self, config: Config, teacher_loss: TeacherLoss, layers: Sequence[int], ranks: Ranks, samples: int
     ) -> None:
         self.teacher_loss, self.layers = teacher_loss, layers
+        self.patch_loss = masked_loss(teacher_loss.loss)
         self.name = teacher_loss.teacher.name if len(config.teacher_losses) > 1 else ""
         self.prefix = f"{self.name}/" if self.name else ""
         self.teacher = build_teacher(
@@ -89,7 +96,7 @@ class MaskedTeacher:
 
     def loss(self, predictions: Outputs, targets: Outputs, weights: Tensor | None) -> tuple[Tensor, Metrics]:
         """Its share of the stage's loss, and what there is to report; shapes as in `Outputs`, weights [n]."""
-        loss = LOSSES[self.teacher_loss.loss](predictions.patches, targets.patches, weights)
+        loss = self.patch_loss(predictions.patches, targets.patches, weights)
         if predictions.summary is not None:
             # The angle alone: lengths do not matter, so the target needs no norm.
             summary = masked_cosine_loss(predictions.summary, require(targets.summary), weights)
