@@ -200,9 +200,9 @@ def is_to_go_back(layer: nn.Module) -> bool:
     return layer._training_state is TrainingState.PRE_BACKWARD
 
 
-def begin_of_share(buffer: Any, number: int) -> int:
+def begin_of_share(buffer: Any, index: int) -> int:
     """Return where this rank's share of a parameter of an FSDP buffer begins, in the flattened parameter."""
-    begin, _ = buffer._get_item_slice_in_shard(number)
+    begin, _ = buffer._get_item_slice_in_shard(index)
     return int(begin)
 
 

@@ -17,10 +17,10 @@ _LONGEST = 45
 def _family() -> str:
     """The begin of the names that the processes of this machine give; a container has process ids of its own."""
     try:
-        number = int(os.readlink("/proc/self/ns/pid").strip("pid:[]"))
+        namespace = int(os.readlink("/proc/self/ns/pid").strip("pid:[]"))
     except (OSError, ValueError):
-        number = 0
-    return f"w2s-{number:x}-"
+        namespace = 0
+    return f"w2s-{namespace:x}-"
 
 
 def mark(pid: int | None = None) -> str:

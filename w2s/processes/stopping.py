@@ -18,9 +18,9 @@ def stop_at_once() -> Iterator[None]:
     """Raise StopRun where a signal comes: nothing is under way that a checkpoint could keep."""
     stops: list[StopRun] = []
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        stops.append(StopRun(f"stopped by {name}: repeat the command to resume", number))
+    def stop(signum: int, frame: FrameType | None) -> None:
+        name = signal.Signals(signum).name
+        stops.append(StopRun(f"stopped by {name}: repeat the command to resume", signum))
         raise stops[-1]
 
     with _handling(stop):
@@ -38,8 +38,8 @@ def stop_when_ready() -> Iterator[list[int]]:
     """Collect the signals that come, so that a step can end and be saved."""
     signals: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        signals.append(number)
+    def note(signum: int, frame: FrameType | None) -> None:
+        signals.append(signum)
 
     with _handling(note):
         yield signals
@@ -57,12 +57,12 @@ def signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    before = {signum: signal.signal(signum, handler) for signum in SIGNALS}
     try:
         yield
     finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+        for signum, previous in before.items():
+            signal.signal(signum, previous)
 
 
 def end_with_parent() -> None:

@@ -97,7 +97,7 @@ def own_tensors(towers: Towers, optimizer: Optimizer, extra: Mapping[str, Tensor
         **{f"weights.{name}": tensor for name, tensor in _own_weights(towers).items()},
         **{f"scales.{name}": tensor for name, tensor in _own_scales(towers).items()},
         **{f"optimizer.{name}": tensor for name, tensor in optimizer.slices().items()},
-        **{f"average.{number}": tensor for number, tensor in enumerate(_own_average(optimizer).values())},
+        **{f"average.{index}": tensor for index, tensor in enumerate(_own_average(optimizer).values())},
         **{f"guard.{name}": tensor for name, tensor in optimizer.guard.state().items()},
         **{f"extra.{name}": tensor for name, tensor in extra.items()},
     }
@@ -115,10 +115,10 @@ def restore(tensors: Mapping[str, Tensor], towers: Towers, optimizer: Optimizer,
         kind, _, rest = name.partition(".")
         kinds[kind][rest] = tensor
     optimizer.guard.load(kinds["guard"])
-    for held, own in ((kinds["weights"], _own_weights(towers)), (kinds["optimizer"], optimizer.slices())):
-        if {name: part.shape for name, part in held.items()} != {name: part.shape for name, part in own.items()}:
+    for held, local in ((kinds["weights"], _own_weights(towers)), (kinds["optimizer"], optimizer.slices())):
+        if {name: part.shape for name, part in held.items()} != {name: part.shape for name, part in local.items()}:
             raise CheckpointError("the checkpoint in memory is another layout's: leave checkpoint.memory out")
-        for name, part in own.items():
+        for name, part in local.items():
             part.copy_(held[name])
     _take_scales(towers, kinds["scales"])
     for tower in towers.values():
@@ -126,7 +126,7 @@ def restore(tensors: Mapping[str, Tensor], towers: Towers, optimizer: Optimizer,
             if isinstance(wrapped, FullySharded):
                 wrapped.release()
     averages = kinds["average"]
-    _take_average(optimizer, [averages[str(number)] for number in range(len(averages))])
+    _take_average(optimizer, [averages[str(index)] for index in range(len(averages))])
     optimizer.resume_at(step)
     return kinds["extra"]
 
@@ -137,9 +137,9 @@ def _own_weights(towers: Towers) -> dict[str, Tensor]:
     Of weights that are fully sharded it is this rank's shares.
     """
     return {
-        f"{name}.{number}.{key}": tensor.data
+        f"{name}.{index}.{key}": tensor.data
         for name, tower in towers.items()
-        for number, (chunk, wrapped) in enumerate(zip(tower.chunks, tower.wrapped, strict=True))
+        for index, (chunk, wrapped) in enumerate(zip(tower.chunks, tower.wrapped, strict=True))
         for key, tensor in (*_parameters_of(chunk, wrapped), *chunk.named_buffers())
     }
 
@@ -153,9 +153,9 @@ def _parameters_of(chunk: nn.Module, wrapped: nn.Module) -> Iterator[tuple[str, 
 def _own_scales(towers: Towers) -> dict[str, Tensor]:
     """Scales of FP8 of this rank's chunks, by tower, number of the chunk, and name."""
     return {
-        f"{name}.{number}.{key}": value
+        f"{name}.{index}.{key}": value
         for name, tower in towers.items()
-        for number, chunk in enumerate(tower.chunks)
+        for index, chunk in enumerate(tower.chunks)
         for key, value in chunk.state_dict().items()
         if key.endswith("_extra_state") and isinstance(value, Tensor) and value.numel()
     }
@@ -163,12 +163,12 @@ def _own_scales(towers: Towers) -> dict[str, Tensor]:
 
 def _take_scales(towers: Towers, scales: Mapping[str, Tensor]) -> None:
     for name, tower in towers.items():
-        for number, chunk in enumerate(tower.chunks):
-            prefix = f"{name}.{number}."
-            own = {key.removeprefix(prefix): value for key, value in scales.items() if key.startswith(prefix)}
-            for key, value in own.items():
+        for index, chunk in enumerate(tower.chunks):
+            prefix = f"{name}.{index}."
+            local = {key.removeprefix(prefix): value for key, value in scales.items() if key.startswith(prefix)}
+            for key, value in local.items():
                 check_state(value, key)
-            chunk.load_state_dict(own, strict=False)
+            chunk.load_state_dict(local, strict=False)
 
 
 def load_weights(folder: Path, towers: Towers, names: Iterable[str], weights: Weights = "last") -> None:
@@ -180,8 +180,8 @@ def load_weights(folder: Path, towers: Towers, names: Iterable[str], weights: We
     names, keys = set(names), TensorStore(folder, weights).keys if weights == "ema" else {}
 
     def placed(parts: Mapping[str, Any]) -> dict[str, ShardedTensor]:
-        own = {key: part for key, part in parts.items() if isinstance(part, ShardedTensor) and part.key in names}
-        return {key: replace(part, key=keys.get(part.key, part.key)) for key, part in own.items()}
+        local = {key: part for key, part in parts.items() if isinstance(part, ShardedTensor) and part.key in names}
+        return {key: replace(part, key=keys.get(part.key, part.key)) for key, part in local.items()}
 
     with unsharded(towers.values()):
         wanted = {chunk: placed(parts) for chunk, parts in _weights(towers).items()}
@@ -195,10 +195,10 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def tower_shapes(towers: Towers) -> dict[str, tuple[int, ...]]:
     """Return the whole shape of every weight of the towers on any pipeline stage, by name; every rank calls."""
-    own = {name: tuple(part.global_shape) for name, part in _named(_weights(towers))}
+    local = {name: tuple(part.global_shape) for name, part in _named(_weights(towers))}
     group = parallel_state.get_pipeline_model_parallel_group()
-    everywhere = [own] * dist.get_world_size(group)
-    dist.all_gather_object(everywhere, own, group=group)
+    everywhere = [local] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, local, group=group)
     return {name: shape for shapes in everywhere for name, shape in shapes.items()}
 
 
@@ -237,9 +237,9 @@ def _weights(towers: Towers) -> dict[str, Any]:
     Beside its weight each linear has a place for scales of FP8, a `ShardedObject`.
     """
     return {
-        f"{name}/{number}": chunk.sharded_state_dict(prefix=f"{name}.", metadata=_metadata())
+        f"{name}/{index}": chunk.sharded_state_dict(prefix=f"{name}.", metadata=_metadata())
         for name, tower in towers.items()
-        for number, chunk in enumerate(tower.chunks)
+        for index, chunk in enumerate(tower.chunks)
     }
 
 
@@ -273,8 +273,8 @@ def _average(weights: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
         return {}
     whole, ranges = {part.data: part for _, part in _named(weights)}, optimizer.sharded.ranges()
     parts = {
-        number: sharded_boxes(whole[parameter], f"{AVERAGE}{whole[parameter].key}", own, ranges[parameter][0])
-        for number, (parameter, own) in enumerate(_own_average(optimizer).items())
+        index: sharded_boxes(whole[parameter], f"{AVERAGE}{whole[parameter].key}", local, ranges[parameter][0])
+        for index, (parameter, local) in enumerate(_own_average(optimizer).items())
     }
     return {"average": parts}
 
@@ -282,7 +282,7 @@ def _average(weights: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
 def _own_average(optimizer: Optimizer) -> dict[nn.Parameter, Tensor]:
     """This rank's slices of the average by parameter: the tensors themselves; none where no average is kept."""
     average = optimizer.average
-    return {} if average is None else {p: average[own] for p, own in optimizer.sharded.slices().items()}
+    return {} if average is None else {p: average[local] for p, local in optimizer.sharded.slices().items()}
 
 
 def _take_average(optimizer: Optimizer, saved: Sequence[Tensor]) -> None:
@@ -290,8 +290,8 @@ def _take_average(optimizer: Optimizer, saved: Sequence[Tensor]) -> None:
     if optimizer.average is not None and not saved:
         optimizer.average.restart()
     elif optimizer.average is not None:
-        for own, held in zip(_own_average(optimizer).values(), saved, strict=True):
-            own.copy_(held)
+        for local, held in zip(_own_average(optimizer).values(), saved, strict=True):
+            local.copy_(held)
 
 
 def _replicated(weights: dict[str, Any]) -> dict[str, Any]:
@@ -329,8 +329,8 @@ def _named(weights: Mapping[str, Any]) -> Iterator[tuple[str, ShardedTensor]]:
 
 def _into_towers(towers: Towers, state: Mapping[str, Any]) -> None:
     for name, tower in towers.items():
-        for number, part in enumerate(tower.chunks):
+        for index, part in enumerate(tower.chunks):
             # A chunk of which nothing was read is not there.
-            own = {key.removeprefix(f"{name}."): value for key, value in state.get(f"{name}/{number}", {}).items()}
+            local = {key.removeprefix(f"{name}."): value for key, value in state.get(f"{name}/{index}", {}).items()}
             with torch.no_grad():
-                part.load_state_dict(own, strict=False)
+                part.load_state_dict(local, strict=False)

@@ -87,10 +87,10 @@ class Fp8Stats:
 
     def read(self) -> Counts:
         """Return what this rank has counted since the last reading; waits for the device."""
-        numbers = torch.stack(list(self._seen.values())).tolist() if self._seen else []
-        own = dict(zip(self._seen, numbers, strict=True))
+        values = torch.stack(list(self._seen.values())).tolist() if self._seen else []
+        local = dict(zip(self._seen, values, strict=True))
         self._seen.clear()
-        return own
+        return local
 
 
 def fp8_metrics(gathered: Iterable[Counts]) -> dict[str, float]:
@@ -101,8 +101,8 @@ def fp8_metrics(gathered: Iterable[Counts]) -> dict[str, float]:
     everywhere: dict[tuple[str, str], Tensor] = {}
     for each in gathered:
         for key, counts in each.items():
-            own = torch.tensor(counts, dtype=torch.float64)
-            everywhere[key] = _joined(everywhere[key], own) if key in everywhere else own
+            local = torch.tensor(counts, dtype=torch.float64)
+            everywhere[key] = _joined(everywhere[key], local) if key in everywhere else local
     return _metrics({key: counts.tolist() for key, counts in everywhere.items()})
 
 
@@ -122,5 +122,5 @@ def _metrics(counts: Counts) -> dict[str, float]:
 
 def _place(item: tuple[tuple[str, str], Any]) -> tuple[str, int, str]:
     (layer, kind), _ = item
-    tower, _, number = layer.partition(".")
-    return tower, int(number), kind
+    tower, _, index = layer.partition(".")
+    return tower, int(index), kind

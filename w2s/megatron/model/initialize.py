@@ -30,8 +30,8 @@ def layer_number(tower: Tower, name: str) -> int | None:
 
 def global_name(tower: Tower, name: str) -> str:
     """Return `name` with the layer numbered over all pipeline stages: `blocks.7.mlp.linear_fc1.weight`."""
-    number = layer_number(tower, name)
-    return name if number is None else re.sub(r"^blocks\.layers\.\d+\.", f"blocks.{number}.", name)
+    layer = layer_number(tower, name)
+    return name if layer is None else re.sub(r"^blocks\.layers\.\d+\.", f"blocks.{layer}.", name)
 
 
 def init_parameters(tower: Tower, rule: Callable[[str], Init], seed: int) -> None:
@@ -89,8 +89,8 @@ def load_slices(towers: Mapping[str, Sequence[Tower]], read: Callable[[str], Ten
     """
     with torch.no_grad():
         for tower, chunks in towers.items():
-            own = ((chunk, *named) for chunk in chunks for named in chunk.named_parameters())
-            for chunk, local, parameter in own:
+            named_parameters = ((chunk, *named) for chunk in chunks for named in chunk.named_parameters())
+            for chunk, local, parameter in named_parameters:
                 name = f"{tower}.{global_name(chunk, local)}".replace(".blocks.", ".blocks.layers.", 1)
                 if name in names:
                     parameter.copy_(_slice(read(name), parameter).reshape(parameter.shape))

@@ -21,7 +21,7 @@ Tap = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def hidden_states_at(blocks: TransformerBlock, numbers: Collection[int]) -> Iterator[dict[int, Tensor]]:
+def hidden_states_at(blocks: TransformerBlock, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
     """Collect the packed tokens between layers of a chunk, for as long as the block lasts.
 
     It looks at what goes into the next layer: with `recompute=full` a layer's output inside of the recomputed function
@@ -29,23 +29,23 @@ def hidden_states_at(blocks: TransformerBlock, numbers: Collection[int]) -> Iter
 
     Args:
         blocks: the chunk's layers.
-        numbers: the layers, counted from 0 over all pipeline stages, after which the tokens are wanted.
+        layers: the layers, counted from 0 over all pipeline stages, after which the tokens are wanted.
 
     Returns:
         Packed tokens [tokens, 1, width] by layer, of all these layers of the chunk but its last one.
     """
     hidden_states: dict[int, Tensor] = {}
 
-    def keep_input_of(number: int) -> Callable[..., None]:
+    def keep_input_of(index: int) -> Callable[..., None]:
         def hook(module: Any, inputs: Any, named: dict[str, Any]) -> None:
-            hidden_states[number] = named["hidden_states"]
+            hidden_states[index] = named["hidden_states"]
 
         return hook
 
     with ExitStack() as undo:
         for layer, following in pairwise(blocks.layers):
-            if (number := layer.layer_number - 1) in numbers:
-                handle = following.register_forward_pre_hook(keep_input_of(number), with_kwargs=True)
+            if (index := layer.layer_number - 1) in layers:
+                handle = following.register_forward_pre_hook(keep_input_of(index), with_kwargs=True)
                 undo.callback(handle.remove)
         yield hidden_states
 

@@ -208,7 +208,7 @@ class Tower(MegatronModule):
             with hidden_states_at(self.blocks, taps) as after:
                 hidden = self.blocks(hidden, attention_mask=packing, context_mask=scales)
             after[self.layer_numbers[-1]] = hidden
-            losses = [tap(self._unpack(after[number], num_sequences, seq_len)) for number, tap in taps.items()]
+            losses = [tap(self._unpack(after[layer], num_sequences, seq_len)) for layer, tap in taps.items()]
             hidden = attach_loss(hidden, torch.stack(losses).sum())
         else:
             hidden = self.blocks(hidden, attention_mask=packing, context_mask=scales)

@@ -124,9 +124,9 @@ class FullySharded(OpenFullySharded):
 def _shares(group: Any) -> Iterator[tuple[nn.Parameter, Share]]:
     """The shares of a group of parameters whose numbers lie in one buffer."""
     weights = group.model_weight_buffer
-    for number, parameter in enumerate(group.params):
+    for index, parameter in enumerate(group.params):
         buffers = weights, group.main_weight_buffer, group.main_grad_buffer
         yield (
             parameter,
-            Share(begin_of_share(weights, number), *(buffer.get_item(number, only_shard=True) for buffer in buffers)),
+            Share(begin_of_share(weights, index), *(buffer.get_item(index, only_shard=True) for buffer in buffers)),
         )

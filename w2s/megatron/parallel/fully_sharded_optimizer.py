@@ -93,7 +93,7 @@ class FullyShardedOptimizer:
         whole = {part.data: part for part in nested_values(model_sharded_state_dict) if isinstance(part, ShardedTensor)}
         settings = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         states = {
-            number: {
+            index: {
                 name: sharded_boxes(
                     whole[parameter],
                     f"optimizer.state.{name}.{whole[parameter].key}",
@@ -102,7 +102,7 @@ class FullyShardedOptimizer:
                 )
                 for name, tensor in self._states(parameter).items()
             }
-            for number, parameter in enumerate(self.masters)
+            for index, parameter in enumerate(self.masters)
         }
         return {
             "optimizer": {"param_groups": settings},
@@ -114,8 +114,8 @@ class FullyShardedOptimizer:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Load what was read into the parts that `sharded_state_dict` describes."""
         for parameter, parts in zip(self.masters, saved["param_state"].values(), strict=True):
-            for name, own in self._states(parameter).items():
-                own.copy_(torch.cat([part.flatten() for part in parts[name]]))
+            for name, local in self._states(parameter).items():
+                local.copy_(torch.cat([part.flatten() for part in parts[name]]))
 
     def _states(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         master = self.masters[parameter]

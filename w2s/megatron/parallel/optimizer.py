@@ -154,11 +154,11 @@ class Optimizer:
         self.prepare_to_load()
         base_optimizer = self.sharded.optimizer
         slices: dict[str, Tensor] = {}
-        for number, group in enumerate(base_optimizer.param_groups):
+        for index, group in enumerate(base_optimizer.param_groups):
             for place, parameter in enumerate(group["params"]):
                 moments = {name: base_optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")}
                 parts = {"weight": parameter.data, **moments}
-                slices |= {f"{number}.{place}.{name}": part for name, part in parts.items()}
+                slices |= {f"{index}.{place}.{name}": part for name, part in parts.items()}
         return slices
 
     def resume_at(self, step: int) -> None:
@@ -257,12 +257,12 @@ class _DistributedOptimizer(compat.OpenDistributedOptimizer):
         """Describe this rank's master weights and moments as parts of whole tensors; Megatron's gathers all of them."""
         whole = {part.data: part for part in nested_values(model_sharded_state_dict) if isinstance(part, ShardedTensor)}
         return {
-            number: {
+            index: {
                 name: sharded_boxes(whole[parameter], f"optimizer.state.{name}.{whole[parameter].key}", tensor, begin)
                 for name, tensor in self.states_of(parameter).items()
                 if name != "step"
             }
-            for number, (parameter, (begin, _)) in enumerate(self.ranges().items())
+            for index, (parameter, (begin, _)) in enumerate(self.ranges().items())
         }
 
     @torch.no_grad()
@@ -305,8 +305,8 @@ def _own_range(parameter: torch.nn.Parameter, places: Any) -> Tensor:
 
 def _clamp(limits: Mapping[Tensor, tuple[float, float]]) -> None:
     with torch.no_grad():
-        for own, (least, largest) in limits.items():
-            own.clamp_(least, largest)
+        for parameter, (least, largest) in limits.items():
+            parameter.clamp_(least, largest)
 
 
 def _shard_optimizer(
@@ -362,7 +362,7 @@ def _zero_moments(base_optimizer: torch.optim.Optimizer, config: Any = None) -> 
 
 def _configure_lamb(
     lamb: Lamb,
-    own: Mapping[torch.nn.Parameter, Tensor],
+    local_slices: Mapping[torch.nn.Parameter, Tensor],
     weights: list[torch.nn.Parameter],
     exempt: Collection[torch.nn.Parameter],
 ) -> None:
@@ -370,8 +370,8 @@ def _configure_lamb(
 
     The weights of `exempt` have no trust ratio.
     """
-    number = {parameter: index for index, parameter in enumerate(weights)}
-    slices = {part: number[whole] for whole, part in own.items()}
+    index_of = {parameter: index for index, parameter in enumerate(weights)}
+    slices = {part: index_of[whole] for whole, part in local_slices.items()}
     split = torch.tensor([bool(getattr(weight, "tensor_model_parallel", False)) for weight in weights])
 
     def reduce_norms(squares: Tensor) -> Tensor:
@@ -384,4 +384,4 @@ def _configure_lamb(
         dist.all_reduce(summed, group=parallel_state.get_tensor_model_parallel_group())
         return torch.where(split.to(squares.device, non_blocking=True), summed, squares)
 
-    lamb.share(slices, len(weights), reduce_norms, {number[weight] for weight in exempt})
+    lamb.share(slices, len(weights), reduce_norms, {index_of[weight] for weight in exempt})

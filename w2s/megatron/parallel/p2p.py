@@ -23,8 +23,8 @@ def keep_until_sent() -> Iterator[None]:
         def post_and_keep(*, tensor_send_prev: Tensor | None, tensor_send_next: Tensor | None, **others: Any) -> Any:
             sent[:] = [work for work in sent if not work.is_completed()]
             # Megatron takes the memory from its own tensors.
-            own = [None if tensor is None else tensor.detach() for tensor in (tensor_send_prev, tensor_send_next)]
-            works = post(tensor_send_prev=own[0], tensor_send_next=own[1], **others)
+            detached = [None if tensor is None else tensor.detach() for tensor in (tensor_send_prev, tensor_send_next)]
+            works = post(tensor_send_prev=detached[0], tensor_send_next=detached[1], **others)
             sent.extend(work for name, work in works.items() if name.startswith("send"))
             return works
 

@@ -103,8 +103,8 @@ class Ranks:
 
     def to_floats(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Return this rank's scalars as numbers; waits for a GPU, once."""
-        own = [value.detach().double().to(self.device) for value in values.values()]
-        return dict(zip(values, torch.stack(own).tolist() if own else [], strict=True))
+        local = [value.detach().double().to(self.device) for value in values.values()]
+        return dict(zip(values, torch.stack(local).tolist() if local else [], strict=True))
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""

@@ -46,11 +46,11 @@ def boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[Box]:
     yield from _in_row(shape, last, last * row, end)
 
 
-def _in_row(shape: Sequence[int], number: int, begin: int, end: int) -> Iterator[Box]:
+def _in_row(shape: Sequence[int], row: int, begin: int, end: int) -> Iterator[Box]:
     """The boxes of numbers that lie in one row of the first axis."""
-    start = number * prod(shape[1:])
+    start = row * prod(shape[1:])
     for box in boxes(shape[1:], begin - start, end - start):
-        yield Box((number, *box.offset), (1, *box.shape), start + box.begin)
+        yield Box((row, *box.offset), (1, *box.shape), start + box.begin)
 
 
 def sharded_boxes(whole: ShardedTensor, key: str, values: Tensor, begin: int) -> list[ShardedTensor]:

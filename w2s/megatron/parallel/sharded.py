@@ -42,11 +42,11 @@ def shard(build: Callable[[int], AnyTower], parallel: ParallelConfig, device: to
     """Build this rank's chunks of a tower.
 
     Args:
-        build: makes a chunk, given its number.
+        build: makes a chunk, given its index.
         parallel: how the tower is split.
         device: where it lives.
     """
-    chunks = [build(number).to(device) for number in range(parallel.virtual_pipeline)]
+    chunks = [build(index).to(device) for index in range(parallel.virtual_pipeline)]
     return ShardedTower(chunks, list(chunks))
 
 
@@ -109,8 +109,7 @@ def _optimizer_sharded(
     wrapper = DistributedDataParallel if several or precision.fp8_primary_weights else _Alone
     # Later chunks reduce in one bucket: enough of the backward pass is left to hide it behind.
     return [
-        wrapper(chunk.config, settings, chunk, disable_bucketing=number > 0)
-        for number, chunk in enumerate(tower.chunks)
+        wrapper(chunk.config, settings, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(tower.chunks)
     ]
 
 
