@@ -92,6 +92,8 @@ class Teacher(nn.Module):
         mean, std: what the input must be normalised with, in units of 0..1 RGB.
     """
 
+    _home: Tensor
+
     def __init__(
         self, network: PatchNetwork, *, grid: int, precision: Precision = "fp32", compiled: bool = False
     ) -> None:
