@@ -90,7 +90,9 @@ def _network(config: TeacherConfig, grid: int, *, on_meta: bool) -> PatchNetwork
         return hugging_face_model(Path(rest).expanduser(), image_size=size, precision=config.precision)
     if kind == "python" and rest:
         with torch.device("meta") if on_meta else nullcontext():
-            network: PatchNetwork = imported_class("teacher.source", rest, PatchNetwork, ["image_size"])(image_size=size)
+            network: PatchNetwork = imported_class("teacher.source", rest, PatchNetwork, ["image_size"])(
+                image_size=size
+            )
         return network
     name, path = name_and_weights(rest)
     if kind not in ("eva", "open_clip", "timm") or not name:
