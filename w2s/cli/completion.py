@@ -47,14 +47,7 @@ def complete_run(incomplete: str) -> list[str]:
 
 
 def _values(key: str) -> list[str]:
-    from typing import Literal, get_args, get_origin
-
-    from w2s.config.fields import FIELDS
+    from w2s.config.fields import choices
     from w2s.config.load import GROUPS, names_of
 
-    if key in GROUPS:
-        return names_of(key)
-    hint = FIELDS.get(key)
-    if hint is bool:
-        return ["true", "false"]
-    return [str(value) for value in get_args(hint)] if get_origin(hint) is Literal else []
+    return names_of(key) if key in GROUPS else choices(key)

@@ -3,9 +3,11 @@
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from operator import attrgetter
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from w2s.config.rules import NameOrImport
 from w2s.config.sections import Config
 from w2s.errors import ConfigError
 
@@ -52,6 +54,18 @@ def entry_section(key: str) -> type | None:
 def entry_hint(section: type, field: str) -> Any:
     """The type of a field of such a dataclass."""
     return get_type_hints(section)[field]
+
+
+def choices(key: str) -> list[str]:
+    """The words that a key takes, if it takes some words alone, or suggests some."""
+    hint = FIELDS.get(key)
+    if hint is bool:
+        return ["true", "false"]
+    if get_origin(hint) is Literal:
+        return [str(value) for value in get_args(hint)]
+    section, _, field = key.rpartition(".")
+    rules = attrgetter(section)(Config()).rules[field] if section and key in FIELDS else []
+    return [name for rule in rules if isinstance(rule, NameOrImport) for name in rule.names]
 
 
 def expected(key: str) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from w2s.config.rules import (
     FolderName,
     FractionBelowOne,
+    NameOrImport,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -16,8 +17,8 @@ from w2s.config.rules import (
 
 Weights = Literal["last", "ema"]
 """Which of a checkpoint's weights: those after its last step, or their moving average."""
-MaskedLoss = str
-"""A loss of `w2s.objectives.masked_loss.LOSSES`."""
+MaskedLoss = Annotated[str, NameOrImport("cosine", "smooth_l1", "mse")]
+"""A loss of `w2s.objectives.masked_loss.LOSSES`, or one of your own."""
 ACTIVATIONS = {"eva": ("gelu",), "clip": ("gelu", "quick_gelu"), "siglip": ("gelu", "gelu_tanh")}
 """Of the MLPs, by kind of vision tower."""
 
@@ -183,7 +184,8 @@ class TeacherConfig(Section, prefix="teacher."):
     source: str = "efficientnet_lite0"
     """`efficientnet_lite0` or `efficientnet_lite2` (weights from packages), `timm:MODEL[@FILE]`,
     `open_clip:MODEL[@FILE]`, `timm:local-dir:FOLDER`, `open_clip:local-dir:FOLDER`, `hf:FOLDER` (transformers),
-    `eva:MODEL[@FILE]` (a model of configs/model, in the released names) or `w2s:RUN`.
+    `eva:MODEL[@FILE]` (a model of configs/model, in the released names), `python:MODULE:CLASS` (a
+    `w2s.teachers.base.PatchNetwork` of your own) or `w2s:RUN`.
 
     FILE may be the folder that it is in. Without a file the weights are random.
     """

@@ -7,6 +7,7 @@ A section refuses a value out of range when it is made. What depends on other ke
 which is called for the sections that a stage reads.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -130,6 +131,21 @@ class FolderName(Rule):
         # File systems take 255 bytes; a number and an ending may come to it.
         too_long = len(value.encode()) > LONGEST_NAME
         return f"is longer than {LONGEST_NAME} bytes: shorten it" if too_long else ""
+
+
+class NameOrImport(Rule):
+    """One of some names, or code of the user's own, written `module:attribute` (`imported.py`)."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def complaint(self, value: Any) -> str:
+        """What it must be, with the name that is most like it."""
+        if value in self.names or ":" in value:
+            return ""
+        near = difflib.get_close_matches(value, self.names, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        return f"must be one of {', '.join(self.names)} or module:function{hint}"
 
 
 class UselessWith(Rule):

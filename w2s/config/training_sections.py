@@ -105,7 +105,7 @@ class MimConfig(Section, prefix="mim."):
     the student at all; or all."""
     loss: MaskedLoss = "cosine"
     """Between a prediction and its target: minus the cosine (EVA), or the mean over the channels of smooth L1
-    (data2vec) or of the squared error."""
+    (data2vec) or of the squared error; or a function of your own, module:function."""
     mask: Literal["block", "uniform"] = "block"
     """Patches are masked in blocks (EVA), or each independently of its neighbours."""
     min_block: PositiveInt = 2
