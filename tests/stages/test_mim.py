@@ -111,7 +111,7 @@ def test_a_student_starts_from_the_vision_tower_of_another_run(base: list[str]) 
     with process_groups.init_distributed(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
         handover = MaskedStage(load("mim", [*base, "init.vision=first"]), ranks).begin()
     assert handover is not None
-    assert handover.source == first / "checkpoints" / "step-00000002"
+    assert handover.sources == [first / "checkpoints" / "step-00000002"]
     assert handover.new == ["vision.lm_head.bias", "vision.lm_head.weight", "vision.mask_token"]
     assert len(handover.loaded) == 23
 
@@ -273,8 +273,8 @@ def test_heads_of_layers_serve_the_masked_stage_alone(base: list[str], root: Pat
     assert {name for name in handover.dropped if "layer_heads" in name} == {
         f"vision.layer_heads.0.{name}" for name in ("norm.weight", "linear.weight", "linear.bias")
     }
-    export_checkpoint(handover.source, "eva", root / "exported")
-    for source in (handover.source, root / "exported" / "tiny.pt"):
+    export_checkpoint(handover.sources[0], "eva", root / "exported")
+    for source in (handover.sources[0], root / "exported" / "tiny.pt"):
         assert not any("layer_heads" in name for name in import_checkpoint(source, again.model, root / "new").loaded)
         shutil.rmtree(root / "new")
 
