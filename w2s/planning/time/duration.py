@@ -222,9 +222,10 @@ class _TowerPasses:
         times = [seconds(self._pipeline, each) for each in (bare, sending, whole)]
         # What is exchanged before or after the passes, nothing hides.
         before, after = gathers and not gathers_beside, reduces and not reduces_beside
-        chunks = zip(exchange.gather, exchange.reduce, strict=True)
-        unhidden = sum(before * one + after * other for one, other in chunks) / parallel.pipeline
-        return _Taken(busy, times[0] - busy, times[1] - times[0], times[2] - times[1] + unhidden)
+        unhidden = sum(
+            before * one + after * other for one, other in zip(exchange.gather, exchange.reduce, strict=True)
+        )
+        return _Taken(busy, times[0] - busy, times[1] - times[0], times[2] - times[1] + unhidden / parallel.pipeline)
 
     def _chunks(self, figures: Sequence[float]) -> Chunks:
         """The figures of all virtual stages by rank and chunk."""
@@ -243,23 +244,34 @@ class _TowerPasses:
         return [layer * layers + 2 / 3 * ends.total + again + added for layers, ends, again, added in parts]
 
 
+@dataclass(frozen=True)
 class _Exchange:
-    """What data-parallel ranks exchange of a tower's chunks.
+    """What data-parallel ranks exchange of a tower's chunks."""
 
-    Attributes:
-        gather: seconds of the weights of each chunk.
-        reduce: seconds of its gradients.
-        buckets: parts of each chunk: Megatron splits the first one of the first stage alone.
-    """
+    stage: PlannedStage
+    card: Card
+    sizes: Sequence[int]
+    """Parameters of each chunk on a rank."""
 
-    def __init__(self, stage: PlannedStage, card: Card, sizes: Sequence[int]) -> None:
-        def exchanged(element: int) -> list[float]:
-            return [exchange(card, element * size, stage.data_size, stage.config.parallel.tensor) for size in sizes]
+    @property
+    def gather(self) -> list[float]:
+        """Seconds of the weights of each chunk."""
+        return self._seconds(1 if self.stage.config.precision.fp8_primary_weights else _BF16)
 
-        self.gather = exchanged(1 if stage.config.precision.fp8_primary_weights else _BF16)
-        self.reduce = exchanged(_gradient_bytes(stage.config))
-        first = math.ceil(sizes[0] / max(40_000_000, 1_000_000 * stage.data_size))
-        self.buckets = [first, *(1 for _ in sizes[1:])]
+    @property
+    def reduce(self) -> list[float]:
+        """Seconds of the gradients of each chunk."""
+        return self._seconds(_gradient_bytes(self.stage.config))
+
+    @property
+    def buckets(self) -> list[float]:
+        """Parts of each chunk: Megatron splits the first one of the first stage alone."""
+        first = math.ceil(self.sizes[0] / max(40_000_000, 1_000_000 * self.stage.data_size))
+        return [first, *(1 for _ in self.sizes[1:])]
+
+    def _seconds(self, element: int) -> list[float]:
+        size, stride = self.stage.data_size, self.stage.config.parallel.tensor
+        return [exchange(self.card, element * count, size, stride) for count in self.sizes]
 
 
 @cache
