@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
 from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -79,9 +80,14 @@ class Range(Rule):
         return f"must {'each ' * several}be {self._words()}{finite}"
 
     def __contains__(self, number: float) -> bool:
-        low, high = (float(bound) for bound in self.interval[1:-1].split(","))
+        low, high = self._bounds
         above = number >= low if self.interval.startswith("[") else number > low
         return above and (number <= high if self.interval.endswith("]") else number < high)
+
+    @cached_property
+    def _bounds(self) -> tuple[float, float]:
+        low, high = self.interval[1:-1].split(", ")
+        return float(low), float(high)
 
     def _words(self) -> str:
         low, _, high = self.interval[1:-1].partition(", ")
@@ -216,8 +222,8 @@ class Section:
         for name, rules in self.rules.items():
             value = getattr(self, name)
             for rule in rules if value is not None else ():
-                complaint = rule.complaint(value)
-                require(not complaint, f"{self.prefix.format_map(vars(self))}{name}={written(value)} {complaint}")
+                if complaint := rule.complaint(value):
+                    raise ConfigError(f"{self.prefix.format_map(vars(self))}{name}={written(value)} {complaint}")
 
 
 def check_rules(config: Any, *sections: str) -> None:
@@ -236,5 +242,5 @@ def check_rules(config: Any, *sections: str) -> None:
             value = getattr(section, field.name)
             default = field.default if field.default_factory is MISSING else field.default_factory()
             for rule in section.rules[field.name] if value != default else ():
-                conflict = rule.conflict(config)
-                require(not conflict, f"{key}.{field.name}={written(value)} {conflict}")
+                if conflict := rule.conflict(config):
+                    raise ConfigError(f"{key}.{field.name}={written(value)} {conflict}")
