@@ -198,7 +198,7 @@ def _mistakes_of_choice(name: str, choice: Choice) -> Iterator[str]:
 def _mistakes_of_budgets(name: str, budgets: Budgets) -> Iterator[str]:
     if not budgets.steps or budgets.steps != sorted(set(budgets.steps)) or budgets.steps[0] < 2:
         yield f"{name}: budgets.steps={budgets.steps}: give rising lengths of at least 2 steps"
-    elif not 0 < budgets.start(budgets.steps[0]) < budgets.steps[0]:
+    elif not 0 < budgets.cooldown < 1 or not 0 < budgets.start(budgets.steps[0]) < budgets.steps[0]:
         yield f"{name}: budgets.cooldown={budgets.cooldown} of {budgets.steps[0]} steps is none, or all: use another"
 
 

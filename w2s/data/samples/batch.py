@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -102,8 +103,8 @@ def merge_batches(parts: Sequence[Batch]) -> Batch:
         name: None if first is None else torch.cat([part[name] for part in fields]) for name, first in fields[0].items()
     }
     batch = _batch(merged, [key for part in parts for key in part.keys])
-    order = batch.indices.argsort()
-    return batch if order.equal(torch.arange(len(batch))) else batch._select(order)
+    order = batch.indices.numpy().argsort()
+    return batch if np.array_equal(order, np.arange(len(batch))) else batch._select(torch.from_numpy(order))
 
 
 def gather_batch(local: Batch, group: dist.ProcessGroup) -> Batch:
