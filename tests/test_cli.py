@@ -101,12 +101,6 @@ def test_a_random_text_tower_at_a_low_rate_is_doubted_before_anything_runs(w2s: 
     assert error.startswith("warning: the text tower starts from random weights at optim.text_lr=4e-05")
 
 
-def test_print_config_shows_a_gpu_configuration_on_any_machine(w2s: Run) -> None:
-    code, output, _ = w2s("stage", "mim", "hardware=h100", "--print-config")
-    assert code == 0
-    assert "device: cuda" in output
-
-
 def test_run_prints_the_configuration_of_every_step(w2s: Run) -> None:
     overrides = ["model=tiny", "clip:train.steps=77", "hardware=h100"]
     code, output, error = w2s("run", "default", *overrides, "--print-config")
@@ -145,7 +139,6 @@ def test_under_torchrun_it_is_a_rank(w2s: Run, stage: Callable[..., None], monke
     ("arguments", "message"),
     [
         (["stage", "mim", "train.stepz=3"], "unknown key train.stepz: did you mean train.steps?"),
-        (["stage", "mim", "train.steps=abc"], "train.steps=abc is not a whole number"),
         (["stage", "mim", "--nproc", "0"], "Invalid value for '--nproc'"),
         (["stage", "mmi"], "stage mmi does not exist: did you mean mim? There are mim, clip, eval"),
         (["stage"], "Missing argument"),
@@ -160,7 +153,6 @@ def test_under_torchrun_it_is_a_rank(w2s: Run, stage: Callable[..., None], monke
             ["data", "make", "x", "--out", "y", "--layout", "clip_benchmark", "--split", "a/b"],
             "--split a/b: use test or train",
         ),
-        (["run", "mmi:train.steps=3"], "mmi:train.steps=3: there is no step mmi: did you mean mim?"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(w2s: Run, arguments: list[str], message: str) -> None:

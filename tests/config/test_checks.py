@@ -1,29 +1,12 @@
 import pytest
 import torch
 
+from tests.config.refusals import accepts, refusal
 from w2s.config.batching import sequence_lengths
-from w2s.config.checks import check, doubts
+from w2s.config.checks import doubts
 from w2s.config.fields import FIELDS
 from w2s.config.load import STAGES, load
 from w2s.config.rules import OnlyFor, Section, UselessWith
-from w2s.errors import ConfigError
-
-
-def refusal(stage: str, *overrides: str, world_size: int = 1) -> str:
-    with pytest.raises(ConfigError) as caught:
-        check(load(stage, overrides), world_size, world_size)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def accepts(stage: str, *overrides: str, world_size: int = 1) -> bool:
-    """Whether a configuration passes; the refusals below are of its neighbours."""
-    try:
-        check(load(stage, overrides), world_size, world_size)
-    except ConfigError:
-        return False
-    return True
 
 
 def test_rules_name_keys_and_stages_that_there_are() -> None:
@@ -104,24 +87,24 @@ def test_a_batch_that_does_not_divide_names_one_that_does() -> None:
         "train.micro_batch=48 does not divide the 64 samples of a rank (train.global_batch=64 on 1 data-parallel rank)"
         ": use train.micro_batch=32, another divisor of 64, or anything above"
     )
-    assert "use train.micro_batch=16, " in refusal("mim", "train.micro_batch=31", world_size=2)
-    assert refusal("mim", world_size=3).endswith("use train.global_batch=63 or 66")
-    assert refusal("mim", "train.global_batch=2", world_size=3).endswith("use train.global_batch=3")
+    assert "use train.micro_batch=16, " in refusal("mim", "train.micro_batch=31", ranks=2)
+    assert refusal("mim", ranks=3).endswith("use train.global_batch=63 or 66")
+    assert refusal("mim", "train.global_batch=2", ranks=3).endswith("use train.global_batch=3")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_share_below_the_micro_batch_is_one_micro_batch(world_size: int) -> None:
-    assert accepts("mim", "hardware=cpu", "train.global_batch=64", "train.micro_batch=65", world_size=world_size)
+    assert accepts("mim", "hardware=cpu", "train.global_batch=64", "train.micro_batch=65", ranks=world_size)
 
 
 def test_the_named_batch_passes() -> None:
-    assert accepts("mim", "train.micro_batch=32", world_size=1)
-    assert accepts("mim", "train.micro_batch=16", world_size=2)
-    assert accepts("mim", "train.global_batch=66", "train.micro_batch=11", "data.lanes=66", world_size=3)
-    assert refusal("mim", "train.global_batch=66", "train.micro_batch=11", world_size=3) == (
+    assert accepts("mim", "train.micro_batch=32")
+    assert accepts("mim", "train.micro_batch=16", ranks=2)
+    assert accepts("mim", "train.global_batch=66", "train.micro_batch=11", "data.lanes=66", ranks=3)
+    assert refusal("mim", "train.global_batch=66", "train.micro_batch=11", ranks=3) == (
         "data.lanes=8 is not divisible by 3 ranks, each of which reads: use data.lanes=3, 6, 33 or 66"
     )
-    assert refusal("mim", "parallel.tensor=2", "data.lanes=2", world_size=4) == (
+    assert refusal("mim", "parallel.tensor=2", "data.lanes=2", ranks=4) == (
         "data.lanes=2 is not divisible by 4 ranks (2 data x 2 tensor), each of which reads: "
         "use data.lanes=8, 16, 32 or 64"
     )
@@ -158,7 +141,7 @@ def test_a_value_out_of_range(override: str, message: str) -> None:
 def test_bounds_of_the_trust_ratio() -> None:
     for bounds in ("[0,10]", "[2,1]", "[0.1,nan]"):
         assert "must be two rising numbers above 0" in refusal("clip", "optim.name=lamb", f"optim.trust_ratio={bounds}")
-    assert accepts("clip", "optim.name=lamb", "optim.trust_ratio=[0.01,10]", world_size=1)
+    assert accepts("clip", "optim.name=lamb", "optim.trust_ratio=[0.01,10]")
 
 
 def test_a_logit_scale_above_its_maximum() -> None:
@@ -172,7 +155,7 @@ def test_evaluation_needs_shards_and_a_model() -> None:
 
 def test_named_test_sets_take_the_place_of_the_single_one() -> None:
     sets = "eval.sets={a: /a, b: '/b/{0..1}.tar'}"
-    assert accepts("eval", "eval.shards=", sets, world_size=1)
+    assert accepts("eval", "eval.shards=", sets)
     assert refusal("eval", "eval.shards=/c", sets) == (
         "eval.shards=/c and eval.sets are both given: name it in eval.sets, or empty one of them"
     )
@@ -204,8 +187,8 @@ def test_a_gpu_configuration_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert refusal("mim", world_size=4) == "4 ranks on a machine with 2 GPUs: use --nproc 2, or hardware=cpu"
-    assert accepts("mim", "hardware=cpu", "train.micro_batch=16", world_size=4)
+    assert refusal("mim", ranks=4) == "4 ranks on a machine with 2 GPUs: use --nproc 2, or hardware=cpu"
+    assert accepts("mim", "hardware=cpu", "train.micro_batch=16", ranks=4)
 
 
 def test_phases_fill_the_run_or_last_to_its_end() -> None:
@@ -213,9 +196,9 @@ def test_phases_fill_the_run_or_last_to_its_end() -> None:
     assert refusal("clip", *steps, "data.phases=[{samples: 640}, {samples: 320}]").startswith(
         "data.phases have 960 samples, but train.steps=20 x train.global_batch=64 are 1280: use train.steps=15, or "
     )
-    assert accepts("clip", *steps, "data.phases=[{samples: 640}, {samples: 640}]", world_size=1)
-    assert accepts("clip", *steps, "data.phases=[{samples: 640}, {patch_dropout: 0}]", world_size=1)
-    assert accepts("clip", *steps, "data.train=", "data.phases=[{samples: 640, train: a}, {train: b}]", world_size=1)
+    assert accepts("clip", *steps, "data.phases=[{samples: 640}, {samples: 640}]")
+    assert accepts("clip", *steps, "data.phases=[{samples: 640}, {patch_dropout: 0}]")
+    assert accepts("clip", *steps, "data.train=", "data.phases=[{samples: 640, train: a}, {train: b}]")
     assert refusal("clip", *steps, "data.train=", "data.phases=[{samples: 640, train: a}, {}]").startswith(
         "data.train is"
     )
@@ -233,8 +216,8 @@ def test_cuda_graphs_name_all_that_they_need(monkeypatch: pytest.MonkeyPatch) ->
     assert accepts("clip", graphs, "parallel.recompute=selective")
     assert "needs parallel.recompute=none or selective: " in refusal("mim", graphs, "parallel.recompute=full")
     split = ["parallel.pipeline=2", "train.micro_batch=32"]
-    assert "needs parallel.pipeline=1: " in refusal("mim", graphs, *split, world_size=2)
-    assert "needs parallel.tensor=1: " in refusal("mim", graphs, "parallel.tensor=2", world_size=2)
+    assert "needs parallel.pipeline=1: " in refusal("mim", graphs, *split, ranks=2)
+    assert "needs parallel.tensor=1: " in refusal("mim", graphs, "parallel.tensor=2", ranks=2)
     assert "needs model.vision.drop_path=0: " in refusal("mim", graphs, "model.vision.drop_path=0.1")
     phases = "data.phases=[{samples: 64, patch_dropout: 0.5}, {patch_dropout: 0}]"
     assert "needs one patch_dropout in all data.phases: " in refusal("clip", graphs, phases)
@@ -262,3 +245,10 @@ def test_reading_processes_without_a_lane_are_doubted() -> None:
         "data.workers=3 do not divide the 8 lanes that a rank reads in a step (data.lanes=32 on 4 ranks): the workers "
         "with more of them hold up the others"
     )
+
+
+def test_a_teacher_that_cannot_be_split_and_a_text_tower_that_there_is_not() -> None:
+    assert "only w2s:RUN can be split" in refusal("mim", "teacher.sharded=true", ranks=2)
+    split = ["teacher.source=w2s:x", "teacher.sharded=true", "parallel.pipeline=2", "train.micro_batch=32"]
+    assert "use parallel.pipeline=1" in refusal("mim", *split, ranks=2)
+    assert "the masked stage has no text tower" in refusal("mim", "init.text=x")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.config.test_layout_checks import BIG, accepts, refusal
+from tests.config.refusals import accepts, refusal
+from tests.config.test_layout_checks import BIG
 from w2s.config import gpu
 from w2s.config.checks import check
 from w2s.config.gpu import Card
@@ -28,10 +29,12 @@ def machine(monkeypatch: pytest.MonkeyPatch, card: Card | None, engine: bool) ->
 def test_recipes_run_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, HOPPER, True)
     for recipe in ("delayed", "tensorwise", "blockwise"):
-        assert accepts("mim", 8, *ON_GPU, f"precision.fp8={recipe}")
-    assert accepts("mim", 8, *ON_GPU, "precision.fp8=delayed", "precision.fp8_history=64", "precision.fp8_margin=1")
+        assert accepts("mim", *ON_GPU, f"precision.fp8={recipe}", ranks=8)
+    assert accepts(
+        "mim", *ON_GPU, "precision.fp8=delayed", "precision.fp8_history=64", "precision.fp8_margin=1", ranks=8
+    )
     ends = ["precision.fp8_bf16_first=1", "precision.fp8_bf16_last=1", "precision.fp8_bf16_layers=[vision.7]"]
-    assert accepts("mim", 8, *ON_GPU, "precision.fp8=tensorwise", *ends, "precision.fp8_primary_weights=true")
+    assert accepts("mim", *ON_GPU, "precision.fp8=tensorwise", *ends, "precision.fp8_primary_weights=true", ranks=8)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,7 @@ def test_what_cannot_run_on_hopper_is_refused(
     machine(monkeypatch, HOPPER, True)
     if "parallel.tensor=8" in overrides and "parallel.sequence=true" in overrides:
         overrides = [*overrides, "train.global_batch=256"]
-    assert refusal("mim", 8, *ON_GPU, *overrides).startswith(message)
+    assert refusal("mim", *ON_GPU, *overrides, ranks=8).startswith(message)
 
 
 def test_blocks_want_widths_of_128_under_sequence_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +127,8 @@ def test_blocks_want_widths_of_128_under_sequence_parallelism(monkeypatch: pytes
     options = ["precision.fp8=blockwise", "parallel.tensor=2", "parallel.sequence=true", "train.micro_batch=256"]
     wide = ["model.vision.width=5120", "model.vision.heads=40"]
     narrow = ["model.vision.width=1088", "model.vision.heads=8"]
-    assert accepts("mim", 2, *ON_GPU, *options, *wide)
-    assert refusal("mim", 2, *ON_GPU, *options, *narrow).startswith(
+    assert accepts("mim", *ON_GPU, *options, *wide, ranks=2)
+    assert refusal("mim", *ON_GPU, *options, *narrow, ranks=2).startswith(
         "model.vision.width=1088 with precision.fp8=blockwise and parallel.sequence=true must be a multiple of 128"
     )
 
@@ -135,13 +138,13 @@ def test_the_text_tower_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     options = [*ON_GPU, "precision.fp8=tensorwise", "train.micro_batch=8", "model.vision.patch_size=16"]
     # the image tower sees CLS and 15 of 196 patches: 8 x 16 tokens
     few = "clip.patch_dropout=0.92"
-    assert accepts("clip", 8, *options, few, "model.text.context_length=78")
-    assert refusal("clip", 8, *options, few).startswith("train.micro_batch=8 makes 8 x 77 tokens for 1 rank")
+    assert accepts("clip", *options, few, "model.text.context_length=78", ranks=8)
+    assert refusal("clip", *options, few, ranks=8).startswith("train.micro_batch=8 makes 8 x 77 tokens for 1 rank")
 
 
 def test_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, HOPPER, False)
-    assert refusal("mim", 8, *ON_GPU, "precision.fp8=tensorwise") == (
+    assert refusal("mim", *ON_GPU, "precision.fp8=tensorwise", ranks=8) == (
         "precision.fp8=tensorwise needs Transformer Engine's linears, these are local (Transformer Engine is not "
         "installed (pip install 'w2s[gpu]')): use precision.fp8=emulated for a rehearsal, or precision.fp8=none"
     )
@@ -153,17 +156,17 @@ def test_blocks_want_a_new_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, HOPPER, True)
     monkeypatch.setattr(gpu, "cuda_version", lambda: (12, 8))
     blocks = [*ON_GPU, "precision.fp8=blockwise"]
-    assert refusal("mim", 8, *blocks) == (
+    assert refusal("mim", *blocks, ranks=8) == (
         "precision.fp8=blockwise needs CUDA 12.9 or newer, torch has 12.8: use precision.fp8=tensorwise"
     )
     monkeypatch.setattr(gpu, "cuda_version", lambda: (12, 9))
-    assert accepts("mim", 8, *blocks)
+    assert accepts("mim", *blocks, ranks=8)
 
 
 def test_cards_that_are_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, AMPERE, True)
-    assert accepts("mim", 8, *ON_GPU, "precision.linear=te")
-    assert refusal("mim", 8, *ON_GPU, "precision.linear=te", "precision.fp8=tensorwise").startswith(
+    assert accepts("mim", *ON_GPU, "precision.linear=te", ranks=8)
+    assert refusal("mim", *ON_GPU, "precision.linear=te", "precision.fp8=tensorwise", ranks=8).startswith(
         "precision.fp8=tensorwise needs Hopper or a newer card, this is NVIDIA A100"
     )
 
@@ -171,19 +174,22 @@ def test_cards_that_are_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_card_without_fp8_rehearses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, AMPERE, True)
     rehearsal = [*ON_GPU, "precision.fp8=emulated"]
-    assert refusal("mim", 8, *rehearsal) == (
+    assert refusal("mim", *rehearsal, ranks=8) == (
         "precision.fp8=emulated on NVIDIA A100, which has no FP8: use hardware=cpu for a rehearsal"
     )
-    assert accepts("mim", 8, *rehearsal, "hardware.device=cpu")
+    assert accepts("mim", *rehearsal, "hardware.device=cpu", ranks=8)
 
 
 def test_a_cpu_rehearses_and_no_more() -> None:
-    assert accepts("mim", 1, *BIG, "train.micro_batch=16", "precision.fp8=emulated")
-    assert refusal("mim", 1, *BIG, "precision.linear=te") == (
+    assert accepts("mim", *BIG, "train.micro_batch=16", "precision.fp8=emulated")
+    assert refusal("mim", *BIG, "precision.linear=te") == (
         "precision.linear=te with hardware.device=cpu: Transformer Engine runs on NVIDIA GPUs alone, "
         "use precision.linear=auto"
     )
-    assert "precision.fp8=emulated for a rehearsal" in refusal("mim", 1, *BIG, "precision.fp8=delayed")
+    assert "precision.fp8=emulated for a rehearsal" in refusal("mim", *BIG, "precision.fp8=delayed")
+    assert refusal("mim", *BIG, "train.micro_batch=8", "precision.fp8=emulated").startswith(
+        "train.micro_batch=8 makes 8 x 257 tokens for 1 rank"
+    ), "what a GPU would refuse"
 
 
 def test_recipes_by_a_wrong_name() -> None:

@@ -2,9 +2,7 @@
 
 import pytest
 
-from w2s.config.checks import check
-from w2s.config.load import load
-from w2s.errors import ConfigError
+from tests.config.refusals import accepts, refusal
 
 BIG = [
     "model=eva_18b",
@@ -17,33 +15,16 @@ BIG = [
 """40 vision heads and 20 text heads, 48 and 32 layers."""
 
 
-def refusal(stage: str, world_size: int, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        check(load(stage, overrides), world_size, world_size)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def accepts(stage: str, world_size: int, *overrides: str) -> bool:
-    """Whether a configuration passes; the refusals below are of its neighbours."""
-    try:
-        check(load(stage, overrides), world_size, world_size)
-    except ConfigError:
-        return False
-    return True
-
-
 def test_legal_layouts_pass() -> None:
-    assert accepts("mim", 8, *BIG, "parallel.tensor=8", "parallel.sequence=true", "train.micro_batch=64")
-    assert accepts("clip", 8, *BIG, "parallel.tensor=4", "parallel.pipeline=2", "train.micro_batch=16")
+    assert accepts("mim", *BIG, "parallel.tensor=8", "parallel.sequence=true", "train.micro_batch=64", ranks=8)
+    assert accepts("clip", *BIG, "parallel.tensor=4", "parallel.pipeline=2", "train.micro_batch=16", ranks=8)
     interleaved = ["parallel.pipeline=4", "parallel.virtual_pipeline=3", "train.micro_batch=16"]
-    assert accepts("mim", 8, *BIG, *interleaved)
-    assert accepts("mim", 2, *BIG, "parallel.pipeline=2", "parallel.vision_split=[20,28]", "train.micro_batch=16")
+    assert accepts("mim", *BIG, *interleaved, ranks=8)
+    assert accepts("mim", *BIG, "parallel.pipeline=2", "parallel.vision_split=[20,28]", "train.micro_batch=16", ranks=2)
 
 
 def test_text_heads_do_not_divide_by_eight() -> None:
-    message = refusal("clip", 8, *BIG, "parallel.tensor=8")
+    message = refusal("clip", *BIG, "parallel.tensor=8", ranks=8)
     assert message == (
         "parallel.tensor=8 does not divide model.text.heads=20: use parallel.tensor=1, 2, 4, 5, 10 or 20"
     )
@@ -102,7 +83,7 @@ def test_text_heads_do_not_divide_by_eight() -> None:
     ],
 )
 def test_illegal_layouts(world_size: int, overrides: list[str], message: str) -> None:
-    assert message in refusal("mim", world_size, *BIG, *overrides)
+    assert message in refusal("mim", *BIG, *overrides, ranks=world_size)
 
 
 @pytest.mark.parametrize(
@@ -118,38 +99,38 @@ def test_illegal_layouts(world_size: int, overrides: list[str], message: str) ->
     ],
 )
 def test_what_would_do_nothing(override: str, reason: str) -> None:
-    assert refusal("mim", 1, override) == f"{override} does nothing with {reason}"
+    assert refusal("mim", override) == f"{override} does nothing with {reason}"
 
 
 def test_layers_in_fp8_have_nothing_to_forget() -> None:
     options = ["parallel.recompute=selective", "precision.fp8=emulated"]
-    assert refusal("mim", 1, *options) == (
+    assert refusal("mim", *options) == (
         "parallel.recompute=selective does nothing with precision.fp8=emulated in all layers (none or full does): "
         "leave it out"
     )
-    assert accepts("mim", 1, *options, "precision.fp8_bf16_last=1")
-    assert accepts("eval", 1, "hardware=cpu", *options)  # which takes no FP8
+    assert accepts("mim", *options, "precision.fp8_bf16_last=1")
+    assert accepts("eval", "hardware=cpu", *options)  # which takes no FP8
 
 
 def test_what_serves_training_alone_passes_in_an_evaluation() -> None:
     """`w2s run` gives its overrides to all steps."""
-    assert accepts("eval", 2, "hardware=cpu", "parallel.recompute=full", "parallel.overlap_grad_reduce=true")
+    assert accepts("eval", "hardware=cpu", "parallel.recompute=full", "parallel.overlap_grad_reduce=true", ranks=2)
 
 
 def test_the_towers_of_an_evaluation_are_those_of_the_checkpoint() -> None:
-    assert accepts("eval", 4, "hardware=cpu", "parallel.tensor=4")  # the demo has 6 heads
+    assert accepts("eval", "hardware=cpu", "parallel.tensor=4", ranks=4)  # the demo has 6 heads
 
 
 def test_a_named_micro_batch_passes() -> None:
     fixed = ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch=2"]
-    assert accepts("mim", 2, *BIG, *fixed)
+    assert accepts("mim", *BIG, *fixed, ranks=2)
     filled = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch=12", "train.micro_batch=3"]
     filled += ["data.lanes=12"]
-    assert accepts("mim", 2, *BIG, *filled)
+    assert accepts("mim", *BIG, *filled, ranks=2)
 
 
 def test_overlapped_gathering_needs_overlapped_reduction() -> None:
-    message = refusal("mim", 2, "parallel.overlap_param_gather=true", "train.micro_batch=32")
+    message = refusal("mim", "parallel.overlap_param_gather=true", "train.micro_batch=32", ranks=2)
     assert message.endswith("needs parallel.overlap_grad_reduce=true: set both")
 
 
@@ -163,13 +144,13 @@ def test_overlapped_gathering_needs_overlapped_reduction() -> None:
     ],
 )
 def test_full_sharding_is_for_data_parallel_ranks(ranks: int, options: list[str], given: str, fix: str) -> None:
-    assert accepts("mim", 2, *BIG, "parallel.shard=full")
-    refused = refusal("mim", ranks, *BIG, "parallel.shard=full", *options)
+    assert accepts("mim", *BIG, "parallel.shard=full", ranks=2)
+    refused = refusal("mim", *BIG, "parallel.shard=full", *options, ranks=ranks)
     assert refused.startswith(f"parallel.shard=full with {given}: ")
     assert refused.endswith(f"{fix}, or parallel.shard=optimizer")
 
 
 def test_full_sharding_trains_every_weight() -> None:
     options = [*BIG[:-1], "init.vision=none", "parallel.shard=full"]
-    assert accepts("clip", 2, *options)
-    assert "clip.learn_logit_scale=false" in refusal("clip", 2, *options, "clip.learn_logit_scale=false")
+    assert accepts("clip", *options, ranks=2)
+    assert "clip.learn_logit_scale=false" in refusal("clip", *options, "clip.learn_logit_scale=false", ranks=2)

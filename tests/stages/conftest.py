@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # a bare GPU machine has no MLflow and no matplotlib, and its
     from mlflow import MlflowClient
 
 Run = Callable[..., tuple[int, str, str]]
+Refused = Callable[..., str]
 
 
 @dataclass(frozen=True)
@@ -180,5 +181,17 @@ def w2s(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
             cli.main()
         output = capfd.readouterr()
         return int(caught.value.code or 0), output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def refused(w2s: Run) -> Refused:
+    """Run a command that is refused: exit code 2, and the one line that it says."""
+
+    def run(*arguments: str) -> str:
+        code, _, error = w2s(*arguments)
+        assert (code, error.count("\n")) == (2, 1)
+        return error
 
     return run

@@ -51,14 +51,6 @@ def test_learning_rates_of_towers_and_layers_reach_the_optimizer(alone: Ranks, o
     assert sorted({group["lr"] for group in groups}) == pytest.approx([rate / 2 for rate in sorted(expected)])
 
 
-def test_patch_dropout_keeps_half_of_the_patches(alone: Ranks, options: list[str]) -> None:
-    kept = [
-        ContrastiveStage(load("clip", [*options, f"clip.patch_dropout={p}"]), alone).spec.num_kept_patches
-        for p in (0, 0.5, 0.9)
-    ]
-    assert kept == [0, 8, 1]  # 0 stands for all of the 16
-
-
 def test_a_random_text_tower_at_a_rate_for_a_finished_one_is_a_warning(
     options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,17 +67,3 @@ def test_a_student_can_start_from_a_file_that_a_run_was_exported_to(
         open_released(find_any("from-run", root, key="x")).read("visual.head.weight"),
         open_released(find_any("from-file", root, key="x")).read("visual.head.weight"),
     )
-
-
-@pytest.mark.parametrize(
-    ("overrides", "line"),
-    [
-        (["teacher.sharded=true"], "only w2s:RUN can be split"),
-        (["teacher.source=w2s:x", "teacher.sharded=true", "parallel.pipeline=2"], "use parallel.pipeline=1"),
-        (["init.text=x"], "the masked stage has no text tower"),
-    ],
-)
-def test_what_cannot_work_is_refused(w2s: Run, base: list[str], overrides: list[str], line: str) -> None:
-    code, _, error = w2s("stage", "mim", *base, *overrides, "--nproc", "2")
-    assert (code, error.count("\n")) == (2, 1)
-    assert line in error

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tests.stages.runs import QUIET, history, result, run_stage
 from tests.training.loops import start_run
@@ -39,6 +40,13 @@ def batches(config: Config, stage: MaskedStage) -> Iterator[Batch]:
     stream = Stream(config.data, stage.spec, global_batch=16, seed=0, rank=0, size=1)
     while True:
         yield stream.next()
+
+
+def targets_of(stage: MaskedStage, batch: Batch) -> Tensor:
+    """The normalised features [16, 16, D] of a first batch, as the stage will make them."""
+    source = stage.distillation.teachers[0]
+    images = normalize(batch.teacher_images[0], source.teacher.mean, source.teacher.std)
+    return copy.deepcopy(source.norm)(source.teacher(images).patches, update=True)
 
 
 def test_every_image_has_the_exact_number_of_masked_patches(alone: Ranks, config: Config) -> None:
@@ -106,23 +114,11 @@ def test_the_final_measures_stand_beside_their_baselines(base: list[str]) -> Non
     assert {"knn/top1", "knn/top5", "knn_random/top1", "knn_teacher/top1"} <= metrics.keys()
 
 
-def test_a_student_starts_from_the_vision_tower_of_another_run(base: list[str]) -> None:
-    first = run_stage("mim", [*base, *QUIET, "run.name=first", "train.steps=2"])
-    with process_groups.init_distributed(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
-        handover = MaskedStage(load("mim", [*base, "init.vision=first"]), ranks).begin()
-    assert handover is not None
-    assert handover.sources == [first / "checkpoints" / "step-00000002"]
-    assert handover.new == ["vision.lm_head.bias", "vision.lm_head.weight", "vision.mask_token"]
-    assert len(handover.loaded) == 23
-
-
 def test_without_masks_the_student_sees_whole_images_and_predicts_all_patches(alone: Ranks, config: Config) -> None:
     stage = MaskedStage(replace(config, mim=replace(config.mim, masked_patches=0)), alone)
     batch = next(batches(config, stage))
     assert batch.masks is None
-    teacher = stage.distillation.teachers[0].teacher
-    features = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std)).patches
-    targets = copy.deepcopy(stage.distillation.teachers[0].norm)(features, update=True)
+    targets = targets_of(stage, batch)
     with torch.no_grad():
         (student,) = stage.student.chunks
         predictions = student.lm_head(student.patch_tokens(normalize(batch.images, MEAN, STD)))
@@ -134,9 +130,8 @@ def test_a_student_that_predicts_what_it_sees_sees_nothing_else(alone: Ranks, co
     """By hand; and the pixels of the masked patches may be anything."""
     stage = MaskedStage(replace(config, mim=replace(config.mim, predict="visible", loss="mse")), alone)
     batch = next(batches(config, stage))
-    masks, teacher = require(batch.masks), stage.distillation.teachers[0].teacher
-    features = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std)).patches
-    targets = copy.deepcopy(stage.distillation.teachers[0].norm)(features, update=True)[~masks].view(16, 10, -1)
+    masks = require(batch.masks)
+    targets = targets_of(stage, batch)[~masks].view(16, 10, -1)
     visible = torch.stack([(~mask).nonzero().flatten() for mask in masks])
     (student,) = stage.student.chunks
     with torch.no_grad():
@@ -154,9 +149,7 @@ def test_predicting_all_is_the_mean_of_masked_and_visible(alone: Ranks, config: 
     stage = MaskedStage(replace(config, mim=replace(config.mim, predict="all")), alone)
     masked = MaskedStage(config, alone)
     batch = next(batches(config, stage))
-    (student,), masks, teacher = masked.student.chunks, require(batch.masks), stage.distillation.teachers[0].teacher
-    features = teacher(normalize(batch.teacher_images[0], teacher.mean, teacher.std)).patches
-    targets = copy.deepcopy(stage.distillation.teachers[0].norm)(features, update=True)
+    (student,), masks, targets = masked.student.chunks, require(batch.masks), targets_of(stage, batch)
     with torch.no_grad():
         (predictions,) = student(normalize(batch.images, MEAN, STD), masks, torch.arange(16).expand(16, -1))
     cosines = F.cosine_similarity(predictions, targets, dim=-1)
@@ -263,13 +256,18 @@ def test_single_layers_learn_single_layers_of_the_teacher(alone: Ranks, config: 
         assert (parameter.main_grad - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
 
 
-def test_heads_of_layers_serve_the_masked_stage_alone(base: list[str], root: Path) -> None:
+def test_a_student_starts_from_the_vision_tower_of_another_run_without_its_heads_of_layers(
+    base: list[str], root: Path
+) -> None:
     layers = ["mim.layers=[{student: 0, teacher: 3}]", "train.steps=1", "optim.warmup=0", "run.name=layers"]
     run_stage("mim", [*base, *QUIET, *layers])
     again = load("mim", [*base, "init.vision=layers"])
     with process_groups.init_distributed(ParallelConfig(), HardwareConfig(device="cpu")) as ranks:
         handover = MaskedStage(again, ranks).begin()
     assert handover is not None
+    assert handover.sources == [root / "layers" / "checkpoints" / "step-00000001"]
+    assert handover.new == ["vision.lm_head.bias", "vision.lm_head.weight", "vision.mask_token"]
+    assert len(handover.loaded) == 23
     assert {name for name in handover.dropped if "layer_heads" in name} == {
         f"vision.layer_heads.0.{name}" for name in ("norm.weight", "linear.weight", "linear.bias")
     }

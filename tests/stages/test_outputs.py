@@ -93,17 +93,12 @@ def test_pictures_are_in_the_report(group: Path) -> None:
     assert embedded(group / "report.html") >= drawn
 
 
-def test_mlflow_has_parameters_metrics_files_and_the_data(group: Path, client: MlflowClient) -> None:
+def test_mlflow_has_metrics_pictures_and_the_data(group: Path, client: MlflowClient) -> None:
     run = mlflow_run(client, group / "mim")
-    assert run.info.status == "FINISHED"
-    assert run.data.params["model.vision.width"] == "32"
-    assert run.data.params["optim.name"] == "adamw"
     points = client.get_metric_history(run.info.run_id, "loss")
     assert {point.step: point.value for point in points} == dict(enumerate(history(group / "mim", "loss"), start=1))
     samples = client.get_metric_history(run.info.run_id, "samples_seen")
     assert {(point.step, point.value) for point in samples} == {(step, 16.0 * step) for step in range(5)}
-    files = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert files == {"config.yaml", "environment.txt", "report.html", "pictures", "tables"}
     drawn = {file.path for file in client.list_artifacts(run.info.run_id, "pictures")}
     assert drawn == {f"pictures/{name}.png" for name in ("attention", "features", "masked")}
     assert run.inputs is not None
@@ -213,12 +208,3 @@ def test_a_repeated_pipeline_prints_its_table_and_runs_nothing(
     tops = [line for line in lines if "zero-shot top-1 " in line]
     assert len(tops) == 4, "of both clip steps and both eval steps"
     assert all("chance 0.0417" in line for line in tops)
-
-
-def test_without_an_mlflow_server_training_continues(w2s: Run, base: list[str], root: Path) -> None:
-    options = [*base, "eval.shards=", "eval.knn_shards=", "run.name=no-server"]
-    code, output, error = w2s("stage", "mim", *options, "tracking.uri=http://127.0.0.1:9")
-    assert (code, error) == (0, "")
-    assert output.splitlines()[-1].startswith("warning: MLflow at http://127.0.0.1:9 could not be used (")
-    assert len(history(root / "no-server", "loss")) == 4
-    assert (root / "no-server" / "result.json").is_file()

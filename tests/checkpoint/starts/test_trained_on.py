@@ -3,16 +3,14 @@
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.checkpoint.export.test_coming_back import as_released, train
+from tests.checkpoint.export.test_coming_back import as_released
 from tests.checkpoint.ours import assert_holds
 from tests.stages.runs import QUIET, history, run_stage
 from tests.stages.shape_images import write_shapes
@@ -38,24 +36,6 @@ def by_open_clip_train(exported: Path, folder: Path) -> Trained:
     assert done.returncode == 0, done.stderr
     saved = folder / "tuned" / "checkpoints" / "epoch_1.pt"
     return saved, as_released(torch.load(saved, weights_only=True)["state_dict"])
-
-
-def by_timm(exported: Path, folder: Path) -> Trained:
-    tower = timm.create_model(f"local-dir:{exported}", pretrained=True, num_classes=10)
-    optimizer = train(tower, lambda: loss_of_classes(tower(torch.randn(4, 3, 32, 32))))
-    saver = timm.utils.CheckpointSaver(tower, optimizer, Namespace(model="vit", lr=0.01), checkpoint_dir=str(folder))
-    saver.save_checkpoint(epoch=1, metric=0.5)
-    return folder / "last.pth.tar", evaluate_tower(tower)
-
-
-def by_transformers(exported: Path, folder: Path) -> Trained:
-    transformers = pytest.importorskip("transformers", reason="an optional package: pip install 'w2s[hf]'")
-    tower = transformers.AutoModelForImageClassification.from_pretrained(
-        exported, num_labels=10, ignore_mismatched_sizes=True
-    )
-    train(tower, lambda: loss_of_classes(tower(torch.randn(4, 3, 32, 32)).logits))
-    tower.save_pretrained(folder)
-    return folder, evaluate_tower(tower.timm_model)
 
 
 def by_trainer(exported: Path, folder: Path) -> Trained:
@@ -84,23 +64,7 @@ def by_trainer(exported: Path, folder: Path) -> Trained:
     return folder / "checkpoint-1", {name: left.read(name) for name in names}
 
 
-def loss_of_classes(logits: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits, torch.arange(4))
-
-
-def evaluate_tower(tower: nn.Module) -> dict[str, Tensor]:
-    return {f"visual.{name}": value for name, value in tower.state_dict().items() if not name.startswith("head.")}
-
-
-@pytest.mark.parametrize(
-    ("format", "peer"),
-    [
-        ("open_clip", by_open_clip_train),
-        ("timm", by_timm),
-        ("timm", by_transformers),
-        ("transformers", by_trainer),
-    ],
-)
+@pytest.mark.parametrize(("format", "peer"), [("open_clip", by_open_clip_train), ("transformers", by_trainer)])
 def test_a_peer_trains_an_export_and_we_continue(
     tmp_path: Path, format: str, peer: Callable[[Path, Path], Trained]
 ) -> None:
@@ -116,6 +80,5 @@ def test_a_peer_trains_an_export_and_we_continue(
     saved, weights = peer(moved, tmp_path / "peer")
     import_checkpoint(saved, named_model(str(moved / "model.yaml")), tmp_path / "runs" / "tuned")
     assert_holds(tmp_path / "runs" / "tuned", weights)
-    text = "none" if format == "timm" else "tuned"
-    again = run_stage("clip", [*options, "run.name=again", "init.vision=tuned", f"init.text={text}", "train.steps=2"])
+    again = run_stage("clip", [*options, "run.name=again", "init.vision=tuned", "init.text=tuned", "train.steps=2"])
     assert len(history(again, "loss")) == 2
