@@ -41,7 +41,10 @@ def test_without_a_list_the_only_teacher_is_the_section_teacher() -> None:
         (["teachers.lite.weight=2"], "there is no teacher lite: give teachers=.* before it"),
         ([TWO, "teachers.lite.weight=heavy"], "teachers.lite.weight=heavy is not a number"),
         ([TWO, "teachers.draw=two"], "teachers.draw=two is not one of all, one"),
-        ([TWO, "teachers.lite.loss=l2"], "teachers.lite.loss=l2 must be one of cosine, smooth_l1, mse or module:function"),
+        (
+            [TWO, "teachers.lite.loss=l2"],
+            "teachers.lite.loss=l2 must be one of cosine, smooth_l1, mse or module:function",
+        ),
         ([TWO, "teacher=efficientnet_lite0"], "teacher=efficientnet_lite0 does nothing beside several teachers"),
         ([TWO, "teacher.source=efficientnet_lite0"], "does nothing beside several teachers"),
     ],
