@@ -118,7 +118,7 @@ def test_what_it_rounds_is_looked_at_with_the_scales_of_its_recipe(recipe: str) 
         seen[kind] = (tensor.clone(), scale, dtype, copies)
 
     x, gradient = torch.randn(48, 1, 256), torch.randn(48, 1, 128)
-    (handle,) = transformer_engine.record_with(linear, SimpleNamespace(fp8="hybrid", fp8_recipe=recipe), record)
+    handle = transformer_engine.record_with(linear, SimpleNamespace(fp8="hybrid", fp8_recipe=recipe), record)
     linear(x.requires_grad_())[0].backward(gradient)
     handle.remove()
     linear(2 * x)

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import CheckpointException
 from w2s.errors import FREE_SPACE, CheckpointError, W2SError
 from w2s.files import Checksum, checksums
 from w2s.megatron import compat
+from w2s.megatron.parallel.process_groups import gather
 
 _processes = multiprocessing.get_context("fork")
 
@@ -84,9 +85,7 @@ class AsyncSave:
             W2SError: a writing process was killed, on every rank; what the main rank writes alone is refused, there.
         """
         self.wait()
-        deaths = [""] * dist.get_world_size()
-        dist.all_gather_object(deaths, self._exit_reason())
-        for death in filter(None, deaths):
+        for death in filter(None, gather(self._exit_reason())):
             raise W2SError(death)
         try:
             with translated_write_errors(self._folder):

@@ -4,16 +4,14 @@ Every rank writes and reads its own share of the optimizer's state, and of the w
 distributed checkpoints; nothing is gathered.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor, nn
@@ -25,7 +23,8 @@ from w2s.megatron.checkpoint.safe_unpickling import COMMON, check_common, check_
 from w2s.megatron.checkpoint.tensor_store import AVERAGE, TensorStore, has_average
 from w2s.megatron.parallel.fully_sharded import FullySharded
 from w2s.megatron.parallel.optimizer import Optimizer, Towers
-from w2s.megatron.parallel.shard_boxes import sharded_boxes
+from w2s.megatron.parallel.process_groups import gather
+from w2s.megatron.parallel.shard_boxes import joined, sharded_boxes, sharded_tensors
 from w2s.megatron.parallel.sharded import unsharded
 
 _KINDS = ("weights", "scales", "optimizer", "average", "guard", "extra")
@@ -48,15 +47,14 @@ def save(
 
 def written_bytes(towers: Towers, optimizer: Optimizer, extra: Mapping[str, Tensor]) -> int:
     """Return the bytes of the shares that `save` writes on this rank, which the host holds until they are written."""
-    parts = nested_values(_sharded_state(towers, optimizer, extra))
-    shares = (part for part in parts if isinstance(part, ShardedTensor) and is_main_replica(part.replica_id))
-    return sum(part.data.numel() * part.data.element_size() for part in shares)
+    parts = sharded_tensors(_sharded_state(towers, optimizer, extra))
+    return sum(part.data.nbytes for part in parts if is_main_replica(part.replica_id))
 
 
 def _sharded_state(towers: Towers, optimizer: Optimizer, extra: Mapping[str, Tensor]) -> dict[str, Any]:
     weights = _weights(towers)
     return {
-        **_own_shares(_without_empty(weights), optimizer),
+        **_own_shares(_only(weights, lambda part: not _is_empty(part)), optimizer),
         "optimizer": optimizer.sharded.sharded_state_dict(weights, metadata=_metadata()),
         **_average(weights, optimizer),
         "guard": optimizer.guard.state(),
@@ -77,7 +75,13 @@ def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[
         optimizer.prepare_to_load()
         wanted = optimizer.sharded.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
         average = _average(weights, optimizer) if optimizer.average is not None and has_average(folder) else {}
-        state = _load({**_replicated(_present(weights, folder)), "optimizer": wanted, **average}, folder)
+        # Weights are made of master weights; scales of FP8 are not there where other linears wrote the checkpoint.
+        known = read_metadata(folder).state_dict_metadata
+
+        def is_read(part: Any) -> bool:
+            return not _is_shared(part) and (not isinstance(part, ShardedObject) or part.unique_key in known)
+
+        state = _load({**_only(weights, is_read), "optimizer": wanted, **average}, folder)
         if "extra" not in state:
             raise CheckpointError(f"{folder / COMMON} is not that of a training: use another checkpoint")
         _into_towers(towers, state)
@@ -85,8 +89,7 @@ def load(folder: Path, towers: Towers, optimizer: Optimizer, step: int) -> dict[
         optimizer.guard.load(state["guard"])
     optimizer.load(state["optimizer"], step)
     optimizer.copy_master_to_model()
-    slices = state.get("average", {}).values()
-    _take_average(optimizer, [torch.cat([part.flatten() for part in each]) for each in slices])
+    _take_average(optimizer, [joined(boxes) for boxes in state.get("average", {}).values()])
     extra: dict[str, Tensor] = state["extra"]
     return extra
 
@@ -195,10 +198,8 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def tower_shapes(towers: Towers) -> dict[str, tuple[int, ...]]:
     """Return the whole shape of every weight of the towers on any pipeline stage, by name; every rank calls."""
-    local = {name: tuple(part.global_shape) for name, part in _named(_weights(towers))}
-    group = parallel_state.get_pipeline_model_parallel_group()
-    everywhere = [local] * dist.get_world_size(group)
-    dist.all_gather_object(everywhere, local, group=group)
+    local = {part.key: tuple(part.global_shape) for part in sharded_tensors(_weights(towers))}
+    everywhere = gather(local, parallel_state.get_pipeline_model_parallel_group())
     return {name: shape for shapes in everywhere for name, shape in shapes.items()}
 
 
@@ -243,13 +244,14 @@ def _weights(towers: Towers) -> dict[str, Any]:
     }
 
 
-def _without_empty(weights: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the places for scales of linears that have none."""
+def _only(weights: dict[str, Any], wanted: Callable[[Any], bool]) -> dict[str, Any]:
+    """Leave out what is not wanted of each chunk."""
+    return {chunk: {key: part for key, part in parts.items() if wanted(part)} for chunk, parts in weights.items()}
 
-    def empty(part: Any) -> bool:
-        return isinstance(part, ShardedObject) and (part.data is None or len(part.data) == 0)
 
-    return {chunk: {key: part for key, part in parts.items() if not empty(part)} for chunk, parts in weights.items()}
+def _is_empty(part: Any) -> bool:
+    """Whether it is the place for the scales of a linear that has none."""
+    return isinstance(part, ShardedObject) and (part.data is None or len(part.data) == 0)
 
 
 def _own_shares(weights: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
@@ -264,14 +266,14 @@ def _own_shares(weights: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]
         chunk: {key: share(part) if _is_shared(part) else part for key, part in parts.items()}
         for chunk, parts in weights.items()
     }
-    return {chunk: {key: part for key, part in parts.items() if part != []} for chunk, parts in shares.items()}
+    return _only(shares, lambda part: part != [])
 
 
 def _average(weights: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """Describe what this rank holds of the average of each weight; nothing where none is kept."""
     if optimizer.average is None:
         return {}
-    whole, ranges = {part.data: part for _, part in _named(weights)}, optimizer.sharded.ranges()
+    whole, ranges = {part.data: part for part in sharded_tensors(weights)}, optimizer.sharded.ranges()
     parts = {
         index: sharded_boxes(whole[parameter], f"{AVERAGE}{whole[parameter].key}", local, ranges[parameter][0])
         for index, (parameter, local) in enumerate(_own_average(optimizer).items())
@@ -294,13 +296,6 @@ def _take_average(optimizer: Optimizer, saved: Sequence[Tensor]) -> None:
             local.copy_(held)
 
 
-def _replicated(weights: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the weights that are made of master weights."""
-    return {
-        chunk: {key: part for key, part in parts.items() if not _is_shared(part)} for chunk, parts in weights.items()
-    }
-
-
 def _is_shared(part: Any) -> bool:
     """Whether it is a weight of which each data-parallel rank has a share.
 
@@ -308,23 +303,6 @@ def _is_shared(part: Any) -> bool:
     """
     trained = isinstance(part, ShardedTensor) and isinstance(part.data, nn.Parameter) and part.data.requires_grad
     return trained and not is_float8tensor(part.data)
-
-
-def _present(weights: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Leave out the scales of FP8 that a checkpoint has not: it was written by other linears."""
-    known = read_metadata(folder).state_dict_metadata
-
-    def present(part: Any) -> bool:
-        return not isinstance(part, ShardedObject) or part.unique_key in known
-
-    return {chunk: {key: part for key, part in parts.items() if present(part)} for chunk, parts in weights.items()}
-
-
-def _named(weights: Mapping[str, Any]) -> Iterator[tuple[str, ShardedTensor]]:
-    for chunk in weights.values():
-        for part in chunk.values():
-            if isinstance(part, ShardedTensor):
-                yield part.key, part
 
 
 def _into_towers(towers: Towers, state: Mapping[str, Any]) -> None:

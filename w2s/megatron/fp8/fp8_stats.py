@@ -83,7 +83,7 @@ class Fp8Stats:
         for linear in fp8_emulation.emulated_linears(layer):
             yield linear.record_with(record)
         for linear in transformer_engine.fp8_linears(layer, layer.config):
-            yield from transformer_engine.record_with(linear, layer.config, record)
+            yield transformer_engine.record_with(linear, layer.config, record)
 
     def read(self) -> Counts:
         """Return what this rank has counted since the last reading; waits for the device."""

@@ -6,7 +6,6 @@ fails or where there is no GPU.
 """
 
 import sys
-from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -106,8 +105,8 @@ def fp8_linears(module: nn.Module, config: Any) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, TELinear) and not hasattr(part, "stays_bf16")]
 
 
-def record_with(linear: Any, config: Any, record: Record) -> Iterator[Any]:
-    """Tell `record` of the first input, weight and gradient that a linear rounds to FP8, until the handles are removed.
+def record_with(linear: Any, config: Any, record: Record) -> Any:
+    """Tell `record` of the first input, weight and gradient that a linear rounds to FP8, until the handle is removed.
 
     Transformer Engine does the rounding inside of its kernels: here the tensors are looked at from outside, with the
     scale that its recipe takes (read in release 2.12).
@@ -145,7 +144,7 @@ def record_with(linear: Any, config: Any, record: Record) -> Iterator[Any]:
         if outputs[0].requires_grad and "gradient" not in recorded:
             outputs[0].register_hook(lambda gradient: look("gradient", gradient))
 
-    yield linear.register_forward_hook(after)
+    return linear.register_forward_hook(after)
 
 
 def clear_high_precision_init(module: nn.Module) -> None:

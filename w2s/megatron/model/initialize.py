@@ -22,16 +22,9 @@ class Init:
     value: float
 
 
-def layer_number(tower: Tower, name: str) -> int | None:
-    """Return the number, from 0 over all pipeline stages, of the layer that parameter `name` is in, if any."""
-    match = re.match(r"blocks\.layers\.(\d+)\.", name)
-    return tower.blocks.layers[int(match[1])].layer_number - 1 if match else None
-
-
 def global_name(tower: Tower, name: str) -> str:
     """Return `name` with the layer numbered over all pipeline stages: `blocks.7.mlp.linear_fc1.weight`."""
-    layer = layer_number(tower, name)
-    return name if layer is None else re.sub(r"^blocks\.layers\.\d+\.", f"blocks.{layer}.", name)
+    return re.sub(r"^blocks\.layers\.(\d+)\.", lambda match: f"blocks.{tower.layer_numbers[int(match[1])]}.", name)
 
 
 def init_parameters(tower: Tower, rule: Callable[[str], Init], seed: int) -> None:
@@ -67,11 +60,8 @@ def generator(seed_key: str) -> torch.Generator:
 def _slice(full: Tensor, parameter: nn.Parameter) -> Tensor:
     if not _is_partitioned(parameter):
         return full
-    size, rank = (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_rank(),
-    )
-    return full.chunk(size, parameter.partition_dim)[rank]  # type: ignore[attr-defined]
+    parts = full.chunk(parallel_state.get_tensor_model_parallel_world_size(), parameter.partition_dim)  # type: ignore[attr-defined]
+    return parts[parallel_state.get_tensor_model_parallel_rank()]
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:

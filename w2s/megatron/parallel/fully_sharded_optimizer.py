@@ -4,14 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from w2s.megatron.parallel.fully_sharded import FullySharded, Share
 from w2s.megatron.parallel.gradients import clip_or_skip
-from w2s.megatron.parallel.shard_boxes import sharded_boxes
+from w2s.megatron.parallel.shard_boxes import joined, optimizer_boxes
 from w2s.optim.guard import StepGuard
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -90,23 +88,11 @@ class FullyShardedOptimizer:
         self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
     ) -> dict[str, Any]:
         """Describe master weights and moments as parts of whole tensors, as `_DistributedOptimizer` does."""
-        whole = {part.data: part for part in nested_values(model_sharded_state_dict) if isinstance(part, ShardedTensor)}
         settings = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        states = {
-            index: {
-                name: sharded_boxes(
-                    whole[parameter],
-                    f"optimizer.state.{name}.{whole[parameter].key}",
-                    tensor,
-                    self.shares[parameter].begin,
-                )
-                for name, tensor in self._states(parameter).items()
-            }
-            for index, parameter in enumerate(self.masters)
-        }
+        states = ((parameter, self.shares[parameter].begin, self._states(parameter)) for parameter in self.masters)
         return {
             "optimizer": {"param_groups": settings},
-            "param_state": states,
+            "param_state": optimizer_boxes(model_sharded_state_dict, states),
             "param_state_sharding_type": "fully_reshardable",
         }
 
@@ -115,7 +101,7 @@ class FullyShardedOptimizer:
         """Load what was read into the parts that `sharded_state_dict` describes."""
         for parameter, parts in zip(self.masters, saved["param_state"].values(), strict=True):
             for name, local in self._states(parameter).items():
-                local.copy_(torch.cat([part.flatten() for part in parts[name]]))
+                local.copy_(joined(parts[name]))
 
     def _states(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         master = self.masters[parameter]

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import OptimizerConfig
@@ -22,7 +20,8 @@ from w2s.megatron.model.initialize import global_name
 from w2s.megatron.parallel.fully_sharded import FullySharded
 from w2s.megatron.parallel.fully_sharded_optimizer import FullyShardedOptimizer
 from w2s.megatron.parallel.gradients import clip_or_skip
-from w2s.megatron.parallel.shard_boxes import sharded_boxes
+from w2s.megatron.parallel.process_groups import gather
+from w2s.megatron.parallel.shard_boxes import joined, optimizer_boxes
 from w2s.megatron.parallel.sharded import ShardedTower
 from w2s.optim.average import WeightAverage
 from w2s.optim.guard import StepGuard
@@ -255,22 +254,17 @@ class _DistributedOptimizer(compat.OpenDistributedOptimizer):
         self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
     ) -> Any:
         """Describe this rank's master weights and moments as parts of whole tensors; Megatron's gathers all of them."""
-        whole = {part.data: part for part in nested_values(model_sharded_state_dict) if isinstance(part, ShardedTensor)}
-        return {
-            index: {
-                name: sharded_boxes(whole[parameter], f"optimizer.state.{name}.{whole[parameter].key}", tensor, begin)
-                for name, tensor in self.states_of(parameter).items()
-                if name != "step"
-            }
-            for index, (parameter, (begin, _)) in enumerate(self.ranges().items())
-        }
+        states = (
+            (parameter, begin, {name: part for name, part in self.states_of(parameter).items() if name != "step"})
+            for parameter, (begin, _) in self.ranges().items()
+        )
+        return optimizer_boxes(model_sharded_state_dict, states)
 
     @torch.no_grad()
     def load_parameter_state_from_fully_reshardable(self, state_dict: Any) -> None:
         """Load what was read into the parts that `sharded_param_state_fully_reshardable` describes."""
         for parameter, parts in zip(self.ranges(), state_dict.values(), strict=True):
-            runs = {name: torch.cat([part.flatten() for part in each]) for name, each in parts.items()}
-            self.set_states_of(parameter, runs)
+            self.set_states_of(parameter, {name: joined(boxes) for name, boxes in parts.items()})
 
     def set_states_of(self, parameter: torch.nn.Parameter, states: dict[str, Tensor]) -> None:
         """Set master weight and moments; the number of updates stays."""
@@ -290,10 +284,7 @@ def _named_parameters(towers: Towers) -> list[tuple[str, str, int, torch.nn.Para
 
 def _union_over_stages(kinds: set[Any]) -> set[Any]:
     """Join what the pipeline stages have: they must agree on the groups, or no other layout could load them."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    everywhere = [kinds] * dist.get_world_size(group)
-    dist.all_gather_object(everywhere, kinds, group=group)
-    return set().union(*everywhere)
+    return set().union(*gather(kinds, parallel_state.get_pipeline_model_parallel_group()))
 
 
 def _own_range(parameter: torch.nn.Parameter, places: Any) -> Tensor:

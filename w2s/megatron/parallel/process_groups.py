@@ -96,10 +96,7 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Return the `value` of every rank, in order."""
-        values = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(values, value, group=self.control_group)
-        return values
+        return gather(value, self.control_group) if self.world_size > 1 else [value]
 
     def to_floats(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Return this rank's scalars as numbers; waits for a GPU, once."""
@@ -132,11 +129,12 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gather(value: T) -> list[T]:
-    """Return the `value` of every rank, in order; this one's alone without a process group."""
-    values = [value] * rank_and_size()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
+def gather(value: T, group: ProcessGroup | None = None) -> list[T]:
+    """Return the `value` of every rank of a group (None: of all), in order; this one's alone without process groups."""
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -160,7 +158,7 @@ def init_distributed(parallel: ParallelConfig, hardware: HardwareConfig) -> Iter
     device = local_device(hardware)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # The watchers (w2s/liveness) are quicker and know who stalls; this is for where there are none.
+    # The watchers (w2s/processes/liveness) are quicker and know who stalls; this is for where there are none.
     timeout = timedelta(seconds=max(hardware.timeout, hardware.slow_timeout))
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:

@@ -48,12 +48,10 @@ def repair(towers: Towers, group: ProcessGroup) -> list[Divergence]:
     dist.all_gather(gathered, local, group=group)
     table = torch.stack(gathered, dim=1).tolist()
     return [
-        _repair(name, weight, row, group) for (name, weight), row in zip(weights, table, strict=True) if _differ(row)
+        _repair(name, weight, digests, group)
+        for (name, weight), digests in zip(weights, table, strict=True)
+        if len(set(digests)) > 1
     ]
-
-
-def _differ(digests: list[int]) -> bool:
-    return len(set(digests)) > 1
 
 
 def _repair(name: str, weight: Tensor, digests: list[int], group: ProcessGroup) -> Divergence:

@@ -6,10 +6,12 @@ which Megatron's format stores and any other layout can read. So every rank writ
 is gathered.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
@@ -76,3 +78,32 @@ def sharded_boxes(whole: ShardedTensor, key: str, values: Tensor, begin: int) ->
         )
         for box in boxes(whole.local_shape, begin, begin + values.numel())
     ]
+
+
+def joined(boxes: Iterable[Tensor]) -> Tensor:
+    """Return the numbers of a range, flat, out of its boxes as they were read."""
+    return torch.cat([box.flatten() for box in boxes])
+
+
+def sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
+    """Give the tensors of what Megatron describes of a state."""
+    yield from (part for part in nested_values(state) if isinstance(part, ShardedTensor))
+
+
+def optimizer_boxes(
+    weights: Any, states: Iterable[tuple[Tensor, int, Mapping[str, Tensor]]]
+) -> dict[int, dict[str, list[ShardedTensor]]]:
+    """Describe a rank's share of an optimizer's state, by index of the weight and name of the tensor.
+
+    Args:
+        weights: what Megatron describes of the weights.
+        states: of each weight where the rank's range of it begins, and that range of master weight and moments.
+    """
+    whole = {part.data: part for part in sharded_tensors(weights)}
+    return {
+        index: {
+            name: sharded_boxes(whole[weight], f"optimizer.state.{name}.{whole[weight].key}", values, begin)
+            for name, values in tensors.items()
+        }
+        for index, (weight, begin, tensors) in enumerate(states)
+    }

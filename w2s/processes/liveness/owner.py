@@ -37,19 +37,12 @@ def owned(run: Path, ranks: Ranks) -> Iterator[None]:
     Raises:
         UserError: another process owns the folder, or it cannot be written; on every rank.
     """
-    file, refusal = None, ""
-    if ranks.main:
-        try:
-            file = _take(run)
-        except UserError as error:
-            refusal = str(error)
-    refusal = ranks.broadcast(refusal)
-    if refusal:
-        raise UserError(refusal)
+    held: list[IO[str]] = []
+    ranks.on_main(lambda: held.append(_take(run)))
     try:
         yield
     finally:
-        if file is not None:
+        for file in held:
             _leave(run, file)
 
 
